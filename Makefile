@@ -1,0 +1,57 @@
+# `make demo` and `make test` work alone on a machine with nothing but Python 3.11-3.13 and a C++ compiler: they
+# create .venv, install the versions of constraints.txt and run. `make help` lists the targets and variables.
+
+# PYTHON: the interpreter of a new environment; otherwise the first suitable one on PATH.
+PYTHON ?=
+# TORCH_INDEX=https://download.pytorch.org/whl/cpu installs torch without the CUDA libraries.
+TORCH_INDEX ?=
+DEMO_ARGS ?=
+PYTEST_ARGS ?=
+TEST_WORKERS ?= 2
+TEST_TIMEOUT_S ?= 600
+
+BIN := .venv/bin
+# ninja and the deepspeed launcher are looked up on PATH; one thread per process, as ranks and workers share the cores.
+RUN := env PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format types gpu clean .venv compiler
+
+help: ## this list
+	@grep -hE '^[a-z.]+:.*## ' Makefile | sed -E 's/^([a-z.]+):.*## /  make \1\t/' | expand -t 16
+	@echo 'Variables: PYTHON=python3.12  TORCH_INDEX=URL  DEMO_ARGS="--seeds 5"  PYTEST_ARGS="-k plan"' \
+		' TEST_WORKERS=2  TEST_TIMEOUT_S=600'
+
+demo: .venv compiler ## bootstrap, train, evaluate and report on a small synthetic world
+	$(RUN) $(BIN)/bpo demo $(DEMO_ARGS)
+
+test: .venv compiler ## every test that needs no GPU
+	$(RUN) $(BIN)/python -m pytest -m "not gpu" -n $(TEST_WORKERS) --dist loadfile \
+		--timeout $(TEST_TIMEOUT_S) $(PYTEST_ARGS)
+
+lint: .venv ## ruff: errors, imports, bugbear, upgrades; formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: .venv ## rewrite the sources as lint wants them
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: .venv ## mypy on bpo/
+	$(BIN)/mypy
+
+gpu: .venv compiler ## on a GPU machine: its tests, then kernel timings as JSON under benchmarks/results/
+	$(RUN) $(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
+	mkdir -p benchmarks/results
+	$(RUN) $(BIN)/python kernels/bench.py --json benchmarks/results/kernels.json
+
+clean: ## remove the environment, caches and builds; runs/ stays
+	rm -rf .venv build dist bpo.egg-info .ruff_cache .mypy_cache .pytest_cache .hypothesis
+	find bpo kernels ds_configs tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv: ## only the environment
+	@TORCH_INDEX="$(TORCH_INDEX)" .ci/venv $(if $(PYTHON),"$(PYTHON)")
+
+compiler:
+	@command -v "$${CXX:-c++}" >/dev/null || command -v g++ >/dev/null || { echo "error: no C++ compiler; DeepSpeed" \
+		"compiles its CPU operations at first use (Debian and Ubuntu: apt install g++)" >&2; exit 1; }
