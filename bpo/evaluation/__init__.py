@@ -1,0 +1,1 @@
+"""Hallucination measured: CHAIR and POPE by their published definitions."""
