@@ -1,0 +1,229 @@
+"""The demo's base model: a tiny LLaVA with a real language prior over an eye that sees.
+
+The vision tower learns first and alone (`tower.py`). Projector and language model then learn captions and
+yes/no answers about biased scenes only, from which the language model picks up which objects keep company.
+On scenes unlike that prior it names absent room-mates although its tower shows they are absent.
+
+Shapes: B conversations, S tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import trange
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+
+from .sprites import NAMES, NUM_OBJECTS, room_mates
+from .tower import pixels_of, train_tower
+from .vocabulary import build_processor
+from .world import DESCRIBE, GRID, Scene, WorldConfig, question_about, sample_scene
+
+IGNORED = -100
+YES, NO = "Yes.", "No."
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseConfig:
+    """Size and training of the demo's base model."""
+
+    seed: int = 0
+    """Initial weights and the questions asked; the scenes follow the world's own seed."""
+    patch_px: int = 12
+    """Side of a patch of the vision tower; image tokens = (image_px / patch_px)^2."""
+    tower_width: int = 64
+    tower_layers: int = 2
+    tower_steps: int = 300
+    tower_batch: int = 64
+    tower_learning_rate: float = 2e-3
+    noised_fraction: float = 0.3
+    """Share of the tower's training scenes that are noised, as real towers have seen bad photographs."""
+    text_width: int = 128
+    text_layers: int = 4
+    text_heads: int = 4
+    steps: int = 400
+    """Steps of caption and question training of projector and language model."""
+    batch: int = 64
+    learning_rate: float = 2e-3
+    questions_per_scene: int = 4
+    """Yes/no questions in one conversation, half of them about present objects."""
+
+    def __post_init__(self) -> None:
+        for field in ("patch_px", "tower_steps", "tower_batch", "steps", "batch", "questions_per_scene"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field} must be at least 1, got {getattr(self, field)}")
+        if not 0.0 <= self.noised_fraction <= 1.0:
+            raise ValueError(f"noised_fraction must lie in [0, 1], got {self.noised_fraction}")
+
+
+def build_base_model(directory: Path, world: WorldConfig, config: BaseConfig, *, progress: bool = True) -> None:
+    """Trains the base model from scratch and saves it with its processor in ``directory``.
+
+    `AutoModelForImageTextToText` and `AutoProcessor` load the result. Deterministic in the two seeds for a
+    given number of threads.
+
+    :raises ValueError: if the patch size does not divide the image size.
+    """
+    if world.image_px % config.patch_px:
+        raise ValueError(f"patch_px={config.patch_px} does not divide image_px={world.image_px}; choose a divisor")
+    processor = build_processor(world.image_px, config.patch_px)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        llava_config = _llava_config(world, config, processor)
+        tower = train_tower(
+            llava_config.vision_config,
+            world,
+            num_steps=config.tower_steps,
+            batch_size=config.tower_batch,
+            learning_rate=config.tower_learning_rate,
+            noised_fraction=config.noised_fraction,
+            progress=progress,
+        )
+        model = LlavaForConditionalGeneration(llava_config)
+        model.model.vision_tower.load_state_dict(tower.state_dict())
+        _train_language(model, processor, world, config, progress=progress)
+    model.save_pretrained(directory)
+    processor.save_pretrained(directory)
+
+
+def _llava_config(world: WorldConfig, config: BaseConfig, processor: LlavaProcessor) -> LlavaConfig:
+    tokenizer = processor.tokenizer
+    vision = CLIPVisionConfig(
+        hidden_size=config.tower_width,
+        intermediate_size=2 * config.tower_width,
+        num_hidden_layers=config.tower_layers,
+        num_attention_heads=4,
+        image_size=world.image_px,
+        patch_size=config.patch_px,
+        projection_dim=config.tower_width,
+    )
+    text = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=config.text_width,
+        intermediate_size=3 * config.text_width,
+        num_hidden_layers=config.text_layers,
+        num_attention_heads=config.text_heads,
+        num_key_value_heads=config.text_heads,
+        max_position_embeddings=512,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=processor.image_token_id,
+        image_seq_length=(world.image_px // config.patch_px) ** 2,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="default",
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+
+
+def _train_language(
+    model: LlavaForConditionalGeneration,
+    processor: LlavaProcessor,
+    world: WorldConfig,
+    config: BaseConfig,
+    *,
+    progress: bool,
+) -> None:
+    """Next-token training of projector and language model on the assistant's turns; the tower stays frozen."""
+    model.train()
+    model.model.vision_tower.requires_grad_(False).eval()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=0.01, betas=(0.9, 0.98))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.learning_rate, config.steps, pct_start=0.1)
+    bar = trange(config.steps, desc="training the base model", unit="step", disable=not progress)
+    batches = _batches(processor, world, config)
+    for _, batch in zip(bar, batches, strict=False):
+        loss = model(**batch).loss
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        schedule.step()
+        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+    model.eval()
+
+
+def _batches(processor: LlavaProcessor, world: WorldConfig, config: BaseConfig) -> Iterator[dict[str, Tensor]]:
+    """Endless batches: captions and questions by turns, so that a batch holds sequences of like length."""
+    encode = _DialogueEncoder(processor, (world.image_px // config.patch_px) ** 2)
+    rng = np.random.default_rng([config.seed, 1])
+    step = 0
+    while True:
+        scenes = [sample_scene(world, "base", step * config.batch + i) for i in range(config.batch)]
+        if step % 2 == 0:
+            dialogues = [[(DESCRIBE, scene.caption)] for scene in scenes]
+        else:
+            dialogues = [_questions(scene, config.questions_per_scene, rng) for scene in scenes]
+        ids_BS, labels_BS = encode.batch(dialogues)
+        yield {
+            "input_ids": ids_BS,
+            "attention_mask": (ids_BS != processor.tokenizer.pad_token_id).long(),
+            "labels": labels_BS,
+            "pixel_values": pixels_of(world, scenes),
+        }
+        step += 1
+
+
+def _questions(scene: Scene, count: int, rng: np.random.Generator) -> list[tuple[str, str]]:
+    """Questions about present and absent objects with even odds; half of the absent ones are room-mates."""
+    mates = {mate for thing in scene.objects for mate in room_mates(thing)} - set(scene.objects)
+    absent = [i for i in range(NUM_OBJECTS) if i not in scene.objects]
+    turns = []
+    for _ in range(count):
+        if rng.random() < 0.5:
+            turns.append((question_about(NAMES[rng.choice(scene.objects)]), YES))
+        else:
+            pool = sorted(mates) if mates and rng.random() < 0.5 else absent
+            turns.append((question_about(NAMES[rng.choice(pool)]), NO))
+    return turns
+
+
+class _DialogueEncoder:
+    """Token ids and labels of conversations about one image, through the processor's chat template."""
+
+    def __init__(self, processor: LlavaProcessor, num_image_tokens: int) -> None:
+        self.processor = processor
+        self.tokenizer = processor.tokenizer
+        self.num_image_tokens = num_image_tokens
+        self.prompt_ids = lru_cache(maxsize=None)(self._prompt_ids)
+        self.answer_ids = lru_cache(maxsize=None)(self._answer_ids)
+
+    def _prompt_ids(self, question: str, first: bool) -> list[int]:
+        text = {"type": "text", "text": question}
+        content = [{"type": "image"}, text] if first else [text]
+        prompt = self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        if not first:
+            prompt = prompt.removeprefix(self.tokenizer.bos_token)
+        prompt = prompt.replace(self.processor.image_token, self.processor.image_token * self.num_image_tokens)
+        return list(self.tokenizer(prompt, add_special_tokens=False).input_ids)
+
+    def _answer_ids(self, answer: str) -> list[int]:
+        return [*self.tokenizer(answer, add_special_tokens=False).input_ids, self.tokenizer.eos_token_id]
+
+    def batch(self, dialogues: Sequence[Sequence[tuple[str, str]]]) -> tuple[Tensor, Tensor]:
+        """(ids_BS, labels_BS), right-padded; only the assistant's tokens and EOS carry a label."""
+        ids, labels = [], []
+        for turns in dialogues:
+            row: list[int] = []
+            label: list[int] = []
+            for i, (question, answer) in enumerate(turns):
+                prompt, reply = self.prompt_ids(question, i == 0), self.answer_ids(answer)
+                row += prompt + reply
+                label += [IGNORED] * len(prompt) + reply
+            ids.append(torch.tensor(row))
+            labels.append(torch.tensor(label))
+        pad = nn.utils.rnn.pad_sequence
+        ids_BS = pad(ids, batch_first=True, padding_value=self.tokenizer.pad_token_id)
+        return ids_BS, pad(labels, batch_first=True, padding_value=IGNORED)

@@ -1,0 +1,103 @@
+"""The demo's vision tower: a tiny CLIP encoder that first learns, alone, to recognise the objects.
+
+It plays the part of a pretrained CLIP: it has seen every object in every company, and some of its training
+images noisy, so that what it reports of a noised scene is vague rather than garbled. Afterwards it is frozen.
+
+Shapes: B scenes, C colour channels, H and W pixels, P patches, D tower width, K objects.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import trange
+from transformers import CLIPVisionConfig, CLIPVisionModel
+
+from .sprites import NUM_OBJECTS
+from .vocabulary import PIXEL_MEAN, PIXEL_STD
+from .world import Scene, WorldConfig, draw_scene, sample_scene
+
+
+def pixels_of(world: WorldConfig, scenes: Sequence[Scene]) -> Tensor:
+    """pixels_BCHW as the demo's image processor makes them of the saved scenes."""
+    image_BHWC = torch.from_numpy(np.stack([np.asarray(draw_scene(world, scene)) for scene in scenes]))
+    normalised_BHWC = (image_BHWC.float() / 255.0 - torch.tensor(PIXEL_MEAN)) / torch.tensor(PIXEL_STD)
+    return normalised_BHWC.permute(0, 3, 1, 2).contiguous()
+
+
+def objects_of(scenes: Sequence[Scene]) -> Tensor:
+    """present_BK: 1 where the object is in the scene."""
+    present_BK = torch.zeros(len(scenes), NUM_OBJECTS)
+    for row, scene in enumerate(scenes):
+        present_BK[row, list(scene.objects)] = 1.0
+    return present_BK
+
+
+def diffusion_coefficients(num_steps: int = 1000) -> tuple[Tensor, Tensor]:
+    """(sqrt(abar_t), sqrt(1 - abar_t)) of the noise that weakens images in bootstrapping."""
+    beta = torch.sigmoid(torch.linspace(-6, 6, num_steps)) * (0.5e-2 - 1e-5) + 1e-5
+    abar = torch.cumprod(1.0 - beta, dim=0)
+    return abar.sqrt(), (1.0 - abar).sqrt()
+
+
+def noised(pixels_BCHW: Tensor, fraction: float, generator: torch.Generator) -> Tensor:
+    """Replaces a ``fraction`` of the images by samples of q(x_t | x_0) at uniformly random steps t."""
+    signal, noise = diffusion_coefficients()
+    batch = len(pixels_BCHW)
+    step_B = torch.randint(len(signal), (batch,), generator=generator)
+    epsilon_BCHW = torch.randn(pixels_BCHW.shape, generator=generator)
+    mixed_BCHW = signal[step_B].view(-1, 1, 1, 1) * pixels_BCHW + noise[step_B].view(-1, 1, 1, 1) * epsilon_BCHW
+    chosen_B = torch.rand(batch, generator=generator) < fraction
+    return torch.where(chosen_B.view(-1, 1, 1, 1), mixed_BCHW, pixels_BCHW)
+
+
+class Recogniser(nn.Module):
+    """A tower and a linear reading of its patches: an object is present where any patch shows it."""
+
+    def __init__(self, tower: CLIPVisionModel) -> None:
+        super().__init__()
+        self.tower = tower
+        self.read = nn.Linear(tower.config.hidden_size, NUM_OBJECTS)
+
+    def forward(self, pixels_BCHW: Tensor) -> Tensor:
+        """logits_BK of the objects' presence."""
+        hidden_BPD = self.tower(pixels_BCHW).last_hidden_state[:, 1:]
+        return torch.logsumexp(self.read(hidden_BPD), dim=1)
+
+
+def train_tower(
+    config: CLIPVisionConfig,
+    world: WorldConfig,
+    *,
+    num_steps: int,
+    batch_size: int,
+    learning_rate: float,
+    noised_fraction: float,
+    progress: bool,
+) -> CLIPVisionModel:
+    """Trains a tower to recognise the objects of unbiased and biased scenes alike, and returns it frozen.
+
+    The scenes are of its own split: none is an annotation or an evaluation scene.
+    """
+    generator = torch.Generator().manual_seed(world.seed)
+    recogniser = Recogniser(CLIPVisionModel(config))
+    nn.init.constant_(recogniser.read.bias, -4.0)
+    optimizer = torch.optim.AdamW(recogniser.parameters(), lr=learning_rate, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, num_steps, pct_start=0.1)
+    bar = trange(num_steps, desc="training the vision tower", unit="step", disable=not progress)
+    for step in bar:
+        first = step * batch_size
+        scenes = [sample_scene(world, "tower", first + i, biased_fraction=0.5) for i in range(batch_size)]
+        logits_BK = recogniser(noised(pixels_of(world, scenes), noised_fraction, generator))
+        loss = F.binary_cross_entropy_with_logits(logits_BK, objects_of(scenes))
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(recogniser.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+    return recogniser.tower.requires_grad_(False).eval()
