@@ -1,0 +1,399 @@
+"""Every option of bpo: one tree of dataclasses with all defaults, a line of documentation a field, range checks at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """Which model, and how it is held.
+
+    Attributes:
+        path: Directory (or hub id) that `AutoModelForImageTextToText.from_pretrained` reads.
+        dtype: Weights and activations: float32, bfloat16 or float16; `config` takes what the model's config says.
+        vision_attention: Attention implementation of the vision tower, as transformers names it.
+        gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
+        trust_remote_code: Run code that comes with the model. Leave it off for models you did not write.
+    """
+
+    path: str = ""
+    dtype: Literal["float32", "bfloat16", "float16", "config"] = "bfloat16"
+    vision_attention: str = "sdpa"
+    gradient_checkpointing: bool = False
+    trust_remote_code: bool = False
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """Where the data lies and what fits.
+
+    Attributes:
+        annotations: LLaVA conversation JSON (or JSONL) whose answers become the chosen side.
+        groups: Preference groups, JSONL (or the paper's released JSON): written by bootstrap, read by train.
+        image_root: Folder that image paths are relative to; no path may leave it.
+        max_length_tokens: Longest sequence, prefix and one completion; completions are cut to it, prompts never.
+        max_completion_words: A completion above this many words is refused, as in the paper.
+        num_workers: Processes that decode and preprocess images ahead of training; 0 does it in line.
+    """
+
+    annotations: str = ""
+    groups: str = ""
+    image_root: str = ""
+    max_length_tokens: int = 2048
+    max_completion_words: int = 350
+    num_workers: int = 2
+
+    def __post_init__(self) -> None:
+        _check(
+            self.max_length_tokens > 0,
+            f"data.max_length_tokens is {self.max_length_tokens}; it must be positive",
+        )
+        _check(
+            self.max_completion_words > 0,
+            f"data.max_completion_words is {self.max_completion_words}; it must be positive",
+        )
+        _check(self.num_workers >= 0, f"data.num_workers is {self.num_workers}; it must be 0 or more")
+
+
+@dataclass(kw_only=True)
+class WeakenConfig:
+    """Negatives from the model's answer to a noised image (type `mllm-hal`).
+
+    Attributes:
+        noise_step: Step t of the forward diffusion x_t = sqrt(abar_t) x + sqrt(1 - abar_t) eps, 0..999; -1 adds no noise.
+        temperature: Sampling temperature; 0 is greedy.
+        top_p: Nucleus of the sampling distribution.
+        max_new_tokens: Longest answer.
+    """
+
+    noise_step: int = 900
+    temperature: float = 0.2
+    top_p: float = 1.0
+    max_new_tokens: int = 1024
+
+    def __post_init__(self) -> None:
+        _check(
+            -1 <= self.noise_step <= 999,
+            f"noise_step is {self.noise_step}; the schedule has steps 0..999 (-1: no noise)",
+        )
+        _check_sampling("bootstrap.weaken", self.temperature, self.top_p, self.max_new_tokens)
+
+
+@dataclass(kw_only=True)
+class InjectConfig:
+    """Negatives from a text-only LLM that rewrites the annotation with plausible errors (type `llm-hal`).
+
+    Attributes:
+        mode: `description` rewrites a description; `qa` answers for a similar but different image; `auto` takes
+            `description` for prompts that ask for one and `qa` for others.
+        llm: Directory of a transformers causal LM; empty takes the multimodal model's own language model.
+        gguf_file: Name of a GGUF file in that directory, when its weights come as one.
+        server_url: Base URL of an OpenAI-compatible server, such as http://localhost:8000/v1; replaces `llm`.
+        server_model: Name of the model on that server.
+        server_concurrency: Requests in flight at a time.
+        server_timeout_s: Seconds until a request is given up and tried again.
+        temperature: Sampling temperature; 0 is greedy.
+        top_p: Nucleus of the sampling distribution.
+        max_new_tokens: Longest rewriting.
+        attempts: Tries for a record whose rewriting was refused, each with its own seed.
+        dtype: Precision of the text-only LLM.
+    """
+
+    mode: Literal["description", "qa", "auto"] = "auto"
+    llm: str = ""
+    gguf_file: str = ""
+    server_url: str = ""
+    server_model: str = ""
+    server_concurrency: int = 16
+    server_timeout_s: float = 120.0
+    temperature: float = 0.8
+    top_p: float = 0.95
+    max_new_tokens: int = 1024
+    attempts: int = 1
+    dtype: Literal["float32", "bfloat16", "float16", "config"] = "config"
+
+    def __post_init__(self) -> None:
+        _check_sampling("bootstrap.inject", self.temperature, self.top_p, self.max_new_tokens)
+        _check(self.attempts >= 1, f"bootstrap.inject.attempts is {self.attempts}; it must be at least 1")
+        _check(self.server_concurrency >= 1, "bootstrap.inject.server_concurrency must be at least 1")
+        _check(
+            not (self.llm and self.server_url),
+            "bootstrap.inject.llm and bootstrap.inject.server_url are both set; choose one",
+        )
+        _check(
+            bool(self.server_model) or not self.server_url,
+            "bootstrap.inject.server_url is set but server_model is empty; name the model the server serves",
+        )
+
+
+@dataclass(kw_only=True)
+class BootstrapConfig:
+    """How negatives are made from annotations.
+
+    Attributes:
+        sources: Which negatives to make: weaken, inject, unweakened (the model's answer to the clean image, a control).
+        weaken: Options of the weakened image.
+        inject: Options of the injected errors.
+        batch_size: Answers generated at a time.
+        seed: With the record's id it decides noise and sampling.
+        limit: Use only the first so many annotations; 0 takes all.
+        max_inject_records: Inject errors into only the first so many annotations; 0 takes all.
+    """
+
+    sources: list[Literal["weaken", "inject", "unweakened"]] = field(
+        default_factory=lambda: ["weaken", "inject"]
+    )
+    weaken: WeakenConfig = field(default_factory=WeakenConfig)
+    inject: InjectConfig = field(default_factory=InjectConfig)
+    batch_size: int = 16
+    seed: int = 0
+    limit: int = 0
+    max_inject_records: int = 0
+
+    def __post_init__(self) -> None:
+        _check(self.batch_size >= 1, f"bootstrap.batch_size is {self.batch_size}; it must be at least 1")
+        _check(self.limit >= 0, f"bootstrap.limit is {self.limit}; it must be 0 (all) or more")
+        _check(self.max_inject_records >= 0, "bootstrap.max_inject_records must be 0 (all) or more")
+        _check(
+            len(self.sources) == len(set(self.sources)) and bool(self.sources),
+            "bootstrap.sources must name each source once",
+        )
+
+
+@dataclass(kw_only=True)
+class LoraConfig:
+    """Low-rank adaptation of the language model (the paper's values).
+
+    Attributes:
+        r: Rank.
+        alpha: Scale; the adapter's output is multiplied by alpha / r.
+        dropout: Dropout before the adapter.
+        target: Names of linear layers to adapt; empty takes every linear of the language model (never the LM head).
+    """
+
+    r: int = 32
+    alpha: float = 256.0
+    dropout: float = 0.05
+    target: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        _check(self.r >= 1, f"lora.r is {self.r}; it must be at least 1")
+        _check(0 <= self.dropout < 1, f"lora.dropout is {self.dropout}; it must lie in [0, 1)")
+
+
+@dataclass(kw_only=True)
+class TrainableConfig:
+    """What learns.
+
+    Attributes:
+        language: The language model: by LoRA, in full, or frozen.
+        projector: The map from vision features to the language model.
+        vision: The vision tower.
+        lm_head: The LM head and the token embeddings, when `language` is full.
+    """
+
+    language: Literal["lora", "full", "frozen"] = "lora"
+    projector: Literal["full", "frozen"] = "full"
+    vision: Literal["full", "frozen"] = "frozen"
+    lm_head: Literal["full", "frozen"] = "full"
+
+    def __post_init__(self) -> None:
+        _check(
+            "frozen" not in (self.language,) or self.projector == "full" or self.vision == "full",
+            "trainable: language, projector and vision are all frozen; nothing would learn",
+        )
+
+
+@dataclass(kw_only=True)
+class LossConfig:
+    """The preference loss.
+
+    Attributes:
+        type: Name of a loss in bpo/losses.py: sigmoid (DPO), hinge, ipo, robust, sft (chosen side alone, a control).
+        beta: Inverse temperature of the implicit reward.
+        label_smoothing: Share of pairs taken to be labelled the wrong way round.
+        chosen_nll_weight: Weight of the mean negative log-likelihood per token of the chosen answers, added to the loss.
+    """
+
+    type: str = "sigmoid"
+    beta: float = 0.1
+    label_smoothing: float = 0.0
+    chosen_nll_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check(self.beta > 0, f"loss.beta is {self.beta}; it must be positive")
+        _check(
+            0 <= self.label_smoothing < 0.5,
+            f"loss.label_smoothing is {self.label_smoothing}; it must lie in [0, 0.5)",
+        )
+        _check(
+            self.chosen_nll_weight >= 0,
+            f"loss.chosen_nll_weight is {self.chosen_nll_weight}; it must be 0 or more",
+        )
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """Optimisation, batches and saving.
+
+    Attributes:
+        output_dir: Where checkpoints, metrics and the reference store go.
+        ds_config: ZeRO, offload and communication: a file such as ds_configs/zero3.json (found in the installation too).
+        epochs: Passes over the groups.
+        max_steps: Stop after so many optimizer steps; 0 runs all epochs.
+        groups_per_step: Groups in one optimizer step over all ranks; its content does not depend on the number of ranks.
+        max_micro_batch_tokens: Packed tokens in one forward pass of one rank.
+        completion_types: Train only on completions of these types (the chosen `gt` is always kept); empty takes all.
+        lr: Peak learning rate.
+        projector_lr: Peak learning rate of the projector; 0 takes `lr`.
+        lr_schedule: Shape after warm-up.
+        warmup_ratio: Share of the steps over which the learning rate rises from 0.
+        weight_decay: Decoupled weight decay.
+        adam_beta1: Decay of AdamW's first moment.
+        adam_beta2: Decay of AdamW's second moment.
+        adam_eps: AdamW's epsilon.
+        max_grad_norm: Gradients are scaled down to this norm; 0 leaves them.
+        seed: Order of the groups, dropout and the adapter's initialisation.
+        save_every_steps: A checkpoint every so many steps; 0 saves at the end only.
+        log_every_steps: Metrics every so many steps.
+        resume: Continue from the newest checkpoint in output_dir.
+        tensorboard: Write TensorBoard files beside metrics.jsonl.
+        reference_dir: The reference store; empty puts it in output_dir/reference. Runs over the same data may share one.
+        first_loss_tolerance: Allowed gap between the first step's loss and its value for policy = reference;
+            0 takes 1e-4 in float32 and 2e-2 in half precision.
+    """
+
+    output_dir: str = "runs/train"
+    ds_config: str = "ds_configs/zero2.json"
+    epochs: int = 2
+    max_steps: int = 0
+    groups_per_step: int = 32
+    max_micro_batch_tokens: int = 8192
+    completion_types: list[str] = field(default_factory=list)
+    lr: float = 2e-6
+    projector_lr: float = 0.0
+    lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_ratio: float = 0.03
+    weight_decay: float = 0.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_eps: float = 1e-8
+    max_grad_norm: float = 1.0
+    seed: int = 0
+    save_every_steps: int = 0
+    log_every_steps: int = 1
+    resume: bool = False
+    tensorboard: bool = True
+    reference_dir: str = ""
+    first_loss_tolerance: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check(self.epochs >= 1, f"train.epochs is {self.epochs}; it must be at least 1")
+        _check(
+            self.groups_per_step >= 1,
+            f"train.groups_per_step is {self.groups_per_step}; it must be at least 1",
+        )
+        _check(self.max_micro_batch_tokens >= 1, "train.max_micro_batch_tokens must be at least 1")
+        _check(self.lr > 0, f"train.lr is {self.lr}; it must be positive")
+        _check(
+            self.projector_lr >= 0,
+            f"train.projector_lr is {self.projector_lr}; it must be 0 (train.lr) or positive",
+        )
+        _check(
+            0 <= self.warmup_ratio < 1, f"train.warmup_ratio is {self.warmup_ratio}; it must lie in [0, 1)"
+        )
+        _check(self.log_every_steps >= 1, "train.log_every_steps must be at least 1")
+        for name in (
+            "max_steps",
+            "save_every_steps",
+            "max_grad_norm",
+            "weight_decay",
+            "first_loss_tolerance",
+        ):
+            _check(getattr(self, name) >= 0, f"train.{name} is {getattr(self, name)}; it must be 0 or more")
+
+
+@dataclass(kw_only=True)
+class EvaluationConfig:
+    """What `bpo evaluate` measures.
+
+    Attributes:
+        output: JSON file for the results.
+        chair_instances: COCO instances JSON (`images`, `annotations`, `categories`); empty skips CHAIR.
+        chair_captions: COCO captions JSON; objects named there count as present too.
+        synonyms: One line an object: canonical name, then its synonyms; empty takes the categories' names.
+        chair_prompt: The request for a description.
+        pope_questions: POPE files (JSONL: question_id, image, text, label); the file's name gives the split.
+        max_new_tokens: Longest answer.
+        batch_size: Answers generated at a time.
+        limit: Score only the first so many images and questions; 0 takes all.
+    """
+
+    output: str = ""
+    chair_instances: str = ""
+    chair_captions: str = ""
+    synonyms: str = ""
+    chair_prompt: str = "Describe this image."
+    pope_questions: list[str] = field(default_factory=list)
+    max_new_tokens: int = 512
+    batch_size: int = 16
+    limit: int = 0
+
+    def __post_init__(self) -> None:
+        _check(self.batch_size >= 1, f"evaluation.batch_size is {self.batch_size}; it must be at least 1")
+        _check(self.max_new_tokens >= 1, "evaluation.max_new_tokens must be at least 1")
+
+
+@dataclass(kw_only=True)
+class ExportConfig:
+    """What `bpo export` writes.
+
+    Attributes:
+        checkpoint: A checkpoint directory, or a run's output_dir for its newest checkpoint.
+        output: Directory to write.
+        form: `merged` writes whole weights and the processor; `adapter` only what was trained, as a PEFT adapter.
+    """
+
+    checkpoint: str = ""
+    output: str = ""
+    form: Literal["merged", "adapter"] = "merged"
+
+
+@dataclass(kw_only=True)
+class Config:
+    """The whole configuration.
+
+    Attributes:
+        model: Which model, and how it is held.
+        data: Where the data lies and what fits.
+        bootstrap: How negatives are made from annotations.
+        lora: Low-rank adaptation of the language model.
+        trainable: What learns.
+        loss: The preference loss.
+        train: Optimisation, batches and saving.
+        evaluation: What `bpo evaluate` measures.
+        export: What `bpo export` writes.
+    """
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    bootstrap: BootstrapConfig = field(default_factory=BootstrapConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    trainable: TrainableConfig = field(default_factory=TrainableConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
+
+
+def _check_sampling(where: str, temperature: float, top_p: float, max_new_tokens: int) -> None:
+    _check(temperature >= 0, f"{where}.temperature is {temperature}; it must be 0 (greedy) or more")
+    _check(0 < top_p <= 1, f"{where}.top_p is {top_p}; it must lie in (0, 1]")
+    _check(max_new_tokens >= 1, f"{where}.max_new_tokens is {max_new_tokens}; it must be at least 1")

@@ -1,0 +1,224 @@
+"""Turns records into token ids: chat template, image tokens, truncation; nothing here touches a model.
+
+Shape letters: T tokens of one prompt.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bpo.config import Config
+from bpo.data.families import Family, family_of
+from bpo.data.images import ImageError, load_image
+from bpo.data.processor import Processor, load_processor
+from bpo.records import Completion, PreferenceGroup, Turn
+
+# A private-use character stands for a piece of somebody's text while the chat template is rendered.
+_LITERAL = "\ue0f0{}\ue0f1"
+_LITERAL_RE = re.compile("\ue0f0(\\d+)\ue0f1")
+
+
+class EncodingError(ValueError):
+    """A record that cannot become a sequence; the message names it and the fix."""
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedPrompt:
+    """A prompt ready for the model, image placeholders expanded, ending where the answer begins."""
+
+    record_id: str
+    prefix_ids: tuple[int, ...]
+    image_inputs: dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedGroup:
+    """A prompt with its distinct completions (each ends with EOS unless it was cut) and their scores."""
+
+    prompt: EncodedPrompt
+    completion_ids: tuple[tuple[int, ...], ...]
+    scores: tuple[float, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt.prefix_ids) + sum(len(ids) for ids in self.completion_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """A group that cannot be trained on, and why; counted and listed, never silent."""
+
+    group_id: str
+    reason: str
+    detail: str
+
+
+class Encoder:
+    """Encodes prompts and groups for one processor.
+
+    Args:
+        processor: Tokenizer, image processor and chat template of the model.
+        model_config: The model's transformers config; decides the family.
+        image_root: Folder of the images.
+        max_length_tokens: Longest prefix plus one completion.
+    """
+
+    def __init__(self, processor: Processor, model_config: Any, image_root: Path, max_length_tokens: int):
+        self.processor = processor
+        self.tokenizer = processor.tokenizer
+        self.family: Family = family_of(model_config)
+        self.image_root = image_root
+        self.max_length_tokens = max_length_tokens
+        self.image_token_id = self.family.image_token_id
+        self.eos_token_id: int = self.tokenizer.eos_token_id
+        if self.eos_token_id is None:
+            raise ValueError("the tokenizer has no EOS token; set tokenizer.eos_token to the token that ends an answer")
+        pad = self.tokenizer.pad_token_id
+        self.pad_token_id: int = self.eos_token_id if pad is None else pad
+        self._special_tokens = self._all_special_tokens()
+        special_ids = set(self._special_tokens.values()) | set(self.tokenizer.all_special_ids) | {self.image_token_id}
+        self.suppressed_token_ids: tuple[int, ...] = tuple(sorted(special_ids - {self.eos_token_id}))
+        longest_first = sorted(self._special_tokens, key=len, reverse=True)
+        self._special_re = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
+    def _all_special_tokens(self) -> dict[str, int]:
+        """Every string that the tokenizer would turn into a control token, with its id."""
+        added = getattr(self.tokenizer, "added_tokens_decoder", {})
+        tokens = {str(token): index for index, token in added.items() if token.special}
+        tokens |= {token: self.tokenizer.convert_tokens_to_ids(token) for token in self.tokenizer.all_special_tokens}
+        tokens[self.tokenizer.convert_ids_to_tokens(self.image_token_id)] = self.image_token_id
+        return {token: index for token, index in tokens.items() if token}
+
+    def encode_prompt(self, record_id: str, images: Sequence[str], prompt: Sequence[Turn]) -> EncodedPrompt:
+        """Applies the chat template with a generation prompt and expands each image placeholder.
+
+        Raises:
+            EncodingError: images and image parts differ in number, or the template lost or added one.
+            ImageError: an image cannot be read.
+        """
+        expected = sum(turn.num_images for turn in prompt)
+        if expected != len(images):
+            raise EncodingError(f"record {record_id!r}: the prompt has {expected} image parts but {len(images)} images")
+        image_inputs = self.image_inputs(images)
+        compact_ids = self._encode_turns(prompt)
+        if compact_ids.count(self.image_token_id) != expected:
+            raise EncodingError(
+                f"record {record_id!r}: the chat template gave {compact_ids.count(self.image_token_id)} image "
+                f"placeholders for {expected} images; use a processor whose template takes structured content"
+            )
+        counts = iter(self.family.num_image_tokens(image_inputs) if images else [])
+        prefix_ids: list[int] = []
+        for token in compact_ids:
+            prefix_ids.extend([token] * next(counts) if token == self.image_token_id else [token])
+        return EncodedPrompt(record_id, tuple(prefix_ids), image_inputs)
+
+    def image_inputs(self, images: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Decodes and preprocesses images: what the vision tower takes.
+
+        Raises:
+            ImageError: an image cannot be read, or the processor refuses its shape.
+        """
+        if not images:
+            return {}
+        pictures = [load_image(self.image_root, image) for image in images]
+        try:
+            return dict(self.processor.image_processor(images=pictures, return_tensors="pt"))
+        except ValueError as error:
+            sizes = ", ".join(f"{p.width}x{p.height}" for p in pictures)
+            raise ImageError(f"{', '.join(images)}: the image processor refuses it ({sizes} pixels): {error}") from error
+
+    def _encode_turns(self, prompt: Sequence[Turn]) -> list[int]:
+        """Token ids with one placeholder an image. Text that spells a control token is encoded as plain text."""
+        literals: list[str] = []
+
+        def protect(text: str) -> str:
+            def keep(match: re.Match[str]) -> str:
+                literals.append(match.group())
+                return _LITERAL.format(len(literals) - 1)
+
+            return self._special_re.sub(keep, text.replace("\ue0f0", "").replace("\ue0f1", ""))
+
+        messages = [
+            {
+                "role": turn.role,
+                "content": [
+                    {"type": "image"} if part.type == "image" else {"type": "text", "text": protect(part.text)}
+                    for part in turn.content
+                ],
+            }
+            for turn in prompt
+        ]
+        rendered = self.processor.apply_chat_template(messages)
+        bos = self.tokenizer.bos_token
+        pieces = _LITERAL_RE.split(rendered)
+        # The tokenizer adds BOS only where the template did not write one.
+        first_has_bos = bos is not None and pieces[0].startswith(bos)
+        ids = list(self.tokenizer(pieces[0], add_special_tokens=not first_has_bos)["input_ids"])
+        for index in range(1, len(pieces), 2):
+            ids += self._encode_plain(literals[int(pieces[index])])
+            ids += self.tokenizer(pieces[index + 1], add_special_tokens=False)["input_ids"]
+        return ids
+
+    def _encode_plain(self, text: str) -> list[int]:
+        """Encodes text in which no control token exists, whatever it spells."""
+        ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        if any(index in self.suppressed_token_ids or index == self.eos_token_id for index in ids):
+            unknown = self.tokenizer.unk_token_id
+            control = set(self.suppressed_token_ids) | {self.eos_token_id}
+            ids = [index for index in ids if index not in control or index == unknown]
+        return list(ids)
+
+    def encode_completion(self, response: str) -> tuple[int, ...]:
+        """Token ids of an answer with EOS at its end; control tokens spelled in it are plain text."""
+        return (*self._encode_plain(response), self.eos_token_id)
+
+    def encode_group(self, group: PreferenceGroup) -> EncodedGroup | Dropped:
+        """Encodes a group; completions are cut to `max_length_tokens`, the prompt and its images never.
+
+        Completions that are equal after tokenising count once, with the higher score: they are not a pair.
+
+        Returns:
+            The encoded group, or `Dropped` when the prompt leaves no room or no pair is left.
+        """
+        prompt = self.encode_prompt(group.id, group.images, group.prompt)
+        room = self.max_length_tokens - len(prompt.prefix_ids)
+        if room < 1:
+            detail = f"the prompt takes {len(prompt.prefix_ids)} of data.max_length_tokens={self.max_length_tokens}"
+            return Dropped(group.id, "prompt-too-long", detail)
+        best: dict[tuple[int, ...], float] = {}
+        for completion in group.completions:
+            ids = self.encode_completion(completion.response)[:room]
+            best[ids] = max(completion.score, best.get(ids, completion.score))
+        if len(set(best.values())) < 2:
+            return Dropped(group.id, "no-pair", "no two completions differ in both tokens and score")
+        return EncodedGroup(prompt, tuple(best), tuple(best.values()))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(list(ids), skip_special_tokens=True).strip()
+
+
+def keep_types(group: PreferenceGroup, types: Sequence[str]) -> PreferenceGroup:
+    """The group with its top-scored completions and those of the given types; all of them for empty `types`."""
+    if not types:
+        return group
+    top = max(completion.score for completion in group.completions)
+    kept: tuple[Completion, ...] = tuple(c for c in group.completions if c.score == top or c.type in types)
+    return PreferenceGroup(group.id, group.images, group.prompt, kept)
+
+
+def load_encoder(config: Config) -> Encoder:
+    """Reads processor and model config from `model.path`."""
+    from transformers import AutoConfig
+
+    if not config.model.path:
+        raise ValueError("model.path is empty; give the directory (or hub id) of the model")
+    trust = config.model.trust_remote_code
+    processor = load_processor(config.model.path, trust_remote_code=trust)
+    model_config = AutoConfig.from_pretrained(config.model.path, trust_remote_code=trust)
+    return Encoder(processor, model_config, Path(config.data.image_root or "."), config.data.max_length_tokens)

@@ -1,0 +1,145 @@
+"""The training groups: read, filtered, measured once, and fed to the ranks as packed micro-batches."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import DataLoader, Dataset
+
+from bpo.data.collate import collate_groups, preference_pairs, reference_key
+from bpo.data.encode import Dropped, EncodedGroup, Encoder, EncodingError, keep_types
+from bpo.data.images import ImageError, image_bytes_digest
+from bpo.records import GroupBatch, PreferenceGroup
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredGroup:
+    """What the plan and the reference store need to know of a usable group."""
+
+    num_tokens: int
+    num_pairs: int
+    reference_key: str
+
+
+class GroupDataset(Dataset):
+    """Preference groups, encoded when asked for; `measure` says once which of them can be used."""
+
+    def __init__(self, groups: Sequence[PreferenceGroup], encoder: Encoder, *, max_words: int, types: Sequence[str]):
+        self.groups = [keep_types(group, types) for group in groups]
+        self.encoder = encoder
+        self.max_words = max_words
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def encode(self, index: int) -> EncodedGroup | Dropped:
+        """Encodes one group; a broken image or record becomes `Dropped` with the error as its detail."""
+        group = self.groups[index]
+        if not group.images:
+            return Dropped(group.id, "no-image", "the group has no image to prefer an answer by")
+        longest = max(len(completion.response.split()) for completion in group.completions)
+        if longest > self.max_words:
+            detail = f"a completion of {longest} words is above data.max_completion_words={self.max_words}"
+            return Dropped(group.id, "too-many-words", detail)
+        try:
+            return self.encoder.encode_group(group)
+        except ImageError as error:
+            return Dropped(group.id, "bad-image", str(error))
+        except EncodingError as error:
+            return Dropped(group.id, "bad-record", str(error))
+
+    def measure(self, index: int) -> MeasuredGroup | Dropped:
+        encoded = self.encode(index)
+        if isinstance(encoded, Dropped):
+            return encoded
+        digests = [image_bytes_digest(self.encoder.image_root, image) for image in self.groups[index].images]
+        return MeasuredGroup(
+            num_tokens=encoded.num_tokens,
+            num_pairs=len(preference_pairs(encoded.scores)),
+            reference_key=reference_key(encoded, digests),
+        )
+
+    def measure_all(self, indices: Sequence[int], num_workers: int) -> Iterator[MeasuredGroup | Dropped]:
+        """Measures groups in worker processes, in the order of `indices`."""
+        loader = DataLoader(
+            _Measured(self), batch_size=None, sampler=list(indices), num_workers=num_workers, collate_fn=_same
+        )
+        return iter(loader)
+
+
+class _Measured(Dataset):
+    def __init__(self, dataset: GroupDataset):
+        self.dataset = dataset
+
+    def __getitem__(self, index: int) -> MeasuredGroup | Dropped:
+        return self.dataset.measure(index)
+
+
+class _MicroBatches(Dataset):
+    """One item is one micro-batch, so that a worker process prepares whole batches."""
+
+    def __init__(self, dataset: GroupDataset, keys: dict[int, str], batches: Sequence[tuple[Sequence[int], bool]]):
+        self.dataset = dataset
+        self.keys = keys
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, item: int) -> GroupBatch:
+        indices, is_filler = self.batches[item]
+        encoded = []
+        for index in indices:
+            one = self.dataset.encode(index)
+            if isinstance(one, Dropped):
+                raise RuntimeError(
+                    f"group {one.group_id!r} could be read when the run was planned and no longer can: {one.detail}; "
+                    "data must not change during a run"
+                )
+            encoded.append(one)
+        keys = [self.keys[index] for index in indices]
+        return collate_groups(encoded, self.dataset.encoder.family, keys, is_filler=is_filler)
+
+
+def iterate_micro_batches(
+    dataset: GroupDataset,
+    keys: dict[int, str],
+    batches: Sequence[tuple[Sequence[int], bool]],
+    *,
+    num_workers: int,
+    pin_memory: bool = False,
+) -> Iterator[GroupBatch]:
+    """Packed micro-batches in order, prepared ahead by worker processes.
+
+    Args:
+        batches: `(dataset indices, is_filler)` of each micro-batch.
+        keys: Reference key of each dataset index.
+    """
+    loader: DataLoader[Any] = DataLoader(
+        _MicroBatches(dataset, keys, batches),
+        batch_size=None,
+        shuffle=False,
+        num_workers=num_workers,
+        collate_fn=_same,
+        pin_memory=pin_memory,
+    )
+    return iter(loader)
+
+
+def _same(item: Any) -> Any:
+    return item
+
+
+def write_dropped(dropped: Sequence[Dropped], path: Path) -> dict[str, int]:
+    """Lists dropped groups in a JSONL file; returns how many for each reason."""
+    counts: dict[str, int] = {}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as file:
+        for one in dropped:
+            counts[one.reason] = counts.get(one.reason, 0) + 1
+            file.write(json.dumps({"id": one.group_id, "reason": one.reason, "detail": one.detail}) + "\n")
+    return counts

@@ -1,0 +1,106 @@
+"""Which groups form which optimizer step, micro-batch and rank; from lengths and the seed alone.
+
+The content of a step does not depend on the number of ranks: only its division among them does.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedStep:
+    """One optimizer step: `micro_batches[rank][k]` are group indices; every rank has the same number of them.
+
+    A rank that has no groups left gets a group of another rank with `is_filler` set: it computes (so that ZeRO's
+    collectives match) and counts nothing.
+    """
+
+    index: int
+    epoch: int
+    groups: tuple[int, ...]
+    micro_batches: tuple[tuple[tuple[int, ...], ...], ...]
+    is_filler: tuple[tuple[bool, ...], ...]
+
+
+def epoch_order(num_groups: int, seed: int, epoch: int) -> list[int]:
+    """The order of the groups in an epoch: a shuffle seeded by (seed, epoch)."""
+    order = list(range(num_groups))
+    random.Random(f"{seed}:{epoch}").shuffle(order)
+    return order
+
+
+def split_into_micro_batches(
+    groups: Sequence[int], num_tokens: Sequence[int], world_size: int, max_tokens: int
+) -> list[list[list[int]]]:
+    """Divides groups among `world_size` ranks, every rank with the same number of micro-batches.
+
+    Longest group first into the emptiest bin (LPT): deterministic, and within 4/3 of the best balance. A group above
+    `max_tokens` gets a bin of its own.
+
+    Returns:
+        `[rank][micro-batch]` lists of group indices; a bin may be empty when there are fewer groups than bins.
+    """
+    total = sum(num_tokens[g] for g in groups)
+    longest_first = sorted(groups, key=lambda g: (-num_tokens[g], g))
+    per_rank = max(1, math.ceil(total / (max_tokens * world_size)))
+    while True:
+        num_bins = per_rank * world_size
+        heap = [(0, b) for b in range(num_bins)]
+        bins: list[list[int]] = [[] for _ in range(num_bins)]
+        for group in longest_first:
+            filled, b = heapq.heappop(heap)
+            bins[b].append(group)
+            heapq.heappush(heap, (filled + num_tokens[group], b))
+        fits = all(len(one) <= 1 or sum(num_tokens[g] for g in one) <= max_tokens for one in bins)
+        if fits:
+            break
+        per_rank += 1
+    # Bin b goes to rank b % world, so that the k-th micro-batches of the ranks run side by side; order inside a bin is
+    # that of the step, whatever LPT did.
+    rank_of = {group: i for i, group in enumerate(groups)}
+    for one in bins:
+        one.sort(key=rank_of.__getitem__)
+    return [[bins[k * world_size + rank] for k in range(per_rank)] for rank in range(world_size)]
+
+
+def plan_steps(
+    num_tokens: Sequence[int],
+    *,
+    groups_per_step: int,
+    epochs: int,
+    seed: int,
+    world_size: int,
+    max_tokens: int,
+    max_steps: int = 0,
+) -> list[PlannedStep]:
+    """The whole run: shuffled epochs cut into steps of `groups_per_step` groups, the last of an epoch may be smaller.
+
+    Raises:
+        ValueError: there is nothing to train on.
+    """
+    if not num_tokens:
+        raise ValueError("there are no groups to plan: every group was dropped or the file is empty")
+    steps: list[PlannedStep] = []
+    for epoch in range(epochs):
+        order = epoch_order(len(num_tokens), seed, epoch)
+        for start in range(0, len(order), groups_per_step):
+            if max_steps and len(steps) == max_steps:
+                return steps
+            groups = order[start : start + groups_per_step]
+            steps.append(_planned_step(len(steps), epoch, groups, num_tokens, world_size, max_tokens))
+    return steps
+
+
+def _planned_step(
+    index: int, epoch: int, groups: list[int], num_tokens: Sequence[int], world_size: int, max_tokens: int
+) -> PlannedStep:
+    bins = split_into_micro_batches(groups, num_tokens, world_size, max_tokens)
+    shortest = min(groups, key=lambda g: (num_tokens[g], g))
+    filler = tuple(tuple(not one for one in rank) for rank in bins)
+    micro = tuple(tuple(tuple(one) if one else (shortest,) for one in rank) for rank in bins)
+    return PlannedStep(index, epoch, tuple(groups), micro, filler)

@@ -1,0 +1,92 @@
+"""Ranks, devices and logging from whatever started the process: deepspeed, torchrun, or SLURM's srun."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def ranks_from_environment(environ: dict[str, str] | None = None) -> Ranks:
+    """Reads RANK/WORLD_SIZE/LOCAL_RANK (deepspeed, torchrun), else SLURM_PROCID/NTASKS/LOCALID, else one process.
+
+    Raises:
+        ValueError: a variable is not a number, or the rank does not lie below the world size.
+    """
+    env = dict(os.environ) if environ is None else environ
+    if "RANK" in env:
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    elif "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
+        names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
+    else:
+        return Ranks()
+    values = []
+    for name, default in zip(names, ("0", "1", "0"), strict=True):
+        text = env.get(name, default)
+        if not text.isdigit():
+            raise ValueError(f"the environment variable {name} is {text!r}; it must be a number")
+        values.append(int(text))
+    ranks = Ranks(*values)
+    if ranks.rank >= ranks.world_size:
+        raise ValueError(f"{names[0]}={ranks.rank} does not lie below {names[1]}={ranks.world_size}")
+    return ranks
+
+
+def first_host(nodelist: str) -> str:
+    """The first host of a SLURM node list: `gpu[003-007,9],login` -> `gpu003`."""
+    match = re.match(r"([^,\[]+)(?:\[([^\],-]+)[^\]]*\])?([^,\[]*)", nodelist)
+    if match is None:
+        raise ValueError(f"cannot read a host from the SLURM node list {nodelist!r}")
+    return match.group(1) + (match.group(2) or "") + match.group(3)
+
+
+def export_torch_environment(ranks: Ranks) -> None:
+    """Sets the variables that torch.distributed reads, where the launcher did not (srun sets none of them)."""
+    os.environ.setdefault("RANK", str(ranks.rank))
+    os.environ.setdefault("WORLD_SIZE", str(ranks.world_size))
+    os.environ.setdefault("LOCAL_RANK", str(ranks.local_rank))
+    nodelist = os.environ.get("SLURM_JOB_NODELIST", "")
+    os.environ.setdefault("MASTER_ADDR", first_host(nodelist) if nodelist and ranks.world_size > 1 else "127.0.0.1")
+    # Jobs that share a node must not share a port; the job id keeps them apart.
+    job = os.environ.get("SLURM_JOB_ID", "0")
+    os.environ.setdefault("MASTER_PORT", str(29500 + int(job) % 10000 if job.isdigit() else 29500))
+
+
+def pick_device(ranks: Ranks | None = None) -> torch.device:
+    """This rank's GPU, or the CPU where there is none."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    local = (ranks or ranks_from_environment()).local_rank
+    return torch.device("cuda", local % torch.cuda.device_count())
+
+
+def setup_logging(ranks: Ranks) -> None:
+    """Rank 0 logs INFO, the others only warnings; every line names its rank where there are several."""
+    where = f"[rank {ranks.rank}] " if ranks.world_size > 1 else ""
+    logging.basicConfig(
+        level=logging.INFO if ranks.is_main else logging.WARNING,
+        format=f"%(asctime)s {where}%(levelname)s %(name)s: %(message)s",
+        datefmt="%H:%M:%S",
+        stream=sys.stderr,
+    )
+    for noisy in ("transformers", "DeepSpeed", "urllib3", "PIL"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)

@@ -1,0 +1,133 @@
+"""The records that pass between the stages of bpo. Every stage takes and returns one of these.
+
+Shape letters: T packed tokens, N response tokens (predictor rows), G groups, C completions, P pairs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:  # reading and writing records needs no torch
+    import torch
+
+Role = Literal["system", "user", "assistant"]
+ROLES: tuple[str, ...] = ("system", "user", "assistant")
+
+
+@dataclass(frozen=True, slots=True)
+class ContentPart:
+    """One piece of a turn: text, or the place of the next image."""
+
+    type: Literal["text", "image"]
+    text: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One turn of a conversation as structured content, the form a chat template takes."""
+
+    role: Role
+    content: tuple[ContentPart, ...]
+
+    @property
+    def text(self) -> str:
+        return "".join(part.text for part in self.content if part.type == "text")
+
+    @property
+    def num_images(self) -> int:
+        return sum(part.type == "image" for part in self.content)
+
+
+@dataclass(frozen=True, slots=True)
+class Annotation:
+    """One image (or several), a prompt that ends with a user turn, and the dataset's answer."""
+
+    id: str
+    images: tuple[str, ...]
+    prompt: tuple[Turn, ...]
+    response: str
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """How a completion came to be; enough to make it again."""
+
+    source: str
+    model: str | None = None
+    noise_step: int | None = None
+    mode: str | None = None
+    seed: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    max_new_tokens: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """An answer with its score (higher is preferred) and type (`gt`, `mllm-hal`, `llm-hal`, ...)."""
+
+    response: str
+    score: float
+    type: str
+    provenance: Provenance | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PreferenceGroup:
+    """One prompt about one image (or several) and K >= 2 completions.
+
+    The preference pairs are all (i, j) with `score_i > score_j` (arXiv 2403.08730, released schema).
+    """
+
+    id: str
+    images: tuple[str, ...]
+    prompt: tuple[Turn, ...]
+    completions: tuple[Completion, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PackedLayout:
+    """Where prefixes and completions stand in a packed row; attention reads nothing else.
+
+    Spans are half-open `(start, end)` in the row, ascending and without gaps:
+    prefix_0, its completions, prefix_1, its completions, ...
+    """
+
+    prefix_spans: tuple[tuple[int, int], ...]
+    completion_spans: tuple[tuple[tuple[int, int], ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class GroupBatch:
+    """Several groups packed into one row without padding: the unit of one forward pass.
+
+    input_ids_T: token ids, image placeholders expanded.
+    position_ids_XT: [1, T], or [3, T] for multimodal rotary positions; restart after the prefix for each completion.
+    image_inputs: keyword arguments of the vision tower, the images of all groups in order.
+    predictor_rows_N: the row of T whose hidden state predicts `target_N`.
+    completion_of_token_N: index into the C completions of this batch.
+    pairs_P2: (preferred, dispreferred) completion indices.
+    pair_weight_P: 1, or 0 in a batch that only keeps a rank in step with the others.
+    reference_logp_N: fp32 log-probs of the reference, or None while they are being computed.
+    """
+
+    group_ids: tuple[str, ...]
+    layout: PackedLayout
+    input_ids_T: torch.Tensor
+    position_ids_XT: torch.Tensor
+    image_inputs: dict[str, torch.Tensor]
+    predictor_rows_N: torch.Tensor
+    target_N: torch.Tensor
+    completion_of_token_N: torch.Tensor
+    pairs_P2: torch.Tensor
+    pair_weight_P: torch.Tensor
+    reference_logp_N: torch.Tensor | None = None
+    reference_keys: tuple[str, ...] = field(default=())
+
+    @property
+    def num_completions(self) -> int:
+        return sum(len(spans) for spans in self.layout.completion_spans)
