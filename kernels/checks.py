@@ -1,0 +1,200 @@
+"""What every implementation of the operations shares: argument checks, precisions and chunk sizes.
+
+Legend: N rows (response tokens), H hidden size, V vocabulary, P pairs, n rows of one chunk.
+
+No function here reads a value that lives on a GPU: shapes, dtypes and devices are checked everywhere, index
+ranges only on CPU tensors (on CUDA that would synchronise; an out-of-range target gives NaN there, see README.md).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+LOSS_TYPES = ("sigmoid", "hinge", "ipo", "robust")
+
+# Bytes that the logits of one chunk of rows may take. 2,048 rows of LLaVA's 32,064 tokens in fp32 are
+# 250 MiB; on a GPU the rows of a whole micro-batch of Qwen2.5-VL (152,064 tokens) should fit, so that nothing
+# is recomputed.
+CPU_LOGITS_BUDGET_BYTES = 256 << 20
+CUDA_LOGITS_BUDGET_BYTES = 2 << 30
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_HALVES = (torch.float16, torch.bfloat16)
+
+
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The precision of log-probs and sums: fp64 for fp64 inputs (gradcheck), else fp32."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def rows_per_chunk(num_rows: int, vocab: int, itemsize: int, budget_bytes: int | None, device: torch.device) -> int:
+    """Rows whose logits, `itemsize` bytes each, fit `budget_bytes` (None: the device's default); at least 1.
+
+    The rows are spread evenly over the chunks: a last chunk of three rows would waste a GEMM.
+    """
+    if budget_bytes is None:
+        budget_bytes = CUDA_LOGITS_BUDGET_BYTES if device.type == "cuda" else CPU_LOGITS_BUDGET_BYTES
+    largest = max(1, budget_bytes // (vocab * itemsize))
+    num_chunks = max(1, -(-num_rows // largest))
+    return max(1, -(-num_rows // num_chunks))
+
+
+def mm_fp32(a_MK: Tensor, b_KN: Tensor) -> Tensor:
+    """`a @ b` accumulated *and returned* in fp32 (fp64 for fp64), for half-precision inputs too.
+
+    Half-precision logits would be rounded to a spacing of 0.125 between 16 and 32, which is a noise of
+    some tenths of a nat on a sequence's log-prob. On CUDA the vendor GEMM writes fp32 itself.
+    """
+    if a_MK.dtype not in _HALVES:
+        return torch.mm(a_MK, b_KN)
+    if a_MK.is_cuda:
+        return torch.mm(a_MK, b_KN, out_dtype=torch.float32)
+    return torch.mm(a_MK.float(), b_KN.float())
+
+
+def autocast_hidden(hidden_NH: Tensor) -> Tensor:
+    """`hidden` in autocast's dtype where autocast is on, as `torch.nn.functional.linear` would take it."""
+    kind = hidden_NH.device.type
+    if hidden_NH.dtype is not torch.float64 and torch.is_autocast_enabled(kind):
+        return hidden_NH.to(torch.get_autocast_dtype(kind))
+    return hidden_NH
+
+
+def check_target(target_N: Tensor, num_rows: int, vocab: int, device: torch.device) -> None:
+    """Raises ValueError unless `target_N` holds `num_rows` token ids in [0, vocab) on `device`."""
+    if target_N.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"target_N has dtype {target_N.dtype}: give token ids as torch.int64")
+    if target_N.shape != (num_rows,):
+        raise ValueError(
+            f"target_N has shape {tuple(target_N.shape)}, the rows are {num_rows}: give one target per row, "
+            "flattened, and select the response rows before the call"
+        )
+    if target_N.device != device:
+        raise ValueError(f"target_N is on {target_N.device}, the rows on {device}: move it there")
+    check_index_range("target_N", target_N, vocab, "drop ignored rows (-100) before the call")
+
+
+def check_index_range(name: str, index: Tensor, size: int, fix: str) -> None:
+    """Raises ValueError where a CPU index tensor leaves [0, size). Skipped on other devices and when compiling."""
+    if index.device.type != "cpu" or torch.compiler.is_compiling() or index.numel() == 0:
+        return
+    low, high = (int(bound) for bound in torch.aminmax(index.reshape(-1)))
+    if low < 0 or high >= size:
+        raise ValueError(f"{name} holds {low if low < 0 else high}, outside [0, {size}): {fix}")
+
+
+def _check_matrix(name: str, matrix: Tensor, letters: str) -> None:
+    if matrix.dim() != 2:
+        raise ValueError(f"{name} has shape {tuple(matrix.shape)}, expected [{letters}]: flatten it")
+    if matrix.dtype not in _FLOATS:
+        raise ValueError(f"{name} has dtype {matrix.dtype}: use one of float16, bfloat16, float32, float64")
+
+
+def check_logprob_gather(logits_NV: Tensor, target_N: Tensor) -> None:
+    """Raises ValueError where `logprob_gather` cannot take these arguments."""
+    _check_matrix("logits_NV", logits_NV, "N, V")
+    num_rows, vocab = logits_NV.shape
+    if vocab == 0:
+        raise ValueError("logits_NV has no columns: the vocabulary is empty")
+    check_target(target_N, num_rows, vocab, logits_NV.device)
+
+
+def check_linear_logprob(
+    hidden_NH: Tensor,
+    weight_VH: Tensor,
+    target_N: Tensor,
+    bias_V: Tensor | None,
+    softcap: float | None,
+    budget_bytes: int | None,
+) -> None:
+    """Raises ValueError where `linear_logprob` cannot take these arguments."""
+    _check_matrix("hidden_NH", hidden_NH, "N, H")
+    if weight_VH.numel() == 0:
+        raise ValueError(
+            f"weight_VH has shape {tuple(weight_VH.shape)}, so it holds nothing: under ZeRO-3 call the operation "
+            "inside the forward of the module that owns the weight, so that it is gathered"
+        )
+    _check_matrix("weight_VH", weight_VH, "V, H")
+    vocab, hidden_size = weight_VH.shape
+    if hidden_NH.shape[1] != hidden_size:
+        raise ValueError(
+            f"hidden_NH {tuple(hidden_NH.shape)} and weight_VH {tuple(weight_VH.shape)} differ in H: "
+            "give the weight as nn.Linear holds it, [V, H]"
+        )
+    for name, tensor in (("weight_VH", weight_VH), ("bias", bias_V)):
+        if tensor is None:
+            continue
+        if tensor.device != hidden_NH.device:
+            raise ValueError(f"{name} is on {tensor.device}, hidden_NH on {hidden_NH.device}: move one of them")
+        if tensor.dtype != hidden_NH.dtype and not torch.is_autocast_enabled(hidden_NH.device.type):
+            raise ValueError(
+                f"{name} is {tensor.dtype}, hidden_NH {hidden_NH.dtype}: cast one of them, or run under autocast"
+            )
+    if bias_V is not None and bias_V.shape != (vocab,):
+        raise ValueError(f"bias has shape {tuple(bias_V.shape)}, expected ({vocab},): one per vocabulary entry")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap is {softcap}: use a positive number, or None for no cap")
+    if budget_bytes is not None and budget_bytes <= 0:
+        raise ValueError(f"budget_bytes is {budget_bytes}: use a positive number, or None for the default")
+    check_target(target_N, hidden_NH.shape[0], vocab, hidden_NH.device)
+
+
+def check_preference_options(beta: float, label_smoothing: float, loss_type: str) -> None:
+    """Raises ValueError for an unknown loss or coefficients outside its range."""
+    if loss_type not in LOSS_TYPES:
+        raise ValueError(f"loss_type is {loss_type!r}: use one of {', '.join(LOSS_TYPES)}")
+    if not beta > 0:
+        raise ValueError(f"beta is {beta}: use a positive number (the paper uses 0.1)")
+    if not 0 <= label_smoothing < 0.5:
+        raise ValueError(f"label_smoothing is {label_smoothing}: it is the share of flipped pairs, use [0, 0.5)")
+    if label_smoothing and loss_type not in ("sigmoid", "robust"):
+        raise ValueError(
+            f"label_smoothing is {label_smoothing} but loss_type {loss_type!r} has none: "
+            "set 0, or use sigmoid or robust"
+        )
+
+
+def check_preference_loss(
+    policy_logp_N: Tensor,
+    reference_logp_N: Tensor,
+    completion_of_token_N: Tensor,
+    pairs_P2: Tensor,
+    token_weight_N: Tensor | None,
+    num_completions: int | None,
+) -> int:
+    """Returns the number of completions; raises ValueError where `preference_loss` cannot take these tensors."""
+    device, shape = policy_logp_N.device, policy_logp_N.shape
+    if policy_logp_N.dim() != 1:
+        raise ValueError(f"policy_logp_N has shape {tuple(shape)}, expected [N]: flatten it")
+    for name, tensor in (
+        ("reference_logp_N", reference_logp_N),
+        ("completion_of_token_N", completion_of_token_N),
+        ("token_weight_N", token_weight_N),
+        ("pairs_P2", pairs_P2),
+    ):
+        if tensor is None:
+            continue
+        if tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device}, policy_logp_N on {device}: move it there")
+        if name != "pairs_P2" and tensor.shape != shape:
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)}, policy_logp_N {tuple(shape)}: give one per token"
+            )
+        is_index = name in ("completion_of_token_N", "pairs_P2")
+        allowed = (torch.int64, torch.int32) if is_index else _FLOATS
+        if tensor.dtype not in allowed:
+            raise ValueError(f"{name} has dtype {tensor.dtype}: use {'torch.int64' if is_index else 'a float type'}")
+    if policy_logp_N.dtype not in _FLOATS:
+        raise ValueError(f"policy_logp_N has dtype {policy_logp_N.dtype}: use a float type")
+    if pairs_P2.dim() != 2 or pairs_P2.shape[1] != 2:
+        raise ValueError(f"pairs_P2 has shape {tuple(pairs_P2.shape)}, expected [P, 2]: rows of (chosen, rejected)")
+    if num_completions is None:
+        highest = [int(index.max()) for index in (completion_of_token_N, pairs_P2) if index.numel()]
+        num_completions = max(highest, default=-1) + 1
+    elif num_completions < 0:
+        raise ValueError(f"num_completions is {num_completions}: use the number of completions in the batch")
+    fix = f"raise num_completions (now {num_completions}) or correct the index"
+    check_index_range("completion_of_token_N", completion_of_token_N, num_completions, fix)
+    check_index_range("pairs_P2", pairs_P2, num_completions, fix)
+    return num_completions

@@ -1,0 +1,108 @@
+"""The public operations: Triton on CUDA, plain PyTorch elsewhere, one signature.
+
+Legend: N rows (response tokens), H hidden size, V vocabulary, P pairs.
+
+The environment variable BPO_KERNELS chooses: `auto` (default), `triton` or `reference`. Each choice is logged
+once. Triton is imported at the first call that uses it, so this module imports where Triton is missing. An
+implementation that was chosen and fails is an error, never a silent change to a slower one.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from . import reference
+
+logger = logging.getLogger(__name__)
+
+ENVIRONMENT_VARIABLE = "BPO_KERNELS"
+CHOICES = ("auto", "triton", "reference")
+_logged: set[str] = set()
+
+
+def chosen_implementation(tensor: Tensor) -> str:
+    """`triton` or `reference`: what the operations use for `tensor` (its device and dtype decide).
+
+    Raises:
+        ValueError: BPO_KERNELS holds another word, or asks for Triton where it cannot run.
+    """
+    choice = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
+    if choice not in CHOICES:
+        raise ValueError(f"{ENVIRONMENT_VARIABLE} is {choice!r}: set it to one of {', '.join(CHOICES)}")
+    if choice == "auto":
+        # fp64 is for checking, and Triton's kernels compute in fp32.
+        return "triton" if tensor.is_cuda and tensor.dtype is not torch.float64 else "reference"
+    if choice == "triton" and not tensor.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(
+            f"{ENVIRONMENT_VARIABLE} is 'triton' but the tensor is on {tensor.device}: move it to a GPU, set "
+            "TRITON_INTERPRET=1 before Python starts (slow, for checking), or set BPO_KERNELS=auto"
+        )
+    return choice
+
+
+def _implementation(operation: str, tensor: Tensor) -> ModuleType:
+    """The module that holds `operation` for `tensor`."""
+    choice = chosen_implementation(tensor)
+    if choice not in _logged and not torch.compiler.is_compiling():
+        _logged.add(choice)
+        logger.info("kernels: %s on %s", choice, tensor.device.type)
+    if choice == "reference":
+        return reference
+    try:
+        return importlib.import_module(f".{operation}", __package__)
+    except ImportError as error:
+        raise ImportError(
+            f"kernels: {tensor.device} uses Triton, which cannot be imported ({error}): install triton, "
+            f"or set {ENVIRONMENT_VARIABLE}=reference for plain PyTorch"
+        ) from error
+
+
+def logprob_gather(logits_NV: Tensor, target_N: Tensor) -> Tensor:
+    """Log-probs of the targets from logits; see `reference.logprob_gather`."""
+    return _implementation("logprob_gather", logits_NV).logprob_gather(logits_NV, target_N)
+
+
+def linear_logprob(
+    hidden_NH: Tensor,
+    weight_VH: Tensor,
+    target_N: Tensor,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    scale: float = 1.0,
+    *,
+    budget_bytes: int | None = None,
+) -> Tensor:
+    """Log-probs of the targets from hidden states and the LM head; see `reference.linear_logprob`."""
+    operation = _implementation("linear_logprob", hidden_NH).linear_logprob
+    return operation(hidden_NH, weight_VH, target_N, bias, softcap, scale, budget_bytes=budget_bytes)
+
+
+def preference_loss(
+    policy_logp_N: Tensor,
+    reference_logp_N: Tensor,
+    completion_of_token_N: Tensor,
+    pairs_P2: Tensor,
+    beta: float,
+    label_smoothing: float = 0.0,
+    loss_type: str = "sigmoid",
+    token_weight_N: Tensor | None = None,
+    num_completions: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses and rewards of every pair; see `reference.preference_loss`."""
+    return _implementation("preference_loss", policy_logp_N).preference_loss(
+        policy_logp_N,
+        reference_logp_N,
+        completion_of_token_N,
+        pairs_P2,
+        beta,
+        label_smoothing,
+        loss_type,
+        token_weight_N,
+        num_completions,
+    )
