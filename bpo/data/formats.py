@@ -14,7 +14,7 @@ that nothing is lost unseen.
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -214,7 +214,7 @@ def _completion(entry: Any, name: str, where: str, strict: bool) -> Completion:
     if not response.strip():
         raise ValueError(f"{where}: {name}.response is empty; remove the completion")
     score = _required(entry, "score", f"{where}: {name}")
-    if isinstance(score, bool) or not isinstance(score, (int, float)) or not math.isfinite(score):
+    if isinstance(score, bool) or not isinstance(score, (int, float)) or not abs(score) <= sys.float_info.max:
         raise ValueError(f"{where}: {name}.score is {score!r}; it must be a finite number (higher is preferred)")
     kind = _text(_required(entry, "type", f"{where}: {name}"), f"{name}.type", where)
     provenance = entry.get("provenance")

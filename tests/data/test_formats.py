@@ -105,9 +105,7 @@ _PROVENANCES = st.none() | st.builds(
     temperature=st.none() | st.floats(0, 2),
     seed=st.none() | st.integers(),
 )
-_COMPLETIONS = st.builds(
-    Completion, _ANSWERS, st.floats(allow_nan=False, allow_infinity=False), _ANSWERS, _PROVENANCES
-)
+_COMPLETIONS = st.builds(Completion, _ANSWERS, st.floats(allow_nan=False, allow_infinity=False), _ANSWERS, _PROVENANCES)
 _TURNS = st.builds(
     Turn, st.sampled_from(["user", "assistant", "system"]), st.lists(_TEXTS.map(text), max_size=3).map(tuple)
 )
@@ -148,6 +146,7 @@ GT, OTHER = group_json()["completions"]
         (group_json(completions=[GT, OTHER | {"score": float("nan")}]), "NaN is not a JSON number"),
         (group_json(completions=[GT, OTHER | {"score": "0"}]), r"score is '0'; it must be a finite number"),
         (group_json(completions=[GT, OTHER | {"score": True}]), "score is True"),
+        (group_json(completions=[GT, OTHER | {"score": 10**400}]), "score is 1000"),
         (group_json(completions=[GT, OTHER | {"note": 1}]), "unknown key 'note'"),
         (group_json(completions=[GT, OTHER | {"provenance": {"source": "x", "beam": 3}}]), "unknown key 'beam'"),
         (group_json(tag=1), "unknown key 'tag'"),
@@ -164,6 +163,9 @@ def test_a_bad_group_is_refused_by_file_line_and_field(tmp_path: Path, record: A
 
 def test_broken_files_are_named(tmp_path: Path) -> None:
     path = tmp_path / "g.jsonl"
+    path.write_text(json.dumps(group_json()).replace('"score": 0', '"score": 1e999'))
+    with pytest.raises(ValueError, match="score is inf"):
+        read_groups(path)
     path.write_text(json.dumps(group_json()) + '\n{"id": "b", ')
     with pytest.raises(ValueError, match="line 2: not JSON"):
         read_groups(path)
@@ -241,11 +243,13 @@ def test_image_markers(tmp_path: Path, image: Any, value: str, content: tuple[Co
 
 def test_markers_over_several_turns(tmp_path: Path) -> None:
     late = conversation("Hello, do you know <b>?", "Hi <image>.", "<image>\nWhat?", "A bus.")
+    answered = conversation("Hello?", "Hi <image>.", "What?", "A bus.", record_id="c")
     spread = conversation("<image>\nOne?", "A bus.", "<image>\nTwo?", "A tram.", image=["x", "y"], record_id="b")
-    annotations = read_annotations(write(tmp_path / "a.jsonl", late, spread)).annotations
+    annotations = read_annotations(write(tmp_path / "a.jsonl", late, spread, answered)).annotations
     assert [turn.num_images for turn in annotations[0].prompt] == [0, 0, 1]
     assert annotations[0].prompt[1].text == "Hi <image>."
     assert [turn.num_images for turn in annotations[1].prompt] == [1, 0, 1]
+    assert [turn.num_images for turn in annotations[2].prompt] == [1, 0, 0]
 
 
 def test_unusable_records_are_counted_by_reason(tmp_path: Path) -> None:
@@ -253,6 +257,8 @@ def test_unusable_records_are_counted_by_reason(tmp_path: Path) -> None:
     gpt_first = conversation("Hi", "<image>\nWhat?", "A bus.", record_id="g")
     for turn, speaker in zip(gpt_first["conversations"], ("gpt", "human", "gpt"), strict=True):
         turn["from"] = speaker
+    twice = conversation("<image>\nWhat?", "A bus.", "A red bus.", record_id="2")
+    twice["conversations"][2]["from"] = "gpt"
     path = write_list(
         tmp_path / "a.json",
         conversation("<image>\nWhat?", "A bus."),
@@ -260,13 +266,14 @@ def test_unusable_records_are_counted_by_reason(tmp_path: Path) -> None:
         conversation("<image>\nWhat?", record_id="unanswered"),
         conversation("<image>\nWhat?", " ", record_id="blank"),
         gpt_first,
+        twice,
     )
     file = read_annotations(path)
     assert [annotation.id for annotation in file.annotations] == ["a"]
     assert file.skipped == {
         "text only": ("t",),
         "no answer": ("unanswered", "blank"),
-        "turns do not alternate": ("g",),
+        "turns do not alternate": ("g", "2"),
     }
 
 
