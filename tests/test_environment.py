@@ -1,0 +1,138 @@
+"""`make .venv` (.ci/venv) with a stand-in for Python that records what pip was asked for. Installs nothing.
+
+Run: python -m pytest tests/test_environment.py
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+# `-m venv DIR` copies the stand-in into DIR/bin/python; `-m pip` appends its arguments to pip.log and may be told to
+# fail or to take the whole installation down with it; anything else is for the real interpreter.
+STAND_IN = f"""#!/usr/bin/env bash
+case "$1 $2" in
+    "-m venv") mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
+    "-m pip")
+        echo "$@" >>pip.log
+        if [[ -e pip-fails && "$*" == *torch* ]]; then exit 1; fi
+        if [[ -e pip-is-killed && "$*" == *torch* ]]; then kill -9 $PPID; fi ;;
+    *) exec "{sys.executable}" "$@" ;;
+esac
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, repo_root: Path) -> Path:
+    root = tmp_path / "a clone"
+    (root / ".ci").mkdir(parents=True)
+    for name in ("Makefile", "setup.py", "constraints.txt", ".ci/venv"):
+        shutil.copy(repo_root / name, root / name)
+    write_program(root / "standin", STAND_IN)
+    return root
+
+
+def write_program(path: Path, text: str) -> None:
+    path.write_text(text)
+    path.chmod(0o755)
+
+
+def make(root: Path, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["make", *words], cwd=root, capture_output=True, text=True, timeout=60, env={**os.environ, **env}
+    )
+
+
+def build(root: Path) -> subprocess.CompletedProcess[str]:
+    return make(root, ".venv", "PYTHON=./standin")
+
+
+def pip_calls(root: Path) -> list[str]:
+    log = root / "pip.log"
+    return log.read_text().splitlines() if log.exists() else []
+
+
+def test_first_call_installs_pinned_versions_torch_before_bpo_and_second_call_reuses(checkout: Path) -> None:
+    assert build(checkout).returncode == 0
+    calls = pip_calls(checkout)
+    assert all("-c constraints.txt" in call for call in calls)
+    torch, bpo = (next(i for i, call in enumerate(calls) if word in call) for word in (" torch", "-e .[dev]"))
+    assert torch < bpo and "--no-build-isolation" in calls[bpo]
+
+    again = make(checkout, ".venv")  # without PYTHON: whatever is there
+    assert again.returncode == 0 and again.stdout == ""
+    (checkout / "setup.py").touch()
+    assert make(checkout, ".venv").returncode == 0
+    assert pip_calls(checkout) == calls
+
+
+@pytest.mark.parametrize("name", ["setup.py", "constraints.txt"])
+def test_changed_requirements_install_again(checkout: Path, name: str) -> None:
+    build(checkout)
+    num_calls = len(pip_calls(checkout))
+    with (checkout / name).open("a") as file:
+        file.write("# one more line\n")
+    assert make(checkout, ".venv").returncode == 0
+    assert len(pip_calls(checkout)) == 2 * num_calls
+
+
+def test_killed_installation_starts_over(checkout: Path) -> None:
+    (checkout / "pip-is-killed").touch()
+    assert build(checkout).returncode != 0
+    (checkout / ".venv" / "half-written").touch()
+    (checkout / "pip-is-killed").unlink()
+    again = build(checkout)
+    assert again.returncode == 0 and "starting over" in again.stdout
+    assert not (checkout / ".venv" / "half-written").exists()
+
+
+def test_failed_installation_is_reported_and_goes_on_next_time(checkout: Path) -> None:
+    (checkout / "pip-fails").touch()
+    failed = build(checkout)
+    assert failed.returncode != 0 and "error: pip could not install torch" in failed.stderr
+    (checkout / ".venv" / "already-installed").touch()
+    (checkout / "pip-fails").unlink()
+    assert build(checkout).returncode == 0
+    assert (checkout / ".venv" / "already-installed").exists()
+    assert make(checkout, ".venv").stdout == ""
+
+
+def test_moved_checkout_starts_over(checkout: Path) -> None:
+    build(checkout)
+    moved = checkout.rename(checkout.parent / "moved")
+    again = build(moved)
+    assert again.returncode == 0 and "starting over" in again.stdout
+
+
+def test_extra_index_reaches_torch_alone(checkout: Path) -> None:
+    assert make(checkout, ".venv", "PYTHON=./standin", "TORCH_INDEX=https://cpu.example").returncode == 0
+    assert [call.split()[-1] for call in pip_calls(checkout) if "https://cpu.example" in call] == ["torch"]
+
+
+@pytest.mark.parametrize(
+    ("program", "message"),
+    [
+        (None, "PYTHON=./other does not run"),
+        ('[[ "$2" == *exit* ]] && exit 1; echo 3.9', "PYTHON=./other is Python 3.9; the pinned versions need 3.11"),
+        ('[[ "$2" == *ensurepip* ]] && exit 1; echo 3.11', "apt install python3.11-venv"),
+    ],
+    ids=["absent", "too old", "without venv"],
+)
+def test_unusable_python_is_named(checkout: Path, program: str | None, message: str) -> None:
+    if program is not None:
+        write_program(checkout / "other", f"#!/usr/bin/env bash\n{program}\n")
+    result = make(checkout, ".venv", "PYTHON=./other")
+    assert result.returncode != 0 and message in result.stderr
+    assert not (checkout / ".venv").exists()
+
+
+def test_another_python_than_that_of_the_environment_is_refused(checkout: Path) -> None:
+    build(checkout)
+    write_program(checkout / "other", '#!/usr/bin/env bash\n[[ "$2" == *print* ]] && echo 3.13; exit 0\n')
+    result = make(checkout, ".venv", "PYTHON=./other")
+    assert result.returncode != 0 and "run 'make clean' first" in result.stderr
