@@ -145,6 +145,7 @@ class BootstrapConfig:
         seed: With the record's id it decides noise and sampling.
         limit: Use only the first so many annotations; 0 takes all.
         max_inject_records: Inject errors into only the first so many annotations; 0 takes all.
+        stall_timeout_s: Rank 0 gives up waiting for the other ranks when none finished a batch for so many seconds.
     """
 
     sources: list[Literal["weaken", "inject", "unweakened"]] = field(
@@ -156,11 +157,13 @@ class BootstrapConfig:
     seed: int = 0
     limit: int = 0
     max_inject_records: int = 0
+    stall_timeout_s: float = 3600.0
 
     def __post_init__(self) -> None:
         _check(self.batch_size >= 1, f"bootstrap.batch_size is {self.batch_size}; it must be at least 1")
         _check(self.limit >= 0, f"bootstrap.limit is {self.limit}; it must be 0 (all) or more")
         _check(self.max_inject_records >= 0, "bootstrap.max_inject_records must be 0 (all) or more")
+        _check(self.stall_timeout_s > 0, "bootstrap.stall_timeout_s must be positive")
         _check(
             len(self.sources) == len(set(self.sources)) and bool(self.sources),
             "bootstrap.sources must name each source once",

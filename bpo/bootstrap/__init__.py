@@ -1,0 +1,1 @@
+"""Negatives from the model itself: answers to a weakened image, and annotations with injected errors."""

@@ -1,0 +1,155 @@
+"""Text-only LLMs that inject errors: any transformers causal LM, or the multimodal model's own language model.
+
+A generator takes a batch of requests and gives a reply to each; `bpo/bootstrap/server.py` has one that asks a server.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from bpo.bootstrap.inject import InjectionRequest, as_plain_text
+from bpo.config import InjectConfig
+from bpo.data.encode import Encoder, EncodingError
+from bpo.model.generate import generate_ids, generate_prompts
+from bpo.records import ContentPart, Turn
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What an LLM answered.
+
+    Attributes:
+        text: The answer, before cleaning.
+        finished: Whether it ended by itself and not at its budget.
+        error: Why there is no answer to this one request, or None.
+    """
+
+    text: str
+    finished: bool = True
+    error: str | None = None
+
+
+class TextGenerator(Protocol):
+    """A text-only LLM."""
+
+    name: str
+    special_tokens: tuple[str, ...]
+
+    def reply(self, requests: Sequence[InjectionRequest]) -> list[Reply]:
+        """One reply a request, in order; a reply depends on its request alone."""
+
+
+class TransformersGenerator:
+    """A causal LM in memory: batched, left-padded, sampled by each request's own seed.
+
+    A model with a chat template gets the worked examples as turns; one without continues a plain text.
+
+    Args:
+        model: From `AutoModelForCausalLM`, in eval mode.
+        tokenizer: Its tokenizer.
+        name: For the provenance of what it writes.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, options: InjectConfig, name: str):
+        self.model, self.tokenizer, self.options, self.name = model, tokenizer, options, name
+        self.special_tokens = tuple(tokenizer.all_special_tokens)
+        self._eos_ids = _eos_ids(model, tokenizer)
+        added = getattr(tokenizer, "added_tokens_decoder", {})
+        self._control = {str(token): index for index, token in added.items() if token.special}
+        self._control |= dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+        self._suppressed = sorted(set(self._control.values()) - set(self._eos_ids))
+
+    def reply(self, requests: Sequence[InjectionRequest]) -> list[Reply]:
+        answers = generate_ids(
+            self.model,
+            [self.encode(request) for request in requests],
+            pad_token_id=self._eos_ids[0] if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id,
+            eos_token_ids=self._eos_ids,
+            suppressed_token_ids=self._suppressed,
+            max_new_tokens=[request.max_new_tokens for request in requests],
+            temperature=self.options.temperature,
+            top_p=self.options.top_p,
+            seeds=[request.seed for request in requests],
+        )
+        return [Reply(self.tokenizer.decode(ids, skip_special_tokens=True), ended) for ids, ended in answers]
+
+    def encode(self, request: InjectionRequest) -> list[int]:
+        """Token ids of a request; a control token spelled in somebody's text loses its brackets."""
+        if not self.tokenizer.chat_template:
+            return list(self.tokenizer(self._disarm(as_plain_text(request)))["input_ids"])
+        messages = [{"role": m.role, "content": self._disarm(m.content)} for m in request.messages]
+        rendered = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        return list(self.tokenizer(rendered, add_special_tokens=False)["input_ids"])
+
+    def _disarm(self, text: str) -> str:
+        for token in self._control:
+            text = text.replace(token, token.strip("<>[]|/ "))
+        return text
+
+
+class OwnLanguageModel:
+    """The multimodal model answering without an image: its own language model, through its own chat template."""
+
+    def __init__(self, model: Any, encoder: Encoder, options: InjectConfig, name: str):
+        self.model, self.encoder, self.options, self.name = model, encoder, options, name
+        self.special_tokens = tuple(encoder.tokenizer.all_special_tokens)
+
+    def reply(self, requests: Sequence[InjectionRequest]) -> list[Reply]:
+        prompts = [self.encoder.encode_prompt(r.record_id, (), _turns(r)) for r in requests]
+        for prompt in prompts:
+            if self.encoder.image_token_id in prompt.prefix_ids:
+                raise EncodingError(f"record {prompt.record_id!r}: a text-only prompt holds image tokens")
+        answers = generate_prompts(
+            self.model,
+            self.encoder,
+            prompts,
+            max_new_tokens=[request.max_new_tokens for request in requests],
+            temperature=self.options.temperature,
+            top_p=self.options.top_p,
+            seeds=[request.seed for request in requests],
+        )
+        return [Reply(text, ended) for text, ended in answers]
+
+
+def load_causal_lm(options: InjectConfig, device: torch.device) -> TransformersGenerator:
+    """Reads `options.llm` (a directory or hub id; `options.gguf_file` names a GGUF file in it) for generation.
+
+    Raises:
+        ValueError: The GGUF file is not there, or the model generates nothing without an encoder.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    gguf = {"gguf_file": options.gguf_file} if options.gguf_file else {}
+    if gguf and not (Path(options.llm) / options.gguf_file).is_file():
+        raise ValueError(
+            f"bootstrap.inject.gguf_file: {Path(options.llm) / options.gguf_file} does not exist; "
+            "name a .gguf file in bootstrap.inject.llm"
+        )
+    dtype = "auto" if options.dtype == "config" else getattr(torch, options.dtype)
+    logger.info("loading the text-only LLM %s", options.llm)
+    tokenizer = AutoTokenizer.from_pretrained(options.llm, **gguf)
+    model = AutoModelForCausalLM.from_pretrained(options.llm, dtype=dtype, **gguf)
+    name = f"{options.llm}/{options.gguf_file}" if gguf else options.llm
+    return TransformersGenerator(model.to(device).eval(), tokenizer, options, name)
+
+
+def _eos_ids(model: Any, tokenizer: Any) -> list[int]:
+    """Every token that ends an answer: chat models often end a turn by another token than a document."""
+    configured = model.generation_config.eos_token_id
+    ids = configured if isinstance(configured, list) else [configured]
+    found = list(dict.fromkeys(index for index in [tokenizer.eos_token_id, *ids] if index is not None))
+    if not found:
+        raise ValueError("the text-only LLM has no EOS token; set tokenizer.eos_token to the token that ends an answer")
+    return found
+
+
+def _turns(request: InjectionRequest) -> tuple[Turn, ...]:
+    return tuple(Turn(m.role, (ContentPart("text", m.content),)) for m in request.messages)

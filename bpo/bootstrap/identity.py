@@ -1,0 +1,95 @@
+"""What a bootstrapping job's results depend on. Parts made under another identity are not mixed with new ones."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from bpo.bootstrap.inject import prompt_text
+from bpo.bootstrap.parts import write_atomically
+from bpo.config import Config
+
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf", ".pt")
+_SAMPLES_PER_FILE = 64
+_SAMPLE_BYTES = 4096
+# How fast, not what: these may change when a job goes on.
+_INJECT_SPEED = ("server_url", "server_concurrency", "server_timeout_s")
+
+
+def job_identity(config: Config) -> dict[str, Any]:
+    """Dotted option -> value for everything that decides an outcome; batch size, limits and ranks do not."""
+    options = config.bootstrap
+    identity: dict[str, Any] = {
+        "data.annotations (content)": _digest(Path(config.data.annotations).read_bytes()),
+        "data.max_completion_words": config.data.max_completion_words,
+        "data.max_length_tokens": config.data.max_length_tokens,
+        "model.path": config.model.path,
+        "model.path (weights)": weights_digest(config.model.path),
+        "model.dtype": config.model.dtype,
+        "bootstrap.seed": options.seed,
+        "bootstrap.sources": sorted(options.sources),
+    }
+    if {"weaken", "unweakened"} & set(options.sources):
+        identity |= {f"bootstrap.weaken.{name}": value for name, value in asdict(options.weaken).items()}
+    if "inject" in options.sources:
+        inject = {name: value for name, value in asdict(options.inject).items() if name not in _INJECT_SPEED}
+        identity |= {f"bootstrap.inject.{name}": value for name, value in inject.items()}
+        identity["bootstrap.inject.llm (weights)"] = weights_digest(options.inject.llm)
+        identity["bootstrap/prompts"] = _digest((prompt_text("description") + prompt_text("qa")).encode())
+    return identity
+
+
+def check_identity(config: Config, folder: Path) -> None:
+    """Writes the identity to `folder/job.json`, or compares it with the one that stands there.
+
+    Raises:
+        ValueError: They differ; names each option with its old and new value.
+    """
+    identity = json.loads(json.dumps(job_identity(config)))
+    path = folder / "job.json"
+    if not path.exists():
+        # Ranks that race here write the same bytes.
+        write_atomically(path, json.dumps(identity, indent=2).encode("utf-8") + b"\n")
+        return
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    differing = [name for name in {**stored, **identity} if stored.get(name) != identity.get(name)]
+    if differing:
+        changes = "; ".join(f"{name} was {stored.get(name)!r}, is {identity.get(name)!r}" for name in differing)
+        raise ValueError(
+            f"{folder} holds the results of a job with other options: {changes}. "
+            f"Restore them, set data.groups to another file, or remove {folder} to begin anew"
+        )
+
+
+def weights_digest(path: str) -> str | None:
+    """SHA-256 over samples of every weight file and the whole of every config in a directory; None for a hub id.
+
+    64 samples of 4 KiB a file tell trained from untrained weights without reading tens of gigabytes.
+    """
+    folder = Path(path)
+    if not path or not folder.is_dir():
+        return None
+    digest = hashlib.sha256()
+    for file in sorted(folder.iterdir()):
+        if file.suffix in _WEIGHT_SUFFIXES:
+            digest.update(f"{file.name} {file.stat().st_size}".encode())
+            _add_samples(digest, file)
+        elif file.suffix in (".json", ".jinja", ".model", ".txt"):
+            digest.update(file.name.encode() + file.read_bytes())
+    return digest.hexdigest()
+
+
+def _add_samples(digest: Any, file: Path) -> None:
+    size_bytes = file.stat().st_size
+    stride_bytes = max(_SAMPLE_BYTES, size_bytes // _SAMPLES_PER_FILE)
+    with file.open("rb") as stream:
+        for offset in range(0, size_bytes, stride_bytes):
+            stream.seek(offset)
+            digest.update(stream.read(_SAMPLE_BYTES))
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

@@ -1,0 +1,130 @@
+"""Injected errors: a text-only LLM rewrites the annotation with erroneous but common elements.
+
+The prompts are the files in `prompts/`. They become a conversation in which the worked examples are earlier turns, the
+form that instruction-tuned models follow best; the instruction opens the first user turn because not every chat
+template knows a system role.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Any, Literal
+
+import yaml
+
+from bpo.records import Annotation
+
+Mode = Literal["description", "qa"]
+
+# A description is asked for by a verb ("Describe ...", "Can you give a caption") or by an open question.
+_ASKS_FOR_DESCRIPTION = re.compile(
+    r"""\b(?:describ\w*|descriptions?|caption\w*|depict\w*|portray\w*|narrat\w*|summar\w*|elaborat\w*)\b
+    |\bwhat\s+(?:do|can)\s+you\s+(?:see|notice|observe)\b
+    |\bwhat\s+is\s+(?:this|happening|going\s+on|in\s+(?:the|this)\s+(?:image|picture|photo\w*|scene))\s*\??\s*$
+    |\bwhat(?:'s|’s)\s+(?:happening|going\s+on|in\s+(?:the|this)\s+(?:image|picture|photo\w*|scene))
+    |\b(?:tell\s+me\s+about|explain)\s+(?:the|this)\s+(?:image|picture|photo\w*|scene|visual)""",
+    re.IGNORECASE | re.VERBOSE,
+)
+_MIN_BUDGET_TOKENS = 64
+_BUDGET_TOKENS_PER_WORD = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of plain text for a text-only LLM."""
+
+    role: Literal["user", "assistant"]
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class InjectionRequest:
+    """What a text-only LLM is asked for one record.
+
+    Attributes:
+        messages: Worked examples and the request, user and assistant in turn, ending with the user.
+        label: What a plain-text form writes before each answer.
+        max_new_tokens: The record's own budget: a rewriting about as long as the annotation fits well.
+    """
+
+    record_id: str
+    messages: tuple[Message, ...]
+    label: str
+    max_new_tokens: int
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class InjectionPrompt:
+    """A prompt file: instruction, form of a request, label of an answer, worked examples (request, answer)."""
+
+    instruction: str
+    request: str
+    label: str
+    examples: tuple[tuple[str, str], ...]
+
+
+def prompt_text(mode: Mode) -> str:
+    """The prompt file of a mode, as it stands in the package."""
+    return files("bpo.bootstrap").joinpath("prompts").joinpath(f"{mode}.yaml").read_text(encoding="utf-8")
+
+
+@cache
+def load_prompt(mode: Mode) -> InjectionPrompt:
+    """Reads the prompt file of a mode."""
+    tree: dict[str, Any] = yaml.safe_load(prompt_text(mode))
+    examples = []
+    for example in tree["examples"]:
+        modified = example.pop("modified")
+        examples.append((_fill(tree["request"], **example), modified))
+    return InjectionPrompt(tree["instruction"], tree["request"], tree["label"], tuple(examples))
+
+
+def choose_mode(configured: Literal["description", "qa", "auto"], annotation: Annotation) -> Mode:
+    """The configured mode; for `auto`, `description` where the last user turn asks for one, else `qa`."""
+    if configured != "auto":
+        return configured
+    return "description" if _ASKS_FOR_DESCRIPTION.search(question_of(annotation)) else "qa"
+
+
+def question_of(annotation: Annotation) -> str:
+    """The text of the turn that the annotation answers."""
+    return annotation.prompt[-1].text.strip()
+
+
+def build_request(annotation: Annotation, mode: Mode, max_new_tokens: int, seed: int) -> InjectionRequest:
+    """The conversation that asks for an erroneous version of one annotation.
+
+    Args:
+        max_new_tokens: The configured limit; a short annotation gets less, so that a model that does not stop costs
+            little: 4 tokens a word and 64 beside.
+    """
+    prompt = load_prompt(mode)
+    response = annotation.response.strip()
+    if mode == "description":
+        request = _fill(prompt.request, description=response)
+    else:
+        request = _fill(prompt.request, question=question_of(annotation), response=response)
+    messages: list[Message] = []
+    for example_request, example_answer in prompt.examples:
+        messages += [Message("user", example_request), Message("assistant", example_answer)]
+    messages.append(Message("user", request))
+    messages[0] = Message("user", f"{prompt.instruction}\n\n{messages[0].content}")
+    budget = _MIN_BUDGET_TOKENS + _BUDGET_TOKENS_PER_WORD * len(response.split())
+    return InjectionRequest(annotation.id, tuple(messages), prompt.label, min(max_new_tokens, budget), seed)
+
+
+def as_plain_text(request: InjectionRequest) -> str:
+    """The conversation for a model without a chat template: requests and labelled answers, ending with the label."""
+    parts = []
+    for message in request.messages:
+        parts.append(message.content if message.role == "user" else f"{request.label} {message.content}")
+    return "\n\n".join([*parts, request.label])
+
+
+def _fill(form: str, **values: str) -> str:
+    """`form` with each {name} replaced once; braces in the values are text."""
+    return re.sub(r"\{(\w+)\}", lambda match: values[match.group(1)], form)

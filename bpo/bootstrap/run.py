@@ -1,0 +1,236 @@
+"""`bpo bootstrap`: annotations and images in, preference groups out; sharded over ranks, resumable at any point.
+
+Batches are made once from all records, longest first (memory runs short at once or never), and dealt to the ranks in
+turn. A batch is always generated whole, so that with one batch size not even the rounding of batched matrix products depends
+on the number of ranks or on where an earlier run was killed. Ranks meet only through files: rank 0 merges when every
+record has an outcome.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from bpo.bootstrap.generators import OwnLanguageModel, TextGenerator, load_causal_lm
+from bpo.bootstrap.identity import check_identity
+from bpo.bootstrap.merge import BootstrapSummary, beside, merge
+from bpo.bootstrap.parts import Outcome, PartReader, PartWriter
+from bpo.bootstrap.server import OpenAICompatibleGenerator
+from bpo.bootstrap.sources import ImageAnswers, InjectedErrors, NegativeSource
+from bpo.bootstrap.validate import annotation_refusal
+from bpo.config import BootstrapConfig, Config
+from bpo.data.encode import Encoder, load_encoder
+from bpo.data.formats import read_annotations
+from bpo.launch import Ranks, pick_device, ranks_from_environment
+from bpo.model.load import load_model
+from bpo.records import Annotation
+
+logger = logging.getLogger(__name__)
+
+_POLL_S = 2.0
+# A server answers many requests at a time; a batch that is several times as long keeps it busy between our writes.
+_SERVER_BATCHES = 8
+
+
+def run_bootstrap(config: Config, progress: bool = True) -> BootstrapSummary:
+    """Makes the configured negatives for every annotation and writes `data.groups` with its lists and summary.
+
+    A killed job goes on where it was when it is started again, also with another number of ranks or batch size.
+
+    Returns:
+        The summary; on ranks other than 0 that of the outcomes this rank can see, without groups.
+
+    Raises:
+        ValueError: A path is missing, an option changed against unfinished results, another process works on them, or
+            no annotation got a usable negative.
+        TimeoutError: On rank 0, when the other ranks' results stop coming.
+    """
+    ranks = ranks_from_environment()
+    _check_paths(config)
+    file = read_annotations(Path(config.data.annotations))
+    annotations = file.annotations[: config.bootstrap.limit or None]
+    folder = beside(Path(config.data.groups), "parts")
+    check_identity(config, folder)
+    work = plan_work(annotations, config)
+    reader = PartReader(folder)
+    reader.poll()
+    seconds: dict[str, float] = {}
+    with PartWriter(folder, ranks.rank) as writer:
+        for source, make in _sources(config, work, reader, ranks):
+            started = time.monotonic()
+            batches = batches_of(work[source], _batch_size(config, source))
+            mine = batches[ranks.rank :: ranks.world_size]
+            _run_source(make, source, mine, reader, writer, progress and ranks.is_main)
+            seconds[source] = time.monotonic() - started
+    if not ranks.is_main:
+        reader.poll()
+        return _rank_summary(config, len(annotations), reader, seconds)
+    _wait_for_all(reader, work, config.bootstrap.stall_timeout_s)
+    return merge(config, annotations, reader.outcomes, file.skipped, seconds)
+
+
+def plan_work(annotations: Sequence[Annotation], config: Config) -> dict[str, list[Annotation]]:
+    """Source -> the annotations it is to answer, longest first, without those that are refused themselves."""
+    max_words = config.data.max_completion_words
+    work: dict[str, list[Annotation]] = {}
+    for source in config.bootstrap.sources:
+        limit = config.bootstrap.max_inject_records if source == "inject" else 0
+        usable = [a for a in annotations[: limit or None] if not annotation_refusal(a.response, max_words=max_words)]
+        work[source] = sorted(usable, key=_length, reverse=True)
+    return work
+
+
+def batches_of(annotations: Sequence[Annotation], size: int) -> list[Sequence[Annotation]]:
+    return [annotations[start : start + size] for start in range(0, len(annotations), size)]
+
+
+def _length(annotation: Annotation) -> int:
+    """Characters of prompt and answer: records that take about as long stand together."""
+    return len(annotation.response) + sum(len(turn.text) for turn in annotation.prompt)
+
+
+def _batch_size(config: Config, source: str) -> int:
+    if source == "inject" and config.bootstrap.inject.server_url:
+        return _SERVER_BATCHES * config.bootstrap.inject.server_concurrency
+    return config.bootstrap.batch_size
+
+
+def _check_paths(config: Config) -> None:
+    options: BootstrapConfig = config.bootstrap
+    needed = {"data.annotations": config.data.annotations, "data.groups": config.data.groups}
+    own_lm = "inject" in options.sources and not (options.inject.llm or options.inject.server_url)
+    if own_lm or set(options.sources) != {"inject"}:
+        needed["model.path"] = config.model.path
+    for name, value in needed.items():
+        if not value:
+            raise ValueError(f"{name} is empty; `bpo bootstrap` needs it")
+
+
+def _run_source(
+    make: Callable[[], NegativeSource],
+    source: str,
+    batches: Sequence[Sequence[Annotation]],
+    reader: PartReader,
+    writer: PartWriter,
+    progress: bool,
+) -> None:
+    """Does this rank's unfinished batches; the model is loaded only where there is one."""
+    unfinished = [b for b in batches if any((source, a.id) not in reader.outcomes for a in b)]
+    if not unfinished:
+        return
+    negatives = make()
+    total = sum(map(len, batches))
+    finished = total - sum(map(len, unfinished))
+    with tqdm(total=total, initial=finished, desc=source, unit="record", disable=not progress) as bar:
+        for batch in unfinished:
+            with _advice_on_memory(len(batch)):
+                outcomes = negatives.outcomes(batch)
+            writer.append(outcome for outcome in outcomes if outcome.key not in reader.outcomes)
+            bar.update(len(batch))
+
+
+def _sources(
+    config: Config, work: dict[str, list[Annotation]], reader: PartReader, ranks: Ranks
+) -> Iterator[tuple[str, Callable[[], NegativeSource]]]:
+    """Each source with what builds it, sources of one model together: only one model is in memory at a time."""
+    device = pick_device(ranks)
+    encoder = load_encoder(config) if config.model.path else None
+    held: list[object] = []
+
+    def multimodal() -> object:
+        if not held:
+            held.append(load_model(config.model, device))
+        return held[0]
+
+    def image_answers(source: str) -> Callable[[], NegativeSource]:
+        return lambda: ImageAnswers(source, config, _required(encoder), multimodal())
+
+    def injected_errors() -> NegativeSource:
+        generator = _text_generator(config, encoder, multimodal, held, device)
+        checks_images = set(config.bootstrap.sources) == {"inject"}
+        return InjectedErrors(config, generator, encoder, checks_images)
+
+    for source in ("weaken", "unweakened"):
+        if source in work:
+            yield source, image_answers(source)
+    if "inject" in work:
+        yield "inject", injected_errors
+
+
+def _text_generator(
+    config: Config,
+    encoder: Encoder | None,
+    multimodal: Callable[[], object],
+    held: list[object],
+    device: torch.device,
+) -> TextGenerator:
+    options = config.bootstrap.inject
+    if not options.llm and not options.server_url:
+        return OwnLanguageModel(multimodal(), _required(encoder), options, config.model.path)
+    held.clear()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    if options.server_url:
+        return OpenAICompatibleGenerator(options)
+    return load_causal_lm(options, device)
+
+
+def _required(encoder: Encoder | None) -> Encoder:
+    assert encoder is not None, "_check_paths requires model.path for this source"
+    return encoder
+
+
+@contextmanager
+def _advice_on_memory(num_records: int) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise RuntimeError(
+            f"the GPU's memory does not hold a batch of {num_records} answers; lower bootstrap.batch_size and start "
+            "again: finished records are kept"
+        ) from error
+
+
+def _wait_for_all(reader: PartReader, work: dict[str, list[Annotation]], stall_timeout_s: float) -> None:
+    """Returns when every record of every source has an outcome on disk."""
+    wanted = {(source, annotation.id) for source, records in work.items() for annotation in records}
+    last_news = time.monotonic()
+    while True:
+        if reader.poll():
+            last_news = time.monotonic()
+        missing = wanted - reader.outcomes.keys()
+        if not missing:
+            return
+        if time.monotonic() - last_news > stall_timeout_s:
+            source, record_id = min(missing)
+            raise TimeoutError(
+                f"{reader.folder}: {len(missing)} of {len(wanted)} outcomes are missing (the first: {source} of record "
+                f"{record_id!r}) and none came for {stall_timeout_s:.0f} s (bootstrap.stall_timeout_s); look at the "
+                "other ranks' logs, then start again: finished records are kept"
+            )
+        time.sleep(min(_POLL_S, stall_timeout_s))
+
+
+def _rank_summary(
+    config: Config, num_annotations: int, reader: PartReader, seconds: dict[str, float]
+) -> BootstrapSummary:
+    kept: dict[str, int] = {source: 0 for source in config.bootstrap.sources}
+    refused: dict[str, dict[str, int]] = {}
+    quarantined: list[Outcome] = []
+    for outcome in reader.outcomes.values():
+        if outcome.status == "kept":
+            kept[outcome.source] = kept.get(outcome.source, 0) + 1
+        elif outcome.status == "refused":
+            reasons = refused.setdefault(outcome.source, {})
+            reasons[outcome.reason] = reasons.get(outcome.reason, 0) + 1
+        else:
+            quarantined.append(outcome)
+    return BootstrapSummary(config.data.groups, num_annotations, None, kept, refused, len(quarantined), 0, {}, seconds)

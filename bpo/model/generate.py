@@ -1,0 +1,208 @@
+"""Answers from a model: one left-padded batch at a time, each record's answer a function of its own seed.
+
+Shape letters: B records, T padded prompt tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    SuppressTokensLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
+
+if TYPE_CHECKING:
+    from bpo.data.encode import EncodedPrompt, Encoder
+
+
+class GumbelNoise(LogitsProcessor):
+    """Adds each record's own Gumbel noise to its scores, so that the greedy choice is an exact sample.
+
+    argmax_v(scores_v + G_v) with G_v = -log E_v, E_v ~ Exp(1), follows softmax(scores). A generator a record, drawn
+    once a token, makes the sample independent of the other records in the batch; HF's own sampling draws once for
+    the whole batch.
+    """
+
+    def __init__(self, seeds: Sequence[int], device: torch.device):
+        self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        noise_BV = torch.empty_like(scores, dtype=torch.float32)
+        for noise_V, generator in zip(noise_BV, self.generators, strict=True):
+            noise_V.exponential_(generator=generator)
+        tiny = torch.finfo(torch.float32).tiny  # log(0) would make any token win, a suppressed one too
+        return scores - noise_BV.clamp_min_(tiny).log_()  # type: ignore[return-value]
+
+
+class TokenBudgets(StoppingCriteria):
+    """Ends each record at its own number of new tokens."""
+
+    def __init__(self, prompt_length_tokens: int, budgets_B: torch.Tensor):
+        self.prompt_length_tokens = prompt_length_tokens
+        self.budgets_B = budgets_B
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> torch.BoolTensor:
+        return input_ids.shape[1] - self.prompt_length_tokens >= self.budgets_B  # type: ignore[return-value]
+
+
+def left_pad(sequences: Sequence[Sequence[int]], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids [B, T] that end together, and the mask [B, T] that is 0 on the padding."""
+    length = max(len(ids) for ids in sequences)
+    ids_BT = torch.full((len(sequences), length), pad_token_id, dtype=torch.long)
+    mask_BT = torch.zeros_like(ids_BT)
+    for row, ids in enumerate(sequences):
+        ids_BT[row, length - len(ids) :] = torch.tensor(ids, dtype=torch.long)
+        mask_BT[row, length - len(ids) :] = 1
+    return ids_BT, mask_BT
+
+
+@torch.inference_mode()
+def generate_ids(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    pad_token_id: int,
+    eos_token_ids: Sequence[int],
+    suppressed_token_ids: Sequence[int],
+    max_new_tokens: Sequence[int],
+    temperature: float,
+    top_p: float,
+    seeds: Sequence[int],
+    model_inputs: dict[str, torch.Tensor] | None = None,
+) -> list[tuple[list[int], bool]]:
+    """Generates one batch.
+
+    Args:
+        model: A transformers model with `generate`, in eval mode.
+        prompts: Token ids of B prompts.
+        suppressed_token_ids: Tokens that never come out; none of them may be an EOS.
+        max_new_tokens: Longest answer of each record.
+        temperature: 0 is greedy; seeds then do not matter.
+        top_p: Smallest set of tokens with this probability, after temperature.
+        seeds: One a record.
+        model_inputs: Further inputs, such as the images of the whole batch.
+
+    Returns:
+        For each record its new tokens without EOS, and whether it ended by EOS (not by its budget).
+    """
+    if not len(prompts) == len(seeds) == len(max_new_tokens):
+        raise ValueError(
+            f"{len(prompts)} prompts, {len(seeds)} seeds and {len(max_new_tokens)} budgets; give one of each a record"
+        )
+    ids_BT, mask_BT = left_pad(prompts, pad_token_id)
+    processors = LogitsProcessorList()
+    if suppressed_token_ids:
+        processors.append(SuppressTokensLogitsProcessor(suppressed_token_ids, device=model.device))
+    if temperature > 0:
+        processors.append(TemperatureLogitsWarper(float(temperature)))
+        if top_p < 1:
+            processors.append(TopPLogitsWarper(top_p))
+        processors.append(GumbelNoise(seeds, model.device))
+    budgets_B = torch.tensor(max_new_tokens, device=model.device)
+    config = GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        max_new_tokens=max(max_new_tokens),
+        eos_token_id=list(eos_token_ids),
+        pad_token_id=pad_token_id,
+        use_cache=True,
+    )
+    # transformers fills what the config leaves open from the model's own (Qwen2.5-VL asks for a repetition penalty,
+    # which would change the distribution that is sampled), so the model's is set aside.
+    own_config, model.generation_config = model.generation_config, config
+    try:
+        output_BT = model.generate(
+            input_ids=ids_BT.to(model.device),
+            attention_mask=mask_BT.to(model.device),
+            generation_config=config,
+            logits_processor=processors,
+            stopping_criteria=StoppingCriteriaList([TokenBudgets(ids_BT.shape[1], budgets_B)]),
+            **_to_model(model_inputs or {}, model),
+        )
+    finally:
+        model.generation_config = own_config
+    new_ids = output_BT[:, ids_BT.shape[1] :].tolist()
+    return [_until_end(ids, set(eos_token_ids), budget) for ids, budget in zip(new_ids, max_new_tokens, strict=True)]
+
+
+def _until_end(ids: list[int], eos_token_ids: set[int], budget: int) -> tuple[list[int], bool]:
+    for index, token in enumerate(ids[:budget]):
+        if token in eos_token_ids:
+            return ids[:index], True
+    return ids[:budget], False
+
+
+def _to_model(inputs: dict[str, torch.Tensor], model: Any) -> dict[str, torch.Tensor]:
+    return {
+        name: value.to(model.device, model.dtype if value.is_floating_point() else value.dtype)
+        for name, value in inputs.items()
+    }
+
+
+def generate_prompts(
+    model: Any,
+    encoder: Encoder,
+    prompts: Sequence[EncodedPrompt],
+    *,
+    max_new_tokens: Sequence[int],
+    temperature: float,
+    top_p: float,
+    seeds: Sequence[int],
+) -> list[tuple[str, bool]]:
+    """`generate_answers` with a budget a record; also tells which answers ended by themselves."""
+    if not prompts:
+        return []
+    ids_BT, _ = left_pad([prompt.prefix_ids for prompt in prompts], encoder.pad_token_id)
+    images = encoder.family.batch_image_inputs([p.image_inputs for p in prompts if p.image_inputs])
+    answers = generate_ids(
+        model,
+        [prompt.prefix_ids for prompt in prompts],
+        pad_token_id=encoder.pad_token_id,
+        eos_token_ids=[encoder.eos_token_id],
+        suppressed_token_ids=encoder.suppressed_token_ids,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seeds=seeds,
+        model_inputs=images | encoder.family.generation_inputs(ids_BT),
+    )
+    return [(encoder.decode(ids), ended) for ids, ended in answers]
+
+
+def generate_answers(
+    model: Any,
+    encoder: Encoder,
+    prompts: Sequence[EncodedPrompt],
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    seeds: Sequence[int],
+) -> list[str]:
+    """The model's answers to one batch of prompts, control and placeholder tokens suppressed.
+
+    An answer depends on its prompt, its seed and the sampling options alone: not on the batch it is in, but for the
+    rounding of batched matrix products (a rare token in bf16 when the batch's shape changes; none seen in fp32).
+
+    Args:
+        model: From `bpo.model.load.load_model`, in eval mode.
+        prompts: At most as many as fit in memory together; they are padded on the left to the longest.
+        max_new_tokens: Longest answer.
+        temperature: 0 is greedy.
+        top_p: Nucleus, 1 keeps all tokens.
+        seeds: One a prompt.
+    """
+    budgets = [max_new_tokens] * len(prompts)
+    sampled = generate_prompts(
+        model, encoder, prompts, max_new_tokens=budgets, temperature=temperature, top_p=top_p, seeds=seeds
+    )
+    return [text for text, _ in sampled]
