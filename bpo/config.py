@@ -1,4 +1,4 @@
-"""Every option of bpo: one tree of dataclasses with all defaults, a line of documentation a field, range checks at once."""
+"""Every option of bpo: one tree of dataclasses with all defaults, a line of documentation a field, range checks."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class WeakenConfig:
     """Negatives from the model's answer to a noised image (type `mllm-hal`).
 
     Attributes:
-        noise_step: Step t of the forward diffusion x_t = sqrt(abar_t) x + sqrt(1 - abar_t) eps, 0..999; -1 adds no noise.
+        noise_step: Step t of the forward diffusion x_t = sqrt(abar_t) x + sqrt(1 - abar_t) eps, 0..999; -1: none.
         temperature: Sampling temperature; 0 is greedy.
         top_p: Nucleus of the sampling distribution.
         max_new_tokens: Longest answer.
@@ -148,9 +148,7 @@ class BootstrapConfig:
         stall_timeout_s: Rank 0 gives up waiting for the other ranks when none finished a batch for so many seconds.
     """
 
-    sources: list[Literal["weaken", "inject", "unweakened"]] = field(
-        default_factory=lambda: ["weaken", "inject"]
-    )
+    sources: list[Literal["weaken", "inject", "unweakened"]] = field(default_factory=lambda: ["weaken", "inject"])
     weaken: WeakenConfig = field(default_factory=WeakenConfig)
     inject: InjectConfig = field(default_factory=InjectConfig)
     batch_size: int = 16
@@ -222,7 +220,7 @@ class LossConfig:
         type: Name of a loss in bpo/losses.py: sigmoid (DPO), hinge, ipo, robust, sft (chosen side alone, a control).
         beta: Inverse temperature of the implicit reward.
         label_smoothing: Share of pairs taken to be labelled the wrong way round.
-        chosen_nll_weight: Weight of the mean negative log-likelihood per token of the chosen answers, added to the loss.
+        chosen_nll_weight: Weight of the mean negative log-likelihood per token of the chosen answers in the loss.
     """
 
     type: str = "sigmoid"
@@ -248,12 +246,12 @@ class TrainConfig:
 
     Attributes:
         output_dir: Where checkpoints, metrics and the reference store go.
-        ds_config: ZeRO, offload and communication: a file such as ds_configs/zero3.json (found in the installation too).
+        ds_config: ZeRO, offload and communication: a file such as ds_configs/zero3.json (also installed).
         epochs: Passes over the groups.
         max_steps: Stop after so many optimizer steps; 0 runs all epochs.
-        groups_per_step: Groups in one optimizer step over all ranks; its content does not depend on the number of ranks.
+        groups_per_step: Groups in one optimizer step over all ranks; its content is the same for any number of them.
         max_micro_batch_tokens: Packed tokens in one forward pass of one rank.
-        completion_types: Train only on completions of these types (the chosen `gt` is always kept); empty takes all.
+        completion_types: Train only on completions of these types (the best-scored are always kept); empty: all.
         lr: Peak learning rate.
         projector_lr: Peak learning rate of the projector; 0 takes `lr`.
         lr_schedule: Shape after warm-up.
@@ -268,7 +266,7 @@ class TrainConfig:
         log_every_steps: Metrics every so many steps.
         resume: Continue from the newest checkpoint in output_dir.
         tensorboard: Write TensorBoard files beside metrics.jsonl.
-        reference_dir: The reference store; empty puts it in output_dir/reference. Runs over the same data may share one.
+        reference_dir: The reference store; empty puts it in output_dir/reference. Runs may share one.
         first_loss_tolerance: Allowed gap between the first step's loss and its value for policy = reference;
             0 takes 1e-4 in float32 and 2e-2 in half precision.
     """
@@ -309,9 +307,7 @@ class TrainConfig:
             self.projector_lr >= 0,
             f"train.projector_lr is {self.projector_lr}; it must be 0 (train.lr) or positive",
         )
-        _check(
-            0 <= self.warmup_ratio < 1, f"train.warmup_ratio is {self.warmup_ratio}; it must lie in [0, 1)"
-        )
+        _check(0 <= self.warmup_ratio < 1, f"train.warmup_ratio is {self.warmup_ratio}; it must lie in [0, 1)")
         _check(self.log_every_steps >= 1, "train.log_every_steps must be at least 1")
         for name in (
             "max_steps",

@@ -66,13 +66,9 @@ def load_config(argv: list[str], prog: str = "bpo", description: str = "") -> Co
                 raise ValueError(f"--config {path}: no such file")
             tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
             if not isinstance(tree, dict):
-                raise ValueError(
-                    f"--config {path}: expected a mapping of sections, found {type(tree).__name__}"
-                )
+                raise ValueError(f"--config {path}: expected a mapping of sections, found {type(tree).__name__}")
             check_keys(tree, str(path))
-        elif (
-            name.startswith("--") and name not in ("--help", "--print_config") and name[2:] not in all_keys()
-        ):
+        elif name.startswith("--") and name not in ("--help", "--print_config") and name[2:] not in all_keys():
             raise ValueError(f"unknown flag `{name}`{_nearest(name[2:], all_keys())}")
     namespace = parser.parse_args(argv)
     built = parser.instantiate_classes(namespace)

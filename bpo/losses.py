@@ -1,6 +1,7 @@
 """Pure preference losses: token log-probs of policy and reference in, a loss a pair and detached rewards out.
 
-Notation: y_w preferred, y_l dispreferred, r(y) = beta * sum_t w_t (log pi(y_t) - log pi_ref(y_t)), Delta = r(y_w) - r(y_l).
+Notation: y_w preferred, y_l dispreferred, r(y) = beta * sum_t w_t (log pi(y_t) - log pi_ref(y_t)),
+Delta = r(y_w) - r(y_l).
 Shape letters: N response tokens, C completions, P pairs.
 """
 
@@ -10,9 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from bpo_kernels.dispatch import preference_loss
 
 from bpo.config import LossConfig
+from bpo_kernels.dispatch import preference_loss
 
 
 @dataclass(frozen=True, slots=True)

@@ -131,7 +131,7 @@ class Encoder:
             return dict(self.processor.image_processor(images=pictures, return_tensors="pt"))
         except ValueError as error:
             sizes = ", ".join(f"{p.width}x{p.height}" for p in pictures)
-            raise ImageError(f"{', '.join(images)}: the image processor refuses it ({sizes} pixels): {error}") from error
+            raise ImageError(f"{', '.join(images)}: the image processor refuses it ({sizes} px): {error}") from error
 
     def _encode_turns(self, prompt: Sequence[Turn]) -> list[int]:
         """Token ids with one placeholder an image. Text that spells a control token is encoded as plain text."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+
 from bpo_kernels.dispatch import linear_logprob
 
 

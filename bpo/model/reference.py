@@ -1,7 +1,7 @@
 """The reference store: per-token log-probs (fp32) of the policy before its first step.
 
-Entries are addressed by content (image bytes and token ids), so a changed record is simply missing and computed anew; what
-holds for all entries (weights, processor, dtype, code path) is the store's fingerprint and must match.
+Entries are addressed by content (image bytes and token ids), so a changed record is simply missing and computed anew.
+What holds for all entries (weights, processor, dtype, code path) is the store's fingerprint and must match.
 
     DIR/fingerprint.json     what the log-probs depend on
     DIR/RANK-RUN.jsonl       one line an entry: key, offset and count in the file beside it, CRC of the values
@@ -77,7 +77,8 @@ class ReferenceStore:
         if differing:
             lines = [f"  {k}: store has {stored.get(k)}, this run has {fingerprint.get(k)}" for k in differing]
             raise ReferenceStoreError(
-                f"the reference store {self.directory} was made for another model or setting:\n" + "\n".join(lines)
+                f"the reference store {self.directory} was made for another model or setting:\n"
+                + "\n".join(lines)
                 + "\nremove it, or give train.reference_dir another directory"
             )
 

@@ -1,0 +1,115 @@
+"""The `bpo` command. Each subcommand imports only what it needs, so that help and `doctor` are quick."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+USAGE = """usage: bpo COMMAND [--config FILE] [--section.key VALUE ...]
+
+Bootstrapped Preference Optimization of multimodal language models (arXiv 2403.08730).
+
+commands:
+  demo        build a small world and model, bootstrap, train, evaluate and report; minutes on two CPU cores
+  bootstrap   make preference groups from annotations: weakened images and injected errors
+  train       preference training in this process; `deepspeed bpo/train.py` starts it on several
+  evaluate    hallucination measured by CHAIR and POPE
+  export      a merged model directory, or a PEFT adapter, from a checkpoint
+  bench       time the kernels against PyTorch
+  doctor      what this machine has, and what that means for a run
+
+`bpo COMMAND --help` lists the options of a command.
+"""
+
+
+def _demo(argv: list[str]) -> int:
+    from bpo.demo.run import main
+
+    return main(argv)
+
+
+def _bootstrap(argv: list[str]) -> int:
+    from bpo.bootstrap.run import run_bootstrap
+    from bpo.config_io import load_config
+    from bpo.launch import ranks_from_environment, setup_logging
+
+    setup_logging(ranks_from_environment())
+    run_bootstrap(load_config(argv, prog="bpo bootstrap", description="Make preference groups from annotations."))
+    return 0
+
+
+def _train(argv: list[str]) -> int:
+    from bpo.train import main
+
+    main(argv)
+    return 0
+
+
+def _evaluate(argv: list[str]) -> int:
+    from bpo.config_io import load_config
+    from bpo.evaluation.run import run_evaluation
+    from bpo.launch import ranks_from_environment, setup_logging
+
+    setup_logging(ranks_from_environment())
+    run_evaluation(load_config(argv, prog="bpo evaluate", description="Measure hallucination by CHAIR and POPE."))
+    return 0
+
+
+def _export(argv: list[str]) -> int:
+    from bpo.config_io import load_config
+    from bpo.export import run_export
+    from bpo.launch import Ranks, setup_logging
+
+    setup_logging(Ranks())
+    print(run_export(load_config(argv, prog="bpo export", description="Write a trained model or adapter.")))
+    return 0
+
+
+def _bench(argv: list[str]) -> int:
+    from bpo_kernels.bench import main
+
+    return main(argv)
+
+
+def _doctor(argv: list[str]) -> int:
+    from bpo.doctor import main
+
+    if argv:
+        print("usage: bpo doctor\n\nSays what this machine has and what that means for a run.")
+        return 0 if argv[0] in ("-h", "--help") else 2
+    return main()
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "demo": _demo,
+    "bootstrap": _bootstrap,
+    "train": _train,
+    "evaluate": _evaluate,
+    "export": _export,
+    "bench": _bench,
+    "doctor": _doctor,
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0 if arguments else 2
+    if arguments[0] in ("-V", "--version"):
+        from bpo import __version__
+
+        print(f"bpo {__version__}")
+        return 0
+    if arguments[0] not in COMMANDS:
+        print(f"bpo: unknown command {arguments[0]!r}; the commands are {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    try:
+        return COMMANDS[arguments[0]](arguments[1:])
+    except ValueError as error:  # bad input of a user: the message says what to do; a traceback would hide it
+        print(f"bpo {arguments[0]}: error: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

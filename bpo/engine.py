@@ -1,0 +1,219 @@
+"""DeepSpeed: initialise, partition, backward, step. The only place besides checkpoint.py that imports it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from bpo.config import Config
+from bpo.data.families import Family
+from bpo.launch import Ranks, export_torch_environment, pick_device
+from bpo.model.attention import packed_layout
+from bpo.model.policy import PolicyModel, model_inputs
+from bpo.model.trainable import parameter_groups
+from bpo.records import GroupBatch
+
+logger = logging.getLogger(__name__)
+
+# These belong to the configuration; a second value in the JSON file would silently win or lose.
+_CONFIG_OWNED = {
+    "train_batch_size": "train.groups_per_step",
+    "train_micro_batch_size_per_gpu": "train.max_micro_batch_tokens",
+    "gradient_accumulation_steps": "train.max_micro_batch_tokens",
+    "gradient_clipping": "train.max_grad_norm",
+    "optimizer": "train.lr and its neighbours",
+    "scheduler": "train.lr_schedule",
+    "bf16": "model.dtype",
+    "fp16": "model.dtype",
+    "data_types": "model.dtype",
+    "steps_per_print": "train.log_every_steps",
+}
+
+
+def find_ds_config(name: str) -> Path:
+    """A DeepSpeed file by path, or by its name (`ds_configs/zero3.json`) from the installation or clone."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    from importlib.resources import as_file, files
+
+    with as_file(files("bpo.ds_configs")) as shipped:
+        if (shipped / path.name).is_file():
+            return shipped / path.name
+        available = ", ".join(sorted(f"ds_configs/{f.name}" for f in shipped.glob("*.json")))
+    raise ValueError(f"train.ds_config {name}: no such file; shipped: {available}")
+
+
+def deepspeed_config(config: Config, dtype: torch.dtype, accumulation_steps: int) -> dict[str, Any]:
+    """The file's ZeRO and offload settings, completed from the configuration.
+
+    Raises:
+        ValueError: the file sets a key that the configuration owns, or is not JSON.
+    """
+    path = find_ds_config(config.train.ds_config)
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from error
+    for key in settings.keys() & _CONFIG_OWNED.keys():
+        raise ValueError(f"{path}: `{key}` is set here and by {_CONFIG_OWNED[key]}; remove it here")
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": accumulation_steps,
+        "gradient_clipping": config.train.max_grad_norm,
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "fp16": {"enabled": dtype == torch.float16},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+        "wall_clock_breakdown": False,
+        **settings,
+    }
+
+
+def init_distributed(ranks: Ranks) -> None:
+    """Starts the process group: NCCL on GPUs, gloo on CPUs."""
+    import deepspeed
+
+    export_torch_environment(ranks)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(pick_device(ranks))
+    else:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+
+
+@contextlib.contextmanager
+def partitioned_loading(settings: dict[str, Any]) -> Iterator[None]:
+    """Under ZeRO-3, `from_pretrained` inside partitions each weight as it is read; no rank holds the whole model."""
+    if settings.get("zero_optimization", {}).get("stage") != 3:
+        yield
+        return
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
+
+    handle = HfDeepSpeedConfig(settings)
+    try:
+        yield
+    finally:
+        unset_hf_deepspeed_config()
+        del handle
+
+
+def learning_rate_factor(step: int, total_steps: int, warmup_ratio: float, schedule: str) -> float:
+    """Share of the peak learning rate at a step (from 0): linear warm-up, then cosine or linear towards 0, or constant.
+
+    No step gets 0: a step that cannot move anything would be wasted.
+    """
+    warmup = math.ceil(warmup_ratio * total_steps)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    progress = (step - warmup) / max(1, total_steps - warmup)
+    if schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * progress))
+    return 1 - progress if schedule == "linear" else 1.0
+
+
+class TrainingEngine:
+    """Policy, optimizer and ZeRO behind four calls: `logp`, `backward`, `step`, `reference_logp`."""
+
+    def __init__(self, policy: PolicyModel, family: Family, config: Config, settings: dict[str, Any], ranks: Ranks):
+        import deepspeed
+
+        groups = parameter_groups(policy.model, family, config)
+        self.base_lrs = [group["lr"] for group in groups]
+        self.settings = settings
+        self.ranks = ranks
+        self.device = pick_device(ranks)
+        self.dtype: torch.dtype = policy.model.dtype
+        self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
+            model=policy, optimizer=self._optimizer(groups, config), config=settings, dist_init_required=False
+        )
+
+    def _optimizer(self, groups: list[dict[str, Any]], config: Config) -> torch.optim.Optimizer:
+        betas = (config.train.adam_beta1, config.train.adam_beta2)
+        offload = self.settings.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
+        if offload != "none":
+            from deepspeed.ops.adam import DeepSpeedCPUAdam  # vectorised on the host, where the states lie
+
+            return DeepSpeedCPUAdam(groups, lr=config.train.lr, betas=betas, eps=config.train.adam_eps, adamw_mode=True)
+        fused = self.device.type == "cuda"
+        return torch.optim.AdamW(groups, lr=config.train.lr, betas=betas, eps=config.train.adam_eps, fused=fused)
+
+    @property
+    def policy(self) -> PolicyModel:
+        return self.deepspeed.module
+
+    def logp(self, batch: GroupBatch) -> torch.Tensor:
+        """fp32 log-probs [N] of the response tokens; call inside `packed_layout(batch.layout)`, backward included."""
+        return self.deepspeed(**model_inputs(batch, self.device, self.dtype))
+
+    @torch.no_grad()
+    def reference_logp(self, batch: GroupBatch) -> torch.Tensor:
+        """The same, without dropout and gradient. Before the first step the policy *is* the reference."""
+        self.deepspeed.eval()
+        with packed_layout(batch.layout):
+            logp_N = self.logp(batch)
+        self.deepspeed.train()
+        return logp_N
+
+    def backward(self, loss: torch.Tensor, *, is_last: bool) -> None:
+        """Adds the gradient of `loss`, which is this rank's share of a sum over all ranks.
+
+        DeepSpeed divides by the number of ranks and, if let, by its accumulation steps; both are undone, so that the
+        gradient is that of the sum of all shares, exactly, however the step was divided.
+        """
+        self.deepspeed.set_gradient_accumulation_boundary(is_last)
+        self.deepspeed.backward(loss * self.ranks.world_size, scale_wrt_gas=False)
+
+    def step(self, lr_factor: float) -> float:
+        """One optimizer step at `lr_factor` of the peak learning rates; returns the gradient norm before clipping."""
+        for group, base_lr in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
+            group["lr"] = base_lr * lr_factor
+        self.deepspeed.step()
+        norm = self.deepspeed.get_global_grad_norm()
+        return float("nan") if norm is None else float(norm)
+
+    def sum_over_ranks(self, values: list[float]) -> list[float]:
+        """Sums numbers over all ranks, in fp64."""
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor)
+        return tensor.tolist()
+
+    def gathered_trainable_state(self) -> dict[str, torch.Tensor]:
+        """Whole trainable parameters by name, on the CPU of rank 0 (elsewhere empty); gathered one by one."""
+        import deepspeed
+
+        state: dict[str, torch.Tensor] = {}
+        for name, parameter in self.policy.model.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            partitioned = [parameter] if hasattr(parameter, "ds_id") else []
+            with deepspeed.zero.GatheredParameters(partitioned, enabled=bool(partitioned)):
+                if self.ranks.is_main:
+                    state[name] = parameter.detach().cpu().clone().contiguous()
+        return state
+
+
+def gather_from_ranks(item: Any) -> list[Any]:
+    """Every rank's item, in the order of ranks."""
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, item)
+    return gathered
+
+
+def barrier() -> None:
+    dist.barrier()
+
+
+def shut_down() -> None:
+    """Leaves the process group; without it the launcher may wait for, or warn of, a rank that is gone."""
+    dist.barrier()
+    dist.destroy_process_group()

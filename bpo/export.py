@@ -1,0 +1,135 @@
+"""Turns a checkpoint into what other programs load: a merged model directory, or a PEFT adapter."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from bpo.config import Config, LoraConfig, ModelConfig, TrainableConfig
+from bpo.data.families import family_of
+from bpo.model.load import load_model
+from bpo.model.trainable import lora_config
+
+logger = logging.getLogger(__name__)
+
+# Everything of a model directory that is not weights belongs to the processor or the generation settings.
+_WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack"}
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint directory named, or the newest of a run's output directory.
+
+    Raises:
+        ValueError: there is none; says what was looked for.
+    """
+    if (path / "trainable.safetensors").is_file():
+        return path
+    pointer = path / "checkpoints" / "latest"
+    if pointer.is_file():
+        return path / "checkpoints" / pointer.read_text(encoding="utf-8").strip()
+    raise ValueError(f"export.checkpoint {path}: neither a checkpoint nor a run directory with checkpoints/latest")
+
+
+def _section(cls: type, tree: dict[str, Any]) -> Any:
+    """A configuration section from a manifest; keys that a newer version dropped are left out."""
+    known = {entry.name for entry in dataclasses.fields(cls)}
+    return cls(**{key: value for key, value in tree.items() if key in known})
+
+
+def run_export(config: Config) -> Path:
+    """Writes `export.output` from `export.checkpoint`; the base model is the one the run was trained from.
+
+    `model.path`, where given, replaces the path stored in the checkpoint (a model directory that moved).
+
+    Raises:
+        ValueError: a path is missing, or an adapter is asked for although more than LoRA and projector was trained.
+    """
+    if not config.export.checkpoint or not config.export.output:
+        raise ValueError("export.checkpoint and export.output must both be given")
+    checkpoint = find_checkpoint(Path(config.export.checkpoint))
+    manifest = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))
+    tree = manifest["config"]
+    model_config: ModelConfig = _section(ModelConfig, tree["model"])
+    if config.model.path:
+        model_config = dataclasses.replace(model_config, path=config.model.path)
+    trainable: TrainableConfig = _section(TrainableConfig, tree["trainable"])
+    adapter: LoraConfig = _section(LoraConfig, tree["lora"])
+    state = load_file(checkpoint / "trainable.safetensors")
+    output = Path(config.export.output)
+    output.mkdir(parents=True, exist_ok=True)
+    if config.export.form == "adapter":
+        _write_adapter(output, state, model_config, trainable, adapter)
+    else:
+        _write_merged(output, state, model_config, trainable, adapter)
+    logger.info("exported step %d of %s to %s", manifest["step"], checkpoint, output)
+    return output
+
+
+def _write_merged(
+    output: Path, state: dict[str, torch.Tensor], config: ModelConfig, trainable: TrainableConfig, lora: LoraConfig
+) -> None:
+    model = load_model(config)
+    family = family_of(model.config)
+    if trainable.language == "lora":
+        import peft
+
+        adapted = peft.LoraModel(model, lora_config(model, family, lora, config.path), "default")
+        _load_exactly(adapted.model, state)
+        model = adapted.merge_and_unload()
+    else:
+        _load_exactly(model, state)
+    model.save_pretrained(output)
+    copy_processor(Path(config.path), output)
+
+
+def _load_exactly(model: torch.nn.Module, state: dict[str, torch.Tensor]) -> None:
+    """Loads trained parameters; each must exist in the model (tied names count once)."""
+    unexpected = model.load_state_dict(state, strict=False).unexpected_keys
+    if unexpected:
+        raise ValueError(
+            f"the checkpoint has parameters the model lacks: {', '.join(unexpected[:5])}; wrong base model?"
+        )
+
+
+def _write_adapter(
+    output: Path, state: dict[str, torch.Tensor], config: ModelConfig, trainable: TrainableConfig, lora: LoraConfig
+) -> None:
+    if trainable.language != "lora" or trainable.vision != "frozen":
+        raise ValueError(
+            f"export.form=adapter needs trainable.language=lora and a frozen vision tower; this run had "
+            f"language={trainable.language}, vision={trainable.vision}. Use export.form=merged"
+        )
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    model_config = AutoConfig.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
+    family = family_of(model_config)
+    with torch.device("meta"):  # only names are needed
+        model = AutoModelForImageTextToText.from_config(model_config)
+    settings = lora_config(model, family, lora, config.path)
+    settings.inference_mode = True
+    if trainable.projector == "full":
+        settings.modules_to_save = [name.rsplit(".", 1)[-1] for name in family.projector_modules]
+    settings.save_pretrained(str(output))
+    # PEFT's names: no adapter name inside, and a prefix for its two wrappers.
+    renamed = {f"base_model.model.{name.replace('.default.', '.')}": value for name, value in state.items()}
+    save_file(renamed, output / "adapter_model.safetensors", metadata={"format": "pt"})
+    copy_processor(Path(config.path), output, skip={"config.json", "generation_config.json"})
+
+
+def copy_processor(source: Path, output: Path, skip: set[str] | None = None) -> None:
+    """Copies tokenizer, image processor and chat template files as they are; a hub id is read from the cache."""
+    if not source.is_dir():
+        from transformers.utils import cached_file
+
+        source = Path(str(cached_file(str(source), "config.json"))).parent
+    for file in sorted(source.iterdir()):
+        is_weight = file.suffix in _WEIGHT_SUFFIXES or file.name.endswith(".index.json")
+        if file.is_file() and not is_weight and file.name not in (skip or set()) and not (output / file.name).exists():
+            shutil.copy2(file, output / file.name)

@@ -1,0 +1,142 @@
+"""Training metrics under their standard names, to JSONL, TensorBoard and a progress bar.
+
+Shape letters: P pairs, C completions, N response tokens.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bpo.losses import LossInputs, LossOutput
+from bpo.records import GroupBatch
+
+_NAMES = (
+    "loss",
+    "preference_loss",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/margins",
+    "rewards/accuracies",
+    "logps/chosen",
+    "logps/rejected",
+    "nll/chosen",
+)
+
+
+@dataclass
+class StepSums:
+    """Sums over the pairs of one rank's part of a step; over all ranks and divided by them, the metrics."""
+
+    values: list[float]
+    num_pairs: float = 0.0
+    num_tokens: float = 0.0
+    reference_gap: float = 0.0
+    expected_first_loss: float = 0.0
+    groups: list[str] = field(default_factory=list)
+    non_finite_groups: list[str] = field(default_factory=list)
+
+    @classmethod
+    def zero(cls) -> StepSums:
+        return cls([0.0] * len(_NAMES))
+
+    @torch.no_grad()
+    def add(
+        self,
+        total_loss_P: torch.Tensor,
+        output: LossOutput,
+        nll_P: torch.Tensor,
+        inputs: LossInputs,
+        weight_P: torch.Tensor,
+        batch: GroupBatch,
+    ) -> None:
+        """Adds a micro-batch; a filler's pairs have weight 0 and count nowhere."""
+        if not bool(weight_P.any()):
+            return
+        logp_C = inputs.sequence_sum(inputs.policy_logp_N)
+        chosen, rejected = inputs.pairs_P2.unbind(1)
+        columns = (
+            total_loss_P,
+            output.loss_P,
+            output.chosen_reward_P,
+            output.rejected_reward_P,
+            output.chosen_reward_P - output.rejected_reward_P,
+            (output.chosen_reward_P > output.rejected_reward_P).float(),
+            logp_C[chosen],
+            logp_C[rejected],
+            nll_P,
+        )
+        for i, column_P in enumerate(columns):
+            self.values[i] += float((column_P.double() * weight_P).sum())
+        self.num_pairs += float(weight_P.sum())
+        self.num_tokens += batch.input_ids_T.numel()
+        self.groups.extend(batch.group_ids)
+        if not bool(torch.isfinite(total_loss_P).all()):
+            self.non_finite_groups.extend(_groups_of(batch, inputs.pairs_P2[~torch.isfinite(total_loss_P), 0]))
+        gap = (inputs.policy_logp_N - inputs.reference_logp_N).abs().max()
+        self.reference_gap = max(self.reference_gap, float(gap))
+
+    def flat(self) -> list[float]:
+        return [*self.values, self.num_pairs, self.num_tokens]
+
+
+def _groups_of(batch: GroupBatch, completions: torch.Tensor) -> list[str]:
+    """The groups that given completions of a batch belong to."""
+    owner = [g for g, spans in zip(batch.group_ids, batch.layout.completion_spans, strict=True) for _ in spans]
+    return sorted({owner[c] for c in completions.tolist()})
+
+
+def step_metrics(flat: list[float]) -> dict[str, float]:
+    """Means over the pairs of the global batch, from the flat sums of all ranks."""
+    pairs = flat[len(_NAMES)]
+    return {name: value / pairs for name, value in zip(_NAMES, flat, strict=False)}
+
+
+class MetricsWriter:
+    """Appends to metrics.jsonl and TensorBoard on rank 0; on other ranks it does nothing."""
+
+    def __init__(self, output_dir: Path, *, enabled: bool, tensorboard: bool, start_step: int):
+        self._file = None
+        self._board: Any = None
+        if not enabled:
+            return
+        path = output_dir / "metrics.jsonl"
+        _drop_from(path, start_step)
+        self._file = path.open("a", encoding="utf-8")
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(output_dir / "tensorboard"), purge_step=start_step + 1)
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        if self._file is None:
+            return
+        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name, value in metrics.items():
+                self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def _drop_from(path: Path, start_step: int) -> None:
+    """Removes the lines of steps that a resumed run will do again, so that each step stands once."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= start_step:
+                kept.append(line)
+        except json.JSONDecodeError:
+            continue  # the line a killed run did not finish
+    path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")

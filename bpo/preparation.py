@@ -1,0 +1,149 @@
+"""What happens once before training: groups are measured, the reference log-probs are computed and stored."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from bpo.config import Config
+from bpo.data.encode import Dropped, Encoder
+from bpo.data.formats import read_groups
+from bpo.data.groups import GroupDataset, MeasuredGroup, iterate_micro_batches, write_dropped
+from bpo.data.plan import PlannedStep, plan_steps, split_into_micro_batches
+from bpo.engine import TrainingEngine, barrier
+from bpo.launch import Ranks
+from bpo.model.reference import ReferenceStore, model_fingerprint
+from bpo.records import GroupBatch
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingData:
+    """The usable groups; `usable[i]` is the dataset index of planned group i, `measured[i]` what is known of it."""
+
+    dataset: GroupDataset
+    usable: tuple[int, ...]
+    measured: tuple[MeasuredGroup, ...]
+
+    @property
+    def keys(self) -> dict[int, str]:
+        return {index: one.reference_key for index, one in zip(self.usable, self.measured, strict=True)}
+
+    def num_pairs(self, groups: tuple[int, ...]) -> int:
+        return sum(self.measured[g].num_pairs for g in groups)
+
+
+def measure_groups(config: Config, encoder: Encoder, ranks: Ranks, gather: Any) -> TrainingData:
+    """Encodes every group once, divided among the ranks; lists those that cannot be used in dropped.jsonl.
+
+    Raises:
+        ValueError: no group is left.
+    """
+    if not config.data.groups:
+        raise ValueError("data.groups is empty; give the file that `bpo bootstrap` wrote")
+    groups = read_groups(Path(config.data.groups))
+    dataset = GroupDataset(
+        groups, encoder, max_words=config.data.max_completion_words, types=config.train.completion_types
+    )
+    mine = range(ranks.rank, len(dataset), ranks.world_size)
+    results = tqdm(
+        dataset.measure_all(mine, config.data.num_workers),
+        total=len(mine),
+        desc="measuring groups",
+        disable=not ranks.is_main,
+    )
+    everyone: list[list[MeasuredGroup | Dropped]] = gather(list(results))
+    by_index = [everyone[i % ranks.world_size][i // ranks.world_size] for i in range(len(dataset))]
+    dropped = [one for one in by_index if isinstance(one, Dropped)]
+    usable = [(i, one) for i, one in enumerate(by_index) if isinstance(one, MeasuredGroup)]
+    if ranks.is_main and dropped:
+        path = Path(config.train.output_dir) / "dropped.jsonl"
+        counts = ", ".join(f"{n} {reason}" for reason, n in sorted(write_dropped(dropped, path).items()))
+        logger.warning("%d of %d groups cannot be used (%s); listed in %s", len(dropped), len(dataset), counts, path)
+    if not usable:
+        first = f"; the first: {dropped[0].group_id}: {dropped[0].detail}" if dropped else ""
+        raise ValueError(f"{config.data.groups}: no group can be trained on{first}")
+    return TrainingData(dataset, tuple(i for i, _ in usable), tuple(one for _, one in usable))
+
+
+def plan_training(config: Config, data: TrainingData, world_size: int) -> list[PlannedStep]:
+    return plan_steps(
+        [one.num_tokens for one in data.measured],
+        groups_per_step=config.train.groups_per_step,
+        epochs=config.train.epochs,
+        seed=config.train.seed,
+        world_size=world_size,
+        max_tokens=config.train.max_micro_batch_tokens,
+        max_steps=config.train.max_steps,
+    )
+
+
+def fill_reference_store(config: Config, engine: TrainingEngine, data: TrainingData) -> ReferenceStore:
+    """Computes what the store lacks, on the engine that will train, before its first step; every rank its share.
+
+    Must run before a checkpoint is loaded: only the untrained policy is the reference.
+    """
+    directory = Path(config.train.reference_dir or Path(config.train.output_dir) / "reference")
+    fingerprint = model_fingerprint(config.model.path, str(engine.dtype).removeprefix("torch."))
+    store = ReferenceStore(directory, fingerprint, engine.ranks.rank)
+    first_with_key = {one.reference_key: g for g, one in reversed(list(enumerate(data.measured)))}
+    missing = sorted(g for key, g in first_with_key.items() if key not in store)
+    barrier()  # nobody writes before everybody has read the same index
+    if missing:
+        tokens = [one.num_tokens for one in data.measured]
+        plan = split_into_micro_batches(missing, tokens, engine.ranks.world_size, config.train.max_micro_batch_tokens)
+        mine = [(one or missing[:1], not one) for one in plan[engine.ranks.rank]]
+        batches = micro_batches(config, data, mine, engine)
+        for batch in tqdm(batches, total=len(mine), desc="reference log-probs", disable=not engine.ranks.is_main):
+            _store_batch(store, batch, engine.reference_logp(batch))
+        store.close()
+    barrier()
+    store.reload()
+    logger.info("reference store %s: %d entries, %d computed now", directory, len(store), len(missing))
+    return store
+
+
+def _store_batch(store: ReferenceStore, batch: GroupBatch, logp_N: torch.Tensor) -> None:
+    if not bool(batch.pair_weight_P.any()):
+        return  # a filler: its group is computed by the rank that owns it
+    first = 0
+    for key, spans in zip(batch.reference_keys, batch.layout.completion_spans, strict=True):
+        count = sum(end - start for start, end in spans)
+        store.put(key, logp_N[first : first + count])
+        first += count
+
+
+def micro_batches(
+    config: Config, data: TrainingData, batches: list[tuple[Any, bool]], engine: TrainingEngine
+) -> Iterator[GroupBatch]:
+    """This rank's micro-batches, given as (planned groups, is_filler)."""
+    indices = [([data.usable[g] for g in groups], is_filler) for groups, is_filler in batches]
+    return iterate_micro_batches(
+        data.dataset,
+        data.keys,
+        indices,
+        num_workers=config.data.num_workers,
+        pin_memory=engine.device.type == "cuda",
+    )
+
+
+def training_batches(
+    config: Config, data: TrainingData, steps: list[PlannedStep], store: ReferenceStore, engine: TrainingEngine
+) -> Iterator[list[GroupBatch]]:
+    """For every step, this rank's micro-batches with their reference log-probs."""
+    rank = engine.ranks.rank
+    flat = [pair for s in steps for pair in zip(s.micro_batches[rank], s.is_filler[rank], strict=True)]
+    batches = micro_batches(config, data, flat, engine)
+    for step in steps:
+        yield [_with_reference(next(batches), store) for _ in step.micro_batches[rank]]
+
+
+def _with_reference(batch: GroupBatch, store: ReferenceStore) -> GroupBatch:
+    return replace(batch, reference_logp_N=store.gather(batch.reference_keys))

@@ -1,0 +1,83 @@
+"""Checks that stop a run before it wastes a week: non-finite losses, a reference that is not the policy."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+
+import torch
+
+from bpo.config import Config
+from bpo.data.plan import PlannedStep
+from bpo.engine import TrainingEngine, gather_from_ranks
+from bpo.losses import LossInputs, loss_at_reference
+from bpo.metrics import StepSums, step_metrics
+
+logger = logging.getLogger(__name__)
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or gradient of a step is not a number; names the records."""
+
+
+class FirstStepError(RuntimeError):
+    """Policy and reference differ before the first step."""
+
+
+def seed_micro_batch(seed: int, step: int, micro_batch: int, rank: int) -> None:
+    """Seeds dropout from its place in the run, so that a resumed run draws what the unbroken one would have."""
+    digest = hashlib.sha256(f"{seed}:{step}:{micro_batch}:{rank}".encode()).digest()
+    torch.manual_seed(int.from_bytes(digest[:7], "little"))
+
+
+def check_finite(sums: StepSums, step: PlannedStep, reduced: list[float], engine: TrainingEngine) -> None:
+    """Stops all ranks together where a reduced value is not finite: every rank sees the same sums.
+
+    Raises:
+        NonFiniteError: with the groups whose loss was not finite, or all of the step's where only the gradient was not.
+    """
+    if all(math.isfinite(value) for value in reduced):
+        return
+    culprits = sorted({group for rank in gather_from_ranks(sums.non_finite_groups) for group in rank})
+    what = "loss" if culprits else "gradient"
+    names = culprits or sorted({g for batch in gather_from_ranks(sums.groups) for g in batch})
+    raise NonFiniteError(
+        f"the {what} of step {step.index + 1} is not finite; groups: {', '.join(names)}. "
+        "Look at these records, lower train.lr, or use float32/bfloat16 (model.dtype)"
+    )
+
+
+def check_first_step(
+    config: Config, flat: list[float], sums: StepSums, engine: TrainingEngine, dtype: torch.dtype
+) -> None:
+    """Asserts that the first step's preference loss is its value for policy = reference (log 2 for DPO).
+
+    Raises:
+        FirstStepError: the gap is above the tolerance: the reference is not the model that is being trained.
+    """
+    half_precision = dtype != torch.float32
+    tolerance = config.train.first_loss_tolerance or (2e-2 if half_precision else 1e-4)
+    loss = step_metrics(flat)["preference_loss"]
+    expected = engine.sum_over_ranks([sums.expected_first_loss])[0] / flat[-2]
+    gap = abs(loss - expected)
+    token_gap = max(gather_from_ranks(sums.reference_gap))
+    logger.info(
+        "first step: loss %.8f, expected %.8f (policy = reference), gap %.2e; largest token log-prob gap %.2e",
+        loss,
+        expected,
+        gap,
+        token_gap,
+    )
+    if not gap <= tolerance:
+        raise FirstStepError(
+            f"the first step's loss is {loss:.6f} but must be {expected:.6f} within {tolerance:g}: policy and "
+            f"reference differ by up to {token_gap:.3g} nats a token. Is there dropout outside the adapter "
+            "(attention_dropout of the model's config), or a reference store of other weights?"
+        )
+
+
+@torch.no_grad()
+def expected_loss(inputs: LossInputs, config: Config, weight_P: torch.Tensor) -> float:
+    """Weighted sum of the preference loss of a policy equal to the reference."""
+    return float((loss_at_reference(config.loss, inputs).double() * weight_P).sum())

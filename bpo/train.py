@@ -1,0 +1,150 @@
+"""Preference training: `deepspeed bpo/train.py --config FILE [--train.lr 1e-5 ...]`.
+
+Reads the groups, computes the reference once, and trains with DeepSpeed. torchrun, srun and plain python start it too.
+"""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+if __name__ == "__main__" and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
+    sys.path.pop(0)  # `deepspeed bpo/train.py` puts bpo/ first: its modules must not pass for top-level ones
+
+import torch
+from tqdm import tqdm
+
+from bpo import checkpoint, engine, losses
+from bpo.config import Config
+from bpo.config_io import load_config, save_config, to_tree
+from bpo.data.encode import load_encoder
+from bpo.data.plan import PlannedStep
+from bpo.launch import Ranks, ranks_from_environment, setup_logging
+from bpo.metrics import MetricsWriter, StepSums, step_metrics
+from bpo.model.attention import packed_layout
+from bpo.model.load import load_model, resolve_dtype
+from bpo.model.policy import PolicyModel
+from bpo.model.trainable import prepare_trainable
+from bpo.preparation import fill_reference_store, measure_groups, plan_training, training_batches
+from bpo.records import GroupBatch
+from bpo.safeguards import check_finite, check_first_step, expected_loss, seed_micro_batch
+
+logger = logging.getLogger(__name__)
+
+
+def run_step(
+    trainer: engine.TrainingEngine, batches: list[GroupBatch], config: Config, num_pairs: int, step: int
+) -> StepSums:
+    """Forward and backward of one optimizer step on this rank: loss = mean over all pairs of the global batch."""
+    sums = StepSums.zero()
+    loss_of = losses.get_loss(config.loss.type)
+    for k, batch in enumerate(batches):
+        seed_micro_batch(config.train.seed, step, k, trainer.ranks.rank)
+        assert batch.reference_logp_N is not None
+        with packed_layout(batch.layout):
+            inputs = losses.LossInputs(
+                policy_logp_N=trainer.logp(batch),
+                reference_logp_N=batch.reference_logp_N.to(trainer.device),
+                completion_of_token_N=batch.completion_of_token_N.to(trainer.device),
+                num_completions=batch.num_completions,
+                pairs_P2=batch.pairs_P2.to(trainer.device),
+            )
+            output = loss_of(inputs, config.loss)
+            nll_P = losses.chosen_nll(inputs)
+            loss_P = output.loss_P + config.loss.chosen_nll_weight * nll_P
+            weight_P = batch.pair_weight_P.to(trainer.device)
+            trainer.backward((loss_P * weight_P).sum() / num_pairs, is_last=k == len(batches) - 1)
+        sums.add(loss_P, output, nll_P, inputs, weight_P, batch)
+        if step == 0:
+            sums.expected_first_loss += expected_loss(inputs, config, weight_P)
+    return sums
+
+
+def train(config: Config, ranks: Ranks) -> None:
+    """The whole run; see `main` for how it is started."""
+    output_dir = Path(config.train.output_dir)
+    encoder = load_encoder(config)
+    engine.init_distributed(ranks)
+    found = checkpoint.find_resumable(output_dir, resume=config.train.resume)
+    if ranks.is_main:
+        _write_run_record(config, output_dir)
+    data = measure_groups(config, encoder, ranks, engine.gather_from_ranks)
+    steps = plan_training(config, data, ranks.world_size)
+    dtype = resolve_dtype(config.model.dtype, config.model.path)
+    settings = engine.deepspeed_config(config, dtype, max(len(s.micro_batches[0]) for s in steps))
+    with engine.partitioned_loading(settings):
+        model = load_model(config.model, for_training=True)
+    prepare_trainable(model, encoder.family, config)
+    trainer = engine.TrainingEngine(PolicyModel(model), encoder.family, config, settings, ranks)
+    store = fill_reference_store(config, trainer, data)
+    done = checkpoint.resume(trainer, *found) if found else 0
+    writer = MetricsWriter(output_dir, enabled=ranks.is_main, tensorboard=config.train.tensorboard, start_step=done)
+    batches = training_batches(config, data, steps[done:], store, trainer)
+
+    progress = tqdm(total=len(steps), initial=done, desc="training", disable=not ranks.is_main)
+    for step in steps[done:]:
+        started = time.perf_counter()
+        num_pairs = data.num_pairs(step.groups)
+        sums = run_step(trainer, next(batches), config, num_pairs, step.index)
+        flat = trainer.sum_over_ranks(sums.flat())
+        check_finite(sums, step, flat, trainer)
+        if step.index == 0:
+            check_first_step(config, flat, sums, trainer, dtype)
+        factor = engine.learning_rate_factor(
+            step.index, len(steps), config.train.warmup_ratio, config.train.lr_schedule
+        )
+        grad_norm = trainer.step(factor)
+        check_finite(sums, step, [grad_norm], trainer)
+        seconds = time.perf_counter() - started
+        metrics = step_metrics(flat) | _rates(flat, seconds) | {"lr": config.train.lr * factor, "grad_norm": grad_norm}
+        progress.update()
+        progress.set_postfix(loss=f"{metrics['loss']:.4f}", acc=f"{metrics['rewards/accuracies']:.2f}")
+        number = step.index + 1
+        if number % config.train.log_every_steps == 0 or number == len(steps):
+            writer.write(number, {**metrics, "epoch": _epoch(step, len(steps), config)})
+        every = config.train.save_every_steps
+        if number == len(steps) or (every and number % every == 0):
+            checkpoint.save_checkpoint(trainer, output_dir, number, to_tree(config))
+    progress.close()
+    writer.close()
+    engine.shut_down()
+
+
+def _rates(flat: list[float], seconds: float) -> dict[str, float]:
+    num_pairs, num_tokens = flat[-2:]
+    return {"pairs_per_second": num_pairs / seconds, "tokens_per_second": num_tokens / seconds, "step_seconds": seconds}
+
+
+def _epoch(step: PlannedStep, num_steps: int, config: Config) -> float:
+    return round(config.train.epochs * (step.index + 1) / num_steps, 4)
+
+
+def _write_run_record(config: Config, output_dir: Path) -> None:
+    """The resolved configuration, the commit and the versions: first of all, so that even a failed run can be read."""
+    save_config(config, output_dir / "config.yaml")
+    clone = Path(__file__).resolve().parents[1]
+    git = subprocess.run(["git", "-C", str(clone), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    lines = [f"commit: {git.stdout.strip() or 'not a git clone'}"]
+    lines += [f"{name}: {number}" for name, number in checkpoint.versions().items()]
+    (output_dir / "versions.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    arguments = [a for a in arguments if not a.startswith("--local_rank")]  # added by the deepspeed launcher
+    arguments = ["--train.resume=true" if a == "--resume" else a for a in arguments]
+    ranks = ranks_from_environment()
+    setup_logging(ranks)
+    try:
+        config = load_config(arguments, prog="bpo/train.py", description=__doc__ or "")
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    torch.manual_seed(config.train.seed)
+    train(config, ranks)
+
+
+if __name__ == "__main__":
+    main()
