@@ -1,7 +1,8 @@
 """The durable record of what a bootstrapping job has finished: one JSON line an outcome, one file a rank.
 
 A rank only ever appends to its own file and flushes it to disk after each batch, so a killed job loses at most the
-batch it was working on. Everybody reads all files. A line that a kill cut short is not an outcome: its record is done again.
+batch it was working on. Everybody reads all files. A line that a kill cut short is not an outcome: its record is done
+again.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """`bpo bootstrap`: annotations and images in, preference groups out; sharded over ranks, resumable at any point.
 
 Batches are made once from all records, longest first (memory runs short at once or never), and dealt to the ranks in
-turn. A batch is always generated whole, so that with one batch size not even the rounding of batched matrix products depends
-on the number of ranks or on where an earlier run was killed. Ranks meet only through files: rank 0 merges when every
-record has an outcome.
+turn. A batch is always generated whole, so that with one batch size not even the rounding of batched matrix products
+depends on the number of ranks or on where an earlier run was killed. Ranks meet only through files: rank 0 merges when
+every record has an outcome.
 """
 
 from __future__ import annotations

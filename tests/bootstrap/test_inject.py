@@ -1,0 +1,69 @@
+"""What a text-only LLM is asked. Run: python -m pytest tests/bootstrap/test_inject.py"""
+
+from __future__ import annotations
+
+import pytest
+
+from bpo.bootstrap.inject import as_plain_text, build_request, choose_mode, load_prompt
+from bpo.records import Annotation, ContentPart, Turn
+
+
+def annotation(question: str, response: str, *earlier: str) -> Annotation:
+    turns = [Turn("user" if i % 2 == 0 else "assistant", (ContentPart("text", t),)) for i, t in enumerate(earlier)]
+    turns.append(Turn("user", (ContentPart("image"), ContentPart("text", question))))
+    return Annotation("r", ("a.png",), tuple(turns), response)
+
+
+@pytest.mark.parametrize("mode", ["description", "qa"])
+def test_prompt_files_have_worked_examples_in_which_something_changes(mode: str) -> None:
+    prompt = load_prompt(mode)
+    assert len(prompt.examples) >= 3
+    assert all(answer and answer not in request for request, answer in prompt.examples)
+    assert "{" not in "".join(request for request, _ in prompt.examples)
+
+
+def test_the_conversation_of_a_description() -> None:
+    request = build_request(annotation("Describe it.", " A {cat} <image>. "), "description", 1024, seed=7)
+    roles = [message.role for message in request.messages]
+    assert roles == ["user", "assistant"] * (len(roles) // 2) + ["user"]
+    assert request.messages[0].content.startswith(load_prompt("description").instruction)
+    assert request.messages[-1].content == "Description: A {cat} <image>."
+    assert (request.record_id, request.seed) == ("r", 7)
+
+
+def test_the_conversation_of_a_question_has_the_last_question_only() -> None:
+    request = build_request(annotation("What colour?", "Red.", "How many?", "Two."), "qa", 1024, seed=0)
+    assert request.messages[-1].content == "Question: What colour?\nAnswer: Red."
+
+
+def test_the_plain_form_labels_every_answer_and_ends_with_the_label() -> None:
+    request = build_request(annotation("What colour?", "Red."), "qa", 1024, seed=0)
+    text = as_plain_text(request)
+    assert text.endswith("Question: What colour?\nAnswer: Red.\n\nModified answer:")
+    assert text.count("Modified answer: ") == len(load_prompt("qa").examples)
+
+
+def test_a_short_annotation_gets_a_short_budget_and_the_configured_limit_holds() -> None:
+    short = build_request(annotation("What?", "one two"), "qa", 1024, seed=0)
+    assert short.max_new_tokens == 64 + 4 * 2
+    assert build_request(annotation("What?", "word " * 900), "qa", 1024, seed=0).max_new_tokens == 1024
+
+
+@pytest.mark.parametrize(
+    ("question", "mode"),
+    [
+        ("Describe this image.", "description"),
+        ("Can you give a detailed caption for the photo?", "description"),
+        ("What do you see happening in this image?", "description"),
+        ("What is this?", "description"),
+        ("What's going on?", "description"),
+        ("Write a terse but informative summary of the picture.", "description"),
+        ("What is this man holding?", "qa"),
+        ("How many dogs are there?", "qa"),
+        ("Is the cup left of the plate?", "qa"),
+        ("What can you infer about the weather?", "qa"),
+    ],
+)
+def test_auto_mode_follows_the_question(question: str, mode: str) -> None:
+    assert choose_mode("auto", annotation(question, "x")) == mode
+    assert choose_mode("qa", annotation(question, "x")) == "qa"
