@@ -1,0 +1,157 @@
+"""Readers of the files that CHAIR and POPE stand on: COCO instances and captions, synonyms, POPE questions."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bpo.data.jsonfiles import parse_json, read_records
+from bpo.evaluation.chair import present_objects
+from bpo.evaluation.lexicon import ObjectLexicon, build_lexicon
+from bpo.evaluation.pope import PopeQuestion
+
+POPE_SPLITS = ("random", "popular", "adversarial")
+_LABELS = {"yes": True, "no": False}
+
+
+@dataclass(frozen=True, slots=True)
+class CocoImages:
+    """Images with their ground truth.
+
+    Attributes:
+        file_of_image: Image id -> file name, relative to data.image_root, in the file's order.
+        present_of_image: Image id -> objects in it.
+        lexicon: The names of objects.
+    """
+
+    file_of_image: dict[int | str, str]
+    present_of_image: dict[int | str, frozenset[str]]
+    lexicon: ObjectLexicon
+
+
+def read_coco(instances: Path, captions: Path | None = None, synonyms: Path | None = None) -> CocoImages:
+    """COCO instances, and captions whose objects count as present too.
+
+    Args:
+        instances: JSON object with `images`, `annotations` and `categories`.
+        captions: JSON object whose `annotations` hold `image_id` and `caption`; other images' captions are ignored.
+        synonyms: One object a line; without it, the categories' names are the only names.
+
+    Raises:
+        ValueError: Names file, record, field and fix.
+    """
+    tree = _read_object(instances, ("images", "annotations", "categories"))
+    name_of_category = _table(tree["categories"], f"{instances}, categories", "id", "name")
+    file_of_image = _table(tree["images"], f"{instances}, images", "id", "file_name")
+    lexicon = read_synonyms(synonyms) if synonyms else build_lexicon([name] for name in name_of_category.values())
+    categories_of_image: dict[int | str, list[str]] = {image_id: [] for image_id in file_of_image}
+    for number, entry in enumerate(tree["annotations"]):
+        where = f"{instances}, annotations[{number}]"
+        image_id, category = _field(entry, "image_id", where), _field(entry, "category_id", where)
+        if image_id not in file_of_image or category not in name_of_category:
+            raise ValueError(f"{where}: image_id {image_id!r} or category_id {category!r} is not declared; add it")
+        categories_of_image[image_id].append(name_of_category[category])
+    captions_of_image: dict[int | str, list[str]] = {image_id: [] for image_id in file_of_image}
+    if captions is not None:
+        for number, entry in enumerate(_read_object(captions, ("annotations",))["annotations"]):
+            where = f"{captions}, annotations[{number}]"
+            image_id, caption = _field(entry, "image_id", where), _text(entry, "caption", where)
+            if image_id in captions_of_image:
+                captions_of_image[image_id].append(caption)
+        if not any(captions_of_image.values()):
+            raise ValueError(f"{captions}: no caption is about an image of {instances}; take the same split of both")
+    try:
+        present = {
+            image_id: present_objects(lexicon, categories_of_image[image_id], captions_of_image[image_id])
+            for image_id in file_of_image
+        }
+    except ValueError as error:
+        raise ValueError(f"{instances} with {synonyms or 'its own category names'}: {error}") from error
+    return CocoImages(file_of_image, present, lexicon)
+
+
+def read_synonyms(path: Path) -> ObjectLexicon:
+    """One object a line, canonical name first, names separated by commas; blank lines are skipped.
+
+    Raises:
+        ValueError: Names the file and the fix.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+        return build_lexicon([n for n in line.split(",") if n.strip()] for line in lines if line.strip(" \t,"))
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}); check evaluation.synonyms") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def read_pope(path: Path) -> tuple[PopeQuestion, ...]:
+    """POPE questions: objects with `question_id`, `image`, `text` and `label` (yes or no), one a line or in one list.
+
+    The split is the field `split` or `category`; else the word random, popular or adversarial in the file's name;
+    else the file's name.
+
+    Raises:
+        ValueError: Names file, line, field and fix.
+    """
+    path = Path(path)
+    of_name = next((split for split in POPE_SPLITS if split in path.name), path.stem)
+    questions = []
+    for record in read_records(path):
+        entry, where = record.value, record.where
+        label = entry.get("label")
+        if not isinstance(label, str) or label.strip().lower() not in _LABELS:
+            raise ValueError(f"{where}: field 'label' is {label!r}; it must be yes or no (take the file with labels)")
+        split = entry.get("split", entry.get("category", of_name))
+        if not isinstance(split, str) or not split:
+            raise ValueError(f"{where}: the split is {split!r}; it must be text such as random")
+        questions.append(
+            PopeQuestion(
+                _field(entry, "question_id", where),
+                split,
+                _text(entry, "image", where),
+                _text(entry, "text", where),
+                _LABELS[label.strip().lower()],
+            )
+        )
+    if not questions:
+        raise ValueError(f"{path}: there is no question in it")
+    return tuple(questions)
+
+
+def _read_object(path: Path, keys: tuple[str, ...]) -> dict[str, Any]:
+    try:
+        tree = parse_json(Path(path).read_bytes(), str(path))
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}); check the path") from error
+    for key in keys:
+        if not isinstance(tree, dict) or not isinstance(tree.get(key), list):
+            raise ValueError(f"{path}: list {key!r} is missing; give a file in COCO's format")
+    return tree
+
+
+def _table(entries: list[Any], where: str, key: str, value: str) -> dict[int | str, str]:
+    table = {
+        _field(entry, key, f"{where}[{number}]"): _text(entry, value, f"{where}[{number}]")
+        for number, entry in enumerate(entries)
+    }
+    if len(table) != len(entries):
+        ((repeated, _),) = Counter(entry[key] for entry in entries).most_common(1)
+        raise ValueError(f"{where}: id {repeated!r} is used twice; give each its own")
+    return table
+
+
+def _field(entry: Any, key: str, where: str) -> int | str:
+    value = entry.get(key) if isinstance(entry, dict) else None
+    if isinstance(value, bool) or not isinstance(value, (int, str)):
+        raise ValueError(f"{where}: field {key!r} is {value!r}; it must be a whole number or text")
+    return value
+
+
+def _text(entry: Any, key: str, where: str) -> str:
+    value = entry.get(key) if isinstance(entry, dict) else None
+    if not isinstance(value, str):
+        raise ValueError(f"{where}: field {key!r} is {value!r}; it must be text")
+    return value

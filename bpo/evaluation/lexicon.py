@@ -1,0 +1,150 @@
+"""Which objects a text names: synonyms, plurals, and the double-word rules published with CHAIR (arXiv 1809.02156).
+
+A synonyms file holds one object a line, its canonical name first: `person, man, woman, child`.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+logger = logging.getLogger(__name__)
+
+_WORD_RE = re.compile(r"[^\W_]+")
+
+# CHAIR's rules about two words of which one alone would name the wrong object ("baby" is a person, "seat" a chair).
+_ANIMALS = "animal bear bird cat cow cub dog elephant giraffe horse sheep zebra".split()
+_AGES = ("baby", "adult")
+_VEHICLES = ("jet", "train")
+_TWO_WORD_RULES = {
+    **{(age, animal): animal for age in _AGES for animal in _ANIMALS},
+    **{("passenger", vehicle): vehicle for vehicle in _VEHICLES},
+    ("bow", "tie"): "tie",
+    ("toilet", "seat"): "toilet",
+    ("home", "plate"): None,
+    ("train", "track"): None,
+}
+
+_IRREGULAR_PLURALS = {
+    "calves": "calf",
+    "children": "child",
+    "feet": "foot",
+    "geese": "goose",
+    "men": "man",
+    "mice": "mouse",
+    "oxen": "ox",
+    "people": "person",
+    "policemen": "policeman",
+    "snowmen": "snowman",
+    "teeth": "tooth",
+    "women": "woman",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Mention:
+    """An object named in a text: its canonical name and where it stands, `text[start:end]`."""
+
+    object: str
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class ObjectLexicon:
+    """Phrases that name objects.
+
+    Attributes:
+        canonical_of_phrase: Words of a phrase -> canonical name, or None for a phrase that names no object.
+        objects: The canonical names, in the file's order.
+    """
+
+    canonical_of_phrase: Mapping[tuple[str, ...], str | None]
+    objects: tuple[str, ...]
+
+    def canonical(self, name: str) -> str | None:
+        """The canonical name of a category or synonym, or None."""
+        return self.canonical_of_phrase.get(_words(name))
+
+    def mentions(self, text: str) -> tuple[Mention, ...]:
+        """Every mention in order, repeats included; at each place the longest phrase wins.
+
+        A word counts as its own form first, then as a plural (`singular_forms`). Where a toilet is named, a lone
+        "seat" is the toilet's, not a chair.
+        """
+        spans = [(m.group().lower(), m.start(), m.end()) for m in _WORD_RE.finditer(text)]
+        words = [word for word, _, _ in spans]
+        toilet_seat = "toilet" in words or "toilets" in words
+        longest = max(map(len, self.canonical_of_phrase), default=0)
+        found: list[Mention] = []
+        at = 0
+        while at < len(words):
+            length, canonical = self._longest_phrase(words, at, longest)
+            if canonical is not None and not (toilet_seat and words[at : at + length] in (["seat"], ["seats"])):
+                found.append(Mention(canonical, spans[at][1], spans[at + length - 1][2]))
+            at += length
+        return tuple(found)
+
+    def _longest_phrase(self, words: list[str], at: int, longest: int) -> tuple[int, str | None]:
+        for length in range(min(longest, len(words) - at), 0, -1):
+            *head, last = words[at : at + length]
+            for form in (last, *singular_forms(last)):
+                phrase = (*head, form)
+                if phrase in self.canonical_of_phrase:
+                    return length, self.canonical_of_phrase[phrase]
+        return 1, None
+
+
+def build_lexicon(lines: Iterable[Iterable[str]]) -> ObjectLexicon:
+    """A lexicon from the names of each object, canonical first.
+
+    A name that two objects claim goes to the later one, as in the published reader, with a warning. The two-word
+    rules are added where the objects they speak of exist and the file does not decide otherwise.
+
+    Raises:
+        ValueError: There is no object, or a name without a letter or digit.
+    """
+    phrases: dict[tuple[str, ...], str | None] = {}
+    objects: list[str] = []
+    for names in lines:
+        canonical, *synonyms = [" ".join(_words(name)) for name in names]
+        if canonical not in objects:
+            objects.append(canonical)
+        for name in (canonical, *synonyms):
+            phrase = tuple(name.split())
+            if not phrase:
+                raise ValueError(f"a name of object {canonical!r} is empty; separate names by single commas")
+            if phrases.get(phrase, canonical) != canonical:
+                logger.warning("%r names both %r and %r; taken as the latter", name, phrases[phrase], canonical)
+            phrases[phrase] = canonical
+    if not objects:
+        raise ValueError("there is no object; write one object a line, its canonical name first")
+    for phrase, target in _TWO_WORD_RULES.items():
+        if phrase not in phrases and any((word,) in phrases for word in phrase):
+            phrases[phrase] = phrases.get((target,)) if target is not None else None
+    return ObjectLexicon(phrases, tuple(objects))
+
+
+def singular_forms(word: str) -> tuple[str, ...]:
+    """What `word` may be the plural of, likeliest first; the lexicon decides which of them is a name.
+
+    Irregular plurals come from a short list; then -ies gives -y, -ves gives -f and -fe, -es and -s fall away.
+    """
+    if word in _IRREGULAR_PLURALS:
+        return (_IRREGULAR_PLURALS[word],)
+    forms: list[str] = []
+    if word.endswith("ies"):
+        forms.append(word[:-3] + "y")
+    if word.endswith("ves"):
+        forms += [word[:-3] + "f", word[:-3] + "fe"]
+    if word.endswith("s") and not word.endswith("ss") and len(word) > 2:
+        forms.append(word[:-1])
+    if word.endswith("es"):
+        forms.append(word[:-2])
+    return tuple(forms)
+
+
+def _words(name: str) -> tuple[str, ...]:
+    return tuple(_WORD_RE.findall(name.lower()))

@@ -1,0 +1,234 @@
+"""`bpo evaluate`: generate answers, score CHAIR and POPE, write every answer and metric as JSON, print a table."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bpo.config import Config, EvaluationConfig
+from bpo.data.images import resolve_image_path
+from bpo.evaluation.answers import Request, answer_requests
+from bpo.evaluation.chair import ChairResult, DescriptionScore, score_descriptions
+from bpo.evaluation.files import CocoImages, read_coco, read_pope
+from bpo.evaluation.pope import PopeQuestion, PopeResult, says_yes, score_answers
+
+if TYPE_CHECKING:
+    from bpo.data.encode import Encoder
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Benchmarks:
+    """What to measure: images to describe and questions to answer; either may be absent."""
+
+    coco: CocoImages | None
+    questions: tuple[PopeQuestion, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationResult:
+    """What was measured; None where a benchmark was not asked for."""
+
+    chair: ChairResult | None
+    pope: PopeResult | None
+
+    def metrics(self) -> dict[str, float]:
+        """The headline figures: chair_i, chair_s, recall, pope_accuracy, pope_f1, pope_yes_ratio (those measured)."""
+        figures: dict[str, float] = {}
+        if self.chair:
+            figures |= {"chair_i": self.chair.chair_i, "chair_s": self.chair.chair_s, "recall": self.chair.recall}
+        if self.pope:
+            average = self.pope.average
+            figures |= {
+                "pope_accuracy": average.accuracy,
+                "pope_f1": average.f1,
+                "pope_yes_ratio": average.yes_ratio,
+            }
+        return figures
+
+
+def run_evaluation(config: Config, progress: bool = True) -> dict[str, Any]:
+    """Loads the model, measures what `config.evaluation` names, writes `evaluation.output` and prints a table.
+
+    Returns:
+        The object that was written: `model`, `evaluation` (the options), `metrics`, `chair`, `pope`, `seconds`.
+
+    Raises:
+        ValueError: Nothing to measure or nowhere to write, a file in the wrong form, or an unusable image; all of
+            it found before the model is loaded, but for images that fail to decode.
+    """
+    from bpo.data.encode import load_encoder
+    from bpo.launch import pick_device, ranks_from_environment
+    from bpo.model.load import load_model
+
+    if not config.evaluation.output:
+        raise ValueError("evaluation.output is empty; name a JSON file for the results")
+    world_size = ranks_from_environment().world_size
+    if world_size > 1:
+        raise ValueError(f"bpo evaluate runs as one process, not {world_size}; start it without a launcher")
+    started = time.monotonic()
+    benchmarks = read_benchmarks(config.evaluation)
+    check_images(benchmarks, Path(config.data.image_root or "."))
+    encoder = load_encoder(config)
+    model = load_model(config.model, pick_device())
+    result = evaluate_model(model, encoder, benchmarks, config.evaluation, progress=progress)
+    tree = result_to_json(result, benchmarks)
+    tree = {"model": config.model.path, "evaluation": asdict(config.evaluation), **tree}
+    tree["seconds"] = round(time.monotonic() - started, 3)
+    _write_json(Path(config.evaluation.output), tree)
+    print(format_table(result))
+    print(f"Every answer and metric: {config.evaluation.output}")
+    return tree
+
+
+def read_benchmarks(options: EvaluationConfig) -> Benchmarks:
+    """Reads the ground truth, cut to the first `limit` images and to as many questions of each file.
+
+    Raises:
+        ValueError: Nothing to measure, or a file in the wrong form.
+    """
+    if not options.chair_instances and not options.pope_questions:
+        raise ValueError("there is nothing to measure; set evaluation.chair_instances or evaluation.pope_questions")
+    stop = options.limit or None
+    coco = None
+    if options.chair_instances:
+        coco = read_coco(
+            Path(options.chair_instances),
+            Path(options.chair_captions) if options.chair_captions else None,
+            Path(options.synonyms) if options.synonyms else None,
+        )
+        kept = dict(list(coco.file_of_image.items())[:stop])
+        coco = CocoImages(kept, {image_id: coco.present_of_image[image_id] for image_id in kept}, coco.lexicon)
+    elif options.chair_captions:
+        raise ValueError("evaluation.chair_captions is set without chair_instances; CHAIR needs both or the instances")
+    questions = tuple(q for path in options.pope_questions for q in read_pope(Path(path))[:stop])
+    return Benchmarks(coco, questions)
+
+
+def check_images(benchmarks: Benchmarks, image_root: Path) -> None:
+    """Finds a missing or forbidden image before anything is generated.
+
+    Raises:
+        ImageError: Names the image.
+    """
+    files = [*(benchmarks.coco.file_of_image.values() if benchmarks.coco else ())]
+    for image in dict.fromkeys([*files, *(question.image for question in benchmarks.questions)]):
+        resolve_image_path(image_root, image)
+
+
+def evaluate_model(
+    model: Any, encoder: Encoder, benchmarks: Benchmarks, options: EvaluationConfig, *, progress: bool = True
+) -> EvaluationResult:
+    """Generates greedily and scores.
+
+    Args:
+        model: From `bpo.model.load.load_model`, in eval mode.
+        encoder: Of the same model.
+        benchmarks: From `read_benchmarks`.
+    """
+
+    def answers_to(requests: list[Request], label: str) -> list[str]:
+        return answer_requests(
+            model,
+            encoder,
+            requests,
+            max_new_tokens=options.max_new_tokens,
+            batch_size=options.batch_size,
+            label=label,
+            progress=progress,
+        )
+
+    chair, pope = None, None
+    if benchmarks.coco is not None:
+        images = benchmarks.coco.file_of_image
+        requests = [Request(f"image {i}", file, options.chair_prompt) for i, file in images.items()]
+        texts = answers_to(requests, "CHAIR: describing")
+        pairs = list(zip(images, texts, strict=True))
+        chair = score_descriptions(pairs, benchmarks.coco.present_of_image, benchmarks.coco.lexicon)
+        if not chair.num_mentions:
+            logger.warning("no description names any object: chair_i of 0 means nothing here; read the answers")
+    if benchmarks.questions:
+        requests = [Request(f"question {q.split} {q.question_id}", q.image, q.text) for q in benchmarks.questions]
+        pope = score_answers(benchmarks.questions, answers_to(requests, "POPE: answering"))
+    return EvaluationResult(chair, pope)
+
+
+def result_to_json(result: EvaluationResult, benchmarks: Benchmarks) -> dict[str, Any]:
+    """Every metric and every answer as plain JSON values."""
+    tree: dict[str, Any] = {"metrics": result.metrics(), "chair": None, "pope": None}
+    if result.chair is not None and benchmarks.coco is not None:
+        files = benchmarks.coco.file_of_image
+        tree["chair"] = {
+            "chair_i": result.chair.chair_i,
+            "chair_s": result.chair.chair_s,
+            "recall": result.chair.recall,
+            "num_mentions": result.chair.num_mentions,
+            "num_hallucinated_mentions": result.chair.num_hallucinated_mentions,
+            "descriptions": [_description_to_json(score, files) for score in result.chair.descriptions],
+        }
+    if result.pope is not None:
+        tree["pope"] = {
+            "average": asdict(result.pope.average),
+            "splits": {split: asdict(metrics) for split, metrics in result.pope.splits.items()},
+            "answers": [
+                {**asdict(q), "label": _yes_no(q.label), "answer": answer, "read_as": _yes_no(says_yes(answer))}
+                for q, answer in zip(result.pope.questions, result.pope.answers, strict=True)
+            ],
+        }
+    return tree
+
+
+def format_table(result: EvaluationResult) -> str:
+    """The figures as aligned text, in percent."""
+    blocks = []
+    if result.chair is not None:
+        row = ["CHAIR", *_percent((result.chair.chair_i, result.chair.chair_s, result.chair.recall))]
+        blocks.append(_align([["", "chair_i", "chair_s", "recall"], row]))
+    if result.pope is not None:
+        head = ["POPE", "accuracy", "precision", "recall", "f1", "yes_ratio"]
+        rows = [[split, *_percent(asdict(m).values())] for split, m in result.pope.splits.items()]
+        rows.append(["average", *_percent(asdict(result.pope.average).values())])
+        blocks.append(_align([head, *rows]))
+    return "\n\n".join(blocks)
+
+
+def _description_to_json(score: DescriptionScore, file_of_image: dict[int | str, str]) -> dict[str, Any]:
+    return {
+        "image_id": score.image_id,
+        "image": file_of_image[score.image_id],
+        "text": score.text,
+        "present": sorted(score.present),
+        "mentions": [asdict(mention) for mention in score.mentions],
+        "hallucinated": [mention.object for mention in score.hallucinated],
+        "missing": list(score.missing),
+    }
+
+
+def _percent(values: Iterable[float]) -> list[str]:
+    return [f"{100 * value:.1f}" for value in values]
+
+
+def _align(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        lines.append("  ".join([row[0].ljust(widths[0]), *cells]).rstrip())
+    return "\n".join(lines)
+
+
+def _yes_no(value: bool) -> str:
+    return "yes" if value else "no"
+
+
+def _write_json(path: Path, tree: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")  # a killed run leaves no half-written results under the real name
+    part.write_text(json.dumps(tree, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    part.replace(path)
