@@ -33,14 +33,14 @@ def question(number: int, label: bool, split: str = "random") -> PopeQuestion:
 
 
 def test_the_metrics_by_hand() -> None:
-    # labels  yes yes yes no no | answers  yes yes no yes no: TP 2, FN 1, FP 1, TN 1
+    # labels  yes yes yes no no | answers  yes yes no yes yes: 2 true yes, 1 false no, 2 false yes
     questions = [question(n, label) for n, label in enumerate([True, True, True, False, False])]
-    metrics = score_answers(questions, ["Yes.", "Yes", "No.", "yes it is", "There is not"]).average
-    assert metrics.accuracy == pytest.approx(3 / 5)
-    assert metrics.precision == pytest.approx(2 / 3)
+    metrics = score_answers(questions, ["Yes.", "Yes", "There is not", "yes it is", "Yes"]).average
+    assert metrics.accuracy == pytest.approx(2 / 5)
+    assert metrics.precision == pytest.approx(2 / 4)
     assert metrics.recall == pytest.approx(2 / 3)
-    assert metrics.f1 == pytest.approx(2 / 3)
-    assert metrics.yes_ratio == pytest.approx(3 / 5)
+    assert metrics.f1 == pytest.approx(4 / 7)
+    assert metrics.yes_ratio == pytest.approx(4 / 5)
 
 
 def test_the_yes_ratio_is_of_the_answers_not_of_the_labels() -> None:
