@@ -61,6 +61,20 @@ def autocast_hidden(hidden_NH: Tensor) -> Tensor:
     return hidden_NH
 
 
+def align(index: Tensor) -> Tensor:
+    """`index` itself, or a copy where its memory does not start at a multiple of 16 bytes.
+
+    Triton's vector loads of int64 read wrong values from a view such as `labels[1:]`.
+    """
+    return index if index.data_ptr() % 16 == 0 else index.clone()
+
+
+def check_triton_dtype(name: str, tensor: Tensor) -> None:
+    """Raises ValueError for fp64, which the Triton kernels would silently compute in fp32."""
+    if tensor.dtype is torch.float64:
+        raise ValueError(f"{name} is torch.float64: Triton computes in fp32, set BPO_KERNELS=reference for fp64")
+
+
 def check_target(target_N: Tensor, num_rows: int, vocab: int, device: torch.device) -> None:
     """Raises ValueError unless `target_N` holds `num_rows` token ids in [0, vocab) on `device`."""
     if target_N.dtype not in (torch.int64, torch.int32):

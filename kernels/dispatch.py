@@ -9,7 +9,6 @@ implementation that was chosen and fails is an error, never a silent change to a
 
 from __future__ import annotations
 
-import importlib
 import logging
 import os
 from types import ModuleType
@@ -55,12 +54,19 @@ def _implementation(operation: str, tensor: Tensor) -> ModuleType:
     if choice == "reference":
         return reference
     try:
-        return importlib.import_module(f".{operation}", __package__)
+        # Import statements, because torch.compile cannot trace importlib.
+        from . import linear_logprob, logprob_gather, preference_loss
     except ImportError as error:
         raise ImportError(
             f"kernels: {tensor.device} uses Triton, which cannot be imported ({error}): install triton, "
             f"or set {ENVIRONMENT_VARIABLE}=reference for plain PyTorch"
         ) from error
+    modules = {
+        "linear_logprob": linear_logprob,
+        "logprob_gather": logprob_gather,
+        "preference_loss": preference_loss,
+    }
+    return modules[operation]
 
 
 def logprob_gather(logits_NV: Tensor, target_N: Tensor) -> Tensor:

@@ -47,29 +47,34 @@ def logprob_gather(logits_NV: Tensor, target_N: Tensor) -> Tensor:
 
 
 class _LogprobGather(torch.autograd.Function):
+    """Keeps maximum and log-sum per row: their sum would lose the probabilities' digits at logits in the thousands."""
+
     @staticmethod
     def forward(ctx: Any, logits_NV: Tensor, target_N: Tensor) -> Tensor:
         num_rows, vocab = logits_NV.shape
         dtype = statistics_dtype(logits_NV.dtype)
-        lse_N = torch.empty(num_rows, dtype=dtype, device=logits_NV.device)
+        max_N1, log_sum_N1 = torch.empty(2, num_rows, 1, dtype=dtype, device=logits_NV.device)
         step = rows_per_chunk(num_rows, vocab, dtype.itemsize, None, logits_NV.device)
         for start in range(0, num_rows, step):
             rows = slice(start, start + step)
-            lse_N[rows] = torch.logsumexp(logits_NV[rows].to(dtype), dim=1)
-        ctx.save_for_backward(logits_NV, target_N, lse_N)
-        return logits_NV.gather(1, target_N[:, None])[:, 0].to(dtype) - lse_N
+            logits_nV = logits_NV[rows].to(dtype)
+            max_N1[rows] = logits_nV.amax(dim=1, keepdim=True)
+            log_sum_N1[rows] = (logits_nV - max_N1[rows]).exp_().sum(dim=1, keepdim=True).log()
+        ctx.save_for_backward(logits_NV, target_N, max_N1, log_sum_N1)
+        target_logit_N1 = logits_NV.gather(1, target_N[:, None]).to(dtype)
+        return (target_logit_N1 - max_N1 - log_sum_N1)[:, 0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_logp_N: Tensor) -> tuple[Tensor, None]:
-        logits_NV, target_N, lse_N = ctx.saved_tensors
+        logits_NV, target_N, max_N1, log_sum_N1 = ctx.saved_tensors
         grad_logits_NV = torch.empty_like(logits_NV)
         num_rows, vocab = logits_NV.shape
-        step = rows_per_chunk(num_rows, vocab, lse_N.dtype.itemsize, None, logits_NV.device)
+        step = rows_per_chunk(num_rows, vocab, max_N1.dtype.itemsize, None, logits_NV.device)
         for start in range(0, num_rows, step):
             rows = slice(start, start + step)
-            dlogits_nV = (logits_NV[rows].to(lse_N.dtype) - lse_N[rows, None]).exp_().neg_()
-            dlogits_nV.scatter_add_(1, target_N[rows, None], torch.ones_like(lse_N[rows, None]))
+            dlogits_nV = (logits_NV[rows].to(max_N1.dtype) - max_N1[rows]).sub_(log_sum_N1[rows]).exp_().neg_()
+            dlogits_nV.scatter_add_(1, target_N[rows, None], torch.ones_like(max_N1[rows]))
             grad_logits_NV[rows] = dlogits_nV.mul_(grad_logp_N[rows, None])
         return grad_logits_NV, None
 

@@ -1,0 +1,160 @@
+"""Log-probs of the targets from logits that exist anyway: one read forward, one read and one write backward.
+
+Legend: N rows, V vocabulary.
+
+One program per row walks the vocabulary in tiles with a running maximum and sum of exponentials. Both are kept for
+the backward: their logarithm alone would lose the digits of the probabilities where logits are in the thousands.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .checks import align, check_logprob_gather, check_triton_dtype
+
+MAX_BLOCK_V = 4096
+NUM_WARPS = 8
+
+
+@triton.jit
+def online_softmax_update(max_so_far, sum_so_far, z):
+    """One tile of logits into the running maximum and sum; a tile of -inf alone adds nothing (and no NaN)."""
+    new_max = tl.maximum(max_so_far, tl.max(z, 0))
+    anchor = tl.where(new_max == -float("inf"), 0.0, new_max)
+    return new_max, sum_so_far * tl.exp(max_so_far - anchor) + tl.sum(tl.exp(z - anchor), 0)
+
+
+@triton.jit
+def logprob_gather_fwd_kernel(
+    logits_ptr, target_ptr, logp_ptr, max_ptr, log_sum_ptr, V, stride_n, stride_v, BLOCK_V: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    logits_row = logits_ptr + row * stride_n
+    row_max = tl.full([], -float("inf"), tl.float32)
+    row_sum = tl.full([], 0.0, tl.float32)
+    for start in range(0, V, BLOCK_V):
+        column = start + tl.arange(0, BLOCK_V).to(tl.int64)
+        z = tl.load(logits_row + column * stride_v, mask=column < V, other=-float("inf")).to(tl.float32)
+        row_max, row_sum = online_softmax_update(row_max, row_sum, z)
+    log_sum = tl.log(row_sum)
+    target = tl.load(target_ptr + row).to(tl.int64)
+    in_range = (target >= 0) & (target < V)
+    target_logit = tl.load(logits_row + target * stride_v, mask=in_range, other=float("nan")).to(tl.float32)
+    tl.store(logp_ptr + row, target_logit - row_max - log_sum)
+    tl.store(max_ptr + row, row_max)
+    tl.store(log_sum_ptr + row, log_sum)
+
+
+@triton.jit
+def logprob_gather_bwd_kernel(
+    grad_logp_ptr,
+    logits_ptr,
+    target_ptr,
+    max_ptr,
+    log_sum_ptr,
+    grad_logits_ptr,
+    V,
+    stride_n,
+    stride_v,
+    BLOCK_V: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    logits_row = logits_ptr + row * stride_n
+    grad_row = grad_logits_ptr + row * V
+    grad_logp = tl.load(grad_logp_ptr + row)
+    row_max = tl.load(max_ptr + row)
+    log_sum = tl.load(log_sum_ptr + row)
+    target = tl.load(target_ptr + row).to(tl.int64)
+    for start in range(0, V, BLOCK_V):
+        column = start + tl.arange(0, BLOCK_V).to(tl.int64)
+        inside = column < V
+        z = tl.load(logits_row + column * stride_v, mask=inside, other=-float("inf")).to(tl.float32)
+        probability = tl.exp(z - row_max - log_sum)
+        grad = grad_logp * (tl.where(column == target, 1.0, 0.0) - probability)
+        tl.store(grad_row + column, grad.to(grad_logits_ptr.dtype.element_ty), mask=inside)
+
+
+def block_v(vocab: int) -> int:
+    """Tile of the vocabulary: a power of two, at most MAX_BLOCK_V."""
+    return min(MAX_BLOCK_V, max(128, triton.next_power_of_2(vocab)))
+
+
+@torch.library.custom_op("bpo_kernels::logprob_gather_fwd", mutates_args=())
+def _forward(logits_NV: Tensor, target_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    num_rows, vocab = logits_NV.shape
+    logp_N, max_N, log_sum_N = (torch.empty(num_rows, dtype=torch.float32, device=logits_NV.device) for _ in range(3))
+    if num_rows:
+        logprob_gather_fwd_kernel[(num_rows,)](
+            logits_NV,
+            align(target_N),
+            logp_N,
+            max_N,
+            log_sum_N,
+            vocab,
+            *logits_NV.stride(),
+            BLOCK_V=block_v(vocab),
+            num_warps=NUM_WARPS,
+        )
+    return logp_N, max_N, log_sum_N
+
+
+@_forward.register_fake
+def _(logits_NV: Tensor, target_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def row() -> Tensor:
+        return logits_NV.new_empty(logits_NV.shape[0], dtype=torch.float32)
+
+    return row(), row(), row()
+
+
+@torch.library.custom_op("bpo_kernels::logprob_gather_bwd", mutates_args=())
+def _backward(grad_logp_N: Tensor, logits_NV: Tensor, target_N: Tensor, max_N: Tensor, log_sum_N: Tensor) -> Tensor:
+    num_rows, vocab = logits_NV.shape
+    grad_logits_NV = torch.empty(num_rows, vocab, dtype=logits_NV.dtype, device=logits_NV.device)
+    if num_rows:
+        logprob_gather_bwd_kernel[(num_rows,)](
+            grad_logp_N.contiguous(),
+            logits_NV,
+            align(target_N),
+            max_N,
+            log_sum_N,
+            grad_logits_NV,
+            vocab,
+            *logits_NV.stride(),
+            BLOCK_V=block_v(vocab),
+            num_warps=NUM_WARPS,
+        )
+    return grad_logits_NV
+
+
+@_backward.register_fake
+def _(grad_logp_N: Tensor, logits_NV: Tensor, target_N: Tensor, max_N: Tensor, log_sum_N: Tensor) -> Tensor:
+    return logits_NV.new_empty(logits_NV.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs, *output[1:])
+
+
+def _gradient(ctx: Any, grad_logp_N: Tensor | None, *_: None) -> tuple[Tensor | None, None]:
+    if grad_logp_N is None:
+        return None, None
+    return _backward(grad_logp_N, *ctx.saved_tensors), None
+
+
+_forward.register_autograd(_gradient, setup_context=_save)
+
+
+def logprob_gather(logits_NV: Tensor, target_N: Tensor) -> Tensor:
+    """`log_softmax(logits.float(), -1).gather(1, target[:, None])[:, 0]`; see `reference.logprob_gather`.
+
+    On CUDA a target outside [0, V) is not looked for; its log-prob is NaN.
+    """
+    check_logprob_gather(logits_NV, target_N)
+    check_triton_dtype("logits_NV", logits_NV)
+    return _forward(logits_NV, target_N.contiguous())[0]
