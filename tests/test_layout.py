@@ -29,15 +29,24 @@ LAYERS = {
     "metrics": 3,
     "bootstrap": 3,
     "evaluation": 3,
+    "export": 3,
     "engine": 4,
     "checkpoint": 4,
+    "preparation": 4,
+    "safeguards": 4,
     "train": 5,
     "doctor": 5,
     "demo": 6,
     "cli": 7,
 }
-# Branches that share a layer but not their code: each lists what it may use beside itself and layers below 3.
-BRANCHES = {"bootstrap": set[str](), "evaluation": set[str](), "losses": {"metrics"}, "metrics": {"losses"}}
+# Branches of layer 3 that know nothing of each other: each lists what else of that layer it may use.
+BRANCHES: dict[str, set[str]] = {
+    "bootstrap": set(),
+    "evaluation": set(),
+    "export": set(),
+    "losses": {"metrics"},
+    "metrics": {"losses"},
+}
 # Not installed everywhere, yet imported by transformers, peft or deepspeed where they are.
 THIRD_PARTY = set(
     "datasets evaluate kernels accelerate bitsandbytes wandb mlflow apex cupy scipy sklearn pandas tokenizers "
