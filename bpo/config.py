@@ -93,6 +93,8 @@ class InjectConfig:
     Attributes:
         mode: `description` rewrites a description; `qa` answers for a similar but different image; `auto` takes
             `description` for prompts that ask for one and `qa` for others.
+        prompt_dir: Folder with your own description.yaml and qa.yaml; empty takes those in bpo/bootstrap/prompts. Small
+            LLMs need worked examples in the style of the annotations.
         llm: Directory of a transformers causal LM; empty takes the multimodal model's own language model.
         gguf_file: Name of a GGUF file in that directory, when its weights come as one.
         server_url: Base URL of an OpenAI-compatible server, such as http://localhost:8000/v1; replaces `llm`.
@@ -107,6 +109,7 @@ class InjectConfig:
     """
 
     mode: Literal["description", "qa", "auto"] = "auto"
+    prompt_dir: str = ""
     llm: str = ""
     gguf_file: str = ""
     server_url: str = ""

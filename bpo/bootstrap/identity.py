@@ -6,17 +6,17 @@ import hashlib
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from bpo.bootstrap.inject import prompt_text
+from bpo.bootstrap.inject import Mode, prompt_text
 from bpo.bootstrap.parts import write_atomically
 from bpo.config import Config
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf", ".pt")
 _SAMPLES_PER_FILE = 64
 _SAMPLE_BYTES = 4096
-# How fast, not what: these may change when a job goes on.
-_INJECT_SPEED = ("server_url", "server_concurrency", "server_timeout_s")
+# How fast or where, not what: these may change when a job goes on (of prompt_dir the content counts).
+_NOT_DECIDING = ("prompt_dir", "server_url", "server_concurrency", "server_timeout_s")
 
 
 def job_identity(config: Config) -> dict[str, Any]:
@@ -35,10 +35,12 @@ def job_identity(config: Config) -> dict[str, Any]:
     if {"weaken", "unweakened"} & set(options.sources):
         identity |= {f"bootstrap.weaken.{name}": value for name, value in asdict(options.weaken).items()}
     if "inject" in options.sources:
-        inject = {name: value for name, value in asdict(options.inject).items() if name not in _INJECT_SPEED}
+        inject = {name: value for name, value in asdict(options.inject).items() if name not in _NOT_DECIDING}
         identity |= {f"bootstrap.inject.{name}": value for name, value in inject.items()}
         identity["bootstrap.inject.llm (weights)"] = weights_digest(options.inject.llm)
-        identity["bootstrap/prompts"] = _digest((prompt_text("description") + prompt_text("qa")).encode())
+        identity["bootstrap.inject.prompt_dir (content)"] = _prompts_digest(
+            options.inject.mode, options.inject.prompt_dir
+        )
     return identity
 
 
@@ -89,6 +91,11 @@ def _add_samples(digest: Any, file: Path) -> None:
         for offset in range(0, size_bytes, stride_bytes):
             stream.seek(offset)
             digest.update(stream.read(_SAMPLE_BYTES))
+
+
+def _prompts_digest(mode: Literal["description", "qa", "auto"], prompt_dir: str) -> str:
+    modes: tuple[Mode, ...] = ("description", "qa") if mode == "auto" else (mode,)
+    return _digest("".join(prompt_text(each, prompt_dir) for each in modes).encode("utf-8"))
 
 
 def _digest(content: bytes) -> str:

@@ -11,6 +11,7 @@ import re
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
+from pathlib import Path
 from typing import Any, Literal
 
 import yaml
@@ -28,6 +29,8 @@ _ASKS_FOR_DESCRIPTION = re.compile(
     |\b(?:tell\s+me\s+about|explain)\s+(?:the|this)\s+(?:image|picture|photo\w*|scene|visual)""",
     re.IGNORECASE | re.VERBOSE,
 )
+# What a request of each mode is filled with.
+_FIELDS: dict[Mode, tuple[str, ...]] = {"description": ("description",), "qa": ("question", "response")}
 _MIN_BUDGET_TOKENS = 64
 _BUDGET_TOKENS_PER_WORD = 4
 
@@ -67,20 +70,47 @@ class InjectionPrompt:
     examples: tuple[tuple[str, str], ...]
 
 
-def prompt_text(mode: Mode) -> str:
-    """The prompt file of a mode, as it stands in the package."""
-    return files("bpo.bootstrap").joinpath("prompts").joinpath(f"{mode}.yaml").read_text(encoding="utf-8")
+def prompt_text(mode: Mode, prompt_dir: str = "") -> str:
+    """The prompt file of a mode, from the package or from `prompt_dir`.
+
+    Raises:
+        ValueError: `prompt_dir` has no such file.
+    """
+    if not prompt_dir:
+        return files("bpo.bootstrap").joinpath("prompts").joinpath(f"{mode}.yaml").read_text(encoding="utf-8")
+    path = Path(prompt_dir) / f"{mode}.yaml"
+    if not path.is_file():
+        raise ValueError(
+            f"bootstrap.inject.prompt_dir has no {path}; copy bpo/bootstrap/prompts/{mode}.yaml there and change it"
+        )
+    return path.read_text(encoding="utf-8")
 
 
 @cache
-def load_prompt(mode: Mode) -> InjectionPrompt:
-    """Reads the prompt file of a mode."""
-    tree: dict[str, Any] = yaml.safe_load(prompt_text(mode))
-    examples = []
-    for example in tree["examples"]:
-        modified = example.pop("modified")
-        examples.append((_fill(tree["request"], **example), modified))
-    return InjectionPrompt(tree["instruction"], tree["request"], tree["label"], tuple(examples))
+def load_prompt(mode: Mode, prompt_dir: str = "") -> InjectionPrompt:
+    """Reads the prompt file of a mode.
+
+    Raises:
+        ValueError: The file is missing, is not such a file, or its request does not take what the mode gives it.
+    """
+    where = f"{prompt_dir or 'bpo/bootstrap/prompts'}/{mode}.yaml"
+    try:
+        tree: dict[str, Any] = yaml.safe_load(prompt_text(mode, prompt_dir))
+        request = tree["request"]
+        examples = tuple(
+            (_fill(request, **{k: str(v) for k, v in e.items()}), str(e["modified"])) for e in tree["examples"]
+        )
+        prompt = InjectionPrompt(tree["instruction"].strip(), request, tree["label"], examples)
+    except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{where}: {type(error).__name__} {error}; it needs instruction, request, label and examples, each example "
+            f"with {', '.join(_FIELDS[mode])} and modified"
+        ) from error
+    if sorted(re.findall(r"\{(\w+)\}", request)) != sorted(_FIELDS[mode]):
+        raise ValueError(
+            f"{where}: request must hold {{{'}, {'.join(_FIELDS[mode])}}} once each, and nothing else in braces"
+        )
+    return prompt
 
 
 def choose_mode(configured: Literal["description", "qa", "auto"], annotation: Annotation) -> Mode:
@@ -95,14 +125,16 @@ def question_of(annotation: Annotation) -> str:
     return annotation.prompt[-1].text.strip()
 
 
-def build_request(annotation: Annotation, mode: Mode, max_new_tokens: int, seed: int) -> InjectionRequest:
+def build_request(
+    annotation: Annotation, mode: Mode, max_new_tokens: int, seed: int, prompt_dir: str = ""
+) -> InjectionRequest:
     """The conversation that asks for an erroneous version of one annotation.
 
     Args:
         max_new_tokens: The configured limit; a short annotation gets less, so that a model that does not stop costs
             little: 4 tokens a word and 64 beside.
     """
-    prompt = load_prompt(mode)
+    prompt = load_prompt(mode, prompt_dir)
     response = annotation.response.strip()
     if mode == "description":
         request = _fill(prompt.request, description=response)

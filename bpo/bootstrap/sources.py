@@ -111,7 +111,8 @@ class InjectedErrors:
 
     def _request(self, annotation: Annotation, mode: Mode, attempt: int) -> InjectionRequest:
         seed = derive_seed(self.config.bootstrap.seed, annotation.id, self.source, attempt)
-        return build_request(annotation, mode, self.config.bootstrap.inject.max_new_tokens, seed)
+        options = self.config.bootstrap.inject
+        return build_request(annotation, mode, options.max_new_tokens, seed, options.prompt_dir)
 
     def _image_error(self, annotation: Annotation) -> str | None:
         """Why training could not read the record's images; no other source looks at them in this job."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from bpo.bootstrap.inject import as_plain_text, build_request, choose_mode, load_prompt
@@ -67,3 +69,31 @@ def test_a_short_annotation_gets_a_short_budget_and_the_configured_limit_holds()
 def test_auto_mode_follows_the_question(question: str, mode: str) -> None:
     assert choose_mode("auto", annotation(question, "x")) == mode
     assert choose_mode("qa", annotation(question, "x")) == "qa"
+
+
+def test_a_users_own_prompts_replace_the_packages(tmp_path: Path) -> None:
+    (tmp_path / "qa.yaml").write_text(
+        "instruction: Err.\nrequest: '{question} / {response}'\nlabel: 'Wrong:'\n"
+        "examples: [{question: 'How many?', response: 3, modified: 4}]\n"
+    )
+    request = build_request(annotation("What?", "Red."), "qa", 1024, 0, str(tmp_path))
+    assert [m.content for m in request.messages] == ["Err.\n\nHow many? / 3", "4", "What? / Red."]
+    assert as_plain_text(request) == "Err.\n\nHow many? / 3\n\nWrong: 4\n\nWhat? / Red.\n\nWrong:"
+    with pytest.raises(ValueError, match=rf"{tmp_path}/description.yaml.*copy"):
+        build_request(annotation("What?", "Red."), "description", 1024, 0, str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        ("instruction: x\nrequest: '{response}'\nlabel: y\nexamples: []\n", "request must hold {question}, {response}"),
+        ("instruction: x\nlabel: y\nexamples: []\n", "'request'; it needs instruction, request"),
+        ("instruction: x\nrequest: '{question} {response}'\nlabel: y\nexamples: [{question: a}]\n", "'response'"),
+        ("[", "it needs instruction"),
+    ],
+)
+def test_a_broken_prompt_file_is_an_error_naming_it(tmp_path: Path, content: str, complaint: str) -> None:
+    (tmp_path / "qa.yaml").write_text(content)
+    with pytest.raises(ValueError, match="qa.yaml") as error:
+        load_prompt("qa", str(tmp_path))
+    assert complaint in str(error.value)

@@ -49,7 +49,9 @@ def test_text_cut_off_by_its_budget_is_unfinished() -> None:
     assert why("A photo with a tree and", finished=False) == "unfinished"
 
 
-@pytest.mark.parametrize("answer", ["3", "12:30", "$4.50", "No", "十二", "Да.", "a very, very, very big dog", "ha ha ha"])
+@pytest.mark.parametrize(
+    "answer", ["3", "12:30", "$4.50", "No", "十二", "Да.", "a very, very, very big dog", "ha ha ha"]
+)
 def test_short_answers_are_not_degenerate(answer: str) -> None:
     assert not is_degenerate(answer)
 

