@@ -1,0 +1,172 @@
+"""Inline SVG charts: bars with their spread over seeds, and lines over training steps.
+
+Colours come from the page's style sheet by class (`series-0`, `series-1`, ...), so that a chart follows light and dark
+schemes; lines also differ in dashes, never in colour alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup
+
+_WIDTH = 440
+_ROW_HEIGHT = 26
+_LABEL_WIDTH = 150
+_VALUE_WIDTH = 62
+_LINE_HEIGHT = 210
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 10, 12, 26
+
+
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """A row of a bar chart: the median is drawn, the values of all seeds are dots."""
+
+    label: str
+    values: tuple[float, ...]
+    median: float
+    text: str
+    series: int
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A line of a line chart: (step, value) points in order."""
+
+    label: str
+    points: tuple[tuple[float, float], ...]
+    series: int
+
+
+def bar_chart(title: str, bars: Sequence[Bar], reference: float) -> Markup:
+    """Horizontal bars from 0 to a round upper end, and a dashed line at `reference` (the base model's median)."""
+    upper = _nice_upper(max((value for bar in bars for value in bar.values), default=0.0))
+    height = _ROW_HEIGHT * len(bars) + 6
+    span = _WIDTH - _LABEL_WIDTH - _VALUE_WIDTH
+
+    def x_of(value: float) -> str:
+        return f"{_LABEL_WIDTH + span * value / upper:.1f}"
+
+    parts = []
+    for row, bar in enumerate(bars):
+        top = row * _ROW_HEIGHT + 4
+        middle = top + (_ROW_HEIGHT - 6) / 2
+        width = f"{span * bar.median / upper:.1f}"
+        parts.append(
+            Markup(
+                '<text class="label" x="{}" y="{}" text-anchor="end">{}</text>'
+                '<rect class="bar series-{}" x="{}" y="{}" width="{}" height="{}" rx="3"/>'
+            ).format(_LABEL_WIDTH - 8, middle + 4, bar.label, bar.series, _LABEL_WIDTH, top, width, _ROW_HEIGHT - 6)
+        )
+        if len(bar.values) > 1:
+            low, high = x_of(min(bar.values)), x_of(max(bar.values))
+            parts.append(
+                Markup('<line class="range" x1="{}" x2="{}" y1="{}" y2="{}"/>').format(low, high, middle, middle)
+            )
+            dot = Markup('<circle class="seed" cx="{}" cy="{}" r="2.6"/>')
+            parts += [dot.format(x_of(value), middle) for value in bar.values]
+        parts.append(
+            Markup('<text class="value" x="{}" y="{}" text-anchor="end">{}</text>').format(
+                _WIDTH - 2, middle + 4, bar.text
+            )
+        )
+    parts.append(Markup('<line class="reference" x1="{0}" x2="{0}" y1="0" y2="{1}"/>').format(x_of(reference), height))
+    summary = "; ".join(f"{bar.label} {bar.text}" for bar in bars)
+    return _svg(f"{title}: {summary}", height, parts)
+
+
+def line_chart(title: str, lines: Sequence[Line], reference: float | None = None) -> Markup:
+    """Lines over steps with ticks on both axes; `reference` draws a dashed horizontal line."""
+    points = [point for line in lines for point in line.points]
+    values = [value for _, value in points] + ([reference] if reference is not None else [])
+    y_ticks = _ticks(min(values), max(values))
+    x_ticks = _ticks(min(0.0, *(step for step, _ in points)), max(step for step, _ in points))
+    x_low, x_high = x_ticks[0], max(step for step, _ in points)
+    y_low, y_high = y_ticks[0], y_ticks[-1]
+    plot_width, plot_height = _WIDTH - _LEFT - _RIGHT, _LINE_HEIGHT - _TOP - _BOTTOM
+
+    def x_of(step: float) -> str:
+        return f"{_LEFT + plot_width * (step - x_low) / ((x_high - x_low) or 1):.1f}"
+
+    def y_of(value: float) -> str:
+        return f"{_TOP + plot_height * (y_high - value) / ((y_high - y_low) or 1):.1f}"
+
+    parts = []
+    for tick in y_ticks:
+        y = y_of(tick)
+        parts.append(
+            Markup(
+                '<line class="grid" x1="{}" x2="{}" y1="{}" y2="{}"/>'
+                '<text class="tick" x="{}" y="{:.1f}" text-anchor="end">{}</text>'
+            ).format(_LEFT, _WIDTH - _RIGHT, y, y, _LEFT - 7, float(y) + 4, _tick_text(tick, y_ticks))
+        )
+    for tick in (tick for tick in x_ticks if tick <= x_high):
+        parts.append(
+            Markup('<text class="tick" x="{}" y="{}" text-anchor="middle">{}</text>').format(
+                x_of(tick), _LINE_HEIGHT - 8, _tick_text(tick, x_ticks)
+            )
+        )
+    if reference is not None:
+        y = y_of(reference)
+        parts.append(
+            Markup('<line class="reference" x1="{}" x2="{}" y1="{}" y2="{}"/>').format(_LEFT, _WIDTH - _RIGHT, y, y)
+        )
+    for line in lines:
+        path = " ".join(f"{x_of(step)},{y_of(value)}" for step, value in line.points)
+        parts.append(Markup('<polyline class="line series-{}" points="{}"/>').format(line.series, path))
+    ends = "; ".join(f"{line.label} ends at {line.points[-1][1]:.3g}" for line in lines)
+    return _svg(f"{title} over training steps: {ends}", _LINE_HEIGHT, parts)
+
+
+def legend_swatch(series: int) -> Markup:
+    """A short piece of a line, as the legend shows it."""
+    return Markup(
+        '<svg class="swatch" viewBox="0 0 30 10" width="30" height="10" aria-hidden="true">'
+        '<line class="line series-{}" x1="1" x2="29" y1="5" y2="5"/></svg>'
+    ).format(series)
+
+
+def thin_out(points: Sequence[tuple[float, float]], max_points: int) -> tuple[tuple[float, float], ...]:
+    """Means over equal windows of consecutive points, at most `max_points` of them."""
+    window = max(1, math.ceil(len(points) / max_points))
+    chunks = [points[start : start + window] for start in range(0, len(points), window)]
+    return tuple((_mean([step for step, _ in c]), _mean([value for _, value in c])) for c in chunks)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _svg(label: str, height: float, parts: Sequence[Markup]) -> Markup:
+    return Markup('<svg class="chart" role="img" aria-label="{}" viewBox="0 0 {} {}">{}</svg>').format(
+        label, _WIDTH, height, Markup("").join(parts)
+    )
+
+
+def _nice_upper(value: float) -> float:
+    """The smallest 1, 1.5, 2, 2.5, 3, 4, 5, 6 or 8 times a power of ten that is not below `value`."""
+    if value <= 0:
+        return 1.0
+    power = 10.0 ** math.floor(math.log10(value))
+    return next(factor * power for factor in (1, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10) if factor * power >= value * 0.9999)
+
+
+def _ticks(low: float, high: float, max_ticks: int = 5) -> list[float]:
+    """Round values that cover [low, high]."""
+    if high - low < 1e-12:
+        low, high = low - 0.5, high + 0.5
+    raw = (high - low) / (max_ticks - 1)
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= raw * 0.9999)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [number * step for number in range(first, last + 1)]
+
+
+def _tick_text(value: float, ticks: Sequence[float]) -> str:
+    step = ticks[1] - ticks[0]
+    decimals = max(0, -math.floor(math.log10(step) + 1e-9))
+    if round(step, decimals) != round(step, decimals + 1):
+        decimals += 1
+    return f"{value:.{decimals}f}".replace("-", "\u2212")
