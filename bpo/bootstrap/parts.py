@@ -98,7 +98,8 @@ class PartWriter:
 
     def _lock(self) -> None:
         try:
-            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # flock, not lockf: a POSIX lock ends when this process closes any descriptor of the file, as readers do.
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 raise ValueError(

@@ -1,0 +1,343 @@
+"""Whole bootstrapping jobs: sharding, resuming, quarantine. Run: python -m pytest tests/bootstrap/test_run.py"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bpo.bootstrap import run as run_module
+from bpo.bootstrap.parts import PartWriter
+from bpo.bootstrap.run import run_bootstrap
+from bpo.config import BootstrapConfig, Config, DataConfig, InjectConfig, ModelConfig, WeakenConfig
+from bpo.data.formats import read_groups
+from bpo.launch import Ranks
+from tests.bootstrap.fake_server import completion, fake_server
+
+MakeConfig = Callable[..., Config]
+RESULTS = ("groups.jsonl", "groups.jsonl.refused.jsonl", "groups.jsonl.quarantine.jsonl")
+
+
+@pytest.fixture
+def make(photos: Path, tiny_llava_dir: Path, tiny_llm_dir: Path) -> MakeConfig:
+    """A job over the photographs whose text-only LLM is another random model; `folder` is where its groups go."""
+
+    def build(folder: str, *, inject: dict[str, Any] | None = None, **bootstrap: Any) -> Config:
+        llm = {"llm": str(tiny_llm_dir), "dtype": "float32", "max_new_tokens": 12} if inject is None else inject
+        return Config(
+            model=ModelConfig(path=str(tiny_llava_dir), dtype="float32"),
+            data=DataConfig(
+                annotations=str(photos / "annotations.json"),
+                groups=str(photos / folder / "groups.jsonl"),
+                image_root=str(photos),
+            ),
+            bootstrap=BootstrapConfig(
+                weaken=WeakenConfig(temperature=1.0, max_new_tokens=12),
+                inject=InjectConfig(**llm),
+                **{"batch_size": 4, **bootstrap},
+            ),
+        )
+
+    return build
+
+
+@pytest.fixture(autouse=True)
+def keep_unfinished(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random models hardly ever end an answer; what they say is not the point of these tests."""
+    from bpo.bootstrap import sources
+
+    real = sources.refusal
+    monkeypatch.setattr(sources, "refusal", lambda *a, **k: real(*a, **{**k, "finished": True}))
+
+
+def results(config: Config) -> dict[str, str]:
+    folder = Path(config.data.groups).parent
+    return {name: (folder / name).read_text() for name in RESULTS}
+
+
+def lines(config: Config, name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in results(config)[name].splitlines()]
+
+
+def parts(config: Config) -> Path:
+    return Path(config.data.groups + ".parts")
+
+
+def test_groups_hold_the_annotation_and_its_negatives_with_provenance(make: MakeConfig, tiny_llava_dir: Path) -> None:
+    config = make("a", sources=["weaken", "inject", "unweakened"])
+    summary = run_bootstrap(config, progress=False)
+    groups = read_groups(Path(config.data.groups))
+    assert summary.num_groups == len(groups) >= 8
+    assert [group.id for group in groups] == sorted(group.id for group in groups)
+    for group in groups:
+        gt, *negatives = group.completions
+        assert (gt.score, gt.type, gt.provenance.source) == (1.0, "gt", "annotation")
+        assert negatives and all(negative.score == 0 for negative in negatives)
+    by_type = {c.type: c.provenance for group in groups for c in group.completions}
+    assert set(by_type) == {"gt", "mllm-hal", "llm-hal", "mllm-self"}
+    weak, own, injected = by_type["mllm-hal"], by_type["mllm-self"], by_type["llm-hal"]
+    assert (weak.source, weak.noise_step, weak.temperature) == ("weakened-image", 900, 1.0)
+    assert weak.model == str(tiny_llava_dir)
+    assert (own.source, own.noise_step) == ("unweakened-image", None)
+    assert (injected.source, injected.top_p, injected.mode in ("qa", "description")) == ("injected-errors", 0.95, True)
+    assert weak.seed is not None and len({weak.seed, own.seed, injected.seed}) == 3
+
+
+def test_counts_add_up_and_refusals_are_listed(make: MakeConfig) -> None:
+    config = make("a")
+    summary = run_bootstrap(config, progress=False)
+    refused = lines(config, "groups.jsonl.refused.jsonl")
+    for source in ("weaken", "inject"):
+        assert summary.kept[source] + sum(summary.refused.get(source, {}).values()) == 9
+    assert len(refused) == sum(sum(reasons.values()) for reasons in summary.refused.values())
+    stored = json.loads(Path(config.data.groups + ".summary.json").read_text())
+    assert stored["kept"] == summary.kept and set(stored["seconds"]) == {"weaken", "inject"}
+
+
+def test_batch_size_and_order_of_the_file_change_nothing(make: MakeConfig, photos: Path) -> None:
+    reference = make("a")
+    run_bootstrap(reference, progress=False)
+    for folder, batch_size in (("b", 1), ("c", 16)):
+        config = make(folder, batch_size=batch_size)
+        run_bootstrap(config, progress=False)
+        assert results(config) == results(reference)
+    backwards = make("d")
+    records = json.loads((photos / "annotations.json").read_text())
+    (photos / "backwards.json").write_text(json.dumps(records[::-1]))
+    backwards.data.annotations = str(photos / "backwards.json")
+    run_bootstrap(backwards, progress=False)
+    assert read_groups(Path(backwards.data.groups)) == read_groups(Path(reference.data.groups))[::-1]
+
+
+def test_another_seed_gives_other_negatives(make: MakeConfig) -> None:
+    first, second = make("a"), make("b", seed=1)
+    run_bootstrap(first, progress=False)
+    run_bootstrap(second, progress=False)
+    assert results(first)["groups.jsonl"] != results(second)["groups.jsonl"]
+
+
+def as_rank(monkeypatch: pytest.MonkeyPatch, rank: int, world_size: int) -> None:
+    monkeypatch.setattr(run_module, "ranks_from_environment", lambda: Ranks(rank, world_size, rank))
+
+
+def test_two_ranks_share_the_work_and_give_the_same_files(make: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, two = make("one"), make("two")
+    run_bootstrap(one, progress=False)
+    as_rank(monkeypatch, 1, 2)
+    summary = run_bootstrap(two, progress=False)
+    assert summary.num_groups is None and not Path(two.data.groups).exists()
+    as_rank(monkeypatch, 0, 2)
+    run_bootstrap(two, progress=False)
+    assert results(two) == results(one)
+    shares = [sum(1 for _ in path.open()) for path in sorted(parts(two).glob("rank-*.jsonl"))]
+    assert sum(shares) == 18 and min(shares) > 0
+
+
+def test_rank_0_waits_for_the_others(make: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make("a", sources=["weaken"])
+    ranks = threading.local()
+    monkeypatch.setattr(run_module, "ranks_from_environment", lambda: Ranks(getattr(ranks, "rank", 0), 2, 0))
+    monkeypatch.setattr(run_module, "_POLL_S", 0.05)
+    other = threading.Timer(1.0, lambda: (setattr(ranks, "rank", 1), run_bootstrap(config, progress=False)))
+    other.start()
+    summary = run_bootstrap(config, progress=False)
+    other.join()
+    assert summary.kept["weaken"] + sum(summary.refused.get("weaken", {}).values()) == 9
+
+
+def test_rank_0_gives_up_when_the_others_are_gone(make: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make("a", stall_timeout_s=0.2)
+    as_rank(monkeypatch, 0, 2)
+    with pytest.raises(TimeoutError, match="of 18 outcomes are missing.*stall_timeout_s"):
+        run_bootstrap(config, progress=False)
+
+
+@pytest.mark.parametrize("cut_bytes", [1, 400, 10_000])
+def test_a_killed_job_goes_on_and_redoes_a_torn_line(make: MakeConfig, cut_bytes: int) -> None:
+    whole, killed = make("whole"), make("killed")
+    run_bootstrap(whole, progress=False)
+    run_bootstrap(killed, progress=False)
+    part = parts(killed) / "rank-00000.jsonl"
+    content = part.read_bytes()
+    part.write_bytes(content[: max(0, len(content) - cut_bytes)])
+    survivors = part.read_bytes().rpartition(b"\n")[0]
+    for name in RESULTS:
+        (Path(killed.data.groups).parent / name).unlink()
+    run_bootstrap(killed, progress=False)
+    assert part.read_bytes().startswith(survivors)
+    assert sorted(part.read_bytes().splitlines()) == sorted(content.splitlines())
+    assert results(killed) == results(whole)
+
+
+def test_a_job_may_go_on_with_other_ranks_and_batches(make: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, killed = make("whole"), make("killed")
+    run_bootstrap(whole, progress=False)
+    for rank in (1, 2):
+        as_rank(monkeypatch, rank, 3)
+        run_bootstrap(killed, progress=False)
+    done = {line for path in parts(killed).glob("rank-*.jsonl") for line in path.read_bytes().splitlines()}
+    as_rank(monkeypatch, 0, 1)
+    killed.bootstrap.batch_size = 3
+    run_bootstrap(killed, progress=False)
+    now = [line for path in parts(killed).glob("rank-*.jsonl") for line in path.read_bytes().splitlines()]
+    assert done < set(now) and len(now) == 18
+    assert results(killed) == results(whole)
+
+
+def test_a_finished_job_loads_no_model_again(make: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make("a")
+    run_bootstrap(config, progress=False)
+    before = results(config)
+    for name in ("load_model", "load_causal_lm"):
+        monkeypatch.setattr(run_module, name, lambda *a, **k: pytest.fail("a model was loaded"))
+    run_bootstrap(config, progress=False)
+    assert results(config) == before
+
+
+def test_a_line_that_lost_power_is_done_again(make: MakeConfig) -> None:
+    config = make("a")
+    run_bootstrap(config, progress=False)
+    before = results(config)
+    part = parts(config) / "rank-00000.jsonl"
+    first, rest = part.read_bytes().split(b"\n", 1)
+    part.write_bytes(b"\0" * len(first) + b"\n" + rest)
+    run_bootstrap(config, progress=False)
+    assert results(config) == before
+
+
+def test_changed_options_are_refused_by_name(make: MakeConfig) -> None:
+    run_bootstrap(make("a"), progress=False)
+    changed = make("a", seed=3)
+    changed.bootstrap.weaken = replace(changed.bootstrap.weaken, noise_step=500)
+    with pytest.raises(ValueError, match=r"bootstrap\.seed was 0, is 3") as error:
+        run_bootstrap(changed, progress=False)
+    assert "bootstrap.weaken.noise_step was 900, is 500" in str(error.value)
+    assert "temperature" not in str(error.value)
+
+
+def test_other_weights_at_the_same_path_are_refused(make: MakeConfig, tiny_llava_dir: Path, tmp_path: Path) -> None:
+    config = make("a", limit=2, sources=["weaken"])
+    config.model.path = str(shutil.copytree(tiny_llava_dir, tmp_path / "model"))
+    run_bootstrap(config, progress=False)
+    weights = next(Path(config.model.path).glob("*.safetensors"))
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(ValueError, match=r"model\.path \(weights\)"):
+        run_bootstrap(config, progress=False)
+
+
+def test_two_processes_cannot_write_one_part(tmp_path: Path) -> None:
+    hold = (
+        "import sys, pathlib; from bpo.bootstrap.parts import *; p = pathlib.Path(sys.argv[1]); w = PartWriter(p, 0);"
+    )
+    hold += "w.append([Outcome('r', 'weaken', 'kept')]); PartReader(p).poll(); print(1, flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", hold, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"1\n"
+        with pytest.raises(ValueError, match="rank-00000.jsonl is being written by another process"):
+            PartWriter(tmp_path, 0)
+        other.stdin.close()
+    PartWriter(tmp_path, 0)
+
+
+def test_a_broken_image_is_quarantined_and_the_job_goes_on(make: MakeConfig, photos: Path) -> None:
+    whole = make("whole")
+    run_bootstrap(whole, progress=False)
+    (photos / "3.png").write_bytes(b"no picture")
+    for folder, sources in (("both", ["weaken", "inject"]), ("text", ["inject"])):
+        config = make(folder, sources=sources)
+        summary = run_bootstrap(config, progress=False)
+        (entry,) = lines(config, "groups.jsonl.quarantine.jsonl")
+        assert (entry["file"], entry["record"], summary.num_quarantined) == (["3.png"], "photo-3", 1)
+        assert "3.png" in entry["error"]
+        assert all(group.id != "photo-3" for group in read_groups(Path(config.data.groups)))
+    both = read_groups(Path(make("both").data.groups))
+    assert both == tuple(g for g in read_groups(Path(whole.data.groups)) if g.id != "photo-3")
+
+
+def test_limits(make: MakeConfig) -> None:
+    config = make("a", limit=5, max_inject_records=2)
+    summary = run_bootstrap(config, progress=False)
+    done = {
+        (json.loads(line)["source"], json.loads(line)["id"]) for line in (parts(config) / "rank-00000.jsonl").open()
+    }
+    assert {record for source, record in done if source == "inject"} == {"photo-0", "photo-1"}
+    assert len({record for source, record in done if source == "weaken"}) == 5
+    assert summary.num_annotations == 5
+    # More records later: what is finished stays.
+    more = run_bootstrap(make("a", limit=7, max_inject_records=2), progress=False)
+    assert more.num_annotations == 7
+
+
+def test_an_annotation_that_is_no_use_is_left_out_whole(make: MakeConfig, photos: Path) -> None:
+    records = json.loads((photos / "annotations.json").read_text())
+    records[2]["conversations"][1]["value"] = "word " * 351
+    (photos / "annotations.json").write_text(json.dumps(records))
+    config = make("a", sources=["weaken"])
+    summary = run_bootstrap(config, progress=False)
+    assert summary.refused["annotation"] == {"too-long": 1}
+    assert all(group.id != "photo-2" for group in read_groups(Path(config.data.groups)))
+
+
+def test_the_own_language_model_and_the_weakened_image_share_one_load(
+    make: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loads: list[str] = []
+    real = run_module.load_model
+    monkeypatch.setattr(run_module, "load_model", lambda config, device: loads.append("x") or real(config, device))
+    summary = run_bootstrap(make("a", inject={"max_new_tokens": 12}), progress=False)
+    assert loads == ["x"]
+    assert summary.kept["inject"] > 0
+
+
+def test_a_server_injects_the_errors(make: MakeConfig) -> None:
+    def answer(body: dict[str, Any], number: int) -> tuple[int, dict[str, Any]]:
+        if number == 1:
+            return 500, {"error": "starting"}
+        asked = body["messages"][-1]["content"]
+        if "photo 4" in asked:
+            return 400, {"error": "context length"}
+        if "photo 6" in asked:
+            return completion("There are 6 things.")
+        return completion(f'Modified answer: "Wrong {body["seed"]}."')
+
+    with fake_server(answer) as (url, received):
+        options = {"server_url": url, "server_model": "big", "mode": "qa", "attempts": 2}
+        config = make("a", inject=options, sources=["inject"])
+        summary = run_bootstrap(config, progress=False)
+    groups = read_groups(Path(config.data.groups))
+    assert len(groups) == summary.kept["inject"] == 7
+    for group in groups:
+        negative = group.completions[1]
+        assert negative.response == f"Wrong {negative.provenance.seed}."
+        assert (negative.provenance.model, negative.provenance.mode) == ("big", "qa")
+    assert summary.refused == {"inject": {"unchanged": 1}}
+    (failed,) = lines(config, "groups.jsonl.quarantine.jsonl")
+    assert failed["record"] == "photo-4" and "context length" in failed["error"] and url in failed["error"]
+    seeds_of_6 = {body["seed"] for body in received if "photo 6" in body["messages"][-1]["content"]}
+    assert len(seeds_of_6) == 2
+
+
+def test_a_job_without_any_usable_negative_is_an_error_that_says_why(make: MakeConfig) -> None:
+    with fake_server(lambda body, number: completion("")) as (url, _):
+        config = make("a", inject={"server_url": url, "server_model": "m"}, sources=["inject"])
+        with pytest.raises(ValueError, match=r"none of 9 annotations.*'empty': 9"):
+            run_bootstrap(config, progress=False)
+    assert len((Path(config.data.groups + ".refused.jsonl")).read_text().splitlines()) == 9
+
+
+@pytest.mark.parametrize("name", ["annotations", "groups"])
+def test_a_missing_path_is_an_error_naming_the_option(make: MakeConfig, name: str) -> None:
+    config = make("a")
+    setattr(config.data, name, "")
+    with pytest.raises(ValueError, match=f"data.{name} is empty"):
+        run_bootstrap(config, progress=False)
