@@ -1,4 +1,4 @@
-"""Odd photographs load as upright 8-bit RGB; odd paths and files are refused by name. Run: pytest tests/data/test_images.py"""
+"""Odd photographs load as upright 8-bit RGB; odd paths and files are refused. Run: pytest tests/data/test_images.py"""
 
 from __future__ import annotations
 
