@@ -94,21 +94,22 @@ def logprob_rows(
     logp_n = torch.empty(num_rows, dtype=torch.float32, device=hidden_nH.device)
     in_place = hidden_nH.dtype is logits_nV.dtype or not with_dlogits
     dlogits_nV = logits_nV if in_place else torch.empty_like(logits_nV, dtype=hidden_nH.dtype)
-    logprob_rows_kernel[(num_rows,)](
-        logits_nV,
-        bias_V,
-        align(target_n),
-        logp_n,
-        dlogits_nV,
-        vocab,
-        softcap or 1.0,
-        scale,
-        HAS_BIAS=bias_V is not None,
-        HAS_SOFTCAP=softcap is not None,
-        WITH_DLOGITS=with_dlogits,
-        BLOCK_V=block_v(vocab),
-        num_warps=NUM_WARPS,
-    )
+    with torch.cuda.device_of(logits_nV):
+        logprob_rows_kernel[(num_rows,)](
+            logits_nV,
+            bias_V,
+            align(target_n),
+            logp_n,
+            dlogits_nV,
+            vocab,
+            softcap or 1.0,
+            scale,
+            HAS_BIAS=bias_V is not None,
+            HAS_SOFTCAP=softcap is not None,
+            WITH_DLOGITS=with_dlogits,
+            BLOCK_V=block_v(vocab),
+            num_warps=NUM_WARPS,
+        )
     return logp_n, dlogits_nV if with_dlogits else None
 
 

@@ -89,17 +89,18 @@ def _forward(logits_NV: Tensor, target_N: Tensor) -> tuple[Tensor, Tensor, Tenso
     num_rows, vocab = logits_NV.shape
     logp_N, max_N, log_sum_N = (torch.empty(num_rows, dtype=torch.float32, device=logits_NV.device) for _ in range(3))
     if num_rows:
-        logprob_gather_fwd_kernel[(num_rows,)](
-            logits_NV,
-            align(target_N),
-            logp_N,
-            max_N,
-            log_sum_N,
-            vocab,
-            *logits_NV.stride(),
-            BLOCK_V=block_v(vocab),
-            num_warps=NUM_WARPS,
-        )
+        with torch.cuda.device_of(logits_NV):
+            logprob_gather_fwd_kernel[(num_rows,)](
+                logits_NV,
+                align(target_N),
+                logp_N,
+                max_N,
+                log_sum_N,
+                vocab,
+                *logits_NV.stride(),
+                BLOCK_V=block_v(vocab),
+                num_warps=NUM_WARPS,
+            )
     return logp_N, max_N, log_sum_N
 
 
@@ -116,18 +117,19 @@ def _backward(grad_logp_N: Tensor, logits_NV: Tensor, target_N: Tensor, max_N: T
     num_rows, vocab = logits_NV.shape
     grad_logits_NV = torch.empty(num_rows, vocab, dtype=logits_NV.dtype, device=logits_NV.device)
     if num_rows:
-        logprob_gather_bwd_kernel[(num_rows,)](
-            grad_logp_N.contiguous(),
-            logits_NV,
-            align(target_N),
-            max_N,
-            log_sum_N,
-            grad_logits_NV,
-            vocab,
-            *logits_NV.stride(),
-            BLOCK_V=block_v(vocab),
-            num_warps=NUM_WARPS,
-        )
+        with torch.cuda.device_of(logits_NV):
+            logprob_gather_bwd_kernel[(num_rows,)](
+                grad_logp_N.contiguous(),
+                logits_NV,
+                align(target_N),
+                max_N,
+                log_sum_N,
+                grad_logits_NV,
+                vocab,
+                *logits_NV.stride(),
+                BLOCK_V=block_v(vocab),
+                num_warps=NUM_WARPS,
+            )
     return grad_logits_NV
 
 

@@ -39,7 +39,8 @@ def pair_loss(margin, beta, slope, LOSS_TYPE: tl.constexpr):
         small = tl.exp(-tl.abs(x))
         # log(1 + small) keeps its digits where 1 + small has lost them.
         rounded = 1.0 + small
-        log1p = tl.where(rounded == 1.0, small, tl.log(rounded) * (small / tl.where(small > 0.0, rounded - 1.0, 1.0)))
+        lost = rounded - 1.0
+        log1p = tl.where(lost == 0.0, small, tl.log(rounded) * (small / tl.where(lost == 0.0, 1.0, lost)))
         loss = slope * x + tl.maximum(-x, 0.0) + log1p
         derivative = beta * (slope - tl.where(x > 0.0, small, 1.0) / rounded)
     return loss, derivative
@@ -141,21 +142,22 @@ def _forward(
     # See reference._pair_losses: both smoothed losses are one log-sigmoid plus a line.
     slope = label_smoothing if loss_type == "sigmoid" else -label_smoothing / (1 - 2 * label_smoothing)
     if num_pairs:
-        preference_loss_fwd_kernel[(num_pairs,)](
-            policy_logp_N.contiguous(),
-            reference_logp_N.contiguous(),
-            align(completion_of_token_N.contiguous()),
-            align(pairs_P2.contiguous()),
-            None if token_weight_N is None else token_weight_N.contiguous(),
-            *rows,
-            policy_logp_N.shape[0],
-            beta,
-            slope,
-            LOSS_TYPE="sigmoid" if loss_type == "robust" else loss_type,
-            HAS_WEIGHT=token_weight_N is not None,
-            BLOCK_N=BLOCK_N,
-            num_warps=NUM_WARPS,
-        )
+        with torch.cuda.device_of(policy_logp_N):
+            preference_loss_fwd_kernel[(num_pairs,)](
+                policy_logp_N.contiguous(),
+                reference_logp_N.contiguous(),
+                align(completion_of_token_N.contiguous()),
+                align(pairs_P2.contiguous()),
+                None if token_weight_N is None else token_weight_N.contiguous(),
+                *rows,
+                policy_logp_N.shape[0],
+                beta,
+                slope,
+                LOSS_TYPE="sigmoid" if loss_type == "robust" else loss_type,
+                HAS_WEIGHT=token_weight_N is not None,
+                BLOCK_N=BLOCK_N,
+                num_warps=NUM_WARPS,
+            )
     return rows[0], rows[1], rows[2], rows[3]
 
 
@@ -188,20 +190,21 @@ def _backward(
     num_tokens = policy_logp_N.shape[0]
     grad_policy_N = torch.empty(num_tokens, dtype=policy_logp_N.dtype, device=policy_logp_N.device)
     if num_tokens:
-        preference_loss_bwd_kernel[(triton.cdiv(num_tokens, BACKWARD_BLOCK_N),)](
-            grad_losses_P.contiguous(),
-            derivative_P,
-            align(completion_of_token_N.contiguous()),
-            align(pairs_P2.contiguous()),
-            None if token_weight_N is None else token_weight_N.contiguous(),
-            grad_policy_N,
-            num_tokens,
-            pairs_P2.shape[0],
-            HAS_WEIGHT=token_weight_N is not None,
-            BLOCK_N=BACKWARD_BLOCK_N,
-            BLOCK_P=BACKWARD_BLOCK_P,
-            num_warps=NUM_WARPS,
-        )
+        with torch.cuda.device_of(policy_logp_N):
+            preference_loss_bwd_kernel[(triton.cdiv(num_tokens, BACKWARD_BLOCK_N),)](
+                grad_losses_P.contiguous(),
+                derivative_P,
+                align(completion_of_token_N.contiguous()),
+                align(pairs_P2.contiguous()),
+                None if token_weight_N is None else token_weight_N.contiguous(),
+                grad_policy_N,
+                num_tokens,
+                pairs_P2.shape[0],
+                HAS_WEIGHT=token_weight_N is not None,
+                BLOCK_N=BACKWARD_BLOCK_N,
+                BLOCK_P=BACKWARD_BLOCK_P,
+                num_warps=NUM_WARPS,
+            )
     return grad_policy_N
 
 

@@ -1,0 +1,89 @@
+"""The Triton kernels on a real GPU: the operation tests there, real shapes, memory, addresses beyond 2^31.
+
+    pytest -m gpu tests/gpu/test_kernels_gpu.py
+
+Legend: N rows (response tokens), H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bpo_kernels import dispatch
+
+pytestmark = pytest.mark.gpu  # skipped by tests/conftest.py where there is no CUDA
+
+KERNEL_TESTS = Path(__file__).parent.parent / "kernels"
+FILES = ("test_logprob_gather.py", "test_linear_logprob.py", "test_preference_loss.py")
+# H, V of the LM heads of LLaVA-1.5-7B and Qwen2.5-VL-7B.
+HEADS = {"llava-1.5-7b": (4096, 32064), "qwen2.5-vl-7b": (3584, 152064)}
+
+
+def test_operation_tests_pass_on_the_gpu():
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(str(KERNEL_TESTS / f) for f in FILES)]
+    environment = os.environ | {"BPO_KERNELS": "triton", "KERNEL_TEST_DEVICE": "cuda"}
+    environment.pop("TRITON_INTERPRET", None)
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=KERNEL_TESTS.parent.parent)
+    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
+
+
+@pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
+@pytest.mark.parametrize("head", HEADS)
+def test_real_heads_are_as_exact_as_eager(head, trained):
+    hidden_size, vocab = HEADS[head]
+    torch.manual_seed(0)
+    hidden_NH = torch.randn(300, hidden_size, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    weight_VH = torch.randn(vocab, hidden_size, device="cuda").mul_(3 / hidden_size**0.5).bfloat16()
+    weight_VH.requires_grad_(trained)
+    target_N = torch.randint(vocab, (300,), device="cuda")
+    inputs = [tensor for tensor in (hidden_NH, weight_VH) if tensor.requires_grad]
+
+    def eager(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        logits_NV = (hidden @ weight.t()).to(torch.promote_types(hidden.dtype, torch.float32))
+        return torch.log_softmax(logits_NV, -1).gather(1, target_N[:, None])[:, 0]
+
+    def run(operation, dtype) -> list[torch.Tensor]:
+        cast = [tensor.detach().to(dtype).requires_grad_(tensor.requires_grad) for tensor in (hidden_NH, weight_VH)]
+        logp_N = operation(*cast)
+        return [logp_N, *torch.autograd.grad(logp_N.sum(), [tensor for tensor in cast if tensor.requires_grad])]
+
+    truth = run(eager, torch.float64)
+    naive = run(eager, torch.bfloat16)
+    ours = run(lambda hidden, weight: dispatch.linear_logprob(hidden, weight, target_N), torch.bfloat16)
+    assert len(ours) == 1 + len(inputs)
+    for position, (true, rough, value) in enumerate(zip(truth, naive, ours, strict=True)):
+        allowed = (rough - true).abs().max() + (6e-3 if position else 1e-5) * true.abs().max()
+        assert (value - true).abs().max() <= allowed, f"output {position}"
+
+
+def test_frozen_head_over_chunks_stays_within_the_budget():
+    hidden_NH = torch.randn(4096, 1024, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    weight_VH = torch.randn(152064, 1024, device="cuda", dtype=torch.bfloat16)
+    target_N = torch.randint(152064, (4096,), device="cuda")
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    dispatch.linear_logprob(hidden_NH, weight_VH, target_N, budget_bytes=256 << 20).sum().backward()
+    # fp32 logits of a chunk, D beside them in bf16, the gradient twice.
+    allowed_bytes = (256 << 20) * 3 // 2 + 4 * hidden_NH.numel() * 2
+    assert torch.cuda.max_memory_allocated() - before < allowed_bytes + (16 << 20)
+
+
+def test_addresses_beyond_two_to_the_31st():
+    vocab, num_rows = 152064, 15000
+    logits_NV = torch.zeros(num_rows, vocab, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    assert logits_NV.numel() > 2**31
+    target_N = torch.full((num_rows,), vocab - 1, device="cuda")
+    with torch.no_grad():
+        logits_NV[-1, -1] = 8.0
+    logp_N = dispatch.logprob_gather(logits_NV, target_N)
+    expected = torch.log_softmax(logits_NV[-1].detach().double(), -1)[-1]
+    assert logp_N[-1].item() == pytest.approx(expected.item(), rel=1e-5)
+    logp_N[-1].backward()
+    assert logits_NV.grad[-1, -1].item() == pytest.approx(1 - expected.exp().item(), rel=1e-2)
+    assert not logits_NV.grad[:-1].any()

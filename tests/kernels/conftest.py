@@ -1,0 +1,82 @@
+"""One oracle and one table of tolerances for every kernel test.
+
+The operation tests (test_logprob_gather.py, test_linear_logprob.py, test_preference_loss.py) call the public operations
+of `bpo_kernels.dispatch`. Run as they are, they test plain PyTorch. test_triton_interpreter.py runs them once more with
+BPO_KERNELS=triton in Triton's interpreter, and tests/gpu/test_kernels_gpu.py with Triton on the GPU
+(KERNEL_TEST_DEVICE=cuda).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+# The rounding that is allowed beyond the error of the same computation in eager PyTorch, relative to the largest true
+# value: (of a log-prob, of a gradient). Log-probs are fp32 whatever the inputs; a half-precision gradient is rounded
+# once as D, once as its product, once after its coefficient.
+EPSILON = {
+    torch.float64: (1e-13, 1e-12),
+    torch.float32: (1e-6, 3e-6),
+    torch.bfloat16: (1e-6, 6e-3),
+    torch.float16: (1e-6, 8e-4),
+}
+
+Operation = Callable[..., Tensor]
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    return torch.device(os.environ.get("KERNEL_TEST_DEVICE", "cpu"))
+
+
+@pytest.fixture(scope="session")
+def on_triton() -> bool:
+    return os.environ.get("BPO_KERNELS") == "triton"
+
+
+@pytest.fixture(autouse=True)
+def fresh_memory_is_nan() -> Iterator[None]:
+    """`torch.empty` holds NaN, so that an output that a kernel does not write fails the test."""
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def _run(
+    operation: Operation, tensors: Sequence[Tensor | None], dtype: torch.dtype, coefficient: Tensor
+) -> list[Tensor]:
+    """Output and gradients of `operation` at `tensors` cast to `dtype`."""
+    inputs = [
+        None if tensor is None else tensor.detach().to(dtype).requires_grad_(tensor.requires_grad) for tensor in tensors
+    ]
+    output = operation(*inputs)
+    wanted = [tensor for tensor in inputs if tensor is not None and tensor.requires_grad]
+    return [output.detach(), *torch.autograd.grad(output, wanted, coefficient.to(output.dtype))]
+
+
+@pytest.fixture
+def assert_as_exact_as_eager() -> Callable[..., None]:
+    """error(ours) <= error(eager PyTorch in the same dtype) + epsilon, both against eager PyTorch in fp64."""
+
+    def check(ours: Operation, eager: Operation, tensors: Sequence[Tensor | None], coefficient: Tensor) -> None:
+        dtype = next(tensor.dtype for tensor in tensors if tensor is not None)
+        truth = _run(eager, tensors, torch.float64, coefficient)
+        naive = _run(eager, tensors, dtype, coefficient)
+        got = _run(ours, tensors, dtype, coefficient)
+        for position, (true, rough, value) in enumerate(zip(truth, naive, got, strict=True)):
+            assert value.shape == true.shape
+            assert value.dtype == (rough.dtype if position else torch.promote_types(dtype, torch.float32))
+            if true.numel() == 0:
+                continue
+            size = float(true.abs().max())
+            error, allowed = float((value - true).abs().max()), float((rough - true).abs().max())
+            allowed += EPSILON[dtype][min(position, 1)] * max(size, 1e-3)
+            assert error <= allowed, f"output {position}: error {error} > {allowed} (largest value {size})"
+
+    return check

@@ -1,0 +1,237 @@
+"""Log-probs from hidden states.    pytest tests/kernels/test_linear_logprob.py
+
+Legend: N rows (response tokens), H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from bpo_kernels import dispatch
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def eager(
+    hidden_NH: Tensor,
+    weight_VH: Tensor,
+    bias_V: Tensor | None,
+    target_N: Tensor,
+    softcap: float | None = None,
+    scale: float = 1.0,
+) -> Tensor:
+    """What a model and its loss compute: logits in the model's dtype, log-softmax in fp32."""
+    logits_NV = F.linear(hidden_NH, weight_VH, bias_V)
+    logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32)) * scale
+    if softcap is not None:
+        logits_NV = softcap * torch.tanh(logits_NV / softcap)
+    return torch.log_softmax(logits_NV, dim=-1).gather(1, target_N[:, None])[:, 0]
+
+
+def problem(num_rows, vocab, hidden_size, dtype, device, trained=True, with_bias=False):
+    """Hidden states, weight, bias, targets; logits of some units, as in a trained model."""
+    hidden_NH = torch.randn(num_rows, hidden_size, device=device).to(dtype).requires_grad_()
+    weight_VH = (
+        (3 * torch.randn(vocab, hidden_size, device=device) / hidden_size**0.5).to(dtype).requires_grad_(trained)
+    )
+    bias_V = torch.randn(vocab, device=device).to(dtype).requires_grad_(trained) if with_bias else None
+    return hidden_NH, weight_VH, bias_V, torch.randint(vocab, (num_rows,), device=device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
+@pytest.mark.parametrize("capped", [False, True], ids=["plain", "bias-scale-cap"])
+@pytest.mark.parametrize("chunk_rows", [None, 2], ids=["one-chunk", "chunks"])
+@pytest.mark.parametrize(("num_rows", "vocab", "hidden_size"), [(0, 31, 7), (1, 31, 7), (5, 4099, 33)])
+def test_forward_and_gradients_are_as_exact_as_eager(
+    assert_as_exact_as_eager, device, dtype, trained, capped, chunk_rows, num_rows, vocab, hidden_size
+):
+    *tensors, target_N = problem(num_rows, vocab, hidden_size, dtype, device, trained, with_bias=capped)
+    softcap, scale = (5.0, 0.7) if capped else (None, 1.0)
+    budget_bytes = None if chunk_rows is None else chunk_rows * vocab * 4
+    assert_as_exact_as_eager(
+        lambda hidden, weight, bias: dispatch.linear_logprob(
+            hidden, weight, target_N, bias, softcap, scale, budget_bytes=budget_bytes
+        ),
+        lambda hidden, weight, bias: eager(hidden, weight, bias, target_N, softcap, scale),
+        tensors,
+        torch.randn(num_rows, device=device),
+    )
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(1, 9), st.integers(1, 300), st.integers(1, 70), st.integers(1, 9))
+def test_any_shape_and_chunk(device, num_rows, vocab, hidden_size, chunk_rows):
+    hidden_NH, weight_VH, _, target_N = problem(num_rows, vocab, hidden_size, torch.float32, device)
+    logp_N = dispatch.linear_logprob(hidden_NH, weight_VH, target_N, budget_bytes=chunk_rows * vocab * 4)
+    expected_N = eager(hidden_NH, weight_VH, None, target_N)
+    torch.testing.assert_close(logp_N, expected_N, atol=2e-5, rtol=1e-5)
+    ours = torch.autograd.grad(logp_N.sum(), (hidden_NH, weight_VH))
+    theirs = torch.autograd.grad(expected_N.sum(), (hidden_NH, weight_VH))
+    torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-4)
+
+
+def test_logits_of_ten_thousand(assert_as_exact_as_eager, device):
+    hidden_NH, weight_VH, _, target_N = problem(4, 100, 8, torch.float32, device)
+    with torch.no_grad():
+        hidden_NH *= 1e4 / (hidden_NH @ weight_VH.t()).abs().max()
+    assert_as_exact_as_eager(
+        lambda hidden, weight: dispatch.linear_logprob(hidden, weight, target_N),
+        lambda hidden, weight: eager(hidden, weight, None, target_N),
+        [hidden_NH, weight_VH],
+        torch.ones(4, device=device),
+    )
+
+
+def test_half_precision_logits_are_not_rounded(device):
+    """Logits near 30: bf16 would round them by up to 0.06, and a sequence of them by tenths of a nat."""
+    hidden_NH, weight_VH, _, target_N = problem(64, 200, 64, torch.bfloat16, device)
+    with torch.no_grad():
+        hidden_NH *= 4
+    truth_N = eager(hidden_NH.double(), weight_VH.double(), None, target_N)
+    assert (eager(hidden_NH, weight_VH, None, target_N) - truth_N).abs().max() > 1e-2
+    assert (dispatch.linear_logprob(hidden_NH, weight_VH, target_N) - truth_N).abs().max() < 1e-4
+
+
+def test_strided_inputs_unaligned_targets_and_expanded_gradient(device):
+    hidden_NH = torch.randn(40, 9, device=device).t()[1:, 2:34].requires_grad_()
+    weight_VH = torch.randn(40, 101, device=device).t()[:, 3:35].requires_grad_()
+    target_N = torch.randint(101, (9,), device=device)[1:]
+    logp_N = dispatch.linear_logprob(hidden_NH, weight_VH, target_N)
+    expected_N = eager(hidden_NH, weight_VH, None, target_N)
+    torch.testing.assert_close(logp_N, expected_N)
+    one = torch.ones((), device=device).expand(8)
+    inputs = (hidden_NH, weight_VH)
+    torch.testing.assert_close(
+        torch.autograd.grad(logp_N, inputs, one), torch.autograd.grad(expected_N, inputs, one), atol=1e-5, rtol=1e-4
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_same_bits_twice(device, dtype):
+    hidden_NH, weight_VH, _, target_N = problem(7, 500, 16, dtype, device)
+
+    def once() -> list[Tensor]:
+        logp_N = dispatch.linear_logprob(hidden_NH, weight_VH, target_N)
+        return [logp_N, *torch.autograd.grad(logp_N.sum(), (hidden_NH, weight_VH))]
+
+    assert all(torch.equal(first, second) for first, second in zip(once(), once(), strict=True))
+
+
+@pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
+def test_chunks_and_row_order_change_nothing(device, trained):
+    hidden_NH, weight_VH, _, target_N = problem(10, 300, 16, torch.float32, device, trained)
+    coefficient_N = torch.randn(10, device=device)
+    order = torch.randperm(10, device=device)
+
+    def run(rows: Tensor, chunk_rows: int) -> list[Tensor]:
+        logp_N = dispatch.linear_logprob(hidden_NH[rows], weight_VH, target_N[rows], budget_bytes=chunk_rows * 300 * 4)
+        inputs = [tensor for tensor in (hidden_NH, weight_VH) if tensor.requires_grad]
+        return [logp_N, *torch.autograd.grad(logp_N, inputs, coefficient_N[rows])]
+
+    whole = run(torch.arange(10, device=device), 10)
+    for rows, chunk_rows in ((torch.arange(10, device=device), 1), (torch.arange(10, device=device), 3), (order, 4)):
+        other = run(rows, chunk_rows)
+        torch.testing.assert_close(other[0], whole[0][rows], atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(other[1:], whole[1:], atol=3e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("chunk_rows", [8, 2])
+@pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
+def test_weight_that_zero3_takes_away_between_forward_and_backward(device, trained, chunk_rows):
+    """ZeRO-3 empties the parameter after forward and gathers it, into new memory, before backward."""
+    hidden_NH, weight_VH, _, target_N = problem(8, 50, 16, torch.float32, device, trained)
+    inputs = [tensor for tensor in (hidden_NH, weight_VH) if tensor.requires_grad]
+    expected = torch.autograd.grad(eager(hidden_NH, weight_VH, None, target_N).sum(), inputs)
+    logp_N = dispatch.linear_logprob(hidden_NH, weight_VH, target_N, budget_bytes=chunk_rows * 50 * 4)
+    gathered = weight_VH.data.clone()
+    weight_VH.data = torch.empty(0, device=device)
+    weight_VH.data = gathered
+    torch.testing.assert_close(torch.autograd.grad(logp_N.sum(), inputs), expected, atol=3e-6, rtol=1e-5)
+
+
+def test_gradient_of_the_hidden_states_alone_from_a_trained_head(device):
+    hidden_NH, weight_VH, bias_V, target_N = problem(5, 50, 16, torch.float32, device, with_bias=True)
+    logp_N = dispatch.linear_logprob(hidden_NH, weight_VH, target_N, bias_V)
+    expected = torch.autograd.grad(eager(hidden_NH, weight_VH, bias_V, target_N).sum(), hidden_NH)
+    torch.testing.assert_close(torch.autograd.grad(logp_N.sum(), hidden_NH), expected, atol=3e-6, rtol=1e-5)
+
+
+def test_tied_embedding_gets_both_gradients(device):
+    _, weight_VH, _, target_N = problem(6, 50, 16, torch.float32, device)
+    ours = dispatch.linear_logprob(weight_VH[target_N.flip(0)], weight_VH, target_N)
+    theirs = eager(weight_VH[target_N.flip(0)], weight_VH, None, target_N)
+    torch.testing.assert_close(
+        torch.autograd.grad(ours.sum(), weight_VH), torch.autograd.grad(theirs.sum(), weight_VH), atol=1e-5, rtol=1e-4
+    )
+
+
+def test_autocast_computes_in_half_precision_and_returns_full_gradients(device):
+    hidden_NH, weight_VH, _, target_N = problem(6, 50, 16, torch.float32, device)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        logp_N = dispatch.linear_logprob(hidden_NH, weight_VH, target_N)
+    rounded = eager(hidden_NH.bfloat16().double(), weight_VH.bfloat16().double(), None, target_N)
+    torch.testing.assert_close(logp_N, rounded.float(), atol=1e-5, rtol=1e-5)
+    grads = torch.autograd.grad(logp_N.sum(), (hidden_NH, weight_VH))
+    assert [grad.dtype for grad in grads] == [torch.float32, torch.float32]
+    expected = torch.autograd.grad(rounded.sum(), (hidden_NH, weight_VH))
+    torch.testing.assert_close(grads, expected, atol=3e-2, rtol=3e-2)
+
+
+def test_no_grad_leaves_no_graph(device):
+    hidden_NH, weight_VH, _, target_N = problem(3, 50, 16, torch.float32, device)
+    with torch.no_grad():
+        assert not dispatch.linear_logprob(hidden_NH, weight_VH, target_N).requires_grad
+
+
+def test_torch_compile_keeps_one_graph(device):
+    hidden_NH, weight_VH, _, target_N = problem(5, 50, 16, torch.float32, device)
+
+    def loss(hidden: Tensor, weight: Tensor) -> Tensor:
+        return dispatch.linear_logprob(hidden.tanh(), weight, target_N).sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(hidden_NH, weight_VH), loss(hidden_NH, weight_VH))
+    ours = torch.autograd.grad(compiled(hidden_NH, weight_VH), (hidden_NH, weight_VH))
+    torch.testing.assert_close(ours, torch.autograd.grad(loss(hidden_NH, weight_VH), (hidden_NH, weight_VH)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_NH": torch.zeros(2, 3, 4)}, r"hidden_NH has shape \(2, 3, 4\)"),
+        ({"hidden_NH": torch.zeros(2, 5)}, "differ in H"),
+        ({"hidden_NH": torch.zeros(2, 4, dtype=torch.int64)}, "hidden_NH has dtype torch.int64"),
+        ({"weight_VH": torch.zeros(0)}, "under ZeRO-3"),
+        ({"weight_VH": torch.zeros(6, 4, dtype=torch.bfloat16)}, "or run under autocast"),
+        ({"target_N": torch.zeros(3, dtype=torch.int64)}, "target_N has shape"),
+        ({"bias": torch.zeros(5)}, r"bias has shape \(5,\), expected \(6,\)"),
+        ({"softcap": 0.0}, "softcap is 0.0"),
+        ({"budget_bytes": 0}, "budget_bytes is 0"),
+    ],
+)
+def test_bad_arguments_name_value_and_fix(device, change, message):
+    arguments = {
+        "hidden_NH": torch.zeros(2, 4),
+        "weight_VH": torch.zeros(6, 4),
+        "target_N": torch.zeros(2, dtype=torch.int64),
+    } | change
+    moved = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in arguments.items()}
+    with pytest.raises(ValueError, match=message):
+        dispatch.linear_logprob(**moved)
+
+
+@pytest.mark.parametrize("target", [-100, 6])
+def test_target_outside_the_vocabulary(device, target):
+    hidden_NH, weight_VH = torch.zeros(2, 4, device=device), torch.zeros(6, 4, device=device)
+    target_N = torch.tensor([0, target], device=device)
+    if device.type == "cuda":
+        assert dispatch.linear_logprob(hidden_NH, weight_VH, target_N).isnan().tolist() == [False, True]
+    else:
+        with pytest.raises(ValueError, match=f"target_N holds {target}, outside"):
+            dispatch.linear_logprob(hidden_NH, weight_VH, target_N)

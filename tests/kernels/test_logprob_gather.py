@@ -1,0 +1,108 @@
+"""Log-probs from logits.    pytest tests/kernels/test_logprob_gather.py
+
+Legend: N rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from bpo_kernels import dispatch
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def eager(logits_NV: Tensor, target_N: Tensor) -> Tensor:
+    """In the dtype of the logits, as a model's own loss would compute it."""
+    logp_NV = torch.log_softmax(logits_NV, dim=-1)
+    return logp_NV.gather(1, target_N[:, None])[:, 0].to(torch.promote_types(logits_NV.dtype, torch.float32))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("num_rows", "vocab"), [(0, 31), (1, 31), (7, 1), (5, 4099), (3, 8192)])
+def test_forward_and_gradient_are_as_exact_as_eager(assert_as_exact_as_eager, device, dtype, num_rows, vocab):
+    logits_NV = (4 * torch.randn(num_rows, vocab, device=device)).to(dtype).requires_grad_()
+    target_N = torch.randint(vocab, (num_rows,), device=device)
+    assert_as_exact_as_eager(
+        lambda logits: dispatch.logprob_gather(logits, target_N),
+        lambda logits: eager(logits, target_N),
+        [logits_NV],
+        torch.randn(num_rows, device=device),
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_logits_of_ten_thousand(assert_as_exact_as_eager, device, dtype):
+    logits_NV = torch.randn(6, 300, device=device)
+    logits_NV = (logits_NV * 1e4 / logits_NV.abs().max()).to(dtype)
+    logits_NV[0] = 1e4
+    logits_NV[1] = -1e4
+    logits_NV[2, 5] = 1e4
+    target_N = torch.tensor([0, 299, 5, 6, 7, 8], device=device)
+    assert_as_exact_as_eager(
+        lambda logits: dispatch.logprob_gather(logits, target_N),
+        lambda logits: eager(logits, target_N),
+        [logits_NV.requires_grad_()],
+        torch.ones(6, device=device),
+    )
+
+
+def test_masked_vocabulary_entries_have_no_probability(device):
+    """Whole tiles of -inf, first and last, as where a vocabulary is padded or a decoder forbids tokens."""
+    logits_NV = torch.full((2, 9000), -float("inf"), device=device)
+    logits_NV[:, 4500:4510] = torch.randn(2, 10, device=device)
+    logits_NV.requires_grad_()
+    target_N = torch.tensor([4500, 4509], device=device)
+    logp_N = dispatch.logprob_gather(logits_NV, target_N)
+    torch.testing.assert_close(logp_N, eager(logits_NV, target_N))
+    (grad_NV,) = torch.autograd.grad(logp_N.sum(), logits_NV)
+    assert grad_NV.isfinite().all()
+    assert (grad_NV[:, :4500] == 0).all()
+
+
+def test_strided_logits_unaligned_targets_and_expanded_gradient(device):
+    storage = torch.randn(400, 9, device=device)
+    logits_NV = storage.t()[1:, 3:303].requires_grad_()
+    target_N = torch.randint(300, (9,), device=device)[1:]
+    logp_N = dispatch.logprob_gather(logits_NV, target_N)
+    expected_N = eager(logits_NV, target_N)
+    torch.testing.assert_close(logp_N, expected_N)
+    one = torch.ones((), device=device).expand(8)
+    torch.testing.assert_close(
+        torch.autograd.grad(logp_N, logits_NV, one), torch.autograd.grad(expected_N, logits_NV, one)
+    )
+
+
+def test_same_bits_twice_and_in_any_row_order(device):
+    logits_NV = torch.randn(9, 5000, device=device)
+    target_N = torch.randint(5000, (9,), device=device)
+    order = torch.randperm(9, device=device)
+    logp_N = dispatch.logprob_gather(logits_NV, target_N)
+    assert torch.equal(logp_N, dispatch.logprob_gather(logits_NV, target_N))
+    assert torch.equal(logp_N[order], dispatch.logprob_gather(logits_NV[order], target_N[order]))
+
+
+@pytest.mark.parametrize(
+    ("logits_shape", "target", "message"),
+    [
+        ((2, 3, 4), [0, 1], r"\(2, 3, 4\), expected \[N, V\]"),
+        ((2, 4), [0], "target_N has shape"),
+        ((2, 4), [0.0, 1.0], "give token ids as torch.int64"),
+        ((2, 0), [0, 0], "the vocabulary is empty"),
+    ],
+)
+def test_bad_arguments_name_value_and_fix(device, logits_shape, target, message):
+    with pytest.raises(ValueError, match=message):
+        dispatch.logprob_gather(torch.zeros(logits_shape, device=device), torch.tensor(target, device=device))
+
+
+@pytest.mark.parametrize("target", [-100, 4])
+def test_target_outside_the_vocabulary(device, target):
+    logits_NV, target_N = torch.zeros(2, 4, device=device), torch.tensor([0, target], device=device)
+    if device.type == "cuda":
+        assert dispatch.logprob_gather(logits_NV, target_N).isnan().tolist() == [False, True]
+    else:
+        with pytest.raises(ValueError, match=f"target_N holds {target}, outside"):
+            dispatch.logprob_gather(logits_NV, target_N)

@@ -1,0 +1,99 @@
+"""What only the plain PyTorch path promises: fp64 gradients, its FLOPs and its memory.
+
+    pytest tests/kernels/test_reference.py
+
+Legend: N rows (response tokens), H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from bpo_kernels import reference
+
+
+def fp64(*shape: int, grad: bool = True) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64, requires_grad=grad)
+
+
+@pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
+@pytest.mark.parametrize("chunk_rows", [5, 2])
+@pytest.mark.parametrize(("softcap", "scale"), [(None, 1.0), (2.0, 0.7)])
+def test_gradcheck_linear_logprob(trained, chunk_rows, softcap, scale):
+    target_N = torch.randint(11, (5,))
+    assert torch.autograd.gradcheck(
+        lambda hidden, weight, bias: reference.linear_logprob(
+            hidden, weight, target_N, bias, softcap, scale, budget_bytes=chunk_rows * 11 * 8
+        ),
+        (fp64(5, 4), fp64(11, 4, grad=trained), fp64(11, grad=trained)),
+    )
+
+
+def test_gradcheck_logprob_gather():
+    target_N = torch.randint(11, (5,))
+    assert torch.autograd.gradcheck(lambda logits: reference.logprob_gather(logits, target_N), (fp64(5, 11),))
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "eps"), [("sigmoid", 0.0), ("sigmoid", 0.1), ("robust", 0.1), ("hinge", 0.0), ("ipo", 0.0)]
+)
+def test_gradcheck_preference_loss(loss_type, eps):
+    completion_N, pairs_P2 = torch.arange(12) % 4, torch.tensor([[0, 1], [0, 2], [3, 1]])
+    reference_N, weight_N = fp64(12, grad=False), torch.rand(12, dtype=torch.float64)
+    assert torch.autograd.gradcheck(
+        lambda policy_N: reference.preference_loss(
+            policy_N, reference_N, completion_N, pairs_P2, 0.3, eps, loss_type, weight_N
+        )[0],
+        (fp64(12),),
+    )
+
+
+@pytest.mark.parametrize(
+    ("hidden", "weight", "chunk_rows", "gemms"),
+    [
+        (False, False, 8, 1),
+        (True, False, 8, 2),
+        (True, False, 3, 2),
+        (True, True, 8, 3),
+        (False, True, 8, 2),
+        (True, True, 3, 4),
+    ],
+    ids=["no-grad", "frozen", "frozen-chunks", "trained", "head-only", "trained-chunks"],
+)
+def test_flops_are_those_of_the_gradients_asked_for(hidden, weight, chunk_rows, gemms):
+    """A frozen head costs no weight gradient; only a trained head over several chunks computes its logits twice."""
+    hidden_NH, weight_VH = torch.randn(8, 16, requires_grad=hidden), torch.randn(50, 16, requires_grad=weight)
+    with FlopCounterMode(display=False) as counter:
+        logp_N = reference.linear_logprob(
+            hidden_NH, weight_VH, torch.randint(50, (8,)), budget_bytes=chunk_rows * 50 * 4
+        )
+        if logp_N.requires_grad:
+            logp_N.sum().backward()
+    assert counter.get_total_flops() == gemms * 2 * 8 * 50 * 16
+
+
+_MEMORY_PROGRAM = """
+import resource, torch
+from bpo_kernels import reference
+num_rows, vocab, hidden_size = 2048, 16384, 16
+hidden, weight = torch.randn(num_rows, hidden_size, requires_grad=True), torch.randn(vocab, hidden_size)
+weight.requires_grad_({trained})
+target = torch.randint(vocab, (num_rows,))
+reference.linear_logprob(hidden[:2], weight, target[:2]).sum().backward()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+reference.linear_logprob(hidden, weight, target, budget_bytes=8 << 20).sum().backward()
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10)
+"""
+
+
+@pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
+def test_all_logits_are_never_alive(trained):
+    """2,048 x 16,384 fp32 logits are 128 MiB; with a budget of 8 MiB the process must not grow by half of that."""
+    program = _MEMORY_PROGRAM.format(trained=trained)
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert int(result.stdout) < 48, f"peak memory grew by {result.stdout.strip()} MiB"
