@@ -142,6 +142,7 @@ def test_each_record_stops_at_eos_or_its_budget(loaded: Loaded) -> None:
     finally:
         handle.remove()
     assert [(len(ids), ended) for ids, ended in results] == [(4, False), (2, True), (7, False)]
+    assert next(step) == 7  # the batch ends with its last record, not at its largest budget
 
 
 def test_an_empty_batch_has_no_answers(loaded: Loaded) -> None:
