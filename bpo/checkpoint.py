@@ -100,15 +100,16 @@ def verify_checkpoint(directory: Path) -> dict[str, Any]:
         raise CheckpointError(f"{directory} has no manifest.json: it was not written to the end")
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from error
-    for name, expected in manifest["files"].items():
+        expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} is damaged: {error!r}") from error
+    for name, (num_bytes, sha256) in expected.items():
         file = directory / name
         if not file.is_file():
             raise CheckpointError(f"{file} is missing")
-        if file.stat().st_size != expected["bytes"]:
-            raise CheckpointError(f"{file} has {file.stat().st_size} bytes instead of {expected['bytes']}")
-        if file_digest(file) != expected["sha256"]:
+        if file.stat().st_size != num_bytes:
+            raise CheckpointError(f"{file} has {file.stat().st_size} bytes instead of {num_bytes}")
+        if file_digest(file) != sha256:
             raise CheckpointError(f"{file} is damaged: its SHA-256 differs from the manifest")
     return manifest
 

@@ -46,7 +46,7 @@ def find_ds_config(name: str) -> Path:
         return path
     from importlib.resources import as_file, files
 
-    with as_file(files("bpo.ds_configs")) as shipped:
+    with as_file(files("bpo_ds_configs")) as shipped:
         if (shipped / path.name).is_file():
             return shipped / path.name
         available = ", ".join(sorted(f"ds_configs/{f.name}" for f in shipped.glob("*.json")))

@@ -33,7 +33,7 @@ def ranks_from_environment(environ: dict[str, str] | None = None) -> Ranks:
     env = dict(os.environ) if environ is None else environ
     if "RANK" in env:
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    elif "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
+    elif "SLURM_PROCID" in env and env.get("SLURM_NTASKS", "1") != "1":
         names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
     else:
         return Ranks()
@@ -51,10 +51,10 @@ def ranks_from_environment(environ: dict[str, str] | None = None) -> Ranks:
 
 def first_host(nodelist: str) -> str:
     """The first host of a SLURM node list: `gpu[003-007,9],login` -> `gpu003`."""
-    match = re.match(r"([^,\[]+)(?:\[([^\],-]+)[^\]]*\])?([^,\[]*)", nodelist)
-    if match is None:
+    first = re.match(r"(?:[^,\[\]]|\[[^\[\]]+\])+", nodelist)
+    if first is None:
         raise ValueError(f"cannot read a host from the SLURM node list {nodelist!r}")
-    return match.group(1) + (match.group(2) or "") + match.group(3)
+    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first.group())
 
 
 def export_torch_environment(ranks: Ranks) -> None:

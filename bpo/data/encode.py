@@ -5,6 +5,7 @@ Shape letters: T tokens of one prompt.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from bpo.data.images import ImageError, load_image
 from bpo.data.processor import Processor, load_processor
 from bpo.records import Completion, PreferenceGroup, Turn
 
-# A private-use character stands for a piece of somebody's text while the chat template is rendered.
+# Private-use characters stand for a piece of somebody's text while the chat template is rendered.
 _LITERAL = "\ue0f0{}\ue0f1"
 _LITERAL_RE = re.compile("\ue0f0(\\d+)\ue0f1")
 
@@ -85,7 +86,7 @@ class Encoder:
         special_ids = set(self._special_tokens.values()) | set(self.tokenizer.all_special_ids) | {self.image_token_id}
         self.suppressed_token_ids: tuple[int, ...] = tuple(sorted(special_ids - {self.eos_token_id}))
         longest_first = sorted(self._special_tokens, key=len, reverse=True)
-        self._special_re = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        self._literal_re = re.compile("|".join(map(re.escape, [*longest_first, *_LITERAL.split("{}")])))
 
     def _all_special_tokens(self) -> dict[str, int]:
         """Every string that the tokenizer would turn into a control token, with its id."""
@@ -142,18 +143,17 @@ class Encoder:
                 literals.append(match.group())
                 return _LITERAL.format(len(literals) - 1)
 
-            return self._special_re.sub(keep, text.replace("\ue0f0", "").replace("\ue0f1", ""))
+            return self._literal_re.sub(keep, text)
 
-        messages = [
-            {
-                "role": turn.role,
-                "content": [
-                    {"type": "image"} if part.type == "image" else {"type": "text", "text": protect(part.text)}
-                    for part in turn.content
-                ],
-            }
-            for turn in prompt
-        ]
+        messages = []
+        for turn in prompt:
+            content: list[dict[str, str]] = []
+            for kind, parts in itertools.groupby(turn.content, key=lambda part: part.type):
+                if kind == "image":
+                    content += [{"type": "image"} for _ in parts]
+                else:  # neighbouring parts as one text: together they may spell a control token
+                    content.append({"type": "text", "text": protect("".join(part.text for part in parts))})
+            messages.append({"role": turn.role, "content": content})
         rendered = self.processor.apply_chat_template(messages)
         bos = self.tokenizer.bos_token
         pieces = _LITERAL_RE.split(rendered)

@@ -45,7 +45,8 @@ def split_into_micro_batches(
     Returns:
         `[rank][micro-batch]` lists of group indices; a bin may be empty when there are fewer groups than bins.
     """
-    total = sum(num_tokens[g] for g in groups)
+    # A group above the limit fills one bin and no more: counted in full it would ask for bins that only fillers take.
+    total = sum(min(num_tokens[g], max_tokens) for g in groups)
     longest_first = sorted(groups, key=lambda g: (-num_tokens[g], g))
     per_rank = max(1, math.ceil(total / (max_tokens * world_size)))
     while True:

@@ -35,11 +35,15 @@ def packed_layout(layout: PackedLayout) -> Iterator[None]:
         yield
     finally:
         _layouts.pop()
+        _suffix_mask.cache_clear()
 
 
 @cache
-def _suffix_mask(prefix_length: int, lengths: tuple[int, ...]) -> torch.Tensor:
-    """[sum(lengths), prefix_length + sum(lengths)] boolean mask: own prefix, own completion up to itself."""
+def _suffix_mask(prefix_length: int, lengths: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """[sum(lengths), prefix_length + sum(lengths)] boolean mask: own prefix, own completion up to itself.
+
+    Made once for all layers of a packed batch and dropped with it: no two batches need the same lengths.
+    """
     mask = torch.zeros(sum(lengths), prefix_length + sum(lengths), dtype=torch.bool)
     mask[:, :prefix_length] = True
     start = 0
@@ -47,7 +51,7 @@ def _suffix_mask(prefix_length: int, lengths: tuple[int, ...]) -> torch.Tensor:
         own = slice(start, start + length)
         mask[own, prefix_length + start : prefix_length + start + length] = torch.ones(length, length).tril().bool()
         start += length
-    return mask
+    return mask.to(device)
 
 
 def shared_prefix_attention(
@@ -82,13 +86,13 @@ def shared_prefix_attention(
             )
         )
         if completions:
-            mask = _suffix_mask(prefix_end - start, tuple(b - a for a, b in completions))
+            lengths = tuple(b - a for a, b in completions)
             outputs.append(
                 F.scaled_dot_product_attention(
                     query_BHTD[:, :, prefix_end:end],
                     key_BHTD[:, :, start:end],
                     value_BHTD[:, :, start:end],
-                    attn_mask=mask.to(query_BHTD.device),
+                    attn_mask=_suffix_mask(prefix_end - start, lengths, query_BHTD.device),
                     dropout_p=dropout,
                     scale=scaling,
                     enable_gqa=grouped,
