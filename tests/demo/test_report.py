@@ -62,6 +62,26 @@ def scene(seed: int, noise: float = 0.0) -> Image.Image:
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
+def sample_curves() -> tuple[Curves, ...]:
+    rng = np.random.default_rng(0)
+    curves = []
+    for number, name in enumerate(list(VARIANTS)[1:]):
+        rise = [1 - math.exp(-step / (30 + 15 * number)) for step in range(1, 121)]
+        shape = {
+            "loss": [0.69 - 0.4 * value for value in rise],
+            "rewards/margins": [(2 + number) * value for value in rise],
+            "rewards/accuracies": [0.5 + 0.45 * value for value in rise],
+            "logps/chosen": [-18 - 2 * number * value for value in rise],
+            "logps/rejected": [-25 - 30 * value for value in rise],
+        }
+        points = {
+            metric: tuple((float(step), value + rng.normal(0, 0.02) * abs(value)) for step, value in enumerate(line, 1))
+            for metric, line in shape.items()
+        }
+        curves.append(Curves(name, points))
+    return tuple(curves)
+
+
 def sample(seeds: tuple[int, ...] = (0, 1, 2), text: str = "a photo with a rock and a tree.") -> ReportData:
     variants = tuple(
         Variant(
@@ -81,29 +101,13 @@ def sample(seeds: tuple[int, ...] = (0, 1, 2), text: str = "a photo with a rock 
         )
         for name, (label, description, chair, recall) in VARIANTS.items()
     )
-    rng = np.random.default_rng(0)
-    curves = []
-    for number, name in enumerate(list(VARIANTS)[1:]):
-        rise = [1 - math.exp(-step / (30 + 15 * number)) for step in range(1, 121)]
-        shape = {
-            "loss": [0.69 - 0.4 * value for value in rise],
-            "rewards/margins": [(2 + number) * value for value in rise],
-            "rewards/accuracies": [0.5 + 0.45 * value for value in rise],
-            "logps/chosen": [-18 - 2 * number * value for value in rise],
-            "logps/rejected": [-25 - 30 * value for value in rise],
-        }
-        points = {
-            metric: tuple((float(step), value + rng.normal(0, 0.02) * abs(value)) for step, value in enumerate(line, 1))
-            for metric, line in shape.items()
-        }
-        curves.append(Curves(name, points))
     return ReportData(
         title="Bootstrapped Preference Optimization on a small world",
         explanation="A tiny multimodal model with a language prior was taught to prefer what it sees.",
         seeds=seeds,
         variants=variants,
         headline="bpo",
-        curves=tuple(curves),
+        curves=sample_curves(),
         training_examples=tuple(
             TrainingExample(
                 id=f"train_{number}",
