@@ -64,10 +64,9 @@ def run_step(
 
 
 def train(config: Config, ranks: Ranks) -> None:
-    """The whole run; see `main` for how it is started."""
+    """The whole run, inside a process group that `engine.init_distributed` started."""
     output_dir = Path(config.train.output_dir)
     encoder = load_encoder(config)
-    engine.init_distributed(ranks)
     found = checkpoint.find_resumable(output_dir, resume=config.train.resume)
     if ranks.is_main:
         _write_run_record(config, output_dir)
@@ -110,7 +109,6 @@ def train(config: Config, ranks: Ranks) -> None:
             checkpoint.save_checkpoint(trainer, output_dir, number, to_tree(config))
     progress.close()
     writer.close()
-    engine.shut_down()
 
 
 def _rates(flat: list[float], seconds: float) -> dict[str, float]:
@@ -143,7 +141,9 @@ def main(argv: list[str] | None = None) -> None:
     except ValueError as error:
         sys.exit(f"error: {error}")
     torch.manual_seed(config.train.seed)
+    engine.init_distributed(ranks)
     train(config, ranks)
+    engine.shut_down()
 
 
 if __name__ == "__main__":

@@ -95,9 +95,7 @@ class Qwen25VL(Family):
             if is_image_T[start]:
                 frames, rows, columns = next(grids)
                 rows, columns = rows // merge, columns // merge
-                t, h, w = torch.meshgrid(
-                    torch.arange(frames), torch.arange(rows), torch.arange(columns), indexing="ij"
-                )
+                t, h, w = torch.meshgrid(torch.arange(frames), torch.arange(rows), torch.arange(columns), indexing="ij")
                 runs.append(torch.stack([t.flatten(), h.flatten(), w.flatten()]) + position)
                 start += frames * rows * columns
                 position += max(rows, columns)

@@ -1,0 +1,74 @@
+"""Starts `deepspeed bpo/train.py` as a user would, and shows its progress as one bar."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+import bpo
+from bpo.config import Config
+from bpo.config_io import save_config
+
+
+class TrainingFailed(RuntimeError):
+    """The launcher ended with an error; the message holds the end of its log."""
+
+
+def run_training(config: Config, *, num_ranks: int) -> None:
+    """Trains through the deepspeed launcher, output to OUTPUT_DIR/train.log, until it ends.
+
+    Raises:
+        TrainingFailed: with the last lines of the log.
+    """
+    output = Path(config.train.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    save_config(config, output / "requested.yaml")
+    script = Path(bpo.__file__).resolve().parent / "train.py"
+    launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", str(num_ranks)]
+    command = [*launcher, "--master_port", str(_free_port()), str(script), "--config", str(output / "requested.yaml")]
+    with (output / "train.log").open("w", encoding="utf-8") as log:
+        process = subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, env=_environment(num_ranks), start_new_session=True
+        )
+        try:
+            _follow(process, output / "metrics.jsonl", config.train.max_steps)
+        finally:
+            if process.poll() is None:  # interrupted: the launcher would leave its workers behind
+                os.killpg(process.pid, signal.SIGKILL)
+    if process.returncode != 0:
+        tail = (output / "train.log").read_text(encoding="utf-8", errors="replace").splitlines()[-30:]
+        raise TrainingFailed(f"{' '.join(command)} ended with {process.returncode}:\n" + "\n".join(tail))
+
+
+def _environment(num_ranks: int) -> dict[str, str]:
+    environment = dict(os.environ)
+    binaries = str(Path(sys.executable).parent)  # ninja, which builds DeepSpeed's operations at their first use
+    environment["PATH"] = binaries + os.pathsep + environment.get("PATH", "")
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_ranks)))
+    return environment
+
+
+def _follow(process: subprocess.Popen[bytes], metrics: Path, num_steps: int) -> None:
+    with tqdm(total=num_steps, desc="training", unit="step") as bar:
+        while process.poll() is None:
+            time.sleep(0.5)
+            _show(bar, metrics)
+        _show(bar, metrics)
+
+
+def _show(bar: tqdm, metrics: Path) -> None:  # type: ignore[type-arg]
+    if metrics.exists():
+        bar.update(metrics.read_bytes().count(b"\n") - bar.n)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

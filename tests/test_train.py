@@ -1,0 +1,146 @@
+"""Training end to end with DeepSpeed on two CPU ranks. Run: pytest tests/test_train.py"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny import tiny_llava, tiny_qwen
+
+ROOT = Path(__file__).resolve().parent.parent
+WORDS = "red blue green dog cat tree car one two three left right near under a the".split()
+BIN = Path(sys.executable).parent
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+
+def write_groups(root: Path, count: int = 16) -> None:
+    rng = np.random.default_rng(0)
+    (root / "images").mkdir()
+
+    def words(n: int) -> str:
+        return " ".join(rng.choice(WORDS) for _ in range(n))
+
+    with (root / "groups.jsonl").open("w") as file:
+        for i in range(count):
+            pixels = rng.integers(0, 255, (40 + 3 * i, 56, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / "images" / f"{i}.png")
+            completions = [{"response": words(3 + i % 5), "score": 1, "type": "gt"}]
+            completions.append({"response": words(4), "score": 0, "type": "mllm-hal"})
+            if i % 2:
+                completions.append({"response": words(5), "score": 0, "type": "llm-hal"})
+            record = {"id": f"g{i}", "images": [f"{i}.png"], "prompt": words(i % 4 + 1), "completions": completions}
+            file.write(json.dumps(record) + "\n")
+
+
+def launch(command: list[str], timeout_s: int = 800) -> subprocess.CompletedProcess[str]:
+    """Runs a launcher in a process group of its own, so that a hang leaves no workers behind."""
+    environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=timeout_s)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    return subprocess.CompletedProcess(command, process.returncode, output)
+
+
+def deepspeed(*arguments: str, ranks: int = 2) -> subprocess.CompletedProcess[str]:
+    port = str(20000 + os.getpid() % 20000)
+    return launch([str(BIN / "deepspeed"), "--num_accelerators", str(ranks), "--master_port", port, *arguments])
+
+
+@pytest.fixture(scope="module")
+def matrix(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("matrix")
+    write_groups(root)
+    tiny_llava(root / "llava")
+    tiny_qwen(root / "qwen")
+    result = deepspeed("tests/train_matrix.py", str(root))
+    assert result.returncode == 0, result.stdout[-6000:]
+    return root
+
+
+def metrics(root: Path, case: str) -> list[dict]:
+    return [json.loads(line) for line in (root / case / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(root: Path, case: str) -> list[float]:
+    return [m["loss"] for m in metrics(root, case)]
+
+
+@pytest.mark.parametrize("mode", ["zero1", "zero3", "zero2_offload", "zero3_offload", "small_micro_batches"])
+def test_every_zero_mode_and_packing_gives_the_same_losses(matrix: Path, mode: str) -> None:
+    assert losses(matrix, mode) == pytest.approx(losses(matrix, "zero2"), abs=2e-4)
+    second_epoch = [m["preference_loss"] for m in metrics(matrix, mode)[4:]]
+    assert sum(second_epoch) / 4 < math.log(2) - 0.02  # and something was learnt
+
+
+def test_full_fine_tuning_is_the_same_under_zero_1_and_3(matrix: Path) -> None:
+    assert losses(matrix, "full_zero3") == pytest.approx(losses(matrix, "full_zero1"), abs=5e-4)
+    assert losses(matrix, "full_zero3")[1] != pytest.approx(losses(matrix, "zero3")[1], abs=1e-4)
+
+
+@pytest.mark.parametrize("case", ["zero1", "zero3_offload", "full_zero3", "qwen", "unbroken"])
+def test_first_step_is_log_2(matrix: Path, case: str) -> None:
+    assert metrics(matrix, case)[0]["preference_loss"] == pytest.approx(math.log(2), abs=1e-5)
+
+
+def test_first_step_is_log_2_in_bfloat16_to_its_rounding(matrix: Path) -> None:
+    assert metrics(matrix, "bfloat16")[0]["preference_loss"] == pytest.approx(math.log(2), abs=2e-2)
+
+
+def test_resumed_run_repeats_the_unbroken_one_bit_for_bit(matrix: Path) -> None:
+    unbroken, resumed = metrics(matrix, "unbroken"), metrics(matrix, "resumed")
+    assert [m["step"] for m in resumed] == list(range(1, 9))
+    deterministic = [k for k in unbroken[0] if "second" not in k]
+    assert [[m[k] for k in deterministic] for m in resumed] == [[m[k] for k in deterministic] for m in unbroken]
+
+
+def test_metrics_have_the_standard_names(matrix: Path) -> None:
+    names = "rewards/chosen rewards/rejected rewards/margins rewards/accuracies logps/chosen logps/rejected"
+    names += " loss lr grad_norm tokens_per_second pairs_per_second"
+    for step in metrics(matrix, "zero3"):
+        assert set(names.split()) <= step.keys()
+        assert step["rewards/margins"] == pytest.approx(step["rewards/chosen"] - step["rewards/rejected"], abs=1e-6)
+
+
+def test_non_finite_loss_stops_all_ranks_and_names_records(matrix: Path) -> None:
+    messages = [json.loads((matrix / f"diverges.{rank}.json").read_text()) for rank in (0, 1)]
+    assert messages[0] == messages[1]
+    assert "not finite" in messages[0] and "g" in messages[0].split("groups: ")[1]
+
+
+def test_run_records_config_versions_and_commit(matrix: Path) -> None:
+    assert "lr: 0.005" in (matrix / "zero3" / "config.yaml").read_text()
+    assert "deepspeed: " in (matrix / "zero3" / "versions.txt").read_text()
+
+
+def test_one_rank_equals_two_from_the_command_line(matrix: Path) -> None:
+    """`deepspeed bpo/train.py` as a user starts it; the content of a step does not depend on the number of ranks."""
+    config = (matrix / "zero2" / "config.yaml").read_text().replace(str(matrix / "zero2"), str(matrix / "one_rank"))
+    (matrix / "one_rank.yaml").write_text(config)
+    result = deepspeed(
+        "bpo/train.py", "--config", str(matrix / "one_rank.yaml"), "--train.tensorboard", "true", ranks=1
+    )
+    assert result.returncode == 0, result.stdout[-6000:]
+    assert losses(matrix, "one_rank") == pytest.approx(losses(matrix, "zero2"), abs=2e-4)
+    assert list((matrix / "one_rank" / "tensorboard").glob("events*"))
+    again = deepspeed("bpo/train.py", "--config", str(matrix / "one_rank.yaml"), ranks=1)
+    assert again.returncode != 0 and "--resume" in again.stdout

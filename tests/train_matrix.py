@@ -1,0 +1,81 @@
+"""Many small training runs in one 2-rank process group: `deepspeed --num_accelerators 2 tests/train_matrix.py DIR`.
+
+Starting a process group costs more than a tiny run: test_train.py starts this once and reads every case's metrics.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from bpo import engine
+from bpo.config import Config, DataConfig, LoraConfig, LossConfig, ModelConfig, TrainableConfig, TrainConfig
+from bpo.launch import ranks_from_environment, setup_logging
+from bpo.safeguards import NonFiniteError
+from bpo.train import train
+
+
+def base_config(root: Path, name: str, ds_config: str = "zero2", **train_options) -> Config:
+    options = {"epochs": 2, "groups_per_step": 4, "max_micro_batch_tokens": 300, "lr": 5e-3}
+    return Config(
+        model=ModelConfig(path=str(root / "llava"), dtype="float32"),
+        data=DataConfig(groups=str(root / "groups.jsonl"), image_root=str(root / "images"), num_workers=0),
+        lora=LoraConfig(r=4, alpha=8, dropout=0.0),
+        loss=LossConfig(chosen_nll_weight=0.1),
+        train=TrainConfig(
+            output_dir=str(root / name),
+            ds_config=f"ds_configs/{ds_config}.json",
+            tensorboard=False,
+            **{**options, **train_options},
+        ),
+    )
+
+
+def cases(root: Path) -> dict[str, Config]:
+    named = {
+        mode: base_config(root, mode, mode) for mode in ("zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
+    }
+    named["small_micro_batches"] = base_config(root, "small_micro_batches", "zero3", max_micro_batch_tokens=1)
+    full = TrainableConfig(language="full", vision="full")
+    for mode in ("zero1", "zero3"):
+        named[f"full_{mode}"] = replace(base_config(root, f"full_{mode}", mode), trainable=full)
+    qwen = base_config(root, "qwen", "zero3")
+    named["qwen"] = replace(qwen, model=replace(qwen.model, path=str(root / "qwen"), gradient_checkpointing=True))
+    half = base_config(root, "bfloat16", "zero3")
+    named["bfloat16"] = replace(half, model=replace(half.model, dtype="bfloat16"))
+    dropout = base_config(root, "unbroken", "zero3", save_every_steps=4)
+    named["unbroken"] = replace(dropout, lora=LoraConfig(r=4, alpha=8, dropout=0.2))
+    return named
+
+
+def resume_after_step_4(root: Path, unbroken: Config, is_main: bool) -> Config:
+    """The unbroken run's directory as a kill after step 4 would have left it."""
+    if is_main:
+        shutil.copytree(root / "unbroken", root / "resumed")
+        shutil.rmtree(root / "resumed" / "checkpoints" / "step-00000008")
+    engine.barrier()
+    return replace(unbroken, train=replace(unbroken.train, output_dir=str(root / "resumed"), resume=True))
+
+
+def main() -> None:
+    root = Path(next(a for a in sys.argv[1:] if not a.startswith("--")))
+    ranks = ranks_from_environment()
+    setup_logging(ranks)
+    engine.init_distributed(ranks)
+    named = cases(root)
+    for config in named.values():
+        train(config, ranks)
+    train(resume_after_step_4(root, named["unbroken"], ranks.is_main), ranks)
+    try:
+        # A rate this high overflows fp32 within a few steps; all ranks must stop together and say where.
+        train(base_config(root, "diverges", "zero2", lr=1e30, max_grad_norm=0.0), ranks)
+    except NonFiniteError as error:
+        (root / f"diverges.{ranks.rank}.json").write_text(json.dumps(str(error)))
+    engine.shut_down()
+
+
+if __name__ == "__main__":
+    main()
