@@ -21,6 +21,30 @@ def repo_root() -> Path:
     return ROOT
 
 
+@pytest.fixture(scope="session")
+def tiny_llava_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random LLaVA on disk, one for the whole session: read it, never write there."""
+    from tests.tiny import tiny_llava
+
+    return tiny_llava(tmp_path_factory.mktemp("models") / "llava")
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Qwen2.5-VL on disk, one for the whole session: read it, never write there."""
+    from tests.tiny import tiny_qwen
+
+    return tiny_qwen(tmp_path_factory.mktemp("models") / "qwen")
+
+
+@pytest.fixture(scope="session")
+def photo_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with three small pictures of different shapes: wide.png, tall.png, square.png."""
+    from tests.sample_groups import write_photos
+
+    return write_photos(tmp_path_factory.mktemp("photos"))
+
+
 def _why_no_gpu() -> str | None:
     import torch
 

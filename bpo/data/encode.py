@@ -155,11 +155,13 @@ class Encoder:
                     content.append({"type": "text", "text": protect("".join(part.text for part in parts))})
             messages.append({"role": turn.role, "content": content})
         rendered = self.processor.apply_chat_template(messages)
-        bos = self.tokenizer.bos_token
         pieces = _LITERAL_RE.split(rendered)
-        # The tokenizer adds BOS only where the template did not write one.
-        first_has_bos = bos is not None and pieces[0].startswith(bos)
-        ids = list(self.tokenizer(pieces[0], add_special_tokens=not first_has_bos)["input_ids"])
+        # BOS only where the tokenizer adds one and the template did not write it; what a tokenizer adds at the end of a
+        # text (EOS) has no place in a prompt.
+        bos, bos_id = self.tokenizer.bos_token, self.tokenizer.bos_token_id
+        adds_bos = bos is not None and self.tokenizer("")["input_ids"][:1] == [bos_id]
+        ids = [bos_id] if adds_bos and not pieces[0].startswith(bos) else []
+        ids += self.tokenizer(pieces[0], add_special_tokens=False)["input_ids"]
         for index in range(1, len(pieces), 2):
             ids += self._encode_plain(literals[int(pieces[index])])
             ids += self.tokenizer(pieces[index + 1], add_special_tokens=False)["input_ids"]

@@ -1,0 +1,215 @@
+"""From records to token ids. Run: python -m pytest tests/data/test_encode.py"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoConfig, AutoProcessor
+
+from bpo.data.encode import Dropped, EncodedGroup, Encoder, EncodingError, keep_types
+from bpo.data.images import ImageError
+from bpo.data.processor import Processor, load_processor
+from bpo.records import Completion
+from tests.sample_groups import PHOTOS, encoder_of, group, turn
+from tests.tiny import LLAVA_TEMPLATE, byte_tokenizer
+
+CONTROL = "<image> </s> <s> <pad> <|image_pad|> <|im_end|> <|im_start|>"
+
+
+@pytest.fixture(scope="module")
+def llava(tiny_llava_dir: Path, photo_root: Path) -> Encoder:
+    return encoder_of(tiny_llava_dir, photo_root)
+
+
+@pytest.fixture(scope="module")
+def qwen(tiny_qwen_dir: Path, photo_root: Path) -> Encoder:
+    return encoder_of(tiny_qwen_dir, photo_root)
+
+
+@pytest.fixture(scope="module", params=["llava", "qwen"])
+def encoder(request: pytest.FixtureRequest) -> Encoder:
+    return request.getfixturevalue(request.param)
+
+
+def control_ids(encoder: Encoder) -> set[int]:
+    return {*encoder.suppressed_token_ids, encoder.eos_token_id}
+
+
+def control_counts(encoder: Encoder, ids: tuple[int, ...]) -> dict[int, int]:
+    return {token: ids.count(token) for token in control_ids(encoder) if token in ids}
+
+
+@pytest.mark.parametrize("photo", PHOTOS)
+def test_llava_ids_are_those_of_its_own_processor(
+    llava: Encoder, tiny_llava_dir: Path, photo_root: Path, photo: str
+) -> None:
+    processor = AutoProcessor.from_pretrained(tiny_llava_dir)
+    ours = llava.encode_prompt("r", [photo], [turn(None, "What is this?"), turn("A cat.", role="assistant"), turn("?")])
+    messages = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "A cat."}]},
+        {"role": "user", "content": [{"type": "text", "text": "?"}]},
+    ]
+    text = processor.apply_chat_template(messages, add_generation_prompt=True)
+    theirs = processor(text=text, images=Image.open(photo_root / photo), return_tensors="pt")
+    assert list(ours.prefix_ids) == theirs["input_ids"][0].tolist()
+    assert torch.equal(ours.image_inputs["pixel_values"], theirs["pixel_values"])
+
+
+@pytest.mark.parametrize("photo", PHOTOS)
+def test_as_many_image_tokens_as_the_tower_gives_features(
+    encoder: Encoder, photo: str, request: pytest.FixtureRequest, tiny_llava_dir: Path, tiny_qwen_dir: Path
+) -> None:
+    from bpo.config import ModelConfig
+    from bpo.model.load import load_model
+
+    directory = tiny_llava_dir if encoder.family.config.model_type == "llava" else tiny_qwen_dir
+    model = load_model(ModelConfig(path=str(directory), dtype="float32"))
+    prompt = encoder.encode_prompt("r", [photo], [turn(None, "What?")])
+    with torch.no_grad():
+        features = model.model.get_image_features(**prompt.image_inputs).pooler_output
+    assert prompt.prefix_ids.count(encoder.image_token_id) == sum(len(one) for one in features)
+
+
+def test_several_images_stand_where_the_prompt_puts_them(encoder: Encoder) -> None:
+    one = encoder.encode_prompt("r", ["tall.png"], [turn(None)]).prefix_ids.count(encoder.image_token_id)
+    other = encoder.encode_prompt("r", ["square.png"], [turn(None)]).prefix_ids.count(encoder.image_token_id)
+    both = encoder.encode_prompt("r", ["tall.png", "square.png"], [turn(None, "then", None)]).prefix_ids
+    runs = "".join("i" if token == encoder.image_token_id else "." for token in both).split(".")
+    assert [len(run) for run in runs if run] == [one, other]
+
+
+def test_control_tokens_in_somebodys_text_stay_text(encoder: Encoder) -> None:
+    plain = encoder.encode_prompt("r", ["wide.png"], [turn(None, "x")])
+    spelled = encoder.encode_prompt("r", ["wide.png"], [turn(None, CONTROL)])
+    assert control_counts(encoder, spelled.prefix_ids) == control_counts(encoder, plain.prefix_ids)
+    assert CONTROL in encoder.tokenizer.decode(spelled.prefix_ids)
+    completion = encoder.encode_completion(CONTROL)
+    assert control_counts(encoder, completion) == {encoder.eos_token_id: 1}
+    assert completion[-1] == encoder.eos_token_id
+    assert encoder.decode(completion) == CONTROL
+
+
+def test_neighbouring_parts_cannot_spell_a_control_token(encoder: Encoder) -> None:
+    plain = encoder.encode_prompt("r", ["wide.png"], [turn(None, "x")])
+    halves = encoder.encode_prompt("r", ["wide.png"], [turn(None, "<ima", "ge> </", "s> <|im_", "end|>")])
+    assert control_counts(encoder, halves.prefix_ids) == control_counts(encoder, plain.prefix_ids)
+
+
+@settings(max_examples=40, deadline=None)
+@given(text=st.lists(st.sampled_from([*CONTROL.split(), " ", "a", "é", "\ue0f0", "0", "\ue0f1", "\n"])).map("".join))
+def test_any_text_round_trips(llava: Encoder, qwen: Encoder, text: str) -> None:
+    for encoder in (llava, qwen):
+        prompt = encoder.encode_prompt("r", [], [turn("[" + text + "]")])
+        assert f"[{text}]" in encoder.tokenizer.decode(prompt.prefix_ids)
+        assert encoder.tokenizer.decode(encoder.encode_completion(text)[:-1]) == text
+
+
+def test_special_tokens_the_tokenizer_was_never_told_are_suppressed_too(llava: Encoder) -> None:
+    ids = llava.tokenizer.convert_tokens_to_ids(["<s>", "<pad>", "<image>"])
+    assert set(ids) == set(llava.suppressed_token_ids)
+    assert llava.eos_token_id not in llava.suppressed_token_ids
+
+
+@pytest.mark.parametrize("template_writes_bos", [False, True])
+@pytest.mark.parametrize("first_text", ["What?", "<s> <image>"])
+def test_bos_stands_exactly_once(
+    tiny_llava_dir: Path, photo_root: Path, template_writes_bos: bool, first_text: str
+) -> None:
+    """Both for a tokenizer that adds BOS and EOS itself, and for a chat template that writes BOS."""
+    tokenizer = byte_tokenizer(
+        ["<s>", "</s>", "<pad>", "<image>"], bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
+    special = [("<s>", tokenizer.bos_token_id), ("</s>", tokenizer.eos_token_id)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A </s>", special_tokens=special)
+    template = ("<s>" if template_writes_bos else "") + LLAVA_TEMPLATE
+    images = load_processor(str(tiny_llava_dir)).image_processor
+    config = AutoConfig.from_pretrained(tiny_llava_dir)
+    encoder = Encoder(Processor(tokenizer, images, template), config, photo_root, 2048)
+    prefix = encoder.encode_prompt("r", ["wide.png"], [turn(None, first_text)]).prefix_ids
+    assert prefix.count(tokenizer.bos_token_id) == 1
+    assert prefix[0] == tokenizer.bos_token_id
+    assert tokenizer.eos_token_id not in prefix
+    assert tokenizer.decode(prefix).endswith(f"{first_text} ASSISTANT: ")
+    assert encoder.encode_completion("a") == (*tokenizer("a", add_special_tokens=False)["input_ids"], 257)
+
+
+def test_truncation_cuts_completions_and_never_the_prompt(tiny_llava_dir: Path, photo_root: Path) -> None:
+    one = group("g", "abcdefghij", "xyz")
+    whole = encoder_of(tiny_llava_dir, photo_root).encode_group(one)
+    assert isinstance(whole, EncodedGroup)
+    prefix = whole.prompt.prefix_ids
+    encoder = encoder_of(tiny_llava_dir, photo_root, max_length_tokens=len(prefix) + 4)
+    cut = encoder.encode_group(one)
+    assert isinstance(cut, EncodedGroup)
+    assert cut.prompt.prefix_ids == prefix
+    assert [encoder.tokenizer.decode(ids) for ids in cut.completion_ids] == ["abcd", "xyz</s>"]
+    assert cut.num_tokens == len(prefix) + 8
+
+
+def test_a_prompt_that_leaves_no_room_drops_its_group(tiny_llava_dir: Path, photo_root: Path) -> None:
+    whole = encoder_of(tiny_llava_dir, photo_root).encode_prompt("g", ["wide.png"], [turn(None, "What?")])
+    num_prefix = len(whole.prefix_ids)
+    dropped = encoder_of(tiny_llava_dir, photo_root, max_length_tokens=num_prefix).encode_group(group("g", "a", "b"))
+    assert isinstance(dropped, Dropped)
+    assert (dropped.group_id, dropped.reason) == ("g", "prompt-too-long")
+    assert f"max_length_tokens={num_prefix}" in dropped.detail
+
+
+def test_completions_equal_after_tokenising_are_not_a_pair(tiny_llava_dir: Path, photo_root: Path) -> None:
+    encoder = encoder_of(tiny_llava_dir, photo_root)
+    dropped = encoder.encode_group(group("g", "same", "same"))
+    assert isinstance(dropped, Dropped) and dropped.reason == "no-pair"
+    kept = encoder.encode_group(group("g", "same", "other", "same"))
+    assert isinstance(kept, EncodedGroup)
+    assert kept.scores == (1.0, 0.0)  # the duplicate counts once, with its higher score
+    num_prefix = len(kept.prompt.prefix_ids)
+    cut_to_two = encoder_of(tiny_llava_dir, photo_root, max_length_tokens=num_prefix + 2)
+    cut = cut_to_two.encode_group(group("g", "abc", "abd"))
+    assert isinstance(cut, Dropped) and cut.reason == "no-pair"
+
+
+def test_equal_scores_are_not_a_pair(encoder: Encoder) -> None:
+    dropped = encoder.encode_group(group("g", ("a", 1.0, "gt"), ("b", 1.0, "gt")))
+    assert isinstance(dropped, Dropped) and dropped.reason == "no-pair"
+
+
+@pytest.mark.parametrize("images", [[], ["wide.png", "tall.png"]])
+def test_wrong_number_of_images_names_the_record(encoder: Encoder, images: list[str]) -> None:
+    with pytest.raises(EncodingError, match=f"'record-7'.*1 image parts but {len(images)} images"):
+        encoder.encode_prompt("record-7", images, [turn(None, "What?")])
+
+
+def test_template_that_loses_the_image_names_the_record(llava: Encoder, photo_root: Path) -> None:
+    text_only = replace(llava.processor, chat_template="{% for m in messages %}{{ m['role'] }}{% endfor %}")
+    encoder = Encoder(text_only, llava.family.config, photo_root, 2048)
+    with pytest.raises(EncodingError, match="'record-7'.*gave 0 image placeholders for 1 images"):
+        encoder.encode_prompt("record-7", ["wide.png"], [turn(None, "What?")])
+
+
+def test_an_image_the_processor_refuses_is_an_image_error(qwen: Encoder, photo_root: Path) -> None:
+    Image.new("RGB", (1, 1000)).save(photo_root / "line.png")  # Qwen takes aspect ratios up to 200
+    with pytest.raises(ImageError, match=r"line\.png.*1x1000"):
+        qwen.encode_prompt("r", ["line.png"], [turn(None)])
+
+
+def test_keep_types_always_keeps_the_best() -> None:
+    one = group("g", ("a", 2.0, "gt"), ("b", 0.0, "mllm-hal"), ("c", 0.0, "llm-hal"), ("d", 2.0, "other"))
+    kept = keep_types(one, ["llm-hal"])
+    assert [c.response for c in kept.completions] == ["a", "c", "d"]
+    assert keep_types(one, []) == one
+    assert replace(kept, completions=one.completions) == one
+    assert all(isinstance(c, Completion) for c in kept.completions)
+
+
+def test_tokenizer_without_eos_is_refused(llava: Encoder, photo_root: Path) -> None:
+    tokenizer = byte_tokenizer(["<pad>", "<image>"], pad_token="<pad>")
+    with pytest.raises(ValueError, match="no EOS token"):
+        Encoder(replace(llava.processor, tokenizer=tokenizer), llava.family.config, photo_root, 10)

@@ -1,0 +1,110 @@
+"""The plan of a run, by properties. Run: python -m pytest tests/data/test_plan.py"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bpo.data.plan import epoch_order, plan_steps, split_into_micro_batches
+
+lengths = st.lists(st.integers(1, 400), min_size=1, max_size=30)
+plans = st.fixed_dictionaries(
+    {
+        "groups_per_step": st.integers(1, 12),
+        "epochs": st.integers(1, 3),
+        "seed": st.integers(0, 99),
+        "max_tokens": st.integers(1, 1500),
+    }
+)
+worlds = st.integers(1, 5)
+
+
+@settings(max_examples=60, deadline=None)
+@given(lengths, plans, worlds)
+def test_content_of_a_step_does_not_depend_on_the_number_of_ranks(num_tokens, plan, world_size) -> None:
+    alone = plan_steps(num_tokens, world_size=1, **plan)
+    spread = plan_steps(num_tokens, world_size=world_size, **plan)
+    assert [(s.index, s.epoch, s.groups) for s in spread] == [(s.index, s.epoch, s.groups) for s in alone]
+    for step in spread:
+        pairs = [
+            (group, is_filler)
+            for rank, fillers in zip(step.micro_batches, step.is_filler, strict=True)
+            for batch, is_filler in zip(rank, fillers, strict=True)
+            for group in batch
+        ]
+        assert sorted(group for group, is_filler in pairs if not is_filler) == sorted(step.groups)
+        assert {group for group, is_filler in pairs if is_filler} <= set(step.groups)
+
+
+@settings(max_examples=60, deadline=None)
+@given(lengths, plans, worlds)
+def test_every_epoch_holds_every_group_once(num_tokens, plan, world_size) -> None:
+    steps = plan_steps(num_tokens, world_size=world_size, **plan)
+    for epoch in range(plan["epochs"]):
+        groups = [group for step in steps if step.epoch == epoch for group in step.groups]
+        assert sorted(groups) == list(range(len(num_tokens)))
+        sizes = [len(step.groups) for step in steps if step.epoch == epoch]
+        assert all(size == plan["groups_per_step"] for size in sizes[:-1])
+
+
+@settings(max_examples=100, deadline=None)
+@given(lengths, worlds, st.integers(1, 1500))
+def test_ranks_keep_step_within_the_token_limit_and_fillers_stand_only_where_groups_run_out(
+    num_tokens, world_size, max_tokens
+) -> None:
+    bins = split_into_micro_batches(range(len(num_tokens)), num_tokens, world_size, max_tokens)
+    assert len(bins) == world_size
+    assert len({len(rank) for rank in bins}) == 1  # ZeRO's collectives match
+    for batch in (batch for rank in bins for batch in rank):
+        assert len(batch) <= 1 or sum(num_tokens[g] for g in batch) <= max_tokens
+    num_bins = world_size * len(bins[0])
+    empty = sum(not batch for rank in bins for batch in rank)
+    assert empty == max(0, num_bins - len(num_tokens))
+    assert empty < world_size  # never a whole round of forward passes that count nothing
+
+
+def test_a_group_above_the_limit_costs_one_micro_batch() -> None:
+    assert split_into_micro_batches([0], [5000], 1, 100) == [[[0]]]
+    assert split_into_micro_batches([0, 1, 2], [5000, 50, 50], 1, 100) == [[[0], [1, 2]]]
+
+
+def test_micro_batches_are_balanced() -> None:
+    bins = split_into_micro_batches(range(8), [100, 90, 80, 70, 60, 50, 40, 30], 2, 300)
+    totals = [sum([100, 90, 80, 70, 60, 50, 40, 30][g] for g in rank[0]) for rank in bins]
+    assert totals == [260, 260]
+
+
+def test_seed_and_epoch_decide_the_order() -> None:
+    orders = {tuple(epoch_order(20, seed, epoch)) for seed in (0, 1) for epoch in (0, 1)}
+    assert len(orders) == 4
+    assert epoch_order(20, 3, 1) == epoch_order(20, 3, 1)
+    options = {"groups_per_step": 4, "epochs": 2, "world_size": 2, "max_tokens": 50}
+    assert plan_steps([10] * 9, seed=5, **options) == plan_steps([10] * 9, seed=5, **options)
+    assert plan_steps([10] * 9, seed=5, **options) != plan_steps([10] * 9, seed=6, **options)
+
+
+def test_max_steps_keeps_the_beginning_of_the_whole_plan() -> None:
+    options = {"groups_per_step": 2, "epochs": 2, "seed": 0, "world_size": 1, "max_tokens": 50}
+    whole = plan_steps([10] * 5, **options)
+    assert len(whole) == 6
+    assert plan_steps([10] * 5, max_steps=4, **options) == whole[:4]
+
+
+def test_a_filler_is_the_shortest_group_of_its_step_and_counts_nothing() -> None:
+    (step,) = plan_steps([70, 10, 40], groups_per_step=3, epochs=1, seed=0, world_size=4, max_tokens=100)
+    fillers = [
+        batch
+        for rank, flags in zip(step.micro_batches, step.is_filler, strict=True)
+        for batch, is_filler in zip(rank, flags, strict=True)
+        if is_filler
+    ]
+    assert fillers == [(1,)]
+    assert Counter(flag for rank in step.is_filler for flag in rank) == {False: 3, True: 1}
+
+
+def test_nothing_to_plan_is_an_error() -> None:
+    with pytest.raises(ValueError, match="no groups to plan"):
+        plan_steps([], groups_per_step=1, epochs=1, seed=0, world_size=1, max_tokens=1)
