@@ -17,6 +17,8 @@ from torch.nn import functional as F
 from tqdm import trange
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
+from bpo.bootstrap.noise import NUM_STEPS, alpha_bar_S
+
 from .sprites import NUM_OBJECTS
 from .vocabulary import PIXEL_MEAN, PIXEL_STD
 from .world import Scene, WorldConfig, draw_scene, sample_scene
@@ -37,20 +39,12 @@ def objects_of(scenes: Sequence[Scene]) -> Tensor:
     return present_BK
 
 
-def diffusion_coefficients(num_steps: int = 1000) -> tuple[Tensor, Tensor]:
-    """(sqrt(abar_t), sqrt(1 - abar_t)) of the noise that weakens images in bootstrapping."""
-    beta = torch.sigmoid(torch.linspace(-6, 6, num_steps)) * (0.5e-2 - 1e-5) + 1e-5
-    abar = torch.cumprod(1.0 - beta, dim=0)
-    return abar.sqrt(), (1.0 - abar).sqrt()
-
-
 def noised(pixels_BCHW: Tensor, fraction: float, generator: torch.Generator) -> Tensor:
     """Replaces a ``fraction`` of the images by samples of q(x_t | x_0) at uniformly random steps t."""
-    signal, noise = diffusion_coefficients()
     batch = len(pixels_BCHW)
-    step_B = torch.randint(len(signal), (batch,), generator=generator)
+    alpha_bar_B111 = alpha_bar_S().float()[torch.randint(NUM_STEPS, (batch,), generator=generator)].view(-1, 1, 1, 1)
     epsilon_BCHW = torch.randn(pixels_BCHW.shape, generator=generator)
-    mixed_BCHW = signal[step_B].view(-1, 1, 1, 1) * pixels_BCHW + noise[step_B].view(-1, 1, 1, 1) * epsilon_BCHW
+    mixed_BCHW = alpha_bar_B111.sqrt() * pixels_BCHW + (1.0 - alpha_bar_B111).sqrt() * epsilon_BCHW
     chosen_B = torch.rand(batch, generator=generator) < fraction
     return torch.where(chosen_B.view(-1, 1, 1, 1), mixed_BCHW, pixels_BCHW)
 

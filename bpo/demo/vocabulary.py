@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
 
 from .sprites import OBJECTS
+from .rewriting import rewriting_request
 from .world import DESCRIBE, caption_of, question_about
 
 PAD, BOS, EOS, UNKNOWN, IMAGE = "<pad>", "<s>", "</s>", "<unk>", "<image>"
@@ -29,7 +30,7 @@ CHAT_TEMPLATE = (
 
 
 def _sentences() -> Iterable[str]:
-    yield from ("USER:", "SYSTEM:", "ASSISTANT:", "Yes.", "No.", "an", DESCRIBE)
+    yield from ("USER:", "SYSTEM:", "ASSISTANT:", "Yes.", "No.", "an", DESCRIBE, rewriting_request(""))
     for thing in OBJECTS:
         for name in (thing.name, *thing.synonyms):
             yield question_about(name)
@@ -48,6 +49,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         vocabulary.update(dict.fromkeys(word for word, _ in split.pre_tokenize_str(sentence)))
     ids = {word: i for i, word in enumerate(vocabulary)}
     words = Tokenizer(models.WordLevel(ids, unk_token=UNKNOWN))
+    words.normalizer = normalizers.Replace(Regex(r"\s+"), " ")
     words.pre_tokenizer = split
     words.decoder = decoders.Metaspace(prepend_scheme="always", split=True)
     words.post_processor = processors.TemplateProcessing(single="$A", pair="$A $B", special_tokens=[])
