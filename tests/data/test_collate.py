@@ -1,0 +1,89 @@
+"""Packing groups into one row. Run: python -m pytest tests/data/test_collate.py"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from bpo.data.collate import collate_groups, preference_pairs, reference_key
+from bpo.data.encode import EncodedGroup, EncodedPrompt, Encoder
+from tests.sample_groups import encode_all, encoder_of, three_groups
+
+
+@pytest.fixture(scope="module")
+def encoder(tiny_llava_dir: Path, photo_root: Path) -> Encoder:
+    return encoder_of(tiny_llava_dir, photo_root)
+
+
+@pytest.fixture(scope="module")
+def encoded(encoder: Encoder) -> list[EncodedGroup]:
+    return encode_all(encoder, three_groups())
+
+
+def test_pairs_are_all_with_a_higher_score() -> None:
+    assert preference_pairs([1.0, 0.0, 0.0]) == [(0, 1), (0, 2)]
+    assert preference_pairs([0.0, 2.0, 1.0]) == [(1, 0), (1, 2), (2, 0)]
+    assert preference_pairs([1.0, 1.0]) == []
+
+
+def test_row_is_prefixes_and_completions_without_padding(encoder: Encoder) -> None:
+    def group(name: str, prefix: list[int], *completions: list[int]) -> EncodedGroup:
+        scores = tuple(float(k == 0) for k in range(len(completions)))
+        return EncodedGroup(EncodedPrompt(name, tuple(prefix), {}), tuple(map(tuple, completions)), scores)
+
+    groups = [group("a", [1, 2, 3], [10, 11], [20], [30, 31]), group("b", [4, 5], [40], [50, 51])]
+    batch = collate_groups(groups, encoder.family, ["key-a", "key-b"])
+    assert batch.input_ids_T.tolist() == [1, 2, 3, 10, 11, 20, 30, 31, 4, 5, 40, 50, 51]
+    assert batch.position_ids_XT.tolist() == [[0, 1, 2, 3, 4, 3, 3, 4, 0, 1, 2, 2, 3]]
+    assert batch.layout.prefix_spans == ((0, 3), (8, 10))
+    assert batch.layout.completion_spans == (((3, 5), (5, 6), (6, 8)), ((10, 11), (11, 13)))
+    # The prefix's last row predicts every completion's first token; a completion's last token predicts nothing.
+    assert batch.predictor_rows_N.tolist() == [2, 3, 2, 2, 6, 9, 9, 11]
+    assert batch.target_N.tolist() == [10, 11, 20, 30, 31, 40, 50, 51]
+    assert batch.completion_of_token_N.tolist() == [0, 0, 1, 2, 2, 3, 4, 4]
+    assert batch.pairs_P2.tolist() == [[0, 1], [0, 2], [3, 4]]
+    assert batch.pair_weight_P.tolist() == [1.0, 1.0, 1.0]
+    assert batch.group_ids == ("a", "b") and batch.reference_keys == ("key-a", "key-b")
+    assert batch.num_completions == 5
+    assert batch.image_inputs == {}
+
+
+def test_images_of_all_groups_in_order(encoder: Encoder, encoded: list[EncodedGroup]) -> None:
+    pixels = collate_groups(encoded, encoder.family).image_inputs["pixel_values"]
+    assert pixels.shape[0] == 4  # one, two, one
+    assert torch.equal(pixels, torch.cat([one.prompt.image_inputs["pixel_values"] for one in encoded]))
+    without_images = EncodedGroup(EncodedPrompt("text", (5, 6), {}), ((7,), (8,)), (1.0, 0.0))
+    mixed = collate_groups([without_images, encoded[0]], encoder.family)
+    assert mixed.image_inputs["pixel_values"].shape[0] == 1
+
+
+def test_order_of_groups_changes_nothing_within_a_group(encoder: Encoder, encoded: list[EncodedGroup]) -> None:
+    forwards, backwards = collate_groups(encoded, encoder.family), collate_groups(encoded[::-1], encoder.family)
+    (start, end), (last_start, last_end) = forwards.layout.prefix_spans[0], backwards.layout.prefix_spans[-1]
+    assert torch.equal(forwards.input_ids_T[start:end], backwards.input_ids_T[last_start:last_end])
+    assert torch.equal(forwards.position_ids_XT[:, start:end], backwards.position_ids_XT[:, last_start:last_end])
+
+
+def test_filler_is_the_same_work_that_counts_nothing(encoder: Encoder, encoded: list[EncodedGroup]) -> None:
+    real, filler = (collate_groups(encoded, encoder.family, is_filler=flag) for flag in (False, True))
+    assert torch.equal(real.input_ids_T, filler.input_ids_T)
+    assert real.pair_weight_P.tolist() == [1.0] * 4 and filler.pair_weight_P.tolist() == [0.0] * 4
+
+
+def test_reference_key_follows_images_and_tokens_only(encoded: list[EncodedGroup]) -> None:
+    one = encoded[0]
+    key = reference_key(one, ["digest"])
+    renamed = replace(one, prompt=replace(one.prompt, record_id="other"), scores=(0.0, 1.0, 2.0))
+    assert reference_key(renamed, ["digest"]) == key  # log-probs do not depend on scores or names
+    other_prompt = replace(one.prompt, prefix_ids=(*one.prompt.prefix_ids, 1))
+    changed = [
+        reference_key(one, ["other digest"]),
+        reference_key(replace(one, completion_ids=one.completion_ids[::-1]), ["digest"]),
+        reference_key(replace(one, prompt=other_prompt), ["digest"]),
+        # the same tokens, divided differently between prompt and completion
+        reference_key(replace(one, prompt=other_prompt, completion_ids=(one.completion_ids[0][1:],)), ["digest"]),
+    ]
+    assert len({key, *changed}) == 5

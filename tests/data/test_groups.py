@@ -1,0 +1,112 @@
+"""Training groups: measured, filtered, fed as micro-batches. Run: python -m pytest tests/data/test_groups.py"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from bpo.data.encode import Dropped, Encoder
+from bpo.data.groups import GroupDataset, MeasuredGroup, iterate_micro_batches, write_dropped
+from bpo.records import PreferenceGroup
+from tests.sample_groups import encode_all, encoder_of, group, three_groups, turn, write_photos
+
+
+@pytest.fixture
+def encoder(tiny_llava_dir: Path, tmp_path: Path) -> Encoder:
+    return encoder_of(tiny_llava_dir, write_photos(tmp_path))
+
+
+def dataset_of(encoder: Encoder, *groups: PreferenceGroup, max_words: int = 350, types: tuple[str, ...] = ()):
+    return GroupDataset(groups, encoder, max_words=max_words, types=types)
+
+
+def reasons(dataset: GroupDataset) -> dict[str, str]:
+    measured = [dataset.measure(i) for i in range(len(dataset))]
+    return {one.group_id: one.reason for one in measured if isinstance(one, Dropped)}
+
+
+def test_measured_length_and_pairs_are_those_of_the_encoded_group(encoder: Encoder) -> None:
+    groups = three_groups()
+    measured = list(dataset_of(encoder, *groups).measure_all(range(3), num_workers=0))
+    assert [(one.num_tokens, one.num_pairs) for one in measured] == [
+        (one.num_tokens, pairs) for one, pairs in zip(encode_all(encoder, groups), (2, 1, 1), strict=True)
+    ]
+
+
+def test_worker_processes_measure_and_pack_the_same(encoder: Encoder) -> None:
+    dataset = dataset_of(encoder, *three_groups())
+    here = list(dataset.measure_all([2, 0, 1], num_workers=0))
+    assert list(dataset.measure_all([2, 0, 1], num_workers=1)) == here
+    keys = {index: one.reference_key for index, one in zip([2, 0, 1], here, strict=True)}
+    plan = [([0, 2], False), ([1], False), ([1], True)]
+    one, two, filler = iterate_micro_batches(dataset, keys, plan, num_workers=1)
+    assert one.group_ids == ("a", "c") and two.group_ids == filler.group_ids == ("b",)
+    assert one.reference_keys == (keys[0], keys[2])
+    assert two.pair_weight_P.tolist() == [1.0] and filler.pair_weight_P.tolist() == [0.0]
+    again, *_ = iterate_micro_batches(dataset, keys, plan, num_workers=0)
+    assert torch.equal(one.input_ids_T, again.input_ids_T)
+    assert torch.equal(one.image_inputs["pixel_values"], again.image_inputs["pixel_values"])
+
+
+def test_unusable_groups_are_dropped_each_with_its_reason(encoder: Encoder) -> None:
+    (encoder.image_root / "broken.png").write_bytes(b"not a picture")
+    no_image = PreferenceGroup("no-image", (), (turn("What?"),), group("x", "a", "b").completions)
+    two_for_one = replace(group("count", "a", "b"), images=("wide.png", "tall.png"))
+    dataset = dataset_of(
+        encoder,
+        group("good", "a cat", "a dog"),
+        no_image,
+        group("broken", "a", "b", image="broken.png"),
+        group("missing", "a", "b", image="nowhere.png"),
+        two_for_one,
+        group("long", "w " * 6, "b"),
+        group("same", "a", "a"),
+        max_words=5,
+    )
+    assert reasons(dataset) == {
+        "no-image": "no-image",
+        "broken": "bad-image",
+        "missing": "bad-image",
+        "count": "bad-record",
+        "long": "too-many-words",
+        "same": "no-pair",
+    }
+    details = {one.group_id: one.detail for one in map(dataset.measure, range(1, 7)) if isinstance(one, Dropped)}
+    assert "broken.png" in details["broken"] and "nowhere.png" in details["missing"]
+    assert "data.max_completion_words=5" in details["long"]
+
+
+def test_groups_that_lose_their_rivals_by_type_are_dropped(encoder: Encoder) -> None:
+    only_weakened = dataset_of(encoder, group("g", "a", "b"), types=("llm-hal",))
+    assert reasons(only_weakened) == {"g": "no-pair"}
+
+
+def test_reference_key_follows_the_bytes_of_the_image(encoder: Encoder) -> None:
+    dataset = dataset_of(encoder, group("g", "a", "b"), group("h", "a", "b"))
+    before, same = dataset.measure(0), dataset.measure(1)
+    assert isinstance(before, MeasuredGroup) and before == same
+    Image.new("RGB", (90, 60), "red").save(encoder.image_root / "wide.png")
+    after = dataset.measure(0)
+    assert isinstance(after, MeasuredGroup)
+    assert after.reference_key != before.reference_key and after.num_tokens == before.num_tokens
+
+
+def test_data_that_changes_during_a_run_stops_it_by_name(encoder: Encoder) -> None:
+    dataset = dataset_of(encoder, group("g", "a", "b"))
+    measured = dataset.measure(0)
+    assert isinstance(measured, MeasuredGroup)
+    (encoder.image_root / "wide.png").unlink()
+    with pytest.raises(RuntimeError, match=r"'g' could be read when the run was planned.*wide\.png"):
+        list(iterate_micro_batches(dataset, {0: measured.reference_key}, [([0], False)], num_workers=0))
+
+
+def test_dropped_groups_are_listed_and_counted(tmp_path: Path) -> None:
+    dropped = [Dropped("a", "no-pair", "x"), Dropped("b", "bad-image", "ü"), Dropped("c", "no-pair", "y")]
+    assert write_dropped(dropped, tmp_path / "new" / "dropped.jsonl") == {"no-pair": 2, "bad-image": 1}
+    lines = [json.loads(line) for line in (tmp_path / "new" / "dropped.jsonl").read_text("utf-8").splitlines()]
+    assert lines[1] == {"id": "b", "reason": "bad-image", "detail": "ü"}
