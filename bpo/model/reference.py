@@ -133,7 +133,8 @@ class ReferenceStore:
         """
         path, offset, count, crc = self._index[key]
         if path not in self._maps:
-            self._maps[path] = np.memmap(path, dtype="<f4", mode="r")
+            # Whole values only: a killed process may have left part of one at the end.
+            self._maps[path] = np.memmap(path, dtype="<f4", mode="r", shape=(path.stat().st_size // 4,))
         values = np.array(self._maps[path][offset : offset + count])
         if zlib.crc32(values.tobytes()) != crc:
             raise ReferenceStoreError(f"{path}: entry {key[:12]} is damaged (checksum differs); remove the store")

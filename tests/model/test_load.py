@@ -1,0 +1,48 @@
+"""Loading models. Run: python -m pytest tests/model/test_load.py"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from bpo.config import ModelConfig
+from bpo.model import attention
+from bpo.model.load import load_model, resolve_dtype
+
+
+def test_for_generation_in_eval_mode_with_plain_attention(tiny_qwen_dir: Path) -> None:
+    model = load_model(ModelConfig(path=str(tiny_qwen_dir), dtype="float32"))
+    assert not model.training
+    assert model.config.text_config._attn_implementation == "sdpa"
+
+
+def test_for_training_only_the_text_model_shares_prefixes(tiny_qwen_dir: Path) -> None:
+    config = ModelConfig(path=str(tiny_qwen_dir), dtype="bfloat16", vision_attention="eager")
+    model = load_model(config, for_training=True)
+    assert model.model.language_model.config._attn_implementation == attention.NAME
+    assert model.model.visual.config._attn_implementation == "eager"
+    assert model.config.use_cache is False
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+def test_two_loaded_models_do_not_share_their_attention(tiny_llava_dir: Path) -> None:
+    config = ModelConfig(path=str(tiny_llava_dir), dtype="float32")
+    training, plain = load_model(config, for_training=True), load_model(config)
+    assert training.model.language_model.config._attn_implementation == attention.NAME
+    assert plain.model.language_model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("bfloat16", torch.bfloat16), ("config", torch.float32)])
+def test_dtype_by_name_or_as_stored(name: str, dtype: torch.dtype, tiny_llava_dir: Path) -> None:
+    assert resolve_dtype(name, str(tiny_llava_dir)) == dtype
+
+
+def test_missing_path_and_unsupported_type_say_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="model.path is empty"):
+        load_model(ModelConfig())
+    LlamaConfig().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="`llama` is not supported; supported: llava, qwen2_5_vl"):
+        load_model(ModelConfig(path=str(tmp_path)))
