@@ -58,7 +58,7 @@ def load_config(argv: list[str], prog: str = "bpo", description: str = "") -> Co
     parser = ArgumentParser(prog=prog, description=description, exit_on_error=True)
     parser.add_argument("--config", action="config", help="YAML file; later files and flags win.")
     parser.add_class_arguments(Config, as_group=False)
-    for flag, value in zip(argv, argv[1:] + [""], strict=True):
+    for flag, value in zip(argv, [*argv[1:], ""], strict=False):
         name = flag.split("=", 1)[0]
         if name == "--config":
             path = Path(flag.split("=", 1)[1] if "=" in flag else value)

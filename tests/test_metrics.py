@@ -1,0 +1,120 @@
+"""Training metrics. Run: python -m pytest tests/test_metrics.py"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from bpo.losses import LossInputs, LossOutput
+from bpo.metrics import MetricsWriter, StepSums, step_metrics
+from bpo.records import GroupBatch, PackedLayout
+
+NAMES = (
+    "loss preference_loss rewards/chosen rewards/rejected rewards/margins rewards/accuracies logps/chosen "
+    "logps/rejected nll/chosen"
+).split()
+
+
+def add(sums: StepSums, losses: list[float], rewards: list[tuple[float, float]], is_filler: bool = False) -> None:
+    """Adds a batch of groups of two completions, one token each: completion c has log-prob -c."""
+    num_pairs = len(losses)
+    spans = tuple(((4 * g + 2, 4 * g + 3), (4 * g + 3, 4 * g + 4)) for g in range(num_pairs))
+    logp_N = -torch.arange(2.0 * num_pairs)
+    pairs_P2 = torch.arange(2 * num_pairs).reshape(-1, 2)
+    inputs = LossInputs(logp_N, logp_N - 0.125, torch.arange(2 * num_pairs), 2 * num_pairs, pairs_P2)
+    batch = GroupBatch(
+        group_ids=tuple(f"g{g}" for g in range(num_pairs)),
+        layout=PackedLayout(tuple((4 * g, 4 * g + 2) for g in range(num_pairs)), spans),
+        input_ids_T=torch.zeros(4 * num_pairs, dtype=torch.long),
+        position_ids_XT=torch.zeros(1, 4 * num_pairs, dtype=torch.long),
+        image_inputs={},
+        predictor_rows_N=torch.zeros(2 * num_pairs, dtype=torch.long),
+        target_N=torch.zeros(2 * num_pairs, dtype=torch.long),
+        completion_of_token_N=torch.arange(2 * num_pairs),
+        pairs_P2=pairs_P2,
+        pair_weight_P=torch.full((num_pairs,), 0.0 if is_filler else 1.0),
+    )
+    loss_P, reward_P2 = torch.tensor(losses), torch.tensor(rewards)
+    output = LossOutput(loss_P / 2, reward_P2[:, 0], reward_P2[:, 1])
+    sums.add(loss_P, output, loss_P / 4, inputs, batch.pair_weight_P, batch)
+
+
+def test_means_over_the_pairs_of_all_micro_batches() -> None:
+    sums = StepSums.zero()
+    add(sums, [1.0, 3.0], [(0.5, 0.0), (0.25, 0.75)])
+    add(sums, [8.0], [(0.75, 0.75)])
+    metrics = step_metrics(sums.flat())
+    assert list(metrics) == NAMES
+    assert metrics["loss"] == 4.0 and metrics["preference_loss"] == 2.0 and metrics["nll/chosen"] == 1.0
+    assert metrics["rewards/chosen"] == 0.5 and metrics["rewards/rejected"] == 0.5 and metrics["rewards/margins"] == 0
+    assert metrics["rewards/accuracies"] == pytest.approx(1 / 3)  # a tie is not right
+    assert metrics["logps/chosen"] == pytest.approx(-2 / 3) and metrics["logps/rejected"] == pytest.approx(-5 / 3)
+    assert sums.flat()[-2:] == [3.0, 12.0]
+    assert sums.reference_gap == pytest.approx(0.125)
+
+
+def test_sums_of_ranks_add_up_to_the_metrics_of_the_whole() -> None:
+    whole, one, other = StepSums.zero(), StepSums.zero(), StepSums.zero()
+    first, second = ([1.0, 3.0], [(0.5, 0.0), (0.25, 0.75)]), ([8.0], [(1.0, 0.75)])
+    for sums, batches in ((whole, [first, second]), (one, [first]), (other, [second])):
+        for batch in batches:
+            add(sums, *batch)
+    reduced = [a + b for a, b in zip(one.flat(), other.flat(), strict=True)]
+    assert step_metrics(reduced) == pytest.approx(step_metrics(whole.flat()))
+
+
+def test_fillers_count_nowhere() -> None:
+    sums, without = StepSums.zero(), StepSums.zero()
+    for one in (sums, without):
+        add(one, [1.0], [(0.5, 0.0)])
+    add(sums, [float("nan")], [(9.0, 0.0)], is_filler=True)
+    assert sums == without
+
+
+def test_non_finite_losses_name_their_groups_only() -> None:
+    sums = StepSums.zero()
+    add(sums, [1.0, float("inf"), float("nan")], [(0.0, 0.0)] * 3)
+    assert sums.non_finite_groups == ["g1", "g2"]
+    assert sums.groups == ["g0", "g1", "g2"]
+
+
+def lines(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_writer_appends_a_line_a_step_and_flushes_it(tmp_path: Path) -> None:
+    writer = MetricsWriter(tmp_path, enabled=True, tensorboard=False, start_step=0)
+    writer.write(1, {"loss": 0.5})
+    assert lines(tmp_path) == [{"step": 1, "loss": 0.5}]
+    writer.write(2, {"loss": 0.25})
+    writer.close()
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2]
+
+
+def test_resumed_writer_replaces_later_steps_and_a_torn_line(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1}\n{"step": 2, "loss": 2}\n{"step": 3, "los')
+    writer = MetricsWriter(tmp_path, enabled=True, tensorboard=False, start_step=1)
+    writer.write(2, {"loss": 7})
+    writer.close()
+    assert lines(tmp_path) == [{"step": 1, "loss": 1}, {"step": 2, "loss": 7}]
+
+
+def test_other_ranks_write_nothing(tmp_path: Path) -> None:
+    writer = MetricsWriter(tmp_path, enabled=False, tensorboard=True, start_step=0)
+    writer.write(1, {"loss": 0.5})
+    writer.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tensorboard_has_the_same_numbers(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    writer = MetricsWriter(tmp_path, enabled=True, tensorboard=True, start_step=0)
+    writer.write(1, {"loss": 0.5, "rewards/margins": 2.0})
+    writer.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("rewards/margins")] == [(1, 2.0)]
