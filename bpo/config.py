@@ -126,10 +126,8 @@ class InjectConfig:
         _check_sampling("bootstrap.inject", self.temperature, self.top_p, self.max_new_tokens)
         _check(self.attempts >= 1, f"bootstrap.inject.attempts is {self.attempts}; it must be at least 1")
         _check(self.server_concurrency >= 1, "bootstrap.inject.server_concurrency must be at least 1")
-        _check(
-            not (self.llm and self.server_url),
-            "bootstrap.inject.llm and bootstrap.inject.server_url are both set; choose one",
-        )
+        both = self.llm and self.server_url
+        _check(not both, "bootstrap.inject.llm and bootstrap.inject.server_url are both set; choose one")
         _check(
             bool(self.server_model) or not self.server_url,
             "bootstrap.inject.server_url is set but server_model is empty; name the model the server serves",

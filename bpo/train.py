@@ -22,6 +22,7 @@ from bpo.config import Config
 from bpo.config_io import load_config, save_config, to_tree
 from bpo.data.encode import load_encoder
 from bpo.data.plan import PlannedStep
+from bpo.interrupts import EXIT_INTERRUPTED, StopRequest
 from bpo.launch import Ranks, ranks_from_environment, setup_logging
 from bpo.metrics import MetricsWriter, StepSums, step_metrics
 from bpo.model.attention import packed_layout
@@ -63,8 +64,8 @@ def run_step(
     return sums
 
 
-def train(config: Config, ranks: Ranks) -> None:
-    """The whole run, inside a process group that `engine.init_distributed` started."""
+def train(config: Config, ranks: Ranks, stop: StopRequest | None = None) -> bool:
+    """The whole run, inside a process group that `engine.init_distributed` started; False where `stop` cut it short."""
     output_dir = Path(config.train.output_dir)
     encoder = load_encoder(config)
     found = checkpoint.find_resumable(output_dir, resume=config.train.resume)
@@ -83,6 +84,7 @@ def train(config: Config, ranks: Ranks) -> None:
     writer = MetricsWriter(output_dir, enabled=ranks.is_main, tensorboard=config.train.tensorboard, start_step=done)
     batches = training_batches(config, data, steps[done:], store, trainer)
 
+    number = done
     progress = tqdm(total=len(steps), initial=done, desc="training", disable=not ranks.is_main)
     for step in steps[done:]:
         started = time.perf_counter()
@@ -105,10 +107,14 @@ def train(config: Config, ranks: Ranks) -> None:
         if number % config.train.log_every_steps == 0 or number == len(steps):
             writer.write(number, {**metrics, "epoch": _epoch(step, len(steps), config)})
         every = config.train.save_every_steps
-        if number == len(steps) or (every and number % every == 0):
+        interrupted = trainer.sum_over_ranks([float(stop is not None and stop.received)])[0] > 0
+        if number == len(steps) or interrupted or (every and number % every == 0):
             checkpoint.save_checkpoint(trainer, output_dir, number, to_tree(config))
+        if interrupted:
+            break
     progress.close()
     writer.close()
+    return number == len(steps)
 
 
 def _rates(flat: list[float], seconds: float) -> dict[str, float]:
@@ -142,8 +148,11 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(f"error: {error}")
     torch.manual_seed(config.train.seed)
     engine.init_distributed(ranks)
-    train(config, ranks)
+    finished = train(config, ranks, StopRequest())
     engine.shut_down()
+    if not finished:
+        logger.warning("interrupted; `--resume` continues")
+        sys.exit(EXIT_INTERRUPTED)
 
 
 if __name__ == "__main__":

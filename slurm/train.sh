@@ -56,4 +56,10 @@ if ((restarts > 0)); then
 fi
 
 echo "[$(date -Is)] job $SLURM_JOB_ID, restart $restarts, $SLURM_NTASKS tasks on: ${nodes//$'\n'/ }"
-exec srun --kill-on-bad-exit=1 --wait=120 python -m bpo.train "${arguments[@]}"
+code=0
+srun --kill-on-bad-exit=1 --wait=120 python -m bpo.train "${arguments[@]}" || code=$?
+# 75: a signal came, every rank agreed, a checkpoint is written; the same job goes on from it.
+if ((code == 75)); then
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$code"

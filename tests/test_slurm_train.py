@@ -85,3 +85,13 @@ def test_site_settings_reach_the_tasks(job: Path) -> None:
 def test_outside_of_slurm_it_says_how_to_start(job: Path) -> None:
     result = submit(job, SLURM_JOB_ID="")
     assert result.returncode == 2 and "sbatch slurm/train.sh" in result.stderr
+
+
+def test_an_interrupted_run_is_requeued_and_a_failed_one_is_not(job: Path) -> None:
+    scontrol = job / "bin" / "scontrol"
+    scontrol.write_text(SCONTROL + '[[ "$1" == requeue ]] && echo "$2" >"$SLURM_SUBMIT_DIR/requeued"\ntrue\n')
+    for code, requeued in ((1, False), (75, True)):
+        (job / "bin" / "srun").write_text(f"{SRUN}exit {code}\n")
+        assert submit(job, "--config", "a.yaml").returncode == code
+        assert (job / "requeued").exists() == requeued
+    assert (job / "requeued").read_text() == "7\n"

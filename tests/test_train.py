@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -144,3 +145,29 @@ def test_one_rank_equals_two_from_the_command_line(matrix: Path) -> None:
     assert list((matrix / "one_rank" / "tensorboard").glob("events*"))
     again = deepspeed("bpo/train.py", "--config", str(matrix / "one_rank.yaml"), ranks=1)
     assert again.returncode != 0 and "--resume" in again.stdout
+
+
+def test_a_signal_saves_a_checkpoint_and_resume_finishes(matrix: Path) -> None:
+    """What a scheduler sends before the time limit; started without a launcher, as slurm/train.sh does."""
+    config = (matrix / "zero2" / "config.yaml").read_text().replace(str(matrix / "zero2"), str(matrix / "signalled"))
+    (matrix / "signalled.yaml").write_text(config.replace("epochs: 2", "epochs: 40"))
+    command = [sys.executable, "-m", "bpo.train", "--config", str(matrix / "signalled.yaml")]
+    environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "DS_ACCELERATOR": "cpu"}
+    process = subprocess.Popen(command, cwd=matrix, env=environment, text=True, stderr=subprocess.PIPE)
+    try:
+        written = matrix / "signalled" / "metrics.jsonl"
+        deadline = time.monotonic() + 120
+        while not (written.exists() and written.read_text().count("\n") >= 2):
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.1)
+        process.send_signal(signal.SIGUSR2)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 75, errors[-3000:]
+    done = len(metrics(matrix, "signalled"))
+    assert (matrix / "signalled" / "checkpoints" / "latest").read_text() == f"step-{done:08d}"
+    more = ["--resume", "--train.max_steps", str(done + 2)]
+    again = launch([*command, *more])
+    assert again.returncode == 0, again.stdout[-3000:]
+    assert [m["step"] for m in metrics(matrix, "signalled")] == list(range(1, done + 3))

@@ -31,7 +31,8 @@ EXPLANATION = (
     "A tiny multimodal model learnt captions of scenes in which objects nearly always keep the same company, so it "
     "names absent room-mates out of habit. Its answers to noised images, and annotations into which a text-only "
     "language model injected errors, became the rejected side of preference pairs; the "
-    "annotations, drawn like its own training data, the chosen side. Measured on scenes unlike that habit, which no training saw."
+    "annotations, drawn like its own training data, the chosen side. Measured on scenes unlike that habit, which no "
+    "training saw."
 )
 
 
