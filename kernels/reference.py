@@ -27,6 +27,8 @@ from .checks import (
 
 # A half-precision weight is turned to fp32 in tiles of this many bytes, never as a whole.
 _WEIGHT_TILE_BYTES = 16 << 20
+# logprob_gather goes over its logits in pieces that stay in a CPU's cache: several passes cost little more than one.
+_GATHER_CHUNK_BYTES = 2 << 20
 
 
 def logprob_gather(logits_NV: Tensor, target_N: Tensor) -> Tensor:
@@ -51,10 +53,10 @@ class _LogprobGather(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits_NV: Tensor, target_N: Tensor) -> Tensor:
-        num_rows, vocab = logits_NV.shape
+        num_rows = logits_NV.shape[0]
         dtype = statistics_dtype(logits_NV.dtype)
         max_N1, log_sum_N1 = torch.empty(2, num_rows, 1, dtype=dtype, device=logits_NV.device)
-        step = rows_per_chunk(num_rows, vocab, dtype.itemsize, None, logits_NV.device)
+        step = _gather_step(logits_NV)
         for start in range(0, num_rows, step):
             rows = slice(start, start + step)
             logits_nV = logits_NV[rows].to(dtype)
@@ -69,14 +71,19 @@ class _LogprobGather(torch.autograd.Function):
     def backward(ctx: Any, grad_logp_N: Tensor) -> tuple[Tensor, None]:
         logits_NV, target_N, max_N1, log_sum_N1 = ctx.saved_tensors
         grad_logits_NV = torch.empty_like(logits_NV)
-        num_rows, vocab = logits_NV.shape
-        step = rows_per_chunk(num_rows, vocab, max_N1.dtype.itemsize, None, logits_NV.device)
+        num_rows, step = logits_NV.shape[0], _gather_step(logits_NV)
         for start in range(0, num_rows, step):
             rows = slice(start, start + step)
             dlogits_nV = (logits_NV[rows].to(max_N1.dtype) - max_N1[rows]).sub_(log_sum_N1[rows]).exp_().neg_()
             dlogits_nV.scatter_add_(1, target_N[rows, None], torch.ones_like(max_N1[rows]))
             grad_logits_NV[rows] = dlogits_nV.mul_(grad_logp_N[rows, None])
         return grad_logits_NV, None
+
+
+def _gather_step(logits_NV: Tensor) -> int:
+    budget_bytes = None if logits_NV.is_cuda else _GATHER_CHUNK_BYTES
+    itemsize = statistics_dtype(logits_NV.dtype).itemsize
+    return rows_per_chunk(*logits_NV.shape, itemsize, budget_bytes, logits_NV.device)
 
 
 def linear_logprob(

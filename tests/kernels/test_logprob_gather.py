@@ -5,6 +5,8 @@ Legend: N rows, V vocabulary.
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -47,6 +49,16 @@ def test_logits_of_ten_thousand(assert_as_exact_as_eager, device, dtype):
         [logits_NV.requires_grad_()],
         torch.ones(6, device=device),
     )
+
+
+@pytest.mark.parametrize("level", [1e4, -1e4])
+def test_large_logits_keep_the_digits_of_the_probabilities(device, level):
+    """fp32 numbers near 10,000 are 0.001 apart: maximum and log-sum must not be added up."""
+    logits_NV = torch.full((1, 300), level, device=device, requires_grad=True)
+    logp_N = dispatch.logprob_gather(logits_NV, torch.zeros(1, dtype=torch.int64, device=device))
+    assert logp_N.item() == pytest.approx(-math.log(300), rel=1e-6)
+    (grad_NV,) = torch.autograd.grad(logp_N.sum(), logits_NV)
+    assert grad_NV[0, 1:].tolist() == pytest.approx([-1 / 300] * 299, rel=3e-6)
 
 
 def test_masked_vocabulary_entries_have_no_probability(device):

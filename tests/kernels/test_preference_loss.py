@@ -69,6 +69,19 @@ def test_losses_and_gradient_are_as_exact_as_eager(
     )
 
 
+def test_all_pairs_of_many_completions(assert_as_exact_as_eager, device):
+    """105 pairs of 15 completions: more pairs than a block of the backward holds, and several blocks of tokens."""
+    pairs_P2 = torch.combinations(torch.arange(15, device=device))
+    policy_N, reference_N = -torch.rand(300, device=device), -torch.rand(300, device=device)
+    completion_N = torch.arange(300, device=device) // 20
+    assert_as_exact_as_eager(
+        lambda policy: dispatch.preference_loss(policy, reference_N, completion_N, pairs_P2, 0.1)[0],
+        lambda policy: by_the_paper(policy, reference_N, completion_N, pairs_P2, 0.1, 0.0, "sigmoid"),
+        [policy_N.requires_grad_()],
+        torch.randn(105, device=device),
+    )
+
+
 @pytest.mark.parametrize("beta", [0.1, 0.3])
 @pytest.mark.parametrize("eps", [0.0, 0.1, 0.3])
 @pytest.mark.parametrize("loss_type", ["sigmoid", "robust"])
