@@ -26,12 +26,15 @@ def all_keys(node: type = Config, prefix: str = "") -> list[str]:
 
 
 def check_keys(tree: dict[str, Any], source: str, prefix: str = "", keys: list[str] | None = None) -> None:
-    """Raises ValueError for a key of `tree` that no option has, naming the nearest that exists."""
+    """Raises ValueError for a key of `tree` that no option has, naming the nearest that exists, or an empty section."""
     known = all_keys() if keys is None else keys
     for key, value in tree.items():
         dotted = f"{prefix}{key}"
         if dotted not in known:
             raise ValueError(f"{source}: unknown key `{dotted}`{_nearest(dotted, known)}")
+        is_section = any(other.startswith(f"{dotted}.") for other in known)
+        if is_section and not isinstance(value, dict):
+            raise ValueError(f"{source}: section `{dotted}` holds {value!r} instead of keys; fill it or remove it")
         if isinstance(value, dict):
             check_keys(value, source, f"{dotted}.", known)
 
@@ -64,14 +67,14 @@ def load_config(argv: list[str], prog: str = "bpo", description: str = "") -> Co
             path = Path(flag.split("=", 1)[1] if "=" in flag else value)
             if not path.is_file():
                 raise ValueError(f"--config {path}: no such file")
-            tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+            tree = yaml.safe_load(path.read_text(encoding="utf-8"))
             if not isinstance(tree, dict):
                 raise ValueError(f"--config {path}: expected a mapping of sections, found {type(tree).__name__}")
             check_keys(tree, str(path))
         elif name.startswith("--") and name not in ("--help", "--print_config") and name[2:] not in all_keys():
             raise ValueError(f"unknown flag `{name}`{_nearest(name[2:], all_keys())}")
     namespace = parser.parse_args(argv)
-    built = parser.instantiate_classes(namespace)
+    built = parser.instantiate(namespace)
     return Config(**{entry.name: built[entry.name] for entry in fields(Config)})
 
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from bpo.config import Config, LoraConfig, ModelConfig, TrainableConfig
 from bpo.data.families import family_of
 from bpo.model.load import load_model
+from bpo.model.reference import file_digest
 from bpo.model.trainable import lora_config
 
 logger = logging.getLogger(__name__)
@@ -32,9 +33,12 @@ def find_checkpoint(path: Path) -> Path:
     if (path / "trainable.safetensors").is_file():
         return path
     pointer = path / "checkpoints" / "latest"
-    if pointer.is_file():
-        return path / "checkpoints" / pointer.read_text(encoding="utf-8").strip()
-    raise ValueError(f"export.checkpoint {path}: neither a checkpoint nor a run directory with checkpoints/latest")
+    if not pointer.is_file():
+        raise ValueError(f"export.checkpoint {path}: neither a checkpoint nor a run directory with checkpoints/latest")
+    newest = pointer.with_name(pointer.read_text(encoding="utf-8").strip())
+    if not (newest / "trainable.safetensors").is_file():
+        raise ValueError(f"export.checkpoint {path}: its newest checkpoint {newest} is not there; name another one")
+    return newest
 
 
 def _section(cls: type, tree: dict[str, Any]) -> Any:
@@ -61,9 +65,11 @@ def run_export(config: Config) -> Path:
         model_config = dataclasses.replace(model_config, path=config.model.path)
     trainable: TrainableConfig = _section(TrainableConfig, tree["trainable"])
     adapter: LoraConfig = _section(LoraConfig, tree["lora"])
-    state = load_file(checkpoint / "trainable.safetensors")
+    weights = checkpoint / "trainable.safetensors"
+    if file_digest(weights) != manifest["files"][weights.name]["sha256"]:
+        raise ValueError(f"{weights} is damaged: its SHA-256 differs from the manifest; export another checkpoint")
+    state = load_file(weights)
     output = Path(config.export.output)
-    output.mkdir(parents=True, exist_ok=True)
     if config.export.form == "adapter":
         _write_adapter(output, state, model_config, trainable, adapter)
     else:
@@ -85,17 +91,21 @@ def _write_merged(
         model = adapted.merge_and_unload()
     else:
         _load_exactly(model, state)
+    output.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(output)
     copy_processor(Path(config.path), output)
 
 
 def _load_exactly(model: torch.nn.Module, state: dict[str, torch.Tensor]) -> None:
-    """Loads trained parameters; each must exist in the model (tied names count once)."""
+    """Loads trained parameters; each must exist in the model (tied names count once), and no adapter may stay empty."""
     unexpected = model.load_state_dict(state, strict=False).unexpected_keys
     if unexpected:
         raise ValueError(
             f"the checkpoint has parameters the model lacks: {', '.join(unexpected[:5])}; wrong base model?"
         )
+    missing = [name for name, _ in model.named_parameters() if "lora_" in name and name not in state]
+    if missing:
+        raise ValueError(f"the checkpoint lacks parameters that were trained: {', '.join(missing[:5])}")
 
 
 def _write_adapter(
@@ -116,6 +126,7 @@ def _write_adapter(
     settings.inference_mode = True
     if trainable.projector == "full":
         settings.modules_to_save = [name.rsplit(".", 1)[-1] for name in family.projector_modules]
+    output.mkdir(parents=True, exist_ok=True)
     settings.save_pretrained(str(output))
     # PEFT's names: no adapter name inside, and a prefix for its two wrappers.
     renamed = {f"base_model.model.{name.replace('.default.', '.')}": value for name, value in state.items()}

@@ -1,0 +1,182 @@
+"""Merged models and adapters load elsewhere and give the same logits. Run: python -m pytest tests/test_export.py
+
+Nothing is trained: a checkpoint is made by moving the trainable parameters at random, which exports like any other.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from bpo.checkpoint import _hash_files
+from bpo.config import Config, ExportConfig, LoraConfig, ModelConfig, TrainableConfig
+from bpo.config_io import to_tree
+from bpo.data.encode import Encoder
+from bpo.data.families import family_of
+from bpo.export import find_checkpoint, run_export
+from bpo.model.load import load_model
+from bpo.model.trainable import prepare_trainable
+from tests.sample_groups import encoder_of, turn
+from tests.tiny import tiny_llava
+
+LORA = LoraConfig(r=4, alpha=8, dropout=0.1)
+
+
+def perturbed(config: Config) -> Any:
+    """The prepared model with every trainable parameter moved."""
+    model = load_model(config.model)
+    prepare_trainable(model, family_of(model.config), config)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return model.eval()
+
+
+def write_checkpoint(run: Path, model: Any, config: Config) -> Path:
+    directory = run / "checkpoints" / "step-00000003"
+    directory.mkdir(parents=True)
+    state = {n: p.detach().clone().contiguous() for n, p in model.named_parameters() if p.requires_grad}
+    save_file(state, directory / "trainable.safetensors", metadata={"format": "pt"})
+    manifest = {"step": 3, "world_size": 2, "config": to_tree(config), "files": _hash_files(directory)}
+    (directory / "manifest.json").write_text(json.dumps(manifest))
+    (run / "checkpoints" / "latest").write_text(directory.name)
+    return directory
+
+
+class Trained:
+    """A run directory with a checkpoint, and the logits of its model."""
+
+    def __init__(self, base: Path, run: Path, encoder: Encoder, **sections: Any):
+        self.config = Config(model=ModelConfig(path=str(base), dtype="float32"), **{"lora": LORA, **sections})
+        self.base, self.run = base, run
+        prompt = encoder.encode_prompt("r", ["tall.png"], [turn(None, "What is this?")])
+        ids_1T = torch.tensor(prompt.prefix_ids)[None]
+        self.inputs = {"input_ids": ids_1T, **prompt.image_inputs, **encoder.family.generation_inputs(ids_1T)}
+        model = perturbed(self.config)
+        self.logits = self.logits_of(model)
+        self.checkpoint = write_checkpoint(run, model, self.config)
+
+    @torch.no_grad()
+    def logits_of(self, model: Any) -> torch.Tensor:
+        return model(**self.inputs).logits
+
+    def export(self, output: Path, form: str = "merged", checkpoint: Path | None = None) -> Path:
+        settings = ExportConfig(checkpoint=str(checkpoint or self.run), output=str(output), form=form)  # type: ignore[arg-type]
+        return run_export(Config(export=settings))
+
+
+@pytest.fixture(scope="module", params=["llava", "qwen"])
+def trained(request: pytest.FixtureRequest, photo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    base = request.getfixturevalue(f"tiny_{request.param}_dir")
+    return Trained(base, tmp_path_factory.mktemp("run"), encoder_of(base, photo_root))
+
+
+def auto_model(directory: Path) -> Any:
+    from transformers import AutoModelForImageTextToText
+
+    model, report = AutoModelForImageTextToText.from_pretrained(
+        directory, dtype=torch.float32, output_loading_info=True
+    )
+    assert not report["missing_keys"] and not report["unexpected_keys"], report
+    return model.eval()
+
+
+def test_the_checkpoint_differs_from_the_base(trained: Trained) -> None:
+    """What follows is worth something: a model that lost its training would not pass."""
+    assert float((trained.logits - trained.logits_of(auto_model(trained.base))).abs().max()) > 0.1
+
+
+def test_merged_directory_loads_alone_and_gives_the_same_logits(
+    trained: Trained, tmp_path: Path, photo_root: Path
+) -> None:
+    output = trained.export(tmp_path / "merged")
+    torch.testing.assert_close(trained.logits_of(auto_model(output)), trained.logits, atol=1e-4, rtol=0)
+    prompt = encoder_of(output, photo_root).encode_prompt("r", ["tall.png"], [turn(None, "What is this?")])
+    assert torch.equal(torch.tensor(prompt.prefix_ids)[None], trained.inputs["input_ids"])  # the processor came along
+    assert "lora" not in (output / "config.json").read_text()
+
+
+def test_adapter_loads_with_peft_and_gives_the_same_logits(trained: Trained, tmp_path: Path) -> None:
+    import peft
+
+    output = trained.export(tmp_path / "adapter", "adapter")
+    assert not (output / "model.safetensors").exists()
+    adapted = peft.PeftModel.from_pretrained(auto_model(trained.base), str(output)).eval()
+    torch.testing.assert_close(trained.logits_of(adapted), trained.logits, atol=1e-4, rtol=0)
+    settings = json.loads((output / "adapter_config.json").read_text())
+    assert (settings["r"], settings["lora_alpha"], settings["inference_mode"]) == (4, 8, True)
+
+
+def test_adapter_without_a_projector(tiny_llava_dir: Path, photo_root: Path, tmp_path: Path) -> None:
+    import peft
+
+    frozen = TrainableConfig(projector="frozen")
+    trained = Trained(tiny_llava_dir, tmp_path / "run", encoder_of(tiny_llava_dir, photo_root), trainable=frozen)
+    output = trained.export(tmp_path / "adapter", "adapter")
+    adapted = peft.PeftModel.from_pretrained(auto_model(tiny_llava_dir), str(output)).eval()
+    torch.testing.assert_close(trained.logits_of(adapted), trained.logits, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_full_fine_tuning_exports_merged_only(photo_root: Path, tmp_path: Path, tied: bool) -> None:
+    base = tiny_llava(tmp_path / "base", tie_word_embeddings=tied)
+    full = TrainableConfig(language="full", vision="full")
+    trained = Trained(base, tmp_path / "run", encoder_of(base, photo_root), trainable=full)
+    output = trained.export(tmp_path / "merged")
+    torch.testing.assert_close(trained.logits_of(auto_model(output)), trained.logits, atol=1e-4, rtol=0)
+    with pytest.raises(ValueError, match="export.form=adapter needs trainable.language=lora.*language=full"):
+        trained.export(tmp_path / "adapter", "adapter")
+    assert not (tmp_path / "adapter").exists()  # nothing half-written
+
+
+def test_a_checkpoint_by_its_own_path_and_a_model_that_moved(
+    trained: Trained, tmp_path: Path, photo_root: Path
+) -> None:
+    moved = tmp_path / "moved"
+    moved.symlink_to(trained.base)
+    settings = ExportConfig(checkpoint=str(trained.checkpoint), output=str(tmp_path / "merged"))
+    output = run_export(replace(Config(export=settings), model=ModelConfig(path=str(moved))))
+    torch.testing.assert_close(trained.logits_of(auto_model(output)), trained.logits, atol=1e-4, rtol=0)
+
+
+def test_missing_paths_say_what_to_give(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="export.checkpoint and export.output must both be given"):
+        run_export(Config())
+    with pytest.raises(ValueError, match="neither a checkpoint nor a run directory"):
+        find_checkpoint(tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "latest").write_text("step-00000009")
+    with pytest.raises(ValueError, match="step-00000009"):
+        find_checkpoint(tmp_path)
+
+
+def test_damaged_weights_are_not_exported(trained: Trained, tmp_path: Path) -> None:
+    import shutil
+
+    run = Path(shutil.copytree(trained.run, tmp_path / "run"))
+    weights = run / "checkpoints" / "step-00000003" / "trainable.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-2] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(ValueError, match="trainable.safetensors.*damaged"):
+        trained.export(tmp_path / "merged", checkpoint=run)
+
+
+def test_weights_of_another_model_or_of_part_of_it_are_refused(trained: Trained, tmp_path: Path) -> None:
+    model = perturbed(trained.config)
+    short = Config(model=trained.config.model, lora=replace(LORA, target=["q_proj"]))
+    write_checkpoint(tmp_path / "more", model, short)  # the checkpoint holds adapters that this configuration has not
+    with pytest.raises(ValueError, match="parameters the model lacks"):
+        trained.export(tmp_path / "a", checkpoint=tmp_path / "more")
+    partial = perturbed(short)
+    write_checkpoint(tmp_path / "less", partial, trained.config)
+    with pytest.raises(ValueError, match="lacks parameters that were trained"):
+        trained.export(tmp_path / "b", checkpoint=tmp_path / "less")
