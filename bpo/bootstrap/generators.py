@@ -136,9 +136,20 @@ def load_causal_lm(options: InjectConfig, device: torch.device) -> TransformersG
     dtype = "auto" if options.dtype == "config" else getattr(torch, options.dtype)
     logger.info("loading the text-only LLM %s", options.llm)
     tokenizer = AutoTokenizer.from_pretrained(options.llm, **gguf)
-    model = AutoModelForCausalLM.from_pretrained(options.llm, dtype=dtype, **gguf)
+    model = AutoModelForCausalLM.from_pretrained(options.llm, dtype=dtype, **gguf, **_dense_weights(bool(gguf)))
     name = f"{options.llm}/{options.gguf_file}" if gguf else options.llm
     return TransformersGenerator(model.to(device).eval(), tokenizer, options, name)
+
+
+def _dense_weights(is_gguf: bool) -> dict[str, Any]:
+    """Options that unpack GGUF weights as they load: left packed, every batch would unpack them again.
+
+    transformers releases without `GgufConfig` always unpack.
+    """
+    import transformers
+
+    config_class = getattr(transformers, "GgufConfig", None)
+    return {"quantization_config": config_class(dequantize=True)} if is_gguf and config_class else {}
 
 
 def _eos_ids(model: Any, tokenizer: Any) -> list[int]:

@@ -72,7 +72,8 @@ def run_bootstrap(config: Config, progress: bool = True) -> BootstrapSummary:
     if not ranks.is_main:
         reader.poll()
         return _rank_summary(config, len(annotations), reader, seconds)
-    _wait_for_all(reader, work, config.bootstrap.stall_timeout_s)
+    # Alone there is nobody to wait for.
+    _wait_for_all(reader, work, config.bootstrap.stall_timeout_s if ranks.world_size > 1 else 0.0)
     return merge(config, annotations, reader.outcomes, file.skipped, seconds)
 
 

@@ -99,14 +99,6 @@ def generate_ids(
             f"{len(prompts)} prompts, {len(seeds)} seeds and {len(max_new_tokens)} budgets; give one of each a record"
         )
     ids_BT, mask_BT = left_pad(prompts, pad_token_id)
-    processors = LogitsProcessorList()
-    if suppressed_token_ids:
-        processors.append(SuppressTokensLogitsProcessor(suppressed_token_ids, device=model.device))
-    if temperature > 0:
-        processors.append(TemperatureLogitsWarper(float(temperature)))
-        if top_p < 1:
-            processors.append(TopPLogitsWarper(top_p))
-        processors.append(GumbelNoise(seeds, model.device))
     budgets_B = torch.tensor(max_new_tokens, device=model.device)
     config = GenerationConfig(
         do_sample=False,
@@ -124,7 +116,7 @@ def generate_ids(
             input_ids=ids_BT.to(model.device),
             attention_mask=mask_BT.to(model.device),
             generation_config=config,
-            logits_processor=processors,
+            logits_processor=_processors(suppressed_token_ids, temperature, top_p, seeds, model.device),
             stopping_criteria=StoppingCriteriaList([TokenBudgets(ids_BT.shape[1], budgets_B)]),
             **_to_model(model_inputs or {}, model),
         )
@@ -132,6 +124,21 @@ def generate_ids(
         model.generation_config = own_config
     new_ids = output_BT[:, ids_BT.shape[1] :].tolist()
     return [_until_end(ids, set(eos_token_ids), budget) for ids, budget in zip(new_ids, max_new_tokens, strict=True)]
+
+
+def _processors(
+    suppressed_token_ids: Sequence[int], temperature: float, top_p: float, seeds: Sequence[int], device: torch.device
+) -> LogitsProcessorList:
+    """What stands between the model's scores and the greedy choice, in order."""
+    processors = LogitsProcessorList()
+    if suppressed_token_ids:
+        processors.append(SuppressTokensLogitsProcessor(suppressed_token_ids, device=device))
+    if temperature > 0:
+        processors.append(TemperatureLogitsWarper(float(temperature)))
+        if top_p < 1:
+            processors.append(TopPLogitsWarper(top_p))
+        processors.append(GumbelNoise(seeds, device))
+    return processors
 
 
 def _until_end(ids: list[int], eos_token_ids: set[int], budget: int) -> tuple[list[int], bool]:
