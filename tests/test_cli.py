@@ -1,0 +1,97 @@
+"""The `bpo` command. Run: python -m pytest tests/test_cli.py"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from bpo import __version__
+from bpo.cli import COMMANDS, main
+
+SEVEN = "demo bootstrap train evaluate export bench doctor".split()
+OPTIONS = {
+    "demo": ["--output", "--seeds"],
+    "bootstrap": ["--config", "--bootstrap.weaken.noise_step", "--bootstrap.inject.server_url", "--data.annotations"],
+    "train": ["--config", "--train.lr", "--train.ds_config", "--loss.beta", "--lora.r", "--trainable.vision"],
+    "evaluate": ["--config", "--evaluation.chair_instances", "--evaluation.pope_questions"],
+    "export": ["--config", "--export.checkpoint", "--export.form"],
+    "bench": ["--shapes", "--dtype", "--json"],
+    "doctor": ["bpo doctor"],
+}
+
+
+def run(*argv: str) -> int:
+    """The exit status, whether the command returns it or exits with it."""
+    try:
+        return main(list(argv))
+    except SystemExit as stop:
+        if isinstance(stop.code, str):  # the interpreter would print it
+            print(stop.code, file=sys.stderr)
+        return stop.code if isinstance(stop.code, int) else 1
+
+
+def test_help_lists_all_seven_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--help") == 0
+    text = capsys.readouterr().out
+    assert list(COMMANDS) == SEVEN
+    assert [name for name in SEVEN if f"\n  {name} " not in text] == []
+
+
+@pytest.mark.parametrize("command", SEVEN)
+def test_help_of_each_command_names_its_options(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(command, "--help") == 0
+    text = capsys.readouterr().out
+    assert [option for option in OPTIONS[command] if option not in text] == []
+
+
+def test_no_command_and_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run() == 2
+    assert run("trian") == 2
+    assert f"unknown command 'trian'; the commands are {', '.join(SEVEN)}" in capsys.readouterr().err
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--version") == 0
+    assert capsys.readouterr().out == f"bpo {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["export"], "export.checkpoint and export.output must both be given"),
+        (["export", "--export.checkpont", "x"], "did you mean `export.checkpoint`?"),
+        (["evaluate", "--evaluation.batch_size", "0"], "evaluation.batch_size is 0"),
+        (["bootstrap", "--config", "nowhere.yaml"], "nowhere.yaml: no such file"),
+        (["demo", "--seeds", "0"], "--seeds is 0"),
+        (["train", "--train.lr", "0"], "train.lr is 0"),
+    ],
+)
+def test_a_mistake_is_one_line_that_says_what_to_do(
+    argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(*argv) == 1
+    printed = capsys.readouterr().err
+    assert message in printed and "error: " in printed
+
+
+def test_no_traceback_reaches_the_user() -> None:
+    result = subprocess.run([sys.executable, "-m", "bpo.cli", "export"], capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert "bpo export: error: " in result.stderr and "Traceback" not in result.stderr
+
+
+def test_an_error_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(argv: list[str]) -> int:
+        raise KeyError("a bug")
+
+    monkeypatch.setitem(COMMANDS, "doctor", broken)
+    with pytest.raises(KeyError, match="a bug"):
+        main(["doctor"])
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    code = "import sys; from bpo.cli import main; main(['--help']); print('torch' in sys.modules, file=sys.stderr)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stderr.strip() == "False"

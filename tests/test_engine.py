@@ -1,0 +1,70 @@
+"""The parts of the engine that need no process group. Run: python -m pytest tests/test_engine.py"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from bpo.config import Config, TrainConfig
+from bpo.engine import _CONFIG_OWNED, deepspeed_config, find_ds_config, learning_rate_factor
+
+
+def factors(steps: int, warmup: float, schedule: str) -> list[float]:
+    return [learning_rate_factor(step, steps, warmup, schedule) for step in range(steps)]
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+@pytest.mark.parametrize("warmup", [0.0, 0.03, 0.5])
+@pytest.mark.parametrize("steps", [1, 7, 100])
+def test_schedule_warms_up_peaks_once_and_never_gives_0(steps: int, warmup: float, schedule: str) -> None:
+    values = factors(steps, warmup, schedule)
+    peak = values.index(max(values))
+    assert all(0 < value <= 1 for value in values)
+    assert values[: peak + 1] == sorted(values[: peak + 1]) and values[peak:] == sorted(values[peak:], reverse=True)
+    assert peak <= -(-warmup * steps // 1) and (max(values) == 1 or steps == 1)
+
+
+def test_schedule_values() -> None:
+    assert factors(4, 0.0, "cosine") == pytest.approx([1, 0.853553, 0.5, 0.146447], abs=1e-6)
+    assert factors(4, 0.0, "linear") == [1, 0.75, 0.5, 0.25]
+    assert factors(4, 0.5, "constant") == pytest.approx([1 / 3, 2 / 3, 1, 1])
+
+
+def test_shipped_files_are_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = find_ds_config("ds_configs/zero3.json")
+    assert json.loads(path.read_text())["zero_optimization"]["stage"] == 3
+    with pytest.raises(ValueError, match="zero9.json: no such file; shipped: ds_configs/zero1.json, .*zero3_offload"):
+        find_ds_config("ds_configs/zero9.json")
+    (tmp_path / "ds_configs").mkdir()
+    (tmp_path / "ds_configs" / "zero3.json").write_text("{}")  # the user's own file wins
+    assert find_ds_config("ds_configs/zero3.json").read_text() == "{}"
+
+
+def settings_of(path: Path, tree: dict, dtype: torch.dtype = torch.bfloat16) -> dict:
+    path.write_text(json.dumps(tree))
+    return deepspeed_config(Config(train=TrainConfig(ds_config=str(path), max_grad_norm=0.5)), dtype, 3)
+
+
+def test_the_file_is_completed_from_the_configuration(tmp_path: Path) -> None:
+    settings = settings_of(tmp_path / "ds.json", {"zero_optimization": {"stage": 2}})
+    assert settings["zero_optimization"] == {"stage": 2}
+    assert (settings["gradient_clipping"], settings["gradient_accumulation_steps"]) == (0.5, 3)
+    assert settings["bf16"] == {"enabled": True} and settings["fp16"] == {"enabled": False}
+    in_float32 = settings_of(tmp_path / "ds.json", {}, torch.float32)
+    assert in_float32["bf16"] == in_float32["fp16"] == {"enabled": False}
+
+
+@pytest.mark.parametrize("key", _CONFIG_OWNED)
+def test_a_key_that_the_configuration_owns_is_refused(tmp_path: Path, key: str) -> None:
+    with pytest.raises(ValueError, match=rf"ds\.json: `{key}` is set here and by (train|model)\."):
+        settings_of(tmp_path / "ds.json", {key: 1})
+
+
+def test_a_file_that_is_no_json_is_named(tmp_path: Path) -> None:
+    (tmp_path / "ds.json").write_text("{stage: 3}")
+    with pytest.raises(ValueError, match=r"ds\.json: not valid JSON"):
+        deepspeed_config(Config(train=TrainConfig(ds_config=str(tmp_path / "ds.json"))), torch.float32, 1)
