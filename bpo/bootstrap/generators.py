@@ -7,19 +7,23 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
-from bpo.bootstrap.inject import InjectionRequest, as_plain_text
+from bpo.bootstrap.inject import InjectionRequest, Message, as_plain_text
 from bpo.config import InjectConfig
 from bpo.data.encode import Encoder, EncodingError
-from bpo.model.generate import generate_ids, generate_prompts
+from bpo.model.generate import CachedPrefix, cache_prefix, generate_ids, generate_prompts
 from bpo.records import ContentPart, Turn
 
 logger = logging.getLogger(__name__)
+
+# Below this a cached prefix saves less than its bookkeeping.
+_MIN_PREFIX_TOKENS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +54,8 @@ class TextGenerator(Protocol):
 class TransformersGenerator:
     """A causal LM in memory: batched, left-padded, sampled by each request's own seed.
 
-    A model with a chat template gets the worked examples as turns; one without continues a plain text.
+    A model with a chat template gets the worked examples as turns; one without continues a plain text. Instruction and
+    examples, most of every prompt, go through the model once and their keys and values are used again.
 
     Args:
         model: From `AutoModelForCausalLM`, in eval mode.
@@ -66,8 +71,20 @@ class TransformersGenerator:
         self._control = {str(token): index for index, token in added.items() if token.special}
         self._control |= dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
         self._suppressed = sorted(set(self._control.values()) - set(self._eos_ids))
+        self._prefixes: dict[tuple[Message, ...], CachedPrefix | None] = {}
 
     def reply(self, requests: Sequence[InjectionRequest]) -> list[Reply]:
+        by_prefix: dict[int, tuple[CachedPrefix | None, list[int]]] = {}
+        for index, request in enumerate(requests):
+            prefix = self._prefix(request)
+            by_prefix.setdefault(id(prefix), (prefix, []))[1].append(index)
+        replies: dict[int, Reply] = {}
+        for prefix, indices in by_prefix.values():
+            answers = self._generate([requests[index] for index in indices], prefix)
+            replies |= zip(indices, answers, strict=True)
+        return [replies[index] for index in range(len(requests))]
+
+    def _generate(self, requests: Sequence[InjectionRequest], prefix: CachedPrefix | None) -> list[Reply]:
         answers = generate_ids(
             self.model,
             [self.encode(request) for request in requests],
@@ -78,8 +95,23 @@ class TransformersGenerator:
             temperature=self.options.temperature,
             top_p=self.options.top_p,
             seeds=[request.seed for request in requests],
+            prefix=prefix,
         )
         return [Reply(self.tokenizer.decode(ids, skip_special_tokens=True), ended) for ids, ended in answers]
+
+    def _prefix(self, request: InjectionRequest) -> CachedPrefix | None:
+        """Keys and values of what all requests with these examples begin with, where this one does."""
+        examples = request.messages[:-1]
+        if examples not in self._prefixes:
+            # Two requests that differ from their first character on: what they share is the examples.
+            one, other = (
+                self.encode(replace(request, messages=(*examples, Message("user", text)))) for text in ("A", "0")
+            )
+            shared = [a for a, b in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))]
+            worth_it = len(shared) >= _MIN_PREFIX_TOKENS
+            self._prefixes[examples] = cache_prefix(self.model, shared) if worth_it else None
+        prefix = self._prefixes[examples]
+        return prefix if prefix is not None and prefix.begins(self.encode(request)) else None
 
     def encode(self, request: InjectionRequest) -> list[int]:
         """Token ids of a request; a control token spelled in somebody's text loses its brackets."""

@@ -5,11 +5,14 @@ Shape letters: B records, T padded prompt tokens, V vocabulary.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import (
+    DynamicCache,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
@@ -19,6 +22,7 @@ from transformers import (
     TemperatureLogitsWarper,
     TopPLogitsWarper,
 )
+from transformers.cache_utils import DynamicLayer
 
 if TYPE_CHECKING:
     from bpo.data.encode import EncodedPrompt, Encoder
@@ -54,6 +58,31 @@ class TokenBudgets(StoppingCriteria):
         return input_ids.shape[1] - self.prompt_length_tokens >= self.budgets_B  # type: ignore[return-value]
 
 
+@dataclass(frozen=True, slots=True)
+class CachedPrefix:
+    """Tokens with which several prompts begin, and the keys and values a model computed for them once."""
+
+    ids: tuple[int, ...]
+    cache: DynamicCache
+
+    def begins(self, prompt: Sequence[int]) -> bool:
+        return len(prompt) > len(self.ids) and tuple(prompt[: len(self.ids)]) == self.ids
+
+    def repeated(self, num_records: int) -> DynamicCache:
+        cache = copy.deepcopy(self.cache)
+        cache.batch_repeat_interleave(num_records)
+        return cache
+
+
+@torch.inference_mode()
+def cache_prefix(model: Any, ids: Sequence[int]) -> CachedPrefix | None:
+    """Runs a text model over `ids` once; None where its state is no plain key-value cache (recurrent or windowed)."""
+    ids_1T = torch.tensor([list(ids)], device=model.device)
+    cache = model(input_ids=ids_1T, use_cache=True, logits_to_keep=1).past_key_values
+    plain = type(cache) is DynamicCache and all(type(layer) is DynamicLayer for layer in cache.layers)
+    return CachedPrefix(tuple(ids), cache) if plain else None
+
+
 def left_pad(sequences: Sequence[Sequence[int]], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids [B, T] that end together, and the mask [B, T] that is 0 on the padding."""
     length = max(len(ids) for ids in sequences)
@@ -63,6 +92,18 @@ def left_pad(sequences: Sequence[Sequence[int]], pad_token_id: int) -> tuple[tor
         ids_BT[row, length - len(ids) :] = torch.tensor(ids, dtype=torch.long)
         mask_BT[row, length - len(ids) :] = 1
     return ids_BT, mask_BT
+
+
+def _pad_after(
+    prefix: CachedPrefix, prompts: Sequence[Sequence[int]], pad_token_id: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`left_pad` with the padding between the common prefix and the rest of each prompt."""
+    for prompt in prompts:
+        if not prefix.begins(prompt):
+            raise ValueError(f"a prompt of {len(prompt)} tokens does not begin with the {len(prefix.ids)} cached ones")
+    rest_BT, mask_BT = left_pad([prompt[len(prefix.ids) :] for prompt in prompts], pad_token_id)
+    prefix_BT = torch.tensor([prefix.ids]).expand(len(prompts), -1)
+    return torch.cat([prefix_BT, rest_BT], dim=1), torch.cat([torch.ones_like(prefix_BT), mask_BT], dim=1)
 
 
 @torch.inference_mode()
@@ -78,6 +119,7 @@ def generate_ids(
     top_p: float,
     seeds: Sequence[int],
     model_inputs: dict[str, torch.Tensor] | None = None,
+    prefix: CachedPrefix | None = None,
 ) -> list[tuple[list[int], bool]]:
     """Generates one batch.
 
@@ -90,6 +132,7 @@ def generate_ids(
         top_p: Smallest set of tokens with this probability, after temperature.
         seeds: One a record.
         model_inputs: Further inputs, such as the images of the whole batch.
+        prefix: What all prompts begin with, computed before; padding then stands behind it.
 
     Returns:
         For each record its new tokens without EOS, and whether it ended by EOS (not by its budget).
@@ -98,7 +141,8 @@ def generate_ids(
         raise ValueError(
             f"{len(prompts)} prompts, {len(seeds)} seeds and {len(max_new_tokens)} budgets; give one of each a record"
         )
-    ids_BT, mask_BT = left_pad(prompts, pad_token_id)
+    ids_BT, mask_BT = left_pad(prompts, pad_token_id) if prefix is None else _pad_after(prefix, prompts, pad_token_id)
+    cached = {} if prefix is None else {"past_key_values": prefix.repeated(len(prompts))}
     budgets_B = torch.tensor(max_new_tokens, device=model.device)
     config = GenerationConfig(
         do_sample=False,
@@ -118,6 +162,7 @@ def generate_ids(
             generation_config=config,
             logits_processor=_processors(suppressed_token_ids, temperature, top_p, seeds, model.device),
             stopping_criteria=StoppingCriteriaList([TokenBudgets(ids_BT.shape[1], budgets_B)]),
+            **cached,
             **_to_model(model_inputs or {}, model),
         )
     finally:

@@ -105,3 +105,24 @@ def test_a_real_llm_injects_errors() -> None:
         text, went_on = clean_rewriting(reply.text, annotation.response)
         reasons.append(refusal(text, annotation.response, max_words=350, finished=reply.finished or went_on))
     assert reasons.count(None) >= 2, reasons
+
+
+def test_a_cached_prefix_changes_nothing_but_the_work(
+    llm: TransformersGenerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Worked examples go through the model once; replies are those of whole prompts."""
+    turn = Turn("user", (ContentPart("text", "How many?"),))
+    annotations = [Annotation(f"{i}", (), (turn,), "some things " * (i + 1)) for i in range(4)]
+    requests = [build_request(a, ("qa", "description")[i % 2], 12, i) for i, a in enumerate(annotations)]
+    seen_tokens: list[int] = []
+    forward = llm.model.forward
+    monkeypatch.setattr(
+        llm.model, "forward", lambda *a, **k: seen_tokens.append(k["input_ids"].numel()) or forward(*a, **k)
+    )
+    with_cache = llm.reply(requests)
+    tokens_with_cache = sum(seen_tokens)
+    assert llm.reply(requests) == with_cache  # the cache was not written to
+    seen_tokens.clear()
+    monkeypatch.setattr(llm, "_prefix", lambda request: None)
+    assert llm.reply(requests) == with_cache
+    assert tokens_with_cache < 0.7 * sum(seen_tokens)
