@@ -6,7 +6,8 @@ Shape letters: B records, T padded prompt tokens, V vocabulary.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -50,9 +51,9 @@ class GumbelNoise(LogitsProcessor):
 class TokenBudgets(StoppingCriteria):
     """Ends each record at its own number of new tokens."""
 
-    def __init__(self, prompt_length_tokens: int, budgets_B: torch.Tensor):
+    def __init__(self, prompt_length_tokens: int, budgets: Sequence[int], device: torch.device):
         self.prompt_length_tokens = prompt_length_tokens
-        self.budgets_B = budgets_B
+        self.budgets_B = torch.tensor(budgets, device=device)
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> torch.BoolTensor:
         return input_ids.shape[1] - self.prompt_length_tokens >= self.budgets_B  # type: ignore[return-value]
@@ -143,7 +144,6 @@ def generate_ids(
         )
     ids_BT, mask_BT = left_pad(prompts, pad_token_id) if prefix is None else _pad_after(prefix, prompts, pad_token_id)
     cached = {} if prefix is None else {"past_key_values": prefix.repeated(len(prompts))}
-    budgets_B = torch.tensor(max_new_tokens, device=model.device)
     config = GenerationConfig(
         do_sample=False,
         num_beams=1,
@@ -152,23 +152,32 @@ def generate_ids(
         pad_token_id=pad_token_id,
         use_cache=True,
     )
-    # transformers fills what the config leaves open from the model's own (Qwen2.5-VL asks for a repetition penalty,
-    # which would change the distribution that is sampled), so the model's is set aside.
-    own_config, model.generation_config = model.generation_config, config
-    try:
+    with _own_settings_aside(model, config):
         output_BT = model.generate(
             input_ids=ids_BT.to(model.device),
             attention_mask=mask_BT.to(model.device),
             generation_config=config,
             logits_processor=_processors(suppressed_token_ids, temperature, top_p, seeds, model.device),
-            stopping_criteria=StoppingCriteriaList([TokenBudgets(ids_BT.shape[1], budgets_B)]),
+            stopping_criteria=StoppingCriteriaList([TokenBudgets(ids_BT.shape[1], max_new_tokens, model.device)]),
             **cached,
             **_to_model(model_inputs or {}, model),
         )
+    new_ids = zip(output_BT[:, ids_BT.shape[1] :].tolist(), max_new_tokens, strict=True)
+    return [_until_end(ids, set(eos_token_ids), budget) for ids, budget in new_ids]
+
+
+@contextmanager
+def _own_settings_aside(model: Any, config: GenerationConfig) -> Iterator[None]:
+    """Generates by `config` alone.
+
+    transformers fills what a config leaves open from the model's own: Qwen2.5-VL asks for a repetition penalty there,
+    which would change the distribution that is sampled.
+    """
+    own_config, model.generation_config = model.generation_config, config
+    try:
+        yield
     finally:
         model.generation_config = own_config
-    new_ids = output_BT[:, ids_BT.shape[1] :].tolist()
-    return [_until_end(ids, set(eos_token_ids), budget) for ids, budget in zip(new_ids, max_new_tokens, strict=True)]
 
 
 def _processors(
