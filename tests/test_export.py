@@ -111,6 +111,9 @@ def test_adapter_loads_with_peft_and_gives_the_same_logits(trained: Trained, tmp
     assert not (output / "model.safetensors").exists()
     adapted = peft.PeftModel.from_pretrained(auto_model(trained.base), str(output)).eval()
     torch.testing.assert_close(trained.logits_of(adapted), trained.logits, atol=1e-4, rtol=0)
+    with adapted.disable_adapter():  # the projector belongs to the adapter too
+        base_logits = trained.logits_of(auto_model(trained.base))
+        torch.testing.assert_close(trained.logits_of(adapted), base_logits, atol=1e-4, rtol=0)
     settings = json.loads((output / "adapter_config.json").read_text())
     assert (settings["r"], settings["lora_alpha"], settings["inference_mode"]) == (4, 8, True)
 
