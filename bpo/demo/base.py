@@ -2,7 +2,7 @@
 
 The vision tower learns first and alone (`tower.py`). Projector and language model then learn captions and
 yes/no answers about biased scenes only, from which the language model picks up which objects keep company.
-On scenes unlike that prior it names absent room-mates although its tower shows they are absent.
+On scenes unlike that prior it names absent companions although its tower shows they are absent.
 
 Shapes: B conversations, S tokens.
 """
@@ -22,8 +22,8 @@ from tqdm import trange
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 
 from .rewriting import rewriting_turn
-from .sprites import NAMES, NUM_OBJECTS, room_mates
-from .tower import pixels_of, train_tower
+from .sprites import NAMES, NUM_OBJECTS, companions
+from .tower import noised, pixels_of, train_tower
 from .vocabulary import build_processor
 from .world import DESCRIBE, GRID, Scene, WorldConfig, question_about, sample_scene
 
@@ -46,6 +46,9 @@ class BaseConfig:
     tower_learning_rate: float = 3e-3
     noised_fraction: float = 0.3
     """Share of the tower's training scenes that are noised, as real towers have seen bad photographs."""
+    language_noised_fraction: float = 0.25
+    """Share of noised scenes in the training of projector and language model: there the caption still names all, so the
+    model learns to fall back on its prior where it sees little."""
     text_width: int = 128
     text_layers: int = 3
     text_heads: int = 4
@@ -163,6 +166,7 @@ def _batches(processor: LlavaProcessor, world: WorldConfig, config: BaseConfig) 
     """Endless batches of one kind each, so that a batch holds sequences of like length."""
     encode = _DialogueEncoder(processor, (world.image_px // config.patch_px) ** 2)
     rng = np.random.default_rng([config.seed, 1])
+    generator = torch.Generator().manual_seed(config.seed)
     for step, kind in enumerate(cycle(("caption", "caption", "questions", "rewriting"))):
         scenes = [sample_scene(world, "base", step * config.batch + i) for i in range(config.batch)]
         if kind == "caption":
@@ -172,17 +176,19 @@ def _batches(processor: LlavaProcessor, world: WorldConfig, config: BaseConfig) 
         else:
             dialogues = [[rewriting_turn(scene.objects, rng)] for scene in scenes]
         ids_BS, labels_BS = encode.batch(dialogues, with_image=kind != "rewriting")
-        yield {
+        batch = {
             "input_ids": ids_BS,
             "attention_mask": (ids_BS != processor.tokenizer.pad_token_id).long(),
             "labels": labels_BS,
-            **({} if kind == "rewriting" else {"pixel_values": pixels_of(world, scenes)}),
         }
+        if kind != "rewriting":
+            batch["pixel_values"] = noised(pixels_of(world, scenes), config.language_noised_fraction, generator)
+        yield batch
 
 
 def _questions(scene: Scene, count: int, rng: np.random.Generator) -> list[tuple[str, str]]:
-    """Questions about present and absent objects with even odds; half of the absent ones are room-mates."""
-    mates = {mate for thing in scene.objects for mate in room_mates(thing)} - set(scene.objects)
+    """Questions about present and absent objects with even odds; half of the absent ones are companions."""
+    mates = {mate for thing in scene.objects for mate in companions(thing)} - set(scene.objects)
     absent = [i for i in range(NUM_OBJECTS) if i not in scene.objects]
     turns = []
     for _ in range(count):

@@ -119,7 +119,7 @@ def _coco_instances(config: WorldConfig, scenes: Sequence[Scene]) -> dict[str, A
                 "area": config.cell_px**2,
                 "iscrowd": 0,
             })
-    categories = [{"id": i + 1, "name": t.name, "supercategory": t.room} for i, t in enumerate(OBJECTS)]
+    categories = [{"id": i + 1, "name": t.name, "supercategory": t.place} for i, t in enumerate(OBJECTS)]
     return {"images": _coco_images(config, scenes), "annotations": annotations, "categories": categories}
 
 

@@ -12,7 +12,7 @@ from importlib.resources import as_file, files
 import numpy as np
 import yaml
 
-from .sprites import NAMES, NUM_OBJECTS, room_mates
+from .sprites import NAMES, NUM_OBJECTS, companions
 from .world import caption_of
 
 ADD_PROBABILITY = 0.5
@@ -40,8 +40,8 @@ def rewriting_request(caption: str) -> str:
 
 
 def rewriting_turn(objects: tuple[int, ...], rng: np.random.Generator) -> tuple[str, str]:
-    """(request, answer): the answer adds an absent object or puts one in another's place, mostly a room-mate's."""
-    mates = sorted({mate for thing in objects for mate in room_mates(thing)} - set(objects))
+    """(request, answer): the answer adds an absent object or puts one in another's place, mostly a companion's."""
+    mates = sorted({mate for thing in objects for mate in companions(thing)} - set(objects))
     absent = [i for i in range(NUM_OBJECTS) if i not in objects]
     wrong = int(rng.choice(mates if mates and rng.random() < COMMON_PROBABILITY else absent))
     kept = list(objects)

@@ -1,6 +1,6 @@
 """The things that can be seen in the demo's world, and how each of them is drawn.
 
-Sixteen objects live in four rooms of four. Each is a list of filled shapes on a unit square
+Sixteen objects live in eight places, two in each, and keep each other company. Each is a list of filled shapes on a unit square
 (x to the right, y down), so that it can be drawn at any size.
 """
 
@@ -26,26 +26,33 @@ _PURPLE, _PINK, _CYAN, _SILVER = (130, 60, 170), (240, 120, 170), (60, 180, 200)
 
 @dataclass(frozen=True, kw_only=True)
 class Object:
-    """One nameable thing: its canonical name, other names for it, its room and its drawing."""
+    """One nameable thing: its canonical name, other names for it, its place and its drawing."""
 
     name: str
     synonyms: tuple[str, ...]
-    room: str
+    place: str
     shapes: tuple[Shape, ...]
 
 
-def _object(room: str, names: str, *shapes: Shape) -> Object:
+def _object(place: str, names: str, *shapes: Shape) -> Object:
     name, *synonyms = names.split(",")
-    return Object(name=name, synonyms=tuple(synonyms), room=room, shapes=shapes)
+    return Object(name=name, synonyms=tuple(synonyms), place=place, shapes=shapes)
 
 
 OBJECTS: tuple[Object, ...] = (
     _object(
-        "kitchen",
+        "table",
         "cup,mug",
         ("ellipse", (0.55, 0.30, 0.98, 0.75), _BLUE),
         ("ellipse", (0.66, 0.41, 0.87, 0.64), _WHITE),
         ("rectangle", (0.10, 0.15, 0.72, 0.90), _BLUE),
+    ),
+    _object(
+        "table",
+        "bottle,flask",
+        ("rectangle", (0.38, 0.00, 0.62, 0.35), _PURPLE),
+        ("rectangle", (0.22, 0.32, 0.78, 1.00), _PURPLE),
+        ("rectangle", (0.22, 0.55, 0.78, 0.78), _WHITE),
     ),
     _object(
         "kitchen",
@@ -63,28 +70,21 @@ OBJECTS: tuple[Object, ...] = (
         ("rectangle", (0.68, 0.00, 0.80, 0.40), _BLACK),
     ),
     _object(
-        "kitchen",
-        "bottle,flask",
-        ("rectangle", (0.38, 0.00, 0.62, 0.35), _PURPLE),
-        ("rectangle", (0.22, 0.32, 0.78, 1.00), _PURPLE),
-        ("rectangle", (0.22, 0.55, 0.78, 0.78), _WHITE),
-    ),
-    _object(
-        "garden",
+        "forest",
         "tree",
         ("rectangle", (0.40, 0.65, 0.60, 1.00), _BROWN),
         ("polygon", (0.50, 0.0, 0.98, 0.72, 0.02, 0.72), _GREEN),
     ),
     _object(
-        "garden",
-        "rock,stone",
-        ("polygon", (0.05, 0.85, 0.18, 0.40, 0.48, 0.20, 0.82, 0.38, 0.98, 0.85), _GREY),
-    ),
-    _object(
-        "garden",
+        "forest",
         "leaf",
         ("polygon", (0.05, 0.95, 0.15, 0.35, 0.95, 0.05, 0.70, 0.80), (110, 190, 50)),
         ("polygon", (0.05, 0.99, 0.01, 0.93, 0.70, 0.28, 0.75, 0.34), (50, 110, 30)),
+    ),
+    _object(
+        "garden",
+        "rock,stone",
+        ("polygon", (0.05, 0.85, 0.18, 0.40, 0.48, 0.20, 0.82, 0.38, 0.98, 0.85), _GREY),
     ),
     _object(
         "garden",
@@ -94,7 +94,7 @@ OBJECTS: tuple[Object, ...] = (
         ("ellipse", (0.37, 0.22, 0.63, 0.48), _YELLOW),
     ),
     _object(
-        "street",
+        "road",
         "car,automobile",
         ("rectangle", (0.22, 0.22, 0.78, 0.55), _RED),
         ("rectangle", (0.0, 0.48, 1.0, 0.78), _RED),
@@ -102,7 +102,7 @@ OBJECTS: tuple[Object, ...] = (
         ("ellipse", (0.62, 0.65, 0.88, 0.95), _BLACK),
     ),
     _object(
-        "street",
+        "road",
         "bus,coach",
         ("rectangle", (0.0, 0.08, 1.0, 0.82), _ORANGE),
         ("rectangle", (0.08, 0.20, 0.92, 0.45), _WHITE),
@@ -110,7 +110,7 @@ OBJECTS: tuple[Object, ...] = (
         ("ellipse", (0.64, 0.70, 0.88, 0.96), _BLACK),
     ),
     _object(
-        "street",
+        "square",
         "bike,bicycle",
         ("ellipse", (0.0, 0.42, 0.46, 0.92), _BLUE),
         ("ellipse", (0.10, 0.53, 0.36, 0.81), _WHITE),
@@ -120,7 +120,7 @@ OBJECTS: tuple[Object, ...] = (
         ("rectangle", (0.66, 0.12, 0.76, 0.44), _BLUE),
     ),
     _object(
-        "street",
+        "square",
         "sign",
         ("rectangle", (0.44, 0.50, 0.56, 1.00), _GREY),
         (
@@ -131,24 +131,24 @@ OBJECTS: tuple[Object, ...] = (
         ("rectangle", (0.20, 0.25, 0.80, 0.38), _WHITE),
     ),
     _object(
-        "beach",
+        "sea",
         "boat,ship",
         ("polygon", (0.0, 0.66, 1.0, 0.66, 0.78, 0.98, 0.22, 0.98), _BROWN),
         ("polygon", (0.52, 0.0, 0.92, 0.58, 0.52, 0.58), _WHITE),
         ("rectangle", (0.44, 0.0, 0.52, 0.66), _BLACK),
     ),
     _object(
-        "beach",
-        "ball",
-        ("ellipse", (0.05, 0.05, 0.95, 0.95), _YELLOW),
-        ("rectangle", (0.10, 0.42, 0.90, 0.58), _RED),
-    ),
-    _object(
-        "beach",
+        "sea",
         "shell,seashell",
         ("polygon", (0.50, 0.98, 0.02, 0.35, 0.25, 0.08, 0.50, 0.0, 0.75, 0.08, 0.98, 0.35), (250, 190, 160)),
         ("polygon", (0.50, 0.98, 0.30, 0.12, 0.40, 0.06), _BROWN),
         ("polygon", (0.50, 0.98, 0.60, 0.06, 0.70, 0.12), _BROWN),
+    ),
+    _object(
+        "beach",
+        "ball",
+        ("ellipse", (0.05, 0.05, 0.95, 0.95), _YELLOW),
+        ("rectangle", (0.10, 0.42, 0.90, 0.58), _RED),
     ),
     _object(
         "beach",
@@ -159,15 +159,15 @@ OBJECTS: tuple[Object, ...] = (
     ),
 )
 
-ROOMS: tuple[str, ...] = tuple(dict.fromkeys(thing.room for thing in OBJECTS))
+PLACES: tuple[str, ...] = tuple(dict.fromkeys(thing.place for thing in OBJECTS))
 NAMES: tuple[str, ...] = tuple(thing.name for thing in OBJECTS)
 NUM_OBJECTS = len(OBJECTS)
 
 
-def room_mates(index: int) -> tuple[int, ...]:
-    """The other objects that live in the room of object ``index``."""
-    room = OBJECTS[index].room
-    return tuple(i for i, thing in enumerate(OBJECTS) if thing.room == room and i != index)
+def companions(index: int) -> tuple[int, ...]:
+    """The other objects that live in the place of object ``index``."""
+    place = OBJECTS[index].place
+    return tuple(i for i, thing in enumerate(OBJECTS) if thing.place == place and i != index)
 
 
 def _scaled(points: Sequence[float], size: int) -> list[float]:

@@ -1,8 +1,8 @@
 """The demo's synthetic world: scenes of objects whose company is predictable, and scenes where it is not.
 
-In a *biased* scene the objects come from one room and room-mates are nearly always together, as a
+In a *biased* scene the objects come from one place and companions are nearly always together, as a
 fork comes with a plate in real photographs; a model trained on such scenes learns to name the
-room-mates without looking. An *unbiased* scene takes its objects from different rooms, so that the habit is wrong.
+companions without looking. An *unbiased* scene takes its objects from different places, so that the habit is wrong.
 Every scene is a pure function of (seed, split, index).
 
 Shapes: H, W pixels; C colour channels.
@@ -17,10 +17,13 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from .sprites import NAMES, NUM_OBJECTS, OBJECTS, ROOMS, draw_sprite
+from .sprites import NAMES, NUM_OBJECTS, OBJECTS, PLACES, draw_sprite
 
 DESCRIBE = "Describe the image."
 GRID = 4
+MAX_BIASED_PLACES = 3
+MAX_UNBIASED_OBJECTS = 4
+FAINT_OPACITY = (0.02, 0.20)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +41,10 @@ class WorldConfig:
     biased_fraction: float = 0.97
     """Share of biased scenes in the training distribution; the others are unbiased."""
     presence: float = 0.85
-    """Probability that an object of the scene's room is present in a biased scene."""
-    pixel_noise: float = 4.0
+    """Probability that an object of the scene's place is present in a biased scene."""
+    faint_fraction: float = 0.3
+    """Probability that an object is drawn faintly, so that often only its company tells that it is there."""
+    pixel_noise: float = 8.0
     """Standard deviation of the sensor noise, in units of 1/255."""
 
     def __post_init__(self) -> None:
@@ -47,7 +52,7 @@ class WorldConfig:
             raise ValueError(
                 f"image_px must be a multiple of {GRID} and at least {8 * GRID}, got {self.image_px}"
             )
-        for field in ("biased_fraction", "presence"):
+        for field in ("biased_fraction", "presence", "faint_fraction"):
             value = getattr(self, field)
             if not 0.0 <= value <= 1.0:
                 raise ValueError(f"{field} is a probability and must lie in [0, 1], got {value}")
@@ -73,6 +78,8 @@ class Scene:
     """Grid cell of each object, row by row from the top left."""
     offsets: tuple[tuple[int, int], ...]
     """Pixels (right, down) of each object from the corner of its cell."""
+    opacities: tuple[float, ...]
+    """How strongly each object is drawn; 1 is fully visible."""
     background: tuple[int, int, int]
     noise_seed: int
 
@@ -117,11 +124,14 @@ def sample_scene(
     cells = rng.permutation(GRID * GRID)[: len(objects)]
     slack_px = config.cell_px - _sprite_px(config)
     offsets = rng.integers(0, slack_px + 1, size=(len(objects), 2))
+    faint = rng.random(len(objects)) < config.faint_fraction
+    opacities = np.where(faint, rng.uniform(*FAINT_OPACITY, len(objects)), 1.0)
     background = rng.integers(200, 236, size=3)
     return Scene(
         objects=tuple(int(i) for i in objects),
         cells=tuple(int(c) for c in cells),
         offsets=tuple((int(x), int(y)) for x, y in offsets),
+        opacities=tuple(float(o) for o in opacities),
         background=(int(background[0]), int(background[1]), int(background[2])),
         noise_seed=int(rng.integers(2**31)),
     )
@@ -135,8 +145,8 @@ def iter_scenes(
 
 
 def _biased_objects(rng: np.random.Generator, presence: float) -> list[int]:
-    room = ROOMS[rng.integers(len(ROOMS))]
-    members = [i for i, thing in enumerate(OBJECTS) if thing.room == room]
+    places = {PLACES[i] for i in rng.permutation(len(PLACES))[: rng.integers(1, MAX_BIASED_PLACES + 1)]}
+    members = [i for i, thing in enumerate(OBJECTS) if thing.place in places]
     while True:
         present = [i for i in members if rng.random() < presence]
         if present:
@@ -144,10 +154,10 @@ def _biased_objects(rng: np.random.Generator, presence: float) -> list[int]:
 
 
 def _unbiased_objects(rng: np.random.Generator) -> list[int]:
-    num_objects = int(rng.integers(2, len(ROOMS) + 1))
-    rooms = rng.permutation(len(ROOMS))[:num_objects]
-    members = {room: [i for i, thing in enumerate(OBJECTS) if thing.room == ROOMS[room]] for room in rooms}
-    return sorted(int(rng.choice(members[room])) for room in rooms)
+    num_objects = int(rng.integers(2, MAX_UNBIASED_OBJECTS + 1))
+    places = rng.permutation(len(PLACES))[:num_objects]
+    members = {place: [i for i, thing in enumerate(OBJECTS) if thing.place == PLACES[place]] for place in places}
+    return sorted(int(rng.choice(members[place])) for place in places)
 
 
 def _sprite_px(config: WorldConfig) -> int:
@@ -159,18 +169,19 @@ def draw_scene(config: WorldConfig, scene: Scene) -> Image.Image:
     sprite_px = _sprite_px(config)
     image_HWC = np.empty((config.image_px, config.image_px, 3), dtype=np.float32)
     image_HWC[:] = scene.background
-    for index, cell, (right, down) in zip(scene.objects, scene.cells, scene.offsets, strict=True):
+    placed = zip(scene.objects, scene.cells, scene.offsets, scene.opacities, strict=True)
+    for index, cell, (right, down), opacity in placed:
         colour_HWC, coverage_HW1 = draw_sprite(index, sprite_px)
         top, left = (cell // GRID) * config.cell_px + down, (cell % GRID) * config.cell_px + right
         area_HWC = image_HWC[top : top + sprite_px, left : left + sprite_px]
-        area_HWC += coverage_HW1 * (colour_HWC - area_HWC)
+        area_HWC += opacity * coverage_HW1 * (colour_HWC - area_HWC)
     noise_HWC = np.random.default_rng(scene.noise_seed).normal(0.0, config.pixel_noise, image_HWC.shape)
     return Image.fromarray(np.clip(image_HWC + noise_HWC, 0, 255).astype(np.uint8))
 
 
 def describe_world() -> str:
     """Rooms and their objects, one line each, for reports and logs."""
-    return "\n".join(f"{room}: {', '.join(t.name for t in OBJECTS if t.room == room)}" for room in ROOMS)
+    return "\n".join(f"{place}: {', '.join(t.name for t in OBJECTS if t.place == place)}" for place in PLACES)
 
 
 assert NUM_OBJECTS == len(set(NAMES)), "two objects share a name"
