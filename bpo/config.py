@@ -39,7 +39,7 @@ class DataConfig:
         groups: Preference groups, JSONL (or the paper's released JSON): written by bootstrap, read by train.
         image_root: Folder that image paths are relative to; no path may leave it.
         max_length_tokens: Longest sequence, prefix and one completion; completions are cut to it, prompts never.
-        max_completion_words: A completion above this many words is refused, as in the paper.
+        max_completion_words: No negative is longer; a group with a longer completion is dropped, as in the paper.
         num_workers: Processes that decode and preprocess images ahead of training; 0 does it in line.
     """
 
@@ -208,7 +208,7 @@ class TrainableConfig:
 
     def __post_init__(self) -> None:
         _check(
-            "frozen" not in (self.language,) or self.projector == "full" or self.vision == "full",
+            self.language != "frozen" or self.projector == "full" or self.vision == "full",
             "trainable: language, projector and vision are all frozen; nothing would learn",
         )
 

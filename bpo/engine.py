@@ -7,9 +7,9 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,7 @@ from bpo.model.trainable import parameter_groups
 from bpo.records import GroupBatch
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 # These belong to the configuration; a second value in the JSON file would silently win or lose.
 _CONFIG_OWNED = {
@@ -57,8 +58,10 @@ def deepspeed_config(config: Config, dtype: torch.dtype, accumulation_steps: int
     """The file's ZeRO and offload settings, completed from the configuration.
 
     Raises:
-        ValueError: the file sets a key that the configuration owns, or is not JSON.
+        ValueError: the file sets a key that the configuration owns, or is not JSON; the dtype is float16.
     """
+    if dtype == torch.float16:
+        raise ValueError("model.dtype float16 is not for training: log-ratios overflow; use bfloat16 or float32")
     path = find_ds_config(config.train.ds_config)
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
@@ -71,7 +74,6 @@ def deepspeed_config(config: Config, dtype: torch.dtype, accumulation_steps: int
         "gradient_accumulation_steps": accumulation_steps,
         "gradient_clipping": config.train.max_grad_norm,
         "bf16": {"enabled": dtype == torch.bfloat16},
-        "fp16": {"enabled": dtype == torch.float16},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
@@ -200,6 +202,20 @@ class TrainingEngine:
                 if self.ranks.is_main:
                     state[name] = parameter.detach().cpu().clone().contiguous()
         return state
+
+
+def from_rank_0(make: Callable[[], T]) -> T:
+    """What `make` returns or raises on rank 0, on every rank: a look at the disk that all must agree on."""
+    outcome: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome = [make(), None]
+        except Exception as error:  # raised below, on this rank and on all others
+            outcome = [None, error]
+    dist.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
 
 
 def gather_from_ranks(item: Any) -> list[Any]:

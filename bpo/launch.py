@@ -25,7 +25,7 @@ class Ranks:
 
 
 def ranks_from_environment(environ: dict[str, str] | None = None) -> Ranks:
-    """Reads RANK/WORLD_SIZE/LOCAL_RANK (deepspeed, torchrun), else SLURM_PROCID/NTASKS/LOCALID, else one process.
+    """Reads RANK, WORLD_SIZE, LOCAL_RANK (deepspeed, torchrun), else what srun sets for its tasks, else one process.
 
     Raises:
         ValueError: a variable is not a number, or the rank does not lie below the world size.
@@ -33,8 +33,9 @@ def ranks_from_environment(environ: dict[str, str] | None = None) -> Ranks:
     env = dict(os.environ) if environ is None else environ
     if "RANK" in env:
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    elif "SLURM_PROCID" in env and env.get("SLURM_NTASKS", "1") != "1":
-        names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
+    elif "SLURM_PROCID" in env and env.get("SLURM_STEP_NUM_TASKS", "1") != "1":
+        # Not SLURM_NTASKS: that is set in the batch script too, where plain `python` is one process.
+        names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
     else:
         return Ranks()
     values = []

@@ -70,6 +70,17 @@ def get_loss(name: str) -> PreferenceLoss:
     return LOSSES[name]
 
 
+def check_loss(config: LossConfig) -> None:
+    """Tries the loss on one pair, so that a wrong name or option is refused before anything long begins.
+
+    Raises:
+        ValueError: the name is unknown, or an option does not go with the loss.
+    """
+    logp_N = torch.zeros(2, requires_grad=True)
+    pair = LossInputs(logp_N, torch.zeros(2), torch.tensor([0, 1]), 2, torch.tensor([[0, 1]]))
+    get_loss(config.type)(pair, config)
+
+
 def _fused(loss_type: str) -> PreferenceLoss:
     def loss(inputs: LossInputs, config: LossConfig) -> LossOutput:
         loss_P, chosen_P, rejected_P = preference_loss(

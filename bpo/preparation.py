@@ -16,10 +16,11 @@ from bpo.data.encode import Dropped, Encoder
 from bpo.data.formats import read_groups
 from bpo.data.groups import GroupDataset, MeasuredGroup, iterate_micro_batches, write_dropped
 from bpo.data.plan import PlannedStep, plan_steps, split_into_micro_batches
-from bpo.engine import TrainingEngine, barrier
+from bpo.engine import TrainingEngine, barrier, from_rank_0
 from bpo.launch import Ranks
 from bpo.model.reference import ReferenceStore, model_fingerprint
 from bpo.records import GroupBatch
+from bpo_kernels.dispatch import chosen_implementation
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +92,12 @@ def fill_reference_store(config: Config, engine: TrainingEngine, data: TrainingD
     Must run before a checkpoint is loaded: only the untrained policy is the reference.
     """
     directory = Path(config.train.reference_dir or Path(config.train.output_dir) / "reference")
-    fingerprint = model_fingerprint(config.model.path, str(engine.dtype).removeprefix("torch."))
+    settings = {
+        "dtype": str(engine.dtype).removeprefix("torch."),
+        "vision_attention": config.model.vision_attention,
+        "kernels": chosen_implementation(torch.empty(0, device=engine.device)),
+    }
+    fingerprint = from_rank_0(lambda: model_fingerprint(config.model.path, **settings))
     store = ReferenceStore(directory, fingerprint, engine.ranks.rank)
     first_with_key = {one.reference_key: g for g, one in reversed(list(enumerate(data.measured)))}
     missing = sorted(g for key, g in first_with_key.items() if key not in store)

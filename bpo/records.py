@@ -5,7 +5,7 @@ Shape letters: T packed tokens, N response tokens (predictor rows), G groups, C 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:  # reading and writing records needs no torch
@@ -127,6 +127,15 @@ class GroupBatch:
     pair_weight_P: torch.Tensor
     reference_logp_N: torch.Tensor | None = None
     reference_keys: tuple[str, ...] = field(default=())
+
+    def pin_memory(self) -> GroupBatch:
+        """The same batch in page-locked memory; a DataLoader with `pin_memory` calls it, for asynchronous copies."""
+        pinned: dict[str, Any] = {"image_inputs": {k: v.pin_memory() for k, v in self.image_inputs.items()}}
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if hasattr(value, "pin_memory"):
+                pinned[entry.name] = value.pin_memory()
+        return replace(self, **pinned)
 
     @property
     def num_completions(self) -> int:

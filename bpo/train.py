@@ -31,7 +31,14 @@ from bpo.model.policy import PolicyModel
 from bpo.model.trainable import prepare_trainable
 from bpo.preparation import fill_reference_store, measure_groups, plan_training, training_batches
 from bpo.records import GroupBatch
-from bpo.safeguards import check_finite, check_first_step, expected_loss, seed_micro_batch
+from bpo.safeguards import (
+    FirstStepError,
+    NonFiniteError,
+    check_finite,
+    check_first_step,
+    expected_loss,
+    seed_micro_batch,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -67,13 +74,16 @@ def run_step(
 def train(config: Config, ranks: Ranks, stop: StopRequest | None = None) -> bool:
     """The whole run, inside a process group that `engine.init_distributed` started; False where `stop` cut it short."""
     output_dir = Path(config.train.output_dir)
+    dtype = resolve_dtype(config.model)
+    # What can be refused is refused before the hours of measuring, loading and the reference pass.
+    losses.check_loss(config.loss)
+    engine.deepspeed_config(config, dtype, 1)
     encoder = load_encoder(config)
-    found = checkpoint.find_resumable(output_dir, resume=config.train.resume)
+    found = engine.from_rank_0(lambda: checkpoint.find_resumable(output_dir, resume=config.train.resume))
     if ranks.is_main:
         _write_run_record(config, output_dir)
     data = measure_groups(config, encoder, ranks, engine.gather_from_ranks)
     steps = plan_training(config, data, ranks.world_size)
-    dtype = resolve_dtype(config.model.dtype, config.model.path)
     settings = engine.deepspeed_config(config, dtype, max(len(s.micro_batches[0]) for s in steps))
     with engine.partitioned_loading(settings):
         model = load_model(config.model, for_training=True)
@@ -148,7 +158,11 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(f"error: {error}")
     torch.manual_seed(config.train.seed)
     engine.init_distributed(ranks)
-    finished = train(config, ranks, StopRequest())
+    try:
+        finished = train(config, ranks, StopRequest())
+    except (ValueError, checkpoint.CheckpointError, FirstStepError, NonFiniteError) as error:
+        logger.error("%s", error)  # the message says what to do; a traceback a rank would hide it
+        sys.exit(1)
     engine.shut_down()
     if not finished:
         logger.warning("interrupted; `--resume` continues")

@@ -53,9 +53,8 @@ def test_the_file_is_completed_from_the_configuration(tmp_path: Path) -> None:
     settings = settings_of(tmp_path / "ds.json", {"zero_optimization": {"stage": 2}})
     assert settings["zero_optimization"] == {"stage": 2}
     assert (settings["gradient_clipping"], settings["gradient_accumulation_steps"]) == (0.5, 3)
-    assert settings["bf16"] == {"enabled": True} and settings["fp16"] == {"enabled": False}
-    in_float32 = settings_of(tmp_path / "ds.json", {}, torch.float32)
-    assert in_float32["bf16"] == in_float32["fp16"] == {"enabled": False}
+    assert settings["bf16"] == {"enabled": True}
+    assert settings_of(tmp_path / "ds.json", {}, torch.float32)["bf16"] == {"enabled": False}
 
 
 @pytest.mark.parametrize("key", _CONFIG_OWNED)
@@ -68,3 +67,8 @@ def test_a_file_that_is_no_json_is_named(tmp_path: Path) -> None:
     (tmp_path / "ds.json").write_text("{stage: 3}")
     with pytest.raises(ValueError, match=r"ds\.json: not valid JSON"):
         deepspeed_config(Config(train=TrainConfig(ds_config=str(tmp_path / "ds.json"))), torch.float32, 1)
+
+
+def test_float16_training_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="float16 is not for training"):
+        settings_of(tmp_path / "ds.json", {"zero_optimization": {"stage": 2}}, torch.float16)

@@ -15,10 +15,13 @@ from bpo.launch import Ranks, export_torch_environment, first_host, pick_device,
     [
         ({}, Ranks(0, 1, 0)),
         ({"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}, Ranks(3, 8, 1)),
-        ({"SLURM_PROCID": "5", "SLURM_NTASKS": "6", "SLURM_LOCALID": "2"}, Ranks(5, 6, 2)),
+        ({"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "6", "SLURM_LOCALID": "2"}, Ranks(5, 6, 2)),
         # torchrun or deepspeed inside a Slurm allocation: the launcher's own variables count
-        ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, Ranks(1, 2, 1)),
-        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_LOCALID": "0"}, Ranks(0, 1, 0)),
+        (
+            {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "4"},
+            Ranks(1, 2, 1),
+        ),
+        ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_LOCALID": "0"}, Ranks(0, 1, 0)),
         ({"SLURM_PROCID": "0"}, Ranks(0, 1, 0)),
     ],
 )
@@ -33,9 +36,12 @@ def test_ranks_of_each_launcher(environment: dict[str, str], ranks: Ranks) -> No
         ({"RANK": "first"}, "RANK is 'first'"),
         ({"RANK": "0", "WORLD_SIZE": "-2"}, "WORLD_SIZE is '-2'"),
         ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2 does not lie below WORLD_SIZE=2"),
-        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "many"}, "SLURM_NTASKS is 'many'"),
-        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_LOCALID": ""}, "SLURM_LOCALID is ''"),
-        ({"SLURM_PROCID": "7", "SLURM_NTASKS": "2"}, "SLURM_PROCID=7 does not lie below SLURM_NTASKS=2"),
+        ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "many"}, "SLURM_STEP_NUM_TASKS is 'many'"),
+        ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": ""}, "SLURM_LOCALID is ''"),
+        (
+            {"SLURM_PROCID": "7", "SLURM_STEP_NUM_TASKS": "2"},
+            "SLURM_PROCID=7 does not lie below SLURM_STEP_NUM_TASKS=2",
+        ),
     ],
 )
 def test_bad_values_are_named(environment: dict[str, str], message: str) -> None:

@@ -14,13 +14,13 @@ from bpo.model import attention
 logger = logging.getLogger(__name__)
 
 
-def resolve_dtype(name: str, path: str) -> torch.dtype:
+def resolve_dtype(config: ModelConfig) -> torch.dtype:
     """The dtype a config names; `config` means the one stored with the model."""
-    if name != "config":
-        return getattr(torch, name)
+    if config.dtype != "config":
+        return getattr(torch, config.dtype)
     from transformers import AutoConfig
 
-    stored = AutoConfig.from_pretrained(path).dtype
+    stored = AutoConfig.from_pretrained(config.path, trust_remote_code=config.trust_remote_code).dtype
     return torch.float32 if stored is None else stored
 
 
@@ -43,7 +43,7 @@ def load_model(config: ModelConfig, device: torch.device | None = None, *, for_t
     model = AutoModelForImageTextToText.from_pretrained(
         config.path,
         config=model_config,
-        dtype=resolve_dtype(config.dtype, config.path),
+        dtype=resolve_dtype(config),
         attn_implementation={"text_config": text_attention, "vision_config": config.vision_attention},
         trust_remote_code=config.trust_remote_code,
     )

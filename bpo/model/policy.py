@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from bpo.model.attention import packed_layout as packed_layout
 from bpo.model.logprob_head import install_logprob_head
 from bpo.records import GroupBatch
 

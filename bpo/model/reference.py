@@ -36,8 +36,8 @@ def file_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def model_fingerprint(path: str, dtype: str) -> dict[str, str]:
-    """What reference log-probs depend on besides the records: every weight and processor file, dtype and code path.
+def model_fingerprint(path: str, **settings: str) -> dict[str, str]:
+    """What reference log-probs depend on besides the records: every weight and processor file, `settings`, code path.
 
     For a hub id the files are those of the local cache.
     """
@@ -46,10 +46,10 @@ def model_fingerprint(path: str, dtype: str) -> dict[str, str]:
         from transformers.utils import cached_file
 
         directory = Path(str(cached_file(path, "config.json"))).parent
-    suffixes = {".safetensors", ".bin", ".json", ".jinja", ".model", ".txt"}
+    suffixes = {".safetensors", ".bin", ".json", ".jinja", ".model", ".txt", ".py", ".gguf"}
     files = sorted(f for f in directory.iterdir() if f.suffix in suffixes and f.is_file())
     fingerprint = {f"file:{f.name}": file_digest(f) for f in files}
-    return {**fingerprint, "dtype": dtype, "code_path": CODE_PATH}
+    return {**fingerprint, **settings, "code_path": CODE_PATH}
 
 
 class ReferenceStore:

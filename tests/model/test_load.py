@@ -37,7 +37,7 @@ def test_two_loaded_models_do_not_share_their_attention(tiny_llava_dir: Path) ->
 
 @pytest.mark.parametrize(("name", "dtype"), [("bfloat16", torch.bfloat16), ("config", torch.float32)])
 def test_dtype_by_name_or_as_stored(name: str, dtype: torch.dtype, tiny_llava_dir: Path) -> None:
-    assert resolve_dtype(name, str(tiny_llava_dir)) == dtype
+    assert resolve_dtype(ModelConfig(path=str(tiny_llava_dir), dtype=name)) == dtype
 
 
 def test_missing_path_and_unsupported_type_say_what_to_do(tmp_path: Path) -> None:

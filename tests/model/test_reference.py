@@ -114,15 +114,17 @@ def test_another_fingerprint_is_refused_by_field(tmp_path: Path) -> None:
 
 def test_model_fingerprint_covers_weights_processor_template_and_dtype(tmp_path: Path, tiny_llava_dir: Path) -> None:
     copy = Path(shutil.copytree(tiny_llava_dir, tmp_path / "model"))
-    before = model_fingerprint(str(copy), "float32")
-    assert before == model_fingerprint(str(tiny_llava_dir), "float32")  # not the place, the content
+    before = model_fingerprint(str(copy), dtype="float32")
+    assert before == model_fingerprint(str(tiny_llava_dir), dtype="float32")  # not the place, the content
     changed = [
         name
         for name in ("model.safetensors", "chat_template.jinja", "tokenizer.json", "config.json")
-        if _with_one_more_byte(copy / name) and model_fingerprint(str(copy), "float32") != before
+        if _with_one_more_byte(copy / name) and model_fingerprint(str(copy), dtype="float32") != before
     ]
     assert len(changed) == 4
-    assert {k for k, v in model_fingerprint(str(tiny_llava_dir), "bfloat16").items() if before[k] != v} == {"dtype"}
+    assert {k for k, v in model_fingerprint(str(tiny_llava_dir), dtype="bfloat16").items() if before[k] != v} == {
+        "dtype"
+    }
 
 
 def _with_one_more_byte(path: Path) -> bool:
