@@ -25,7 +25,7 @@ from .rewriting import rewriting_turn
 from .sprites import NAMES, NUM_OBJECTS, companions
 from .tower import noised, pixels_of, train_tower
 from .vocabulary import build_processor
-from .world import DESCRIBE, GRID, Scene, WorldConfig, question_about, sample_scene
+from .world import DESCRIBE, Scene, WorldConfig, question_about, sample_scene
 
 IGNORED = -100
 YES, NO = "Yes.", "No."
@@ -52,7 +52,7 @@ class BaseConfig:
     text_width: int = 128
     text_layers: int = 3
     text_heads: int = 4
-    steps: int = 440
+    steps: int = 660
     """Steps of projector and language model: captions, captions, questions, rewritings, and so round."""
     batch: int = 32
     learning_rate: float = 1e-3

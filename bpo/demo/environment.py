@@ -16,6 +16,13 @@ def quiet_libraries() -> None:
     logging.disable_progress_bar()
 
 
+def use_all_cores() -> None:
+    """Torch threads of this process; the ranks of a training, its children, have one each (OMP_NUM_THREADS)."""
+    import torch
+
+    torch.set_num_threads(min(os.cpu_count() or 1, 8))
+
+
 def tested_versions() -> dict[str, str]:
     packages = ("bpo", "torch", "transformers", "deepspeed", "triton", "peft")
     return {"python": platform.python_version(), **{name: version(name) for name in packages}}

@@ -1,11 +1,11 @@
 """Writes the synthetic world to disk in the file formats that real data comes in.
 
-    root/annotations.json      LLaVA conversations about biased scenes: the input of bootstrapping
-    root/images/*.png          the scenes of annotations and evaluation
-    root/eval/instances.json   COCO instances of the unbiased evaluation scenes
-    root/eval/captions.json    COCO captions of the same scenes
-    root/eval/synonyms.txt     one object a line, canonical name first
-    root/eval/pope_*.json      POPE questions, one JSON object a line: random, popular, adversarial
+root/annotations.json      LLaVA conversations about biased scenes: the input of bootstrapping
+root/images/*.png          the scenes of annotations and evaluation
+root/eval/instances.json   COCO instances of the unbiased evaluation scenes
+root/eval/captions.json    COCO captions of the same scenes
+root/eval/synonyms.txt     one object a line, canonical name first
+root/eval/pope_*.json      POPE questions, one JSON object a line: random, popular, adversarial
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from .world import (
 )
 
 POPE_SPLITS = ("random", "popular", "adversarial")
-POPE_QUESTIONS_PER_ANSWER = 3
+POPE_QUESTIONS_PER_ANSWER = 1
 CO_OCCURRENCE_SCENES = 2000
 
 
@@ -111,14 +111,16 @@ def _coco_instances(config: WorldConfig, scenes: Sequence[Scene]) -> dict[str, A
     for image_id, scene in enumerate(scenes):
         for thing, cell in zip(scene.objects, scene.cells, strict=True):
             left, top = (cell % GRID) * config.cell_px, (cell // GRID) * config.cell_px
-            annotations.append({
-                "id": len(annotations),
-                "image_id": image_id,
-                "category_id": thing + 1,
-                "bbox": [left, top, config.cell_px, config.cell_px],
-                "area": config.cell_px**2,
-                "iscrowd": 0,
-            })
+            annotations.append(
+                {
+                    "id": len(annotations),
+                    "image_id": image_id,
+                    "category_id": thing + 1,
+                    "bbox": [left, top, config.cell_px, config.cell_px],
+                    "area": config.cell_px**2,
+                    "iscrowd": 0,
+                }
+            )
     categories = [{"id": i + 1, "name": t.name, "supercategory": t.place} for i, t in enumerate(OBJECTS)]
     return {"images": _coco_images(config, scenes), "annotations": annotations, "categories": categories}
 
@@ -139,7 +141,7 @@ def _co_occurrence(scenes: Iterable[Scene]) -> np.ndarray:
 def _pope_questions(
     config: WorldConfig, scenes: Sequence[Scene], split: str, co_occurrence_KK: np.ndarray
 ) -> list[dict[str, Any]]:
-    """As many questions about present objects as about absent ones, at most three of each per scene.
+    """As many questions about present objects as about absent ones, one of each per scene.
 
     Absent objects are drawn at random, by their frequency in the training distribution (popular), or by how
     often they keep company with the objects that are there (adversarial).
@@ -155,12 +157,14 @@ def _pope_questions(
             absent.sort(key=lambda k: -int(co_occurrence_KK[k, list(scene.objects)].sum()))
         for yes, no in zip(present, absent, strict=False):
             for thing, label in ((yes, "yes"), (no, "no")):
-                questions.append({
-                    "question_id": len(questions) + 1,
-                    "image": _file_name("eval", i),
-                    "text": question_about(NAMES[thing]),
-                    "label": label,
-                })
+                questions.append(
+                    {
+                        "question_id": len(questions) + 1,
+                        "image": _file_name("eval", i),
+                        "text": question_about(NAMES[thing]),
+                        "label": label,
+                    }
+                )
     return questions
 
 

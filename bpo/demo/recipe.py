@@ -11,7 +11,6 @@ from bpo.config import (
     DataConfig,
     EvaluationConfig,
     InjectConfig,
-    LoraConfig,
     LossConfig,
     ModelConfig,
     TrainableConfig,
@@ -20,6 +19,7 @@ from bpo.config import (
 )
 from bpo.demo.base import BaseConfig
 from bpo.demo.files import World
+from bpo.demo.rewriting import prompt_dir
 from bpo.demo.world import DESCRIBE, WorldConfig
 
 
@@ -76,17 +76,14 @@ class Recipe:
 
     num_annotations: int = 1000
     num_evaluation_scenes: int = 400
-    num_injected: int = 500
     noise_step: int = 900
-    max_new_tokens: int = 48
-    steps: int = 60
+    max_new_tokens: int = 40
+    steps: int = 93
     groups_per_step: int = 32
-    lr: float = 2e-4
-    beta: float = 0.1
-    chosen_nll_weight: float = 0.3
-    lora_r: int = 32
-    lora_alpha: float = 256.0
-    batch_size: int = 64
+    lr: float = 5e-4
+    beta: float = 0.5
+    chosen_nll_weight: float = 1.0
+    batch_size: int = 128
     num_ranks: int = 2
 
     def world(self, seed: int) -> WorldConfig:
@@ -97,8 +94,8 @@ class Recipe:
     def base(self, seed: int) -> BaseConfig:
         return BaseConfig(seed=seed)
 
-    def bootstrap(self, root: Path, world: World, llm: Path, gguf_file: str, seed: int) -> Config:
-        """All negatives in one file; each training picks its types."""
+    def bootstrap(self, root: Path, world: World, seed: int) -> Config:
+        """All negatives in one file; each training picks its types. Errors are injected by the model's own LM."""
         return Config(
             model=ModelConfig(path=str(root / "base"), dtype="float32"),
             data=DataConfig(
@@ -110,15 +107,8 @@ class Recipe:
             bootstrap=BootstrapConfig(
                 sources=["weaken", "unweakened", "inject"],
                 weaken=WeakenConfig(noise_step=self.noise_step, max_new_tokens=self.max_new_tokens),
-                inject=InjectConfig(
-                    mode="description",
-                    llm=str(llm),
-                    gguf_file=gguf_file,
-                    max_new_tokens=self.max_new_tokens,
-                    dtype="bfloat16",
-                ),
+                inject=InjectConfig(mode="description", prompt_dir=prompt_dir(), max_new_tokens=self.max_new_tokens),
                 batch_size=self.batch_size,
-                max_inject_records=self.num_injected,
                 seed=seed,
             ),
         )
@@ -127,8 +117,7 @@ class Recipe:
         return Config(
             model=ModelConfig(path=str(root / "base"), dtype="float32"),
             data=DataConfig(groups=str(root / "groups.jsonl"), image_root=str(world.images), num_workers=0),
-            lora=LoraConfig(r=self.lora_r, alpha=self.lora_alpha),
-            trainable=TrainableConfig(),
+            trainable=TrainableConfig(language="full"),
             loss=LossConfig(
                 type=variant.loss,
                 beta=self.beta,
@@ -146,7 +135,7 @@ class Recipe:
             ),
         )
 
-    def evaluation(self, world: World, limit: int = 0) -> EvaluationConfig:
+    def evaluation(self, world: World) -> EvaluationConfig:
         return EvaluationConfig(
             chair_instances=str(world.instances),
             chair_captions=str(world.captions),
@@ -155,5 +144,5 @@ class Recipe:
             pope_questions=[str(path) for path in world.pope.values()],
             max_new_tokens=self.max_new_tokens,
             batch_size=self.batch_size,
-            limit=limit,
+            limit=self.num_evaluation_scenes,  # and as many questions of each POPE split
         )

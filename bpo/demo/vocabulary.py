@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
 
-from .sprites import OBJECTS
 from .rewriting import rewriting_request
+from .sprites import OBJECTS
 from .world import DESCRIBE, caption_of, question_about
 
 PAD, BOS, EOS, UNKNOWN, IMAGE = "<pad>", "<s>", "</s>", "<unk>", "<image>"
@@ -40,10 +40,12 @@ def _sentences() -> Iterable[str]:
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """One token per word or punctuation mark; words carry the space before them, so decoding is exact."""
     words = Tokenizer(models.WordLevel({UNKNOWN: 0}, unk_token=UNKNOWN))
-    split = pre_tokenizers.Sequence([
-        pre_tokenizers.Metaspace(prepend_scheme="always", split=True),
-        pre_tokenizers.Split(Regex(r"[.,:;!?]"), behavior="isolated"),
-    ])
+    split = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Metaspace(prepend_scheme="always", split=True),
+            pre_tokenizers.Split(Regex(r"[.,:;!?]"), behavior="isolated"),
+        ]
+    )
     vocabulary = dict.fromkeys(SPECIAL_TOKENS)
     for sentence in _sentences():
         vocabulary.update(dict.fromkeys(word for word, _ in split.pre_tokenize_str(sentence)))

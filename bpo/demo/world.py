@@ -40,7 +40,7 @@ class WorldConfig:
     """Side of a scene, divided in 4 x 4 cells that hold at most one object each."""
     biased_fraction: float = 0.97
     """Share of biased scenes in the training distribution; the others are unbiased."""
-    presence: float = 0.85
+    presence: float = 0.8
     """Probability that an object of the scene's place is present in a biased scene."""
     faint_fraction: float = 0.3
     """Probability that an object is drawn faintly, so that often only its company tells that it is there."""
@@ -49,9 +49,7 @@ class WorldConfig:
 
     def __post_init__(self) -> None:
         if self.image_px % GRID or self.image_px < 8 * GRID:
-            raise ValueError(
-                f"image_px must be a multiple of {GRID} and at least {8 * GRID}, got {self.image_px}"
-            )
+            raise ValueError(f"image_px must be a multiple of {GRID} and at least {8 * GRID}, got {self.image_px}")
         for field in ("biased_fraction", "presence", "faint_fraction"):
             value = getattr(self, field)
             if not 0.0 <= value <= 1.0:
@@ -111,9 +109,7 @@ def question_about(name: str) -> str:
     return f"Is there a {name} in the image?"
 
 
-def sample_scene(
-    config: WorldConfig, split: str, index: int, *, biased_fraction: float | None = None
-) -> Scene:
+def sample_scene(config: WorldConfig, split: str, index: int, *, biased_fraction: float | None = None) -> Scene:
     """Scene ``index`` of ``split``; the same arguments give the same scene whatever was drawn before.
 
     :param biased_fraction: probability of a biased scene; None means the configured one (the training distribution).
