@@ -21,7 +21,6 @@ from bpo import checkpoint, engine, losses
 from bpo.config import Config
 from bpo.config_io import load_config, save_config, to_tree
 from bpo.data.encode import load_encoder
-from bpo.data.plan import PlannedStep
 from bpo.interrupts import EXIT_INTERRUPTED, StopRequest
 from bpo.launch import Ranks, ranks_from_environment, setup_logging
 from bpo.metrics import MetricsWriter, StepSums, step_metrics
@@ -115,7 +114,9 @@ def train(config: Config, ranks: Ranks, stop: StopRequest | None = None) -> bool
         progress.set_postfix(loss=f"{metrics['loss']:.4f}", acc=f"{metrics['rewards/accuracies']:.2f}")
         number = step.index + 1
         if number % config.train.log_every_steps == 0 or number == len(steps):
-            writer.write(number, {**metrics, "epoch": _epoch(step, len(steps), config)})
+            writer.write(
+                number, {**metrics, "epoch": round(number * config.train.groups_per_step / len(data.usable), 4)}
+            )
         every = config.train.save_every_steps
         interrupted = trainer.sum_over_ranks([float(stop is not None and stop.received)])[0] > 0
         if number == len(steps) or interrupted or (every and number % every == 0):
@@ -130,10 +131,6 @@ def train(config: Config, ranks: Ranks, stop: StopRequest | None = None) -> bool
 def _rates(flat: list[float], seconds: float) -> dict[str, float]:
     num_pairs, num_tokens = flat[-2:]
     return {"pairs_per_second": num_pairs / seconds, "tokens_per_second": num_tokens / seconds, "step_seconds": seconds}
-
-
-def _epoch(step: PlannedStep, num_steps: int, config: Config) -> float:
-    return round(config.train.epochs * (step.index + 1) / num_steps, 4)
 
 
 def _write_run_record(config: Config, output_dir: Path) -> None:

@@ -16,11 +16,15 @@ def quiet_libraries() -> None:
     logging.disable_progress_bar()
 
 
-def use_all_cores() -> None:
-    """Torch threads of this process; the ranks of a training, its children, have one each (OMP_NUM_THREADS)."""
+def use_one_thread() -> None:
+    """The models are so small that a second thread gains nothing (measured), and spins where the machine is busy.
+
+    It also makes the figures the same on machines with another number of cores.
+    """
     import torch
 
-    torch.set_num_threads(min(os.cpu_count() or 1, 8))
+    os.environ["OMP_NUM_THREADS"] = "1"  # for the ranks of the trainings, its children
+    torch.set_num_threads(1)
 
 
 def tested_versions() -> dict[str, str]:

@@ -170,10 +170,10 @@ def main(argv: list[str]) -> int:
     if options.seeds < 1:
         raise ValueError(f"--seeds is {options.seeds}; it must be at least 1")
     logging.basicConfig(level=logging.WARNING)
-    from bpo.demo.environment import quiet_libraries, tested_versions, use_all_cores
+    from bpo.demo.environment import quiet_libraries, tested_versions, use_one_thread
 
     quiet_libraries()
-    use_all_cores()
+    use_one_thread()
     started = time.monotonic()
     recipe = Recipe()
     results = []

@@ -35,7 +35,7 @@ def run_training(config: Config, *, num_ranks: int) -> None:
     command = [*launcher, "--master_port", str(_free_port()), str(script), "--config", str(output / "requested.yaml")]
     with (output / "train.log").open("w", encoding="utf-8") as log:
         process = subprocess.Popen(
-            command, stdout=log, stderr=subprocess.STDOUT, env=_environment(num_ranks), start_new_session=True
+            command, stdout=log, stderr=subprocess.STDOUT, env=_environment(), start_new_session=True
         )
         try:
             _follow(process, output / "metrics.jsonl", config.train.max_steps)
@@ -47,11 +47,10 @@ def run_training(config: Config, *, num_ranks: int) -> None:
         raise TrainingFailed(f"{' '.join(command)} ended with {process.returncode}:\n" + "\n".join(tail))
 
 
-def _environment(num_ranks: int) -> dict[str, str]:
+def _environment() -> dict[str, str]:
     environment = dict(os.environ)
     binaries = str(Path(sys.executable).parent)  # ninja, which builds DeepSpeed's operations at their first use
     environment["PATH"] = binaries + os.pathsep + environment.get("PATH", "")
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_ranks)))
     return environment
 
 
