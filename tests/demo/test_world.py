@@ -140,4 +140,4 @@ def test_rewritings_always_name_something_absent() -> None:
 )
 def test_impossible_worlds_are_refused_by_name(field: str, value: float, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        replace(SMALL, **{field: value})
+        replace(SMALL, **{field: value})  # type: ignore[arg-type]
