@@ -1,4 +1,4 @@
-"""Tiny models, a text-only LLM and photographs that the bootstrapping tests share."""
+"""A tiny text-only LLM and photographs that the bootstrapping tests share."""
 
 from __future__ import annotations
 
@@ -11,22 +11,12 @@ import torch
 from PIL import Image
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tests.tiny import byte_tokenizer, tiny_llava, tiny_qwen
+from tests.tiny import byte_tokenizer
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-
-
-@pytest.fixture(scope="session")
-def tiny_llava_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_llava(tmp_path_factory.mktemp("models") / "llava")
-
-
-@pytest.fixture(scope="session")
-def tiny_qwen_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_qwen(tmp_path_factory.mktemp("models") / "qwen")
 
 
 @pytest.fixture(scope="session")
