@@ -13,7 +13,6 @@ import json
 import logging
 import os
 import shutil
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +20,14 @@ from safetensors.torch import save_file
 
 from bpo.engine import TrainingEngine, barrier
 from bpo.model.reference import file_digest
+from bpo.run_record import versions
 
 logger = logging.getLogger(__name__)
 _TAG = "deepspeed"
-PACKAGES = ("bpo", "torch", "transformers", "deepspeed", "peft")
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint that cannot be used; names what is wrong with it."""
-
-
-def versions() -> dict[str, str]:
-    return {name: version(name) for name in PACKAGES}
 
 
 def save_checkpoint(engine: TrainingEngine, output_dir: Path, step: int, config: dict[str, Any]) -> Path:

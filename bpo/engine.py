@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from bpo.config import Config
+from bpo.config import Config, TrainConfig
 from bpo.data.families import Family
 from bpo.launch import Ranks, export_torch_environment, pick_device
 from bpo.model.attention import packed_layout
@@ -109,18 +109,18 @@ def partitioned_loading(settings: dict[str, Any]) -> Iterator[None]:
         del handle
 
 
-def learning_rate_factor(step: int, total_steps: int, warmup_ratio: float, schedule: str) -> float:
+def learning_rate_factor(step: int, total_steps: int, config: TrainConfig) -> float:
     """Share of the peak learning rate at a step (from 0): linear warm-up, then cosine or linear towards 0, or constant.
 
     No step gets 0: a step that cannot move anything would be wasted.
     """
-    warmup = math.ceil(warmup_ratio * total_steps)
+    warmup = math.ceil(config.warmup_ratio * total_steps)
     if step < warmup:
         return (step + 1) / (warmup + 1)
     progress = (step - warmup) / max(1, total_steps - warmup)
-    if schedule == "cosine":
+    if config.lr_schedule == "cosine":
         return 0.5 * (1 + math.cos(math.pi * progress))
-    return 1 - progress if schedule == "linear" else 1.0
+    return 1 - progress if config.lr_schedule == "linear" else 1.0
 
 
 class TrainingEngine:

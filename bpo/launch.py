@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -48,6 +49,12 @@ def ranks_from_environment(environ: dict[str, str] | None = None) -> Ranks:
     if ranks.rank >= ranks.world_size:
         raise ValueError(f"{names[0]}={ranks.rank} does not lie below {names[1]}={ranks.world_size}")
     return ranks
+
+
+def own_arguments(argv: Sequence[str]) -> list[str]:
+    """Our arguments without what the deepspeed launcher adds; `--resume` is short for `--train.resume=true`."""
+    kept = [argument for argument in argv if not argument.startswith("--local_rank")]
+    return ["--train.resume=true" if argument == "--resume" else argument for argument in kept]
 
 
 def first_host(nodelist: str) -> str:

@@ -96,6 +96,12 @@ def step_metrics(flat: list[float]) -> dict[str, float]:
     return {name: value / pairs for name, value in zip(_NAMES, flat, strict=False)}
 
 
+def step_rates(flat: list[float], seconds: float) -> dict[str, float]:
+    """Throughput of a step over all ranks: pairs of the batch, and packed tokens through the language model."""
+    num_pairs, num_tokens = flat[-2:]
+    return {"pairs_per_second": num_pairs / seconds, "tokens_per_second": num_tokens / seconds, "step_seconds": seconds}
+
+
 class MetricsWriter:
     """Appends to metrics.jsonl and TensorBoard on rank 0; on other ranks it does nothing."""
 

@@ -6,7 +6,6 @@ Reads the groups, computes the reference once, and trains with DeepSpeed. torchr
 from __future__ import annotations
 
 import logging
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -19,17 +18,18 @@ from tqdm import tqdm
 
 from bpo import checkpoint, engine, losses
 from bpo.config import Config
-from bpo.config_io import load_config, save_config, to_tree
+from bpo.config_io import load_config, to_tree
 from bpo.data.encode import load_encoder
 from bpo.interrupts import EXIT_INTERRUPTED, StopRequest
-from bpo.launch import Ranks, ranks_from_environment, setup_logging
-from bpo.metrics import MetricsWriter, StepSums, step_metrics
+from bpo.launch import Ranks, own_arguments, ranks_from_environment, setup_logging
+from bpo.metrics import MetricsWriter, StepSums, step_metrics, step_rates
 from bpo.model.attention import packed_layout
 from bpo.model.load import load_model, resolve_dtype
 from bpo.model.policy import PolicyModel
 from bpo.model.trainable import prepare_trainable
 from bpo.preparation import fill_reference_store, measure_groups, plan_training, training_batches
 from bpo.records import GroupBatch
+from bpo.run_record import write_run_record
 from bpo.safeguards import (
     FirstStepError,
     NonFiniteError,
@@ -80,7 +80,7 @@ def train(config: Config, ranks: Ranks, stop: StopRequest | None = None) -> bool
     encoder = load_encoder(config)
     found = engine.from_rank_0(lambda: checkpoint.find_resumable(output_dir, resume=config.train.resume))
     if ranks.is_main:
-        _write_run_record(config, output_dir)
+        write_run_record(config, output_dir)
     data = measure_groups(config, encoder, ranks, engine.gather_from_ranks)
     steps = plan_training(config, data, ranks.world_size)
     settings = engine.deepspeed_config(config, dtype, max(len(s.micro_batches[0]) for s in steps))
@@ -103,20 +103,20 @@ def train(config: Config, ranks: Ranks, stop: StopRequest | None = None) -> bool
         check_finite(sums, step, flat, trainer)
         if step.index == 0:
             check_first_step(config, flat, sums, trainer, dtype)
-        factor = engine.learning_rate_factor(
-            step.index, len(steps), config.train.warmup_ratio, config.train.lr_schedule
-        )
-        grad_norm = trainer.step(factor)
+        lr_factor = engine.learning_rate_factor(step.index, len(steps), config.train)
+        grad_norm = trainer.step(lr_factor)
         check_finite(sums, step, [grad_norm], trainer)
         seconds = time.perf_counter() - started
-        metrics = step_metrics(flat) | _rates(flat, seconds) | {"lr": config.train.lr * factor, "grad_norm": grad_norm}
+        metrics = (
+            step_metrics(flat) | step_rates(flat, seconds) | {"lr": config.train.lr * lr_factor}
+        metrics["grad_norm"] = grad_norm
+        )
         progress.update()
         progress.set_postfix(loss=f"{metrics['loss']:.4f}", acc=f"{metrics['rewards/accuracies']:.2f}")
         number = step.index + 1
         if number % config.train.log_every_steps == 0 or number == len(steps):
-            writer.write(
-                number, {**metrics, "epoch": round(number * config.train.groups_per_step / len(data.usable), 4)}
-            )
+            metrics["epoch"] = round(number * config.train.groups_per_step / len(data.usable), 4)
+            writer.write(number, metrics)
         every = config.train.save_every_steps
         interrupted = trainer.sum_over_ranks([float(stop is not None and stop.received)])[0] > 0
         if number == len(steps) or interrupted or (every and number % every == 0):
@@ -128,29 +128,11 @@ def train(config: Config, ranks: Ranks, stop: StopRequest | None = None) -> bool
     return number == len(steps)
 
 
-def _rates(flat: list[float], seconds: float) -> dict[str, float]:
-    num_pairs, num_tokens = flat[-2:]
-    return {"pairs_per_second": num_pairs / seconds, "tokens_per_second": num_tokens / seconds, "step_seconds": seconds}
-
-
-def _write_run_record(config: Config, output_dir: Path) -> None:
-    """The resolved configuration, the commit and the versions: first of all, so that even a failed run can be read."""
-    save_config(config, output_dir / "config.yaml")
-    clone = Path(__file__).resolve().parents[1]
-    git = subprocess.run(["git", "-C", str(clone), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    lines = [f"commit: {git.stdout.strip() or 'not a git clone'}"]
-    lines += [f"{name}: {number}" for name, number in checkpoint.versions().items()]
-    (output_dir / "versions.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
 def main(argv: list[str] | None = None) -> None:
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    arguments = [a for a in arguments if not a.startswith("--local_rank")]  # added by the deepspeed launcher
-    arguments = ["--train.resume=true" if a == "--resume" else a for a in arguments]
     ranks = ranks_from_environment()
     setup_logging(ranks)
     try:
-        config = load_config(arguments, prog="bpo/train.py", description=__doc__ or "")
+        config = load_config(own_arguments(sys.argv[1:] if argv is None else argv), prog="bpo/train.py", description=__doc__ or "")
     except ValueError as error:
         sys.exit(f"error: {error}")
     torch.manual_seed(config.train.seed)

@@ -13,7 +13,8 @@ from bpo.engine import _CONFIG_OWNED, deepspeed_config, find_ds_config, learning
 
 
 def factors(steps: int, warmup: float, schedule: str) -> list[float]:
-    return [learning_rate_factor(step, steps, warmup, schedule) for step in range(steps)]
+    config = TrainConfig(warmup_ratio=warmup, lr_schedule=schedule)
+    return [learning_rate_factor(step, steps, config) for step in range(steps)]
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])

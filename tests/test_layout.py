@@ -23,6 +23,7 @@ LAYERS = {
     "config": 0,
     "config_io": 0,
     "launch": 0,
+    "run_record": 1,
     "interrupts": 0,
     "data": 1,
     "model": 2,

@@ -6,6 +6,8 @@ import os
 import platform
 from importlib.metadata import version
 
+from bpo.run_record import versions
+
 
 def quiet_libraries() -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything the demo reads is on this machine
@@ -28,5 +30,4 @@ def use_one_thread() -> None:
 
 
 def tested_versions() -> dict[str, str]:
-    packages = ("bpo", "torch", "transformers", "deepspeed", "triton", "peft")
-    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+    return {"python": platform.python_version(), **versions(), "triton": version("triton")}
