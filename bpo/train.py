@@ -107,10 +107,8 @@ def train(config: Config, ranks: Ranks, stop: StopRequest | None = None) -> bool
         grad_norm = trainer.step(lr_factor)
         check_finite(sums, step, [grad_norm], trainer)
         seconds = time.perf_counter() - started
-        metrics = (
-            step_metrics(flat) | step_rates(flat, seconds) | {"lr": config.train.lr * lr_factor}
-        metrics["grad_norm"] = grad_norm
-        )
+        metrics = step_metrics(flat) | step_rates(flat, seconds)
+        metrics |= {"lr": config.train.lr * lr_factor, "grad_norm": grad_norm}
         progress.update()
         progress.set_postfix(loss=f"{metrics['loss']:.4f}", acc=f"{metrics['rewards/accuracies']:.2f}")
         number = step.index + 1
@@ -132,7 +130,7 @@ def main(argv: list[str] | None = None) -> None:
     ranks = ranks_from_environment()
     setup_logging(ranks)
     try:
-        config = load_config(own_arguments(sys.argv[1:] if argv is None else argv), prog="bpo/train.py", description=__doc__ or "")
+        config = load_config(own_arguments(sys.argv[1:] if argv is None else argv), "bpo/train.py", __doc__ or "")
     except ValueError as error:
         sys.exit(f"error: {error}")
     torch.manual_seed(config.train.seed)
