@@ -43,9 +43,9 @@ def write_program(path: Path, text: str) -> None:
 
 
 def make(root: Path, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        ["make", *words], cwd=root, capture_output=True, text=True, timeout=60, env={**os.environ, **env}
-    )
+    # As a user's shell would: `make test` puts its own flags and level here, and a make inside speaks of both.
+    outer = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")}
+    return subprocess.run(["make", *words], cwd=root, capture_output=True, text=True, timeout=60, env={**outer, **env})
 
 
 def build(root: Path) -> subprocess.CompletedProcess[str]:
