@@ -197,9 +197,9 @@ def check_flash_attn() -> Finding:
     if not has_gpu():
         return Finding("flash-attn", "ok", version or "not installed", "not used on CPU: attention is PyTorch's SDPA")
     if version:
-        return Finding("flash-attn", "ok", version, "packed groups attend through its variable-length kernel")
-    consequence = 'packed groups attend through FlexAttention; for flash-attn: pip install "bpo[flash]"'
-    return Finding("flash-attn", "warn", "not installed", consequence)
+        use = "model.vision_attention: flash_attention_2 uses it in the vision tower; packed groups use SDPA"
+        return Finding("flash-attn", "ok", version, use)
+    return Finding("flash-attn", "ok", "not installed", "not needed: towers and packed groups use PyTorch's SDPA")
 
 
 def check_triton() -> Finding:

@@ -94,13 +94,12 @@ def test_no_gpu_says_what_training_on_cpu_means(monkeypatch: pytest.MonkeyPatch)
     assert finding.status == "warn" and "gloo" in finding.consequence and "tiny models" in finding.consequence
 
 
-def test_flash_attn_matters_on_a_gpu_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "version_of", lambda name: None)
-    monkeypatch.setattr(doctor, "has_gpu", lambda: False)
-    assert doctor.check_flash_attn().status == "ok"
+def test_flash_attn_is_said_to_serve_what_it_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "has_gpu", lambda: True)
-    finding = doctor.check_flash_attn()
-    assert finding.status == "warn" and "FlexAttention" in finding.consequence
+    monkeypatch.setattr(doctor, "version_of", lambda name: None)
+    assert "not needed" in doctor.check_flash_attn().consequence
+    monkeypatch.setattr(doctor, "version_of", lambda name: "2.8.3")
+    assert "vision tower" in doctor.check_flash_attn().consequence
 
 
 def test_triton_line_follows_the_dispatch_variable(monkeypatch: pytest.MonkeyPatch) -> None:
