@@ -93,6 +93,13 @@ def test_every_zero_mode_and_packing_gives_the_same_losses(matrix: Path, mode: s
     assert sum(second_epoch) / 4 < math.log(2) - 0.02  # and something was learnt
 
 
+def test_losses_are_those_of_the_committed_file(matrix: Path) -> None:
+    """A change that should not alter results must not: a new file is a decision, said in the commit that brings it."""
+    lines = (ROOT / "tests" / "golden" / "tiny_llava_losses.txt").read_text().splitlines()
+    golden = [float(line) for line in lines if not line.startswith("#")]
+    assert losses(matrix, "zero2") == pytest.approx(golden, abs=1e-3)
+
+
 def test_full_fine_tuning_is_the_same_under_zero_1_and_3(matrix: Path) -> None:
     assert losses(matrix, "full_zero3") == pytest.approx(losses(matrix, "full_zero1"), abs=5e-4)
     assert losses(matrix, "full_zero3")[1] != pytest.approx(losses(matrix, "zero3")[1], abs=1e-4)
