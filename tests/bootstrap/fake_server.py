@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 from collections.abc import Callable, Iterator
@@ -33,6 +34,7 @@ def fake_server(answer: Callable[[dict[str, Any], int], Answer]) -> Iterator[tup
             self.send_response(status)
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
+            with contextlib.suppress(BrokenPipeError):  # the client gave up waiting, as a test wants it to
             self.wfile.write(content)
 
         def log_message(self, *args: object) -> None:
