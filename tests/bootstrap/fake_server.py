@@ -35,7 +35,7 @@ def fake_server(answer: Callable[[dict[str, Any], int], Answer]) -> Iterator[tup
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
             with contextlib.suppress(BrokenPipeError):  # the client gave up waiting, as a test wants it to
-            self.wfile.write(content)
+                self.wfile.write(content)
 
         def log_message(self, *args: object) -> None:
             pass
