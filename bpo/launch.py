@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -72,9 +73,17 @@ def export_torch_environment(ranks: Ranks) -> None:
     os.environ.setdefault("LOCAL_RANK", str(ranks.local_rank))
     nodelist = os.environ.get("SLURM_JOB_NODELIST", "")
     os.environ.setdefault("MASTER_ADDR", first_host(nodelist) if nodelist and ranks.world_size > 1 else "127.0.0.1")
-    # Jobs that share a node must not share a port; the job id keeps them apart.
+    os.environ.setdefault("MASTER_PORT", str(_master_port(ranks.world_size)))
+
+
+def _master_port(world_size: int) -> int:
+    """A port that jobs on one node do not share: any free one for a lone process, else one that the job id decides."""
+    if world_size == 1:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            return int(probe.getsockname()[1])
     job = os.environ.get("SLURM_JOB_ID", "0")
-    os.environ.setdefault("MASTER_PORT", str(29500 + int(job) % 10000 if job.isdigit() else 29500))
+    return 29500 + int(job) % 10000 if job.isdigit() else 29500
 
 
 def pick_device(ranks: Ranks | None = None) -> torch.device:

@@ -165,7 +165,8 @@ def test_a_signal_saves_a_checkpoint_and_resume_finishes(matrix: Path) -> None:
         written = matrix / "signalled" / "metrics.jsonl"
         deadline = time.monotonic() + 120
         while not (written.exists() and written.read_text().count("\n") >= 2):
-            assert time.monotonic() < deadline and process.poll() is None
+            assert time.monotonic() < deadline
+            assert process.poll() is None, process.communicate()[1][-3000:]
             time.sleep(0.1)
         process.send_signal(signal.SIGUSR2)
         _, errors = process.communicate(timeout=60)
