@@ -15,7 +15,7 @@ commands:
   train       preference training in this process; `deepspeed bpo/train.py` starts it on several
   evaluate    hallucination measured by CHAIR and POPE
   export      a merged model directory, or a PEFT adapter, from a checkpoint
-  bench       time the kernels against PyTorch
+  bench       `bpo bench kernels`: the kernels against PyTorch and other libraries
   doctor      what this machine has, and what that means for a run
 
 `bpo COMMAND --help` lists the options of a command.
@@ -65,10 +65,22 @@ def _export(argv: list[str]) -> int:
     return 0
 
 
-def _bench(argv: list[str]) -> int:
+def _bench_kernels(argv: list[str]) -> int:
     from bpo_kernels.bench import main
 
     return main(argv)
+
+
+BENCHMARKS: dict[str, Callable[[list[str]], int]] = {"kernels": _bench_kernels}
+
+
+def _bench(argv: list[str]) -> int:
+    if argv and argv[0] in BENCHMARKS:
+        return BENCHMARKS[argv[0]](argv[1:])
+    asked_for_help = bool(argv) and argv[0] in ("-h", "--help")
+    usage = f"usage: bpo bench {{{','.join(BENCHMARKS)}}} [...]; `bpo bench NAME --help` lists its options"
+    print(usage, file=sys.stdout if asked_for_help else sys.stderr)
+    return 0 if asked_for_help else 2
 
 
 def _doctor(argv: list[str]) -> int:

@@ -5,10 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-
-def _check(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
+from bpo.config_bootstrap import BootstrapConfig, check
 
 
 @dataclass(kw_only=True)
@@ -51,122 +48,15 @@ class DataConfig:
     num_workers: int = 2
 
     def __post_init__(self) -> None:
-        _check(
+        check(
             self.max_length_tokens > 0,
             f"data.max_length_tokens is {self.max_length_tokens}; it must be positive",
         )
-        _check(
+        check(
             self.max_completion_words > 0,
             f"data.max_completion_words is {self.max_completion_words}; it must be positive",
         )
-        _check(self.num_workers >= 0, f"data.num_workers is {self.num_workers}; it must be 0 or more")
-
-
-@dataclass(kw_only=True)
-class WeakenConfig:
-    """Negatives from the model's answer to a noised image (type `mllm-hal`).
-
-    Attributes:
-        noise_step: Step t of the forward diffusion x_t = sqrt(abar_t) x + sqrt(1 - abar_t) eps, 0..999; -1: none.
-        temperature: Sampling temperature; 0 is greedy.
-        top_p: Nucleus of the sampling distribution.
-        max_new_tokens: Longest answer.
-    """
-
-    noise_step: int = 900
-    temperature: float = 0.2
-    top_p: float = 1.0
-    max_new_tokens: int = 1024
-
-    def __post_init__(self) -> None:
-        _check(
-            -1 <= self.noise_step <= 999,
-            f"noise_step is {self.noise_step}; the schedule has steps 0..999 (-1: no noise)",
-        )
-        _check_sampling("bootstrap.weaken", self.temperature, self.top_p, self.max_new_tokens)
-
-
-@dataclass(kw_only=True)
-class InjectConfig:
-    """Negatives from a text-only LLM that rewrites the annotation with plausible errors (type `llm-hal`).
-
-    Attributes:
-        mode: `description` rewrites a description; `qa` answers for a similar but different image; `auto` takes
-            `description` for prompts that ask for one and `qa` for others.
-        prompt_dir: Folder with your own description.yaml and qa.yaml; empty takes those in bpo/bootstrap/prompts. Small
-            LLMs need worked examples in the style of the annotations.
-        llm: Directory of a transformers causal LM; empty takes the multimodal model's own language model.
-        gguf_file: Name of a GGUF file in that directory, when its weights come as one.
-        server_url: Base URL of an OpenAI-compatible server, such as http://localhost:8000/v1; replaces `llm`.
-        server_model: Name of the model on that server.
-        server_concurrency: Requests in flight at a time.
-        server_timeout_s: Seconds until a request is given up and tried again.
-        temperature: Sampling temperature; 0 is greedy.
-        top_p: Nucleus of the sampling distribution.
-        max_new_tokens: Longest rewriting.
-        attempts: Tries for a record whose rewriting was refused, each with its own seed.
-        dtype: Precision of the text-only LLM.
-    """
-
-    mode: Literal["description", "qa", "auto"] = "auto"
-    prompt_dir: str = ""
-    llm: str = ""
-    gguf_file: str = ""
-    server_url: str = ""
-    server_model: str = ""
-    server_concurrency: int = 16
-    server_timeout_s: float = 120.0
-    temperature: float = 0.8
-    top_p: float = 0.95
-    max_new_tokens: int = 1024
-    attempts: int = 1
-    dtype: Literal["float32", "bfloat16", "float16", "config"] = "config"
-
-    def __post_init__(self) -> None:
-        _check_sampling("bootstrap.inject", self.temperature, self.top_p, self.max_new_tokens)
-        _check(self.attempts >= 1, f"bootstrap.inject.attempts is {self.attempts}; it must be at least 1")
-        _check(self.server_concurrency >= 1, "bootstrap.inject.server_concurrency must be at least 1")
-        both = self.llm and self.server_url
-        _check(not both, "bootstrap.inject.llm and bootstrap.inject.server_url are both set; choose one")
-        _check(
-            bool(self.server_model) or not self.server_url,
-            "bootstrap.inject.server_url is set but server_model is empty; name the model the server serves",
-        )
-
-
-@dataclass(kw_only=True)
-class BootstrapConfig:
-    """How negatives are made from annotations.
-
-    Attributes:
-        sources: Which negatives to make: weaken, inject, unweakened (the model's answer to the clean image, a control).
-        weaken: Options of the weakened image.
-        inject: Options of the injected errors.
-        batch_size: Answers generated at a time.
-        seed: With the record's id it decides noise and sampling.
-        limit: Use only the first so many annotations; 0 takes all.
-        max_inject_records: Inject errors into only the first so many annotations; 0 takes all.
-        stall_timeout_s: Rank 0 gives up waiting for the other ranks when none finished a batch for so many seconds.
-    """
-
-    sources: list[Literal["weaken", "inject", "unweakened"]] = field(default_factory=lambda: ["weaken", "inject"])
-    weaken: WeakenConfig = field(default_factory=WeakenConfig)
-    inject: InjectConfig = field(default_factory=InjectConfig)
-    batch_size: int = 16
-    seed: int = 0
-    limit: int = 0
-    max_inject_records: int = 0
-    stall_timeout_s: float = 3600.0
-
-    def __post_init__(self) -> None:
-        _check(self.batch_size >= 1, f"bootstrap.batch_size is {self.batch_size}; it must be at least 1")
-        _check(self.limit >= 0, f"bootstrap.limit is {self.limit}; it must be 0 (all) or more")
-        _check(self.max_inject_records >= 0, "bootstrap.max_inject_records must be 0 (all) or more")
-        _check(self.stall_timeout_s > 0, "bootstrap.stall_timeout_s must be positive")
-        _check(
-            len(self.sources) == len(set(self.sources)) and bool(self.sources),
-            "bootstrap.sources must name each source once",
-        )
+        check(self.num_workers >= 0, f"data.num_workers is {self.num_workers}; it must be 0 or more")
 
 
 @dataclass(kw_only=True)
@@ -186,8 +76,8 @@ class LoraConfig:
     target: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        _check(self.r >= 1, f"lora.r is {self.r}; it must be at least 1")
-        _check(0 <= self.dropout < 1, f"lora.dropout is {self.dropout}; it must lie in [0, 1)")
+        check(self.r >= 1, f"lora.r is {self.r}; it must be at least 1")
+        check(0 <= self.dropout < 1, f"lora.dropout is {self.dropout}; it must lie in [0, 1)")
 
 
 @dataclass(kw_only=True)
@@ -207,7 +97,7 @@ class TrainableConfig:
     lm_head: Literal["full", "frozen"] = "full"
 
     def __post_init__(self) -> None:
-        _check(
+        check(
             self.language != "frozen" or self.projector == "full" or self.vision == "full",
             "trainable: language, projector and vision are all frozen; nothing would learn",
         )
@@ -230,12 +120,12 @@ class LossConfig:
     chosen_nll_weight: float = 0.0
 
     def __post_init__(self) -> None:
-        _check(self.beta > 0, f"loss.beta is {self.beta}; it must be positive")
-        _check(
+        check(self.beta > 0, f"loss.beta is {self.beta}; it must be positive")
+        check(
             0 <= self.label_smoothing < 0.5,
             f"loss.label_smoothing is {self.label_smoothing}; it must lie in [0, 0.5)",
         )
-        _check(
+        check(
             self.chosen_nll_weight >= 0,
             f"loss.chosen_nll_weight is {self.chosen_nll_weight}; it must be 0 or more",
         )
@@ -297,19 +187,19 @@ class TrainConfig:
     first_loss_tolerance: float = 0.0
 
     def __post_init__(self) -> None:
-        _check(self.epochs >= 1, f"train.epochs is {self.epochs}; it must be at least 1")
-        _check(
+        check(self.epochs >= 1, f"train.epochs is {self.epochs}; it must be at least 1")
+        check(
             self.groups_per_step >= 1,
             f"train.groups_per_step is {self.groups_per_step}; it must be at least 1",
         )
-        _check(self.max_micro_batch_tokens >= 1, "train.max_micro_batch_tokens must be at least 1")
-        _check(self.lr > 0, f"train.lr is {self.lr}; it must be positive")
-        _check(
+        check(self.max_micro_batch_tokens >= 1, "train.max_micro_batch_tokens must be at least 1")
+        check(self.lr > 0, f"train.lr is {self.lr}; it must be positive")
+        check(
             self.projector_lr >= 0,
             f"train.projector_lr is {self.projector_lr}; it must be 0 (train.lr) or positive",
         )
-        _check(0 <= self.warmup_ratio < 1, f"train.warmup_ratio is {self.warmup_ratio}; it must lie in [0, 1)")
-        _check(self.log_every_steps >= 1, "train.log_every_steps must be at least 1")
+        check(0 <= self.warmup_ratio < 1, f"train.warmup_ratio is {self.warmup_ratio}; it must lie in [0, 1)")
+        check(self.log_every_steps >= 1, "train.log_every_steps must be at least 1")
         for name in (
             "max_steps",
             "save_every_steps",
@@ -317,7 +207,7 @@ class TrainConfig:
             "weight_decay",
             "first_loss_tolerance",
         ):
-            _check(getattr(self, name) >= 0, f"train.{name} is {getattr(self, name)}; it must be 0 or more")
+            check(getattr(self, name) >= 0, f"train.{name} is {getattr(self, name)}; it must be 0 or more")
 
 
 @dataclass(kw_only=True)
@@ -347,8 +237,8 @@ class EvaluationConfig:
     limit: int = 0
 
     def __post_init__(self) -> None:
-        _check(self.batch_size >= 1, f"evaluation.batch_size is {self.batch_size}; it must be at least 1")
-        _check(self.max_new_tokens >= 1, "evaluation.max_new_tokens must be at least 1")
+        check(self.batch_size >= 1, f"evaluation.batch_size is {self.batch_size}; it must be at least 1")
+        check(self.max_new_tokens >= 1, "evaluation.max_new_tokens must be at least 1")
 
 
 @dataclass(kw_only=True)
@@ -391,9 +281,3 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
-
-
-def _check_sampling(where: str, temperature: float, top_p: float, max_new_tokens: int) -> None:
-    _check(temperature >= 0, f"{where}.temperature is {temperature}; it must be 0 (greedy) or more")
-    _check(0 < top_p <= 1, f"{where}.top_p is {top_p}; it must lie in (0, 1]")
-    _check(max_new_tokens >= 1, f"{where}.max_new_tokens is {max_new_tokens}; it must be at least 1")

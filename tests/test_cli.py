@@ -17,7 +17,7 @@ OPTIONS = {
     "train": ["--config", "--train.lr", "--train.ds_config", "--loss.beta", "--lora.r", "--trainable.vision"],
     "evaluate": ["--config", "--evaluation.chair_instances", "--evaluation.pope_questions"],
     "export": ["--config", "--export.checkpoint", "--export.form"],
-    "bench": ["--shapes", "--dtype", "--json"],
+    "bench": ["kernels"],
     "doctor": ["bpo doctor"],
 }
 
@@ -37,6 +37,17 @@ def test_help_lists_all_seven_commands(capsys: pytest.CaptureFixture[str]) -> No
     text = capsys.readouterr().out
     assert list(COMMANDS) == SEVEN
     assert [name for name in SEVEN if f"\n  {name} " not in text] == []
+
+
+def test_help_of_a_benchmark_names_its_options(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("bench", "kernels", "--help") == 0
+    text = capsys.readouterr().out
+    assert [option for option in ("--shapes", "--dtype", "--json") if option not in text] == []
+
+
+def test_unknown_benchmark_is_refused_with_the_names(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("bench", "kernel") == 2
+    assert "kernels" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", SEVEN)

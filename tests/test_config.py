@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from bpo import config as config_module
+from bpo import config_bootstrap as config_bootstrap_module
 from bpo.config import Config, DataConfig, LoraConfig, LossConfig, TrainConfig
 from bpo.config_io import all_keys, load_config, save_config, to_tree
 
@@ -37,8 +38,9 @@ def test_every_option_has_its_line_of_documentation(section: type) -> None:
 
 
 def test_every_section_of_the_module_is_in_the_tree() -> None:
-    in_module = {c for c in vars(config_module).values() if is_dataclass(c) and c.__module__ == config_module.__name__}
-    assert in_module == set(sections())
+    modules = (config_module, config_bootstrap_module)
+    defined = {c for m in modules for c in vars(m).values() if is_dataclass(c) and c.__module__ == m.__name__}
+    assert defined == set(sections())
 
 
 def test_without_arguments_the_defaults() -> None:

@@ -21,6 +21,7 @@ MAX_FUNCTION_LINES = 60
 LAYERS = {
     "records": 0,
     "config": 0,
+    "config_bootstrap": 0,
     "config_io": 0,
     "launch": 0,
     "run_record": 1,

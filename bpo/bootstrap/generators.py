@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 
 from bpo.bootstrap.inject import InjectionRequest, Message, as_plain_text
-from bpo.config import InjectConfig
+from bpo.config_bootstrap import InjectConfig
 from bpo.data.encode import Encoder, EncodingError
 from bpo.model.generate import CachedPrefix, cache_prefix, generate_ids, generate_prompts
 from bpo.records import ContentPart, Turn

@@ -25,7 +25,8 @@ from bpo.bootstrap.parts import Outcome, PartReader, PartWriter
 from bpo.bootstrap.server import OpenAICompatibleGenerator
 from bpo.bootstrap.sources import ImageAnswers, InjectedErrors, NegativeSource
 from bpo.bootstrap.validate import annotation_refusal
-from bpo.config import BootstrapConfig, Config
+from bpo.config import Config
+from bpo.config_bootstrap import BootstrapConfig
 from bpo.data.encode import Encoder, load_encoder
 from bpo.data.formats import read_annotations
 from bpo.launch import Ranks, pick_device, ranks_from_environment

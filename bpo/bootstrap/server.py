@@ -19,7 +19,7 @@ from typing import Any
 
 from bpo.bootstrap.generators import Reply
 from bpo.bootstrap.inject import InjectionRequest
-from bpo.config import InjectConfig
+from bpo.config_bootstrap import InjectConfig
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ import torch
 
 from bpo.bootstrap.noise import diffuse
 from bpo.bootstrap.seeds import derive_seed
-from bpo.config import WeakenConfig
+from bpo.config_bootstrap import WeakenConfig
 from bpo.data.encode import EncodedPrompt, Encoder
 from bpo.data.families import Family
 from bpo.model.generate import generate_answers

@@ -5,18 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from bpo.config import (
-    BootstrapConfig,
-    Config,
-    DataConfig,
-    EvaluationConfig,
-    InjectConfig,
-    LossConfig,
-    ModelConfig,
-    TrainableConfig,
-    TrainConfig,
-    WeakenConfig,
-)
+from bpo.config import Config, DataConfig, EvaluationConfig, LossConfig, ModelConfig, TrainableConfig, TrainConfig
+from bpo.config_bootstrap import BootstrapConfig, InjectConfig, WeakenConfig
 from bpo.demo.base import BaseConfig
 from bpo.demo.files import World
 from bpo.demo.rewriting import prompt_dir

@@ -17,7 +17,8 @@ import pytest
 from bpo.bootstrap import run as run_module
 from bpo.bootstrap.parts import PartWriter
 from bpo.bootstrap.run import run_bootstrap
-from bpo.config import BootstrapConfig, Config, DataConfig, InjectConfig, ModelConfig, WeakenConfig
+from bpo.config import Config, DataConfig, ModelConfig
+from bpo.config_bootstrap import BootstrapConfig, InjectConfig, WeakenConfig
 from bpo.data.formats import read_groups
 from bpo.launch import Ranks
 from tests.bootstrap.fake_server import completion, fake_server

@@ -12,7 +12,7 @@ import pytest
 from bpo.bootstrap.generators import Reply
 from bpo.bootstrap.inject import InjectionRequest, Message
 from bpo.bootstrap.server import MAX_TRIES, OpenAICompatibleGenerator, ServerError
-from bpo.config import InjectConfig
+from bpo.config_bootstrap import InjectConfig
 from tests.bootstrap.fake_server import Answer, completion, fake_server
 
 

@@ -9,7 +9,8 @@ import torch
 
 from bpo.bootstrap.noise import diffuse
 from bpo.bootstrap.weaken import answer_weakened, weaken_prompt
-from bpo.config import Config, DataConfig, ModelConfig, WeakenConfig
+from bpo.config import Config, DataConfig, ModelConfig
+from bpo.config_bootstrap import WeakenConfig
 from bpo.data.encode import load_encoder
 from bpo.data.formats import read_annotations
 from bpo.model.load import load_model
