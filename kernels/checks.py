@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 
 LOSS_TYPES = ("sigmoid", "hinge", "ipo", "robust")
+MODES = ("auto", "store", "fused", "recompute")
+# The target of a row that is to be left out, as in torch.nn.functional.cross_entropy.
+IGNORED_TARGET = -100
 
 # Bytes that the logits of one chunk of rows may take. 2,048 rows of LLaVA's 32,064 tokens in fp32 are
 # 250 MiB; on a GPU the rows of a whole micro-batch of Qwen2.5-VL (152,064 tokens) should fit, so that nothing
@@ -20,7 +23,7 @@ CPU_LOGITS_BUDGET_BYTES = 256 << 20
 CUDA_LOGITS_BUDGET_BYTES = 2 << 30
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_HALVES = (torch.float16, torch.bfloat16)
+HALVES = (torch.float16, torch.bfloat16)
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -28,29 +31,21 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype is torch.float64 else torch.float32
 
 
+def logits_budget(budget_bytes: int | None, device: torch.device) -> int:
+    """`budget_bytes`, or the device's default where it is None."""
+    if budget_bytes is not None:
+        return budget_bytes
+    return CUDA_LOGITS_BUDGET_BYTES if device.type == "cuda" else CPU_LOGITS_BUDGET_BYTES
+
+
 def rows_per_chunk(num_rows: int, vocab: int, itemsize: int, budget_bytes: int | None, device: torch.device) -> int:
     """Rows whose logits, `itemsize` bytes each, fit `budget_bytes` (None: the device's default); at least 1.
 
     The rows are spread evenly over the chunks: a last chunk of three rows would waste a GEMM.
     """
-    if budget_bytes is None:
-        budget_bytes = CUDA_LOGITS_BUDGET_BYTES if device.type == "cuda" else CPU_LOGITS_BUDGET_BYTES
-    largest = max(1, budget_bytes // (vocab * itemsize))
+    largest = max(1, logits_budget(budget_bytes, device) // (vocab * itemsize))
     num_chunks = max(1, -(-num_rows // largest))
     return max(1, -(-num_rows // num_chunks))
-
-
-def mm_fp32(a_MK: Tensor, b_KN: Tensor) -> Tensor:
-    """`a @ b` accumulated *and returned* in fp32 (fp64 for fp64), for half-precision inputs too.
-
-    Half-precision logits would be rounded to a spacing of 0.125 between 16 and 32, which is a noise of
-    some tenths of a nat on a sequence's log-prob. On CUDA the vendor GEMM writes fp32 itself.
-    """
-    if a_MK.dtype not in _HALVES:
-        return torch.mm(a_MK, b_KN)
-    if a_MK.is_cuda:
-        return torch.mm(a_MK, b_KN, out_dtype=torch.float32)
-    return torch.mm(a_MK.float(), b_KN.float())
 
 
 def autocast_hidden(hidden_NH: Tensor) -> Tensor:
@@ -75,8 +70,13 @@ def check_triton_dtype(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name} is torch.float64: Triton computes in fp32, set BPO_KERNELS=reference for fp64")
 
 
-def check_target(target_N: Tensor, num_rows: int, vocab: int, device: torch.device) -> None:
-    """Raises ValueError unless `target_N` holds `num_rows` token ids in [0, vocab) on `device`."""
+def check_target(
+    target_N: Tensor, num_rows: int, vocab: int, device: torch.device, *, may_be_ignored: bool = False
+) -> None:
+    """Raises ValueError unless `target_N` holds `num_rows` token ids in [0, vocab) on `device`.
+
+    With `may_be_ignored` a target may also be -100: its row is left out.
+    """
     if target_N.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"target_N has dtype {target_N.dtype}: give token ids as torch.int64")
     if target_N.shape != (num_rows,):
@@ -86,7 +86,9 @@ def check_target(target_N: Tensor, num_rows: int, vocab: int, device: torch.devi
         )
     if target_N.device != device:
         raise ValueError(f"target_N is on {target_N.device}, the rows on {device}: move it there")
-    check_index_range("target_N", target_N, vocab, "drop ignored rows (-100) before the call")
+    if may_be_ignored:
+        target_N = target_N.clamp(min=0).where(target_N == IGNORED_TARGET, target_N)
+    check_index_range("target_N", target_N, vocab, "give token ids; drop ignored rows before the call")
 
 
 def check_index_range(name: str, index: Tensor, size: int, fix: str) -> None:
@@ -120,9 +122,12 @@ def check_linear_logprob(
     target_N: Tensor,
     bias_V: Tensor | None,
     softcap: float | None,
+    mode: str,
     budget_bytes: int | None,
 ) -> None:
     """Raises ValueError where `linear_logprob` cannot take these arguments."""
+    if mode not in MODES:
+        raise ValueError(f"mode is {mode!r}: use one of {', '.join(MODES)}")
     _check_matrix("hidden_NH", hidden_NH, "N, H")
     if weight_VH.numel() == 0:
         raise ValueError(
@@ -151,7 +156,7 @@ def check_linear_logprob(
         raise ValueError(f"softcap is {softcap}: use a positive number, or None for no cap")
     if budget_bytes is not None and budget_bytes <= 0:
         raise ValueError(f"budget_bytes is {budget_bytes}: use a positive number, or None for the default")
-    check_target(target_N, hidden_NH.shape[0], vocab, hidden_NH.device)
+    check_target(target_N, hidden_NH.shape[0], vocab, hidden_NH.device, may_be_ignored=True)
 
 
 def check_preference_options(beta: float, label_smoothing: float, loss_type: str) -> None:

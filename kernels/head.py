@@ -1,0 +1,272 @@
+"""The LM head in three modes: which rows go together, what is kept for the backward, and the GEMMs of both directions.
+
+Legend: N rows (response tokens), n rows of one chunk, H hidden size, V vocabulary.
+
+Both implementations, Triton and plain PyTorch, run this code; they differ in the functions of `Rows`. With
+D = onehot(target) - softmax, times the slopes of cap and scale, a loss enters through one coefficient c per row:
+`grad_hidden = c * (D @ W)`, `grad_weight = D.T @ (c * hidden)`, `grad_bias = D.T @ c`. See README.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .checks import HALVES, logits_budget, statistics_dtype
+
+# Fewer rows than this in a GEMM leave a GPU idle; where D would leave no room for them it is computed again instead.
+_MIN_CHUNK_ROWS = 256
+# A half-precision weight is turned to fp32, and a weight gradient is added up, in tiles of this many bytes.
+_TILE_BYTES = {"cpu": 16 << 20, "cuda": 64 << 20}
+
+
+@dataclass(frozen=True)
+class Head:
+    """The options of the logits `z = softcap * tanh(scale * (hidden @ weight.T + bias) / softcap)`."""
+
+    bias_V: Tensor | None = None
+    softcap: float | None = None
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class RowOutputs:
+    """What one pass over the logits of some rows gives; entropy (nats) and argmax only where asked for."""
+
+    logp_n: Tensor
+    entropy_n: Tensor | None = None
+    argmax_n: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One implementation: of the pass over given logits, and of the pass that never has them.
+
+    from_logits(logits_nV, target_n, head, dlogits_nV, statistics): log-probs from fp32 logits (which it may destroy); D
+        goes to `dlogits_nV` where that is given, which may be the logits' own memory.
+    fused(hidden_NH, weight_VH, target_N, head, statistics, budget_bytes): log-probs without logits.
+    """
+
+    from_logits: Callable[[Tensor, Tensor, Head, Tensor | None, bool], RowOutputs]
+    fused: Callable[[Tensor, Tensor, Tensor, Head, bool, int], RowOutputs]
+
+
+@dataclass(frozen=True)
+class HeadPlan:
+    """How a call runs: `step` rows a chunk; what the forward keeps for the backward."""
+
+    mode: str
+    step: int
+    keeps_hidden_grad: bool
+    keeps_dlogits: bool
+
+
+def plan_head(
+    mode: str,
+    num_rows: int,
+    vocab: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    needs_hidden: bool,
+    needs_head: bool,
+    budget_bytes: int | None,
+    without_gradient: str,
+) -> HeadPlan:
+    """Chooses mode and chunk by what needs a gradient and by the bytes that may be in use.
+
+    `auto` is `without_gradient` where nothing needs one; `store` for a frozen head, which keeps D @ W [N, H] and
+    nothing of size V; for a trained head `store` where D of all rows and the logits of a chunk fit the budget, and
+    `recompute` where they do not.
+    """
+    budget_bytes = logits_budget(budget_bytes, device)
+    logits_row = vocab * statistics_dtype(dtype).itemsize
+    # D of a half-precision head lies beside its fp32 logits; otherwise it takes their place.
+    dlogits_row = vocab * dtype.itemsize if dtype in HALVES else 0
+    gradient = needs_hidden or needs_head
+    kept_bytes = num_rows * (dlogits_row or logits_row)
+    in_one_chunk = num_rows * (logits_row + dlogits_row) <= budget_bytes
+    if mode == "auto":
+        chunked = kept_bytes + min(num_rows, _MIN_CHUNK_ROWS) * logits_row <= budget_bytes
+        mode = without_gradient if not gradient else "store"
+        if needs_head and not (in_one_chunk or chunked):
+            mode = "recompute"
+    keeps_dlogits = mode == "store" and needs_head
+    if keeps_dlogits and in_one_chunk:
+        largest = num_rows
+    elif keeps_dlogits:
+        largest = (budget_bytes - kept_bytes) // logits_row
+    else:
+        largest = budget_bytes // (logits_row + (dlogits_row if gradient else 0))
+    # Spread evenly over the chunks: a last chunk of three rows would waste a GEMM.
+    num_chunks = max(1, -(-num_rows // max(1, largest)))
+    step = max(1, -(-num_rows // num_chunks))
+    return HeadPlan(mode, step, mode == "store" and needs_hidden and not needs_head, keeps_dlogits)
+
+
+def matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """`a @ b` in their own precision; fp16 GEMMs of a CPU are far slower than the detour over fp32."""
+    if a.dtype is torch.float16 and a.device.type == "cpu":
+        product = torch.mm(a.float(), b.float()).to(a.dtype)
+        return product if out is None else out.copy_(product)
+    return torch.mm(a, b) if out is None else torch.mm(a, b, out=out)
+
+
+def matmul_fp32(a_MK: Tensor, b_KN: Tensor) -> Tensor:
+    """`a @ b` accumulated *and returned* in fp32 (fp64 for fp64), for half-precision inputs too.
+
+    Half-precision logits would be rounded to a spacing of 0.125 between 16 and 32, which is a noise of
+    some tenths of a nat on a sequence's log-prob. On CUDA the vendor GEMM writes fp32 itself.
+    """
+    if a_MK.dtype not in HALVES:
+        return torch.mm(a_MK, b_KN)
+    if a_MK.is_cuda:
+        return torch.mm(a_MK, b_KN, out_dtype=torch.float32)
+    return torch.mm(a_MK.float(), b_KN.float())
+
+
+def logits_fp32(hidden_nH: Tensor, weight_VH: Tensor) -> Tensor:
+    """`hidden @ weight.T` in fp32; a weight of another precision than the GEMM's is converted tile by tile."""
+    dtype = statistics_dtype(hidden_nH.dtype)
+    if hidden_nH.dtype is weight_VH.dtype and (hidden_nH.is_cuda or hidden_nH.dtype is dtype):
+        return matmul_fp32(hidden_nH, weight_VH.t())
+    vocab = weight_VH.shape[0]
+    logits_nV = torch.empty(hidden_nH.shape[0], vocab, dtype=dtype, device=hidden_nH.device)
+    for columns in _tiles(weight_VH, dtype.itemsize):
+        logits_nV[:, columns] = matmul_fp32(hidden_nH, weight_VH[columns].to(hidden_nH.dtype).t())
+    return logits_nV
+
+
+def _tiles(weight_VH: Tensor, itemsize: int) -> list[slice]:
+    vocab, hidden_size = weight_VH.shape
+    tile = max(1, _TILE_BYTES.get(weight_VH.device.type, 64 << 20) // (hidden_size * itemsize))
+    return [slice(start, min(start + tile, vocab)) for start in range(0, vocab, tile)]
+
+
+def head_forward(
+    rows: Rows,
+    hidden_NH: Tensor,
+    weight_VH: Tensor,
+    target_N: Tensor,
+    head: Head,
+    plan: HeadPlan,
+    *,
+    statistics: bool = False,
+    budget_bytes: int | None = None,
+    num_policy: int | None = None,
+) -> tuple[RowOutputs, Tensor | None, Tensor | None]:
+    """Log-probs of all rows; `D @ W` [N, H] or D [N, V] of the first `num_policy` rows (None: all), as planned."""
+    num_rows, hidden_size = hidden_NH.shape
+    num_policy = num_rows if num_policy is None else num_policy
+    weight_VH = weight_VH.to(hidden_NH.dtype)
+    if plan.mode == "fused":
+        budget_bytes = logits_budget(budget_bytes, hidden_NH.device)
+        return rows.fused(hidden_NH, weight_VH, target_N, head, statistics, budget_bytes), None, None
+    unit_grad_NH = hidden_NH.new_empty(num_policy, hidden_size) if plan.keeps_hidden_grad else None
+    # The logits of a single chunk in full precision become D where they lie.
+    in_place = plan.step >= num_rows and num_policy == num_rows and hidden_NH.dtype not in HALVES
+    kept_NV = hidden_NH.new_empty(num_policy, weight_VH.shape[0]) if plan.keeps_dlogits and not in_place else None
+    parts: list[RowOutputs] = []
+    for start in range(0, num_rows, plan.step):
+        target_n = target_N[start : start + plan.step]
+        logits_nV = logits_fp32(hidden_NH[start : start + plan.step], weight_VH)
+        # Rows before `split` are the policy's and may need D; those after it are the reference's and do not.
+        needs_d = plan.keeps_hidden_grad or plan.keeps_dlogits
+        split = min(max(num_policy - start, 0), target_n.shape[0]) if needs_d else 0
+        if split:
+            policy_rows = slice(start, start + split)
+            dlogits_nV = _place_of_d(logits_nV[:split], hidden_NH.dtype) if kept_NV is None else kept_NV[policy_rows]
+            parts.append(rows.from_logits(logits_nV[:split], target_n[:split], head, dlogits_nV, statistics))
+            if unit_grad_NH is not None:
+                matmul(dlogits_nV, weight_VH, out=unit_grad_NH[policy_rows])
+            elif in_place:
+                kept_NV = dlogits_nV
+        if split < target_n.shape[0]:
+            parts.append(rows.from_logits(logits_nV[split:], target_n[split:], head, None, statistics))
+    return _joined(parts, hidden_NH, statistics), unit_grad_NH, kept_NV
+
+
+def head_backward(
+    rows: Rows,
+    grad_logp_N: Tensor,
+    hidden_NH: Tensor,
+    weight_VH: Tensor,
+    target_N: Tensor,
+    head: Head,
+    step: int,
+    unit_grad_NH: Tensor | None,
+    kept_NV: Tensor | None,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of hidden states, weight and bias (None where `needs` says so), from what `head_forward` kept.
+
+    Where it kept nothing, D is computed again, `step` rows at a time.
+    """
+    num_rows, dtype = hidden_NH.shape[0], hidden_NH.dtype
+    needs_hidden, needs_weight, needs_bias = needs
+    if unit_grad_NH is not None:
+        return (unit_grad_NH * grad_logp_N[:, None]).to(dtype), None, None
+    gemm_weight_VH = weight_VH.to(dtype)
+    grad_hidden_NH = torch.empty_like(hidden_NH) if needs_hidden else None
+    grad_weight_VH = grad_bias_V = None
+    step = step if kept_NV is None else max(1, num_rows)
+    for start in range(0, num_rows, step):
+        chunk = slice(start, start + step)
+        coefficient_n1 = grad_logp_N[chunk, None]
+        dlogits_nV = kept_NV
+        if dlogits_nV is None:
+            logits_nV = logits_fp32(hidden_NH[chunk], gemm_weight_VH)
+            dlogits_nV = _place_of_d(logits_nV, dtype)
+            rows.from_logits(logits_nV, target_N[chunk], head, dlogits_nV, False)
+            del logits_nV
+        if grad_hidden_NH is not None:
+            grad_hidden_NH[chunk] = matmul(dlogits_nV, gemm_weight_VH) * coefficient_n1
+        if needs_weight:
+            # The coefficient scales the small operand: n x H products instead of n x V.
+            scaled_nH = (coefficient_n1 * hidden_NH[chunk]).to(dtype)
+            if step >= num_rows:
+                grad_weight_VH = matmul(dlogits_nV.t(), scaled_nH)
+            else:
+                grad_weight_VH = _add_weight_gradient(grad_weight_VH, dlogits_nV, scaled_nH)
+        if needs_bias:
+            part_V = matmul_fp32(coefficient_n1.t().to(dtype), dlogits_nV)[0]
+            grad_bias_V = part_V if grad_bias_V is None else grad_bias_V + part_V
+    if needs_weight and grad_weight_VH is None:
+        grad_weight_VH = torch.zeros_like(weight_VH)
+    if needs_bias and grad_bias_V is None:
+        grad_bias_V = hidden_NH.new_zeros(weight_VH.shape[0])
+    bias_dtype = dtype if head.bias_V is None else head.bias_V.dtype
+    return (
+        grad_hidden_NH,
+        None if grad_weight_VH is None else grad_weight_VH.to(weight_VH.dtype),
+        None if grad_bias_V is None else grad_bias_V.to(bias_dtype),
+    )
+
+
+def _add_weight_gradient(total_VH: Tensor | None, dlogits_nV: Tensor, scaled_nH: Tensor) -> Tensor:
+    """Adds a chunk's `D.T @ (c * hidden)` in fp32, tile by tile: a second [V, H] would not fit beside the first."""
+    if total_VH is None:
+        shape = (dlogits_nV.shape[1], scaled_nH.shape[1])
+        total_VH = torch.zeros(shape, dtype=statistics_dtype(scaled_nH.dtype), device=scaled_nH.device)
+    for columns in _tiles(total_VH, total_VH.itemsize):
+        total_VH[columns] += matmul_fp32(dlogits_nV[:, columns].t(), scaled_nH)
+    return total_VH
+
+
+def _place_of_d(logits_nV: Tensor, dtype: torch.dtype) -> Tensor:
+    """Where D of these logits goes: half precision beside them, full precision into their own memory."""
+    return torch.empty_like(logits_nV, dtype=dtype) if dtype in HALVES else logits_nV
+
+
+def _joined(parts: list[RowOutputs], hidden_NH: Tensor, statistics: bool) -> RowOutputs:
+    dtype = statistics_dtype(hidden_NH.dtype)
+    empty = hidden_NH.new_empty(0, dtype=dtype)
+    logp_N = torch.cat([part.logp_n for part in parts]) if parts else empty
+    if not statistics:
+        return RowOutputs(logp_N)
+    entropies = [part.entropy_n for part in parts if part.entropy_n is not None]
+    highest = [part.argmax_n for part in parts if part.argmax_n is not None]
+    empty_index = torch.empty(0, dtype=torch.int64, device=hidden_NH.device)
+    return RowOutputs(logp_N, torch.cat(entropies) if parts else empty, torch.cat(highest) if parts else empty_index)
