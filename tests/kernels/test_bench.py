@@ -1,38 +1,131 @@
-"""The benchmark: its FLOP formula, its memory figure, its refusal on red.    pytest tests/kernels/test_bench.py"""
+"""The benchmark: agreement before times, refusal on red, skipped providers, its reports.
+
+pytest tests/kernels/test_bench.py
+"""
 
 from __future__ import annotations
 
 import json
+from importlib.metadata import PackageNotFoundError
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
-from bpo_kernels import bench
+from bpo_kernels import bench, bench_measure, bench_providers, dispatch
+from bpo_kernels.bench_cases import Case, make_inputs
 
 CPU = torch.device("cpu")
 
 
-@pytest.fixture
-def tiny_shape(monkeypatch):
-    monkeypatch.setitem(bench.SHAPES, "tiny", (16, 4096))
-    monkeypatch.setattr(bench, "MIN_SECONDS", 0.0)
+@pytest.fixture(autouse=True)
+def few_samples(monkeypatch):
+    monkeypatch.setattr(bench_measure, "MIN_SECONDS", 0.0)
 
 
-def test_flops_formula_is_what_eager_pytorch_does(tiny_shape):
-    for case in bench._head_cases("linear_logprob", "tiny", 64, torch.float32, CPU):
-        with FlopCounterMode(display=False) as counter:
-            case.providers["eager"]()
-        assert counter.get_total_flops() == case.flops, case.variant
+def tiny_case(operation: str, variant: str, logits: str = "peaked", num_rows: int = 32) -> Case:
+    return Case(operation, variant, "tiny", num_rows, logits, torch.float32, CPU)
 
 
-def test_peak_memory_of_a_frozen_head_is_one_chunk_of_logits(tiny_shape):
-    frozen, _ = bench._head_cases("linear_logprob", "tiny", 64, torch.float32, CPU)
-    logits_bytes = 64 * 4096 * 4
-    ours = bench.peak_extra_bytes(frozen.providers["bpo"], CPU)
-    eager = bench.peak_extra_bytes(frozen.providers["eager"], CPU)
-    assert logits_bytes <= ours < 1.1 * logits_bytes
-    assert eager > 1.9 * logits_bytes
+@pytest.mark.parametrize(
+    ("operation", "variant"),
+    [
+        ("linear_logprob", "forward"),
+        ("linear_logprob", "frozen"),
+        ("linear_logprob", "trained"),
+        ("logprob_gather", "gradient"),
+        ("preference_loss", "gradient"),
+        ("linear_preference_loss", "live-frozen"),
+        ("linear_preference_loss", "live-trained"),
+        ("linear_preference_loss", "stored-frozen"),
+    ],
+)
+def test_every_provider_that_runs_on_a_cpu_agrees_with_fp32_and_is_timed(operation, variant):
+    providers = [name for name in bench_providers.PROVIDERS[operation] if name != "compile"]
+    results = {result.provider: result for result in bench_measure.measure(tiny_case(operation, variant), providers)}
+    assert set(results) == set(providers)
+    assert {result.status for result in results.values()} <= {"ok", "skipped"}, results
+    ran = [result for result in results.values() if result.status == "ok"]
+    assert "eager" in {result.provider for result in ran}
+    assert all(0 < result.p20_ms <= result.median_ms <= result.p80_ms for result in ran)
+    assert all(result.copy_share > 0 and result.peak_bytes >= 0 for result in ran)
+    assert all((result.gemm_share is not None) == operation.startswith("linear_") for result in ran)
+
+
+def test_a_provider_that_is_wrong_gets_a_line_and_no_time(monkeypatch):
+    right = dispatch.linear_logprob
+    monkeypatch.setattr(dispatch, "linear_logprob", lambda *args, **options: right(*args, **options) + 0.01)
+    wrong, eager = bench_measure.measure(tiny_case("linear_logprob", "forward"), ["bpo", "eager"])
+    assert (wrong.provider, wrong.status, wrong.median_ms) == ("bpo", "disagrees", None)
+    assert "off by 0.01 nat (allowed 0.001)" in wrong.note
+    assert eager.status == "ok"
+
+
+def test_a_wrong_gradient_is_found_too(monkeypatch):
+    right = dispatch.linear_logprob
+
+    def half_gradient(*args, **options):
+        logp_N = right(*args, **options)
+        return logp_N.detach() + 0.5 * (logp_N - logp_N.detach())
+
+    monkeypatch.setattr(dispatch, "linear_logprob", half_gradient)
+    (wrong,) = bench_measure.measure(tiny_case("linear_logprob", "frozen"), ["bpo"])
+    assert wrong.status == "disagrees" and wrong.gradient_error == pytest.approx(0.5, abs=1e-3)
+
+
+def test_a_result_that_is_not_finite_disagrees():
+    case = tiny_case("linear_logprob", "forward")
+    truth = [torch.zeros(32)]
+    assert bench_measure.disagreement(case, [torch.full((32,), float("nan"))], truth)[0] == float("inf")
+    assert bench_measure.disagreement(case, [torch.tensor(float("nan"))], truth)[0] == float("inf")
+
+
+def test_a_library_that_fails_gets_a_line_and_ours_raises(monkeypatch):
+    def broken(case, inputs):
+        raise AssertionError("tile_n must divide V\nand more")
+
+    table = {"bpo": bench_providers.PROVIDERS["linear_logprob"]["bpo"], "quack": broken}
+    monkeypatch.setitem(bench_providers.PROVIDERS, "linear_logprob", table)
+    ours, quack = bench_measure.measure(tiny_case("linear_logprob", "frozen"), ["bpo", "quack"])
+    assert ours.status == "ok"
+    assert (quack.status, quack.note) == ("failed", "AssertionError: tile_n must divide V")
+    monkeypatch.setitem(table, "bpo", broken)
+    with pytest.raises(AssertionError, match="tile_n"):
+        bench_measure.measure(tiny_case("linear_logprob", "frozen"), ["bpo"])
+
+
+@pytest.mark.parametrize("provider", ["liger", "cce", "quack"])
+def test_libraries_for_cuda_are_skipped_on_a_cpu(provider):
+    (result,) = bench_measure.measure(tiny_case("linear_logprob", "frozen"), [provider])
+    assert (result.status, result.note) == ("skipped", "needs CUDA")
+
+
+def test_a_missing_library_names_the_extra(monkeypatch):
+    def not_installed(distribution):
+        raise PackageNotFoundError(distribution)
+
+    monkeypatch.setattr(bench_providers.importlib.metadata, "version", not_installed)
+    with pytest.raises(
+        bench_providers.Unavailable, match=r"quack-kernels is not installed: pip install 'bpo\[bench\]'"
+    ):
+        bench_providers._module("a_package_that_nobody_has", "quack")
+
+
+def test_a_library_that_lacks_a_dependency_says_which(monkeypatch):
+    monkeypatch.setattr(bench_providers.importlib.metadata, "version", lambda distribution: "0.6.5")
+    with pytest.raises(
+        bench_providers.Unavailable, match="quack-kernels 0.6.5 cannot be imported: No module named 'a_pa"
+    ):
+        bench_providers._module("a_package_that_nobody_has", "quack")
+
+
+def test_peaked_targets_are_as_likely_as_promised():
+    for operation in ("linear_logprob", "logprob_gather"):
+        for logits, low, high in (("peaked", 0.38, 0.52), ("random", 0.0, 0.01)):
+            case = tiny_case(operation, "forward", logits, num_rows=2000)
+            inputs = make_inputs(case)
+            logits_NV = inputs.logits_NV if inputs.logits_NV is not None else inputs.hidden_NH @ inputs.weight_VH.t()
+            probability_N = torch.softmax(logits_NV.detach(), -1).gather(1, inputs.target_N[:, None])
+            assert low < probability_N.mean().item() < high, (operation, logits)
 
 
 def test_red_tests_report_nothing(monkeypatch, tmp_path, capsys):
@@ -46,17 +139,43 @@ def test_red_tests_report_nothing(monkeypatch, tmp_path, capsys):
     assert "the tests of preference_loss fail: nothing is reported" in output.err
 
 
-def test_json_says_where_the_figures_come_from(monkeypatch, tmp_path, tiny_shape):
-    monkeypatch.setattr(bench, "tests_pass", lambda operation, device: True)
+def test_json_says_where_the_figures_come_from(tmp_path):
     report = tmp_path / "results" / "report.json"
-    assert bench.main(["preference_loss", "--rows", "512", "--json", str(report)]) == 0
+    command = ["preference_loss", "--rows", "512", "--providers", "bpo", "eager", "--json", str(report)]
+    assert bench.main([*command, "--without-tests", "--device", "cpu"]) == 0
     content = json.loads(report.read_text())
-    assert {"device", "torch", "commit", "implementation", "dtype"} <= content.keys()
+    assert {"device", "torch", "commit", "implementation", "dtype", "quack-kernels"} <= content.keys()
+    assert content["tests"] == "not run here" and content["not_run"] == []
     assert {result["provider"] for result in content["results"]} == {"bpo", "eager"}
     assert all(result["median_ms"] > 0 for result in content["results"])
 
 
-def test_unknown_operation_is_refused(capsys):
+def test_what_does_not_fit_the_time_or_the_pairs_is_listed(tmp_path, capsys):
+    report = tmp_path / "report.json"
+    command = ["preference_loss", "--rows", "300", "512", "--device", "cpu", "--json", str(report)]
+    assert bench.main([*command, "--without-tests", "--seconds", "-1"]) == 0
+    odd, late = json.loads(report.read_text())["not_run"]
+    assert "300 rows are no whole pairs" in odd and "had passed" in late
+    assert "not run: preference_loss" in capsys.readouterr().out
+
+
+def test_a_trace_is_written_for_each_provider(tmp_path):
+    bench_measure.measure(tiny_case("logprob_gather", "gradient"), ["bpo", "eager"], tmp_path / "traces")
+    names = sorted(path.name for path in (tmp_path / "traces").iterdir())
+    assert names == [f"logprob_gather-gradient-tiny-N=32-peaked-{provider}.json" for provider in ("bpo", "eager")]
+    events = json.loads((tmp_path / "traces" / names[0]).read_text())["traceEvents"]
+    assert sum(event.get("name") == "logprob_gather gradient tiny N=32 peaked bpo" for event in events) >= 3
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["logprob"], "unknown operation 'logprob': use linear_logprob"),
+        (["--rows", "0"], "--rows 0: use at least 1"),
+        (["--budget-mib", "0"], "--budget-mib 0: use at least 1"),
+    ],
+)
+def test_bad_arguments_are_refused(argv, message, capsys):
     with pytest.raises(SystemExit):
-        bench.main(["logprob"])
-    assert "unknown operation 'logprob': use linear_logprob" in capsys.readouterr().err
+        bench.main(argv)
+    assert message in capsys.readouterr().err

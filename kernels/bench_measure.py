@@ -1,0 +1,282 @@
+"""How the benchmark measures: agreement first, then interleaved times, peak memory, FLOPs, rooflines, traces.
+
+Legend: N rows (response tokens), H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from . import dispatch
+from .bench_cases import Case, make_inputs, needed_work, true_result
+from .bench_providers import DISTRIBUTIONS, OURS, PROVIDERS, Step, Unavailable, version_of
+
+ROOT = Path(__file__).resolve().parent.parent
+MIN_SAMPLES, MIN_SECONDS = 5, 1.0
+# Agreement with fp32: (largest error of a value in nats, relative error of a gradient in the Frobenius norm). Logits
+# that a provider rounds to bf16 are off by up to 0.03 nat at the height of a peaked target.
+TOLERANCES = {torch.float32: (1e-3, 1e-3), torch.float16: (2e-2, 1e-2), torch.bfloat16: (1e-1, 5e-2)}
+# Written before each sample, so that no provider finds the inputs in the L2 cache (50 MiB on an H100).
+_FLUSH_BYTES = 256 << 20
+# About 1 ms of an idle loop on the device, in which the host queues the whole step: times are the device's.
+_SLEEP_CYCLES = 2_000_000
+
+
+@dataclass(frozen=True)
+class Result:
+    """One line of the table; a provider without times has a `status` other than ok and a `note` that says why."""
+
+    operation: str
+    variant: str
+    shape: str
+    num_rows: int
+    logits: str
+    provider: str
+    status: str  # ok, skipped, disagrees, failed
+    note: str = ""
+    median_ms: float | None = None
+    p20_ms: float | None = None
+    p80_ms: float | None = None
+    tflop_per_s: float | None = None
+    gemm_share: float | None = None
+    gb_per_s: float | None = None
+    copy_share: float | None = None
+    peak_bytes: int | None = None
+    counted_flops: int | None = None
+    value_error: float | None = None
+    gradient_error: float | None = None
+
+
+def machine(device: torch.device) -> dict[str, str | int]:
+    """What a figure depends on: device, versions, commit."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True).stdout.strip()
+
+    versions = {DISTRIBUTIONS[name]: version_of(name) or "not installed" for name in DISTRIBUTIONS}
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU {platform.machine()}",
+        "threads": torch.get_num_threads(),
+        "implementation": dispatch.chosen_implementation(torch.empty(0, device=device)),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda or "",
+        "python": platform.python_version(),
+        "commit": git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "kernels") else ""),
+        **versions,
+    }
+
+
+def disagreement(case: Case, got: list[Tensor], truth: list[Tensor]) -> tuple[float, float]:
+    """(error of the values in nats, the largest relative error of a gradient); infinite where a result is not finite.
+
+    A provider that returns one number is compared with the sum over tokens or the mean over pairs; its error counts
+    per token.
+    """
+    values, expected = got[0].float(), truth[0]
+    if values.dim() == 0:
+        total = expected.mean() if case.has_pairs else expected.sum()
+        value_error = abs(float(values - total)) / (1 if case.has_pairs else case.num_rows)
+    else:
+        value_error = float((values - expected).abs().max())
+    gradient_error = 0.0
+    for grad, true_grad in zip(got[1:], truth[1:], strict=True):
+        gradient_error = max(gradient_error, float((grad.float() - true_grad).norm() / true_grad.norm()))
+    infinite = float("inf")
+    return (value_error if value_error == value_error else infinite), (
+        gradient_error if gradient_error == gradient_error else infinite
+    )
+
+
+def peak_extra_bytes(step: Callable[[], object], device: torch.device) -> int:
+    """Largest memory in use during `step` above what was in use before, in bytes."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step()
+    # Allocations in order of time; the profiler's own tables only sum them per operation.
+    records = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    in_use = peak = 0
+    for record in sorted(records, key=lambda event: event.start_ns()):
+        in_use += record.nbytes()
+        peak = max(peak, in_use)
+    return peak
+
+
+def counted_flops(step: Callable[[], object]) -> int:
+    """FLOPs of the GEMMs that `step` calls through PyTorch; those of Triton kernels are not seen."""
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()
+
+
+@functools.cache
+def _flush_buffer(device: torch.device) -> Tensor:
+    return torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device)
+
+
+def sample_ms(step: Callable[[], object], device: torch.device) -> float:
+    """One run: device time with a cold L2 cache on CUDA, wall time on a CPU."""
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        _flush_buffer(device).zero_()
+        torch.cuda._sleep(_SLEEP_CYCLES)
+        start.record()
+        step()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end)
+    begin = time.perf_counter()
+    step()
+    return (time.perf_counter() - begin) * 1e3
+
+
+def interleaved_ms(steps: dict[str, Step], device: torch.device) -> dict[str, list[float]]:
+    """Samples of every step in turn: a slow spell of the machine then strikes every provider alike."""
+    samples: dict[str, list[float]] = {name: [] for name in steps}
+    for step in steps.values():
+        step()
+    deadline = time.monotonic() + MIN_SECONDS * len(steps)
+    while steps and (time.monotonic() < deadline or len(next(iter(samples.values()))) < MIN_SAMPLES):
+        for name, step in steps.items():
+            samples[name].append(sample_ms(step, device))
+    return samples
+
+
+def _median_ms(step: Callable[[], object], device: torch.device) -> float:
+    step()
+    return statistics.median(sample_ms(step, device) for _ in range(2 * MIN_SAMPLES))
+
+
+@functools.cache
+def gemm_roofline(num_rows: int, hidden_size: int, vocab: int, dtype: torch.dtype, device: torch.device) -> float:
+    """TFLOP/s of the fastest of the operation's own three GEMMs as plain `torch.mm`: logits, dX and dW."""
+    hidden_NH = torch.randn(num_rows, hidden_size, device=device, dtype=dtype)
+    weight_VH = torch.randn(vocab, hidden_size, device=device, dtype=dtype)
+    dlogits_NV = torch.randn(num_rows, vocab, device=device, dtype=dtype)
+    factors = ((hidden_NH, weight_VH.t()), (dlogits_NV, weight_VH), (dlogits_NV.t(), hidden_NH))
+    fastest_ms = min(_median_ms(functools.partial(torch.mm, *pair), device) for pair in factors)
+    return 2 * num_rows * hidden_size * vocab / fastest_ms / 1e9
+
+
+@functools.cache
+def copy_gb_per_s(num_bytes: int, device: torch.device) -> float:
+    """GB/s, reading and writing, of a plain copy that moves `num_bytes` in all, as many as the case needs to move.
+
+    A small copy is as bound by its launch as a small kernel, so the share of it says how much there is to win.
+    """
+    source = torch.zeros(max(1, num_bytes // 2), dtype=torch.int8, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.numel() / _median_ms(lambda: target.copy_(source), device) / 1e6
+
+
+def measure(case: Case, providers: list[str], profile_dir: Path | None = None) -> list[Result]:
+    """Every provider of a case: those that agree with fp32 are timed, the others get a line that says why not.
+
+    Raises whatever an implementation of ours raises; what a library raises becomes its line.
+    """
+    inputs = make_inputs(case)
+    truth = true_result(case, inputs)
+    steps: dict[str, Step] = {}
+    errors: dict[str, tuple[float, float]] = {}
+    lines: dict[str, Result] = {}
+    build = PROVIDERS[case.operation]
+    labels = (case.operation, case.variant, case.shape if case.operation != "preference_loss" else "", case.num_rows)
+    for name in (name for name in build if name in providers):
+        line = functools.partial(Result, *labels, case.logits, name)
+        try:
+            step = build[name](case, inputs)
+            errors[name] = disagreement(case, step(), truth)
+        except Unavailable as reason:
+            lines[name] = line("skipped", str(reason))
+            continue
+        except Exception as error:
+            # The libraries raise what they like (assertions, compiler errors, out of memory); ours must not.
+            if name in OURS:
+                raise
+            lines[name] = line("failed", f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
+            continue
+        value_limit, gradient_limit = TOLERANCES[case.dtype]
+        if errors[name][0] > value_limit or errors[name][1] > gradient_limit:
+            note = f"off by {errors[name][0]:.2g} nat (allowed {value_limit:g}) and, in a gradient, by "
+            note += f"{errors[name][1]:.2g} (allowed {gradient_limit:g})"
+            lines[name] = line("disagrees", note, value_error=errors[name][0], gradient_error=errors[name][1])
+            continue
+        steps[name] = step
+    del truth
+    samples = interleaved_ms(steps, case.device)
+    for name, step in steps.items():
+        if profile_dir is not None:
+            write_trace(step, profile_dir, case, name)
+        lines[name] = _timed(case, labels, name, step, samples[name], errors[name])
+    return [lines[name] for name in build if name in lines]
+
+
+def _timed(
+    case: Case,
+    labels: tuple[str, str, str, int],
+    name: str,
+    step: Step,
+    samples: list[float],
+    errors: tuple[float, float],
+) -> Result:
+    flops, num_bytes = needed_work(case)
+    ordered = sorted(samples)
+    median_ms = statistics.median(ordered)
+    p20_ms, p80_ms = (ordered[round(share * (len(ordered) - 1))] for share in (0.2, 0.8))
+    tflop_per_s = gemm_share = None
+    if flops:
+        tflop_per_s = flops / median_ms / 1e9
+        head = case.head
+        gemm_share = tflop_per_s / gemm_roofline(case.num_rows, head.hidden_size, head.vocab, case.dtype, case.device)
+    gb_per_s = num_bytes / median_ms / 1e6
+    return Result(
+        *labels,
+        case.logits,
+        name,
+        "ok",
+        "",
+        median_ms,
+        p20_ms,
+        p80_ms,
+        tflop_per_s,
+        gemm_share,
+        gb_per_s,
+        gb_per_s / copy_gb_per_s(num_bytes, case.device),
+        peak_extra_bytes(step, case.device),
+        # On CUDA the GEMMs of Triton kernels would be missing from the count.
+        counted_flops(step) if case.device.type == "cpu" else None,
+        *errors,
+    )
+
+
+def write_trace(step: Step, folder: Path, case: Case, provider: str) -> Path:
+    """A Chrome trace of three runs of `step`, named after case and provider."""
+    folder.mkdir(parents=True, exist_ok=True)
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if case.device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as profile:
+        for _ in range(3):
+            with torch.profiler.record_function(f"{case.label} {provider}"):
+                step()
+        if case.device.type == "cuda":
+            torch.cuda.synchronize()
+    path = folder / f"{case.label} {provider}.json".replace(" ", "-")
+    profile.export_chrome_trace(str(path))
+    return path

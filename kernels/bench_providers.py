@@ -1,0 +1,235 @@
+"""Who computes each operation: ours in each mode, PyTorch in three ways, and the libraries of extra `bench`.
+
+Legend: N rows (response tokens), H hidden size, V vocabulary, P pairs, S sequences of a padded batch, T their length.
+
+A provider is built once per case and returns a step: forward, and backward where the case has a gradient, giving
+the values (negative log-probs [N] or losses [P], or their sum or mean as one number) and the gradients of
+`Inputs.wanted`. A library is imported when its provider is built; where it cannot run it raises `Unavailable`.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.metadata
+import inspect
+from collections.abc import Callable
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import dispatch
+from .bench_cases import BETA, Case, Inputs, objective_weight, pair_losses
+
+Step = Callable[[], list[Tensor]]
+Builder = Callable[[Case, Inputs], Step]
+
+MODES = ("store", "fused", "recompute")
+OURS = ("bpo", *(f"bpo-{mode}" for mode in MODES))
+DISTRIBUTIONS = {"liger": "liger-kernel", "liger-dpo": "liger-kernel", "cce": "cut-cross-entropy"}
+DISTRIBUTIONS["quack"] = "quack-kernels"
+
+
+class Unavailable(RuntimeError):
+    """A provider that cannot run here; the message says why."""
+
+
+def _module(name: str, provider: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        distribution = DISTRIBUTIONS[provider]
+        try:
+            version = importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            raise Unavailable(f"{distribution} is not installed: pip install 'bpo[bench]'") from error
+        raise Unavailable(f"{distribution} {version} cannot be imported: {error}") from error
+
+
+def _need_cuda(case: Case, *, capability: tuple[int, int] = (0, 0)) -> None:
+    if case.device.type != "cuda":
+        raise Unavailable("needs CUDA")
+    found = torch.cuda.get_device_capability(case.device)
+    if found < capability:
+        raise Unavailable(
+            f"needs compute capability {capability[0]}.{capability[1]}, this GPU has {found[0]}.{found[1]}"
+        )
+
+
+def version_of(provider: str) -> str | None:
+    """The installed version of the library behind a provider; None for our own and PyTorch's, or if it is missing."""
+    try:
+        return importlib.metadata.version(DISTRIBUTIONS[provider]) if provider in DISTRIBUTIONS else None
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _step(case: Case, inputs: Inputs, forward: Callable[[], Tensor]) -> Step:
+    """`forward` and, where the case has one, the gradient of the sum (tokens) or mean (pairs) of its values."""
+    if not case.has_gradient:
+        return torch.no_grad()(lambda: [forward()])
+    wanted = inputs.wanted()
+
+    def step() -> list[Tensor]:
+        values = forward()
+        # A provider that returns one number has weighted it already.
+        weight = objective_weight(case) if values.dim() else 1.0
+        return [values.detach(), *torch.autograd.grad(values, wanted, torch.full_like(values, weight))]
+
+    return step
+
+
+def _ours(case: Case, inputs: Inputs, mode: str = "auto") -> Step:
+    """Operation of `dispatch` as it is today: a mode or an operation that it lacks is unavailable."""
+    operation = getattr(dispatch, case.operation, None)
+    if operation is None:
+        raise Unavailable(f"bpo_kernels.dispatch has no {case.operation}")
+    known = inspect.signature(operation).parameters
+    if mode != "auto" and "mode" not in known:
+        raise Unavailable(f"bpo_kernels.dispatch.{case.operation} has no modes")
+    options = {"mode": mode, "budget_bytes": case.budget_bytes}
+    pairs, target_N = inputs.pairs, inputs.target_N
+    arguments: tuple[Tensor | float | None, ...]
+    if case.operation == "logprob_gather":
+        arguments = (inputs.logits_NV, target_N)
+    elif case.operation == "linear_logprob":
+        arguments = (inputs.hidden_NH, inputs.weight_VH, target_N)
+    else:
+        assert pairs is not None
+        reference = inputs.reference_N if inputs.reference_NH is None else inputs.reference_NH
+        head = (inputs.hidden_NH, inputs.weight_VH, target_N) if case.has_head else (inputs.policy_N,)
+        arguments = (*head, reference, pairs.completion_N, pairs.pairs_P2, BETA)
+        options |= {"num_completions": pairs.num_completions, "completion_starts_K1": pairs.starts_K1}
+    options = {name: value for name, value in options.items() if name in known}
+
+    def forward() -> Tensor:
+        outputs = operation(*arguments, **options)
+        return outputs[0] if case.has_pairs else -outputs
+
+    return _step(case, inputs, forward)
+
+
+def _eager_nll(logits_NV: Tensor, target_N: Tensor) -> Tensor:
+    return -torch.log_softmax(logits_NV.float(), dim=-1).gather(1, target_N[:, None])[:, 0]
+
+
+def _eager_forward(case: Case, inputs: Inputs) -> Tensor:
+    """What a user of PyTorch writes, with fp32 log-softmax, on the response rows only."""
+    if case.operation == "preference_loss":
+        assert inputs.policy_N is not None and inputs.reference_N is not None and inputs.pairs is not None
+        return pair_losses(inputs.policy_N, inputs.reference_N, inputs.pairs)
+    if case.operation == "logprob_gather":
+        assert inputs.logits_NV is not None
+        return _eager_nll(inputs.logits_NV, inputs.target_N)
+    assert inputs.hidden_NH is not None and inputs.weight_VH is not None
+    nll_N = _eager_nll(F.linear(inputs.hidden_NH, inputs.weight_VH), inputs.target_N)
+    if not case.has_pairs:
+        return nll_N
+    assert inputs.pairs is not None
+    reference_N = inputs.reference_N
+    if reference_N is None:
+        assert inputs.reference_NH is not None
+        with torch.no_grad():
+            reference_N = -_eager_nll(F.linear(inputs.reference_NH, inputs.weight_VH), inputs.target_N)
+    return pair_losses(-nll_N, reference_N, inputs.pairs)
+
+
+def _eager(case: Case, inputs: Inputs) -> Step:
+    return _step(case, inputs, functools.partial(_eager_forward, case, inputs))
+
+
+def _compiled(case: Case, inputs: Inputs) -> Step:
+    # Each case has its own shapes: without a reset the recompilation limit would turn later ones into eager.
+    torch._dynamo.reset()
+    return _step(case, inputs, functools.partial(torch.compile(_eager_forward, dynamic=False), case, inputs))
+
+
+def _torch_chunked(case: Case, inputs: Inputs) -> Step:
+    operation = getattr(F, "linear_cross_entropy", None)
+    if operation is None:
+        raise Unavailable(f"torch {torch.__version__} has no torch.nn.functional.linear_cross_entropy: 2.13 has it")
+    # The sum, because its gradients come from the forward; reduction="none" computes the logits again.
+    options = torch.nn.LinearCrossEntropyOptions()
+    arguments = (inputs.hidden_NH, inputs.weight_VH, inputs.target_N)
+    return _step(case, inputs, functools.partial(operation, *arguments, reduction="sum", options=options))
+
+
+def _liger(case: Case, inputs: Inputs) -> Step:
+    _need_cuda(case)
+    operation = _module("liger_kernel.transformers.functional", "liger").liger_fused_linear_cross_entropy
+    arguments = (inputs.hidden_NH, inputs.weight_VH, inputs.target_N)
+    return _step(case, inputs, functools.partial(operation, *arguments, reduction="sum"))
+
+
+def _cce(case: Case, inputs: Inputs) -> Step:
+    _need_cuda(case)
+    operation = _module("cut_cross_entropy", "cce").linear_cross_entropy
+    arguments = (inputs.hidden_NH, inputs.weight_VH, inputs.target_N)
+    return _step(case, inputs, functools.partial(operation, *arguments, reduction="none"))
+
+
+def _quack(case: Case, inputs: Inputs) -> Step:
+    _need_cuda(case, capability=(9, 0))
+    if case.dtype not in (torch.bfloat16, torch.float16):
+        raise Unavailable(f"takes bf16 and fp16, not {case.dtype}")
+    if case.num_rows % 8 or case.head.vocab % 8 or case.head.hidden_size % 8:
+        raise Unavailable(f"needs N, V and H to be multiples of 8, here {case.num_rows} x {case.head}")
+    operation = _module("quack.linear_cross_entropy", "quack").chunked_linear_cross_entropy
+    arguments = (inputs.hidden_NH, inputs.weight_VH, inputs.target_N)
+    return _step(case, inputs, functools.partial(operation, *arguments, reduction="sum"))
+
+
+def _padded(case: Case, rows_NH: Tensor, prompt_value: Tensor) -> Tensor:
+    """[N, ...] rows as [S, prompt + completion, ...]: all chosen sequences, then all rejected ones, as Liger wants."""
+    sequences = rows_NH.unflatten(0, (2 * case.num_pairs, case.tokens_per_completion))
+    prompt = prompt_value.expand(2 * case.num_pairs, case.head.prompt_tokens, *rows_NH.shape[1:])
+    whole = torch.cat([prompt, sequences], dim=1)
+    return torch.cat([whole[0::2], whole[1::2]])
+
+
+def _liger_dpo(case: Case, inputs: Inputs) -> Step:
+    """Liger's fused DPO on the same pairs: it takes whole sequences, so the prompts' rows go through the head too."""
+    if inputs.reference_NH is None:
+        raise Unavailable("has no stored reference: it takes the reference's hidden states")
+    operation = _module("liger_kernel.chunked_loss", "liger-dpo").LigerFusedLinearDPOLoss
+    # Compilation is its default; on a CPU, where only FLOPs and bytes are of interest, it would cost minutes.
+    # `forward` itself, because FlopCounterMode's hooks on module calls do not bear autograd.grad of a leaf.
+    loss = operation(beta=BETA, compiled=case.device.type == "cuda").forward
+    assert inputs.hidden_NH is not None and inputs.weight_VH is not None
+    zero = torch.zeros(1, 1, 1, dtype=case.dtype, device=case.device)
+    hidden_STH = _padded(case, inputs.hidden_NH.detach(), zero).requires_grad_()
+    reference_STH = _padded(case, inputs.reference_NH, zero)
+    target_ST = _padded(case, inputs.target_N, zero[0].long() - 100)
+    wanted = [hidden_STH, inputs.weight_VH] if case.trains_head else [hidden_STH]
+
+    def step() -> list[Tensor]:
+        value, _ = loss(
+            inputs.weight_VH, hidden_STH, target_ST, ref_input=reference_STH, ref_weight=inputs.weight_VH.detach()
+        )
+        grad_STH, *rest = torch.autograd.grad(value, wanted)
+        response_STH = grad_STH[:, case.head.prompt_tokens :]
+        chosen, rejected = response_STH.chunk(2)
+        return [value.detach(), torch.stack([chosen, rejected], dim=1).flatten(0, 2), *rest]
+
+    return step
+
+
+_PYTORCH: dict[str, Builder] = {"eager": _eager, "compile": _compiled}
+_MODES: dict[str, Builder] = {f"bpo-{mode}": functools.partial(_ours, mode=mode) for mode in MODES}
+PROVIDERS: dict[str, dict[str, Builder]] = {
+    "linear_logprob": {
+        "bpo": _ours,
+        **_MODES,
+        **_PYTORCH,
+        "torch-chunked": _torch_chunked,
+        "liger": _liger,
+        "cce": _cce,
+        "quack": _quack,
+    },
+    "logprob_gather": {"bpo": _ours, **_PYTORCH},
+    "preference_loss": {"bpo": _ours, **_PYTORCH},
+    "linear_preference_loss": {"bpo": _ours, **_MODES, **_PYTORCH, "liger-dpo": _liger_dpo},
+}
+PROVIDER_NAMES = tuple(dict.fromkeys(name for table in PROVIDERS.values() for name in table))
