@@ -46,7 +46,7 @@ class Rows:
     """One implementation: of the pass over given logits, and of the pass that never has them.
 
     from_logits(logits_nV, target_n, head, dlogits_nV, statistics): log-probs from fp32 logits (which it may destroy); D
-        goes to `dlogits_nV` where that is given, which may be the logits' own memory.
+        goes to `dlogits_nV` where that is given, which may be `logits_nV` itself.
     fused(hidden_NH, weight_VH, target_N, head, statistics, budget_bytes): log-probs without logits.
     """
 
@@ -177,8 +177,9 @@ def head_forward(
         split = min(max(num_policy - start, 0), target_n.shape[0]) if needs_d else 0
         if split:
             policy_rows = slice(start, start + split)
-            dlogits_nV = _place_of_d(logits_nV[:split], hidden_NH.dtype) if kept_NV is None else kept_NV[policy_rows]
-            parts.append(rows.from_logits(logits_nV[:split], target_n[:split], head, dlogits_nV, statistics))
+            own_nV = logits_nV[:split]
+            dlogits_nV = _place_of_d(own_nV, hidden_NH.dtype) if kept_NV is None else kept_NV[policy_rows]
+            parts.append(rows.from_logits(own_nV, target_n[:split], head, dlogits_nV, statistics))
             if unit_grad_NH is not None:
                 matmul(dlogits_nV, weight_VH, out=unit_grad_NH[policy_rows])
             elif in_place:

@@ -223,7 +223,7 @@ def _from_logits(
             logits_nV *= slope_nV
         if head.scale != 1.0:
             logits_nV *= head.scale
-        if dlogits_nV.data_ptr() != logits_nV.data_ptr():
+        if dlogits_nV is not logits_nV:
             dlogits_nV.copy_(logits_nV)
     return RowOutputs(logp_n, entropy_n, argmax_n)
 
