@@ -181,6 +181,7 @@ def check_preference_loss(
     pairs_P2: Tensor,
     token_weight_N: Tensor | None,
     num_completions: int | None,
+    completion_starts_K1: Tensor | None = None,
 ) -> int:
     """Returns the number of completions; raises ValueError where `preference_loss` cannot take these tensors."""
     device, shape = policy_logp_N.device, policy_logp_N.shape
@@ -191,16 +192,17 @@ def check_preference_loss(
         ("completion_of_token_N", completion_of_token_N),
         ("token_weight_N", token_weight_N),
         ("pairs_P2", pairs_P2),
+        ("completion_starts_K1", completion_starts_K1),
     ):
         if tensor is None:
             continue
         if tensor.device != device:
             raise ValueError(f"{name} is on {tensor.device}, policy_logp_N on {device}: move it there")
-        if name != "pairs_P2" and tensor.shape != shape:
+        if name not in ("pairs_P2", "completion_starts_K1") and tensor.shape != shape:
             raise ValueError(
                 f"{name} has shape {tuple(tensor.shape)}, policy_logp_N {tuple(shape)}: give one per token"
             )
-        is_index = name in ("completion_of_token_N", "pairs_P2")
+        is_index = name in ("completion_of_token_N", "pairs_P2", "completion_starts_K1")
         allowed = (torch.int64, torch.int32) if is_index else _FLOATS
         if tensor.dtype not in allowed:
             raise ValueError(f"{name} has dtype {tensor.dtype}: use {'torch.int64' if is_index else 'a float type'}")
@@ -216,4 +218,54 @@ def check_preference_loss(
     fix = f"raise num_completions (now {num_completions}) or correct the index"
     check_index_range("completion_of_token_N", completion_of_token_N, num_completions, fix)
     check_index_range("pairs_P2", pairs_P2, num_completions, fix)
+    if completion_starts_K1 is not None:
+        _check_starts(completion_starts_K1, completion_of_token_N)
     return num_completions
+
+
+def _check_starts(starts_K1: Tensor, completion_of_token_N: Tensor) -> None:
+    """Raises ValueError where offsets do not fit the completions they claim to divide; values only on a CPU."""
+    if starts_K1.dim() != 1 or starts_K1.numel() == 0:
+        raise ValueError(f"completion_starts_K1 has shape {tuple(starts_K1.shape)}, expected [K + 1]")
+    if starts_K1.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    num_completions = starts_K1.numel() - 1
+    expected_N = torch.repeat_interleave(torch.arange(num_completions), starts_K1.diff().clamp(min=0))
+    if int(starts_K1[0]) != 0 or not torch.equal(expected_N, completion_of_token_N.long()):
+        raise ValueError(
+            "completion_starts_K1 does not divide the tokens as completion_of_token_N does: give the offset of each "
+            "completion's first token and N at the end, for completions in order, or None"
+        )
+
+
+def check_reference(
+    reference: Tensor,
+    reference_weight_VH: Tensor | None,
+    reference_bias_V: Tensor | None,
+    hidden_NH: Tensor,
+    weight_VH: Tensor,
+) -> None:
+    """Raises ValueError unless `reference` is one log-prob a row, or hidden states with a head that fits them."""
+    num_rows = hidden_NH.shape[0]
+    if reference.device != hidden_NH.device:
+        raise ValueError(f"reference is on {reference.device}, hidden_NH on {hidden_NH.device}: move it there")
+    if reference.dtype not in _FLOATS:
+        raise ValueError(f"reference has dtype {reference.dtype}: give log-probs or hidden states of a float type")
+    if reference.dim() == 1 and (reference_weight_VH is not None or reference_bias_V is not None):
+        raise ValueError("reference holds stored log-probs [N], and a head was given for it: leave the head out")
+    if reference.dim() == 1 and reference.shape[0] == num_rows:
+        return
+    if reference.dim() != 2 or reference.shape[0] != num_rows:
+        raise ValueError(
+            f"reference has shape {tuple(reference.shape)}, the rows are {num_rows}: give stored log-probs [N] or the "
+            "reference model's hidden states [N, H] of the same rows"
+        )
+    if reference_weight_VH is None and reference_bias_V is not None:
+        raise ValueError(
+            "reference_bias was given without reference_weight_VH: give both, or neither to share the head"
+        )
+    weight_VH = weight_VH if reference_weight_VH is None else reference_weight_VH
+    if weight_VH.dim() != 2 or reference.shape[1] != weight_VH.shape[1]:
+        raise ValueError(
+            f"reference {tuple(reference.shape)} does not fit its head {tuple(weight_VH.shape)}: they differ in H"
+        )

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import os
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,7 +56,7 @@ def _implementation(operation: str, tensor: Tensor) -> ModuleType:
         return reference
     try:
         # Import statements, because torch.compile cannot trace importlib.
-        from . import linear_logprob, logprob_gather, preference_loss
+        from . import linear_logprob, linear_preference_loss, logprob_gather, preference_loss
     except ImportError as error:
         raise ImportError(
             f"kernels: {tensor.device} uses Triton, which cannot be imported ({error}): install triton, "
@@ -63,6 +64,7 @@ def _implementation(operation: str, tensor: Tensor) -> ModuleType:
         ) from error
     modules = {
         "linear_logprob": linear_logprob,
+        "linear_preference_loss": linear_preference_loss,
         "logprob_gather": logprob_gather,
         "preference_loss": preference_loss,
     }
@@ -82,11 +84,22 @@ def linear_logprob(
     softcap: float | None = None,
     scale: float = 1.0,
     *,
+    mode: str = "auto",
     budget_bytes: int | None = None,
-) -> Tensor:
+    statistics: bool = False,
+) -> Any:
     """Log-probs of the targets from hidden states and the LM head; see `reference.linear_logprob`."""
-    operation = _implementation("linear_logprob", hidden_NH).linear_logprob
-    return operation(hidden_NH, weight_VH, target_N, bias, softcap, scale, budget_bytes=budget_bytes)
+    return _implementation("linear_logprob", hidden_NH).linear_logprob(
+        hidden_NH,
+        weight_VH,
+        target_N,
+        bias,
+        softcap,
+        scale,
+        mode=mode,
+        budget_bytes=budget_bytes,
+        statistics=statistics,
+    )
 
 
 def preference_loss(
@@ -99,6 +112,7 @@ def preference_loss(
     loss_type: str = "sigmoid",
     token_weight_N: Tensor | None = None,
     num_completions: int | None = None,
+    completion_starts_K1: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Losses and rewards of every pair; see `reference.preference_loss`."""
     return _implementation("preference_loss", policy_logp_N).preference_loss(
@@ -111,4 +125,21 @@ def preference_loss(
         loss_type,
         token_weight_N,
         num_completions,
+        completion_starts_K1,
+    )
+
+
+def linear_preference_loss(
+    hidden_NH: Tensor,
+    weight_VH: Tensor,
+    target_N: Tensor,
+    reference: Tensor,
+    completion_of_token_N: Tensor,
+    pairs_P2: Tensor,
+    beta: float,
+    **options: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Head and preference loss of policy and reference together; see `reference.linear_preference_loss`."""
+    return _implementation("linear_preference_loss", hidden_NH).linear_preference_loss(
+        hidden_NH, weight_VH, target_N, reference, completion_of_token_N, pairs_P2, beta, **options
     )

@@ -39,9 +39,7 @@ class GemmConfig:
     num_stages: int
 
 
-def gemm_config(
-    dtype: torch.dtype, num_rows: int, arch: int | str, *, descriptors: bool, capped: bool
-) -> GemmConfig:
+def gemm_config(dtype: torch.dtype, num_rows: int, arch: int | str, *, descriptors: bool, capped: bool) -> GemmConfig:
     """The largest tiles that spill no register, with every output asked for (kernels/README.md has the report).
 
     Args:

@@ -74,20 +74,22 @@ def plan_head(
     needs_head: bool,
     budget_bytes: int | None,
     without_gradient: str,
+    num_policy: int | None = None,
 ) -> HeadPlan:
     """Chooses mode and chunk by what needs a gradient and by the bytes that may be in use.
 
     `auto` is `without_gradient` where nothing needs one; `store` for a frozen head, which keeps D @ W [N, H] and
     nothing of size V; for a trained head `store` where D of all rows and the logits of a chunk fit the budget, and
-    `recompute` where they do not.
+    `recompute` where they do not. `num_policy` of the rows need a gradient (None: all).
     """
     budget_bytes = logits_budget(budget_bytes, device)
     logits_row = vocab * statistics_dtype(dtype).itemsize
     # D of a half-precision head lies beside its fp32 logits; otherwise it takes their place.
     dlogits_row = vocab * dtype.itemsize if dtype in HALVES else 0
     gradient = needs_hidden or needs_head
-    kept_bytes = num_rows * (dlogits_row or logits_row)
-    in_one_chunk = num_rows * (logits_row + dlogits_row) <= budget_bytes
+    num_policy = num_rows if num_policy is None else num_policy
+    kept_bytes = num_policy * (dlogits_row or logits_row)
+    in_one_chunk = num_rows * logits_row + num_policy * dlogits_row <= budget_bytes
     if mode == "auto":
         chunked = kept_bytes + min(num_rows, _MIN_CHUNK_ROWS) * logits_row <= budget_bytes
         mode = without_gradient if not gradient else "store"

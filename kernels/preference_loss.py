@@ -2,9 +2,10 @@
 
 Legend: N tokens, K completions, P pairs.
 
-Forward: one program per pair walks all tokens and adds up those of its two completions; blocks that hold none of them
-cost only the read of their completion numbers. A completion's sum is added in the same order in every pair, so its
-reward is the same number in all of them. Backward: one program per block of tokens walks all pairs.
+Forward: one program per pair adds up the tokens of its two completions: those between their offsets where the
+completions are contiguous, else all tokens are walked, and blocks that hold none of them cost only the read of their
+completion numbers. A token has the same place in its block in every pair, so that a completion's reward is the same
+number in all of them. Backward: one program per block of tokens adds up the pairs of each completion that occurs in it.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from torch import Tensor
 from .checks import align, check_preference_loss, check_preference_options, check_triton_dtype
 
 BLOCK_N = 1024
-BACKWARD_BLOCK_N = 128
-BACKWARD_BLOCK_P = 32
+BACKWARD_BLOCK_N = 256
+BACKWARD_BLOCK_P = 256
 NUM_WARPS = 4
 
 
@@ -53,6 +54,7 @@ def preference_loss_fwd_kernel(
     completion_ptr,
     pairs_ptr,
     weight_ptr,
+    starts_ptr,
     loss_ptr,
     chosen_ptr,
     rejected_ptr,
@@ -62,6 +64,7 @@ def preference_loss_fwd_kernel(
     slope,
     LOSS_TYPE: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
+    HAS_STARTS: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     pair = tl.program_id(0).to(tl.int64)
@@ -69,7 +72,11 @@ def preference_loss_fwd_kernel(
     rejected = tl.load(pairs_ptr + 2 * pair + 1)
     chosen_sum = tl.zeros([BLOCK_N], tl.float32)
     rejected_sum = tl.zeros([BLOCK_N], tl.float32)
-    for start in range(0, N, BLOCK_N):
+    first, last = 0, N
+    if HAS_STARTS:
+        first = tl.minimum(tl.load(starts_ptr + chosen), tl.load(starts_ptr + rejected)).to(tl.int32)
+        last = tl.maximum(tl.load(starts_ptr + chosen + 1), tl.load(starts_ptr + rejected + 1)).to(tl.int32)
+    for start in range(first // BLOCK_N * BLOCK_N, last, BLOCK_N):
         token = start + tl.arange(0, BLOCK_N).to(tl.int64)
         inside = token < N
         completion = tl.load(completion_ptr + token, mask=inside, other=-1)
@@ -108,30 +115,36 @@ def preference_loss_bwd_kernel(
 ):
     token = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = token < N
-    completion = tl.load(completion_ptr + token, mask=inside, other=-1)
+    completion = tl.load(completion_ptr + token, mask=inside, other=-1).to(tl.int32)
+    lowest = tl.min(tl.where(inside, completion, 2147483647), 0)
+    highest = tl.max(completion, 0)
     grad = tl.zeros([BLOCK_N], tl.float32)
     for start in range(0, P, BLOCK_P):
         pair = start + tl.arange(0, BLOCK_P).to(tl.int64)
         exists = pair < P
-        chosen = tl.load(pairs_ptr + 2 * pair, mask=exists, other=-2)
-        rejected = tl.load(pairs_ptr + 2 * pair + 1, mask=exists, other=-2)
-        grad_margin = tl.load(grad_loss_ptr + pair, mask=exists, other=0.0)
-        grad_margin *= tl.load(derivative_ptr + pair, mask=exists, other=0.0)
-        as_chosen = tl.where(completion[:, None] == chosen[None, :], grad_margin[None, :], 0.0)
-        as_rejected = tl.where(completion[:, None] == rejected[None, :], grad_margin[None, :], 0.0)
-        grad += tl.sum(as_chosen - as_rejected, 1)
+        chosen = tl.load(pairs_ptr + 2 * pair, mask=exists, other=-2).to(tl.int32)
+        rejected = tl.load(pairs_ptr + 2 * pair + 1, mask=exists, other=-2).to(tl.int32)
+        touches = ((chosen >= lowest) & (chosen <= highest)) | ((rejected >= lowest) & (rejected <= highest))
+        if tl.max(touches.to(tl.int32), 0) > 0:
+            grad_margin = tl.load(grad_loss_ptr + pair, mask=exists, other=0.0)
+            grad_margin *= tl.load(derivative_ptr + pair, mask=exists, other=0.0)
+            # Contiguous completions of some hundred tokens: one or two of them occur in a block.
+            for one in range(lowest, highest + 1):
+                of_pairs = tl.where(chosen == one, grad_margin, 0.0) - tl.where(rejected == one, grad_margin, 0.0)
+                grad += tl.where(completion == one, tl.sum(of_pairs, 0), 0.0)
     if HAS_WEIGHT:
         grad *= tl.load(weight_ptr + token, mask=inside, other=0.0).to(tl.float32)
     tl.store(grad_policy_ptr + token, grad.to(grad_policy_ptr.dtype.element_ty), mask=inside)
 
 
 @torch.library.custom_op("bpo_kernels::preference_loss_fwd", mutates_args=())
-def _forward(
+def forward(
     policy_logp_N: Tensor,
     reference_logp_N: Tensor,
     completion_of_token_N: Tensor,
     pairs_P2: Tensor,
     token_weight_N: Tensor | None,
+    completion_starts_K1: Tensor | None,
     beta: float,
     label_smoothing: float,
     loss_type: str,
@@ -149,25 +162,28 @@ def _forward(
                 align(completion_of_token_N.contiguous()),
                 align(pairs_P2.contiguous()),
                 None if token_weight_N is None else token_weight_N.contiguous(),
+                None if completion_starts_K1 is None else align(completion_starts_K1.contiguous()),
                 *rows,
                 policy_logp_N.shape[0],
                 beta,
                 slope,
                 LOSS_TYPE="sigmoid" if loss_type == "robust" else loss_type,
                 HAS_WEIGHT=token_weight_N is not None,
+                HAS_STARTS=completion_starts_K1 is not None,
                 BLOCK_N=BLOCK_N,
                 num_warps=NUM_WARPS,
             )
     return rows[0], rows[1], rows[2], rows[3]
 
 
-@_forward.register_fake
+@forward.register_fake
 def _(
     policy_logp_N: Tensor,
     reference_logp_N: Tensor,
     completion_of_token_N: Tensor,
     pairs_P2: Tensor,
     token_weight_N: Tensor | None,
+    completion_starts_K1: Tensor | None,
     beta: float,
     label_smoothing: float,
     loss_type: str,
@@ -179,7 +195,7 @@ def _(
 
 
 @torch.library.custom_op("bpo_kernels::preference_loss_bwd", mutates_args=())
-def _backward(
+def backward(
     grad_losses_P: Tensor,
     derivative_P: Tensor,
     policy_logp_N: Tensor,
@@ -208,7 +224,7 @@ def _backward(
     return grad_policy_N
 
 
-@_backward.register_fake
+@backward.register_fake
 def _(
     grad_losses_P: Tensor,
     derivative_P: Tensor,
@@ -228,11 +244,11 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 def _gradient(ctx: Any, grad_losses_P: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if grad_losses_P is None:
-        return (None,) * 8
-    return _backward(grad_losses_P, *ctx.saved_tensors), *[None] * 7
+        return (None,) * 9
+    return backward(grad_losses_P, *ctx.saved_tensors), *[None] * 8
 
 
-_forward.register_autograd(_gradient, setup_context=_save)
+forward.register_autograd(_gradient, setup_context=_save)
 
 
 def preference_loss(
@@ -245,6 +261,7 @@ def preference_loss(
     loss_type: str = "sigmoid",
     token_weight_N: Tensor | None = None,
     num_completions: int | None = None,
+    completion_starts_K1: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Losses [P] and the detached rewards of both sides [P], fp32; see `reference.preference_loss`.
 
@@ -255,14 +272,21 @@ def preference_loss(
     if num_completions is None and policy_logp_N.is_cuda:
         num_completions = 0
     check_preference_loss(
-        policy_logp_N, reference_logp_N, completion_of_token_N, pairs_P2, token_weight_N, num_completions
+        policy_logp_N,
+        reference_logp_N,
+        completion_of_token_N,
+        pairs_P2,
+        token_weight_N,
+        num_completions,
+        completion_starts_K1,
     )
-    losses_P, chosen_rewards_P, rejected_rewards_P, _ = _forward(
+    losses_P, chosen_rewards_P, rejected_rewards_P, _ = forward(
         policy_logp_N,
         reference_logp_N.detach(),
         completion_of_token_N,
         pairs_P2,
         None if token_weight_N is None else token_weight_N.detach(),
+        completion_starts_K1,
         beta,
         label_smoothing,
         loss_type,

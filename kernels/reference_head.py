@@ -1,0 +1,199 @@
+"""The log-probs of the LM head in plain PyTorch: the twin of linear_logprob.py and fused_logprob.py.
+
+Legend: N rows (response tokens), n rows of one chunk, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .checks import IGNORED_TARGET, autocast_hidden, check_linear_logprob, statistics_dtype
+from .head import Head, HeadPlan, RowOutputs, Rows, head_backward, head_forward, logits_fp32, plan_head
+
+# Columns of the vocabulary that the fused pass takes at a time.
+_FUSED_TILE_V = 4096
+
+
+def linear_logprob(
+    hidden_NH: Tensor,
+    weight_VH: Tensor,
+    target_N: Tensor,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    scale: float = 1.0,
+    *,
+    mode: str = "auto",
+    budget_bytes: int | None = None,
+    statistics: bool = False,
+) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    """Log-probs of the targets from hidden states, without the [N, V] logits of all rows.
+
+    Equals `z = scale * F.linear(hidden, weight, bias).float()`, with `z = softcap * tanh(z / softcap)` where a
+    cap is set, then `log_softmax(z, -1).gather(1, target[:, None])[:, 0]`; but the logits never are rounded to
+    half precision.
+
+    Args:
+        hidden_NH: [N, H] final hidden states of the response rows only.
+        weight_VH: [V, H] as `nn.Linear` holds it. Where it is frozen, its gradient is never computed.
+        target_N: [N] int64 or int32 token ids; -100 leaves a row out: log-prob 0, no gradient.
+        bias: [V] or None.
+        softcap: positive cap on the logits (Gemma 2), or None.
+        scale: factor on the logits before the cap (Cohere, Granite).
+        mode: `store` keeps what the backward needs, `recompute` keeps nothing, `fused` has no logits in the forward and
+            keeps nothing, `auto` chooses by what needs a gradient and by the budget; see `head.plan_head`.
+        budget_bytes: bytes that logits and their derivative may take at a time; None for the device's default.
+        statistics: also return the entropy of each row's distribution and its most likely token.
+
+    Returns:
+        [N] log-probs in fp32 (fp64 for fp64 inputs); with `statistics` also the entropies [N] in nats and the argmax
+        [N] int64 (0 and -1 for rows left out), without gradient.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit, an option is unknown, or a target lies outside [0, V).
+    """
+    check_linear_logprob(hidden_NH, weight_VH, target_N, bias, softcap, mode, budget_bytes)
+    hidden_NH = autocast_hidden(hidden_NH)
+    grad = torch.is_grad_enabled()
+    needs_hidden, needs_weight, needs_bias = (
+        grad and tensor is not None and tensor.requires_grad for tensor in (hidden_NH, weight_VH, bias)
+    )
+    size, kind = (hidden_NH.shape[0], weight_VH.shape[0]), (hidden_NH.dtype, hidden_NH.device)
+    # A vendor GEMM over whole rows is the faster pass without gradient on a CPU, and no less exact than tiles.
+    plan = plan_head(mode, *size, *kind, needs_hidden, needs_weight or needs_bias, budget_bytes, "store")
+    outputs = _LinearLogprob.apply(
+        hidden_NH, weight_VH, target_N.long(), bias, softcap, scale, plan, budget_bytes, statistics
+    )
+    return outputs if statistics else outputs[0]
+
+
+class _LinearLogprob(torch.autograd.Function):
+    """`head.head_forward` and `head.head_backward` over plain PyTorch rows."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_NH: Tensor,
+        weight_VH: Tensor,
+        target_N: Tensor,
+        bias_V: Tensor | None,
+        softcap: float | None,
+        scale: float,
+        plan: HeadPlan,
+        budget_bytes: int | None,
+        statistics: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        head = Head(bias_V, softcap, scale)
+        with torch.autocast(hidden_NH.device.type, enabled=False):
+            outputs, unit_grad_NH, kept_NV = head_forward(
+                ROWS, hidden_NH, weight_VH, target_N, head, plan, statistics=statistics, budget_bytes=budget_bytes
+            )
+        # The weight itself, never a view of it: ZeRO-3 gathers the parameter again before the backward.
+        ctx.save_for_backward(hidden_NH, weight_VH, target_N, bias_V, unit_grad_NH, kept_NV)
+        ctx.softcap, ctx.scale, ctx.step = softcap, scale, plan.step
+        if statistics:
+            ctx.mark_non_differentiable(outputs.entropy_n, outputs.argmax_n)
+        return outputs.logp_n, outputs.entropy_n, outputs.argmax_n
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_logp_N: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+        hidden_NH, weight_VH, target_N, bias_V, unit_grad_NH, kept_NV = ctx.saved_tensors
+        head = Head(bias_V, ctx.softcap, ctx.scale)
+        needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3])
+        with torch.autocast(hidden_NH.device.type, enabled=False):
+            grad_hidden_NH, grad_weight_VH, grad_bias_V = head_backward(
+                ROWS, grad_logp_N, hidden_NH, weight_VH, target_N, head, ctx.step, unit_grad_NH, kept_NV, needs
+            )
+        return grad_hidden_NH, grad_weight_VH, None, grad_bias_V, *[None] * 5
+
+
+def _finish_logits(logits_nV: Tensor, head: Head, bias_V: Tensor | None) -> None:
+    """Bias, scale and cap, in place."""
+    if bias_V is not None:
+        logits_nV += bias_V
+    if head.scale != 1.0:
+        logits_nV *= head.scale
+    if head.softcap is not None:
+        logits_nV.div_(head.softcap).tanh_().mul_(head.softcap)
+
+
+def _from_logits(
+    logits_nV: Tensor, target_n: Tensor, head: Head, dlogits_nV: Tensor | None, statistics: bool
+) -> RowOutputs:
+    _finish_logits(logits_nV, head, head.bias_V)
+    slope_nV = None
+    if head.softcap is not None and dlogits_nV is not None:
+        slope_nV = 1 - (logits_nV / head.softcap).square_()
+    counted_n1 = (target_n != IGNORED_TARGET)[:, None]
+    index_n1 = target_n.clamp(min=0)[:, None]
+    argmax_n = entropy_n = None
+    if statistics:
+        max_n1, argmax_n1 = logits_nV.max(dim=1, keepdim=True)
+        argmax_n = argmax_n1.masked_fill(~counted_n1, -1)[:, 0]
+    else:
+        max_n1 = logits_nV.amax(dim=1, keepdim=True)
+    logits_nV -= max_n1
+    target_logit_n1 = logits_nV.gather(1, index_n1)
+    # A logit of -inf adds nothing to the entropy; 0 * -inf would be NaN.
+    shifted_nV = logits_nV.clamp(min=-1e30) if statistics else None
+    sum_n1 = logits_nV.exp_().sum(dim=1, keepdim=True)
+    log_sum_n1 = sum_n1.log()
+    logp_n = (target_logit_n1 - log_sum_n1).masked_fill(~counted_n1, 0.0)[:, 0]
+    if shifted_nV is not None:
+        moment_n1 = shifted_nV.mul_(logits_nV).sum(dim=1, keepdim=True)
+        entropy_n = (log_sum_n1 - moment_n1 / sum_n1).masked_fill(~counted_n1, 0.0)[:, 0]
+    if dlogits_nV is not None:
+        # Division by infinity leaves nothing of a row that does not count.
+        logits_nV /= sum_n1.neg().masked_fill(~counted_n1, -float("inf"))
+        logits_nV.scatter_add_(1, index_n1, counted_n1.to(logits_nV.dtype))
+        if slope_nV is not None:
+            logits_nV *= slope_nV
+        if head.scale != 1.0:
+            logits_nV *= head.scale
+        if dlogits_nV is not logits_nV:
+            dlogits_nV.copy_(logits_nV)
+    return RowOutputs(logp_n, entropy_n, argmax_n)
+
+
+def _fused(
+    hidden_NH: Tensor, weight_VH: Tensor, target_N: Tensor, head: Head, statistics: bool, budget_bytes: int
+) -> RowOutputs:
+    """A running maximum, sum and moment over tiles of the vocabulary: no row's logits are ever whole."""
+    num_rows, vocab = hidden_NH.shape[0], weight_VH.shape[0]
+    dtype = statistics_dtype(hidden_NH.dtype)
+    tile = max(1, min(_FUSED_TILE_V, budget_bytes // (max(1, num_rows) * dtype.itemsize)))
+    row_max, row_sum, moment, target_logit = torch.zeros(4, num_rows, 1, dtype=dtype, device=hidden_NH.device)
+    row_max -= float("inf")
+    highest_N1 = torch.zeros(num_rows, 1, dtype=torch.int64, device=hidden_NH.device)
+    index_N1 = target_N.clamp(min=0)[:, None]
+    for start in range(0, vocab, tile):
+        columns = slice(start, min(start + tile, vocab))
+        z = logits_fp32(hidden_NH, weight_VH[columns])
+        _finish_logits(z, head, None if head.bias_V is None else head.bias_V[columns])
+        inside_N1 = (index_N1 >= start) & (index_N1 < columns.stop)
+        own_N1 = z.gather(1, (index_N1 - start).clamp(0, z.shape[1] - 1))
+        target_logit = torch.where(inside_N1, own_N1, target_logit)
+        tile_max, tile_argmax = z.max(dim=1, keepdim=True)
+        highest_N1 = torch.where(tile_max > row_max, tile_argmax + start, highest_N1)
+        new_max = torch.maximum(row_max, tile_max)
+        # While every logit so far is -inf there is nothing to rescale, and no finite maximum to subtract.
+        anchor = new_max.masked_fill(new_max == -float("inf"), 0.0)
+        shift = (row_max - anchor).masked_fill(row_max == -float("inf"), 0.0)
+        z -= anchor
+        if statistics:
+            moment = shift.exp() * (moment + shift * row_sum) + (z.exp() * z.clamp(min=-1e30)).sum(1, keepdim=True)
+        row_sum = shift.exp() * row_sum + z.exp_().sum(dim=1, keepdim=True)
+        row_max = new_max
+    ignored_N1 = (target_N == IGNORED_TARGET)[:, None]
+    logp_N = (target_logit - row_max - row_sum.log()).masked_fill(ignored_N1, 0.0)[:, 0]
+    if not statistics:
+        return RowOutputs(logp_N)
+    entropy_N = (row_sum.log() - moment / row_sum).masked_fill(ignored_N1, 0.0)[:, 0]
+    return RowOutputs(logp_N, entropy_N, highest_N1.masked_fill(ignored_N1, -1)[:, 0])
+
+
+ROWS = Rows(_from_logits, _fused)
