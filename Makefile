@@ -7,6 +7,7 @@ PYTHON ?=
 TORCH_INDEX ?=
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
+GPU_ARGS ?=
 TEST_WORKERS ?= 2
 TEST_TIMEOUT_S ?= 600
 
@@ -40,10 +41,10 @@ format: .venv ## rewrite the sources as lint wants them
 types: .venv ## mypy on bpo/
 	$(BIN)/mypy
 
-gpu: .venv compiler ## on a GPU machine: its tests, then kernel timings as JSON under benchmarks/results/
-	$(RUN) $(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
-	mkdir -p benchmarks/results
-	$(RUN) $(BIN)/python kernels/bench.py --json benchmarks/results/kernels.json
+gpu: .venv compiler ## on a GPU machine, within 10 minutes: its tests, every benchmark, benchmarks/results/gpu-*.json
+	$(BIN)/python benchmarks/gpu.py --check
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench]'
+	$(RUN) $(BIN)/python benchmarks/gpu.py $(GPU_ARGS)
 
 clean: ## remove the environment, caches and builds; runs/ stays
 	rm -rf .venv build dist bpo.egg-info .ruff_cache .mypy_cache .pytest_cache .hypothesis

