@@ -12,7 +12,6 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.metadata
-import inspect
 from collections.abc import Callable
 from types import ModuleType
 
@@ -82,27 +81,20 @@ def _step(case: Case, inputs: Inputs, forward: Callable[[], Tensor]) -> Step:
 
 
 def _ours(case: Case, inputs: Inputs, mode: str = "auto") -> Step:
-    """Operation of `dispatch` as it is today: a mode or an operation that it lacks is unavailable."""
-    operation = getattr(dispatch, case.operation, None)
-    if operation is None:
-        raise Unavailable(f"bpo_kernels.dispatch has no {case.operation}")
-    known = inspect.signature(operation).parameters
-    if mode != "auto" and "mode" not in known:
-        raise Unavailable(f"bpo_kernels.dispatch.{case.operation} has no modes")
-    options = {"mode": mode, "budget_bytes": case.budget_bytes}
-    pairs, target_N = inputs.pairs, inputs.target_N
-    arguments: tuple[Tensor | float | None, ...]
+    pairs = inputs.pairs
+    reference = inputs.reference_N if inputs.reference_NH is None else inputs.reference_NH
+    tensors: tuple[Tensor | None, ...] = (inputs.hidden_NH, inputs.weight_VH, inputs.target_N)
+    options: dict[str, object] = {"mode": mode, "budget_bytes": case.budget_bytes}
     if case.operation == "logprob_gather":
-        arguments = (inputs.logits_NV, target_N)
-    elif case.operation == "linear_logprob":
-        arguments = (inputs.hidden_NH, inputs.weight_VH, target_N)
-    else:
-        assert pairs is not None
-        reference = inputs.reference_N if inputs.reference_NH is None else inputs.reference_NH
-        head = (inputs.hidden_NH, inputs.weight_VH, target_N) if case.has_head else (inputs.policy_N,)
-        arguments = (*head, reference, pairs.completion_N, pairs.pairs_P2, BETA)
+        tensors, options = (inputs.logits_NV, inputs.target_N), {}
+    elif case.operation == "preference_loss":
+        tensors, options = (inputs.policy_N,), {}
+    arguments: tuple[Tensor | float | None, ...] = tensors
+    if pairs is not None:
+        arguments = (*tensors, reference, pairs.completion_N, pairs.pairs_P2, BETA)
         options |= {"num_completions": pairs.num_completions, "completion_starts_K1": pairs.starts_K1}
-    options = {name: value for name, value in options.items() if name in known}
+    # Looked up here, so that a test can put something else in its place.
+    operation = getattr(dispatch, case.operation)
 
     def forward() -> Tensor:
         outputs = operation(*arguments, **options)

@@ -91,9 +91,10 @@ def test_shares_are_judged_at_their_worst_case(gpu):
 def test_what_was_not_measured_is_neither_met_nor_missed(gpu):
     assert {(verdict.measured, verdict.met) for verdict in gpu.judge([])} == {("not measured", None)}
     # A provider without a time, another case, and one of our modes in place of the default say nothing.
-    results = [line("bpo-store", 1.0), line("cce", 9.0), line("quack", None, status="disagrees")]
-    results.append(line("bpo", 1.0, num_rows=128))
+    results = [line("bpo-store", 1.0), line("cce", 9.0), line("bpo", 1.0, num_rows=128)]
     assert all(verdict.met is None for verdict in gpu.judge(results))
+    without_agreement = [line("bpo", 1.0), line("quack", 2.0, status="disagrees")]
+    assert verdict_of(gpu, without_agreement, "llava-1.5-7b, N=2048: within 5 % of quack").met is None
 
 
 def test_a_part_that_overruns_is_ended_with_its_children(gpu, tmp_path):
