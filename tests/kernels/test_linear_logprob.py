@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bpo_kernels import dispatch
+from bpo_kernels import checks, dispatch, head
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -47,16 +47,17 @@ def problem(num_rows, vocab, hidden_size, dtype, device, trained=True, with_bias
 @pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
 @pytest.mark.parametrize("capped", [False, True], ids=["plain", "bias-scale-cap"])
 @pytest.mark.parametrize("chunk_rows", [None, 2], ids=["one-chunk", "chunks"])
+@pytest.mark.parametrize("mode", ["store", "recompute", "fused"])
 @pytest.mark.parametrize(("num_rows", "vocab", "hidden_size"), [(0, 31, 7), (1, 31, 7), (5, 4099, 33)])
 def test_forward_and_gradients_are_as_exact_as_eager(
-    assert_as_exact_as_eager, device, dtype, trained, capped, chunk_rows, num_rows, vocab, hidden_size
+    assert_as_exact_as_eager, device, dtype, trained, capped, chunk_rows, mode, num_rows, vocab, hidden_size
 ):
     *tensors, target_N = problem(num_rows, vocab, hidden_size, dtype, device, trained, with_bias=capped)
     softcap, scale = (5.0, 0.7) if capped else (None, 1.0)
     budget_bytes = None if chunk_rows is None else chunk_rows * vocab * 4
     assert_as_exact_as_eager(
         lambda hidden, weight, bias: dispatch.linear_logprob(
-            hidden, weight, target_N, bias, softcap, scale, budget_bytes=budget_bytes
+            hidden, weight, target_N, bias, softcap, scale, mode=mode, budget_bytes=budget_bytes
         ),
         lambda hidden, weight, bias: eager(hidden, weight, bias, target_N, softcap, scale),
         tensors,
@@ -64,11 +65,12 @@ def test_forward_and_gradients_are_as_exact_as_eager(
     )
 
 
-@settings(max_examples=15, deadline=None)
-@given(st.integers(1, 9), st.integers(1, 300), st.integers(1, 70), st.integers(1, 9))
-def test_any_shape_and_chunk(device, num_rows, vocab, hidden_size, chunk_rows):
+@settings(max_examples=16, deadline=None)
+@given(st.integers(1, 140), st.integers(1, 600), st.integers(1, 70), st.integers(1, 9), st.sampled_from(checks.MODES))
+def test_any_shape_chunk_and_mode(device, num_rows, vocab, hidden_size, chunk_rows, mode):
     hidden_NH, weight_VH, _, target_N = problem(num_rows, vocab, hidden_size, torch.float32, device)
-    logp_N = dispatch.linear_logprob(hidden_NH, weight_VH, target_N, budget_bytes=chunk_rows * vocab * 4)
+    budget_bytes = chunk_rows * vocab * 4
+    logp_N = dispatch.linear_logprob(hidden_NH, weight_VH, target_N, mode=mode, budget_bytes=budget_bytes)
     expected_N = eager(hidden_NH, weight_VH, None, target_N)
     torch.testing.assert_close(logp_N, expected_N, atol=2e-5, rtol=1e-5)
     ours = torch.autograd.grad(logp_N.sum(), (hidden_NH, weight_VH))
@@ -88,14 +90,15 @@ def test_logits_of_ten_thousand(assert_as_exact_as_eager, device):
     )
 
 
-def test_half_precision_logits_are_not_rounded(device):
+@pytest.mark.parametrize("mode", ["store", "fused"])
+def test_half_precision_logits_are_not_rounded(device, mode):
     """Logits near 30: bf16 would round them by up to 0.06, and a sequence of them by tenths of a nat."""
     hidden_NH, weight_VH, _, target_N = problem(64, 200, 64, torch.bfloat16, device)
     with torch.no_grad():
         hidden_NH *= 4
     truth_N = eager(hidden_NH.double(), weight_VH.double(), None, target_N)
     assert (eager(hidden_NH, weight_VH, None, target_N) - truth_N).abs().max() > 1e-2
-    assert (dispatch.linear_logprob(hidden_NH, weight_VH, target_N) - truth_N).abs().max() < 1e-4
+    assert (dispatch.linear_logprob(hidden_NH, weight_VH, target_N, mode=mode) - truth_N).abs().max() < 1e-4
 
 
 def test_strided_inputs_unaligned_targets_and_expanded_gradient(device):
@@ -190,11 +193,12 @@ def test_no_grad_leaves_no_graph(device):
         assert not dispatch.linear_logprob(hidden_NH, weight_VH, target_N).requires_grad
 
 
-def test_torch_compile_keeps_one_graph(device):
+@pytest.mark.parametrize("mode", ["store", "recompute", "fused"])
+def test_torch_compile_keeps_one_graph(device, mode):
     hidden_NH, weight_VH, _, target_N = problem(5, 50, 16, torch.float32, device)
 
     def loss(hidden: Tensor, weight: Tensor) -> Tensor:
-        return dispatch.linear_logprob(hidden.tanh(), weight, target_N).sum()
+        return dispatch.linear_logprob(hidden.tanh(), weight, target_N, mode=mode).sum()
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(hidden_NH, weight_VH), loss(hidden_NH, weight_VH))
@@ -214,6 +218,7 @@ def test_torch_compile_keeps_one_graph(device):
         ({"bias": torch.zeros(5)}, r"bias has shape \(5,\), expected \(6,\)"),
         ({"softcap": 0.0}, "softcap is 0.0"),
         ({"budget_bytes": 0}, "budget_bytes is 0"),
+        ({"mode": "fast"}, "mode is 'fast': use one of auto, store, fused, recompute"),
     ],
 )
 def test_bad_arguments_name_value_and_fix(device, change, message):
@@ -227,12 +232,105 @@ def test_bad_arguments_name_value_and_fix(device, change, message):
         dispatch.linear_logprob(**moved)
 
 
-@pytest.mark.parametrize("target", [-100, 6])
-def test_target_outside_the_vocabulary(device, target):
+def test_target_outside_the_vocabulary(device):
     hidden_NH, weight_VH = torch.zeros(2, 4, device=device), torch.zeros(6, 4, device=device)
-    target_N = torch.tensor([0, target], device=device)
+    target_N = torch.tensor([0, 6], device=device)
     if device.type == "cuda":
         assert dispatch.linear_logprob(hidden_NH, weight_VH, target_N).isnan().tolist() == [False, True]
     else:
-        with pytest.raises(ValueError, match=f"target_N holds {target}, outside"):
+        with pytest.raises(ValueError, match="target_N holds 6, outside"):
             dispatch.linear_logprob(hidden_NH, weight_VH, target_N)
+
+
+@pytest.mark.parametrize("mode", ["store", "recompute", "fused"])
+@pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
+def test_a_row_with_target_minus_100_counts_for_nothing(device, mode, trained):
+    hidden_NH, weight_VH, _, target_N = problem(7, 301, 24, torch.float32, device, trained)
+    kept = torch.tensor([0, 2, 3, 6], device=device)
+    ignoring_N = torch.full_like(target_N, checks.IGNORED_TARGET)
+    ignoring_N[kept] = target_N[kept]
+    inputs = [tensor for tensor in (hidden_NH, weight_VH) if tensor.requires_grad]
+    logp_N, entropy_N, argmax_N = dispatch.linear_logprob(hidden_NH, weight_VH, ignoring_N, mode=mode, statistics=True)
+    expected_n = eager(hidden_NH[kept], weight_VH, None, target_N[kept])
+    torch.testing.assert_close(logp_N[kept], expected_n)
+    left_out = ignoring_N == checks.IGNORED_TARGET
+    assert (logp_N[left_out].tolist(), entropy_N[left_out].tolist(), argmax_N[left_out].tolist()) == (
+        [0.0] * 3,
+        [0.0] * 3,
+        [-1] * 3,
+    )
+    ours, theirs = torch.autograd.grad(logp_N.sum(), inputs), torch.autograd.grad(expected_n.sum(), inputs)
+    torch.testing.assert_close(ours, theirs, atol=3e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("mode", ["store", "fused"])
+@pytest.mark.parametrize("size", [1, 1000.0], ids=["some-units", "thousands"])
+def test_entropy_and_argmax(device, dtype, mode, size):
+    hidden_NH, weight_VH, _, target_N = problem(6, 5003, 24, dtype, device)
+    hidden_NH = hidden_NH.detach() * size
+    logp_N, entropy_N, argmax_N = dispatch.linear_logprob(hidden_NH, weight_VH, target_N, mode=mode, statistics=True)
+    logits_NV = hidden_NH.double() @ weight_VH.double().t()
+    expected_N = torch.distributions.Categorical(logits=logits_NV).entropy()
+    torch.testing.assert_close(entropy_N.double(), expected_N, atol=1e-4 * size**0.5, rtol=1e-4)
+    assert torch.equal(argmax_N, logits_NV.argmax(1))
+    plain_N = dispatch.linear_logprob(hidden_NH, weight_VH, target_N, mode=mode)
+    assert torch.equal(logp_N, plain_N)
+    assert logp_N.requires_grad and not entropy_N.requires_grad
+
+
+@pytest.mark.parametrize("mode", ["store", "fused"])
+def test_a_logit_of_minus_infinity_has_no_probability(device, mode):
+    hidden_NH, weight_VH, bias_V, target_N = problem(4, 600, 8, torch.float32, device, with_bias=True)
+    with torch.no_grad():
+        bias_V[:300] = -float("inf")
+    target_N = target_N % 300 + 300
+    logp_N, entropy_N, _ = dispatch.linear_logprob(
+        hidden_NH, weight_VH, target_N, bias_V.detach(), mode=mode, statistics=True
+    )
+    expected_N = eager(hidden_NH, weight_VH[300:], bias_V[300:], target_N - 300)
+    torch.testing.assert_close(logp_N, expected_N)
+    assert entropy_N.isfinite().all()
+    # Gradient too: the tile of -inf alone must not make it NaN.
+    assert torch.autograd.grad(logp_N.sum(), hidden_NH)[0].isfinite().all()
+
+
+def test_fused_rows_have_the_same_bits_in_any_company(device):
+    """Each row's products and tiles are added in an order of their own, so neither order nor number of rows matters."""
+    hidden_NH, weight_VH, _, target_N = problem(150, 700, 40, torch.bfloat16, device, trained=False)
+    with torch.no_grad():
+        whole_N = dispatch.linear_logprob(hidden_NH, weight_VH, target_N, mode="fused")
+        order = torch.randperm(150, device=device)
+        shuffled_N = dispatch.linear_logprob(hidden_NH[order], weight_VH, target_N[order], mode="fused")
+    if device.type == "cuda":
+        assert torch.equal(shuffled_N, whole_N[order])
+    else:  # the products are then a CPU library's, which treats the rows of a block differently
+        torch.testing.assert_close(shuffled_N, whole_N[order], atol=2e-6, rtol=1e-6)
+
+
+MIB = 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("needs", "rows", "budget", "expected"),
+    [
+        # (hidden, head) need a gradient; expected (mode, rows a chunk, keeps D @ W, keeps D); bf16, V = 32,768:
+        # a row of logits takes 128 KiB, a row of D 64 KiB.
+        ((False, False), 2048, 256 * MIB, ("fused", 2048, False, False)),
+        ((True, False), 2048, 384 * MIB, ("store", 2048, True, False)),
+        ((True, False), 2048, 192 * MIB, ("store", 1024, True, False)),
+        ((True, True), 2048, 384 * MIB, ("store", 2048, False, True)),
+        ((True, True), 2048, 192 * MIB, ("store", 512, False, True)),
+        ((True, True), 2048, 128 * MIB, ("recompute", 512, False, False)),
+        ((False, True), 2048, 128 * MIB, ("recompute", 512, False, False)),
+    ],
+)
+def test_auto_chooses_by_gradient_need_and_bytes(needs, rows, budget, expected):
+    size, kind = (rows, 32768), (torch.bfloat16, torch.device("cpu"))
+    plan = head.plan_head("auto", *size, *kind, *needs, budget, "fused")
+    mode, step, keeps_hidden_grad, keeps_dlogits = expected
+    assert (plan.mode, plan.keeps_hidden_grad, plan.keeps_dlogits) == (mode, keeps_hidden_grad, keeps_dlogits)
+    if mode != "fused":
+        assert plan.step == step
+        chunk_bytes = plan.step * 32768 * (4 + (0 if keeps_dlogits else 2))
+        assert chunk_bytes + (rows * 32768 * 2 if keeps_dlogits else 0) <= budget
