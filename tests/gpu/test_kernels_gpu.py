@@ -16,11 +16,15 @@ import pytest
 import torch
 
 from bpo_kernels import dispatch
+from bpo_kernels.bench_cases import OPERATIONS, Case, make_inputs, true_result
+from bpo_kernels.bench_measure import TOLERANCES, disagreement
+from bpo_kernels.bench_providers import OURS, PROVIDERS
 
 pytestmark = pytest.mark.gpu  # skipped by tests/conftest.py where there is no CUDA
 
 KERNEL_TESTS = Path(__file__).parent.parent / "kernels"
-FILES = ("test_logprob_gather.py", "test_linear_logprob.py", "test_preference_loss.py")
+# The files that kernels/bench.py runs before it times an operation.
+FILES = tuple(f"test_{operation}.py" for operation in OPERATIONS)
 # H, V of the LM heads of LLaVA-1.5-7B and Qwen2.5-VL-7B.
 HEADS = {"llava-1.5-7b": (4096, 32064), "qwen2.5-vl-7b": (3584, 152064)}
 
@@ -60,6 +64,28 @@ def test_real_heads_are_as_exact_as_eager(head, trained):
     for position, (true, rough, value) in enumerate(zip(truth, naive, ours, strict=True)):
         allowed = (rough - true).abs().max() + (6e-3 if position else 1e-5) * true.abs().max()
         assert (value - true).abs().max() <= allowed, f"output {position}"
+
+
+@pytest.mark.parametrize("logits", ["random", "peaked"])
+@pytest.mark.parametrize("provider", OURS)
+@pytest.mark.parametrize("variant", ["live-frozen", "live-trained", "stored-frozen"])
+@pytest.mark.parametrize("shape", HEADS)
+def test_pairs_agree_with_fp32_in_every_mode(shape, variant, provider, logits):
+    case = Case("linear_preference_loss", variant, shape, 512, logits, torch.bfloat16, torch.device("cuda"))
+    inputs = make_inputs(case)
+    step = PROVIDERS[case.operation][provider](case, inputs)
+    value_error, gradient_error = disagreement(case, step(), true_result(case, inputs))
+    value_limit, gradient_limit = TOLERANCES[case.dtype]
+    assert value_error <= value_limit and gradient_error <= gradient_limit
+
+
+@pytest.mark.parametrize("variant", ["forward", "frozen", "trained"])
+@pytest.mark.parametrize("provider", OURS)
+def test_the_same_bits_twice(provider, variant):
+    case = Case("linear_logprob", variant, "llava-1.5-7b", 300, "peaked", torch.bfloat16, torch.device("cuda"))
+    step = PROVIDERS[case.operation][provider](case, make_inputs(case))
+    first = [tensor.clone() for tensor in step()]
+    assert all(torch.equal(once, again) for once, again in zip(first, step(), strict=True))
 
 
 def test_frozen_head_over_chunks_stays_within_the_budget():
