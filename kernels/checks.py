@@ -70,13 +70,8 @@ def check_triton_dtype(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name} is torch.float64: Triton computes in fp32, set BPO_KERNELS=reference for fp64")
 
 
-def check_target(
-    target_N: Tensor, num_rows: int, vocab: int, device: torch.device, *, may_be_ignored: bool = False
-) -> None:
-    """Raises ValueError unless `target_N` holds `num_rows` token ids in [0, vocab) on `device`.
-
-    With `may_be_ignored` a target may also be -100: its row is left out.
-    """
+def check_target(target_N: Tensor, num_rows: int, vocab: int, device: torch.device) -> None:
+    """Raises ValueError unless `target_N` holds `num_rows` token ids in [0, vocab), or -100, on `device`."""
     if target_N.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"target_N has dtype {target_N.dtype}: give token ids as torch.int64")
     if target_N.shape != (num_rows,):
@@ -86,9 +81,8 @@ def check_target(
         )
     if target_N.device != device:
         raise ValueError(f"target_N is on {target_N.device}, the rows on {device}: move it there")
-    if may_be_ignored:
-        target_N = target_N.clamp(min=0).where(target_N == IGNORED_TARGET, target_N)
-    check_index_range("target_N", target_N, vocab, "give token ids; drop ignored rows before the call")
+    counted_N = target_N.where(target_N != IGNORED_TARGET, 0)
+    check_index_range("target_N", counted_N, vocab, "give token ids of this vocabulary, or -100 to leave a row out")
 
 
 def check_index_range(name: str, index: Tensor, size: int, fix: str) -> None:
@@ -107,13 +101,23 @@ def _check_matrix(name: str, matrix: Tensor, letters: str) -> None:
         raise ValueError(f"{name} has dtype {matrix.dtype}: use one of float16, bfloat16, float32, float64")
 
 
-def check_logprob_gather(logits_NV: Tensor, target_N: Tensor) -> None:
+def check_logprob_gather(logits_NV: Tensor, target_N: Tensor, inplace_backward: bool) -> None:
     """Raises ValueError where `logprob_gather` cannot take these arguments."""
     _check_matrix("logits_NV", logits_NV, "N, V")
     num_rows, vocab = logits_NV.shape
     if vocab == 0:
         raise ValueError("logits_NV has no columns: the vocabulary is empty")
     check_target(target_N, num_rows, vocab, logits_NV.device)
+    if inplace_backward and logits_NV.requires_grad and logits_NV.is_leaf:
+        raise ValueError(
+            "inplace_backward would overwrite logits_NV, a leaf whose values belong to the caller: give the output of an "
+            "operation, or leave inplace_backward off"
+        )
+    if inplace_backward and 0 in logits_NV.stride() and num_rows > 1:
+        raise ValueError(
+            f"inplace_backward needs memory of its own for every logit, logits_NV has strides {logits_NV.stride()}: "
+            "call .contiguous(), or leave inplace_backward off"
+        )
 
 
 def check_linear_logprob(
@@ -156,7 +160,7 @@ def check_linear_logprob(
         raise ValueError(f"softcap is {softcap}: use a positive number, or None for no cap")
     if budget_bytes is not None and budget_bytes <= 0:
         raise ValueError(f"budget_bytes is {budget_bytes}: use a positive number, or None for the default")
-    check_target(target_N, hidden_NH.shape[0], vocab, hidden_NH.device, may_be_ignored=True)
+    check_target(target_N, hidden_NH.shape[0], vocab, hidden_NH.device)
 
 
 def check_preference_options(beta: float, label_smoothing: float, loss_type: str) -> None:

@@ -71,9 +71,10 @@ def _implementation(operation: str, tensor: Tensor) -> ModuleType:
     return modules[operation]
 
 
-def logprob_gather(logits_NV: Tensor, target_N: Tensor) -> Tensor:
+def logprob_gather(logits_NV: Tensor, target_N: Tensor, *, inplace_backward: bool = False) -> Tensor:
     """Log-probs of the targets from logits; see `reference.logprob_gather`."""
-    return _implementation("logprob_gather", logits_NV).logprob_gather(logits_NV, target_N)
+    operation = _implementation("logprob_gather", logits_NV).logprob_gather
+    return operation(logits_NV, target_N, inplace_backward=inplace_backward)
 
 
 def linear_logprob(

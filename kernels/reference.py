@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .checks import (
+    IGNORED_TARGET,
     autocast_hidden,
     check_linear_logprob,
     check_logprob_gather,
@@ -30,28 +31,31 @@ from .reference_head import linear_logprob
 _GATHER_CHUNK_BYTES = 2 << 20
 
 
-def logprob_gather(logits_NV: Tensor, target_N: Tensor) -> Tensor:
+def logprob_gather(logits_NV: Tensor, target_N: Tensor, *, inplace_backward: bool = False) -> Tensor:
     """`log_softmax(logits.float(), -1).gather(1, target[:, None])[:, 0]`, differentiable in the logits.
 
     Args:
         logits_NV: [N, V] in any float type and layout.
-        target_N: [N] int64 or int32 token ids.
+        target_N: [N] int64 or int32 token ids; -100 leaves a row out: log-prob 0, no gradient.
+        inplace_backward: write the gradient into the logits' own memory, which saves [N, V]. Where the operation that
+            made the logits needs them in its backward (a softcap does, a linear layer does not), autograd raises.
 
     Returns:
         [N] log-probs in fp32 (fp64 for fp64 logits).
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit, or a target lies outside [0, V).
+        ValueError: shapes, dtypes or devices do not fit, a target lies outside [0, V), or the logits cannot be
+            overwritten (a leaf, or memory that several of them share).
     """
-    check_logprob_gather(logits_NV, target_N)
-    return _LogprobGather.apply(logits_NV, target_N.long())
+    check_logprob_gather(logits_NV, target_N, inplace_backward)
+    return _LogprobGather.apply(logits_NV, target_N.long(), inplace_backward)
 
 
 class _LogprobGather(torch.autograd.Function):
     """Keeps maximum and log-sum per row: their sum would lose the probabilities' digits at logits in the thousands."""
 
     @staticmethod
-    def forward(ctx: Any, logits_NV: Tensor, target_N: Tensor) -> Tensor:
+    def forward(ctx: Any, logits_NV: Tensor, target_N: Tensor, inplace_backward: bool) -> Tensor:
         num_rows = logits_NV.shape[0]
         dtype = statistics_dtype(logits_NV.dtype)
         max_N1, log_sum_N1 = torch.empty(2, num_rows, 1, dtype=dtype, device=logits_NV.device)
@@ -62,21 +66,24 @@ class _LogprobGather(torch.autograd.Function):
             max_N1[rows] = logits_nV.amax(dim=1, keepdim=True)
             log_sum_N1[rows] = (logits_nV - max_N1[rows]).exp_().sum(dim=1, keepdim=True).log()
         ctx.save_for_backward(logits_NV, target_N, max_N1, log_sum_N1)
-        target_logit_N1 = logits_NV.gather(1, target_N[:, None]).to(dtype)
-        return (target_logit_N1 - max_N1 - log_sum_N1)[:, 0]
+        ctx.inplace_backward = inplace_backward
+        target_logit_N1 = logits_NV.gather(1, target_N.clamp(min=0)[:, None]).to(dtype)
+        ignored_N1 = (target_N == IGNORED_TARGET)[:, None]
+        return (target_logit_N1 - max_N1 - log_sum_N1).masked_fill(ignored_N1, 0.0)[:, 0]
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_logp_N: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad_logp_N: Tensor) -> tuple[Tensor, None, None]:
         logits_NV, target_N, max_N1, log_sum_N1 = ctx.saved_tensors
-        grad_logits_NV = torch.empty_like(logits_NV)
+        grad_logits_NV = logits_NV.detach() if ctx.inplace_backward else torch.empty_like(logits_NV)
+        grad_logp_N = grad_logp_N.masked_fill(target_N == IGNORED_TARGET, 0.0)
         num_rows, step = logits_NV.shape[0], _gather_step(logits_NV)
         for start in range(0, num_rows, step):
             rows = slice(start, start + step)
             dlogits_nV = (logits_NV[rows].to(max_N1.dtype) - max_N1[rows]).sub_(log_sum_N1[rows]).exp_().neg_()
-            dlogits_nV.scatter_add_(1, target_N[rows, None], torch.ones_like(max_N1[rows]))
+            dlogits_nV.scatter_add_(1, target_N[rows, None].clamp(min=0), torch.ones_like(max_N1[rows]))
             grad_logits_NV[rows] = dlogits_nV.mul_(grad_logp_N[rows, None])
-        return grad_logits_NV, None
+        return grad_logits_NV, None, None
 
 
 def _gather_step(logits_NV: Tensor) -> int:

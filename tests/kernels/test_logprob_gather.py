@@ -110,11 +110,54 @@ def test_bad_arguments_name_value_and_fix(device, logits_shape, target, message)
         dispatch.logprob_gather(torch.zeros(logits_shape, device=device), torch.tensor(target, device=device))
 
 
-@pytest.mark.parametrize("target", [-100, 4])
-def test_target_outside_the_vocabulary(device, target):
-    logits_NV, target_N = torch.zeros(2, 4, device=device), torch.tensor([0, target], device=device)
+def test_target_outside_the_vocabulary(device):
+    logits_NV, target_N = torch.zeros(2, 4, device=device), torch.tensor([0, 4], device=device)
     if device.type == "cuda":
         assert dispatch.logprob_gather(logits_NV, target_N).isnan().tolist() == [False, True]
     else:
-        with pytest.raises(ValueError, match=f"target_N holds {target}, outside"):
+        with pytest.raises(ValueError, match="target_N holds 4, outside"):
             dispatch.logprob_gather(logits_NV, target_N)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_row_with_target_minus_100_counts_for_nothing(device, inplace):
+    leaf_NV = torch.randn(4, 300, device=device, requires_grad=True)
+    target_N = torch.tensor([5, -100, 7, -100], device=device)
+    logp_N = dispatch.logprob_gather(leaf_NV * 1, target_N, inplace_backward=inplace)
+    torch.testing.assert_close(logp_N[::2], eager(leaf_NV[::2], target_N[::2]))
+    assert logp_N[1::2].tolist() == [0.0, 0.0]
+    (grad_NV,) = torch.autograd.grad(logp_N.sum(), leaf_NV)
+    assert not grad_NV[1::2].any() and grad_NV[::2].any(1).all()
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_in_place_backward_gives_the_same_gradient_in_the_memory_of_the_logits(device, dtype, transposed):
+    hidden_NH = torch.randn(6, 16, device=device).to(dtype).requires_grad_()
+    weight_HV = torch.randn(16, 4100, device=device).to(dtype)
+    target_N = torch.randint(4100, (6,), device=device)
+
+    def gradient(inplace: bool) -> tuple[Tensor, Tensor, Tensor]:
+        logits_NV = (weight_HV.t() @ hidden_NH.t()).t() if transposed else hidden_NH @ weight_HV
+        before_NV = logits_NV.detach().clone()
+        logp_N = dispatch.logprob_gather(logits_NV, target_N, inplace_backward=inplace)
+        (grad_NH,) = torch.autograd.grad(logp_N.sum(), hidden_NH)
+        return grad_NH, logits_NV.detach(), before_NV
+
+    ours_NH, overwritten_NV, before_NV = gradient(True)
+    theirs_NH, untouched_NV, _ = gradient(False)
+    assert torch.equal(ours_NH, theirs_NH)
+    assert torch.equal(untouched_NV, before_NV) and not torch.equal(overwritten_NV, before_NV)
+
+
+def test_in_place_backward_never_corrupts_in_silence(device):
+    target_N = torch.tensor([1, 2], device=device)
+    leaf_NV = torch.randn(2, 40, device=device, requires_grad=True)
+    with pytest.raises(ValueError, match="a leaf whose values belong to the caller"):
+        dispatch.logprob_gather(leaf_NV, target_N, inplace_backward=True)
+    with pytest.raises(ValueError, match="call .contiguous"):
+        dispatch.logprob_gather((leaf_NV[:1] * 1).expand(2, 40), target_N, inplace_backward=True)
+    capped_NV = leaf_NV.tanh()  # its backward needs its output
+    logp_N = dispatch.logprob_gather(capped_NV, target_N, inplace_backward=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        logp_N.sum().backward()
