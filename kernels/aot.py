@@ -1,9 +1,6 @@
 """Compiles every Triton kernel for GPUs that are not here, and reads registers, spills and shared memory.
 
-    python kernels/aot.py [--arch 80 90 100]          prints the table of kernels/README.md
-
-Each case gives the types of one real launch; pointers and sizes that are multiples of 16 are declared so, as they
-are for LLaVA's vocabulary of 32,064 tokens, and once more without, as for a vocabulary of 31.
+python kernels/aot.py [--arch 80 90 100 gfx942]          prints the table of kernels/README.md
 """
 
 from __future__ import annotations
@@ -21,122 +18,30 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import __file__ as nvidia_backend
 from triton.compiler import ASTSource
 
-from bpo_kernels import linear_logprob, logprob_gather, preference_loss
+from bpo_kernels.aot_cases import ARCHITECTURES, Case, all_cases
 
-# Shared memory that one block may use, bytes (CUDA programming guide, compute capabilities).
-SHARED_LIMIT_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+# Shared memory that one block may use, bytes (CUDA programming guide, compute capabilities; CDNA 3 ISA guide).
+SHARED_LIMIT_BYTES: dict[int | str, int] = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, "gfx942": 64 * 1024}
 # Sizes and strides of one row: declared as multiples of 16 in the aligned cases.
-_SIZES = ("V", "stride_n")
-
-
-@dataclass(frozen=True)
-class Case:
-    """One kernel with the argument types and constants of one launch."""
-
-    name: str
-    kernel: Any
-    signature: dict[str, str]
-    constants: dict[str, Any]
-    num_warps: int
-    aligned: bool = True
+_SIZES = ("V", "H", "stride_n", "grad_stride_n")
 
 
 @dataclass(frozen=True)
 class Usage:
-    """What the compiler reports for one case on one architecture."""
+    """What the compiler reports for one case on one architecture.
+
+    spilled_bytes: registers that did not fit and live in memory. (AMD's scalar registers spill into lanes of vector
+    registers: those do not count.)
+    """
 
     registers: int
-    stack_bytes: int
-    local_bytes: int
+    spilled_bytes: int
     shared_bytes: int
-    ptx: str = field(repr=False, default="")
-
-    @property
-    def spills(self) -> bool:
-        """Registers that did not fit live in the stack or in local memory."""
-        return self.stack_bytes > 0 or self.local_bytes > 0
+    assembly: str = field(repr=False, default="")
 
 
-def _logprob_gather_cases() -> list[Case]:
-    cases = []
-    for logits in ("bf16", "fp16", "fp32"):
-        for vocab, aligned in ((32064, True), (31, False)):
-            constants = {"stride_v": 1, "BLOCK_V": logprob_gather.block_v(vocab)}
-            rows = {"target_ptr": "*i64", "max_ptr": "*fp32", "log_sum_ptr": "*fp32", "V": "i32", "stride_n": "i32"}
-            forward = rows | {"logits_ptr": f"*{logits}", "logp_ptr": "*fp32"}
-            backward = rows | {
-                "logits_ptr": f"*{logits}",
-                "grad_logits_ptr": f"*{logits}",
-                "grad_logp_ptr": "*fp32",
-            }
-            label, warps = f"{logits} V={vocab}", logprob_gather.NUM_WARPS
-            for direction, kernel, signature in (
-                ("fwd", logprob_gather.logprob_gather_fwd_kernel, forward),
-                ("bwd", logprob_gather.logprob_gather_bwd_kernel, backward),
-            ):
-                cases.append(Case(f"logprob_gather_{direction} {label}", kernel, signature, constants, warps, aligned))
-    return cases
-
-
-def _linear_logprob_cases() -> list[Case]:
-    cases = []
-    for dtype in ("bf16", "fp16", "fp32"):
-        for with_dlogits, capped, vocab in ((True, False, 32064), (False, False, 32064), (True, True, 31)):
-            signature = {
-                "logits_ptr": "*fp32",
-                "target_ptr": "*i64",
-                "logp_ptr": "*fp32",
-                "dlogits_ptr": f"*{dtype}",
-                "V": "i32",
-                "softcap": "fp32",
-                "scale": "fp32",
-            }
-            constants: dict[str, Any] = {
-                "HAS_BIAS": capped,
-                "HAS_SOFTCAP": capped,
-                "WITH_DLOGITS": with_dlogits,
-                "BLOCK_V": logprob_gather.block_v(vocab),
-            }
-            if capped:
-                signature["bias_ptr"] = f"*{dtype}"
-            else:
-                constants["bias_ptr"] = None
-            label = f"logprob_rows {dtype} V={vocab}{' +D' if with_dlogits else ''}{' +bias+cap' if capped else ''}"
-            kernel, warps = linear_logprob.logprob_rows_kernel, logprob_gather.NUM_WARPS
-            cases.append(Case(label, kernel, signature, constants, warps, aligned=vocab % 16 == 0))
-    return cases
-
-
-def _preference_loss_cases() -> list[Case]:
-    cases = []
-    common = {"completion_ptr": "*i64", "pairs_ptr": "*i64", "N": "i32"}
-    for has_weight in (True, False):
-        weight_type = {"weight_ptr": "*fp32"} if has_weight else {}
-        weight_constant: dict[str, Any] = {"HAS_WEIGHT": has_weight} | ({} if has_weight else {"weight_ptr": None})
-        label = "+weight" if has_weight else ""
-        outputs = ("policy_ptr", "reference_ptr", "loss_ptr", "chosen_ptr", "rejected_ptr", "derivative_ptr")
-        for loss_type in ("sigmoid", "hinge", "ipo"):
-            signature = common | weight_type | dict.fromkeys(outputs, "*fp32") | {"beta": "fp32", "slope": "fp32"}
-            constants = weight_constant | {"LOSS_TYPE": loss_type, "BLOCK_N": preference_loss.BLOCK_N}
-            name = f"preference_loss_fwd {loss_type} {label}".strip()
-            kernel = preference_loss.preference_loss_fwd_kernel
-            cases.append(Case(name, kernel, signature, constants, preference_loss.NUM_WARPS))
-        signature = common | weight_type | {"P": "i32"}
-        signature |= dict.fromkeys(("grad_loss_ptr", "derivative_ptr", "grad_policy_ptr"), "*fp32")
-        blocks = {"BLOCK_N": preference_loss.BACKWARD_BLOCK_N, "BLOCK_P": preference_loss.BACKWARD_BLOCK_P}
-        kernel = preference_loss.preference_loss_bwd_kernel
-        name = f"preference_loss_bwd {label}".strip()
-        cases.append(Case(name, kernel, signature, weight_constant | blocks, preference_loss.NUM_WARPS))
-    return cases
-
-
-def all_cases() -> list[Case]:
-    """Every kernel in every configuration that the host wrappers launch."""
-    return _logprob_gather_cases() + _linear_logprob_cases() + _preference_loss_cases()
-
-
-def compile_case(case: Case, arch: int, max_registers: int | None = None) -> Usage:
-    """Compiles `case` for compute capability `arch` (80, 90, 100) and reads the compiler's report.
+def compile_case(case: Case, arch: int | str, max_registers: int | None = None) -> Usage:
+    """Compiles `case` for a compute capability (80, 90, 100) or gfx942 and reads the compiler's report.
 
     `max_registers` per thread (None: the compiler's choice) shows what a tighter limit would cost.
 
@@ -152,46 +57,67 @@ def compile_case(case: Case, arch: int, max_registers: int | None = None) -> Usa
         attributes = {
             (position,): [["tt.divisibility", 16]]
             for position, name in enumerate(names)
-            if signature[name].startswith("*") or name in _SIZES and signature[name] != "constexpr"
+            if signature[name].startswith("*") or (name in _SIZES and signature[name] != "constexpr")
         }
     constants = {(names.index(name),): value for name, value in case.constants.items()}
     source = ASTSource(case.kernel, signature, constants, attributes)
-    options = {"num_warps": case.num_warps, "maxnreg": max_registers}
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    return _resource_usage(compiled.asm["cubin"], compiled.metadata.shared, compiled.asm["ptx"])
+    options: dict[str, Any] = {"num_warps": case.num_warps}
+    if case.num_stages is not None:
+        options["num_stages"] = case.num_stages
+    if isinstance(arch, str):
+        return _amd_usage(triton.compile(source, target=GPUTarget("hip", arch, 64), options=options))
+    options["maxnreg"] = max_registers
+    return _nvidia_usage(triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options))
 
 
-def _resource_usage(cubin: bytes, shared_bytes: int, ptx: str) -> Usage:
+def _nvidia_usage(compiled: Any) -> Usage:
     """Reads `cuobjdump --dump-resource-usage` from Triton's own wheel; dynamic shared memory is Triton's figure."""
     cuobjdump = Path(nvidia_backend).parent / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
+        file.write(compiled.asm["cubin"])
         file.flush()
         command = [str(cuobjdump), "--dump-resource-usage", file.name]
         report = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     figures = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", report)}
     if not {"REG", "STACK", "LOCAL", "SHARED"} <= figures.keys():
         raise RuntimeError(f"cuobjdump gave no resource usage: {report!r}")
-    shared = max(shared_bytes, figures["SHARED"])
-    return Usage(figures["REG"], figures["STACK"], figures["LOCAL"], shared, ptx)
+    shared = max(compiled.metadata.shared, figures["SHARED"])
+    return Usage(figures["REG"], figures["STACK"] + figures["LOCAL"], shared, compiled.asm["ptx"])
+
+
+def _amd_usage(compiled: Any) -> Usage:
+    """Reads the kernel's metadata in the assembly: vector registers, their spills, scratch memory and LDS."""
+    assembly = compiled.asm["amdgcn"]
+    keys = ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size", "group_segment_fixed_size")
+    figures = {key: re.search(rf"\.{key}:\s+(\d+)", assembly) for key in keys}
+    if not all(figures.values()):
+        raise RuntimeError(f"the assembly has no {', '.join(key for key, value in figures.items() if not value)}")
+    registers, spills, scratch, static = (int(match[1]) for match in figures.values() if match)
+    return Usage(registers, max(scratch, 4 * spills), max(static, compiled.metadata.shared), assembly)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Prints one Markdown row per kernel and architecture; returns 1 where one spills or exceeds shared memory."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90], choices=sorted(SHARED_LIMIT_BYTES))
-    architectures = parser.parse_args(argv).arch
+    parser.add_argument("--arch", nargs="+", default=[str(a) for a in ARCHITECTURES], choices=map(str, ARCHITECTURES))
+    names = parser.parse_args(argv).arch
+    architectures = [arch for arch in ARCHITECTURES if str(arch) in names]
     print("Triton", triton.__version__, "- registers per thread / spilled bytes / shared bytes\n")
-    print("| kernel | warps |" + "".join(f" sm_{arch} |" for arch in architectures))
-    print("|---|---|" + "---|" * len(architectures))
+    titles = [arch if isinstance(arch, str) else f"sm_{arch}" for arch in architectures]
+    print("| kernel | warps |" + "".join(f" {title} |" for title in titles))
+    print("|---|---|" + "---|" * len(titles))
     failed = False
     for case in all_cases():
         cells = []
         for arch in architectures:
+            if case.archs is not None and arch not in case.archs:
+                cells.append(" |")
+                continue
             usage = compile_case(case, arch)
-            failed |= usage.spills or usage.shared_bytes > SHARED_LIMIT_BYTES[arch]
-            cells.append(f" {usage.registers} / {usage.stack_bytes + usage.local_bytes} / {usage.shared_bytes} |")
-        print(f"| {case.name} | {case.num_warps} |" + "".join(cells), flush=True)
+            failed |= usage.spilled_bytes > 0 or usage.shared_bytes > SHARED_LIMIT_BYTES[arch]
+            cells.append(f" {usage.registers} / {usage.spilled_bytes} / {usage.shared_bytes} |")
+        if any(cell != " |" for cell in cells):
+            print(f"| {case.name} | {case.num_warps} |" + "".join(cells), flush=True)
     return int(failed)
 
 

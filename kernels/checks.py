@@ -110,8 +110,8 @@ def check_logprob_gather(logits_NV: Tensor, target_N: Tensor, inplace_backward: 
     check_target(target_N, num_rows, vocab, logits_NV.device)
     if inplace_backward and logits_NV.requires_grad and logits_NV.is_leaf:
         raise ValueError(
-            "inplace_backward would overwrite logits_NV, a leaf whose values belong to the caller: give the output of an "
-            "operation, or leave inplace_backward off"
+            "inplace_backward would overwrite logits_NV, a leaf whose values belong to the caller: give the output of "
+            "an operation, or leave inplace_backward off"
         )
     if inplace_backward and 0 in logits_NV.stride() and num_rows > 1:
         raise ValueError(

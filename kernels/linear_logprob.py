@@ -72,10 +72,10 @@ def logprob_rows_kernel(
     target = tl.load(target_ptr + row).to(tl.int64)
     in_range = (target >= 0) & (target < V)
     ignored = target == IGNORED
-    z = tl.load(logits_row + target, mask=in_range, other=0.0).to(tl.float32)
-    z = finish_logits(z, target, in_range, bias_ptr, softcap, scale, HAS_BIAS, HAS_SOFTCAP)
+    own = tl.load(logits_row + target, mask=in_range, other=0.0).to(tl.float32)
+    own = finish_logits(own, target, in_range, bias_ptr, softcap, scale, HAS_BIAS, HAS_SOFTCAP)
     log_sum = tl.log(row_sum)
-    logp = tl.where(in_range, z - row_max - log_sum, float("nan"))
+    logp = tl.where(in_range, own - row_max - log_sum, float("nan"))
     tl.store(logp_ptr + row, tl.where(ignored, 0.0, logp))
     if WITH_STATISTICS:
         tl.store(entropy_ptr + row, tl.where(ignored, 0.0, log_sum - moment / row_sum))

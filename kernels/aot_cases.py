@@ -1,0 +1,189 @@
+"""The launches that aot.py compiles: every kernel with the types and constants that the host wrappers give it.
+
+Pointers and sizes that are multiples of 16 are declared so, as they are for LLaVA's vocabulary of 32,064 tokens, and
+once more without, as for a vocabulary of 31.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from . import fused_logprob, linear_logprob, logprob_gather, preference_loss
+from .checks import IGNORED_TARGET
+
+# CUDA compute capabilities, and AMD's names.
+ARCHITECTURES: tuple[int | str, ...] = (80, 90, 100, "gfx942")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel with the argument types and constants of one launch, on the targets `archs` (None: on all)."""
+
+    name: str
+    kernel: Any
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    num_warps: int
+    aligned: bool = True
+    num_stages: int | None = None
+    archs: tuple[int | str, ...] | None = None
+    max_registers: int = 128
+
+
+def _logprob_gather_cases() -> list[Case]:
+    cases = []
+    for logits in ("bf16", "fp16", "fp32"):
+        for vocab, aligned in ((32064, True), (31, False)):
+            constants = {"IGNORED": IGNORED_TARGET, "stride_v": 1, "BLOCK_V": logprob_gather.block_v(vocab)}
+            rows = {"target_ptr": "*i64", "max_ptr": "*fp32", "log_sum_ptr": "*fp32", "V": "i32", "stride_n": "i32"}
+            forward = rows | {"logits_ptr": f"*{logits}", "logp_ptr": "*fp32"}
+            backward = rows | {
+                "logits_ptr": f"*{logits}",
+                "grad_logits_ptr": f"*{logits}",
+                "grad_logp_ptr": "*fp32",
+            }
+            label, warps = f"{logits} V={vocab}", logprob_gather.NUM_WARPS
+            for direction, kernel, signature in (
+                ("fwd", logprob_gather.logprob_gather_fwd_kernel, forward),
+                ("bwd", logprob_gather.logprob_gather_bwd_kernel, backward),
+            ):
+                name, given = f"logprob_gather_{direction} {label}", constants
+                if direction == "bwd":
+                    given, signature = constants | {"grad_stride_v": 1}, signature | {"grad_stride_n": "i32"}
+                cases.append(Case(name, kernel, signature, given, warps, aligned))
+    return cases
+
+
+def _linear_logprob_cases() -> list[Case]:
+    cases = []
+    for dtype in ("bf16", "fp16", "fp32"):
+        for with_dlogits, capped, statistics, vocab in (
+            (True, False, False, 32064),
+            (False, False, False, 32064),
+            (True, True, True, 31),
+        ):
+            signature = {
+                "logits_ptr": "*fp32",
+                "target_ptr": "*i64",
+                "logp_ptr": "*fp32",
+                "dlogits_ptr": f"*{dtype}",
+                "V": "i32",
+                "softcap": "fp32",
+                "scale": "fp32",
+            }
+            constants: dict[str, Any] = {
+                "IGNORED": IGNORED_TARGET,
+                "HAS_BIAS": capped,
+                "HAS_SOFTCAP": capped,
+                "WITH_STATISTICS": statistics,
+                "WITH_DLOGITS": with_dlogits,
+                "BLOCK_V": logprob_gather.block_v(vocab),
+            }
+            optional = {"bias_ptr": f"*{dtype}" if capped else None}
+            optional |= {"entropy_ptr": "*fp32" if statistics else None, "argmax_ptr": "*i64" if statistics else None}
+            _add_optional(signature, constants, optional)
+            options = (with_dlogits, " +D"), (capped, " +bias+cap"), (statistics, " +statistics")
+            label = f"logprob_rows {dtype} V={vocab}" + "".join(text for asked, text in options if asked)
+            kernel, warps = linear_logprob.logprob_rows_kernel, logprob_gather.NUM_WARPS
+            cases.append(Case(label, kernel, signature, constants, warps, aligned=vocab % 16 == 0))
+    return cases
+
+
+def _preference_loss_cases() -> list[Case]:
+    cases = []
+    common = {"completion_ptr": "*i64", "pairs_ptr": "*i64", "N": "i32"}
+    for has_weight in (True, False):
+        weight_type = {"weight_ptr": "*fp32"} if has_weight else {}
+        weight_constant: dict[str, Any] = {"HAS_WEIGHT": has_weight} | ({} if has_weight else {"weight_ptr": None})
+        # The offsets of contiguous completions come with the weights: one case with everything, one with nothing.
+        starts_type = {"starts_ptr": "*i64"} if has_weight else {}
+        starts_constant = {"HAS_STARTS": has_weight} | ({} if has_weight else {"starts_ptr": None})
+        label = "+weight+starts" if has_weight else ""
+        outputs = ("policy_ptr", "reference_ptr", "loss_ptr", "chosen_ptr", "rejected_ptr", "derivative_ptr")
+        for loss_type in ("sigmoid", "hinge", "ipo"):
+            signature = (
+                common | weight_type | starts_type | dict.fromkeys(outputs, "*fp32") | {"beta": "fp32", "slope": "fp32"}
+            )
+            constants = weight_constant | starts_constant | {"LOSS_TYPE": loss_type, "BLOCK_N": preference_loss.BLOCK_N}
+            name = f"preference_loss_fwd {loss_type} {label}".strip()
+            kernel = preference_loss.preference_loss_fwd_kernel
+            cases.append(Case(name, kernel, signature, constants, preference_loss.NUM_WARPS))
+        signature = common | weight_type | {"P": "i32"}
+        signature |= dict.fromkeys(("grad_loss_ptr", "derivative_ptr", "grad_policy_ptr"), "*fp32")
+        blocks = {"BLOCK_N": preference_loss.BACKWARD_BLOCK_N, "BLOCK_P": preference_loss.BACKWARD_BLOCK_P}
+        kernel = preference_loss.preference_loss_bwd_kernel
+        name = f"preference_loss_bwd {label}".strip()
+        cases.append(Case(name, kernel, signature, weight_constant | blocks, preference_loss.NUM_WARPS))
+    return cases
+
+
+def _fused_logprob_cases() -> list[Case]:
+    """Each architecture's own tiles: many and few rows, bulk copies and single addresses, all outputs and none."""
+    cases = []
+    # (bias and cap, statistics, single addresses)
+    full, bare, counted, unaligned = (
+        (True, True, False),
+        (False, False, False),
+        (False, True, False),
+        (True, True, True),
+    )
+    wanted = [("bf16", n, o) for n in (2048, 64) for o in (full, bare, counted, unaligned)]
+    wanted += [("fp16", 2048, bare), ("fp32", 2048, full), ("fp32", 2048, bare)]
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    for arch in ARCHITECTURES:
+        for dtype, num_rows, (capped, statistics, addresses) in wanted:
+            descriptors = not addresses
+            config = fused_logprob.gemm_config(dtypes[dtype], num_rows, arch, descriptors=descriptors, capped=capped)
+            pointers = {"hidden_ptr": f"*{dtype}", "weight_ptr": f"*{dtype}", "target_ptr": "*i64"}
+            signature: dict[str, Any] = pointers | dict.fromkeys(("max_ptr", "sum_ptr", "target_logit_ptr"), "*fp32")
+            signature |= {"N": "i32", "V": "i32", "H": "i32", "softcap": "fp32", "scale": "fp32"}
+            constants: dict[str, Any] = {
+                "HAS_BIAS": capped,
+                "HAS_SOFTCAP": capped,
+                "WITH_STATISTICS": statistics,
+                "USE_DESCRIPTORS": descriptors,
+                "UPCAST": False,
+                "GROUP_N": fused_logprob.GROUP_N,
+                "BLOCK_N": config.BLOCK_N,
+                "BLOCK_V": config.BLOCK_V,
+                "BLOCK_H": config.BLOCK_H,
+            }
+            types = {"bias_ptr": f"*{dtype}" if capped else None}
+            types |= (
+                {"moment_ptr": "*fp32", "argmax_ptr": "*i32"}
+                if statistics
+                else {"moment_ptr": None, "argmax_ptr": None}
+            )
+            _add_optional(signature, constants, types)
+            tiles = f"{config.BLOCK_N}x{config.BLOCK_V}x{config.BLOCK_H}"
+            label = f"fused_logprob {dtype} N={num_rows} {tiles}"
+            label += " +bias+cap" * capped + " +statistics" * statistics + " H=33" * addresses
+            launch = (signature, constants, config.num_warps, descriptors, config.num_stages, (arch,), 255)
+            cases.append(Case(label, fused_logprob.fused_logprob_kernel, *launch))
+    for statistics in (True, False):
+        signature = dict.fromkeys(("max_ptr", "sum_ptr", "target_logit_ptr", "logp_ptr"), "*fp32")
+        signature |= {"target_ptr": "*i64", "N": "i32", "V": "i32", "T": "i32"}
+        blocks = {"BLOCK_N": fused_logprob.JOIN_BLOCK_N, "BLOCK_T": fused_logprob.JOIN_BLOCK_T}
+        constants = {"IGNORED": IGNORED_TARGET, "WITH_STATISTICS": statistics} | blocks
+        types = {"moment_ptr": "*fp32", "argmax_ptr": "*i32", "entropy_ptr": "*fp32", "highest_ptr": "*i64"}
+        _add_optional(signature, constants, {k: v if statistics else None for k, v in types.items()})
+        label = "join_tiles" + " +statistics" * statistics
+        cases.append(Case(label, fused_logprob.join_tiles_kernel, signature, constants, fused_logprob.JOIN_WARPS))
+    return cases
+
+
+def _add_optional(signature: dict[str, Any], constants: dict[str, Any], types: dict[str, str | None]) -> None:
+    """Pointers that a launch may leave out: those without a type are the constant None."""
+    for name, given in types.items():
+        if given is None:
+            constants[name] = None
+        else:
+            signature[name] = given
+
+
+def all_cases() -> list[Case]:
+    """Every kernel in every configuration that the host wrappers launch."""
+    return _logprob_gather_cases() + _linear_logprob_cases() + _fused_logprob_cases() + _preference_loss_cases()
