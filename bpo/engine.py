@@ -18,6 +18,7 @@ from bpo.config import Config, TrainConfig
 from bpo.data.families import Family
 from bpo.launch import Ranks, export_torch_environment, pick_device
 from bpo.model.attention import packed_layout
+from bpo.model.logprob_head import PreferenceTerms
 from bpo.model.policy import PolicyModel, model_inputs
 from bpo.model.trainable import parameter_groups
 from bpo.records import GroupBatch
@@ -124,7 +125,7 @@ def learning_rate_factor(step: int, total_steps: int, config: TrainConfig) -> fl
 
 
 class TrainingEngine:
-    """Policy, optimizer and ZeRO behind four calls: `logp`, `backward`, `step`, `reference_logp`."""
+    """Policy, optimizer and ZeRO behind four calls: `forward`, `backward`, `step`, `reference_logp`."""
 
     def __init__(self, policy: PolicyModel, family: Family, config: Config, settings: dict[str, Any], ranks: Ranks):
         import deepspeed
@@ -153,16 +154,19 @@ class TrainingEngine:
     def policy(self) -> PolicyModel:
         return self.deepspeed.module
 
-    def logp(self, batch: GroupBatch) -> torch.Tensor:
-        """fp32 log-probs [N] of the response tokens; call inside `packed_layout(batch.layout)`, backward included."""
-        return self.deepspeed(**model_inputs(batch, self.device, self.dtype))
+    def forward(self, batch: GroupBatch, terms: PreferenceTerms | None = None) -> Any:
+        """fp32 log-probs [N] of the response tokens, or with `terms` the preference loss; see `PolicyModel.forward`.
+
+        Call inside `packed_layout(batch.layout)`, backward included.
+        """
+        return self.deepspeed(**model_inputs(batch, self.device, self.dtype), terms=terms)
 
     @torch.no_grad()
     def reference_logp(self, batch: GroupBatch) -> torch.Tensor:
         """The same, without dropout and gradient. Before the first step the policy *is* the reference."""
         self.deepspeed.eval()
         with packed_layout(batch.layout):
-            logp_N = self.logp(batch)
+            logp_N = self.forward(batch)
         self.deepspeed.train()
         return logp_N
 

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from bpo.config import LossConfig
+from bpo.model.logprob_head import PreferenceTerms
+from bpo_kernels.checks import LOSS_TYPES
 from bpo_kernels.dispatch import preference_loss
 
 
@@ -24,6 +27,7 @@ class LossInputs:
     completion_of_token_N: which of the `num_completions` completions a token belongs to.
     pairs_P2: (preferred, dispreferred) completion indices.
     token_weight_N: weight of each token's log-ratio, or None for 1.
+    completion_starts_C1: where each completion's tokens begin and the last one's end, where they stand in order.
     """
 
     policy_logp_N: torch.Tensor
@@ -32,6 +36,7 @@ class LossInputs:
     num_completions: int
     pairs_P2: torch.Tensor
     token_weight_N: torch.Tensor | None = None
+    completion_starts_C1: torch.Tensor | None = None
 
     def sequence_sum(self, value_N: torch.Tensor) -> torch.Tensor:
         """Sums a token quantity over each completion, in fp32: [N] -> [C]."""
@@ -93,10 +98,35 @@ def _fused(loss_type: str) -> PreferenceLoss:
             loss_type=loss_type,
             token_weight_N=inputs.token_weight_N,
             num_completions=inputs.num_completions,
+            completion_starts_K1=inputs.completion_starts_C1,
         )
         return LossOutput(loss_P, chosen_P, rejected_P)
 
     return loss
+
+
+def with_loss(
+    forward: Callable[[PreferenceTerms | None], Any], constants: dict[str, Any], config: LossConfig
+) -> tuple[LossInputs, LossOutput]:
+    """Runs the model and its loss: in one autograd function with the LM head where the kernels know the loss.
+
+    Args:
+        forward: the model on a batch: log-probs [N], or with terms losses, rewards of both sides and log-probs.
+        constants: the fields of `LossInputs` other than `policy_logp_N`.
+    """
+    if config.type not in LOSS_TYPES:
+        inputs = LossInputs(policy_logp_N=forward(None), **constants)
+        return inputs, get_loss(config.type)(inputs, config)
+    names = dict(constants)
+    terms = PreferenceTerms(
+        reference=names.pop("reference_logp_N"),
+        loss_type=config.type,
+        beta=config.beta,
+        label_smoothing=config.label_smoothing,
+        **names,
+    )
+    loss_P, chosen_P, rejected_P, logp_N = forward(terms)
+    return LossInputs(policy_logp_N=logp_N, **constants), LossOutput(loss_P, chosen_P, rejected_P)
 
 
 # With e = label_smoothing:
@@ -137,5 +167,6 @@ def loss_at_reference(config: LossConfig, reference: LossInputs) -> torch.Tensor
         reference.num_completions,
         reference.pairs_P2,
         reference.token_weight_N,
+        reference.completion_starts_C1,
     )
     return get_loss(config.type)(same, config).loss_P

@@ -110,6 +110,7 @@ class GroupBatch:
     image_inputs: keyword arguments of the vision tower, the images of all groups in order.
     predictor_rows_N: the row of T whose hidden state predicts `target_N`.
     completion_of_token_N: index into the C completions of this batch.
+    completion_starts_C1: [C + 1] where each completion's tokens begin among the N, and N at the end.
     pairs_P2: (preferred, dispreferred) completion indices.
     pair_weight_P: 1, or 0 in a batch that only keeps a rank in step with the others.
     reference_logp_N: fp32 log-probs of the reference, or None while they are being computed.
@@ -123,6 +124,7 @@ class GroupBatch:
     predictor_rows_N: torch.Tensor
     target_N: torch.Tensor
     completion_of_token_N: torch.Tensor
+    completion_starts_C1: torch.Tensor
     pairs_P2: torch.Tensor
     pair_weight_P: torch.Tensor
     reference_logp_N: torch.Tensor | None = None

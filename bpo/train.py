@@ -5,6 +5,7 @@ Reads the groups, computes the reference once, and trains with DeepSpeed. torchr
 
 from __future__ import annotations
 
+import functools
 import logging
 import sys
 import time
@@ -47,19 +48,18 @@ def run_step(
 ) -> StepSums:
     """Forward and backward of one optimizer step on this rank: loss = mean over all pairs of the global batch."""
     sums = StepSums.zero()
-    loss_of = losses.get_loss(config.loss.type)
     for k, batch in enumerate(batches):
         seed_micro_batch(config.train.seed, step, k, trainer.ranks.rank)
         assert batch.reference_logp_N is not None
         with packed_layout(batch.layout):
-            inputs = losses.LossInputs(
-                policy_logp_N=trainer.logp(batch),
-                reference_logp_N=batch.reference_logp_N.to(trainer.device),
-                completion_of_token_N=batch.completion_of_token_N.to(trainer.device),
-                num_completions=batch.num_completions,
-                pairs_P2=batch.pairs_P2.to(trainer.device),
-            )
-            output = loss_of(inputs, config.loss)
+            constants = {
+                "reference_logp_N": batch.reference_logp_N.to(trainer.device),
+                "completion_of_token_N": batch.completion_of_token_N.to(trainer.device),
+                "completion_starts_C1": batch.completion_starts_C1.to(trainer.device),
+                "num_completions": batch.num_completions,
+                "pairs_P2": batch.pairs_P2.to(trainer.device),
+            }
+            inputs, output = losses.with_loss(functools.partial(trainer.forward, batch), constants, config.loss)
             nll_P = losses.chosen_nll(inputs)
             loss_P = output.loss_P + config.loss.chosen_nll_weight * nll_P
             weight_P = batch.pair_weight_P.to(trainer.device)

@@ -34,6 +34,7 @@ def add(sums: StepSums, losses: list[float], rewards: list[tuple[float, float]],
         predictor_rows_N=torch.zeros(2 * num_pairs, dtype=torch.long),
         target_N=torch.zeros(2 * num_pairs, dtype=torch.long),
         completion_of_token_N=torch.arange(2 * num_pairs),
+        completion_starts_C1=torch.arange(2 * num_pairs + 1),
         pairs_P2=pairs_P2,
         pair_weight_P=torch.full((num_pairs,), 0.0 if is_filler else 1.0),
     )

@@ -8,6 +8,7 @@ Shape letters: T packed tokens, N response tokens, P pairs, X position channels 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Sequence
 
@@ -80,6 +81,7 @@ def collate_groups(
     for group in groups:
         prefix_T = torch.tensor(group.prompt.prefix_ids, dtype=torch.long)
         row.add(group, family.prefix_positions(prefix_T, group.prompt.image_inputs))
+    lengths = [end - start for spans in row.completion_spans for start, end in spans]
     with_images = [group.prompt.image_inputs for group in groups if group.prompt.image_inputs]
     return GroupBatch(
         group_ids=tuple(group.prompt.record_id for group in groups),
@@ -90,6 +92,7 @@ def collate_groups(
         predictor_rows_N=torch.tensor(row.rows, dtype=torch.long),
         target_N=torch.tensor(row.targets, dtype=torch.long),
         completion_of_token_N=torch.tensor(row.completion_of_token, dtype=torch.long),
+        completion_starts_C1=torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.long),
         pairs_P2=torch.tensor(row.pairs, dtype=torch.long).reshape(-1, 2),
         pair_weight_P=torch.full((len(row.pairs),), 0.0 if is_filler else 1.0),
         reference_keys=tuple(reference_keys),

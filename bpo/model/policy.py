@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from bpo.model.logprob_head import install_logprob_head
+from bpo.model.logprob_head import PreferenceTerms, install_logprob_head
 from bpo.records import GroupBatch
 
 
@@ -28,8 +28,12 @@ class PolicyModel(torch.nn.Module):
         predictor_rows_N: torch.Tensor,
         target_N: torch.Tensor,
         image_inputs: dict[str, torch.Tensor],
-    ) -> torch.Tensor:
-        """fp32 log-probs [N] of `target_N`; call it, and its backward, inside `packed_layout`."""
+        terms: PreferenceTerms | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """fp32 log-probs [N] of `target_N`, or with `terms` losses and rewards [P] and the log-probs.
+
+        Call it, and its backward, inside `packed_layout`.
+        """
         channels = position_ids_XT.shape[0]
         hidden_TD = self.model.model(
             input_ids=input_ids_T[None],
@@ -38,7 +42,7 @@ class PolicyModel(torch.nn.Module):
             **image_inputs,
         ).last_hidden_state[0]
         # Only rows that predict a response token reach the LM head; prompt and image rows never do.
-        return self.model.lm_head(hidden_TD[predictor_rows_N], target_N)
+        return self.model.lm_head(hidden_TD[predictor_rows_N], target_N, terms)
 
 
 def model_inputs(batch: GroupBatch, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
