@@ -9,12 +9,14 @@ without logits in fused_logprob.py.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from .checks import HALVES, IGNORED_TARGET, align, autocast_hidden, check_linear_logprob, check_triton_dtype
 from .fused_logprob import finish_logits, fused_rows
@@ -282,6 +284,24 @@ def _gradient(ctx: Any, grad_logp_N: Tensor | None, *_: None) -> tuple[Tensor | 
 
 
 _forward.register_autograd(_gradient, setup_context=_save)
+
+
+def gemm_flops(hidden_shape: Sequence[int], vocab: int, gemms: int) -> int:
+    """Multiplications and additions of so many products of [N, H] and [H, V]."""
+    return gemms * 2 * hidden_shape[0] * hidden_shape[1] * vocab
+
+
+# torch.utils.flop_counter does not look inside a custom operation.
+@register_flop_formula(torch.ops.bpo_kernels.linear_logprob_fwd)
+def _(hidden: Sequence[int], weight: Sequence[int], *others: Any, out_shape: Any = None, **_: Any) -> int:
+    keeps_hidden_grad = others[6]
+    return gemm_flops(hidden, weight[0], 1 + keeps_hidden_grad)
+
+
+@register_flop_formula(torch.ops.bpo_kernels.linear_logprob_bwd)
+def _(grad: Sequence[int], hidden: Sequence[int], weight: Sequence[int], *others: Any, out_shape: Any = None) -> int:
+    _, _, kept, _, _, _, needs_hidden, needs_weight, _ = others
+    return gemm_flops(hidden, weight[0], (kept[0] == 0) + needs_hidden + needs_weight)
 
 
 def linear_logprob(

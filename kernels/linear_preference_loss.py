@@ -8,10 +8,12 @@ policy's); then the loss of every pair. Backward: the loss's coefficient of each
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from . import preference_loss as pairs_module
 from .checks import (
@@ -23,7 +25,7 @@ from .checks import (
     check_triton_dtype,
 )
 from .head import Head, HeadPlan, head_backward, head_forward, plan_head
-from .linear_logprob import ROWS, or_empty, without_gradient
+from .linear_logprob import ROWS, gemm_flops, or_empty, without_gradient
 
 
 @torch.library.custom_op("bpo_kernels::linear_preference_loss_fwd", mutates_args=())
@@ -229,6 +231,34 @@ def _gradient(ctx: Any, grad_losses_P: Tensor | None, *others: Tensor | None) ->
 
 
 _forward.register_autograd(_gradient, setup_context=_save)
+
+
+@register_flop_formula(torch.ops.bpo_kernels.linear_preference_loss_fwd)
+def _(
+    hidden: Sequence[int],
+    weight: Sequence[int],
+    target: Sequence[int],
+    bias: Sequence[int] | None,
+    reference: Sequence[int],
+    *others: Any,
+    out_shape: Any = None,
+) -> int:
+    keeps_hidden_grad, live = others[-2], len(reference) == 2
+    return gemm_flops(hidden, weight[0], 1 + live + keeps_hidden_grad)
+
+
+@register_flop_formula(torch.ops.bpo_kernels.linear_preference_loss_bwd)
+def _(
+    grad_losses: Sequence[int] | None,
+    grad_logp: Sequence[int] | None,
+    hidden: Sequence[int],
+    weight: Sequence[int],
+    *others: Any,
+    out_shape: Any = None,
+) -> int:
+    kept, (keeps_hidden_grad, needs_hidden, needs_weight, _) = others[8], others[-4:]
+    gemms = 0 if keeps_hidden_grad else (kept[0] == 0) + needs_hidden + needs_weight
+    return gemm_flops(hidden, weight[0], gemms)
 
 
 def linear_preference_loss(

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from bpo_kernels import checks, dispatch, head
 
@@ -334,3 +335,32 @@ def test_auto_chooses_by_gradient_need_and_bytes(needs, rows, budget, expected):
         assert plan.step == step
         chunk_bytes = plan.step * 32768 * (4 + (0 if keeps_dlogits else 2))
         assert chunk_bytes + (rows * 32768 * 2 if keeps_dlogits else 0) <= budget
+
+
+@pytest.mark.parametrize(
+    ("hidden", "weight", "mode", "chunk_rows", "gemms"),
+    [
+        (False, False, "auto", 8, 1),
+        (True, False, "auto", 8, 2),
+        (True, False, "auto", 3, 2),
+        (True, True, "auto", 8, 3),
+        (False, True, "auto", 8, 2),
+        (True, True, "auto", 3, 4),
+        (True, True, "store", 3, 3),
+        (True, False, "recompute", 8, 3),
+        (True, False, "fused", 8, 3),
+        (True, True, "fused", 8, 4),
+    ],
+)
+def test_flops_are_those_of_the_gradients_asked_for(device, hidden, weight, mode, chunk_rows, gemms):
+    """A frozen head costs no weight gradient; what is not kept costs its logits once more."""
+    hidden_NH = torch.randn(8, 16, device=device, requires_grad=hidden)
+    weight_VH = torch.randn(50, 16, device=device, requires_grad=weight)
+    target_N = torch.randint(50, (8,), device=device)
+    # A counter knows the operations that were imported before it was made.
+    dispatch.linear_logprob(hidden_NH, weight_VH, target_N)
+    with FlopCounterMode(display=False) as counter:
+        logp_N = dispatch.linear_logprob(hidden_NH, weight_VH, target_N, mode=mode, budget_bytes=chunk_rows * 50 * 4)
+        if logp_N.requires_grad:
+            logp_N.sum().backward()
+    assert counter.get_total_flops() == gemms * 2 * 8 * 50 * 16

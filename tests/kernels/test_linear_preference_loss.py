@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from bpo_kernels import dispatch, reference
 
@@ -137,6 +138,41 @@ def test_any_lengths_and_head(device, lengths, vocab, hidden_size):
     theirs = separately(inputs, reference_N, 0.2)
     torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-5)
     torch.testing.assert_close(gradients(ours, inputs), gradients(theirs, inputs), atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("reference_is", ["stored", "live", "live-own-head"])
+@pytest.mark.parametrize(("trained", "mode", "gemms"), [(False, "auto", 2), (True, "auto", 3), (True, "recompute", 4)])
+def test_flops_are_those_of_the_gradients_asked_for(device, reference_is, trained, mode, gemms):
+    inputs = problem(device, trained=trained)
+    reference_NH = torch.randn(sum(LENGTHS), 24, device=device)
+    live = {"reference": reference_NH}
+    given = {
+        "stored": {"reference": reference_NH[:, 0]},
+        "live": live,
+        "live-own-head": live | {"reference_weight_VH": torch.randn(131, 24, device=device)},
+    }
+    # A counter knows the operations that were imported before it was made.
+    dispatch.linear_preference_loss(**inputs, **given[reference_is], beta=0.2, mode=mode)
+    with FlopCounterMode(display=False) as counter:
+        outputs = dispatch.linear_preference_loss(**inputs, **given[reference_is], beta=0.2, mode=mode)
+        gradients(outputs, inputs)
+    assert counter.get_total_flops() == (gemms + (reference_is != "stored")) * 2 * sum(LENGTHS) * 131 * 24
+
+
+@pytest.mark.parametrize("mode", ["store", "recompute"])
+@pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
+def test_weight_that_zero3_takes_away_between_forward_and_backward(device, trained, mode):
+    """ZeRO-3 empties the parameter after forward and gathers it, into new memory, before backward."""
+    inputs = problem(device, trained=trained)
+    reference_N = -torch.rand(sum(LENGTHS), device=device)
+    expected = gradients(separately(inputs, reference_N, 0.2), inputs)
+    outputs = dispatch.linear_preference_loss(**inputs, reference=reference_N, beta=0.2, mode=mode)
+    weight_VH = inputs["weight_VH"]
+    gathered = weight_VH.data.clone()
+    weight_VH.data.fill_(float("nan"))  # a view kept from the forward would read this
+    weight_VH.data = torch.empty(0, device=device)
+    weight_VH.data = gathered
+    torch.testing.assert_close(gradients(outputs, inputs), expected, atol=3e-6, rtol=1e-5)
 
 
 def test_same_bits_twice(device):
