@@ -219,6 +219,14 @@ def uses_descriptors(hidden_NH: Tensor, weight_VH: Tensor) -> bool:
     return row_bytes % 16 == 0 and hidden_NH.data_ptr() % 16 == 0 and weight_VH.data_ptr() % 16 == 0
 
 
+def _resident_programs(device: torch.device) -> int:
+    """One program a multiprocessor; also gives Triton the memory in which descriptors made on the device live."""
+    if device.type != "cuda":
+        return _INTERPRETER_PROGRAMS
+    triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device))
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def fused_rows(
     hidden_NH: Tensor, weight_VH: Tensor, target_N: Tensor, head: Head, statistics: bool, budget_bytes: int
 ) -> RowOutputs:
@@ -233,8 +241,8 @@ def fused_rows(
     config = gemm_config(hidden_NH.dtype, num_rows, arch, descriptors=descriptors, capped=capped)
     num_tiles = triton.cdiv(vocab, config.BLOCK_V)
     float32 = {"dtype": torch.float32, "device": device}
-    logp_N, target_logit_N = torch.empty(num_rows, **float32), torch.empty(num_rows, **float32)
-    max_TN, sum_TN = (torch.empty(num_tiles, num_rows, **float32) for _ in range(2))
+    logp_N, target_logit_N = torch.empty(2, num_rows, **float32)
+    max_TN, sum_TN = torch.empty(2, num_tiles, num_rows, **float32)
     entropy_N = moment_TN = argmax_TN = highest_N = None
     if statistics:
         entropy_N, moment_TN = torch.empty_like(logp_N), torch.empty_like(max_TN)
@@ -242,15 +250,10 @@ def fused_rows(
         highest_N = torch.empty(num_rows, dtype=torch.int64, device=device)
     if num_rows == 0:
         return RowOutputs(logp_N, entropy_N, highest_N)
-    programs = _INTERPRETER_PROGRAMS
-    if device.type == "cuda":
-        programs = torch.cuda.get_device_properties(device).multi_processor_count
-        # Descriptors made on the device live in memory that Triton asks for at each launch.
-        triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device))
-    num_gemm_tiles = triton.cdiv(num_rows, config.BLOCK_N) * num_tiles
+    num_programs = min(_resident_programs(device), triton.cdiv(num_rows, config.BLOCK_N) * num_tiles)
     partials = (max_TN, sum_TN, moment_TN, argmax_TN, target_logit_N)
     with torch.cuda.device_of(hidden_NH):
-        fused_logprob_kernel[(min(programs, num_gemm_tiles),)](
+        fused_logprob_kernel[(num_programs,)](
             hidden_NH,
             weight_VH,
             head.bias_V,

@@ -261,6 +261,21 @@ def _(
     return gemm_flops(hidden, weight[0], gemms)
 
 
+def _constant(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach()
+
+
+def _check_tokens(hidden_NH: Tensor, completion_of_token_N: Tensor, pairs_P2: Tensor, *others: Any) -> None:
+    """`check_preference_loss` for log-probs that do not exist yet."""
+    token_weight_N, num_completions, completion_starts_K1 = others
+    if num_completions is None and hidden_NH.is_cuda:
+        num_completions = 0  # it only serves the index checks, which are left out on CUDA
+    logp_N = hidden_NH.new_empty(hidden_NH.shape[0], dtype=torch.float32)
+    check_preference_loss(
+        logp_N, logp_N, completion_of_token_N, pairs_P2, token_weight_N, num_completions, completion_starts_K1
+    )
+
+
 def linear_preference_loss(
     hidden_NH: Tensor,
     weight_VH: Tensor,
@@ -288,39 +303,28 @@ def linear_preference_loss(
     check_linear_logprob(hidden_NH, weight_VH, target_N, bias, softcap, mode, budget_bytes)
     check_reference(reference, reference_weight_VH, reference_bias, hidden_NH, weight_VH)
     check_triton_dtype("hidden_NH", hidden_NH)
+    tokens = (completion_of_token_N, pairs_P2, token_weight_N, num_completions, completion_starts_K1)
+    _check_tokens(hidden_NH, *tokens)
     hidden_NH = autocast_hidden(hidden_NH)
-    if num_completions is None and hidden_NH.is_cuda:
-        num_completions = 0  # it only serves the index checks, which are left out on CUDA
-    per_token = hidden_NH.new_empty(target_N.shape[0], dtype=torch.float32)
-    check_preference_loss(
-        per_token, per_token, completion_of_token_N, pairs_P2, token_weight_N, num_completions, completion_starts_K1
-    )
     num_rows = hidden_NH.shape[0]
     is_live = reference.dim() == 2
     grad = torch.is_grad_enabled()
-    plan = plan_head(
-        mode,
-        2 * num_rows if is_live and reference_weight_VH is None else num_rows,
-        weight_VH.shape[0],
-        hidden_NH.dtype,
-        hidden_NH.device,
-        grad and hidden_NH.requires_grad,
-        grad and (weight_VH.requires_grad or (bias is not None and bias.requires_grad)),
-        budget_bytes,
-        without_gradient(hidden_NH.dtype),
-        num_policy=num_rows,
-    )
+    needs_head = grad and (weight_VH.requires_grad or (bias is not None and bias.requires_grad))
+    stacked_rows = 2 * num_rows if is_live and reference_weight_VH is None else num_rows
+    head = (weight_VH.shape[0], hidden_NH.dtype, hidden_NH.device, grad and hidden_NH.requires_grad, needs_head)
+    without_grad = without_gradient(hidden_NH.dtype)
+    plan = plan_head(mode, stacked_rows, *head, budget_bytes, without_grad, num_policy=num_rows)
     losses_P, chosen_P, rejected_P, logp_N, *_ = _forward(
         hidden_NH,
         weight_VH,
         target_N.contiguous(),
         bias,
         reference.detach().to(hidden_NH.dtype) if is_live else reference.detach(),
-        None if reference_weight_VH is None else reference_weight_VH.detach(),
-        None if reference_bias is None else reference_bias.detach(),
+        _constant(reference_weight_VH),
+        _constant(reference_bias),
         completion_of_token_N,
         pairs_P2,
-        None if token_weight_N is None else token_weight_N.detach(),
+        _constant(token_weight_N),
         completion_starts_K1,
         softcap,
         scale,

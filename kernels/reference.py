@@ -124,8 +124,7 @@ def preference_loss(
         loss_type: sigmoid, hinge, ipo or robust. IPO on mean log-probs: give weights 1 / length.
         token_weight_N: [N] weight of each token's log-ratio, a constant; None for 1.
         num_completions: K. None: the highest index + 1, which on CUDA waits for the device.
-        completion_starts_K1: [K + 1] offsets of the completions where they stand one after the other, as packing
-            leaves them: Triton then reads only the tokens of a pair. None: any order.
+        completion_starts_K1: [K + 1] offsets of completions that stand in order: Triton then reads a pair's alone.
 
     Returns:
         losses [P], and the rewards `beta * r` of the chosen [P] and rejected [P] sides, detached; all fp32
@@ -207,30 +206,12 @@ def linear_preference_loss(
     """
     check_linear_logprob(hidden_NH, weight_VH, target_N, bias, softcap, mode, budget_bytes)
     check_reference(reference, reference_weight_VH, reference_bias, hidden_NH, weight_VH)
-    logp_N = linear_logprob(hidden_NH, weight_VH, target_N, bias, softcap, scale, mode=mode, budget_bytes=budget_bytes)
+    head_options: dict[str, Any] = {"softcap": softcap, "scale": scale, "mode": mode, "budget_bytes": budget_bytes}
+    logp_N = linear_logprob(hidden_NH, weight_VH, target_N, bias, **head_options)
     if reference.dim() == 2:
-        own_head = (weight_VH, bias) if reference_weight_VH is None else (reference_weight_VH, reference_bias)
+        head = (weight_VH, bias) if reference_weight_VH is None else (reference_weight_VH, reference_bias)
         with torch.no_grad():
-            reference = linear_logprob(
-                reference.to(autocast_hidden(hidden_NH).dtype),
-                own_head[0],
-                target_N,
-                own_head[1],
-                softcap,
-                scale,
-                mode=mode,
-                budget_bytes=budget_bytes,
-            )
-    losses_P, chosen_rewards_P, rejected_rewards_P = preference_loss(
-        logp_N,
-        reference,
-        completion_of_token_N,
-        pairs_P2,
-        beta,
-        label_smoothing,
-        loss_type,
-        token_weight_N,
-        num_completions,
-        completion_starts_K1,
-    )
-    return losses_P, chosen_rewards_P, rejected_rewards_P, logp_N
+            rows_NH = reference.to(autocast_hidden(hidden_NH).dtype)
+            reference = linear_logprob(rows_NH, head[0], target_N, head[1], **head_options)
+    loss_options = (beta, label_smoothing, loss_type, token_weight_N, num_completions, completion_starts_K1)
+    return *preference_loss(logp_N, reference, completion_of_token_N, pairs_P2, *loss_options), logp_N
