@@ -207,6 +207,8 @@ def join_tiles_kernel(
 
 
 def _arch(device: torch.device) -> int | str:
+    if device.type != "cuda":
+        return 90  # the interpreter runs what an H100 would
     if torch.version.hip is not None:
         return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
     major, minor = torch.cuda.get_device_capability(device)
@@ -236,9 +238,8 @@ def fused_rows(
     """
     num_rows, vocab, device = hidden_NH.shape[0], weight_VH.shape[0], hidden_NH.device
     hidden_NH, weight_VH, target_N = hidden_NH.contiguous(), weight_VH.contiguous(), align(target_N)
-    arch = _arch(device) if device.type == "cuda" else 90
     descriptors, capped = uses_descriptors(hidden_NH, weight_VH), head.bias_V is not None or head.softcap is not None
-    config = gemm_config(hidden_NH.dtype, num_rows, arch, descriptors=descriptors, capped=capped)
+    config = gemm_config(hidden_NH.dtype, num_rows, _arch(device), descriptors=descriptors, capped=capped)
     num_tiles = triton.cdiv(vocab, config.BLOCK_V)
     float32 = {"dtype": torch.float32, "device": device}
     logp_N, target_logit_N = torch.empty(2, num_rows, **float32)
@@ -246,10 +247,11 @@ def fused_rows(
     entropy_N = moment_TN = argmax_TN = highest_N = None
     if statistics:
         entropy_N, moment_TN = torch.empty_like(logp_N), torch.empty_like(max_TN)
-        argmax_TN = torch.empty(num_tiles, num_rows, dtype=torch.int32, device=device)
-        highest_N = torch.empty(num_rows, dtype=torch.int64, device=device)
+        argmax_TN = torch.empty_like(max_TN, dtype=torch.int32)
+        highest_N = torch.empty_like(logp_N, dtype=torch.int64)
+    outputs = RowOutputs(logp_N, entropy_N, highest_N)
     if num_rows == 0:
-        return RowOutputs(logp_N, entropy_N, highest_N)
+        return outputs
     num_programs = min(_resident_programs(device), triton.cdiv(num_rows, config.BLOCK_N) * num_tiles)
     partials = (max_TN, sum_TN, moment_TN, argmax_TN, target_logit_N)
     with torch.cuda.device_of(hidden_NH):
@@ -276,16 +278,12 @@ def fused_rows(
         join_tiles_kernel[(triton.cdiv(num_rows, JOIN_BLOCK_N),)](
             *partials,
             target_N,
-            logp_N,
-            entropy_N,
-            highest_N,
-            num_rows,
-            vocab,
-            num_tiles,
+            *(logp_N, entropy_N, highest_N),
+            *(num_rows, vocab, num_tiles),
             IGNORED=IGNORED_TARGET,
             WITH_STATISTICS=statistics,
             BLOCK_N=JOIN_BLOCK_N,
             BLOCK_T=JOIN_BLOCK_T,
             num_warps=JOIN_WARPS,
         )
-    return RowOutputs(logp_N, entropy_N, highest_N)
+    return outputs

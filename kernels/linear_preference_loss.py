@@ -303,17 +303,16 @@ def linear_preference_loss(
     check_linear_logprob(hidden_NH, weight_VH, target_N, bias, softcap, mode, budget_bytes)
     check_reference(reference, reference_weight_VH, reference_bias, hidden_NH, weight_VH)
     check_triton_dtype("hidden_NH", hidden_NH)
-    tokens = (completion_of_token_N, pairs_P2, token_weight_N, num_completions, completion_starts_K1)
-    _check_tokens(hidden_NH, *tokens)
+    optional = (token_weight_N, num_completions, completion_starts_K1)
+    _check_tokens(hidden_NH, completion_of_token_N, pairs_P2, *optional)
     hidden_NH = autocast_hidden(hidden_NH)
-    num_rows = hidden_NH.shape[0]
-    is_live = reference.dim() == 2
+    num_rows, is_live = hidden_NH.shape[0], reference.dim() == 2
     grad = torch.is_grad_enabled()
     needs_head = grad and (weight_VH.requires_grad or (bias is not None and bias.requires_grad))
     stacked_rows = 2 * num_rows if is_live and reference_weight_VH is None else num_rows
     head = (weight_VH.shape[0], hidden_NH.dtype, hidden_NH.device, grad and hidden_NH.requires_grad, needs_head)
-    without_grad = without_gradient(hidden_NH.dtype)
-    plan = plan_head(mode, stacked_rows, *head, budget_bytes, without_grad, num_policy=num_rows)
+    options = (budget_bytes, without_gradient(hidden_NH.dtype), num_rows)
+    plan = plan_head(mode, stacked_rows, *head, *options)
     losses_P, chosen_P, rejected_P, logp_N, *_ = _forward(
         hidden_NH,
         weight_VH,

@@ -79,12 +79,13 @@ def test_any_shape_chunk_and_mode(device, num_rows, vocab, hidden_size, chunk_ro
     torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-4)
 
 
-def test_logits_of_ten_thousand(assert_as_exact_as_eager, device):
+@pytest.mark.parametrize("mode", ["store", "recompute", "fused"])
+def test_logits_of_ten_thousand(assert_as_exact_as_eager, device, mode):
     hidden_NH, weight_VH, _, target_N = problem(4, 100, 8, torch.float32, device)
     with torch.no_grad():
         hidden_NH *= 1e4 / (hidden_NH @ weight_VH.t()).abs().max()
     assert_as_exact_as_eager(
-        lambda hidden, weight: dispatch.linear_logprob(hidden, weight, target_N),
+        lambda hidden, weight: dispatch.linear_logprob(hidden, weight, target_N, mode=mode),
         lambda hidden, weight: eager(hidden, weight, None, target_N),
         [hidden_NH, weight_VH],
         torch.ones(4, device=device),
@@ -116,12 +117,13 @@ def test_strided_inputs_unaligned_targets_and_expanded_gradient(device):
     )
 
 
+@pytest.mark.parametrize("mode", ["store", "recompute", "fused"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_same_bits_twice(device, dtype):
+def test_same_bits_twice(device, dtype, mode):
     hidden_NH, weight_VH, _, target_N = problem(7, 500, 16, dtype, device)
 
     def once() -> list[Tensor]:
-        logp_N = dispatch.linear_logprob(hidden_NH, weight_VH, target_N)
+        logp_N = dispatch.linear_logprob(hidden_NH, weight_VH, target_N, mode=mode)
         return [logp_N, *torch.autograd.grad(logp_N.sum(), (hidden_NH, weight_VH))]
 
     assert all(torch.equal(first, second) for first, second in zip(once(), once(), strict=True))

@@ -22,12 +22,13 @@ def fp64(*shape: int, grad: bool = True) -> torch.Tensor:
 
 @pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
 @pytest.mark.parametrize("chunk_rows", [5, 2])
+@pytest.mark.parametrize("mode", ["store", "recompute", "fused"])
 @pytest.mark.parametrize(("softcap", "scale"), [(None, 1.0), (2.0, 0.7)])
-def test_gradcheck_linear_logprob(trained, chunk_rows, softcap, scale):
+def test_gradcheck_linear_logprob(trained, chunk_rows, mode, softcap, scale):
     target_N = torch.randint(11, (5,))
     assert torch.autograd.gradcheck(
         lambda hidden, weight, bias: reference.linear_logprob(
-            hidden, weight, target_N, bias, softcap, scale, budget_bytes=chunk_rows * 11 * 8
+            hidden, weight, target_N, bias, softcap, scale, mode=mode, budget_bytes=chunk_rows * 11 * 8
         ),
         (fp64(5, 4), fp64(11, 4, grad=trained), fp64(11, grad=trained)),
     )
@@ -52,6 +53,24 @@ def test_gradcheck_preference_loss(loss_type, eps):
     )
 
 
+@pytest.mark.parametrize("live", [True, False], ids=["live", "stored"])
+def test_gradcheck_linear_preference_loss(live):
+    completion_N, pairs_P2 = torch.arange(6) // 2, torch.tensor([[0, 1], [0, 2]])
+    target_N = torch.randint(11, (6,))
+    reference_is = fp64(6, 4, grad=False) if live else fp64(6, grad=False)
+
+    def outputs(hidden: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        # A live reference shares the head and yet is a constant: a copy of the head keeps it out of the differences.
+        own_head = {"reference_weight_VH": WEIGHT} if live else {}
+        losses_P, _, _, logp_N = reference.linear_preference_loss(
+            hidden, weight, target_N, reference_is, completion_N, pairs_P2, 0.3, **own_head
+        )
+        return losses_P, logp_N
+
+    assert torch.autograd.gradcheck(outputs, (fp64(6, 4), fp64(11, 4)))
+
+
+WEIGHT = torch.randn(11, 4, dtype=torch.float64)
 _MEMORY_PROGRAM = """
 import resource, torch
 from bpo_kernels import reference
