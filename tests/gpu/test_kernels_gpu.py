@@ -25,8 +25,9 @@ pytestmark = pytest.mark.gpu  # skipped by tests/conftest.py where there is no C
 KERNEL_TESTS = Path(__file__).parent.parent / "kernels"
 # The files that kernels/bench.py runs before it times an operation.
 FILES = tuple(f"test_{operation}.py" for operation in OPERATIONS)
-# H, V of the LM heads of LLaVA-1.5-7B and Qwen2.5-VL-7B.
+# H, V of the LM heads that are benchmarked.
 HEADS = {"llava-1.5-7b": (4096, 32064), "qwen2.5-vl-7b": (3584, 152064)}
+OTHER_HEADS = {"llama-3-8b": (4096, 128256), "smollm": (576, 49152), "ragged": (1000, 31), "odd": (33, 4099)}
 
 
 def test_operation_tests_pass_on_the_gpu():
@@ -38,9 +39,10 @@ def test_operation_tests_pass_on_the_gpu():
 
 
 @pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
-@pytest.mark.parametrize("head", HEADS)
-def test_real_heads_are_as_exact_as_eager(head, trained):
-    hidden_size, vocab = HEADS[head]
+@pytest.mark.parametrize("mode", ["store", "recompute", "fused"])
+@pytest.mark.parametrize("head", HEADS | OTHER_HEADS)
+def test_real_heads_are_as_exact_as_eager(head, mode, trained):
+    hidden_size, vocab = (HEADS | OTHER_HEADS)[head]
     torch.manual_seed(0)
     hidden_NH = torch.randn(300, hidden_size, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     weight_VH = torch.randn(vocab, hidden_size, device="cuda").mul_(3 / hidden_size**0.5).bfloat16()
@@ -59,7 +61,7 @@ def test_real_heads_are_as_exact_as_eager(head, trained):
 
     truth = run(eager, torch.float64)
     naive = run(eager, torch.bfloat16)
-    ours = run(lambda hidden, weight: dispatch.linear_logprob(hidden, weight, target_N), torch.bfloat16)
+    ours = run(lambda hidden, weight: dispatch.linear_logprob(hidden, weight, target_N, mode=mode), torch.bfloat16)
     assert len(ours) == 1 + len(inputs)
     for position, (true, rough, value) in enumerate(zip(truth, naive, ours, strict=True)):
         allowed = (rough - true).abs().max() + (6e-3 if position else 1e-5) * true.abs().max()
@@ -113,3 +115,17 @@ def test_addresses_beyond_two_to_the_31st():
     logp_N[-1].backward()
     assert logits_NV.grad[-1, -1].item() == pytest.approx(1 - expected.exp().item(), rel=1e-2)
     assert not logits_NV.grad[:-1].any()
+
+
+def test_kept_derivatives_beyond_two_to_the_31st():
+    num_rows, vocab, hidden_size = 15000, 152064, 64
+    assert num_rows * vocab > 2**31
+    hidden_NH = torch.randn(num_rows, hidden_size, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    weight_VH = torch.randn(vocab, hidden_size, device="cuda").mul_(0.2).bfloat16().requires_grad_()
+    target_N = torch.randint(vocab, (num_rows,), device="cuda")
+
+    def last_rows(rows: slice, mode: str) -> list[torch.Tensor]:
+        logp_n = dispatch.linear_logprob(hidden_NH[rows], weight_VH, target_N[rows], mode=mode, budget_bytes=8 << 30)
+        return [logp_n[-4:], torch.autograd.grad(logp_n[-4:].sum(), hidden_NH)[0][-4:]]
+
+    torch.testing.assert_close(last_rows(slice(None), "store"), last_rows(slice(-8, None), "recompute"))
