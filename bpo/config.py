@@ -37,6 +37,8 @@ class DataConfig:
         image_root: Folder that image paths are relative to; no path may leave it.
         max_length_tokens: Longest sequence, prefix and one completion; completions are cut to it, prompts never.
         max_completion_words: No negative is longer; a group with a longer completion is dropped, as in the paper.
+        keep_lengths: Keep measured lengths beside the groups (GROUPS.lengths): a restart then opens no image whose file
+            has the size and modification time that it had.
         num_workers: Processes that decode and preprocess images ahead of training; 0 does it in line.
     """
 
@@ -45,6 +47,7 @@ class DataConfig:
     image_root: str = ""
     max_length_tokens: int = 2048
     max_completion_words: int = 350
+    keep_lengths: bool = True
     num_workers: int = 2
 
     def __post_init__(self) -> None:

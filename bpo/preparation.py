@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from bpo.config import Config
 from bpo.data.encode import Dropped, Encoder
 from bpo.data.formats import read_groups
 from bpo.data.groups import GroupDataset, MeasuredGroup, iterate_micro_batches, write_dropped
+from bpo.data.lengths import MeasuredLengths, encoder_fingerprint, lengths_directory
 from bpo.data.plan import PlannedStep, plan_steps, split_into_micro_batches
 from bpo.engine import TrainingEngine, barrier, from_rank_0
 from bpo.launch import Ranks
@@ -55,7 +56,7 @@ def measure_groups(config: Config, encoder: Encoder, ranks: Ranks, gather: Any) 
     )
     mine = range(ranks.rank, len(dataset), ranks.world_size)
     results = tqdm(
-        dataset.measure_all(mine, config.data.num_workers),
+        _measured(config, encoder, dataset, mine, ranks.rank),
         total=len(mine),
         desc="measuring groups",
         disable=not ranks.is_main,
@@ -72,6 +73,17 @@ def measure_groups(config: Config, encoder: Encoder, ranks: Ranks, gather: Any) 
         first = f"; the first: {dropped[0].group_id}: {dropped[0].detail}" if dropped else ""
         raise ValueError(f"{config.data.groups}: no group can be trained on{first}")
     return TrainingData(dataset, tuple(i for i, _ in usable), tuple(one for _, one in usable))
+
+
+def _measured(
+    config: Config, encoder: Encoder, dataset: GroupDataset, mine: Sequence[int], rank: int
+) -> Iterator[MeasuredGroup | Dropped]:
+    """This rank's groups, measured; what an earlier start measured is read instead."""
+    if not config.data.keep_lengths:
+        return dataset.measure_all(mine, config.data.num_workers)
+    directory = lengths_directory(Path(config.data.groups), Path(config.train.output_dir))
+    directory /= encoder_fingerprint(encoder, config.data.max_completion_words)
+    return MeasuredLengths(directory, dataset, mine, rank).measure(config.data.num_workers)
 
 
 def plan_training(config: Config, data: TrainingData, world_size: int) -> list[PlannedStep]:

@@ -1,0 +1,156 @@
+"""Measured lengths kept beside the data: a restart opens no image that it has measured before.
+
+    DIR/FINGERPRINT/RANK-RUN.jsonl      one line a group: its digest, what its image files were, what was measured
+
+FINGERPRINT stands for all that decides a measurement apart from the group and its images: tokenizer, image processor,
+chat template, model config and the limits on length. Another setting has another folder, so nothing is ever stale.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import IO, Any
+
+from bpo.data.encode import Dropped, Encoder
+from bpo.data.formats import group_to_json
+from bpo.data.groups import GroupDataset, MeasuredGroup
+from bpo.data.images import ImageError, resolve_image_path
+from bpo.records import PreferenceGroup
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+
+Measured = MeasuredGroup | Dropped
+
+
+def encoder_fingerprint(encoder: Encoder, max_words: int) -> str:
+    """16 hexadecimal digits for everything that decides a length, apart from the group itself."""
+    import transformers
+
+    tokenizer = encoder.tokenizer
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    vocabulary = sorted(tokenizer.get_vocab().items()) if backend is None else backend.to_str()
+    parts = [
+        FORMAT,
+        transformers.__version__,
+        type(tokenizer).__name__,
+        vocabulary,
+        tokenizer.special_tokens_map,
+        encoder.processor.chat_template,
+        encoder.processor.image_processor.to_json_string(),
+        encoder.family.config.to_json_string(use_diff=False),
+        str(encoder.image_root.resolve()),
+        encoder.max_length_tokens,
+        max_words,
+    ]
+    return _digest(parts)[:16]
+
+
+def lengths_directory(groups_file: Path, output_dir: Path) -> Path:
+    """`GROUPS.lengths` beside the groups, or a folder of the run where that place cannot be written."""
+    beside = groups_file.with_name(groups_file.name + ".lengths")
+    if os.access(beside if beside.exists() else beside.parent, os.W_OK | os.X_OK):
+        return beside
+    logger.info("%s cannot be written: measured lengths go to %s", beside.parent, output_dir / "lengths")
+    return output_dir / "lengths"
+
+
+class MeasuredLengths:
+    """Reads what any run has measured, appends what this one measures to a file of its own.
+
+    Args:
+        directory: Of one fingerprint; made when the first measurement is written.
+        dataset: The groups, as `completion_types` leaves them.
+        indices: The groups of this rank: only their entries are kept in memory.
+        rank: Tells the ranks' files apart.
+    """
+
+    def __init__(self, directory: Path, dataset: GroupDataset, indices: Sequence[int], rank: int = 0):
+        self.directory = directory
+        self.dataset = dataset
+        self.indices = indices
+        self.rank = rank
+        self._keys = {index: _digest(group_to_json(dataset.groups[index])) for index in indices}
+        self._known = self._read(set(self._keys.values()))
+
+    def _read(self, wanted: set[str]) -> dict[str, list[dict[str, Any]]]:
+        """Every entry of the wanted groups: one whose images have changed since may stand beside its successor."""
+        known: dict[str, list[dict[str, Any]]] = {}
+        for path in sorted(self.directory.glob("*.jsonl")):
+            with path.open(encoding="utf-8") as file:
+                for line in file:
+                    try:
+                        entry = json.loads(line)
+                    except json.JSONDecodeError:
+                        continue  # the line a killed process did not finish: its group is measured again
+                    if entry["key"] in wanted:
+                        known.setdefault(entry["key"], []).append(entry)
+        return known
+
+    def known(self, index: int) -> Measured | None:
+        """What was measured of a group, unless one of its image files has changed since."""
+        entries = self._known.get(self._keys[index])
+        if not entries:
+            return None
+        images = image_identities(self.dataset.groups[index], self.dataset)
+        for entry in entries:
+            if entry["images"] == images:
+                return Dropped(**entry["dropped"]) if "dropped" in entry else MeasuredGroup(**entry["measured"])
+        return None
+
+    def measure(self, num_workers: int) -> Iterator[Measured]:
+        """Every group of `indices` in order: from the files where they know it, else measured in worker processes."""
+        known = {index: one for index in self.indices if (one := self.known(index)) is not None}
+        missing = [index for index in self.indices if index not in known]
+        logger.info("measured lengths in %s: %d of %d groups known", self.directory, len(known), len(self.indices))
+        # Taken before the images are read: a file that changes in between is measured again next time.
+        before = {index: image_identities(self.dataset.groups[index], self.dataset) for index in missing}
+        fresh = self.dataset.measure_all(missing, num_workers) if missing else iter(())
+        writer: IO[str] | None = None
+        try:
+            for index in self.indices:
+                one = known.get(index)
+                if one is None:
+                    one = next(fresh)
+                    writer = writer or self._new_file()
+                    self._write(writer, index, before[index], one)
+                yield one
+        finally:
+            if writer is not None:
+                writer.flush()
+                os.fsync(writer.fileno())
+                writer.close()
+
+    def _new_file(self) -> IO[str]:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        name = f"rank{self.rank:05d}-{os.getpid()}-{os.urandom(3).hex()}.jsonl"
+        return (self.directory / name).open("w", encoding="utf-8", buffering=1)
+
+    def _write(self, file: IO[str], index: int, images: list[list[int] | None], one: Measured) -> None:
+        what = "dropped" if isinstance(one, Dropped) else "measured"
+        file.write(json.dumps({"key": self._keys[index], "images": images, what: asdict(one)}) + "\n")
+
+
+def image_identities(group: PreferenceGroup, dataset: GroupDataset) -> list[list[int] | None]:
+    """Size in bytes and modification time in nanoseconds of each image file; None where there is no usable one."""
+    identities: list[list[int] | None] = []
+    for image in group.images:
+        try:
+            status = resolve_image_path(dataset.encoder.image_root, image).stat()
+        except (ImageError, OSError):
+            identities.append(None)  # measured as missing; a file that appears later has an identity
+        else:
+            identities.append([status.st_size, status.st_mtime_ns])
+    return identities
+
+
+def _digest(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()

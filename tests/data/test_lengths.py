@@ -1,0 +1,139 @@
+"""Lengths that are measured once and kept. Run: python -m pytest tests/data/test_lengths.py"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from bpo.data import encode, groups
+from bpo.data.encode import Dropped, Encoder
+from bpo.data.groups import GroupDataset
+from bpo.data.lengths import Measured, MeasuredLengths, encoder_fingerprint, lengths_directory
+from tests.sample_groups import encoder_of, group, three_groups, write_photos
+
+
+@pytest.fixture
+def encoder(tiny_llava_dir: Path, tmp_path: Path) -> Encoder:
+    (tmp_path / "images").mkdir()
+    return encoder_of(tiny_llava_dir, write_photos(tmp_path / "images"))
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The images that are decoded or hashed, each time anew."""
+    names: list[str] = []
+    for module, function in ((encode, "load_image"), (groups, "image_bytes_digest")):
+        real = getattr(module, function)
+
+        def watched(root: Path, image: str, real=real):
+            names.append(image)
+            return real(root, image)
+
+        monkeypatch.setattr(module, function, watched)
+    yield names
+
+
+def measure(directory: Path, encoder: Encoder, indices: Sequence[int] = range(3), rank: int = 0) -> list[Measured]:
+    dataset = GroupDataset(three_groups(), encoder, max_words=350, types=())
+    return list(MeasuredLengths(directory, dataset, indices, rank).measure(num_workers=0))
+
+
+def test_a_second_start_opens_no_image_and_knows_the_same(tmp_path: Path, encoder: Encoder, opened: list[str]) -> None:
+    first = measure(tmp_path / "lengths", encoder)
+    assert sorted(set(opened)) == ["square.png", "tall.png", "wide.png"]
+    opened.clear()
+    assert measure(tmp_path / "lengths", encoder) == first
+    assert opened == []
+    dataset = GroupDataset(three_groups(), encoder, max_words=350, types=())
+    assert first == [dataset.measure(i) for i in range(3)]
+
+
+def test_only_groups_of_a_changed_image_are_measured_again(tmp_path: Path, encoder: Encoder, opened: list[str]) -> None:
+    first = measure(tmp_path / "lengths", encoder)
+    Image.new("RGB", (56, 56), "red").save(encoder.image_root / "tall.png")
+    opened.clear()
+    second = measure(tmp_path / "lengths", encoder)
+    assert set(opened) == {"tall.png", "square.png"}  # the group that shows both
+    assert second[0] == first[0] and second[2] == first[2] and second[1] != first[1]
+    opened.clear()
+    assert measure(tmp_path / "lengths", encoder) == second
+    assert opened == []
+
+
+def test_an_image_that_went_missing_or_broke_is_noticed(tmp_path: Path, encoder: Encoder, opened: list[str]) -> None:
+    measure(tmp_path / "lengths", encoder)
+    (encoder.image_root / "wide.png").unlink()
+    (encoder.image_root / "square.png").write_bytes(b"not a picture")
+    second = measure(tmp_path / "lengths", encoder)
+    assert [one.reason if isinstance(one, Dropped) else "" for one in second] == ["bad-image"] * 3
+    assert "missing" in second[0].detail  # type: ignore[union-attr]
+    opened.clear()
+    assert measure(tmp_path / "lengths", encoder) == second
+    assert opened == []  # known to be unusable
+    write_photos(encoder.image_root)
+    assert not any(isinstance(one, Dropped) for one in measure(tmp_path / "lengths", encoder))
+
+
+def test_a_killed_start_loses_only_the_line_it_was_writing(tmp_path: Path, encoder: Encoder, opened: list[str]) -> None:
+    first = measure(tmp_path / "lengths", encoder)
+    (file,) = (tmp_path / "lengths").glob("*.jsonl")
+    file.write_bytes(file.read_bytes()[:-20])
+    opened.clear()
+    assert measure(tmp_path / "lengths", encoder) == first
+    assert set(opened) == {"square.png"}  # of the third group
+
+
+def test_ranks_share_what_they_measured_in_any_number(tmp_path: Path, encoder: Encoder, opened: list[str]) -> None:
+    parts = [measure(tmp_path / "lengths", encoder, range(rank, 3, 2), rank) for rank in range(2)]
+    opened.clear()
+    assert measure(tmp_path / "lengths", encoder) == [parts[0][0], parts[1][0], parts[0][1]]
+    assert opened == []
+
+
+def test_a_stopped_measurement_keeps_what_it_had(tmp_path: Path, encoder: Encoder, opened: list[str]) -> None:
+    dataset = GroupDataset(three_groups(), encoder, max_words=350, types=())
+    running = MeasuredLengths(tmp_path / "lengths", dataset, range(3)).measure(num_workers=0)
+    next(running)
+    running.close()
+    opened.clear()
+    measure(tmp_path / "lengths", encoder)
+    assert "wide.png" not in opened and "tall.png" in opened
+
+
+def test_the_fingerprint_follows_whatever_decides_a_length(tiny_llava_dir: Path, encoder: Encoder) -> None:
+    base = encoder_fingerprint(encoder, 350)
+    root = encoder.image_root
+    assert encoder_fingerprint(encoder_of(tiny_llava_dir, root), 350) == base
+    changed = [encoder_fingerprint(encoder, 351), encoder_fingerprint(encoder_of(tiny_llava_dir, root, 1024), 350)]
+    other = encoder_of(tiny_llava_dir, root)
+    other.processor.image_processor.size = {"shortest_edge": 8}
+    changed.append(encoder_fingerprint(other, 350))
+    other = encoder_of(tiny_llava_dir, root)
+    other.tokenizer.add_tokens(["newword"])
+    changed.append(encoder_fingerprint(other, 350))
+    assert len({base, *changed}) == 5
+
+
+def test_another_text_is_another_group(tmp_path: Path, encoder: Encoder) -> None:
+    def lengths(*responses: str) -> Measured:
+        dataset = GroupDataset([group("a", *responses)], encoder, max_words=350, types=())
+        return next(MeasuredLengths(tmp_path / "lengths", dataset, [0]).measure(num_workers=0))
+
+    short, long = lengths("a cat", "a dog"), lengths("a cat", "a dog and a very long tail of words")
+    assert long.num_tokens > short.num_tokens  # type: ignore[union-attr]
+    assert lengths("a cat", "a dog") == short
+
+
+def test_a_place_that_cannot_be_written_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
+    groups_file = tmp_path / "data" / "groups.jsonl"
+    groups_file.parent.mkdir()
+    assert lengths_directory(groups_file, tmp_path / "run") == tmp_path / "data" / "groups.jsonl.lengths"
+    real = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: "data" not in str(path) and real(path, mode))
+    with caplog.at_level("INFO"):
+        assert lengths_directory(groups_file, tmp_path / "run") == tmp_path / "run" / "lengths"
+    assert "cannot be written" in caplog.text
