@@ -108,12 +108,28 @@ def plan_head(
     return HeadPlan(mode, step, mode == "store" and needs_hidden and not needs_head, keeps_dlogits)
 
 
-def matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """`a @ b` in their own precision; fp16 GEMMs of a CPU are far slower than the detour over fp32."""
-    if a.dtype is torch.float16 and a.device.type == "cpu":
-        product = torch.mm(a.float(), b.float()).to(a.dtype)
-        return product if out is None else out.copy_(product)
-    return torch.mm(a, b) if out is None else torch.mm(a, b, out=out)
+def _cpu_multiplies() -> tuple[torch.dtype, ...]:
+    """Half precisions that this CPU has instructions for; without them its GEMMs are many times slower than in fp32."""
+    if not torch.backends.mkldnn.is_available():
+        return ()
+    supported = {
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported(),
+    }
+    return tuple(dtype for dtype, native in supported.items() if native)
+
+
+_CPU_MULTIPLIES = _cpu_multiplies()
+
+
+def matmul(a_MK: Tensor, b_KN: Tensor, out: Tensor | None = None) -> Tensor:
+    """`a @ b` in their own precision, accumulated in fp32; by way of fp32 on a CPU that has no instructions for it."""
+    if a_MK.device.type != "cpu" or a_MK.dtype not in HALVES or a_MK.dtype in _CPU_MULTIPLIES:
+        return torch.mm(a_MK, b_KN) if out is None else torch.mm(a_MK, b_KN, out=out)
+    total_MN = torch.zeros(a_MK.shape[0], b_KN.shape[1])
+    for inner in _tiles(b_KN, total_MN.itemsize):
+        total_MN.addmm_(a_MK[:, inner].float(), b_KN[inner].float())
+    return total_MN.to(a_MK.dtype) if out is None else out.copy_(total_MN)
 
 
 def matmul_fp32(a_MK: Tensor, b_KN: Tensor) -> Tensor:
@@ -188,6 +204,8 @@ def head_forward(
                 kept_NV = dlogits_nV
         if split < target_n.shape[0]:
             parts.append(rows.from_logits(logits_nV[split:], target_n[split:], head, None, statistics))
+        # Before the next chunk's logits: two chunks at a time would be twice the budget.
+        logits_nV = own_nV = dlogits_nV = None
     return _joined(parts, hidden_NH, statistics), unit_grad_NH, kept_NV
 
 
@@ -236,6 +254,7 @@ def head_backward(
         if needs_bias:
             part_V = matmul_fp32(coefficient_n1.t().to(dtype), dlogits_nV)[0]
             grad_bias_V = part_V if grad_bias_V is None else grad_bias_V + part_V
+        dlogits_nV = None  # before the next chunk's logits
     if needs_weight and grad_weight_VH is None:
         grad_weight_VH = torch.zeros_like(weight_VH)
     if needs_bias and grad_bias_V is None:

@@ -188,6 +188,7 @@ def _fused(
             moment = shift.exp() * (moment + shift * row_sum) + (z.exp() * z.clamp(min=-1e30)).sum(1, keepdim=True)
         row_sum = shift.exp() * row_sum + z.exp_().sum(dim=1, keepdim=True)
         row_max = new_max
+        del z  # before the next tile's
     ignored_N1 = (target_N == IGNORED_TARGET)[:, None]
     logp_N = (target_logit - row_max - row_sum.log()).masked_fill(ignored_N1, 0.0)[:, 0]
     if not statistics:
