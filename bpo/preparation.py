@@ -116,7 +116,9 @@ def fill_reference_store(config: Config, engine: TrainingEngine, data: TrainingD
     barrier()  # nobody writes before everybody has read the same index
     if missing:
         tokens = [one.num_tokens for one in data.measured]
-        plan = split_into_micro_batches(missing, tokens, engine.ranks.world_size, config.train.max_micro_batch_tokens)
+        # One pass over everything: what bins differ by evens out, and levelling very many of them would take long.
+        limit = config.train.max_micro_batch_tokens
+        plan = split_into_micro_batches(missing, tokens, engine.ranks.world_size, limit, level=False)
         mine = [(one or missing[:1], not one) for one in plan[engine.ranks.rank]]
         batches = micro_batches(config, data, mine, engine)
         for batch in tqdm(batches, total=len(mine), desc="reference log-probs", disable=not engine.ranks.is_main):

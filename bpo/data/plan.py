@@ -11,6 +11,10 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+# Bins within this factor of their mean are level; a swap is looked for among so many of the emptiest bins.
+_LEVEL_ENOUGH = 1.001
+_SWAP_PARTNERS = 16
+
 
 @dataclass(frozen=True, slots=True)
 class PlannedStep:
@@ -35,12 +39,13 @@ def epoch_order(num_groups: int, seed: int, epoch: int) -> list[int]:
 
 
 def split_into_micro_batches(
-    groups: Sequence[int], num_tokens: Sequence[int], world_size: int, max_tokens: int
+    groups: Sequence[int], num_tokens: Sequence[int], world_size: int, max_tokens: int, *, level: bool = True
 ) -> list[list[list[int]]]:
     """Divides groups among `world_size` ranks, every rank with the same number of micro-batches.
 
-    Longest group first into the emptiest bin (LPT): deterministic, and within 4/3 of the best balance. A group above
-    `max_tokens` gets a bin of its own.
+    Longest group first into the emptiest bin (LPT): deterministic, and within 4/3 of the best balance; then, with
+    `level`, swaps between bins until they are within 0.1 % of their mean or no swap helps: with eight groups a rank
+    they are, with four some per cent may remain. A group above `max_tokens` gets a bin of its own.
 
     Returns:
         `[rank][micro-batch]` lists of group indices; a bin may be empty when there are fewer groups than bins.
@@ -61,12 +66,59 @@ def split_into_micro_batches(
         if fits:
             break
         per_rank += 1
+    if level and world_size > 1:
+        bins = _snake(_level(bins, num_tokens, max_tokens), num_tokens, world_size)
     # Bin b goes to rank b % world, so that the k-th micro-batches of the ranks run side by side; order inside a bin is
     # that of the step, whatever LPT did.
-    rank_of = {group: i for i, group in enumerate(groups)}
+    place_of = {group: i for i, group in enumerate(groups)}
     for one in bins:
-        one.sort(key=rank_of.__getitem__)
+        one.sort(key=place_of.__getitem__)
     return [[bins[k * world_size + rank] for k in range(per_rank)] for rank in range(world_size)]
+
+
+def _level(bins: list[list[int]], num_tokens: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Swaps groups between the fullest bin and others while that makes the fuller of the two less full.
+
+    LPT leaves some per cent between bins of few groups, and every rank waits for the fullest in every layer.
+    """
+    filled = [sum(num_tokens[g] for g in one) for one in bins]
+    enough = _LEVEL_ENOUGH * sum(filled) / len(filled)
+    for _ in range(4 * len(bins)):
+        fullest = max(range(len(bins)), key=lambda b: (filled[b], -b))
+        if filled[fullest] <= enough:
+            break
+        best: tuple[int, int, int, int | None] | None = None
+        for other in heapq.nsmallest(_SWAP_PARTNERS, range(len(bins)), key=lambda b: (filled[b], b)):
+            gap = filled[fullest] - filled[other]
+            if gap < 2:
+                continue
+            for out in bins[fullest]:
+                for back in (*bins[other], None):
+                    moved = num_tokens[out] - (0 if back is None else num_tokens[back])
+                    if not 0 < moved < gap or filled[other] + moved > max_tokens:
+                        continue
+                    fuller = max(filled[fullest] - moved, filled[other] + moved)
+                    if best is None or fuller < best[0]:
+                        best = (fuller, other, out, back)
+        if best is None or best[0] >= filled[fullest]:
+            break
+        _, other, out, back = best
+        bins[fullest].remove(out)
+        bins[other].append(out)
+        if back is not None:
+            bins[other].remove(back)
+            bins[fullest].append(back)
+        moved = num_tokens[out] - (0 if back is None else num_tokens[back])
+        filled[fullest] -= moved
+        filled[other] += moved
+    return bins
+
+
+def _snake(bins: list[list[int]], num_tokens: Sequence[int], world_size: int) -> list[list[int]]:
+    """Orders bins by size, so that the k-th of all ranks are alike, every second row of ranks the other way round."""
+    order = sorted(bins, key=lambda one: (-sum(num_tokens[g] for g in one), one))
+    rows = [order[start : start + world_size] for start in range(0, len(order), world_size)]
+    return [one for k, row in enumerate(rows) for one in (row if k % 2 == 0 else row[::-1])]
 
 
 def plan_steps(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+import time
+import tracemalloc
 from collections import Counter
 
 import pytest
@@ -109,3 +112,46 @@ def test_a_filler_is_the_shortest_group_of_its_step_and_counts_nothing() -> None
 def test_nothing_to_plan_is_an_error() -> None:
     with pytest.raises(ValueError, match="no groups to plan"):
         plan_steps([], groups_per_step=1, epochs=1, seed=0, world_size=1, max_tokens=1)
+
+
+def realistic_lengths(count: int) -> list[int]:
+    """Packed tokens of LLaVA-1.5 groups: 576 image tokens, a prompt, two to four answers of log-normal length."""
+    draw = random.Random(0)
+    answers = [[min(350, max(30, int(draw.lognormvariate(4.6, 0.5)))) for _ in range(4)] for _ in range(count)]
+    return [576 + draw.randint(20, 120) + sum(some[: draw.choice((2, 2, 3, 3, 4))]) for some in answers]
+
+
+def imbalance(per_rank: list[int]) -> float:
+    return max(per_rank) * len(per_rank) / sum(per_rank) - 1
+
+
+@pytest.mark.parametrize(("groups_per_step", "world_size"), [(16, 2), (64, 8), (128, 8), (256, 32), (1024, 128)])
+def test_ranks_carry_the_same_tokens_in_every_step_and_micro_batch(groups_per_step, world_size) -> None:
+    """ZeRO-3 synchronises in every layer, so the rank with most tokens sets the pace."""
+    lengths = realistic_lengths(4 * groups_per_step)
+    steps = plan_steps(
+        lengths, groups_per_step=groups_per_step, epochs=1, seed=0, world_size=world_size, max_tokens=8192
+    )
+    for step in steps:
+        assert not any(map(any, step.is_filler))
+        tokens = [[sum(lengths[g] for g in one) for one in rank] for rank in step.micro_batches]
+        assert imbalance([sum(rank) for rank in tokens]) < 0.02
+        for side_by_side in zip(*tokens, strict=True):
+            assert imbalance(list(side_by_side)) < 0.02
+
+
+def test_two_hundred_thousand_groups_are_planned_in_seconds_and_little_memory() -> None:
+    """The bounds are 30 s and 1 GB."""
+
+    def plan(count: int) -> int:
+        lengths = realistic_lengths(count)
+        return len(plan_steps(lengths, groups_per_step=128, epochs=1, seed=0, world_size=16, max_tokens=8192))
+
+    started = time.perf_counter()
+    assert plan(200_000) == 1563
+    assert time.perf_counter() - started < 30
+    tracemalloc.start()  # which makes it slow: a tenth of the groups
+    plan(20_000)
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak_bytes < 1e8
