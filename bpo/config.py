@@ -39,7 +39,10 @@ class DataConfig:
         max_completion_words: No negative is longer; a group with a longer completion is dropped, as in the paper.
         keep_lengths: Keep measured lengths beside the groups (GROUPS.lengths): a restart then opens no image whose file
             has the size and modification time that it had.
+        text_only: What becomes of groups without an image: `drop` lists them in dropped.jsonl (such a pair teaches no
+            looking), `keep` trains on them among the others.
         num_workers: Processes that decode and preprocess images ahead of training; 0 does it in line.
+        prefetch_factor: Micro-batches that each of these processes prepares ahead, in host memory.
     """
 
     annotations: str = ""
@@ -48,7 +51,9 @@ class DataConfig:
     max_length_tokens: int = 2048
     max_completion_words: int = 350
     keep_lengths: bool = True
+    text_only: Literal["drop", "keep"] = "drop"
     num_workers: int = 2
+    prefetch_factor: int = 2
 
     def __post_init__(self) -> None:
         check(
@@ -60,6 +65,7 @@ class DataConfig:
             f"data.max_completion_words is {self.max_completion_words}; it must be positive",
         )
         check(self.num_workers >= 0, f"data.num_workers is {self.num_workers}; it must be 0 or more")
+        check(self.prefetch_factor >= 1, f"data.prefetch_factor is {self.prefetch_factor}; it must be at least 1")
 
 
 @dataclass(kw_only=True)

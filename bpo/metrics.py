@@ -86,7 +86,7 @@ class StepSums:
 
 def _groups_of(batch: GroupBatch, completions: torch.Tensor) -> list[str]:
     """The groups that given completions of a batch belong to."""
-    owner = [g for g, spans in zip(batch.group_ids, batch.layout.completion_spans, strict=True) for _ in spans]
+    owner = [g for g, spans in zip(batch.group_ids, batch.layout.completion_spans, strict=False) for _ in spans]
     return sorted({owner[c] for c in completions.tolist()})
 
 

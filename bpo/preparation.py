@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from bpo.config import Config
+from bpo.config import Config, TrainConfig
 from bpo.data.encode import Dropped, Encoder
 from bpo.data.formats import read_groups
 from bpo.data.groups import GroupDataset, MeasuredGroup, iterate_micro_batches, write_dropped
 from bpo.data.lengths import MeasuredLengths, encoder_fingerprint, lengths_directory
-from bpo.data.plan import PlannedStep, plan_steps, split_into_micro_batches
+from bpo.data.plan import PlannedStep, plan_balance, plan_steps, split_into_micro_batches
 from bpo.engine import TrainingEngine, barrier, from_rank_0
 from bpo.launch import Ranks
 from bpo.model.reference import ReferenceStore, model_fingerprint
@@ -24,6 +24,9 @@ from bpo.records import GroupBatch
 from bpo_kernels.dispatch import chosen_implementation
 
 logger = logging.getLogger(__name__)
+
+# Above this share of waiting the plan warns and says what would level it.
+MAX_IMBALANCE = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +40,12 @@ class TrainingData:
     @property
     def keys(self) -> dict[int, str]:
         return {index: one.reference_key for index, one in zip(self.usable, self.measured, strict=True)}
+
+    @property
+    def stand_in_tokens(self) -> int:
+        """What a micro-batch without an image may get on top of its groups; 0 where every group has one."""
+        has_text_only = any(not self.dataset.groups[index].images for index in self.usable)
+        return len(self.dataset.stand_in.prefix_ids) if has_text_only else 0
 
     def num_pairs(self, groups: tuple[int, ...]) -> int:
         return sum(self.measured[g].num_pairs for g in groups)
@@ -52,7 +61,11 @@ def measure_groups(config: Config, encoder: Encoder, ranks: Ranks, gather: Any) 
         raise ValueError("data.groups is empty; give the file that `bpo bootstrap` wrote")
     groups = read_groups(Path(config.data.groups))
     dataset = GroupDataset(
-        groups, encoder, max_words=config.data.max_completion_words, types=config.train.completion_types
+        groups,
+        encoder,
+        max_words=config.data.max_completion_words,
+        types=config.train.completion_types,
+        keep_text_only=config.data.text_only == "keep",
     )
     mine = range(ranks.rank, len(dataset), ranks.world_size)
     results = tqdm(
@@ -82,20 +95,54 @@ def _measured(
     if not config.data.keep_lengths:
         return dataset.measure_all(mine, config.data.num_workers)
     directory = lengths_directory(Path(config.data.groups), Path(config.train.output_dir))
-    directory /= encoder_fingerprint(encoder, config.data.max_completion_words)
+    directory /= encoder_fingerprint(encoder, config.data.max_completion_words, keep_text_only=dataset.keep_text_only)
     return MeasuredLengths(directory, dataset, mine, rank).measure(config.data.num_workers)
 
 
-def plan_training(config: Config, data: TrainingData, world_size: int) -> list[PlannedStep]:
-    return plan_steps(
-        [one.num_tokens for one in data.measured],
+def plan_training(config: Config, data: TrainingData, ranks: Ranks) -> list[PlannedStep]:
+    """The steps of the run; logs how level they are, and warns where ranks will wait for each other."""
+    num_tokens = [one.num_tokens for one in data.measured]
+    steps = plan_steps(
+        num_tokens,
         groups_per_step=config.train.groups_per_step,
         epochs=config.train.epochs,
         seed=config.train.seed,
-        world_size=world_size,
-        max_tokens=config.train.max_micro_batch_tokens,
+        world_size=ranks.world_size,
+        max_tokens=max(1, config.train.max_micro_batch_tokens - data.stand_in_tokens),
         max_steps=config.train.max_steps,
     )
+    if ranks.is_main:
+        _report_balance(config.train, steps, num_tokens, ranks.world_size)
+    return steps
+
+
+def _report_balance(train: TrainConfig, steps: list[PlannedStep], num_tokens: list[int], world_size: int) -> None:
+    most = max(len(step.micro_batches[0]) for step in steps)
+    logger.info("plan: %d steps of %d groups, up to %d micro-batches a rank", len(steps), len(steps[0].groups), most)
+    if world_size == 1:
+        return
+    balance = plan_balance(steps, num_tokens)
+    logger.info(
+        "plan: the busiest of %d ranks carries %.1f %% more tokens than their mean in a step (%.1f %% at most), "
+        "%.1f %% in a micro-batch (%.1f %% at most)",
+        world_size,
+        100 * balance.step_mean,
+        100 * balance.step_largest,
+        100 * balance.micro_batch_mean,
+        100 * balance.micro_batch_largest,
+    )
+    if balance.micro_batch_mean > MAX_IMBALANCE:
+        logger.warning(
+            "ranks will wait for each other %.0f %% of the time: too few groups to level out; train.groups_per_step=%d "
+            "is %.1f groups a rank and %.1f a micro-batch; with 8 and more of both (raise train.groups_per_step, or "
+            "train.max_micro_batch_tokens=%d) ranks differ by less than %.0f %%",
+            100 * balance.micro_batch_mean / (1 + balance.micro_batch_mean),
+            train.groups_per_step,
+            len(steps[0].groups) / world_size,
+            len(steps[0].groups) / (world_size * len(steps[0].micro_batches[0])),
+            train.max_micro_batch_tokens,
+            100 * MAX_IMBALANCE,
+        )
 
 
 def fill_reference_store(config: Config, engine: TrainingEngine, data: TrainingData) -> ReferenceStore:
@@ -134,7 +181,8 @@ def _store_batch(store: ReferenceStore, batch: GroupBatch, logp_N: torch.Tensor)
     if not bool(batch.pair_weight_P.any()):
         return  # a filler: its group is computed by the rank that owns it
     first = 0
-    for key, spans in zip(batch.reference_keys, batch.layout.completion_spans, strict=True):
+    # Not strict: the layout may end in a stand-in image, a prefix that is nobody's and has no completions.
+    for key, spans in zip(batch.reference_keys, batch.layout.completion_spans, strict=False):
         count = sum(end - start for start, end in spans)
         store.put(key, logp_N[first : first + count])
         first += count
@@ -150,6 +198,7 @@ def micro_batches(
         data.keys,
         indices,
         num_workers=config.data.num_workers,
+        prefetch_factor=config.data.prefetch_factor,
         pin_memory=engine.device.type == "cuda",
     )
 

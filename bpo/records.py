@@ -95,6 +95,7 @@ class PackedLayout:
 
     Spans are half-open `(start, end)` in the row, ascending and without gaps:
     prefix_0, its completions, prefix_1, its completions, ...
+    A last prefix without completions, beyond those of the groups, carries a stand-in image (`collate_groups`).
     """
 
     prefix_spans: tuple[tuple[int, int], ...]

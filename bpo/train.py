@@ -82,7 +82,7 @@ def train(config: Config, ranks: Ranks, stop: StopRequest | None = None) -> bool
     if ranks.is_main:
         write_run_record(config, output_dir)
     data = measure_groups(config, encoder, ranks, engine.gather_from_ranks)
-    steps = plan_training(config, data, ranks.world_size)
+    steps = plan_training(config, data, ranks)
     settings = engine.deepspeed_config(config, dtype, max(len(s.micro_batches[0]) for s in steps))
     with engine.partitioned_loading(settings):
         model = load_model(config.model, for_training=True)

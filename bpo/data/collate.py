@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import torch
 
-from bpo.data.encode import EncodedGroup
+from bpo.data.encode import EncodedGroup, EncodedPrompt
 from bpo.data.families import Family
 from bpo.records import GroupBatch, PackedLayout
 
@@ -70,19 +70,31 @@ class _Row:
 
 
 def collate_groups(
-    groups: Sequence[EncodedGroup], family: Family, reference_keys: Sequence[str] = (), *, is_filler: bool = False
+    groups: Sequence[EncodedGroup],
+    family: Family,
+    reference_keys: Sequence[str] = (),
+    *,
+    is_filler: bool = False,
+    stand_in: EncodedPrompt | None = None,
 ) -> GroupBatch:
     """Packs groups into a `GroupBatch`.
 
     Positions go on after the prefix for each completion, so a completion is encoded as if it stood alone after its
     prompt. With `is_filler` every pair has weight 0.
+
+    Groups without any image end in the `stand_in` image: a prefix that no completion follows or reads. The vision tower
+    and the projector then run in every micro-batch, as ZeRO's collectives need where another rank has images; no row of
+    the loss depends on the stand-in, so the gradient that flows through it is exactly zero.
     """
     row = _Row()
+    prompts = [group.prompt for group in groups]
     for group in groups:
-        prefix_T = torch.tensor(group.prompt.prefix_ids, dtype=torch.long)
-        row.add(group, family.prefix_positions(prefix_T, group.prompt.image_inputs))
+        row.add(group, _positions(group.prompt, family))
+    if stand_in is not None:
+        row.add(EncodedGroup(stand_in, (), ()), _positions(stand_in, family))
+        prompts.append(stand_in)
     lengths = [end - start for spans in row.completion_spans for start, end in spans]
-    with_images = [group.prompt.image_inputs for group in groups if group.prompt.image_inputs]
+    with_images = [prompt.image_inputs for prompt in prompts if prompt.image_inputs]
     return GroupBatch(
         group_ids=tuple(group.prompt.record_id for group in groups),
         layout=PackedLayout(tuple(row.prefix_spans), tuple(row.completion_spans)),
@@ -97,3 +109,7 @@ def collate_groups(
         pair_weight_P=torch.full((len(row.pairs),), 0.0 if is_filler else 1.0),
         reference_keys=tuple(reference_keys),
     )
+
+
+def _positions(prompt: EncodedPrompt, family: Family) -> torch.Tensor:
+    return family.prefix_positions(torch.tensor(prompt.prefix_ids, dtype=torch.long), prompt.image_inputs)

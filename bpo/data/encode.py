@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from bpo.config import Config
 from bpo.data.families import Family, family_of
@@ -23,6 +24,9 @@ from bpo.records import Completion, PreferenceGroup, Turn
 # Private-use characters stand for a piece of somebody's text while the chat template is rendered.
 _LITERAL = "\ue0f0{}\ue0f1"
 _LITERAL_RE = re.compile("\ue0f0(\\d+)\ue0f1")
+
+# A side of the stand-in image: the smallest that Qwen-VL's processors do not scale up.
+STAND_IN_PIXELS = 56
 
 
 class EncodingError(ValueError):
@@ -129,10 +133,19 @@ class Encoder:
             return {}
         pictures = [load_image(self.image_root, image) for image in images]
         try:
-            return dict(self.processor.image_processor(images=pictures, return_tensors="pt"))
+            return self._preprocess(pictures)
         except ValueError as error:
             sizes = ", ".join(f"{p.width}x{p.height}" for p in pictures)
             raise ImageError(f"{', '.join(images)}: the image processor refuses it ({sizes} px): {error}") from error
+
+    def _preprocess(self, pictures: list[Image.Image]) -> dict[str, torch.Tensor]:
+        return dict(self.processor.image_processor(images=pictures, return_tensors="pt"))
+
+    def stand_in(self) -> EncodedPrompt:
+        """A small black picture's placeholders and pixels, outside any prompt: see `collate_groups`."""
+        image_inputs = self._preprocess([Image.new("RGB", (STAND_IN_PIXELS, STAND_IN_PIXELS))])
+        (count,) = self.family.num_image_tokens(image_inputs)
+        return EncodedPrompt("stand-in", (self.image_token_id,) * count, image_inputs)
 
     def _encode_turns(self, prompt: Sequence[Turn]) -> list[int]:
         """Token ids with one placeholder an image. Text that spells a control token is encoded as plain text."""

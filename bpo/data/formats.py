@@ -235,9 +235,9 @@ def _images(obj: dict[str, Any], where: str) -> tuple[str, ...]:
         raise ValueError(f"{where}: fields 'image' and 'images' are both present; keep one")
     value = obj.get("images", obj.get("image"))
     paths = [value] if isinstance(value, str) else value
-    if not isinstance(paths, list) or not paths or not all(isinstance(path, str) and path for path in paths):
+    if not isinstance(paths, list) or not all(isinstance(path, str) and path for path in paths):
         raise ValueError(
-            f"{where}: field 'images' is {value!r}; name at least one image path relative to data.image_root"
+            f"{where}: field 'images' is {value!r}; name image paths relative to data.image_root, or write [] for none"
         )
     return tuple(paths)
 

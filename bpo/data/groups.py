@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any
 from torch.utils.data import DataLoader, Dataset
 
 from bpo.data.collate import collate_groups, preference_pairs, reference_key
-from bpo.data.encode import Dropped, EncodedGroup, Encoder, EncodingError, keep_types
+from bpo.data.encode import Dropped, EncodedGroup, EncodedPrompt, Encoder, EncodingError, keep_types
 from bpo.data.images import ImageError, image_bytes_digest
 from bpo.records import GroupBatch, PreferenceGroup
 
@@ -28,10 +29,23 @@ class MeasuredGroup:
 class GroupDataset(Dataset):
     """Preference groups, encoded when asked for; `measure` says once which of them can be used."""
 
-    def __init__(self, groups: Sequence[PreferenceGroup], encoder: Encoder, *, max_words: int, types: Sequence[str]):
+    def __init__(
+        self,
+        groups: Sequence[PreferenceGroup],
+        encoder: Encoder,
+        *,
+        max_words: int,
+        types: Sequence[str],
+        keep_text_only: bool = False,
+    ):
         self.groups = [keep_types(group, types) for group in groups]
         self.encoder = encoder
         self.max_words = max_words
+        self.keep_text_only = keep_text_only
+
+    @functools.cached_property
+    def stand_in(self) -> EncodedPrompt:
+        return self.encoder.stand_in()
 
     def __len__(self) -> int:
         return len(self.groups)
@@ -39,8 +53,9 @@ class GroupDataset(Dataset):
     def encode(self, index: int) -> EncodedGroup | Dropped:
         """Encodes one group; a broken image or record becomes `Dropped` with the error as its detail."""
         group = self.groups[index]
-        if not group.images:
-            return Dropped(group.id, "no-image", "the group has no image to prefer an answer by")
+        if not group.images and not self.keep_text_only:
+            detail = "the group has no image to prefer an answer by; data.text_only=keep trains on it all the same"
+            return Dropped(group.id, "no-image", detail)
         longest = max(len(completion.response.split()) for completion in group.completions)
         if longest > self.max_words:
             detail = f"a completion of {longest} words is above data.max_completion_words={self.max_words}"
@@ -102,7 +117,8 @@ class _MicroBatches(Dataset):
                 )
             encoded.append(one)
         keys = [self.keys[index] for index in indices]
-        return collate_groups(encoded, self.dataset.encoder.family, keys, is_filler=is_filler)
+        stand_in = self.dataset.stand_in if not any(one.prompt.image_inputs for one in encoded) else None
+        return collate_groups(encoded, self.dataset.encoder.family, keys, is_filler=is_filler, stand_in=stand_in)
 
 
 def iterate_micro_batches(
@@ -111,6 +127,7 @@ def iterate_micro_batches(
     batches: Sequence[tuple[Sequence[int], bool]],
     *,
     num_workers: int,
+    prefetch_factor: int = 2,
     pin_memory: bool = False,
 ) -> Iterator[GroupBatch]:
     """Packed micro-batches in order, prepared ahead by worker processes.
@@ -118,12 +135,15 @@ def iterate_micro_batches(
     Args:
         batches: `(dataset indices, is_filler)` of each micro-batch.
         keys: Reference key of each dataset index.
+        num_workers: Processes; 0 prepares each micro-batch when it is asked for.
+        prefetch_factor: Micro-batches that each process holds ready.
     """
     loader: DataLoader[Any] = DataLoader(
         _MicroBatches(dataset, keys, batches),
         batch_size=None,
         shuffle=False,
         num_workers=num_workers,
+        prefetch_factor=prefetch_factor if num_workers else None,
         collate_fn=_same,
         pin_memory=pin_memory,
     )

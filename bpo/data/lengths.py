@@ -30,7 +30,7 @@ FORMAT = 1
 Measured = MeasuredGroup | Dropped
 
 
-def encoder_fingerprint(encoder: Encoder, max_words: int) -> str:
+def encoder_fingerprint(encoder: Encoder, max_words: int, *, keep_text_only: bool = False) -> str:
     """16 hexadecimal digits for everything that decides a length, apart from the group itself."""
     import transformers
 
@@ -49,6 +49,7 @@ def encoder_fingerprint(encoder: Encoder, max_words: int) -> str:
         str(encoder.image_root.resolve()),
         encoder.max_length_tokens,
         max_words,
+        keep_text_only,
     ]
     return _digest(parts)[:16]
 

@@ -31,6 +31,20 @@ class PlannedStep:
     is_filler: tuple[tuple[bool, ...], ...]
 
 
+@dataclass(frozen=True, slots=True)
+class PlanBalance:
+    """By what share the busiest rank carries more tokens than the mean of the ranks: the others wait that long.
+
+    `*_mean` is over the whole plan; `*_largest` leaves out steps of fewer groups than the first, such as the last of an
+    epoch, which cannot be level. Of micro-batches the k-th of all ranks are compared: ZeRO-3 synchronises in layers.
+    """
+
+    step_mean: float
+    step_largest: float
+    micro_batch_mean: float
+    micro_batch_largest: float
+
+
 def epoch_order(num_groups: int, seed: int, epoch: int) -> list[int]:
     """The order of the groups in an epoch: a shuffle seeded by (seed, epoch)."""
     order = list(range(num_groups))
@@ -157,3 +171,33 @@ def _planned_step(
     filler = tuple(tuple(not one for one in rank) for rank in bins)
     micro = tuple(tuple(tuple(one) if one else (shortest,) for one in rank) for rank in bins)
     return PlannedStep(index, epoch, tuple(groups), micro, filler)
+
+
+def plan_balance(steps: Sequence[PlannedStep], num_tokens: Sequence[int]) -> PlanBalance:
+    """How level a plan is; fillers count, for they take their time."""
+    steps_excess, micro_excess = _Excess(), _Excess()
+    for step in steps:
+        is_whole = len(step.groups) == len(steps[0].groups)
+        tokens = [[sum(num_tokens[g] for g in one) for one in rank] for rank in step.micro_batches]
+        steps_excess.add([sum(rank) for rank in tokens], is_whole)
+        for side_by_side in zip(*tokens, strict=True):
+            micro_excess.add(side_by_side, is_whole)
+    return PlanBalance(steps_excess.mean, steps_excess.largest, micro_excess.mean, micro_excess.largest)
+
+
+class _Excess:
+    """Tokens of the busiest rank above the mean, over all steps (weighted by tokens) and at most."""
+
+    def __init__(self) -> None:
+        self.busiest = self.total = self.largest = 0.0
+
+    def add(self, tokens_of_ranks: Sequence[int], is_whole: bool) -> None:
+        mean = sum(tokens_of_ranks) / len(tokens_of_ranks)
+        self.busiest += max(tokens_of_ranks)
+        self.total += mean
+        if is_whole:
+            self.largest = max(self.largest, max(tokens_of_ranks) / mean - 1)
+
+    @property
+    def mean(self) -> float:
+        return self.busiest / self.total - 1

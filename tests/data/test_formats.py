@@ -122,6 +122,11 @@ def test_a_group_survives_the_round_trip(
     assert group_from_json(json.loads(json.dumps(group_to_json(group))), "here") == group
 
 
+def test_a_group_without_images_says_so_with_an_empty_list() -> None:
+    group = group_from_json(group_json(image=..., images=[], prompt="Explain <image> tags."), "here")
+    assert group.images == () and group.prompt[0].text == "Explain <image> tags."
+
+
 GT, OTHER = group_json()["completions"]
 
 
@@ -131,7 +136,7 @@ GT, OTHER = group_json()["completions"]
         (group_json(id=...), "'id' is missing"),
         (group_json(id=True), "'id' is True"),
         (group_json(image=...), "'images' is None"),
-        (group_json(image=[]), r"'images' is \[\]"),
+        (group_json(image=[""]), r"'images' is \[''\]"),
         (group_json(images=["y.png"]), "both present"),
         (group_json(prompt=...), "'prompt' is missing"),
         (group_json(prompt=[{"role": "gpt", "content": "x"}]), "role 'gpt'"),

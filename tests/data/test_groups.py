@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -79,6 +80,51 @@ def test_unusable_groups_are_dropped_each_with_its_reason(encoder: Encoder) -> N
     details = {one.group_id: one.detail for one in map(dataset.measure, range(1, 7)) if isinstance(one, Dropped)}
     assert "broken.png" in details["broken"] and "nowhere.png" in details["missing"]
     assert "data.max_completion_words=5" in details["long"]
+
+
+def text_only(name: str = "text-only") -> PreferenceGroup:
+    return PreferenceGroup(name, (), (turn("What?"),), group("x", "one and two", "three").completions)
+
+
+def test_groups_without_an_image_are_kept_when_asked_for(encoder: Encoder) -> None:
+    dataset = GroupDataset([text_only(), *three_groups()], encoder, max_words=350, types=(), keep_text_only=True)
+    measured = [dataset.measure(i) for i in range(4)]
+    assert all(isinstance(one, MeasuredGroup) for one in measured)
+    keys = {i: one.reference_key for i, one in enumerate(measured)}  # type: ignore[union-attr]
+    alone, mixed = iterate_micro_batches(dataset, keys, [([0], False), ([0, 1], False)], num_workers=0)
+    # Alone it brings an image that is nobody's, so that the vision tower runs on every rank; among others it need not.
+    assert alone.image_inputs["pixel_values"].shape[0] == mixed.image_inputs["pixel_values"].shape[0] == 1
+    assert len(alone.layout.prefix_spans) == 2 and alone.layout.completion_spans[1] == ()
+    assert len(mixed.layout.prefix_spans) == 2 and all(mixed.layout.completion_spans)
+    assert alone.group_ids == ("text-only",) and mixed.group_ids == ("text-only", "a")
+    assert alone.input_ids_T.numel() == measured[0].num_tokens + len(dataset.stand_in.prefix_ids)  # type: ignore[union-attr]
+
+
+class Watched(GroupDataset):
+    """Leaves a byte in a file for every group that any process encodes."""
+
+    log: Path
+
+    def encode(self, index: int):
+        with self.log.open("ab") as file:
+            file.write(b".")
+        return super().encode(index)
+
+
+@pytest.mark.parametrize("prefetch_factor", [1, 4])
+def test_as_many_micro_batches_are_prepared_ahead_as_asked(encoder: Encoder, tmp_path: Path, prefetch_factor) -> None:
+    dataset = Watched(three_groups(), encoder, max_words=350, types=())
+    dataset.log = tmp_path / "encoded"
+    plan = [([i % 3], False) for i in range(8)]
+    keys = dict.fromkeys(range(3), "key")
+    batches = iterate_micro_batches(dataset, keys, plan, num_workers=1, prefetch_factor=prefetch_factor)
+    next(batches)
+    deadline = time.monotonic() + 60
+    while dataset.log.stat().st_size < 1 + prefetch_factor and time.monotonic() < deadline:
+        time.sleep(0.02)
+    time.sleep(0.3)  # time enough for more than was asked
+    assert dataset.log.stat().st_size == 1 + prefetch_factor
+    assert len(list(batches)) == 7
 
 
 def test_groups_that_lose_their_rivals_by_type_are_dropped(encoder: Encoder) -> None:

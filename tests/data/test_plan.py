@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bpo.data.plan import epoch_order, plan_steps, split_into_micro_batches
+from bpo.data.plan import epoch_order, plan_balance, plan_steps, split_into_micro_batches
 
 lengths = st.lists(st.integers(1, 400), min_size=1, max_size=30)
 plans = st.fixed_dictionaries(
@@ -155,3 +155,16 @@ def test_two_hundred_thousand_groups_are_planned_in_seconds_and_little_memory() 
     peak_bytes = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak_bytes < 1e8
+
+
+def test_balance_is_the_excess_of_the_busiest_rank() -> None:
+    """One whole step, [100, 30] beside [80, 60] tokens, and the epoch's rest: one group, and a filler beside it."""
+    num_tokens = [100, 80, 60, 30, 30]
+    steps = plan_steps(num_tokens, groups_per_step=4, epochs=1, seed=0, world_size=2, max_tokens=100)
+    tokens = [[[sum(num_tokens[g] for g in one) for one in rank] for rank in step.micro_batches] for step in steps]
+    assert tokens == [[[100, 30], [80, 60]], [[30], [30]]]
+    balance = plan_balance(steps, num_tokens)
+    assert balance.step_largest == pytest.approx(140 / 135 - 1)
+    assert balance.micro_batch_largest == pytest.approx(60 / 45 - 1)
+    assert balance.step_mean == pytest.approx((140 + 30) / (135 + 30) - 1)
+    assert balance.micro_batch_mean == pytest.approx((100 + 60 + 30) / (90 + 45 + 30) - 1)

@@ -1,0 +1,106 @@
+"""Micro-batches without an image, and a frozen vision tower. Run: python -m pytest tests/model/test_mixed_batches.py"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from bpo.config import Config, LoraConfig, ModelConfig, TrainableConfig
+from bpo.data.collate import collate_groups
+from bpo.data.encode import EncodedGroup, Encoder
+from bpo.model.attention import packed_layout
+from bpo.model.load import load_model
+from bpo.model.policy import PolicyModel, model_inputs
+from bpo.model.trainable import prepare_trainable
+from bpo.records import Completion, GroupBatch, PreferenceGroup
+from tests.sample_groups import encode_all, encoder_of, three_groups, turn
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module", params=["llava", "qwen"])
+def directory(request: pytest.FixtureRequest) -> Path:
+    return request.getfixturevalue(f"tiny_{request.param}_dir")
+
+
+@pytest.fixture(scope="module")
+def encoder(directory: Path, photo_root: Path) -> Encoder:
+    return encoder_of(directory, photo_root)
+
+
+@pytest.fixture(scope="module")
+def text_only(encoder: Encoder) -> list[EncodedGroup]:
+    answers = (Completion("a cat", 1.0, "gt"), Completion("two dogs", 0.0, "llm-hal"), Completion("no", 0.0, "llm-hal"))
+    groups = [PreferenceGroup(name, (), (turn(f"What is {name}?"),), answers) for name in ("this", "that one")]
+    return encode_all(encoder, groups)
+
+
+def policy_of(directory: Path, trainable: TrainableConfig, checkpointing: bool = False) -> PolicyModel:
+    options = ModelConfig(path=str(directory), dtype="float32", gradient_checkpointing=checkpointing)
+    config = Config(model=options, trainable=trainable, lora=LoraConfig(r=2, alpha=4, dropout=0.0))
+    model = load_model(options, for_training=True)
+    prepare_trainable(model, encoder_of(directory, directory).family, config)
+    return PolicyModel(model).train()
+
+
+def trained(policy: PolicyModel, batch: GroupBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor | None]]:
+    """Log-probs [N], and the gradients of a sum in which every token has another weight."""
+    policy.zero_grad()
+    with packed_layout(batch.layout):
+        logp_N = policy(**model_inputs(batch, CPU, torch.float32))
+        (logp_N * torch.arange(1, len(logp_N) + 1)).sum().backward()
+    gradients = {name: p.grad for name, p in policy.model.named_parameters() if p.requires_grad}
+    return logp_N.detach(), gradients
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+def test_a_stand_in_image_runs_the_tower_and_changes_nothing(directory, encoder, text_only, checkpointing) -> None:
+    """Every parameter of tower and projector gets a gradient, as ZeRO expects of all ranks, and it is exactly 0."""
+    policy = policy_of(directory, TrainableConfig(language="full", vision="full"), checkpointing)
+    bare = collate_groups(text_only, encoder.family)
+    carrying = collate_groups(text_only, encoder.family, stand_in=encoder.stand_in())
+    assert not bare.image_inputs and carrying.image_inputs
+    bare_logp_N, bare_gradients = trained(policy, bare)
+    logp_N, gradients = trained(policy, carrying)
+    torch.testing.assert_close(logp_N, bare_logp_N, atol=1e-6, rtol=0)
+    seen = [name for name, gradient in bare_gradients.items() if gradient is None]
+    assert any("vision" in name or "visual" in name for name in seen)
+    assert any("projector" in name or "merger" in name for name in seen)
+    for name, gradient in gradients.items():
+        expected = bare_gradients[name]
+        if expected is not None:
+            torch.testing.assert_close(gradient, expected, atol=1e-5, rtol=1e-5, msg=name)
+        elif gradient is not None:
+            assert not gradient.any(), name
+    # What an image trains, a stand-in touches.
+    _, with_images = trained(policy, collate_groups(encode_all(encoder, three_groups()), encoder.family))
+    assert {n for n, g in with_images.items() if g is None} == {n for n, g in gradients.items() if g is None}
+
+
+def test_features_of_a_frozen_tower_are_computed_without_a_graph(directory: Path, encoder: Encoder) -> None:
+    """Else every activation of the tower would be kept for a backward pass that trains nothing."""
+    policy = policy_of(directory, TrainableConfig(language="lora", projector="full", vision="frozen"))
+    tower = policy.model.get_submodule(encoder.family.vision_module)
+    projector = policy.model.get_submodule(encoder.family.projector_modules[0])
+    frozen = {
+        m for m in tower.modules() if m not in set(projector.modules()) and next(m.parameters(), None) is not None
+    }
+    frozen = {m for m in frozen if not any(p.requires_grad for p in m.parameters())}
+    outputs: list[torch.Tensor] = []
+
+    def keep(module: torch.nn.Module, inputs: object, output: object) -> None:
+        values = output if isinstance(output, tuple) else [output]
+        outputs.extend(one for one in values if isinstance(one, torch.Tensor))
+
+    handles = [module.register_forward_hook(keep) for module in frozen]
+    learning: list[torch.Tensor] = []
+    handles.append(projector.register_forward_hook(lambda module, inputs, output: learning.append(output)))
+    _, gradients = trained(policy, collate_groups(encode_all(encoder, three_groups()), encoder.family))
+    for handle in handles:
+        handle.remove()
+    assert len(outputs) > 10
+    assert all(one.grad_fn is None and not one.requires_grad for one in outputs)
+    assert learning[0].requires_grad
+    assert all(gradient is not None and gradient.any() for name, gradient in gradients.items() if "projector" in name)
