@@ -15,6 +15,7 @@ commands:
   train       preference training in this process; `deepspeed bpo/train.py` starts it on several
   evaluate    hallucination measured by CHAIR and POPE
   export      a merged model directory, or a PEFT adapter, from a checkpoint
+  refs        `bpo refs inspect|verify|compact DIR`: look after a store of reference log-probs
   bench       `bpo bench kernels`: the kernels against PyTorch and other libraries
   doctor      what this machine has, and what that means for a run
 
@@ -65,6 +66,12 @@ def _export(argv: list[str]) -> int:
     return 0
 
 
+def _refs(argv: list[str]) -> int:
+    from bpo.refs import main
+
+    return main(argv)
+
+
 def _bench_kernels(argv: list[str]) -> int:
     from bpo_kernels.bench import main
 
@@ -98,6 +105,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
     "evaluate": _evaluate,
     "export": _export,
+    "refs": _refs,
     "bench": _bench,
     "doctor": _doctor,
 }

@@ -167,6 +167,9 @@ class TrainConfig:
         resume: Continue from the newest checkpoint in output_dir.
         tensorboard: Write TensorBoard files beside metrics.jsonl.
         reference_dir: The reference store; empty puts it in output_dir/reference. Runs may share one.
+        reference_micro_batch_tokens: Packed tokens in one forward pass of the reference, which keeps no activations;
+            0 takes 4 times max_micro_batch_tokens.
+        rehash_weights: Hash the model's files at start even where path, size, time and inode are as they were.
         first_loss_tolerance: Allowed gap between the first step's loss and its value for policy = reference;
             0 takes 1e-4 in float32 and 2e-2 in half precision.
     """
@@ -193,6 +196,8 @@ class TrainConfig:
     resume: bool = False
     tensorboard: bool = True
     reference_dir: str = ""
+    reference_micro_batch_tokens: int = 0
+    rehash_weights: bool = False
     first_loss_tolerance: float = 0.0
 
     def __post_init__(self) -> None:
@@ -214,6 +219,7 @@ class TrainConfig:
             "save_every_steps",
             "max_grad_norm",
             "weight_decay",
+            "reference_micro_batch_tokens",
             "first_loss_tolerance",
         ):
             check(getattr(self, name) >= 0, f"train.{name} is {getattr(self, name)}; it must be 0 or more")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,9 +18,11 @@ from bpo.data.formats import read_groups
 from bpo.data.groups import GroupDataset, MeasuredGroup, iterate_micro_batches, write_dropped
 from bpo.data.lengths import MeasuredLengths, encoder_fingerprint, lengths_directory
 from bpo.data.plan import PlannedStep, plan_balance, plan_steps, split_into_micro_batches
-from bpo.engine import TrainingEngine, barrier, from_rank_0
+from bpo.engine import TrainingEngine, barrier, from_rank_0, gather_from_ranks
 from bpo.launch import Ranks
-from bpo.model.reference import ReferenceStore, model_fingerprint
+from bpo.model.reference import ReferenceStore, open_or_create
+from bpo.model.reference_fingerprint import DIGESTS, model_fingerprint
+from bpo.model.reference_format import ReferenceStoreError
 from bpo.records import GroupBatch
 from bpo_kernels.dispatch import chosen_implementation
 
@@ -149,37 +152,78 @@ def fill_reference_store(config: Config, engine: TrainingEngine, data: TrainingD
     """Computes what the store lacks, on the engine that will train, before its first step; every rank its share.
 
     Must run before a checkpoint is loaded: only the untrained policy is the reference.
+
+    Raises:
+        ReferenceStoreError: the store does not fit the run, cannot be written, or lacks entries after the pass.
     """
     directory = Path(config.train.reference_dir or Path(config.train.output_dir) / "reference")
-    settings = {
-        "dtype": str(engine.dtype).removeprefix("torch."),
-        "vision_attention": config.model.vision_attention,
-        "kernels": chosen_implementation(torch.empty(0, device=engine.device)),
-    }
-    fingerprint = from_rank_0(lambda: model_fingerprint(config.model.path, **settings))
+    fingerprint = from_rank_0(lambda: _open_store(config, engine, directory))
     store = ReferenceStore(directory, fingerprint, engine.ranks.rank)
     first_with_key = {one.reference_key: g for g, one in reversed(list(enumerate(data.measured)))}
-    missing = sorted(g for key, g in first_with_key.items() if key not in store)
-    barrier()  # nobody writes before everybody has read the same index
-    if missing:
-        tokens = [one.num_tokens for one in data.measured]
-        # One pass over everything: what bins differ by evens out, and levelling very many of them would take long.
-        limit = config.train.max_micro_batch_tokens
-        plan = split_into_micro_batches(missing, tokens, engine.ranks.world_size, limit, level=False)
-        mine = [(one or missing[:1], not one) for one in plan[engine.ranks.rank]]
-        batches = micro_batches(config, data, mine, engine)
-        for batch in tqdm(batches, total=len(mine), desc="reference log-probs", disable=not engine.ranks.is_main):
-            _store_batch(store, batch, engine.reference_logp(batch))
-        store.close()
-    barrier()
-    store.reload()
+    # Decided by one rank: another job may be adding to the store, and all ranks must agree on the passes to make.
+    missing = from_rank_0(lambda: _missing_groups(store, first_with_key))
+    barrier()  # a rank that reads later must not find what others already write
+    if not missing:
+        logger.info("reference store %s: complete, %d entries", directory, len(store))
+        return store
+    written = gather_from_ranks(_reference_pass(config, engine, data, store, missing))
+    store.reload(written)
+    lacking = int((~store.has(list(first_with_key))).sum())
+    if lacking:
+        raise ReferenceStoreError(f"{directory}: {lacking} entries are missing after the pass; does every node see it?")
     logger.info("reference store %s: %d entries, %d computed now", directory, len(store), len(missing))
     return store
+
+
+def _open_store(config: Config, engine: TrainingEngine, directory: Path) -> dict[str, str]:
+    fingerprint = model_fingerprint(
+        config.model.path,
+        kept_digests=directory / DIGESTS,
+        rehash=config.train.rehash_weights,
+        dtype=str(engine.dtype).removeprefix("torch."),
+        vision_attention=config.model.vision_attention,
+        kernels=chosen_implementation(torch.empty(0, device=engine.device)),
+    )
+    open_or_create(directory, fingerprint)
+    return fingerprint
+
+
+def _missing_groups(store: ReferenceStore, first_with_key: dict[str, int]) -> list[int]:
+    stored = store.has(list(first_with_key)).tolist()
+    return sorted(g for g, has in zip(first_with_key.values(), stored, strict=True) if not has)
+
+
+def _reference_pass(
+    config: Config, engine: TrainingEngine, data: TrainingData, store: ReferenceStore, missing: list[int]
+) -> str | None:
+    """This rank's share of the missing groups into a shard of its own, whose name it returns.
+
+    Without a backward pass no activation outlives its layer, so a micro-batch may be larger than in training.
+    """
+    tokens = [one.num_tokens for one in data.measured]
+    limit = config.train.reference_micro_batch_tokens or 4 * config.train.max_micro_batch_tokens
+    # One pass over everything: what bins differ by evens out, and levelling very many of them would take long.
+    plan = split_into_micro_batches(missing, tokens, engine.ranks.world_size, limit, level=False)
+    mine = [(one or missing[:1], not one) for one in plan[engine.ranks.rank]]
+    total = sum(tokens[g] for g in missing)
+    logger.info("reference pass: %d groups, %s tokens, %d micro-batches a rank", len(missing), f"{total:,}", len(mine))
+    started = time.perf_counter()
+    share = sum(tokens[g] for groups, _ in mine for g in groups)
+    hidden = not engine.ranks.is_main
+    with tqdm(total=share, unit="tok", unit_scale=True, desc="reference log-probs", disable=hidden) as progress:
+        for batch in micro_batches(config, data, mine, engine):
+            _store_batch(store, batch, engine.reference_logp(batch))
+            progress.update(batch.input_ids_T.numel())
+    name = store.close()
+    seconds = time.perf_counter() - started
+    logger.info("reference pass: %.1f s, %s tokens a second a rank", seconds, f"{share / seconds:,.0f}")
+    return name
 
 
 def _store_batch(store: ReferenceStore, batch: GroupBatch, logp_N: torch.Tensor) -> None:
     if not bool(batch.pair_weight_P.any()):
         return  # a filler: its group is computed by the rank that owns it
+    logp_N = logp_N.cpu()  # once a batch: each copy waits for the device
     first = 0
     # Not strict: the layout may end in a stand-in image, a prefix that is nobody's and has no completions.
     for key, spans in zip(batch.reference_keys, batch.layout.completion_spans, strict=False):

@@ -10,13 +10,14 @@ import pytest
 from bpo import __version__
 from bpo.cli import COMMANDS, main
 
-SEVEN = "demo bootstrap train evaluate export bench doctor".split()
+COMMAND_NAMES = "demo bootstrap train evaluate export refs bench doctor".split()
 OPTIONS = {
     "demo": ["--output", "--seeds"],
     "bootstrap": ["--config", "--bootstrap.weaken.noise_step", "--bootstrap.inject.server_url", "--data.annotations"],
     "train": ["--config", "--train.lr", "--train.ds_config", "--loss.beta", "--lora.r", "--trainable.vision"],
     "evaluate": ["--config", "--evaluation.chair_instances", "--evaluation.pope_questions"],
     "export": ["--config", "--export.checkpoint", "--export.form"],
+    "refs": ["inspect", "verify", "compact"],
     "bench": ["kernels"],
     "doctor": ["bpo doctor"],
 }
@@ -32,11 +33,11 @@ def run(*argv: str) -> int:
         return stop.code if isinstance(stop.code, int) else 1
 
 
-def test_help_lists_all_seven_commands(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--help") == 0
     text = capsys.readouterr().out
-    assert list(COMMANDS) == SEVEN
-    assert [name for name in SEVEN if f"\n  {name} " not in text] == []
+    assert list(COMMANDS) == COMMAND_NAMES
+    assert [name for name in COMMAND_NAMES if f"\n  {name} " not in text] == []
 
 
 def test_help_of_a_benchmark_names_its_options(capsys: pytest.CaptureFixture[str]) -> None:
@@ -50,7 +51,7 @@ def test_unknown_benchmark_is_refused_with_the_names(capsys: pytest.CaptureFixtu
     assert "kernels" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", SEVEN)
+@pytest.mark.parametrize("command", COMMAND_NAMES)
 def test_help_of_each_command_names_its_options(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(command, "--help") == 0
     text = capsys.readouterr().out
@@ -60,7 +61,7 @@ def test_help_of_each_command_names_its_options(command: str, capsys: pytest.Cap
 def test_no_command_and_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert run() == 2
     assert run("trian") == 2
-    assert f"unknown command 'trian'; the commands are {', '.join(SEVEN)}" in capsys.readouterr().err
+    assert f"unknown command 'trian'; the commands are {', '.join(COMMAND_NAMES)}" in capsys.readouterr().err
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

@@ -33,6 +33,7 @@ LAYERS = {
     "bootstrap": 3,
     "evaluation": 3,
     "export": 3,
+    "refs": 3,
     "engine": 4,
     "checkpoint": 4,
     "preparation": 4,
@@ -47,6 +48,7 @@ BRANCHES: dict[str, set[str]] = {
     "bootstrap": set(),
     "evaluation": set(),
     "export": set(),
+    "refs": set(),
     "losses": {"metrics"},
     "metrics": {"losses"},
 }

@@ -1,145 +1,158 @@
 """The reference store: per-token log-probs (fp32) of the policy before its first step.
 
 Entries are addressed by content (image bytes and token ids), so a changed record is simply missing and computed anew.
-What holds for all entries (weights, processor, dtype, code path) is the store's fingerprint and must match.
-
-    DIR/fingerprint.json     what the log-probs depend on
-    DIR/RANK-RUN.jsonl       one line an entry: key, offset and count in the file beside it, CRC of the values
-    DIR/RANK-RUN.f32         the values, little-endian fp32
+What holds for all entries (weights, processor, dtype, code path) is the store's fingerprint and must match. Its files
+are described in `reference_format`. Shape letter: N response tokens.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
-CODE_PATH = "packed shared prefix, fp32 log-probs, v1"
+from bpo.model.reference_fingerprint import file_digest, model_fingerprint
+from bpo.model.reference_format import (
+    KEY_BYTES,
+    ReferenceStoreError,
+    ShardWriter,
+    index_files,
+    read_fingerprint,
+    read_shard,
+    write_fingerprint,
+)
+from bpo.model.reference_index import EntryIndex
+
+__all__ = ["ReferenceStore", "ReferenceStoreError", "file_digest", "model_fingerprint", "open_or_create"]
 
 
-class ReferenceStoreError(ValueError):
-    """The store does not fit the run; the message says in which field."""
+def open_or_create(directory: Path, fingerprint: dict[str, str]) -> None:
+    """Makes the store if there is none, else checks that it is this run's. One process of a job calls it, first.
 
-
-def file_digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 22):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def model_fingerprint(path: str, **settings: str) -> dict[str, str]:
-    """What reference log-probs depend on besides the records: every weight and processor file, `settings`, code path.
-
-    For a hub id the files are those of the local cache.
+    Raises:
+        ReferenceStoreError: the store has another format, or another fingerprint: says which fields differ.
     """
-    directory = Path(path)
-    if not directory.is_dir():
-        from transformers.utils import cached_file
-
-        directory = Path(str(cached_file(path, "config.json"))).parent
-    suffixes = {".safetensors", ".bin", ".json", ".jinja", ".model", ".txt", ".py", ".gguf"}
-    files = sorted(f for f in directory.iterdir() if f.suffix in suffixes and f.is_file())
-    fingerprint = {f"file:{f.name}": file_digest(f) for f in files}
-    return {**fingerprint, **settings, "code_path": CODE_PATH}
+    if not (directory / "fingerprint.json").exists():
+        write_fingerprint(directory, fingerprint)
+        return
+    stored = read_fingerprint(directory)
+    differing = sorted(k for k in stored.keys() | fingerprint.keys() if stored.get(k) != fingerprint.get(k))
+    if differing:
+        lines = [f"  {k}: store has {stored.get(k)}, this run has {fingerprint.get(k)}" for k in differing]
+        raise ReferenceStoreError(
+            f"the reference store {directory} was made for another model or setting:\n"
+            + "\n".join(lines)
+            + "\nremove it, or give train.reference_dir another directory"
+        )
 
 
 class ReferenceStore:
-    """Reads all shards of a directory, appends to a shard of its own."""
+    """Reads all shards of a directory, appends to a shard of its own.
+
+    Any number of processes and jobs may write at once, each its own shard; an entry that two of them computed is kept
+    twice and read once. A store that lacks nothing is never written to. In memory an entry takes 60 bytes; the values
+    are mapped when the index is read, so that a `bpo refs compact` afterwards takes nothing away.
+    """
 
     def __init__(self, directory: Path, fingerprint: dict[str, str], rank: int = 0):
+        open_or_create(directory, fingerprint)
         self.directory = directory
+        self.fingerprint = fingerprint
         self.rank = rank
-        self._index: dict[str, tuple[Path, int, int, int]] = {}
-        self._maps: dict[Path, np.ndarray] = {}
-        self._writer: tuple[Any, Any] | None = None
-        self._check_fingerprint(fingerprint)
+        self._writer: ShardWriter | None = None
+        self._written: str | None = None
         self.reload()
 
-    def _check_fingerprint(self, fingerprint: dict[str, str]) -> None:
-        path = self.directory / "fingerprint.json"
-        if not path.exists():
-            self.directory.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_suffix(f".{self.rank}.{os.getpid()}.tmp")
-            temporary.write_text(json.dumps(fingerprint, indent=1, sort_keys=True), encoding="utf-8")
-            os.replace(temporary, path)
-            return
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        differing = sorted(k for k in stored.keys() | fingerprint.keys() if stored.get(k) != fingerprint.get(k))
-        if differing:
-            lines = [f"  {k}: store has {stored.get(k)}, this run has {fingerprint.get(k)}" for k in differing]
-            raise ReferenceStoreError(
-                f"the reference store {self.directory} was made for another model or setting:\n"
-                + "\n".join(lines)
-                + "\nremove it, or give train.reference_dir another directory"
-            )
+    def reload(self, also: Iterable[str | None] = ()) -> None:
+        """Reads the index of every shard, without what a killed run left unfinished.
 
-    def reload(self) -> None:
-        """Reads the index of every shard; a torn last line or value block of a killed run is left out."""
-        self._index.clear()
-        self._maps.clear()
-        for index_file in sorted(self.directory.glob("*.jsonl")):
-            values = index_file.with_suffix(".f32")
-            available = values.stat().st_size // 4 if values.exists() else 0
-            for line in index_file.read_text(encoding="utf-8").splitlines():
-                try:
-                    entry = json.loads(line)
-                except json.JSONDecodeError:
-                    continue  # the line a killed process did not finish: its entry is computed again
-                if entry["offset"] + entry["count"] <= available:
-                    self._index[entry["key"]] = (values, entry["offset"], entry["count"], entry["crc"])
+        Args:
+            also: Names of shards that must be there, as other ranks' `close` returned them: the listing of a network
+                file system may be older than they are.
+
+        Raises:
+            ReferenceStoreError: a shard belongs to another store, or one of `also` is not there.
+        """
+        paths = sorted({*index_files(self.directory), *(self.directory / name for name in also if name)})
+        try:
+            shards = [read_shard(path, self.fingerprint) for path in paths]
+        except FileNotFoundError as error:
+            raise ReferenceStoreError(
+                f"{error.filename}: a shard of the store is not there; was it removed, or does "
+                f"every node see {self.directory}? Start again: what is missing is computed"
+            ) from error
+        for shard in shards:
+            if not shard.fits:
+                raise ReferenceStoreError(
+                    f"{shard.index}: was not written for this store (its header names another fingerprint or format); "
+                    f"move it away, or run `bpo refs verify {self.directory} --remove-damaged`"
+                )
+        self._index = EntryIndex(shards)
+        self._shards = shards
+        self._values = [shard.map_values() for shard in shards]
 
     def __contains__(self, key: str) -> bool:
-        return key in self._index
+        return bool(self.has([key])[0])
 
     def __len__(self) -> int:
         return len(self._index)
 
-    def put(self, key: str, logp_N: torch.Tensor) -> None:
-        """Appends the log-probs of one group; durable after `close`."""
-        values = logp_N.detach().to("cpu", torch.float32).numpy().astype("<f4")
-        if self._writer is None:
-            stem = self.directory / f"rank{self.rank:05d}-{os.getpid()}-{os.urandom(3).hex()}"
-            self._writer = (stem.with_suffix(".f32").open("wb"), stem.with_suffix(".jsonl").open("w", encoding="utf-8"))
-        data, index = self._writer
-        raw = values.tobytes()
-        entry = {"key": key, "offset": data.tell() // 4, "count": len(values), "crc": zlib.crc32(raw)}
-        data.write(raw)
-        data.flush()  # values reach the file before the line that points at them
-        index.write(json.dumps(entry) + "\n")
-        index.flush()
+    def has(self, keys: Sequence[str]) -> np.ndarray:
+        """Which of the keys have an entry: booleans, in their order."""
+        return self._index.rows([_key_bytes(key) for key in keys]) >= 0
 
-    def close(self) -> None:
-        for file in self._writer or ():
-            file.flush()
-            os.fsync(file.fileno())
-            file.close()
+    def put(self, key: str, logp_N: torch.Tensor) -> None:
+        """Appends the log-probs of one group; durable within half a minute and after `close`, readable after `reload`.
+
+        Raises:
+            ReferenceStoreError: the disk is full or cannot be written; what was stored before stays valid.
+        """
+        if self._writer is None:
+            self._writer = ShardWriter(self.directory, self.fingerprint, f"rank{self.rank:05d}")
+        self._writer.add(_key_bytes(key), logp_N.detach().to("cpu", torch.float32).numpy())
+        self._written = self._writer.index.name
+
+    def close(self) -> str | None:
+        """Ends this process's shard; returns its name, or None if it wrote nothing since the last `close`."""
+        name, self._written = self._written, None
+        if self._writer is not None:
+            self._writer.close()
         self._writer = None
+        return name
 
     def get(self, key: str) -> torch.Tensor:
-        """The fp32 log-probs of one group.
+        """The fp32 log-probs of one group; raises as `gather` does."""
+        return self.gather([key])
+
+    def gather(self, keys: Sequence[str]) -> torch.Tensor:
+        """The log-probs of a packed batch, in its order of tokens.
 
         Raises:
             KeyError: the store has no such entry.
             ReferenceStoreError: the values are damaged.
         """
-        path, offset, count, crc = self._index[key]
-        if path not in self._maps:
-            # Whole values only: a killed process may have left part of one at the end.
-            self._maps[path] = np.memmap(path, dtype="<f4", mode="r", shape=(path.stat().st_size // 4,))
-        values = np.array(self._maps[path][offset : offset + count])
-        if zlib.crc32(values.tobytes()) != crc:
-            raise ReferenceStoreError(f"{path}: entry {key[:12]} is damaged (checksum differs); remove the store")
-        return torch.from_numpy(values)
+        rows = self._index.rows([_key_bytes(key) for key in keys]).tolist()
+        return torch.from_numpy(np.concatenate([self._checked(k, r) for k, r in zip(keys, rows, strict=True)]))
 
-    def gather(self, keys: Sequence[str]) -> torch.Tensor:
-        """The log-probs of a packed batch, in its order of tokens."""
-        return torch.cat([self.get(key) for key in keys])
+    def _checked(self, key: str, row: int) -> np.ndarray:
+        if row < 0:
+            raise KeyError(key)
+        index = self._index
+        shard, start, count = int(index.shard_E[row]), int(index.offset_E[row]), int(index.count_E[row])
+        values = self._values[shard][start : start + count]
+        if zlib.crc32(values.data) != index.crc_E[row]:
+            raise ReferenceStoreError(
+                f"{self._shards[shard].values}: entry {key[:12]} is damaged (checksum differs); run "
+                f"`bpo refs verify {self.directory} --remove-damaged` and start again: it is computed anew"
+            )
+        return values
+
+
+def _key_bytes(key: str) -> bytes:
+    raw = bytes.fromhex(key)
+    if len(raw) != KEY_BYTES:
+        raise ValueError(f"reference key {key!r}: {len(raw)} bytes, a SHA-256 has {KEY_BYTES}")
+    return raw

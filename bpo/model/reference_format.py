@@ -1,0 +1,293 @@
+"""The files of a reference store and their durability; numpy alone, so that `bpo refs` needs no torch.
+
+    DIR/fingerprint.json   the format, and all that every entry's log-probs depend on
+    DIR/NAME.values        log-probs, little-endian fp32
+    DIR/NAME.index         a header with the fingerprint's digest, then one record of 52 bytes an entry
+    DIR/digests.json       SHA-256 of the model's files, for `reference_fingerprint`
+
+A shard (the two files of one NAME) has one writer, which only appends. Values reach the disk before the records that
+point at them, and each record has a checksum of its own, so whatever a killed process leaves at the end of either file
+is recognised and left out. Shape letter: E entries.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import time
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+FORMAT = 2
+KEY_BYTES = 32
+MAGIC = b"BPOREF2\n"
+HEADER_BYTES = len(MAGIC) + 32
+
+# offset and count are in values, not bytes; `crc` is of the values' bytes, `own_crc` of the record before it.
+RECORD = np.dtype(
+    [("key", "u1", (KEY_BYTES,)), ("offset", "<u8"), ("count", "<u4"), ("crc", "<u4"), ("own_crc", "<u4")]
+)
+_SIGNED_BYTES = RECORD.itemsize - 4
+
+# A killed pass loses what it computed since its last commit; a commit costs two fsyncs.
+COMMIT_EVERY_S = 30.0
+COMMIT_BYTES = 64 << 20
+
+
+class ReferenceStoreError(ValueError):
+    """The store does not fit the run, is damaged or cannot be written; the message says where and what to do."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One shard as it was found on disk.
+
+    Attributes:
+        index: The index file; its values lie beside it.
+        fits: The header is whole and names the store's fingerprint; without it nothing is read.
+        records_E: The intact records (`RECORD`), whose values are all there.
+        num_values: Whole fp32 values in the file beside the index.
+        num_damaged: Whole records that fail their checksum, apart from those at the end.
+        torn_bytes: What a killed or interrupted writer left at the end of the index: no whole, valid record.
+    """
+
+    index: Path
+    fits: bool
+    records_E: np.ndarray
+    num_values: int
+    num_damaged: int = 0
+    torn_bytes: int = 0
+
+    @property
+    def values(self) -> Path:
+        return self.index.with_suffix(".values")
+
+    def map_values(self) -> np.ndarray:
+        """The values, memory-mapped; whole ones only, since a killed writer may leave part of one."""
+        if not self.num_values:
+            return np.zeros(0, dtype="<f4")  # an empty file cannot be mapped
+        return np.memmap(self.values, dtype="<f4", mode="r", shape=(self.num_values,))
+
+
+def fingerprint_digest(fingerprint: dict[str, str]) -> bytes:
+    """32 bytes for the whole fingerprint: stands in every shard, so that none strays into another store."""
+    return hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).digest()
+
+
+def read_fingerprint(directory: Path) -> dict[str, str]:
+    """What the store in `directory` was made for.
+
+    Raises:
+        ReferenceStoreError: there is no store, or it has another format.
+    """
+    path = directory / "fingerprint.json"
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ReferenceStoreError(f"{directory}: no reference store (it has no fingerprint.json)") from error
+    except json.JSONDecodeError as error:
+        raise ReferenceStoreError(f"{path}: not valid JSON ({error}); remove the store") from error
+    found = stored.get("format", 1)
+    if found != FORMAT:
+        raise ReferenceStoreError(
+            f"{directory}: a reference store of format {found}; this version of bpo reads and writes format {FORMAT}. "
+            "Remove it, or give train.reference_dir another directory: its log-probs are computed anew, once"
+        )
+    return stored["fingerprint"]
+
+
+def write_fingerprint(directory: Path, fingerprint: dict[str, str]) -> None:
+    path = directory / "fingerprint.json"
+    replace_file(path, json.dumps({"format": FORMAT, "fingerprint": fingerprint}, indent=1, sort_keys=True).encode())
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Writes `path` as a whole or not at all, and durably.
+
+    Raises:
+        ReferenceStoreError: it cannot be written.
+    """
+    temporary = path.with_name(f"{path.name}.{os.getpid()}-{os.urandom(3).hex()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb", buffering=0) as file:
+            write_all(file.fileno(), content)
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_directory(path.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise _cannot_write(path, len(content), error) from error
+
+
+def sync_directory(directory: Path) -> None:
+    """Makes new names in a directory durable."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_all(descriptor: int, content: bytes) -> None:
+    view = memoryview(content)
+    while view:
+        view = view[os.write(descriptor, view) :]
+
+
+def index_files(directory: Path) -> list[Path]:
+    return sorted(directory.glob("*.index"))
+
+
+def read_shard(index: Path, fingerprint: dict[str, str]) -> Shard:
+    """What of a shard can be used; torn ends and damaged records are counted and left out."""
+    content = index.read_bytes()
+    values = index.with_suffix(".values")
+    num_values = values.stat().st_size // 4 if values.exists() else 0
+    nothing = np.zeros(0, dtype=RECORD)
+    if len(content) < HEADER_BYTES and header(fingerprint).startswith(content):
+        return Shard(index, True, nothing, num_values, torn_bytes=len(content))
+    if content[:HEADER_BYTES] != header(fingerprint):
+        return Shard(index, False, nothing, num_values)
+    whole = (len(content) - HEADER_BYTES) // RECORD.itemsize
+    records_E = np.frombuffer(content, dtype=RECORD, count=whole, offset=HEADER_BYTES)
+    intact_E = _checksums(content, whole) == records_E["own_crc"]
+    intact_E &= records_E["offset"] + records_E["count"] <= num_values
+    # What is not intact at the end was never finished; what is not intact before an intact record was damaged later.
+    finished = int(np.flatnonzero(intact_E)[-1]) + 1 if intact_E.any() else 0
+    torn_bytes = len(content) - HEADER_BYTES - finished * RECORD.itemsize
+    num_damaged = finished - int(intact_E.sum())
+    return Shard(index, True, records_E[intact_E], num_values, num_damaged, torn_bytes)
+
+
+def header(fingerprint: dict[str, str]) -> bytes:
+    return MAGIC + fingerprint_digest(fingerprint)
+
+
+def _checksums(content: bytes, count: int) -> np.ndarray:
+    view, size = memoryview(content), RECORD.itemsize
+    starts = range(HEADER_BYTES, HEADER_BYTES + count * size, size)
+    return np.fromiter((zlib.crc32(view[s : s + _SIGNED_BYTES]) for s in starts), dtype=np.uint32, count=count)
+
+
+def new_record(key: bytes, offset: int, raw: bytes) -> bytes:
+    """The record of an entry whose values' bytes `raw` begin at value `offset` of the shard."""
+    record = np.zeros((), dtype=RECORD)
+    record["key"] = np.frombuffer(key, dtype=np.uint8)
+    record["offset"], record["count"], record["crc"] = offset, len(raw) // 4, zlib.crc32(raw)
+    signed = record.tobytes()[:_SIGNED_BYTES]
+    return signed + zlib.crc32(signed).to_bytes(4, "little")
+
+
+class ShardWriter:
+    """Appends entries to a new shard; they are durable after `commit`, which `add` calls every half minute.
+
+    Nothing is created before the first commit. After an error the writer is closed; what it has committed stays valid.
+    """
+
+    def __init__(self, directory: Path, fingerprint: dict[str, str], label: str):
+        host = os.uname().nodename.split(".")[0]
+        self.index = directory / f"{label}-{host}-{os.getpid()}-{os.urandom(3).hex()}.index"
+        self._header = header(fingerprint)
+        self._descriptors: tuple[int, int] | None = None
+        self._num_values = 0
+        self._values: list[bytes] = []
+        self._records: list[bytes] = []
+        self._pending_bytes = 0
+        self._last_commit = time.monotonic()
+
+    def add(self, key: bytes, values_E: np.ndarray) -> None:
+        """One entry; `values_E` is converted to fp32."""
+        raw = values_E.astype("<f4", copy=False).tobytes()
+        self._records.append(new_record(key, self._num_values, raw))
+        self._values.append(raw)
+        self._num_values += len(raw) // 4
+        self._pending_bytes += len(raw)
+        if self._pending_bytes >= COMMIT_BYTES or time.monotonic() - self._last_commit >= COMMIT_EVERY_S:
+            self.commit()
+
+    def commit(self) -> None:
+        """Makes everything added so far durable: values first, then the records that point at them.
+
+        Raises:
+            ReferenceStoreError: the disk is full or cannot be written, or another process removed the shard.
+        """
+        if not self._records:
+            return
+        try:
+            if self._descriptors is None:
+                self._create()
+            assert self._descriptors is not None
+            values, index = self._descriptors
+            if os.fstat(index).st_nlink == 0:
+                raise FileNotFoundError(errno.ENOENT, "the shard was removed while it was being written")
+            for descriptor, chunks in ((values, self._values), (index, self._records)):
+                write_all(descriptor, b"".join(chunks))
+                os.fsync(descriptor)
+        except OSError as error:
+            self._release()
+            needed = self._pending_bytes + len(self._records) * RECORD.itemsize
+            raise _cannot_write(self.index, needed, error) from error
+        self._values, self._records, self._pending_bytes = [], [], 0
+        self._last_commit = time.monotonic()
+
+    def _create(self) -> None:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND
+        values = os.open(self.index.with_suffix(".values"), flags, 0o666)
+        try:
+            index = os.open(self.index, flags, 0o666)
+        except OSError:
+            os.close(values)
+            raise
+        self._descriptors = (values, index)
+        write_all(index, self._header)
+        sync_directory(self.index.parent)
+
+    def close(self) -> None:
+        self.commit()
+        self._release()
+
+    def _release(self) -> None:
+        for descriptor in self._descriptors or ():
+            os.close(descriptor)
+        self._descriptors = None
+
+
+def _cannot_write(path: Path, needed_bytes: int, error: OSError) -> ReferenceStoreError:
+    full = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+    if error.errno not in full:
+        return ReferenceStoreError(
+            f"{path}: cannot be written ({error.strerror}); make the directory writable, or copy the store to one "
+            "that is and give it as train.reference_dir"
+        )
+    free = shutil.disk_usage(path.parent).free
+    return ReferenceStoreError(
+        f"{path}: {error.strerror}: {needed_bytes:,} bytes are needed for the next entries alone, {free:,} are free "
+        "there (a quota or file size limit may be lower). What was stored stays valid: make room and start again, and "
+        "only what is missing is computed"
+    )
+
+
+def settled(shard: Shard, older_than_minutes: float) -> bool:
+    """Whether nobody has written to the shard for so long; a younger one may have a writer still."""
+    newest = max(file.stat().st_mtime for file in (shard.index, shard.values) if file.exists())
+    return time.time() - newest >= 60 * older_than_minutes
+
+
+def damaged_rows(shard: Shard) -> np.ndarray:
+    """Rows of `shard.records_E` whose values fail their checksum; reads every value once."""
+    values = shard.map_values()
+    columns = zip(*(shard.records_E[name].tolist() for name in ("offset", "count", "crc")), strict=True)
+    bad = [row for row, (o, n, crc) in enumerate(columns) if zlib.crc32(values[o : o + n].data) != crc]
+    return np.array(bad, dtype=np.int64)
+
+
+def write_index(path: Path, fingerprint: dict[str, str], records_E: np.ndarray) -> None:
+    """An index file with these records, replaced as a whole."""
+    replace_file(path, header(fingerprint) + records_E.tobytes())

@@ -1,0 +1,105 @@
+"""What the reference depends on. Run: python -m pytest tests/model/test_reference_fingerprint.py"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from bpo.model import reference_fingerprint
+from bpo.model.reference_fingerprint import DigestCache, file_digest, model_fingerprint
+
+LONG_AGO_NS = 10**18
+
+
+def old_file(directory: Path, name: str, content: bytes) -> Path:
+    path = directory / name
+    path.write_bytes(content)
+    os.utime(path, ns=(LONG_AGO_NS, LONG_AGO_NS))
+    return path
+
+
+@pytest.fixture
+def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the files whose content was read."""
+    names: list[str] = []
+
+    def counted(path: Path) -> str:
+        names.append(path.name)
+        return file_digest(path)
+
+    monkeypatch.setattr(reference_fingerprint, "file_digest", counted)
+    return names
+
+
+def test_covers_weights_processor_template_and_dtype(tmp_path: Path, tiny_llava_dir: Path) -> None:
+    copy = Path(shutil.copytree(tiny_llava_dir, tmp_path / "model"))
+    before = model_fingerprint(str(copy), dtype="float32")
+    assert before == model_fingerprint(str(tiny_llava_dir), dtype="float32")  # not the place, the content
+    for name in ("model.safetensors", "chat_template.jinja", "tokenizer.json", "config.json"):
+        was = model_fingerprint(str(copy), dtype="float32")
+        with (copy / name).open("ab") as file:
+            file.write(b" ")
+        now = model_fingerprint(str(copy), dtype="float32")
+        assert {field for field in now if now[field] != was[field]} == {f"file:{name}"}
+    half = model_fingerprint(str(tiny_llava_dir), dtype="bfloat16")
+    assert {field for field in half if before[field] != half[field]} == {"dtype"}
+
+
+def test_an_unchanged_model_is_hashed_once_and_nothing_is_written_beside_it(tmp_path: Path, hashed: list[str]) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    for name in ("a.safetensors", "b.safetensors", "config.json"):
+        old_file(model, name, name.encode())
+    kept = tmp_path / "store" / "digests.json"
+    first = model_fingerprint(str(model), kept_digests=kept)
+    assert sorted(hashed) == ["a.safetensors", "b.safetensors", "config.json"]
+    assert model_fingerprint(str(model), kept_digests=kept) == first and len(hashed) == 3
+    assert len(list(model.iterdir())) == 3
+    assert model_fingerprint(str(model), kept_digests=kept, rehash=True) == first and len(hashed) == 6
+
+
+@pytest.mark.parametrize("change", ["size", "time", "inode"])
+def test_a_file_that_changed_is_hashed_again(tmp_path: Path, hashed: list[str], change: str) -> None:
+    weights = old_file(tmp_path, "w.safetensors", b"first")
+    other = old_file(tmp_path, "x.safetensors", b"other")
+    kept = tmp_path / "digests.json"
+    was = DigestCache(kept).digests([weights, other])[weights]
+    if change == "size":
+        old_file(tmp_path, "w.safetensors", b"longer")
+    elif change == "time":
+        weights.write_bytes(b"later")
+    else:
+        os.replace(old_file(tmp_path, "new", b"moved"), weights)
+    hashed.clear()
+    now = DigestCache(kept).digests([weights, other])[weights]
+    assert hashed == ["w.safetensors"] and now != was and now == file_digest(weights)
+
+
+def test_exchanged_content_with_the_old_size_and_time_is_only_seen_by_rehashing(tmp_path: Path) -> None:
+    """The documented price of not reading the weights at every start."""
+    weights = old_file(tmp_path, "w.safetensors", b"first")
+    kept = tmp_path / "digests.json"
+    was = DigestCache(kept).digests([weights])
+    old_file(tmp_path, "w.safetensors", b"again")  # in place: the same inode
+    assert DigestCache(kept).digests([weights]) == was
+    assert DigestCache(kept, rehash=True).digests([weights])[weights] == file_digest(weights)
+    assert DigestCache(kept).digests([weights])[weights] == file_digest(weights)
+
+
+def test_a_file_written_just_now_is_not_believed_yet(tmp_path: Path, hashed: list[str]) -> None:
+    """It could change once more within one tick of the file system's clock."""
+    weights = tmp_path / "w.safetensors"
+    weights.write_bytes(b"new")
+    for _ in range(2):
+        DigestCache(tmp_path / "digests.json").digests([weights])
+    assert len(hashed) == 2
+
+
+def test_a_broken_digest_file_is_named(tmp_path: Path) -> None:
+    kept = tmp_path / "digests.json"
+    kept.write_text("{")
+    with pytest.raises(ValueError, match=r"digests.json: not valid JSON .* remove it"):
+        DigestCache(kept)
