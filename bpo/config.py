@@ -17,6 +17,8 @@ class ModelConfig:
         dtype: Weights and activations: float32, bfloat16 or float16; `config` takes what the model's config says.
         vision_attention: Attention implementation of the vision tower, as transformers names it.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
+        share_prefix: `auto` computes image and prompt once for all completions of a group where the model's attention
+            allows it; `never` gives each completion its own copy, in padded rows: same results, more work.
         trust_remote_code: Run code that comes with the model. Leave it off for models you did not write.
     """
 
@@ -24,6 +26,7 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16", "float16", "config"] = "bfloat16"
     vision_attention: str = "sdpa"
     gradient_checkpointing: bool = False
+    share_prefix: Literal["auto", "never"] = "auto"
     trust_remote_code: bool = False
 
 

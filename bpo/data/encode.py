@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from bpo.config import Config
-from bpo.data.families import Family, family_of
+from bpo.data.families import Family, ImagePlace, family_of
 from bpo.data.images import ImageError, load_image
 from bpo.data.processor import Processor, load_processor
 from bpo.records import Completion, PreferenceGroup, Turn
@@ -52,7 +52,13 @@ class EncodedGroup:
 
     @property
     def num_tokens(self) -> int:
+        """Tokens of the group where its completions share the prefix."""
         return len(self.prompt.prefix_ids) + sum(len(ids) for ids in self.completion_ids)
+
+    @property
+    def longest_tokens(self) -> int:
+        """Tokens of the prefix with its longest completion."""
+        return len(self.prompt.prefix_ids) + max(len(ids) for ids in self.completion_ids)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,23 +78,34 @@ class Encoder:
         model_config: The model's transformers config; decides the family.
         image_root: Folder of the images.
         max_length_tokens: Longest prefix plus one completion.
+        share_prefix: `model.share_prefix`.
     """
 
-    def __init__(self, processor: Processor, model_config: Any, image_root: Path, max_length_tokens: int):
+    def __init__(
+        self,
+        processor: Processor,
+        model_config: Any,
+        image_root: Path,
+        max_length_tokens: int,
+        share_prefix: str = "auto",
+    ):
         self.processor = processor
         self.tokenizer = processor.tokenizer
-        self.family: Family = family_of(model_config)
+        self.family: Family = family_of(model_config, share_prefix)
         self.image_root = image_root
         self.max_length_tokens = max_length_tokens
         self.image_token_id = self.family.image_token_id
-        self.eos_token_id: int = self.tokenizer.eos_token_id
-        if self.eos_token_id is None:
+        if self.tokenizer.eos_token_id is None:
             raise ValueError("the tokenizer has no EOS token; set tokenizer.eos_token to the token that ends an answer")
+        self._special_tokens = self._all_special_tokens()
+        self.eos_token_id: int = self._end_of_answer()
+        # A model may end a document by another token than a turn; in generation either ends the answer.
+        self.end_token_ids: tuple[int, ...] = tuple(dict.fromkeys([self.eos_token_id, self.tokenizer.eos_token_id]))
         pad = self.tokenizer.pad_token_id
         self.pad_token_id: int = self.eos_token_id if pad is None else pad
-        self._special_tokens = self._all_special_tokens()
-        special_ids = set(self._special_tokens.values()) | set(self.tokenizer.all_special_ids) | {self.image_token_id}
-        self.suppressed_token_ids: tuple[int, ...] = tuple(sorted(special_ids - {self.eos_token_id}))
+        special_ids = set(self._special_tokens.values()) | set(self.tokenizer.all_special_ids)
+        self.suppressed_token_ids: tuple[int, ...] = tuple(sorted(special_ids - set(self.end_token_ids)))
+        self._placeholder = self.family.placeholder(self.tokenizer)
         longest_first = sorted(self._special_tokens, key=len, reverse=True)
         self._literal_re = re.compile("|".join(map(re.escape, [*longest_first, *_LITERAL.split("{}")])))
 
@@ -97,8 +114,24 @@ class Encoder:
         added = getattr(self.tokenizer, "added_tokens_decoder", {})
         tokens = {str(token): index for index, token in added.items() if token.special}
         tokens |= {token: self.tokenizer.convert_tokens_to_ids(token) for token in self.tokenizer.all_special_tokens}
-        tokens[self.tokenizer.convert_ids_to_tokens(self.image_token_id)] = self.image_token_id
+        controls = sorted(self.family.control_token_ids())
+        tokens |= dict(zip(self.tokenizer.convert_ids_to_tokens(controls), controls, strict=True))
         return {token: index for token, index in tokens.items() if token}
+
+    def _end_of_answer(self) -> int:
+        """The control token that the chat template writes after an answer, or the tokenizer's EOS where it writes none.
+
+        Gemma's turns end in <end_of_turn> and Idefics3's in <end_of_utterance>, while EOS ends a document: a model
+        trained to close its answers by EOS would unlearn how it was taught to.
+        """
+        answer = "\ue0f2"
+        turns = [("user", "?"), ("assistant", answer)]
+        messages = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns]
+        rendered = self.processor.apply_chat_template(messages, add_generation_prompt=False)
+        after = self.tokenizer(rendered.rpartition(answer)[2].lstrip(), add_special_tokens=False)["input_ids"]
+        never = {self.tokenizer.bos_token_id, self.image_token_id}
+        is_control = bool(after) and after[0] in self._special_tokens.values() and after[0] not in never
+        return after[0] if is_control else self.tokenizer.eos_token_id
 
     def encode_prompt(self, record_id: str, images: Sequence[str], prompt: Sequence[Turn]) -> EncodedPrompt:
         """Applies the chat template with a generation prompt and expands each image placeholder.
@@ -110,17 +143,23 @@ class Encoder:
         expected = sum(turn.num_images for turn in prompt)
         if expected != len(images):
             raise EncodingError(f"record {record_id!r}: the prompt has {expected} image parts but {len(images)} images")
-        image_inputs = self.image_inputs(images)
-        compact_ids = self._encode_turns(prompt)
-        if compact_ids.count(self.image_token_id) != expected:
+        image_inputs, places = self._load_images(images)
+        pieces, literals = self._render(prompt)
+        found = sum(piece.count(self._placeholder) for piece in pieces[::2])
+        if found != expected:
             raise EncodingError(
-                f"record {record_id!r}: the chat template gave {compact_ids.count(self.image_token_id)} image "
+                f"record {record_id!r}: the chat template gave {found} image "
                 f"placeholders for {expected} images; use a processor whose template takes structured content"
             )
-        counts = iter(self.family.num_image_tokens(image_inputs) if images else [])
+        # In the text and not in its tokens: what stands around an image may join the text before and after.
+        texts = iter([place.text for place in places])
+        for index in range(0, len(pieces), 2):
+            parts = pieces[index].split(self._placeholder)
+            pieces[index] = parts[0] + "".join(next(texts) + part for part in parts[1:])
+        runs = iter([run for place in places for run in place.runs])
         prefix_ids: list[int] = []
-        for token in compact_ids:
-            prefix_ids.extend([token] * next(counts) if token == self.image_token_id else [token])
+        for token in self._tokenize(pieces, literals):
+            prefix_ids.extend([token] * next(runs) if token == self.image_token_id else [token])
         return EncodedPrompt(record_id, tuple(prefix_ids), image_inputs)
 
     def image_inputs(self, images: Sequence[str]) -> dict[str, torch.Tensor]:
@@ -129,26 +168,29 @@ class Encoder:
         Raises:
             ImageError: an image cannot be read, or the processor refuses its shape.
         """
+        return self._load_images(images)[0]
+
+    def _load_images(self, images: Sequence[str]) -> tuple[dict[str, torch.Tensor], list[ImagePlace]]:
         if not images:
-            return {}
+            return {}, []
         pictures = [load_image(self.image_root, image) for image in images]
         try:
-            return self._preprocess(pictures)
+            return self.family.preprocess(self.processor, pictures)
         except ValueError as error:
             sizes = ", ".join(f"{p.width}x{p.height}" for p in pictures)
             raise ImageError(f"{', '.join(images)}: the image processor refuses it ({sizes} px): {error}") from error
 
-    def _preprocess(self, pictures: list[Image.Image]) -> dict[str, torch.Tensor]:
-        return dict(self.processor.image_processor(images=pictures, return_tensors="pt"))
-
     def stand_in(self) -> EncodedPrompt:
-        """A small black picture's placeholders and pixels, outside any prompt: see `collate_groups`."""
-        image_inputs = self._preprocess([Image.new("RGB", (STAND_IN_PIXELS, STAND_IN_PIXELS))])
-        (count,) = self.family.num_image_tokens(image_inputs)
-        return EncodedPrompt("stand-in", (self.image_token_id,) * count, image_inputs)
+        """A small black picture's image tokens and pixels, outside any prompt: see `collate_groups`."""
+        picture = Image.new("RGB", (STAND_IN_PIXELS, STAND_IN_PIXELS))
+        image_inputs, (place,) = self.family.preprocess(self.processor, [picture], smallest=True)
+        return EncodedPrompt("stand-in", (self.image_token_id,) * sum(place.runs), image_inputs)
 
-    def _encode_turns(self, prompt: Sequence[Turn]) -> list[int]:
-        """Token ids with one placeholder an image. Text that spells a control token is encoded as plain text."""
+    def _render(self, prompt: Sequence[Turn]) -> tuple[list[str], list[str]]:
+        """The rendered chat template, in which at odd places an index stands for a literal, and these literals.
+
+        A literal is a piece of somebody's text that spells a control token.
+        """
         literals: list[str] = []
 
         def protect(text: str) -> str:
@@ -168,7 +210,10 @@ class Encoder:
                     content.append({"type": "text", "text": protect("".join(part.text for part in parts))})
             messages.append({"role": turn.role, "content": content})
         rendered = self.processor.apply_chat_template(messages)
-        pieces = _LITERAL_RE.split(rendered)
+        return _LITERAL_RE.split(rendered), literals
+
+    def _tokenize(self, pieces: Sequence[str], literals: Sequence[str]) -> list[int]:
+        """Token ids of a rendered prompt; literals are encoded as plain text."""
         # BOS only where the tokenizer adds one and the template did not write it; what a tokenizer adds at the end of a
         # text (EOS) has no place in a prompt.
         bos, bos_id = self.tokenizer.bos_token, self.tokenizer.bos_token_id
@@ -183,14 +228,14 @@ class Encoder:
     def _encode_plain(self, text: str) -> list[int]:
         """Encodes text in which no control token exists, whatever it spells."""
         ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        if any(index in self.suppressed_token_ids or index == self.eos_token_id for index in ids):
+        if any(index in self.suppressed_token_ids or index in self.end_token_ids for index in ids):
             unknown = self.tokenizer.unk_token_id
-            control = set(self.suppressed_token_ids) | {self.eos_token_id}
+            control = {*self.suppressed_token_ids, *self.end_token_ids}
             ids = [index for index in ids if index not in control or index == unknown]
         return list(ids)
 
     def encode_completion(self, response: str) -> tuple[int, ...]:
-        """Token ids of an answer with EOS at its end; control tokens spelled in it are plain text."""
+        """Token ids of an answer with the token that ends it; control tokens spelled in it are plain text."""
         return (*self._encode_plain(response), self.eos_token_id)
 
     def encode_group(self, group: PreferenceGroup) -> EncodedGroup | Dropped:
@@ -236,4 +281,5 @@ def load_encoder(config: Config) -> Encoder:
     trust = config.model.trust_remote_code
     processor = load_processor(config.model.path, trust_remote_code=trust)
     model_config = AutoConfig.from_pretrained(config.model.path, trust_remote_code=trust)
-    return Encoder(processor, model_config, Path(config.data.image_root or "."), config.data.max_length_tokens)
+    image_root = Path(config.data.image_root or ".")
+    return Encoder(processor, model_config, image_root, config.data.max_length_tokens, config.model.share_prefix)

@@ -228,7 +228,7 @@ def generate_prompts(
         model,
         [prompt.prefix_ids for prompt in prompts],
         pad_token_id=encoder.pad_token_id,
-        eos_token_ids=[encoder.eos_token_id],
+        eos_token_ids=encoder.end_token_ids,
         suppressed_token_ids=encoder.suppressed_token_ids,
         max_new_tokens=max_new_tokens,
         temperature=temperature,

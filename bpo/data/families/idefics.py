@@ -1,0 +1,72 @@
+"""Idefics3 and SmolVLM: tiles named by row and column, then the whole image."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from bpo.data.families.base import ImagePlace, PlainPositions
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+class Idefics3(PlainPositions):
+    """Idefics3 (arXiv 2408.12637) and SmolVLM (arXiv 2504.05299).
+
+    The tags of rows and columns are special tokens in SmolVLM's tokenizer and plain text in Idefics3's, so they go into
+    the prompt as text.
+    """
+
+    vision_module = "model.vision_model"
+    projector_modules = ("model.connector",)
+    language_module = "model.text_model"
+    image_keys = ("pixel_values", "pixel_attention_mask")
+    processor_options = {"return_row_col_info": True}
+    smallest_options = {"do_image_splitting": False}
+    # After the connector, features are divided by prompts, as `pixel_values` says.
+    repeats_features = False
+
+    @property
+    def tokens_a_tile(self) -> int:
+        vision = self.config.vision_config
+        return (vision.image_size // vision.patch_size) ** 2 // self.config.scale_factor**2
+
+    def nested(self, pictures: Sequence[Image.Image]) -> list[Any]:
+        return [list(pictures)]
+
+    def num_image_tokens(self, outputs: dict[str, Any]) -> list[int]:
+        return [sum(place.runs) for place in self._places(outputs, "", "", "")]
+
+    def places(self, outputs: dict[str, Any], tokenizer: Any) -> list[ImagePlace]:
+        border = getattr(tokenizer, "fake_image_token", None) or "<fake_token_around_image>"
+        whole = getattr(tokenizer, "global_image_token", None) or "<global-img>"
+        return self._places(outputs, border, whole, tokenizer.convert_ids_to_tokens(self.image_token_id))
+
+    def _places(self, outputs: dict[str, Any], border: str, whole: str, image: str) -> list[ImagePlace]:
+        places = []
+        for rows, columns in zip(outputs["rows"][0], outputs["cols"][0], strict=True):
+            lines = [
+                "".join(f"{border}<row_{row}_col_{column}>{image}" for column in range(1, int(columns) + 1)) + "\n"
+                for row in range(1, int(rows) + 1)
+            ]
+            text = "".join(lines) + ("\n" if lines else "") + f"{border}{whole}{image}{border}"
+            places.append(ImagePlace(text, (self.tokens_a_tile,) * (int(rows) * int(columns) + 1)))
+        return places
+
+    def image_inputs(self, outputs: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """Tiles [1, tiles, channels, height, width]; all of one size, so that no tile and no pixel is padding."""
+        inputs = super().image_inputs(outputs)
+        if not inputs["pixel_attention_mask"].all():
+            raise ValueError(
+                "the image processor padded a tile; set its max_image_size.longest_edge to the vision tower's "
+                f"image_size, {self.config.vision_config.image_size}"
+            )
+        return inputs
+
+    def batch_image_inputs(self, image_inputs: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """All tiles as if one prompt had them: the features come out in order, and nothing is padded."""
+        keys = self.image_keys if image_inputs else ()
+        return {key: torch.cat([one[key] for one in image_inputs], dim=1) for key in keys}

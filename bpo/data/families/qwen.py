@@ -1,0 +1,75 @@
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: images at their own resolution, three-channel rotary positions.
+
+Shape letters: B sequences, T tokens, X position channels (3).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from bpo.data.families.base import Family
+
+
+class Qwen2VL(Family):
+    """Qwen2-VL (arXiv 2409.12191) and Qwen2.5-VL (arXiv 2502.13923): as many tokens as the image has merged patches."""
+
+    vision_module = "model.visual"
+    projector_modules: tuple[str, ...] = ("model.visual.merger",)
+    language_module = "model.language_model"
+    image_keys = ("pixel_values", "image_grid_thw")
+    # One call of the tower gives the merged features of all images; they are divided by `image_grid_thw` after it.
+    repeats_features = False
+
+    def num_image_tokens(self, outputs: dict[str, Any]) -> list[int]:
+        merge = self.config.vision_config.spatial_merge_size
+        return (outputs["image_grid_thw"].prod(-1) // merge**2).tolist()
+
+    def prefix_positions(self, prefix_ids_T: torch.Tensor, image_inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Text runs count on in all channels; an image's tokens take (t, row, column) from where the text stopped.
+
+        Equal to the model's `get_rope_index` (tested), without needing the model in the data workers.
+        """
+        merge = self.config.vision_config.spatial_merge_size
+        grids = iter(image_inputs["image_grid_thw"].tolist() if image_inputs else [])
+        is_image_T = (prefix_ids_T == self.image_token_id).tolist()
+        runs: list[torch.Tensor] = []
+        start = position = 0
+        while start < len(is_image_T):
+            if is_image_T[start]:
+                frames, rows, columns = next(grids)
+                rows, columns = rows // merge, columns // merge
+                t, h, w = torch.meshgrid(torch.arange(frames), torch.arange(rows), torch.arange(columns), indexing="ij")
+                runs.append(torch.stack([t.flatten(), h.flatten(), w.flatten()]) + position)
+                start += frames * rows * columns
+                position += max(rows, columns)
+            else:
+                end = next((i for i in range(start, len(is_image_T)) if is_image_T[i]), len(is_image_T))
+                runs.append((torch.arange(end - start) + position).expand(3, -1))
+                position += end - start
+                start = end
+        return torch.cat(runs, dim=1)
+
+    def generation_inputs(self, input_ids_BT: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"mm_token_type_ids": (input_ids_BT == self.image_token_id).int()}
+
+    def noise_like(self, pixel_values: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        # A row is (channel, frame, height, width) of one patch, and a still image fills all frames with the same
+        # pixels: it must get the same noise in all of them, or averaging over frames would take half of it away.
+        vision = self.config.vision_config
+        frames, patch = vision.temporal_patch_size, vision.patch_size
+        rows = pixel_values.shape[0]
+        channels = pixel_values.shape[1] // (frames * patch * patch)
+        still = torch.randn((rows, channels, 1, patch * patch), generator=generator, dtype=torch.float32)
+        return still.expand(-1, -1, frames, -1).reshape(pixel_values.shape)
+
+
+class Qwen3VL(Qwen2VL):
+    """Qwen3-VL: features of earlier layers of the tower are added after the first layers of the language model.
+
+    Its timestamps concern videos only; an image's positions are those of Qwen2.5-VL, and which channel a rotary
+    frequency takes (interleaved here) is the model's affair.
+    """
+
+    projector_modules = ("model.visual.merger", "model.visual.deepstack_merger_list")
