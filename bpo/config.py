@@ -16,7 +16,8 @@ class ModelConfig:
         path: Directory (or hub id) that `AutoModelForImageTextToText.from_pretrained` reads.
         dtype: Weights and activations: float32, bfloat16 or float16; `config` takes what the model's config says.
         vision_attention: Attention implementation of the vision tower, as transformers names it.
-        gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
+        gradient_checkpointing: What the backward pass computes again: `none`; `full`, whole layers, of which it keeps
+            the inputs; `selective`, all but matrix products and attention. true means full, false none.
         share_prefix: `auto` computes image and prompt once for all completions of a group where the model's attention
             allows it; `never` gives each completion its own copy, in padded rows: same results, more work.
         trust_remote_code: Run code that comes with the model. Leave it off for models you did not write.
@@ -25,9 +26,13 @@ class ModelConfig:
     path: str = ""
     dtype: Literal["float32", "bfloat16", "float16", "config"] = "bfloat16"
     vision_attention: str = "sdpa"
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Literal["none", "full", "selective"] | bool = "none"
     share_prefix: Literal["auto", "never"] = "auto"
     trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.gradient_checkpointing, bool):
+            self.gradient_checkpointing = "full" if self.gradient_checkpointing else "none"
 
 
 @dataclass(kw_only=True)

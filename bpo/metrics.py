@@ -55,7 +55,7 @@ class StepSums:
         batch: GroupBatch,
     ) -> None:
         """Adds a micro-batch; a filler's pairs have weight 0 and count nowhere."""
-        if not bool(weight_P.any()):
+        if batch.is_filler:
             return
         logp_C = inputs.sequence_sum(inputs.policy_logp_N)
         chosen, rejected = inputs.pairs_P2.unbind(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,7 @@ from bpo.data.formats import read_groups
 from bpo.data.groups import GroupDataset, MeasuredGroup, iterate_micro_batches, write_dropped
 from bpo.data.lengths import MeasuredLengths, encoder_fingerprint, lengths_directory
 from bpo.data.plan import PlannedStep, plan_balance, plan_steps, split_into_micro_batches
+from bpo.data.transfer import on_device
 from bpo.engine import TrainingEngine, barrier, from_rank_0, gather_from_ranks
 from bpo.launch import Ranks
 from bpo.model.reference import ReferenceStore, open_or_create
@@ -211,7 +213,7 @@ def _reference_pass(
     share = sum(tokens[g] for groups, _ in mine for g in groups)
     hidden = not engine.ranks.is_main
     with tqdm(total=share, unit="tok", unit_scale=True, desc="reference log-probs", disable=hidden) as progress:
-        for batch in micro_batches(config, data, mine, engine):
+        for batch in on_device(micro_batches(config, data, mine, engine), engine.device, engine.dtype):
             _store_batch(store, batch, engine.reference_logp(batch))
             progress.update(batch.input_ids_T.numel())
     name = store.close()
@@ -221,8 +223,8 @@ def _reference_pass(
 
 
 def _store_batch(store: ReferenceStore, batch: GroupBatch, logp_N: torch.Tensor) -> None:
-    if not bool(batch.pair_weight_P.any()):
-        return  # a filler: its group is computed by the rank that owns it
+    if batch.is_filler:
+        return  # its group is computed by the rank that owns it
     logp_N = logp_N.cpu()  # once a batch: each copy waits for the device
     first = 0
     # Not strict: the layout may end in a stand-in image, a prefix that is nobody's and has no completions.
@@ -235,7 +237,7 @@ def _store_batch(store: ReferenceStore, batch: GroupBatch, logp_N: torch.Tensor)
 def micro_batches(
     config: Config, data: TrainingData, batches: list[tuple[Any, bool]], engine: TrainingEngine
 ) -> Iterator[GroupBatch]:
-    """This rank's micro-batches, given as (planned groups, is_filler)."""
+    """This rank's micro-batches, given as (planned groups, is_filler), in host memory."""
     indices = [([data.usable[g] for g in groups], is_filler) for groups, is_filler in batches]
     return iterate_micro_batches(
         data.dataset,
@@ -247,16 +249,33 @@ def micro_batches(
     )
 
 
+@dataclass(frozen=True)
+class StepBatches:
+    """This rank's micro-batches of one step, taken from their source as they are needed; to be read once, in turn.
+
+    A list would make the first wait for the last, and let the worker processes idle while the step is computed.
+    """
+
+    count: int
+    source: Iterator[GroupBatch]
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[GroupBatch]:
+        return itertools.islice(self.source, self.count)
+
+
 def training_batches(
     config: Config, data: TrainingData, steps: list[PlannedStep], store: ReferenceStore, engine: TrainingEngine
-) -> Iterator[list[GroupBatch]]:
-    """For every step, this rank's micro-batches with their reference log-probs."""
+) -> Iterator[StepBatches]:
+    """For every step, this rank's micro-batches with their reference log-probs, on the device."""
     rank = engine.ranks.rank
     flat = [pair for s in steps for pair in zip(s.micro_batches[rank], s.is_filler[rank], strict=True)]
-    batches = micro_batches(config, data, flat, engine)
+    with_reference = (
+        replace(batch, reference_logp_N=store.gather(batch.reference_keys))
+        for batch in micro_batches(config, data, flat, engine)
+    )
+    source = on_device(with_reference, engine.device, engine.dtype)
     for step in steps:
-        yield [_with_reference(next(batches), store) for _ in step.micro_batches[rank]]
-
-
-def _with_reference(batch: GroupBatch, store: ReferenceStore) -> GroupBatch:
-    return replace(batch, reference_logp_N=store.gather(batch.reference_keys))
+        yield StepBatches(len(step.micro_batches[rank]), source)

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:  # reading and writing records needs no torch
+    from collections.abc import Callable
+
     import torch
 
 Role = Literal["system", "user", "assistant"]
@@ -113,8 +115,9 @@ class GroupBatch:
     completion_of_token_N: index into the C completions of this batch.
     completion_starts_C1: [C + 1] where each completion's tokens begin among the N, and N at the end.
     pairs_P2: (preferred, dispreferred) completion indices.
-    pair_weight_P: 1, or 0 in a batch that only keeps a rank in step with the others.
+    pair_weight_P: 1, or 0 in a filler: a batch that only keeps a rank in step with the others.
     reference_logp_N: fp32 log-probs of the reference, or None while they are being computed.
+    is_filler: all pairs have weight 0; known here without a look at the device.
     """
 
     group_ids: tuple[str, ...]
@@ -130,15 +133,34 @@ class GroupBatch:
     pair_weight_P: torch.Tensor
     reference_logp_N: torch.Tensor | None = None
     reference_keys: tuple[str, ...] = field(default=())
+    is_filler: bool = False
 
     def pin_memory(self) -> GroupBatch:
         """The same batch in page-locked memory; a DataLoader with `pin_memory` calls it, for asynchronous copies."""
-        pinned: dict[str, Any] = {"image_inputs": {k: v.pin_memory() for k, v in self.image_inputs.items()}}
+        return self._with_tensors(lambda tensor: tensor.pin_memory())
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> GroupBatch:
+        """The batch on a device, pixels in `dtype`; asynchronous from page-locked memory to a GPU.
+
+        What is there already is not copied. Pixels change their dtype on the device: `Tensor.to(device, dtype)` would
+        convert them on the host first, in memory that is not page-locked.
+        """
+        moved = self._with_tensors(lambda tensor: tensor.to(device, non_blocking=True))
+        pixels = {k: v.to(dtype) if v.is_floating_point() else v for k, v in moved.image_inputs.items()}
+        return replace(moved, image_inputs=pixels)
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Every tensor of the batch."""
+        values = [*self.image_inputs.values(), *(getattr(self, entry.name) for entry in fields(self))]
+        return [value for value in values if hasattr(value, "pin_memory")]
+
+    def _with_tensors(self, change: Callable[[torch.Tensor], torch.Tensor]) -> GroupBatch:
+        changed: dict[str, Any] = {"image_inputs": {name: change(value) for name, value in self.image_inputs.items()}}
         for entry in fields(self):
             value = getattr(self, entry.name)
-            if hasattr(value, "pin_memory"):
-                pinned[entry.name] = value.pin_memory()
-        return replace(self, **pinned)
+            if hasattr(value, "pin_memory"):  # a tensor; importing torch here would slow every command down
+                changed[entry.name] = change(value)
+        return replace(self, **changed)
 
     @property
     def num_completions(self) -> int:

@@ -28,7 +28,7 @@ from bpo.model.attention import packed_layout
 from bpo.model.load import load_model, resolve_dtype
 from bpo.model.policy import PolicyModel
 from bpo.model.trainable import prepare_trainable
-from bpo.preparation import fill_reference_store, measure_groups, plan_training, training_batches
+from bpo.preparation import StepBatches, fill_reference_store, measure_groups, plan_training, training_batches
 from bpo.records import GroupBatch
 from bpo.run_record import write_run_record
 from bpo.safeguards import (
@@ -44,25 +44,26 @@ logger = logging.getLogger(__name__)
 
 
 def run_step(
-    trainer: engine.TrainingEngine, batches: list[GroupBatch], config: Config, num_pairs: int, step: int
+    trainer: engine.TrainingEngine, batches: StepBatches | list[GroupBatch], config: Config, num_pairs: int, step: int
 ) -> StepSums:
     """Forward and backward of one optimizer step on this rank: loss = mean over all pairs of the global batch."""
     sums = StepSums.zero()
-    for k, batch in enumerate(batches):
+    for k, host_batch in enumerate(batches):
+        batch = host_batch.to(trainer.device, trainer.dtype)  # no copy where the loader has made it
         seed_micro_batch(config.train.seed, step, k, trainer.ranks.rank)
         assert batch.reference_logp_N is not None
         with packed_layout(batch.layout):
             constants = {
-                "reference_logp_N": batch.reference_logp_N.to(trainer.device),
-                "completion_of_token_N": batch.completion_of_token_N.to(trainer.device),
-                "completion_starts_C1": batch.completion_starts_C1.to(trainer.device),
+                "reference_logp_N": batch.reference_logp_N,
+                "completion_of_token_N": batch.completion_of_token_N,
+                "completion_starts_C1": batch.completion_starts_C1,
                 "num_completions": batch.num_completions,
-                "pairs_P2": batch.pairs_P2.to(trainer.device),
+                "pairs_P2": batch.pairs_P2,
             }
             inputs, output = losses.with_loss(functools.partial(trainer.forward, batch), constants, config.loss)
             nll_P = losses.chosen_nll(inputs)
             loss_P = output.loss_P + config.loss.chosen_nll_weight * nll_P
-            weight_P = batch.pair_weight_P.to(trainer.device)
+            weight_P = batch.pair_weight_P
             trainer.backward((loss_P * weight_P).sum() / num_pairs, is_last=k == len(batches) - 1)
         sums.add(loss_P, output, nll_P, inputs, weight_P, batch)
         if step == 0:

@@ -37,6 +37,7 @@ def add(sums: StepSums, losses: list[float], rewards: list[tuple[float, float]],
         completion_starts_C1=torch.arange(2 * num_pairs + 1),
         pairs_P2=pairs_P2,
         pair_weight_P=torch.full((num_pairs,), 0.0 if is_filler else 1.0),
+        is_filler=is_filler,
     )
     loss_P, reward_P2 = torch.tensor(losses), torch.tensor(rewards)
     output = LossOutput(loss_P / 2, reward_P2[:, 0], reward_P2[:, 1])

@@ -107,6 +107,7 @@ def collate_groups(
         completion_starts_C1=torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.long),
         pairs_P2=torch.tensor(row.pairs, dtype=torch.long).reshape(-1, 2),
         pair_weight_P=torch.full((len(row.pairs),), 0.0 if is_filler else 1.0),
+        is_filler=is_filler,
         reference_keys=tuple(reference_keys),
     )
 

@@ -10,6 +10,7 @@ import torch
 from bpo.config import ModelConfig
 from bpo.data.families import family_of
 from bpo.model import attention
+from bpo.model.recompute import checkpoint_layers
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +50,6 @@ def load_model(config: ModelConfig, device: torch.device | None = None, *, for_t
     )
     if for_training:
         model.config.use_cache = False
-        if config.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_layers(model, str(config.gradient_checkpointing))
         return model
     return model.to(device or torch.device("cpu")).eval()

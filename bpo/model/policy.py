@@ -47,10 +47,6 @@ class PolicyModel(torch.nn.Module):
 
 def model_inputs(batch: GroupBatch, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """The keyword arguments of `PolicyModel.forward`, on the device; pixels in the model's dtype."""
-    images = {
-        key: value.to(device, dtype if value.is_floating_point() else None, non_blocking=True)
-        for key, value in batch.image_inputs.items()
-    }
-    names = ("input_ids_T", "position_ids_XT", "predictor_rows_N", "target_N")
-    tensors = {name: getattr(batch, name).to(device, non_blocking=True) for name in names}
-    return {**tensors, "image_inputs": images}
+    there = batch.to(device, dtype)
+    names = ("input_ids_T", "position_ids_XT", "predictor_rows_N", "target_N", "image_inputs")
+    return {name: getattr(there, name) for name in names}

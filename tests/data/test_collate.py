@@ -71,6 +71,7 @@ def test_filler_is_the_same_work_that_counts_nothing(encoder: Encoder, encoded: 
     real, filler = (collate_groups(encoded, encoder.family, is_filler=flag) for flag in (False, True))
     assert torch.equal(real.input_ids_T, filler.input_ids_T)
     assert real.pair_weight_P.tolist() == [1.0] * 4 and filler.pair_weight_P.tolist() == [0.0] * 4
+    assert filler.is_filler and not real.is_filler
 
 
 def test_reference_key_follows_images_and_tokens_only(encoded: list[EncodedGroup]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -37,7 +38,7 @@ def text_only(encoder: Encoder) -> list[EncodedGroup]:
     return encode_all(encoder, groups)
 
 
-def policy_of(directory: Path, trainable: TrainableConfig, checkpointing: bool = False) -> PolicyModel:
+def policy_of(directory: Path, trainable: TrainableConfig, checkpointing: Any = False) -> PolicyModel:
     options = ModelConfig(path=str(directory), dtype="float32", gradient_checkpointing=checkpointing)
     config = Config(model=options, trainable=trainable, lora=LoraConfig(r=2, alpha=4, dropout=0.0))
     model = load_model(options, for_training=True)
@@ -79,28 +80,61 @@ def test_a_stand_in_image_runs_the_tower_and_changes_nothing(directory, encoder,
     assert {n for n, g in with_images.items() if g is None} == {n for n, g in gradients.items() if g is None}
 
 
-def test_features_of_a_frozen_tower_are_computed_without_a_graph(directory: Path, encoder: Encoder) -> None:
-    """Else every activation of the tower would be kept for a backward pass that trains nothing."""
-    policy = policy_of(directory, TrainableConfig(language="lora", projector="full", vision="frozen"))
+@pytest.mark.parametrize("language", ["lora", "full"])
+@pytest.mark.parametrize("checkpointing", ["none", "full", "selective"])
+def test_a_frozen_tower_builds_no_graph_and_keeps_nothing(directory, encoder, checkpointing: str, language) -> None:
+    """Else every activation of the tower would be kept for a backward pass that trains nothing.
+
+    transformers' own switch for checkpointing asks the patch embedding for gradients, and would bring it about.
+    """
+    trainable = TrainableConfig(language=language, projector="full", vision="frozen")
+    policy = policy_of(directory, trainable, checkpointing)
     tower = policy.model.get_submodule(encoder.family.vision_module)
     projector = policy.model.get_submodule(encoder.family.projector_modules[0])
-    frozen = {
-        m for m in tower.modules() if m not in set(projector.modules()) and next(m.parameters(), None) is not None
-    }
-    frozen = {m for m in frozen if not any(p.requires_grad for p in m.parameters())}
+    learning = set(projector.modules())
+    frozen = [m for m in tower.modules() if m not in learning and not any(p.requires_grad for p in m.parameters())]
     outputs: list[torch.Tensor] = []
+    saved_before_projector: list[tuple[int, ...]] = []
+    projected: list[torch.Tensor] = []
 
     def keep(module: torch.nn.Module, inputs: object, output: object) -> None:
         values = output if isinstance(output, tuple) else [output]
         outputs.extend(one for one in values if isinstance(one, torch.Tensor))
 
+    def save(tensor: torch.Tensor) -> torch.Tensor:
+        if outputs and not projected:
+            saved_before_projector.append(tuple(tensor.shape))
+        return tensor
+
     handles = [module.register_forward_hook(keep) for module in frozen]
-    learning: list[torch.Tensor] = []
-    handles.append(projector.register_forward_hook(lambda module, inputs, output: learning.append(output)))
-    _, gradients = trained(policy, collate_groups(encode_all(encoder, three_groups()), encoder.family))
+    started: list[int] = []
+    handles.append(projector.register_forward_pre_hook(lambda *_: started.append(len(saved_before_projector))))
+    handles.append(projector.register_forward_hook(lambda module, inputs, output: projected.append(output)))
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+        _, gradients = trained(policy, collate_groups(encode_all(encoder, three_groups()), encoder.family))
     for handle in handles:
         handle.remove()
     assert len(outputs) > 10
     assert all(one.grad_fn is None and not one.requires_grad for one in outputs)
-    assert learning[0].requires_grad
+    assert started == [0]
+    assert projected[0].requires_grad
     assert all(gradient is not None and gradient.any() for name, gradient in gradients.items() if "projector" in name)
+
+
+def test_the_tower_runs_once_a_micro_batch_and_sees_each_image_of_a_group_once(directory, encoder) -> None:
+    """Three completions or two, a group's images are encoded once; recomputation does not run the tower again."""
+    policy = policy_of(directory, TrainableConfig(language="lora", projector="full", vision="frozen"), "full")
+    tower = policy.model.get_submodule(encoder.family.vision_module)
+    seen: list[int] = []
+    name = "image_grid_thw" if encoder.family.config.model_type == "qwen2_5_vl" else "pixel_values"
+
+    def count(module: torch.nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:
+        grid = kwargs.get("grid_thw")
+        seen.append(len(inputs[0] if inputs and grid is None else kwargs["pixel_values"] if grid is None else grid))
+
+    handle = tower.register_forward_hook(count, with_kwargs=True)
+    batch = collate_groups(encode_all(encoder, three_groups()), encoder.family)
+    trained(policy, batch)
+    handle.remove()
+    assert len(batch.image_inputs[name]) == 4  # one image, two images, one image
+    assert seen == [4]

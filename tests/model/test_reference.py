@@ -157,9 +157,7 @@ def test_a_shard_of_another_store_is_refused(tmp_path: Path) -> None:
 
 def test_the_first_format_is_refused_with_the_way_out(tmp_path: Path) -> None:
     (tmp_path / "fingerprint.json").write_text(json.dumps(FINGERPRINT))
-    with pytest.raises(
-        ReferenceStoreError, match=r"format 1; .* writes format 2. Remove it, or give train.reference_dir"
-    ):
+    with pytest.raises(ReferenceStoreError, match=r"format 1; .* writes format 2. Remove it, or give "):
         ReferenceStore(tmp_path, FINGERPRINT)
 
 

@@ -1,0 +1,151 @@
+"""Gradient checkpointing of decoder layers: what the backward pass computes again instead of keeping it.
+
+`full` keeps a layer's input alone. `selective` also keeps the results of matrix products and attention, so that only
+what is cheap runs twice: norms, rotations, activation functions, gates, dropout and residual sums.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.checkpoint import checkpoint
+
+# Batched products (`bmm`) are not among them: inside a layer only attention's mathematical fallback has any, and their
+# results are square in the length.
+_PRODUCTS = {"aten::mm", "aten::addmm", "aten::linear", "aten::_scaled_mm", "flex_attention"}
+_ATTENTION = (
+    "aten::_scaled_dot_product_",
+    "aten::_flash_attention_forward",
+    "aten::_efficient_attention_forward",
+    "flash_attn::",
+    "flash_attn_3::",
+    "torch_attn::",
+)
+
+
+@functools.cache
+def is_costly(op: Any) -> bool:
+    """Whether `selective` keeps the results of an operator (a `torch._ops.OpOverload`) of a layer's forward pass."""
+    name = op.name()
+    return name.split(".")[0] in _PRODUCTS or name.startswith(_ATTENTION)
+
+
+class _Keep(TorchDispatchMode):
+    """Records the results of costly operators, in their order."""
+
+    def __init__(self, results: dict[Any, list[Any]]):
+        super().__init__()
+        self.results = results
+        self.record_of_storage: dict[int, tuple[list[Any], int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        schema = getattr(func, "_schema", None)  # higher-order operators have none
+        if schema is not None and schema.is_mutable:
+            self._copy_before_write(schema, args, kwargs)
+        out = func(*args, **kwargs)
+        if is_costly(func):
+            recorded = self.results[func]
+            # Detached: the tensor itself is about to get this forward pass's graph.
+            recorded.append(tree_map_only(torch.Tensor, torch.Tensor.detach, out))
+            for tensor in tree_leaves(out):
+                if isinstance(tensor, torch.Tensor):
+                    self.record_of_storage[tensor.untyped_storage()._cdata] = (recorded, len(recorded) - 1)
+        return out
+
+    def _copy_before_write(self, schema: Any, args: Any, kwargs: Any) -> None:
+        """Records anew what is about to be overwritten: so do DeepSpeed's linear layers of ZeRO-3 with their bias."""
+        for i, argument in enumerate(schema.arguments):
+            if argument.alias_info is None or not argument.alias_info.is_write:
+                continue
+            for tensor in tree_leaves(kwargs.get(argument.name, args[i] if i < len(args) else None)):
+                if isinstance(tensor, torch.Tensor):
+                    record = self.record_of_storage.pop(tensor.untyped_storage()._cdata, None)
+                    if record is not None:
+                        recorded, call = record
+                        recorded[call] = tree_map_only(torch.Tensor, torch.Tensor.clone, recorded[call])
+
+
+class _Replay(TorchDispatchMode):
+    """Gives each recorded result back, once, in place of its computation; a second backward pass computes them."""
+
+    def __init__(self, results: dict[Any, list[Any]]):
+        super().__init__()
+        self.results = results
+        self.num_calls: Counter[Any] = Counter()
+
+    def __enter__(self) -> _Replay:
+        self.num_calls.clear()  # checkpoint stops early: a pass may have left the last results unused
+        return super().__enter__()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if is_costly(func):
+            recorded, call = self.results.get(func, []), self.num_calls[func]
+            self.num_calls[func] += 1
+            if call < len(recorded) and recorded[call] is not None:
+                result, recorded[call] = recorded[call], None  # no longer kept than it is needed
+                return result
+        return func(*args, **(kwargs or {}))
+
+
+def selective_contexts() -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
+    """The pair of contexts that `torch.utils.checkpoint.checkpoint(context_fn=...)` takes, for one layer's pass.
+
+    Not `create_selective_checkpoint_contexts`: it insists that the recomputation calls the operators of the forward
+    pass one for one, and under ZeRO-3 the hooks inside a layer gather in the one what is there already in the other.
+    """
+    results: dict[Any, list[Any]] = defaultdict(list)
+    return _Keep(results), _Replay(results)
+
+
+def _run_layer(
+    layer: torch.nn.Module, context_fn: Callable[[], Any] | None, function: Callable[..., Any], *args: Any
+) -> Any:
+    learns = any(p.requires_grad for p in layer.parameters())
+    if not learns and not any(isinstance(a, torch.Tensor) and a.requires_grad for a in args):
+        return function(*args)  # a frozen tower: there is no graph to keep anything for
+    options: dict[str, Any] = {} if context_fn is None else {"context_fn": context_fn}
+    return checkpoint(function, *args, use_reentrant=False, **options)
+
+
+def checkpoint_layers(model: Any, mode: str) -> None:
+    """Makes every layer of `model` recompute in its backward pass, as `model.gradient_checkpointing` says.
+
+    Layers are told one by one, as transformers' own switch also asks the embeddings for gradients, those of the vision
+    tower included: a frozen tower would then keep every activation and run a backward pass that trains nothing.
+
+    Args:
+        model: A transformers model.
+        mode: `none`, `full` or `selective`.
+
+    Raises:
+        ValueError: no layer of the model can be checkpointed; or `selective` meets attention dropout, whose random
+            numbers the recomputation would not draw, so that every later dropout of the layer got another mask.
+    """
+    if mode == "none":
+        return
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        raise ValueError(
+            f"{type(model).__name__} has no layers that can be recomputed; set model.gradient_checkpointing to none"
+        )
+    if mode == "selective":
+        configs = [config for config in (getattr(m, "config", None) for m in model.modules()) if config is not None]
+        if dropout := max((getattr(config, "attention_dropout", 0.0) or 0.0 for config in configs), default=0.0):
+            raise ValueError(
+                f"the model's attention_dropout is {dropout}: model.gradient_checkpointing=selective keeps attention's "
+                "results and cannot repeat its dropout; use full, or set attention_dropout to 0 in the model's config"
+            )
+    context_fn = selective_contexts if mode == "selective" else None
+    for layer in layers:
+        layer.gradient_checkpointing = True
+        layer._gradient_checkpointing_func = functools.partial(_run_layer, layer, context_fn)

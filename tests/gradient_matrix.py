@@ -1,0 +1,90 @@
+"""First-step gradients of many divisions of one batch: `deepspeed tests/gradient_matrix.py DIR CASE...`.
+
+A case is MODEL:STAGE:TOKENS[:CHECKPOINTING], for instance llava:3:300 or llava:3:300:selective. Writes DIR/N-CASE.pt:
+the loss, every gradient in full, and in which micro-batches of each rank an image stood in for none. Starting a process
+group costs more than a case.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.utils import safe_get_full_grad
+
+from bpo import engine
+from bpo.config import Config, DataConfig, LossConfig, ModelConfig, TrainableConfig, TrainConfig
+from bpo.data.encode import load_encoder
+from bpo.launch import Ranks, ranks_from_environment, setup_logging
+from bpo.metrics import step_metrics
+from bpo.model.load import load_model
+from bpo.model.policy import PolicyModel
+from bpo.model.trainable import prepare_trainable
+from bpo.preparation import fill_reference_store, measure_groups, plan_training, training_batches
+from bpo.train import run_step
+
+# Policy and reference differ, so that every pair has a loss and a gradient of its own.
+REFERENCE_SCALE = 0.9
+
+
+def config_of(root: Path, case: str) -> Config:
+    model, stage, max_tokens, checkpointing = [*case.split(":"), "none"][:4]
+    ds_config = root / f"stage{stage}.json"
+    zero = {"stage": int(stage), "stage3_param_persistence_threshold": 0}
+    ds_config.write_text(json.dumps({"zero_optimization": zero}))
+    return Config(
+        model=ModelConfig(path=str(root / model), dtype="float32", gradient_checkpointing=checkpointing),
+        data=DataConfig(
+            groups=str(root / "groups.jsonl"), image_root=str(root / "images"), num_workers=0, text_only="keep"
+        ),
+        trainable=TrainableConfig(language="full", vision="full"),
+        loss=LossConfig(beta=0.5, chosen_nll_weight=0.1),
+        train=TrainConfig(
+            output_dir=str(root / model),  # one reference store a model
+            ds_config=str(ds_config),
+            groups_per_step=10**6,
+            epochs=1,
+            max_micro_batch_tokens=int(max_tokens),
+        ),
+    )
+
+
+def first_step(config: Config, ranks: Ranks) -> dict[str, Any]:
+    encoder = load_encoder(config)
+    data = measure_groups(config, encoder, ranks, engine.gather_from_ranks)
+    (step,) = plan_training(config, data, ranks)
+    settings = engine.deepspeed_config(config, torch.float32, len(step.micro_batches[0]))
+    with engine.partitioned_loading(settings):
+        model = load_model(config.model, for_training=True)
+    prepare_trainable(model, encoder.family, config)
+    trainer = engine.TrainingEngine(PolicyModel(model), encoder.family, config, settings, ranks)
+    store = fill_reference_store(config, trainer, data)
+    (batches,) = training_batches(config, data, [step], store, trainer)
+    batches = [replace(one, reference_logp_N=REFERENCE_SCALE * one.reference_logp_N) for one in batches]
+    num_stand_ins = [len(one.layout.prefix_spans) - len(one.group_ids) for one in batches]
+    sums = run_step(trainer, batches, config, data.num_pairs(step.groups), step=1)
+    return {
+        "loss": step_metrics(trainer.sum_over_ranks(sums.flat()))["loss"],
+        "gradients": {name: safe_get_full_grad(p) for name, p in trainer.policy.model.named_parameters()},
+        "stand_ins": engine.gather_from_ranks(num_stand_ins),
+    }
+
+
+def main() -> None:
+    root, *cases = [a for a in sys.argv[1:] if not a.startswith("--")]
+    ranks = ranks_from_environment()
+    setup_logging(ranks)
+    engine.init_distributed(ranks)
+    for case in cases:
+        result = first_step(config_of(Path(root), case), ranks)
+        if ranks.is_main:
+            torch.save(result, Path(root) / f"{ranks.world_size}-{case}.pt")
+    engine.shut_down()
+
+
+if __name__ == "__main__":
+    main()
