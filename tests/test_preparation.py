@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import json
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
-from bpo.config import Config, TrainConfig
+from bpo import preparation
+from bpo.config import Config, DataConfig, ModelConfig, TrainConfig
+from bpo.data import encode
 from bpo.data.encode import Encoder
 from bpo.data.groups import GroupDataset, MeasuredGroup
 from bpo.launch import Ranks
-from bpo.preparation import TrainingData, plan_training
-from bpo.records import PreferenceGroup
-from tests.sample_groups import encoder_of, group, turn
+from bpo.model import reference_format
+from bpo.preparation import TrainingData, fill_reference_store, measure_groups, plan_training, training_batches
+from bpo.records import GroupBatch, PreferenceGroup
+from tests.sample_groups import PHOTOS, encoder_of, group, turn
 
 
 @pytest.fixture(scope="module")
@@ -65,3 +74,125 @@ def test_a_micro_batch_keeps_room_for_the_stand_in_where_a_group_has_no_image(en
     assert len(mixed.micro_batches[0]) == 2
     (wider,) = plan_training(config_of(3, 304), data_of(encoder, [100] * 3, text_only), ranks)
     assert len(wider.micro_batches[0]) == 1
+
+
+NUM_GROUPS = 12
+
+
+@pytest.fixture
+def run(tiny_llava_dir: Path, photo_root: Path, tmp_path: Path) -> Config:
+    """Twelve groups, four of each picture, in steps of six groups and micro-batches of about two."""
+    with (tmp_path / "groups.jsonl").open("w") as file:
+        for i in range(NUM_GROUPS):
+            completions = [{"response": f"{k} {i}", "score": int(k == "yes"), "type": "gt"} for k in ("yes", "no")]
+            images = [list(PHOTOS)[i % len(PHOTOS)]]
+            file.write(json.dumps({"id": f"g{i}", "images": images, "prompt": "?", "completions": completions}) + "\n")
+    return Config(
+        model=ModelConfig(path=str(tiny_llava_dir), dtype="float32"),
+        data=DataConfig(groups=str(tmp_path / "groups.jsonl"), image_root=str(photo_root), num_workers=0),
+        train=TrainConfig(
+            output_dir=str(tmp_path / "run"), groups_per_step=6, epochs=1, max_micro_batch_tokens=90, max_steps=1
+        ),
+    )
+
+
+class EngineWithoutModel:
+    """What the preparation asks of an engine; its log-prob of a token is minus the token's id."""
+
+    device, dtype = torch.device("cpu"), torch.float32
+
+    def __init__(self, ranks: Ranks = Ranks(0, 1, 0), killed_after: int = 10**9):  # noqa: B008
+        self.ranks = ranks
+        self.killed_after = killed_after
+        self.computed: list[str] = []
+
+    def reference_logp(self, batch: GroupBatch) -> torch.Tensor:
+        if self.killed_after == 0:
+            raise KeyboardInterrupt
+        self.killed_after -= 1
+        self.computed += batch.group_ids
+        return -batch.target_N.float()
+
+
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often this process has decoded each picture."""
+    counts: Counter[str] = Counter()
+    load: Callable[..., Any] = encode.load_image
+
+    def counted(root: Path, image: str) -> Any:
+        counts[image] += 1
+        return load(root, image)
+
+    monkeypatch.setattr(encode, "load_image", counted)
+    return counts
+
+
+NO_STORE: Any = SimpleNamespace(gather=lambda keys: torch.zeros(1))
+
+
+def test_a_step_decodes_each_image_of_its_groups_once_and_only_when_it_is_needed(run: Config, decoded) -> None:
+    data = measure_groups(run, encode.load_encoder(run), Ranks(), lambda mine: [mine])
+    assert sum(decoded.values()) == NUM_GROUPS
+    decoded.clear()
+    expected: Counter[str] = Counter()
+    for rank in (0, 1):
+        engine: Any = EngineWithoutModel(Ranks(rank, 2, rank))
+        (step,) = plan_training(run, data, engine.ranks)
+        own = [g for micro_batch in step.micro_batches[rank] for g in micro_batch]
+        assert not any(step.is_filler[rank]) and len(step.micro_batches[rank]) > 1
+        (batches,) = training_batches(run, data, [step], NO_STORE, engine)
+        before = sum(decoded.values())
+        for k, batch in enumerate(batches):
+            before += len(batch.group_ids)
+            assert sum(decoded.values()) == before, k  # none of the micro-batches that follow
+        assert len(batches) == k + 1 and batch.image_inputs["pixel_values"].shape[0] == len(batch.group_ids)
+        expected.update(image for g in own for image in data.dataset.groups[data.usable[g]].images)
+    assert decoded == expected and sum(expected.values()) == 6
+
+
+def test_worker_processes_decode_and_give_the_same_batches(run: Config, decoded) -> None:
+    data = measure_groups(run, encode.load_encoder(run), Ranks(), lambda mine: [mine])
+    engine: Any = EngineWithoutModel()
+    steps = plan_training(run, data, engine.ranks)
+    in_line = [batch for step in training_batches(run, data, steps, NO_STORE, engine) for batch in step]
+    decoded.clear()
+    run.data.num_workers = 1
+    by_workers = [batch for step in training_batches(run, data, steps, NO_STORE, engine) for batch in step]
+    assert not decoded  # here, in the process that trains
+    assert [one.group_ids for one in by_workers] == [one.group_ids for one in in_line]
+    for one, other in zip(by_workers, in_line, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one.tensors(), other.tensors(), strict=True))
+
+
+def test_an_interrupted_reference_pass_is_completed(run: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was computed before the kill stays; a changed record is computed anew, and nothing else."""
+    monkeypatch.setattr(preparation, "from_rank_0", lambda make: make())
+    monkeypatch.setattr(preparation, "gather_from_ranks", lambda item: [item])
+    monkeypatch.setattr(preparation, "barrier", lambda: None)
+    monkeypatch.setattr(reference_format, "COMMIT_EVERY_S", 0.0)
+    run.train.reference_micro_batch_tokens = 90
+    everyone = {f"g{i}" for i in range(NUM_GROUPS)}
+
+    def passed(killed_after: int = 10**9) -> list[str]:
+        data = measure_groups(run, encode.load_encoder(run), Ranks(), lambda mine: [mine])
+        engine: Any = EngineWithoutModel(killed_after=killed_after)
+        try:
+            store = fill_reference_store(run, engine, data)
+        except KeyboardInterrupt:
+            return engine.computed
+        assert len(store) >= NUM_GROUPS
+        steps = plan_training(run, data, engine.ranks)
+        for batches in training_batches(run, data, steps, store, engine):
+            for batch in batches:
+                assert batch.reference_logp_N is not None
+                assert torch.equal(batch.reference_logp_N, -batch.target_N.float())
+        return engine.computed
+
+    before = passed(killed_after=2)
+    after = passed()
+    assert len(before) > 2 and sorted(before + after) == sorted(everyone)
+    assert passed() == []
+    groups = Path(run.data.groups)
+    groups.write_text(groups.read_text().replace("yes 7", "certainly 7"))
+    assert passed() == ["g7"]

@@ -16,6 +16,8 @@ import pytest
 from PIL import Image
 from tiny import tiny_llava, tiny_qwen
 
+from bpo.refs import inspect_store
+
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = "red blue green dog cat tree car one two three left right near under a the".split()
 BIN = Path(sys.executable).parent
@@ -119,6 +121,13 @@ def test_resumed_run_repeats_the_unbroken_one_bit_for_bit(matrix: Path) -> None:
     assert [m["step"] for m in resumed] == list(range(1, 9))
     deterministic = [k for k in unbroken[0] if "second" not in k]
     assert [[m[k] for k in deterministic] for m in resumed] == [[m[k] for k in deterministic] for m in unbroken]
+
+
+def test_every_rank_writes_a_share_of_the_reference(matrix: Path) -> None:
+    summary = inspect_store(matrix / "zero2" / "reference")
+    share = {str(one["name"])[:9]: one["num_entries"] for one in summary.shards}
+    assert share.keys() == {"rank00000", "rank00001"} and min(share.values()) >= 4
+    assert summary.num_entries == 16 and summary.num_duplicates == 0
 
 
 def test_metrics_have_the_standard_names(matrix: Path) -> None:
