@@ -88,7 +88,7 @@ setup(
     packages=[*find_packages(include=["bpo", "bpo.*"]), "bpo_kernels", "bpo_ds_configs"],
     package_dir={"bpo_kernels": "kernels", "bpo_ds_configs": "ds_configs"},
     package_data={
-        "bpo": ["recipes/*.yaml", "bootstrap/prompts/*", "demo/assets/**", "demo/prompts/*", "evaluation/assets/**"],
+        "bpo": ["recipes/*.yaml", "bootstrap/prompts/*", "bootstrap/lexicon/*", "demo/assets/**", "demo/prompts/*", "evaluation/assets/**"],
         "bpo_kernels": ["*.md"],
         "bpo_ds_configs": ["*.json", "*.md"],
     },

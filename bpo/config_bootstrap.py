@@ -84,6 +84,37 @@ class InjectConfig:
 
 
 @dataclass(kw_only=True)
+class ValidateConfig:
+    """When a negative is refused, beside what is always refused: empty, broken, cut off, or the annotation itself.
+
+    Attributes:
+        min_changed_words: Least number of words in which it differs from the annotation.
+        max_changed_share: Largest share of words in which an injected error may differ; 1 sets no bound.
+        min_length_ratio: Least words against the annotation's, both counted with 8 words more.
+        max_length_ratio: Most words against the annotation's, both counted with 8 words more.
+        require_real_change: Refuse what changes style alone: no object, attribute, count, relation or unknown word.
+        same_language: Refuse another script or, where function words tell, another language than the annotation's.
+        lexicon: Your own file of objects, attributes ... in place of bpo/bootstrap/lexicon/en.yaml, of the same form.
+    """
+
+    min_changed_words: int = 1
+    max_changed_share: float = 1.0
+    min_length_ratio: float = 0.1
+    max_length_ratio: float = 10.0
+    require_real_change: bool = True
+    same_language: bool = True
+    lexicon: str = ""
+
+    def __post_init__(self) -> None:
+        check(self.min_changed_words >= 0, "bootstrap.validate.min_changed_words must be 0 or more")
+        check(0 < self.max_changed_share <= 1, "bootstrap.validate.max_changed_share must lie in (0, 1]")
+        check(
+            0 <= self.min_length_ratio <= 1 <= self.max_length_ratio,
+            "bootstrap.validate: min_length_ratio must lie in [0, 1] and max_length_ratio be 1 or more",
+        )
+
+
+@dataclass(kw_only=True)
 class BootstrapConfig:
     """How negatives are made from annotations.
 
@@ -91,6 +122,7 @@ class BootstrapConfig:
         sources: Which negatives to make: weaken, inject, unweakened (the model's answer to the clean image, a control).
         weaken: Options of the weakened image.
         inject: Options of the injected errors.
+        validate: When a negative is refused.
         batch_size: Answers generated at a time.
         seed: With the record's id it decides noise and sampling.
         limit: Use only the first so many annotations; 0 takes all.
@@ -101,6 +133,7 @@ class BootstrapConfig:
     sources: list[Literal["weaken", "inject", "unweakened"]] = field(default_factory=lambda: ["weaken", "inject"])
     weaken: WeakenConfig = field(default_factory=WeakenConfig)
     inject: InjectConfig = field(default_factory=InjectConfig)
+    validate: ValidateConfig = field(default_factory=ValidateConfig)
     batch_size: int = 16
     seed: int = 0
     limit: int = 0

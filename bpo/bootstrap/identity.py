@@ -32,6 +32,9 @@ def job_identity(config: Config) -> dict[str, Any]:
         "bootstrap.seed": options.seed,
         "bootstrap.sources": sorted(options.sources),
     }
+    identity |= {f"bootstrap.validate.{name}": value for name, value in asdict(options.validate).items()}
+    lexicon = options.validate.lexicon
+    identity["bootstrap.validate.lexicon (content)"] = _digest(Path(lexicon).read_bytes()) if lexicon else None
     if {"weaken", "unweakened"} & set(options.sources):
         identity |= {f"bootstrap.weaken.{name}": value for name, value in asdict(options.weaken).items()}
     if "inject" in options.sources:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from bpo.bootstrap.parts import Outcome, write_atomically
-from bpo.bootstrap.validate import annotation_refusal
+from bpo.bootstrap.validate import REASONS, annotation_refusal, content_key
 from bpo.config import Config
 from bpo.data.formats import group_to_json
 from bpo.records import Annotation, Completion, PreferenceGroup, Provenance
@@ -71,7 +71,9 @@ def merge(
     groups_path = Path(config.data.groups)
     groups, refused, quarantined = [], [], []
     for annotation in annotations:
-        of_record = [outcomes[key] for s in config.bootstrap.sources if (key := (s, annotation.id)) in outcomes]
+        of_record = without_duplicates(
+            [outcomes[key] for s in config.bootstrap.sources if (key := (s, annotation.id)) in outcomes]
+        )
         refused += _refusals(annotation, of_record, config.data.max_completion_words)
         quarantined += _quarantine(annotation, of_record)
         group = build_group(annotation, of_record, config.data.max_completion_words)
@@ -115,12 +117,27 @@ def build_group(annotation: Annotation, outcomes: Sequence[Outcome], max_words: 
     return PreferenceGroup(annotation.id, annotation.images, annotation.prompt, (gt, *negatives))
 
 
+def without_duplicates(outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """The outcomes of one record, in which of kept completions with the same content only the first stays kept."""
+    first: dict[tuple[str, ...], str] = {}
+    judged = []
+    for outcome in outcomes:
+        if outcome.status == "kept":
+            source = first.setdefault(content_key(outcome.text), outcome.source)
+            if source != outcome.source:
+                detail = f"says what the negative of `{source}` says"
+                outcome = replace(outcome, status="refused", reason="duplicate", detail=detail)
+        judged.append(outcome)
+    return judged
+
+
 def _refusals(annotation: Annotation, outcomes: Sequence[Outcome], max_words: int) -> list[dict[str, Any]]:
     reason = annotation_refusal(annotation.response, max_words=max_words)
     if reason:
-        return [{"id": annotation.id, "source": "annotation", "reason": reason, "text": annotation.response}]
+        refused = {"id": annotation.id, "source": "annotation", "reason": reason, "detail": REASONS[reason]}
+        return [refused | {"text": annotation.response}]
     return [
-        {"id": o.record_id, "source": o.source, "reason": o.reason, "text": o.text}
+        {"id": o.record_id, "source": o.source, "reason": o.reason, "detail": o.detail, "text": o.text}
         for o in outcomes
         if o.status == "refused"
     ]

@@ -34,6 +34,7 @@ class Outcome:
             (the record itself cannot be used, such as an unreadable image).
         text: The completion, kept or refused.
         reason: The validator's reason, or the error.
+        detail: What the validator found in this text.
     """
 
     record_id: str
@@ -42,6 +43,7 @@ class Outcome:
     text: str = ""
     reason: str = ""
     provenance: Provenance | None = None
+    detail: str = ""
 
     @property
     def key(self) -> tuple[str, str]:
@@ -55,13 +57,14 @@ class Outcome:
             "text": self.text,
             "reason": self.reason,
             "provenance": self.provenance.to_json() if self.provenance else None,
+            "detail": self.detail,
         }
         return json.dumps(fields, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
 
     @classmethod
     def from_json(cls, obj: dict[str, Any]) -> Outcome:
         provenance = Provenance(**obj["provenance"]) if obj["provenance"] else None
-        return cls(obj["id"], obj["source"], obj["status"], obj["text"], obj["reason"], provenance)
+        return cls(obj["id"], obj["source"], obj["status"], obj["text"], obj["reason"], provenance, obj["detail"])
 
 
 class PartWriter:

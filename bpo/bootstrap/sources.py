@@ -15,7 +15,7 @@ from bpo.bootstrap.inject import InjectionRequest, Mode, build_request, choose_m
 from bpo.bootstrap.merge import PROVENANCE_SOURCES
 from bpo.bootstrap.parts import Outcome
 from bpo.bootstrap.seeds import derive_seed
-from bpo.bootstrap.validate import refusal
+from bpo.bootstrap.validate import Refusal, refusal
 from bpo.bootstrap.weaken import NO_NOISE, answer_weakened
 from bpo.config import Config
 from bpo.data.encode import EncodedPrompt, Encoder, EncodingError
@@ -79,8 +79,14 @@ class ImageAnswers:
             max_new_tokens=options.max_new_tokens,
         )
         max_words = self.config.data.max_completion_words
-        reason = refusal(answer, annotation, max_words=max_words, special_tokens=self._special_tokens)
-        return Outcome(record_id, self.source, "refused" if reason else "kept", answer, reason or "", provenance)
+        refused = refusal(
+            answer,
+            annotation,
+            max_words=max_words,
+            special_tokens=self._special_tokens,
+            options=self.config.bootstrap.validate,
+        )
+        return judged(record_id, self.source, answer, refused, provenance)
 
 
 class InjectedErrors:
@@ -128,12 +134,15 @@ class InjectedErrors:
         if reply.error:
             return Outcome(annotation.id, self.source, "failed", reason=reply.error)
         text, went_on = clean_rewriting(reply.text, annotation.response)
-        reason = refusal(
+        refused = refusal(
             text,
             annotation.response,
             max_words=self.config.data.max_completion_words,
             special_tokens=self._special_tokens,
             finished=reply.finished or went_on,
+            options=self.config.bootstrap.validate,
+            # An answer to a question about another image need not keep a word of the annotation.
+            is_rewriting=mode == "description",
         )
         options = self.config.bootstrap.inject
         provenance = Provenance(
@@ -145,7 +154,14 @@ class InjectedErrors:
             top_p=options.top_p,
             max_new_tokens=request.max_new_tokens,
         )
-        return Outcome(annotation.id, self.source, "refused" if reason else "kept", text, reason or "", provenance)
+        return judged(annotation.id, self.source, text, refused, provenance)
+
+
+def judged(record_id: str, source: str, text: str, refused: Refusal | None, provenance: Provenance) -> Outcome:
+    """The outcome of a completion that was made, kept or refused."""
+    if refused is None:
+        return Outcome(record_id, source, "kept", text, provenance=provenance)
+    return Outcome(record_id, source, "refused", text, refused.reason, provenance, refused.detail)
 
 
 def special_tokens_of(encoder: Encoder) -> tuple[str, ...]:

@@ -8,7 +8,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 from itertools import groupby
+
+from bpo.bootstrap.changes import find_changes, language_of, load_lexicon
+from bpo.config_bootstrap import ValidateConfig
 
 # Spellings of image places in common model families, beside the special tokens of the model in use.
 KNOWN_PLACEHOLDERS = (
@@ -22,15 +26,24 @@ KNOWN_PLACEHOLDERS = (
     "<|vision_end|>",
     "<image_placeholder>",
 )
-REASONS = (
-    "empty",
-    "unfinished",
-    "too-long",
-    "placeholder",
-    "degenerate",
-    "unchanged",
-    "same-content",
-)
+# Reason -> what it means, in the order in which they are looked for.
+REASONS = {
+    "empty": "there is no text",
+    "unfinished": "generation ended at its budget, not by itself",
+    "too-long": "longer than data.max_completion_words",
+    "placeholder": "it spells an image placeholder or a control token",
+    "degenerate": "broken text: loops, or little but punctuation",
+    "unchanged": "it is the annotation",
+    "same-content": "the annotation's words in another order, case or punctuation",
+    "length-ratio": "far shorter or longer than the annotation",
+    "language": "in another language or script than the annotation",
+    "few-changes": "fewer changed words than bootstrap.validate.min_changed_words",
+    "other-text": "more of it changed than bootstrap.validate.max_changed_share",
+    "no-real-change": "only its style changed: no object, attribute, count or relation",
+    "duplicate": "another negative of the group says the same",
+}
+# Counted on both sides of a ratio of lengths: "Yes." and a sentence may stand against each other.
+_FREE_WORDS = 8
 
 _MAX_LOOP_WORDS = 8
 _MAX_LOOP_REPEATS = 3
@@ -74,6 +87,14 @@ def is_degenerate(text: str) -> bool:
     return bool(_CHARACTER_LOOP.search(text)) or any(_loops(words, size) for size in range(1, _MAX_LOOP_WORDS + 1))
 
 
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why a completion is refused: one of `REASONS`, and what was found in this one."""
+
+    reason: str
+    detail: str
+
+
 def refusal(
     response: str,
     annotation: str,
@@ -81,7 +102,9 @@ def refusal(
     max_words: int,
     special_tokens: Iterable[str] = (),
     finished: bool = True,
-) -> str | None:
+    options: ValidateConfig | None = None,
+    is_rewriting: bool = False,
+) -> Refusal | None:
     """The reason to refuse a negative, the first of `REASONS` that holds, or None.
 
     Args:
@@ -90,23 +113,46 @@ def refusal(
         max_words: Longest completion in words.
         special_tokens: Control tokens of the model in use, as text.
         finished: False where generation was cut off before the text ended.
+        options: Thresholds; None takes the defaults.
+        is_rewriting: Whether the completion was made from the annotation; only then is how much changed bounded above.
     """
     text = response.strip()
     if not text:
-        return "empty"
+        return Refusal("empty", REASONS["empty"])
     if not finished:
-        return "unfinished"
-    if count_words(text) > max_words:
-        return "too-long"
+        return Refusal("unfinished", REASONS["unfinished"])
+    if (num_words := count_words(text)) > max_words:
+        return Refusal("too-long", f"{num_words} words; data.max_completion_words is {max_words}")
     if has_placeholder(text, special_tokens):
-        return "placeholder"
+        return Refusal("placeholder", REASONS["placeholder"])
     # An annotation may be a table or a line of digits: what it does, the negative may do.
     if is_degenerate(text) and not is_degenerate(annotation):
-        return "degenerate"
+        return Refusal("degenerate", REASONS["degenerate"])
     if text == annotation.strip():
-        return "unchanged"
+        return Refusal("unchanged", REASONS["unchanged"])
     if content_key(text) == content_key(annotation):
-        return "same-content"
+        return Refusal("same-content", REASONS["same-content"])
+    return _compared(text, annotation, options or ValidateConfig(), is_rewriting)
+
+
+def _compared(text: str, annotation: str, options: ValidateConfig, is_rewriting: bool) -> Refusal | None:
+    """The checks that measure how far a completion is from its annotation."""
+    ratio = (count_words(text) + _FREE_WORDS) / (count_words(annotation) + _FREE_WORDS)
+    if not options.min_length_ratio <= ratio <= options.max_length_ratio:
+        bounds = f"{options.min_length_ratio:g}..{options.max_length_ratio:g}"
+        return Refusal("length-ratio", f"{ratio:.2f} of the annotation's length ({bounds}, {_FREE_WORDS} words free)")
+    if options.same_language:
+        for ours, theirs in zip(language_of(text), language_of(annotation), strict=True):
+            if ours is not None and theirs is not None and ours != theirs:
+                return Refusal("language", f"{ours}; the annotation is {theirs}")
+    changes = find_changes(annotation, text, load_lexicon(options.lexicon))
+    if changes.distance < options.min_changed_words:
+        return Refusal("few-changes", f"{changes.distance} words changed; at least {options.min_changed_words} must")
+    if is_rewriting and changes.share > options.max_changed_share:
+        return Refusal("other-text", f"{changes.share:.2f} of it changed; at most {options.max_changed_share:g} may")
+    if options.require_real_change and not changes.kinds:
+        added, dropped = " ".join(changes.added) or "-", " ".join(changes.dropped) or "-"
+        return Refusal("no-real-change", f"added: {added}; dropped: {dropped}")
     return None
 
 

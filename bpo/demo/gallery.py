@@ -15,7 +15,7 @@ from bpo.data.formats import read_groups
 from bpo.data.images import load_image
 from bpo.demo.report import EvaluationExample, MarkedAnswer, TrainingExample, mark_answer
 from bpo.evaluation.files import read_synonyms
-from bpo.evaluation.lexicon import ObjectLexicon
+from bpo.data.lexicon import ObjectLexicon
 from bpo.records import Completion, PreferenceGroup
 
 if TYPE_CHECKING:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from bpo.bootstrap.validate import annotation_refusal, is_degenerate, refusal
+from bpo.bootstrap.validate import REASONS, annotation_refusal, is_degenerate, refusal
+from bpo.config_bootstrap import ValidateConfig
 
 ANNOTATION = "A photo with a rock and a leaf."
 
 
 def why(response: str, annotation: str = ANNOTATION, **options: object) -> str | None:
-    return refusal(response, annotation, **{"max_words": 350, **options})  # type: ignore[arg-type]
+    found = refusal(response, annotation, **{"max_words": 350, **options})  # type: ignore[arg-type]
+    return found.reason if found else None
 
 
 @pytest.mark.parametrize(
@@ -33,7 +35,7 @@ def why(response: str, annotation: str = ANNOTATION, **options: object) -> str |
         ("It is veryveryveryveryveryveryveryvery big.", "degenerate"),
         ("a b c a b d a b c a b d a c b a c a b c d a b c d a b", "degenerate"),
         (" ".join(str(n) for n in range(351)), "too-long"),
-        (" ".join(str(n) for n in range(350)), None),
+        (" ".join(str(n) for n in range(350)), "length-ratio"),
     ],
 )
 def test_reason(response: str, reason: str | None) -> None:
@@ -82,3 +84,50 @@ def test_annotations() -> None:
     assert annotation_refusal("fine", max_words=350) is None
     assert annotation_refusal(" ", max_words=350) == "empty"
     assert annotation_refusal("word " * 351, max_words=350) == "too-long"
+
+
+@pytest.mark.parametrize(
+    ("response", "annotation", "reason"),
+    [
+        ("The man rides a bicycle.", "A man rides a bike.", "no-real-change"),
+        ("A very beautiful photo is shown with a rock and a leaf.", ANNOTATION, "no-real-change"),
+        ("In the photo there seem to be a rock and also a leaf.", ANNOTATION, None),  # `in` is a relation
+        ("A man rides a horse.", "A man rides a bike.", None),
+        ("Two red cars.", "Two blue cars.", None),
+        ("Two dogs and a cat.", "Three dogs and a cat.", None),
+        ("A cup under the table.", "A cup on the table.", None),
+        ("No, it is not.", "Yes, it is.", None),
+        ("An okapi eats hay.", "A quagga eats hay.", None),  # a lexicon is never complete
+        ("Il y a un chien et une femme sur la plage.", "There is a dog and a woman on the beach.", "language"),
+        ("一只猫在草地上。", "A cat on the grass.", "language"),
+        ("Yes.", "Yes, there is a dog on the left of the two cars.", None),
+        ("A dog. " + " ".join(f"word{n}" for n in range(200)), "A cat.", "length-ratio"),
+        ("A dog.", " ".join(f"word{n}" for n in range(200)), "length-ratio"),
+    ],
+)
+def test_only_a_real_change_is_kept(response: str, annotation: str, reason: str | None) -> None:
+    assert why(response, annotation) == reason
+
+
+def test_thresholds_are_options() -> None:
+    def strict(response: str, *, is_rewriting: bool = True, **options: object) -> str | None:
+        return why(response, options=ValidateConfig(**options), is_rewriting=is_rewriting)  # type: ignore[arg-type]
+
+    one_word = "A photo with a rock and a tree."
+    assert strict(one_word, min_changed_words=2) == "few-changes"
+    assert strict(one_word, min_changed_words=1) is None
+    other = "Three dogs run along the beach today."
+    assert strict(other, max_changed_share=0.5) == "other-text"
+    assert strict(other, max_changed_share=0.5, is_rewriting=False) is None
+    styled = "A very nice photo with a rock and a leaf."
+    assert strict(styled) == "no-real-change"
+    assert strict(styled, require_real_change=False) is None
+    assert strict("Une photo avec le chat et la table.", same_language=False) is None
+    assert strict("A photo.", min_length_ratio=0.9) == "length-ratio"
+
+
+def test_a_refusal_says_what_was_found() -> None:
+    found = refusal("The man rides a bicycle.", "A man rides a bike.", max_words=350)
+    assert found is not None and found.detail == "added: the; dropped: a"
+    long = refusal("one two three four", "five", max_words=3)
+    assert long is not None and "4 words" in long.detail and long.reason in REASONS

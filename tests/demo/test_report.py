@@ -32,7 +32,7 @@ from bpo.demo.report import (
     read_curves,
     write_report,
 )
-from bpo.evaluation.lexicon import build_lexicon
+from bpo.data.lexicon import build_lexicon
 
 LEXICON = build_lexicon([["rock", "stone"], ["leaf"], ["tree"], ["cup", "mug"], ["bed"]])
 PRESENT = frozenset({"rock", "leaf"})

@@ -7,7 +7,7 @@ import logging
 import pytest
 
 from bpo.evaluation.chair import present_objects, score_descriptions
-from bpo.evaluation.lexicon import ObjectLexicon, build_lexicon, singular_forms
+from bpo.data.lexicon import ObjectLexicon, build_lexicon, singular_forms
 
 COCO_LINES = [
     "person, girl, boy, man, woman, child, baby, passenger",

@@ -11,7 +11,7 @@ from PIL import Image
 from bpo.config import Config, DataConfig, EvaluationConfig, ModelConfig
 from bpo.data.images import ImageError
 from bpo.evaluation.chair import score_descriptions
-from bpo.evaluation.lexicon import build_lexicon
+from bpo.data.lexicon import build_lexicon
 from bpo.evaluation.pope import PopeQuestion, score_answers
 from bpo.evaluation.run import EvaluationResult, format_table, run_evaluation
 from tests.tiny import tiny_llava, tiny_qwen

@@ -1,0 +1,186 @@
+"""What a negative changes against its annotation: which words came and went, and whether that changes what is seen.
+
+A lexicon sorts the changed words into objects, attributes, counts, relations and polarity, knows names of one object as
+one, and knows the words whose change alone changes nothing. What it does not know counts as a change: a lexicon is
+never complete, and a true error refused is lost while a harmless pair costs little.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from difflib import SequenceMatcher
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from bpo.data.lexicon import ObjectLexicon, build_lexicon, singular_forms
+
+Kind = Literal["object", "attribute", "count", "relation", "polarity", "other"]
+_LISTS: dict[str, Kind] = {
+    "attributes": "attribute",
+    "counts": "count",
+    "relations": "relation",
+    "polarity": "polarity",
+}
+_SCRIPTS = (
+    ("latin", r"[A-Za-z\u00c0-\u024f]"),
+    ("cyrillic", r"[\u0400-\u04ff]"),
+    ("greek", r"[\u0370-\u03ff]"),
+    ("arabic", r"[\u0600-\u06ff]"),
+    ("hebrew", r"[\u0590-\u05ff]"),
+    ("devanagari", r"[\u0900-\u097f]"),
+    ("thai", r"[\u0e00-\u0e7f]"),
+    ("hangul", r"[\u1100-\u11ff\uac00-\ud7af]"),
+    ("cjk", r"[\u3040-\u30ff\u3400-\u9fff]"),
+)
+_WORD_RE = re.compile(r"\d+(?:[.,]\d+)*|[^\W\d_]+(?:['’-][^\W\d_]+)*")
+
+
+@dataclass(frozen=True)
+class ChangeLexicon:
+    """Objects with their names, the kind of every other known word, and the words that change nothing."""
+
+    objects: ObjectLexicon
+    kind_of_word: Mapping[str, Kind]
+    style: frozenset[str]
+
+    def kind(self, word: str) -> Kind | None:
+        """What a word speaks of; None for a word whose change alone changes nothing."""
+        if word[:1].isdigit():
+            return "count"
+        for form in (word, *singular_forms(word)):
+            if form in self.kind_of_word:
+                return self.kind_of_word[form]
+            if self.objects.canonical(form):
+                return "object"
+        return None if word in self.style else "other"
+
+    def meaning(self, word: str) -> str:
+        """One spelling for all forms and names of a thing: `bikes` and `bicycle` are equal."""
+        return self.objects.canonical(word) or next(
+            (name for form in singular_forms(word) if (name := self.objects.canonical(form))), word
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """How a negative differs from its annotation.
+
+    Attributes:
+        added: Words that only the negative has, as aligned, in order.
+        dropped: Words that only the annotation has.
+        kinds: Of what they speak; empty where only the form changed.
+        distance: Words to insert, delete or replace (of the alignment that difflib finds: never less than the least).
+        share: `distance` over the words of the longer text, at most 1.
+        objects_added: Objects of the lexicon that only the negative names.
+        objects_dropped: Objects of the lexicon that only the annotation names.
+    """
+
+    added: tuple[str, ...]
+    dropped: tuple[str, ...]
+    kinds: frozenset[Kind]
+    distance: int
+    share: float
+    objects_added: tuple[str, ...]
+    objects_dropped: tuple[str, ...]
+
+
+def words_of(text: str) -> list[str]:
+    """Case-folded words and numbers; where there are none, the pieces between white space."""
+    return _WORD_RE.findall(text.casefold()) or text.casefold().split()
+
+
+def find_changes(annotation: str, response: str, lexicon: ChangeLexicon) -> Changes:
+    """Aligns both texts word by word and sorts what differs."""
+    before, after = words_of(annotation), words_of(response)
+    added: list[str] = []
+    dropped: list[str] = []
+    distance = 0
+    # Aligned by meaning, so that another name of the same thing is no change.
+    matcher = SequenceMatcher(
+        None, [lexicon.meaning(w) for w in before], [lexicon.meaning(w) for w in after], autojunk=False
+    )
+    for tag, start, end, other_start, other_end in matcher.get_opcodes():
+        if tag != "equal":
+            dropped += before[start:end]
+            added += after[other_start:other_end]
+            distance += max(end - start, other_end - other_start)
+    # A word that only moved is no change of content.
+    gone = Counter(map(lexicon.meaning, dropped))
+    come = Counter(map(lexicon.meaning, added))
+    differing = (gone - come) + (come - gone)
+    named_before = dict.fromkeys(mention.object for mention in lexicon.objects.mentions(annotation))
+    named_after = dict.fromkeys(mention.object for mention in lexicon.objects.mentions(response))
+    return Changes(
+        added=tuple(added),
+        dropped=tuple(dropped),
+        kinds=frozenset(kind for word in differing if (kind := lexicon.kind(word))),
+        distance=distance,
+        share=min(1.0, distance / max(len(before), len(after), 1)),
+        objects_added=tuple(name for name in named_after if name not in named_before),
+        objects_dropped=tuple(name for name in named_before if name not in named_after),
+    )
+
+
+@cache
+def load_lexicon(path: str = "") -> ChangeLexicon:
+    """The shipped English lexicon, or a file of the same form.
+
+    Raises:
+        ValueError: the file is missing or has another form; names the file and what it needs.
+    """
+    where = path or "bpo/bootstrap/lexicon/en.yaml"
+    tree = _read(path, "en.yaml")
+    try:
+        objects = build_lexicon([[name.strip() for name in line.split(",")] for line in tree["objects"]])
+        kinds: dict[str, Kind] = {}
+        for section, kind in _LISTS.items():
+            for entry in tree[section]:
+                kinds |= {word.strip().casefold(): kind for word in entry.split(",")}
+        style = frozenset(word.casefold() for word in tree["style"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{where}: {type(error).__name__} {error}; it needs the lists objects, {', '.join(_LISTS)} and style, all "
+            "of text (quote yes, no and numbers)"
+        ) from error
+    return ChangeLexicon(objects, kinds, style)
+
+
+@cache
+def _function_words() -> dict[str, frozenset[str]]:
+    return {language: frozenset(words) for language, words in _read("", "function_words.yaml").items()}
+
+
+def language_of(text: str) -> tuple[str | None, str | None]:
+    """The script of most of a text's letters, and the language where the script is Latin and function words tell.
+
+    A language counts where at least 3 of its function words stand in the text, and more than of any other language.
+    """
+    counts = {name: len(re.findall(pattern, text)) for name, pattern in _SCRIPTS}
+    script = max(counts, key=lambda name: counts[name])
+    if not counts[script] or script != "latin":
+        return (script if counts[script] else None), None
+    words = words_of(text)
+    known = {name: sum(word in those for word in words) for name, those in _function_words().items()}
+    best, second = sorted(known, key=lambda name: known[name], reverse=True)[:2]
+    return script, (best if known[best] >= 3 and known[best] > known[second] else None)
+
+
+def _read(path: str, shipped: str) -> dict[str, Any]:
+    try:
+        if not path:
+            text = files("bpo.bootstrap").joinpath("lexicon").joinpath(shipped).read_text(encoding="utf-8")
+        else:
+            text = Path(path).read_text(encoding="utf-8")
+        tree = yaml.safe_load(text)
+    except (OSError, yaml.YAMLError) as error:
+        raise ValueError(f"bootstrap.validate.lexicon {path}: {error}") from error
+    if not isinstance(tree, dict):
+        raise ValueError(f"bootstrap.validate.lexicon {path}: write a YAML mapping, as bpo/bootstrap/lexicon/en.yaml")
+    return tree
