@@ -180,6 +180,7 @@ class TrainConfig:
         rehash_weights: Hash the model's files at start even where path, size, time and inode are as they were.
         first_loss_tolerance: Allowed gap between the first step's loss and its value for policy = reference;
             0 takes 1e-4 in float32 and 2e-2 in half precision.
+        peak_tflops: Peak of one device in TFLOP/s, which MFU is a share of; 0 looks the device's name up.
     """
 
     output_dir: str = "runs/train"
@@ -207,6 +208,7 @@ class TrainConfig:
     reference_micro_batch_tokens: int = 0
     rehash_weights: bool = False
     first_loss_tolerance: float = 0.0
+    peak_tflops: float = 0.0
 
     def __post_init__(self) -> None:
         check(self.epochs >= 1, f"train.epochs is {self.epochs}; it must be at least 1")
@@ -229,6 +231,7 @@ class TrainConfig:
             "weight_decay",
             "reference_micro_batch_tokens",
             "first_loss_tolerance",
+            "peak_tflops",
         ):
             check(getattr(self, name) >= 0, f"train.{name} is {getattr(self, name)}; it must be 0 or more")
 

@@ -6,14 +6,15 @@ Shape letters: P pairs, C completions, N response tokens.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from bpo.flops import ModelFlops
 from bpo.losses import LossInputs, LossOutput
-from bpo.records import GroupBatch
+from bpo.records import GroupBatch, Work
 
 _NAMES = (
     "loss",
@@ -35,6 +36,7 @@ class StepSums:
     values: list[float]
     num_pairs: float = 0.0
     num_tokens: float = 0.0
+    work: Work = field(default_factory=Work)
     reference_gap: float = 0.0
     expected_first_loss: float = 0.0
     groups: list[str] = field(default_factory=list)
@@ -74,6 +76,7 @@ class StepSums:
             self.values[i] += float((column_P.double() * weight_P).sum())
         self.num_pairs += float(weight_P.sum())
         self.num_tokens += batch.input_ids_T.numel()
+        self.work += batch.work
         self.groups.extend(batch.group_ids)
         if not bool(torch.isfinite(total_loss_P).all()):
             self.non_finite_groups.extend(_groups_of(batch, inputs.pairs_P2[~torch.isfinite(total_loss_P), 0]))
@@ -81,7 +84,7 @@ class StepSums:
         self.reference_gap = max(self.reference_gap, float(gap))
 
     def flat(self) -> list[float]:
-        return [*self.values, self.num_pairs, self.num_tokens]
+        return [*self.values, self.num_pairs, self.num_tokens, *map(float, astuple(self.work))]
 
 
 def _groups_of(batch: GroupBatch, completions: torch.Tensor) -> list[str]:
@@ -96,10 +99,34 @@ def step_metrics(flat: list[float]) -> dict[str, float]:
     return {name: value / pairs for name, value in zip(_NAMES, flat, strict=False)}
 
 
-def step_rates(flat: list[float], seconds: float) -> dict[str, float]:
-    """Throughput of a step over all ranks: pairs of the batch, and packed tokens through the language model."""
-    num_pairs, num_tokens = flat[-2:]
-    return {"pairs_per_second": num_pairs / seconds, "tokens_per_second": num_tokens / seconds, "step_seconds": seconds}
+def step_rates(
+    flat: list[float], seconds: float, flops: ModelFlops | None = None, peak_flops: float | None = None
+) -> dict[str, float]:
+    """Throughput of a step over all ranks, from the flat sums of all ranks.
+
+    Args:
+        flat: Sums of `StepSums.flat` over the ranks.
+        seconds: From the step's first forward pass to the end of the optimizer's step.
+        flops: Of the model; adds `model_tflops_per_second`, useful FLOPs only (bpo/flops.py).
+        peak_flops: FLOP/s of all devices together; adds `mfu`, the share of it that was useful.
+
+    Returns:
+        `tokens_per_second` counts packed tokens through the language model, `useful_tokens_per_second` those of groups
+        alone: a stand-in image, padding and repeated prefixes are in the first and not in the second.
+    """
+    num_pairs, num_tokens = flat[len(_NAMES) : len(_NAMES) + 2]
+    work = Work(*map(int, flat[len(_NAMES) + 2 :]))
+    rates = {
+        "pairs_per_second": num_pairs / seconds,
+        "tokens_per_second": num_tokens / seconds,
+        "useful_tokens_per_second": work.tokens / seconds,
+        "step_seconds": seconds,
+    }
+    if flops is not None:
+        rates["model_tflops_per_second"] = flops.step(work) / seconds / 1e12
+        if peak_flops:
+            rates["mfu"] = flops.step(work) / seconds / peak_flops
+    return rates
 
 
 class MetricsWriter:

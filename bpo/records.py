@@ -98,6 +98,7 @@ class PackedLayout:
     Spans are half-open `(start, end)` in the row, ascending and without gaps:
     prefix_0, its completions, prefix_1, its completions, ...
     A last prefix without completions, beyond those of the groups, carries a stand-in image (`collate_groups`).
+    In a batch of separate sequences there are gaps: padding, and the prefix's copies for all completions but the first.
     """
 
     prefix_spans: tuple[tuple[int, int], ...]
@@ -105,8 +106,35 @@ class PackedLayout:
 
 
 @dataclass(frozen=True, slots=True)
+class Work:
+    """What a micro-batch (or a step) brings to compute: rows of each part of the model, and pairs that attend.
+
+    tokens: packed tokens through the language model.
+    responses: rows that reach the LM head.
+    image_tokens: rows of the projector's output.
+    pairs: (query, key) pairs of the language model's attention, in one layer and one head.
+    patches: rows of the vision tower, class tokens included.
+    patch_pairs, patch_window_pairs: pairs of its attention in layers over whole images, and in layers over windows.
+    """
+
+    tokens: int = 0
+    responses: int = 0
+    image_tokens: int = 0
+    pairs: int = 0
+    patches: int = 0
+    patch_pairs: int = 0
+    patch_window_pairs: int = 0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(*(getattr(self, one.name) + getattr(other, one.name) for one in fields(self)))
+
+
+@dataclass(frozen=True, slots=True)
 class GroupBatch:
     """Several groups packed into one row without padding: the unit of one forward pass.
+
+    Where the model cannot share prefixes, T counts the tokens of padded rows [prefix | completion], one row after the
+    other; `sequence_inputs` then hold their attention mask [B, T / B].
 
     input_ids_T: token ids, image placeholders expanded.
     position_ids_XT: [1, T], or [3, T] for multimodal rotary positions; restart after the prefix for each completion.
@@ -118,6 +146,10 @@ class GroupBatch:
     pair_weight_P: 1, or 0 in a filler: a batch that only keeps a rank in step with the others.
     reference_logp_N: fp32 log-probs of the reference, or None while they are being computed.
     is_filler: all pairs have weight 0; known here without a look at the device.
+    work: What of it is useful: nothing of a filler or a stand-in image.
+    sequence_inputs: what the model takes beside ids and positions for B padded rows; empty for one packed row.
+    feature_rows_F: which entry of `pixel_values` gives the features of each image (or tile) in the rows, where one
+        image stands in several and is encoded once; None where each is an entry of its own.
     """
 
     group_ids: tuple[str, ...]
@@ -134,6 +166,9 @@ class GroupBatch:
     reference_logp_N: torch.Tensor | None = None
     reference_keys: tuple[str, ...] = field(default=())
     is_filler: bool = False
+    work: Work = field(default_factory=Work)
+    sequence_inputs: dict[str, torch.Tensor] = field(default_factory=dict)
+    feature_rows_F: torch.Tensor | None = None
 
     def pin_memory(self) -> GroupBatch:
         """The same batch in page-locked memory; a DataLoader with `pin_memory` calls it, for asynchronous copies."""
@@ -151,11 +186,13 @@ class GroupBatch:
 
     def tensors(self) -> list[torch.Tensor]:
         """Every tensor of the batch."""
-        values = [*self.image_inputs.values(), *(getattr(self, entry.name) for entry in fields(self))]
+        values = [*self.image_inputs.values(), *self.sequence_inputs.values()]
+        values += [getattr(self, entry.name) for entry in fields(self)]
         return [value for value in values if hasattr(value, "pin_memory")]
 
     def _with_tensors(self, change: Callable[[torch.Tensor], torch.Tensor]) -> GroupBatch:
-        changed: dict[str, Any] = {"image_inputs": {name: change(value) for name, value in self.image_inputs.items()}}
+        dicts = {"image_inputs": self.image_inputs, "sequence_inputs": self.sequence_inputs}
+        changed: dict[str, Any] = {name: {key: change(value) for key, value in d.items()} for name, d in dicts.items()}
         for entry in fields(self):
             value = getattr(self, entry.name)
             if hasattr(value, "pin_memory"):  # a tensor; importing torch here would slow every command down

@@ -21,6 +21,7 @@ from bpo import checkpoint, engine, losses
 from bpo.config import Config
 from bpo.config_io import load_config, to_tree
 from bpo.data.encode import load_encoder
+from bpo.flops import model_flops
 from bpo.interrupts import EXIT_INTERRUPTED, StopRequest
 from bpo.launch import Ranks, own_arguments, ranks_from_environment, setup_logging
 from bpo.metrics import MetricsWriter, StepSums, step_metrics, step_rates
@@ -39,6 +40,7 @@ from bpo.safeguards import (
     expected_loss,
     seed_micro_batch,
 )
+from bpo.sizing.hardware import peak_flops
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +73,16 @@ def run_step(
     return sums
 
 
+def peak_of_all(device: torch.device, peak_tflops: float, ranks: Ranks) -> float | None:
+    """FLOP/s of all devices together, for MFU; None where the device's peak is not known, said once."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    peak = peak_flops(name, peak_tflops)
+    if peak is None:
+        logger.info("mfu is left out: the peak of `%s` is not known; train.peak_tflops gives it", name)
+        return None
+    return peak * ranks.world_size
+
+
 def train(config: Config, ranks: Ranks, stop: StopRequest | None = None) -> bool:
     """The whole run, inside a process group that `engine.init_distributed` started; False where `stop` cut it short."""
     output_dir = Path(config.train.output_dir)
@@ -88,7 +100,9 @@ def train(config: Config, ranks: Ranks, stop: StopRequest | None = None) -> bool
     with engine.partitioned_loading(settings):
         model = load_model(config.model, for_training=True)
     prepare_trainable(model, encoder.family, config)
+    flops = model_flops(model, encoder.family)
     trainer = engine.TrainingEngine(PolicyModel(model), encoder.family, config, settings, ranks)
+    peak = peak_of_all(trainer.device, config.train.peak_tflops, ranks)
     store = fill_reference_store(config, trainer, data)
     done = checkpoint.resume(trainer, *found) if found else 0
     writer = MetricsWriter(output_dir, enabled=ranks.is_main, tensorboard=config.train.tensorboard, start_step=done)
@@ -108,7 +122,7 @@ def train(config: Config, ranks: Ranks, stop: StopRequest | None = None) -> bool
         grad_norm = trainer.step(lr_factor)
         check_finite(sums, step, [grad_norm], trainer)
         seconds = time.perf_counter() - started
-        metrics = step_metrics(flat) | step_rates(flat, seconds)
+        metrics = step_metrics(flat) | step_rates(flat, seconds, flops, peak)
         metrics |= {"lr": config.train.lr * lr_factor, "grad_norm": grad_norm}
         progress.update()
         progress.set_postfix(loss=f"{metrics['loss']:.4f}", acc=f"{metrics['rewards/accuracies']:.2f}")

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from bpo.flops import ModelFlops, Products
 from bpo.losses import LossInputs, LossOutput
-from bpo.metrics import MetricsWriter, StepSums, step_metrics
-from bpo.records import GroupBatch, PackedLayout
+from bpo.metrics import MetricsWriter, StepSums, step_metrics, step_rates
+from bpo.records import GroupBatch, PackedLayout, Work
+from bpo.sizing.hardware import peak_flops
 
 NAMES = (
     "loss preference_loss rewards/chosen rewards/rejected rewards/margins rewards/accuracies logps/chosen "
@@ -18,7 +20,13 @@ NAMES = (
 ).split()
 
 
-def add(sums: StepSums, losses: list[float], rewards: list[tuple[float, float]], is_filler: bool = False) -> None:
+def add(
+    sums: StepSums,
+    losses: list[float],
+    rewards: list[tuple[float, float]],
+    is_filler: bool = False,
+    work: Work | None = None,
+) -> None:
     """Adds a batch of groups of two completions, one token each: completion c has log-prob -c."""
     num_pairs = len(losses)
     spans = tuple(((4 * g + 2, 4 * g + 3), (4 * g + 3, 4 * g + 4)) for g in range(num_pairs))
@@ -38,6 +46,7 @@ def add(sums: StepSums, losses: list[float], rewards: list[tuple[float, float]],
         pairs_P2=pairs_P2,
         pair_weight_P=torch.full((num_pairs,), 0.0 if is_filler else 1.0),
         is_filler=is_filler,
+        work=work or Work(),
     )
     loss_P, reward_P2 = torch.tensor(losses), torch.tensor(rewards)
     output = LossOutput(loss_P / 2, reward_P2[:, 0], reward_P2[:, 1])
@@ -54,7 +63,7 @@ def test_means_over_the_pairs_of_all_micro_batches() -> None:
     assert metrics["rewards/chosen"] == 0.5 and metrics["rewards/rejected"] == 0.5 and metrics["rewards/margins"] == 0
     assert metrics["rewards/accuracies"] == pytest.approx(1 / 3)  # a tie is not right
     assert metrics["logps/chosen"] == pytest.approx(-2 / 3) and metrics["logps/rejected"] == pytest.approx(-5 / 3)
-    assert sums.flat()[-2:] == [3.0, 12.0]
+    assert sums.flat()[len(NAMES) : len(NAMES) + 2] == [3.0, 12.0]
     assert sums.reference_gap == pytest.approx(0.125)
 
 
@@ -120,3 +129,44 @@ def test_tensorboard_has_the_same_numbers(tmp_path: Path) -> None:
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [(e.step, e.value) for e in events.Scalars("rewards/margins")] == [(1, 2.0)]
+
+
+def test_rates_count_useful_work_only() -> None:
+    """Of 12 packed tokens in 2 s, 8 belong to groups; 30 useful FLOPs a token of a peak of 600 FLOP/s."""
+    flops = ModelFlops(
+        language=Products(5, 5, 5),
+        head=Products(),
+        projector=Products(),
+        vision=Products(),
+        attention_width=0,
+        vision_width=0,
+        vision_window_width=0,
+        vision_trained=False,
+    )
+    sums = StepSums.zero()
+    add(sums, [1.0, 3.0, 8.0], [(0.0, 0.0)] * 3, work=Work(tokens=8))
+    rates = step_rates(sums.flat(), 2.0, flops, 600.0)
+    assert rates["tokens_per_second"] == 6 and rates["useful_tokens_per_second"] == 4
+    assert rates["model_tflops_per_second"] == 120e-12 and rates["mfu"] == 0.2
+    assert "mfu" not in step_rates(sums.flat(), 2.0, flops, None)
+    add(sums, [1.0], [(0.0, 0.0)], is_filler=True, work=Work(tokens=5))
+    assert step_rates(sums.flat(), 2.0, flops, 600.0) == rates
+
+
+@pytest.mark.parametrize(
+    ("device", "tflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989.4),
+        ("NVIDIA H100 PCIe", 756.5),
+        ("NVIDIA A100-SXM4-40GB", 312.0),
+        ("NVIDIA GeForce RTX 4090", 165.2),
+    ],
+)
+def test_peak_by_the_name_that_cuda_reports(device: str, tflops: float) -> None:
+    assert peak_flops(device) == tflops * 1e12
+    assert peak_flops(device, 100.0) == 1e14
+
+
+def test_an_unknown_device_has_no_peak() -> None:
+    assert peak_flops("CPU") is None
+    assert peak_flops("CPU", 2.0) == 2e12

@@ -2,7 +2,11 @@
 
     [prefix_1 | completion_1a | completion_1b | prefix_2 | completion_2a | ...]
 
-Shape letters: T packed tokens, N response tokens, P pairs, X position channels (1 or 3).
+For a model that cannot share prefixes, each completion has a padded row of its own instead:
+
+    [prefix_1 | completion_1a | padding], [prefix_1 | completion_1b], ...
+
+Shape letters: T packed tokens, B padded rows, N response tokens, P pairs, X position channels (1 or 3).
 """
 
 from __future__ import annotations
@@ -16,7 +20,8 @@ import torch
 
 from bpo.data.encode import EncodedGroup, EncodedPrompt
 from bpo.data.families import Family
-from bpo.records import GroupBatch, PackedLayout
+from bpo.data.work import useful_work
+from bpo.records import GroupBatch, PackedLayout, Work
 
 
 def preference_pairs(scores: Sequence[float]) -> list[tuple[int, int]]:
@@ -30,8 +35,8 @@ def reference_key(group: EncodedGroup, image_digests: Sequence[str]) -> str:
     return hashlib.sha256(json.dumps(content, separators=(",", ":")).encode()).hexdigest()
 
 
-class _Row:
-    """The packed row while it grows."""
+class _Sequences:
+    """The tokens of a batch while it grows, with what is predicted where."""
 
     def __init__(self) -> None:
         self.ids: list[int] = []
@@ -45,28 +50,74 @@ class _Row:
         self.num_completions = 0
 
     def add(self, group: EncodedGroup, prefix_positions_XT: torch.Tensor) -> None:
-        prefix_start = len(self.ids)
-        self.ids.extend(group.prompt.prefix_ids)
-        prefix_end = len(self.ids)
-        self.prefix_spans.append((prefix_start, prefix_end))
-        self.positions.append(prefix_positions_XT)
-        next_position = int(prefix_positions_XT.max()) + 1
-        spans = []
-        for completion_ids in group.completion_ids:
-            start = len(self.ids)
-            self.ids.extend(completion_ids)
-            spans.append((start, len(self.ids)))
-            self.positions.append(
-                (torch.arange(len(completion_ids)) + next_position).expand(prefix_positions_XT.shape[0], -1)
-            )
+        prefix_span, spans = self._append(group, prefix_positions_XT)
+        for index, ((start, end), ids) in enumerate(zip(spans, group.completion_ids, strict=True)):
             # The prefix's last hidden state predicts the first token, each token its successor.
-            self.rows.extend([prefix_end - 1, *range(start, len(self.ids) - 1)])
-            self.targets.extend(completion_ids)
-            self.completion_of_token.extend([self.num_completions + len(spans) - 1] * len(completion_ids))
+            self.rows.extend([self._last_of_prefix(start, prefix_span), *range(start, end - 1)])
+            self.targets.extend(ids)
+            self.completion_of_token.extend([self.num_completions + index] * len(ids))
+        self.prefix_spans.append(prefix_span)
         self.completion_spans.append(tuple(spans))
         offset = self.num_completions
         self.pairs.extend((offset + i, offset + j) for i, j in preference_pairs(group.scores))
         self.num_completions += len(spans)
+
+    def _append(
+        self, group: EncodedGroup, prefix_positions_XT: torch.Tensor
+    ) -> tuple[tuple[int, int], list[tuple[int, int]]]:
+        """Appends ids and positions; returns the spans of the prefix and of its completions."""
+        start = len(self.ids)
+        self.ids.extend(group.prompt.prefix_ids)
+        prefix_span = (start, len(self.ids))
+        self.positions.append(prefix_positions_XT)
+        spans = []
+        for completion_ids in group.completion_ids:
+            spans.append((len(self.ids), len(self.ids) + len(completion_ids)))
+            self.ids.extend(completion_ids)
+            self.positions.append(_positions_after(prefix_positions_XT, len(completion_ids)))
+        return prefix_span, spans
+
+    def _last_of_prefix(self, completion_start: int, prefix_span: tuple[int, int]) -> int:
+        return prefix_span[1] - 1
+
+
+class _PaddedRows(_Sequences):
+    """Rows of [prefix | completion | padding], all of one length, one after the other.
+
+    Padding stands on the right: under a causal mask nothing before it can see it.
+    """
+
+    def __init__(self, row_tokens: int, padding_id: int):
+        super().__init__()
+        self.row_tokens = row_tokens
+        self.padding_id = padding_id
+        self.lengths: list[int] = []
+
+    def _append(
+        self, group: EncodedGroup, prefix_positions_XT: torch.Tensor
+    ) -> tuple[tuple[int, int], list[tuple[int, int]]]:
+        first = len(self.ids)
+        prefix_length = len(group.prompt.prefix_ids)
+        spans = []
+        for completion_ids in group.completion_ids or [()]:
+            start = len(self.ids) + prefix_length
+            spans.append((start, start + len(completion_ids)))
+            length = prefix_length + len(completion_ids)
+            padding = self.row_tokens - length
+            self.ids.extend([*group.prompt.prefix_ids, *completion_ids, *[self.padding_id] * padding])
+            self.positions += [
+                prefix_positions_XT,
+                _positions_after(prefix_positions_XT, len(completion_ids) + padding),
+            ]
+            self.lengths.append(length)
+        return (first, first + prefix_length), spans if group.completion_ids else []
+
+    def _last_of_prefix(self, completion_start: int, prefix_span: tuple[int, int]) -> int:
+        return completion_start - 1
+
+    def attention_mask(self) -> torch.Tensor:
+        """[B, T / B], 1 where there is a token and 0 on padding."""
+        return (torch.arange(self.row_tokens) < torch.tensor(self.lengths)[:, None]).long()
 
 
 def collate_groups(
@@ -77,7 +128,7 @@ def collate_groups(
     is_filler: bool = False,
     stand_in: EncodedPrompt | None = None,
 ) -> GroupBatch:
-    """Packs groups into a `GroupBatch`.
+    """Packs groups into a `GroupBatch`, or gives each completion a row where `family` cannot share prefixes.
 
     Positions go on after the prefix for each completion, so a completion is encoded as if it stood alone after its
     prompt. With `is_filler` every pair has weight 0.
@@ -86,21 +137,19 @@ def collate_groups(
     and the projector then run in every micro-batch, as ZeRO's collectives need where another rank has images; no row of
     the loss depends on the stand-in, so the gradient that flows through it is exactly zero.
     """
-    row = _Row()
-    prompts = [group.prompt for group in groups]
-    for group in groups:
-        row.add(group, _positions(group.prompt, family))
-    if stand_in is not None:
-        row.add(EncodedGroup(stand_in, (), ()), _positions(stand_in, family))
-        prompts.append(stand_in)
+    members = list(groups) if stand_in is None else [*groups, EncodedGroup(stand_in, (), ())]
+    shares = family.separate_reason is None
+    row = _Sequences() if shares else _PaddedRows(max(_row_tokens(one) for one in members), _padding_id(family))
+    for one in members:
+        row.add(one, _positions(one.prompt, family))
     lengths = [end - start for spans in row.completion_spans for start, end in spans]
-    with_images = [prompt.image_inputs for prompt in prompts if prompt.image_inputs]
+    image_inputs, feature_rows_F = _images_of_rows(members, family)
     return GroupBatch(
         group_ids=tuple(group.prompt.record_id for group in groups),
         layout=PackedLayout(tuple(row.prefix_spans), tuple(row.completion_spans)),
         input_ids_T=torch.tensor(row.ids, dtype=torch.long),
         position_ids_XT=torch.cat(row.positions, dim=1),
-        image_inputs=family.batch_image_inputs(with_images),
+        image_inputs=image_inputs,
         predictor_rows_N=torch.tensor(row.rows, dtype=torch.long),
         target_N=torch.tensor(row.targets, dtype=torch.long),
         completion_of_token_N=torch.tensor(row.completion_of_token, dtype=torch.long),
@@ -108,9 +157,59 @@ def collate_groups(
         pairs_P2=torch.tensor(row.pairs, dtype=torch.long).reshape(-1, 2),
         pair_weight_P=torch.full((len(row.pairs),), 0.0 if is_filler else 1.0),
         is_filler=is_filler,
+        work=Work() if is_filler else useful_work(groups, family.config),
         reference_keys=tuple(reference_keys),
+        sequence_inputs=_sequence_inputs(row, family) if isinstance(row, _PaddedRows) else {},
+        feature_rows_F=feature_rows_F,
     )
 
 
 def _positions(prompt: EncodedPrompt, family: Family) -> torch.Tensor:
     return family.prefix_positions(torch.tensor(prompt.prefix_ids, dtype=torch.long), prompt.image_inputs)
+
+
+def _positions_after(prefix_positions_XT: torch.Tensor, count: int) -> torch.Tensor:
+    """[X, count]: every channel goes on from the largest position of the prefix."""
+    next_position = int(prefix_positions_XT.max()) + 1
+    return (torch.arange(count) + next_position).expand(prefix_positions_XT.shape[0], -1)
+
+
+def _row_tokens(group: EncodedGroup) -> int:
+    """Tokens of the group's longest row: a prefix (a stand-in's has no completion) and a completion."""
+    return group.longest_tokens if group.completion_ids else len(group.prompt.prefix_ids)
+
+
+def _padding_id(family: Family) -> int:
+    """A token to pad with, seen by none: any but the image token, which the model would count."""
+    return int(family.image_token_id == 0)
+
+
+def _sequence_inputs(rows: _PaddedRows, family: Family) -> dict[str, torch.Tensor]:
+    ids_BT = torch.tensor(rows.ids, dtype=torch.long).reshape(len(rows.lengths), -1)
+    return {"attention_mask": rows.attention_mask(), **family.sequence_inputs(ids_BT)}
+
+
+def _images_of_rows(
+    groups: Sequence[EncodedGroup], family: Family
+) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
+    """The images as the model takes them, and for separate sequences which of them each row needs.
+
+    Every row of a group holds its images. Where the family allows it, pixels stand once and their features are repeated
+    by `feature_rows_F`; elsewhere the pixels themselves are repeated.
+    """
+    with_images = [one for one in groups if one.prompt.image_inputs]
+    inputs = [one.prompt.image_inputs for one in with_images]
+    if family.separate_reason is None:
+        return family.batch_image_inputs(inputs), None
+    repeats = [max(1, len(one.completion_ids)) for one in with_images]
+    if not (family.repeats_features and inputs):
+        return family.batch_image_inputs([one for one, n in zip(inputs, repeats, strict=True) for _ in range(n)]), None
+    pixels = [one["pixel_values"] for one in inputs]
+    others = [{key: one[key] for key in one if key != "pixel_values"} for one in inputs]
+    ends = [0, *itertools.accumulate(len(one) for one in pixels)]
+    tiles = zip(itertools.pairwise(ends), repeats, strict=True)
+    return (
+        family.batch_image_inputs([one for one, n in zip(others, repeats, strict=True) for _ in range(n)])
+        | {"pixel_values": torch.cat(pixels)},
+        torch.tensor([tile for (start, end), n in tiles for _ in range(n) for tile in range(start, end)]),
+    )
