@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
+from bpo.checkpoint_files import MANIFEST, CheckpointError, verify_checkpoint
+from bpo.checkpoint_shards import ShardSet
 from bpo.config import Config, LoraConfig, ModelConfig, TrainableConfig
-from bpo.data.families import family_of
+from bpo.data.families import Family, family_of
 from bpo.model.load import load_model
-from bpo.model.reference import file_digest
 from bpo.model.trainable import lora_config
 
 logger = logging.getLogger(__name__)
@@ -30,13 +31,13 @@ def find_checkpoint(path: Path) -> Path:
     Raises:
         ValueError: there is none; says what was looked for.
     """
-    if (path / "trainable.safetensors").is_file():
+    if (path / MANIFEST).is_file():
         return path
     pointer = path / "checkpoints" / "latest"
     if not pointer.is_file():
         raise ValueError(f"export.checkpoint {path}: neither a checkpoint nor a run directory with checkpoints/latest")
     newest = pointer.with_name(pointer.read_text(encoding="utf-8").strip())
-    if not (newest / "trainable.safetensors").is_file():
+    if not (newest / MANIFEST).is_file():
         raise ValueError(f"export.checkpoint {path}: its newest checkpoint {newest} is not there; name another one")
     return newest
 
@@ -58,17 +59,19 @@ def run_export(config: Config) -> Path:
     if not config.export.checkpoint or not config.export.output:
         raise ValueError("export.checkpoint and export.output must both be given")
     checkpoint = find_checkpoint(Path(config.export.checkpoint))
-    manifest = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))
+    try:
+        manifest = verify_checkpoint(checkpoint)
+    except CheckpointError as error:
+        raise ValueError(f"export.checkpoint: {error}; export another checkpoint") from error
     tree = manifest["config"]
     model_config: ModelConfig = _section(ModelConfig, tree["model"])
     if config.model.path:
         model_config = dataclasses.replace(model_config, path=config.model.path)
     trainable: TrainableConfig = _section(TrainableConfig, tree["trainable"])
     adapter: LoraConfig = _section(LoraConfig, tree["lora"])
-    weights = checkpoint / "trainable.safetensors"
-    if file_digest(weights) != manifest["files"][weights.name]["sha256"]:
-        raise ValueError(f"{weights} is damaged: its SHA-256 differs from the manifest; export another checkpoint")
-    state = load_file(weights)
+    state = dict(
+        ShardSet(checkpoint, [name for name in manifest["files"] if name.endswith(".safetensors")]).parameters()
+    )
     output = Path(config.export.output)
     if config.export.form == "adapter":
         _write_adapter(output, state, model_config, trainable, adapter)
@@ -125,13 +128,26 @@ def _write_adapter(
     settings = lora_config(model, family, lora, config.path)
     settings.inference_mode = True
     if trainable.projector == "full":
-        settings.modules_to_save = [name.rsplit(".", 1)[-1] for name in family.projector_modules]
+        if family.projector_parameters:
+            raise ValueError(
+                f"export.form=adapter cannot hold {', '.join(family.projector_parameters)}, which the projector of "
+                f"`{model_config.model_type}` trains beside its modules; use export.form=merged"
+            )
+        settings.modules_to_save = list(_saved_modules(model, family))
     output.mkdir(parents=True, exist_ok=True)
     settings.save_pretrained(str(output))
     # PEFT's names: no adapter name inside, and a prefix for its two wrappers.
     renamed = {f"base_model.model.{name.replace('.default.', '.')}": value for name, value in state.items()}
     save_file(renamed, output / "adapter_model.safetensors", metadata={"format": "pt"})
     copy_processor(Path(config.path), output, skip={"config.json", "generation_config.json"})
+
+
+def _saved_modules(model: torch.nn.Module, family: Family) -> Iterator[str]:
+    """Names of the projector as PEFT finds them, by the end of a module's name; it takes no list, only its members."""
+    for name in family.projector_modules:
+        module = model.get_submodule(name)
+        members = [f"{name}.{child}" for child, _ in module.named_children()]
+        yield from members if isinstance(module, torch.nn.ModuleList) else [name.rsplit(".", 1)[-1]]
 
 
 def copy_processor(source: Path, output: Path, skip: set[str] | None = None) -> None:

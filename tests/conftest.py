@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,23 @@ def tiny_qwen_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.tiny import tiny_qwen
 
     return tiny_qwen(tmp_path_factory.mktemp("models") / "qwen")
+
+
+@pytest.fixture(scope="session")
+def family_dir(
+    tmp_path_factory: pytest.TempPathFactory, tiny_llava_dir: Path, tiny_qwen_dir: Path
+) -> Callable[[str], Path]:
+    """The directory of a tiny random model by its model type, made when it is first asked for."""
+    made = {"llava": tiny_llava_dir, "qwen2_5_vl": tiny_qwen_dir}
+
+    def directory(model_type: str) -> Path:
+        if model_type not in made:
+            from tests.tiny_families import BUILDERS
+
+            made[model_type] = BUILDERS[model_type](tmp_path_factory.mktemp("models") / model_type)
+        return made[model_type]
+
+    return directory
 
 
 @pytest.fixture(scope="session")

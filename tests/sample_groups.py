@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -54,8 +55,9 @@ def three_groups() -> list[PreferenceGroup]:
     ]
 
 
-def encoder_of(model_dir: Path, image_root: Path, max_length_tokens: int = 2048) -> Encoder:
-    model = ModelConfig(path=str(model_dir), dtype="float32")
+def encoder_of(model_dir: Path, image_root: Path, max_length_tokens: int = 2048, **options: Any) -> Encoder:
+    """An encoder for a tiny model; `options` are those of `ModelConfig`."""
+    model = ModelConfig(path=str(model_dir), dtype="float32", **options)
     data = DataConfig(image_root=str(image_root), max_length_tokens=max_length_tokens)
     return load_encoder(Config(model=model, data=data))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -34,10 +35,12 @@ QWEN_TEMPLATE = (
 )
 
 
-def byte_tokenizer(special_tokens: list[str], **named: str) -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer: any text round-trips, vocabulary 256 + special tokens."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+def byte_tokenizer(
+    special_tokens: list[str], merges: tuple[tuple[str, str], ...] = (), **named: Any
+) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer: any text round-trips, vocabulary 256 + merges + special tokens."""
+    alphabet = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *(a + b for a, b in merges)]
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=list(merges)))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special_tokens])
@@ -85,8 +88,8 @@ def tiny_llava(directory: Path, *, tie_word_embeddings: bool = False, num_layers
         num_additional_image_tokens=1,
         chat_template=LLAVA_TEMPLATE,
     )
-    _sharpen(model)
-    return _save(directory, model, processor)
+    sharpen(model)
+    return save(directory, model, processor)
 
 
 def tiny_qwen(directory: Path) -> Path:
@@ -130,11 +133,11 @@ def tiny_qwen(directory: Path) -> Path:
     size = {"shortest_edge": 28 * 28, "longest_edge": 112 * 112}
     # Saved piece by piece: the whole Qwen2_5_VLProcessor cannot be built without torchvision (its video part).
     tokenizer.chat_template = QWEN_TEMPLATE
-    _sharpen(model)
-    return _save(directory, model, tokenizer, Qwen2VLImageProcessor(size=size))
+    sharpen(model)
+    return save(directory, model, tokenizer, Qwen2VLImageProcessor(size=size))
 
 
-def _sharpen(model: torch.nn.Module) -> None:
+def sharpen(model: torch.nn.Module) -> None:
     """Larger weights than the usual 0.02, so that images, prompts and positions visibly change the output."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -142,7 +145,7 @@ def _sharpen(model: torch.nn.Module) -> None:
                 parameter.mul_(4.0)
 
 
-def _save(directory: Path, *parts) -> Path:
+def save(directory: Path, *parts) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     for part in parts:
         part.save_pretrained(directory)

@@ -1,6 +1,7 @@
 """One forward pass over a packed batch: token ids and images in, log-probs of the response tokens out.
 
-Shape letters: T packed tokens, N response tokens, D hidden size, X position channels (1 or 3).
+Shape letters: T packed tokens, N response tokens, D hidden size, X position channels (1 or 3), B padded rows,
+F images (or tiles) in these rows.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 
+from bpo.data.families import family_of
 from bpo.model.logprob_head import PreferenceTerms, install_logprob_head
 from bpo.records import GroupBatch
 
@@ -20,6 +22,15 @@ class PolicyModel(torch.nn.Module):
         super().__init__()
         install_logprob_head(model)
         self.model = model
+        self._feature_rows_F: torch.Tensor | None = None
+        family = family_of(model.config)
+        if family.repeats_features:
+            for name in family.projector_modules:
+                model.get_submodule(name).register_forward_hook(self._repeat_features)
+
+    def _repeat_features(self, module: torch.nn.Module, inputs: Any, features: torch.Tensor) -> torch.Tensor:
+        """The projector's output once for every row in which its image stands: tower and projector run once."""
+        return features if self._feature_rows_F is None else features[self._feature_rows_F]
 
     def forward(
         self,
@@ -29,18 +40,24 @@ class PolicyModel(torch.nn.Module):
         target_N: torch.Tensor,
         image_inputs: dict[str, torch.Tensor],
         terms: PreferenceTerms | None = None,
+        sequence_inputs: dict[str, torch.Tensor] | None = None,
+        feature_rows_F: torch.Tensor | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """fp32 log-probs [N] of `target_N`, or with `terms` losses and rewards [P] and the log-probs.
 
-        Call it, and its backward, inside `packed_layout`.
+        Call it, and its backward, inside `packed_layout`. With `sequence_inputs` T is B rows of [prefix | completion |
+        padding] one after the other, through the model's own attention.
         """
-        channels = position_ids_XT.shape[0]
+        rows = sequence_inputs["attention_mask"].shape[0] if sequence_inputs else 1
+        position_ids_XBT = position_ids_XT.unflatten(1, (rows, -1))
+        self._feature_rows_F = feature_rows_F
         hidden_TD = self.model.model(
-            input_ids=input_ids_T[None],
-            position_ids=position_ids_XT if channels == 1 else position_ids_XT[:, None],
+            input_ids=input_ids_T.unflatten(0, (rows, -1)),
+            position_ids=position_ids_XBT[0] if len(position_ids_XBT) == 1 else position_ids_XBT,
             use_cache=False,
+            **(sequence_inputs or {}),
             **image_inputs,
-        ).last_hidden_state[0]
+        ).last_hidden_state.flatten(0, 1)
         # Only rows that predict a response token reach the LM head; prompt and image rows never do.
         return self.model.lm_head(hidden_TD[predictor_rows_N], target_N, terms)
 
@@ -48,5 +65,5 @@ class PolicyModel(torch.nn.Module):
 def model_inputs(batch: GroupBatch, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """The keyword arguments of `PolicyModel.forward`, on the device; pixels in the model's dtype."""
     there = batch.to(device, dtype)
-    names = ("input_ids_T", "position_ids_XT", "predictor_rows_N", "target_N", "image_inputs")
-    return {name: getattr(there, name) for name in names}
+    tensors = ("input_ids_T", "position_ids_XT", "predictor_rows_N", "target_N", "feature_rows_F")
+    return {name: getattr(there, name) for name in (*tensors, "image_inputs", "sequence_inputs")}

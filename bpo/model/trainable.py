@@ -58,6 +58,8 @@ def prepare_trainable(model: torch.nn.Module, family: Family, config: Config) ->
         model.get_submodule(family.vision_module).requires_grad_(True)
     for name in family.projector_modules:
         model.get_submodule(name).requires_grad_(chosen.projector == "full")
+    for name in family.projector_parameters:
+        model.get_parameter(name).requires_grad_(chosen.projector == "full")
     if chosen.language == "full":
         model.get_submodule(family.language_module).requires_grad_(True)
         learn_head = chosen.lm_head == "full"
@@ -98,11 +100,12 @@ def _numel(parameter: torch.nn.Parameter) -> int:
 def parameter_groups(model: torch.nn.Module, family: Family, config: Config) -> list[dict[str, Any]]:
     """Optimizer groups: the projector with its own learning rate, weight decay only on matrices."""
     projector_lr = config.train.projector_lr or config.train.lr
+    projector = (*family.projector_modules, *family.projector_parameters)
     groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        is_projector = any(f"{module}." in f"{name}." for module in family.projector_modules)
+        is_projector = any(f"{module}." in f"{name}." for module in projector)
         ndim = len(getattr(parameter, "ds_shape", parameter.shape))
         key = (projector_lr if is_projector else config.train.lr, config.train.weight_decay if ndim > 1 else 0.0)
         groups.setdefault(key, []).append(parameter)

@@ -6,6 +6,7 @@ Shape letters: N response tokens, T tokens of one sequence, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from bpo.config import ModelConfig
 from bpo.data.collate import collate_groups
 from bpo.data.encode import EncodedGroup, Encoder
+from bpo.data.families import FAMILIES
 from bpo.model.attention import packed_layout
 from bpo.model.load import load_model
 from bpo.model.policy import PolicyModel, model_inputs
@@ -26,14 +28,27 @@ TOLERANCE = {"logp": 2e-5, "gradient": 1e-4}
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module", params=["llava", "qwen"])
-def directory(request: pytest.FixtureRequest) -> Path:
-    return request.getfixturevalue(f"tiny_{request.param}_dir")
+# Every family as it comes, and some whose prefixes could be shared on separate sequences: one of each way to repeat
+# images (features, features of tiles, pixels, tiles of one prompt).
+CASES = [(name, "auto") for name in FAMILIES]
+CASES += [(name, "never") for name in ("llava", "llava_onevision", "qwen3_vl", "smolvlm")]
+
+
+@pytest.fixture(scope="module", params=CASES, ids="-".join)
+def case(request: pytest.FixtureRequest, family_dir: Callable[[str], Path]) -> tuple[Path, str]:
+    name, share_prefix = request.param
+    return family_dir(name), share_prefix
 
 
 @pytest.fixture(scope="module")
-def encoder(directory: Path, photo_root: Path) -> Encoder:
-    return encoder_of(directory, photo_root)
+def directory(case: tuple[Path, str]) -> Path:
+    return case[0]
+
+
+@pytest.fixture(scope="module")
+def encoder(case: tuple[Path, str], photo_root: Path) -> Encoder:
+    directory, share_prefix = case
+    return encoder_of(directory, photo_root, share_prefix=share_prefix)
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +56,14 @@ def encoded(encoder: Encoder) -> list[EncodedGroup]:
     return encode_all(encoder, three_groups())
 
 
-def policy_of(directory: Path, **options: Any) -> PolicyModel:
-    model = load_model(ModelConfig(path=str(directory), dtype="float32", **options), for_training=True)
-    return PolicyModel(model)
+@pytest.fixture(scope="module")
+def make_policy(case: tuple[Path, str]) -> Callable[..., PolicyModel]:
+    def make(**options: Any) -> PolicyModel:
+        directory, share_prefix = case
+        config = ModelConfig(path=str(directory), dtype="float32", share_prefix=share_prefix, **options)
+        return PolicyModel(load_model(config, for_training=True))
+
+    return make
 
 
 def packed_logp(policy: PolicyModel, batch: GroupBatch) -> torch.Tensor:
@@ -88,14 +108,14 @@ def truth(
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
 def test_packed_groups_equal_separate_sequences(
-    directory: Path,
+    make_policy: Callable[..., PolicyModel],
     encoder: Encoder,
     encoded: list[EncodedGroup],
     weight_N: torch.Tensor,
     truth: tuple[torch.Tensor, dict[str, torch.Tensor]],
     checkpointing: bool,
 ) -> None:
-    policy = policy_of(directory, gradient_checkpointing=checkpointing).train()
+    policy = make_policy(gradient_checkpointing=checkpointing).train()
     assert any(getattr(m, "gradient_checkpointing", False) for m in policy.modules()) == checkpointing
     batch = collate_groups(encoded, encoder.family)
     assert [len(spans) for spans in batch.layout.completion_spans] == [3, 2, 2]
@@ -112,16 +132,22 @@ def test_packed_groups_equal_separate_sequences(
         torch.testing.assert_close(actual[name], gradient, atol=TOLERANCE["gradient"] * scale, rtol=0, msg=name)
 
 
-def test_the_batch_reaches_every_part_of_the_model(truth: tuple[torch.Tensor, dict[str, torch.Tensor]]) -> None:
+def test_the_batch_reaches_every_part_of_the_model(
+    encoder: Encoder, truth: tuple[torch.Tensor, dict[str, torch.Tensor]]
+) -> None:
     """The comparison above is worth something: log-probs and gradients of images, text and head are not all 0."""
     logp_N, gradient = truth
+    family = encoder.family
     assert float(logp_N.std()) > 0.1
-    for part in ("patch_embed", "language_model.layers.0", "lm_head"):
-        assert any(float(value.abs().max()) > 1e-3 for name, value in gradient.items() if part in name), part
+    parts = [family.vision_module, f"{family.language_module}.layers.0.", *family.projector_modules]
+    for part in (*parts, *family.projector_parameters):
+        assert any(float(value.abs().max()) > 1e-3 for name, value in gradient.items() if name.startswith(part)), part
 
 
-def test_a_completion_sees_no_sibling(directory: Path, encoder: Encoder, encoded: list[EncodedGroup]) -> None:
-    policy = policy_of(directory).eval()
+def test_a_completion_sees_no_sibling(
+    make_policy: Callable[..., PolicyModel], encoder: Encoder, encoded: list[EncodedGroup]
+) -> None:
+    policy = make_policy().eval()
     first = encoded[0]
     changed = tuple((t + 1) % 200 for t in first.completion_ids[1])
     other = replace(first, completion_ids=(first.completion_ids[0], changed, first.completion_ids[2]))
@@ -134,9 +160,9 @@ def test_a_completion_sees_no_sibling(directory: Path, encoder: Encoder, encoded
 
 
 def test_a_completion_sees_its_prefix_image_and_own_past_only(
-    directory: Path, encoder: Encoder, encoded: list[EncodedGroup]
+    make_policy: Callable[..., PolicyModel], encoder: Encoder, encoded: list[EncodedGroup]
 ) -> None:
-    policy = policy_of(directory).eval()
+    policy = make_policy().eval()
     batch = collate_groups(encoded, encoder.family)
     own = [i for i, c in enumerate(batch.completion_of_token_N.tolist()) if c == 0]
     with torch.no_grad():
@@ -146,18 +172,18 @@ def test_a_completion_sees_its_prefix_image_and_own_past_only(
         ids_T[batch.layout.completion_spans[0][0][1] - 2] += 1
         differs_N = packed_logp(policy, replace(batch, input_ids_T=ids_T)) != before_N
         assert differs_N.nonzero().flatten().tolist() == [own[-1]]
-        images = {k: v.clone() for k, v in batch.image_inputs.items()}
-        first_image = (
-            slice(0, 1) if "image_grid_thw" not in images else slice(0, int(images["image_grid_thw"][0].prod()))
-        )
-        images["pixel_values"][first_image] *= -1
-        differs_N = packed_logp(policy, replace(batch, image_inputs=images)) != before_N
+        prompt = encoded[0].prompt
+        negative = {**prompt.image_inputs, "pixel_values": -prompt.image_inputs["pixel_values"]}
+        other = replace(encoded[0], prompt=replace(prompt, image_inputs=negative))
+        differs_N = packed_logp(policy, collate_groups([other, *encoded[1:]], encoder.family)) != before_N
         assert differs_N[batch.completion_of_token_N <= 2].all()
         assert not differs_N[batch.completion_of_token_N > 2].any()  # the other groups have their own images
 
 
-def test_packing_does_not_change_a_group(directory: Path, encoder: Encoder, encoded: list[EncodedGroup]) -> None:
-    policy = policy_of(directory).eval()
+def test_packing_does_not_change_a_group(
+    make_policy: Callable[..., PolicyModel], encoder: Encoder, encoded: list[EncodedGroup]
+) -> None:
+    policy = make_policy().eval()
     with torch.no_grad():
         together_N = packed_logp(policy, collate_groups(encoded[::-1], encoder.family))
         alone = [packed_logp(policy, collate_groups([one], encoder.family)) for one in encoded[::-1]]
@@ -165,7 +191,7 @@ def test_packing_does_not_change_a_group(directory: Path, encoder: Encoder, enco
 
 
 def test_without_a_layout_the_training_model_generates_like_the_plain_one(
-    directory: Path, encoder: Encoder, encoded: list[EncodedGroup]
+    directory: Path, make_policy: Callable[..., PolicyModel], encoder: Encoder, encoded: list[EncodedGroup]
 ) -> None:
     prompt = encoded[1].prompt
     ids_1T = torch.tensor(prompt.prefix_ids)[None]
@@ -175,7 +201,7 @@ def test_without_a_layout_the_training_model_generates_like_the_plain_one(
         model.generate(input_ids=ids_1T, attention_mask=torch.ones_like(ids_1T), **inputs, **options)[0].tolist()
         for model in (
             load_model(ModelConfig(path=str(directory), dtype="float32")),
-            policy_of(directory).eval().model,
+            make_policy().eval().model,
         )
     ]
     assert answers[0] == answers[1]
