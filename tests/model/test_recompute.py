@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks.live_bytes import LiveBytes
+from bpo.sizing.live_bytes import LiveBytes
 from bpo.config import Config, LoraConfig, ModelConfig, TrainableConfig
 from bpo.data.encode import Encoder
 from bpo.model.attention import packed_layout
