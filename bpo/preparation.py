@@ -47,10 +47,41 @@ class TrainingData:
         return {index: one.reference_key for index, one in zip(self.usable, self.measured, strict=True)}
 
     @property
+    def separate_reason(self) -> str | None:
+        """Why completions do not share their prefix; None where they do."""
+        return self.dataset.encoder.family.separate_reason
+
+    @property
+    def num_tokens(self) -> list[int]:
+        """Tokens of each planned group through the language model."""
+        row_tokens = self.row_tokens
+        if row_tokens is None:
+            return [one.num_tokens for one in self.measured]
+        # The stand-in image that a text-only batch may get is a row of its own.
+        return [
+            (one.num_completions + int(not has_image)) * length
+            for one, has_image, length in zip(self.measured, self._has_image(), row_tokens, strict=True)
+        ]
+
+    @property
+    def row_tokens(self) -> list[int] | None:
+        """For separate sequences, the length of each planned group's longest row; None where prefixes are shared."""
+        if self.separate_reason is None:
+            return None
+        shortest = 0 if all(self._has_image()) else len(self.dataset.stand_in.prefix_ids)
+        return [
+            max(one.longest_tokens, 0 if has_image else shortest)
+            for one, has_image in zip(self.measured, self._has_image(), strict=True)
+        ]
+
+    @property
     def stand_in_tokens(self) -> int:
-        """What a micro-batch without an image may get on top of its groups; 0 where every group has one."""
-        has_text_only = any(not self.dataset.groups[index].images for index in self.usable)
-        return len(self.dataset.stand_in.prefix_ids) if has_text_only else 0
+        """What a packed batch without an image may get on top of its groups; 0 where every group has one."""
+        needs_none = self.separate_reason is not None or all(self._has_image())
+        return 0 if needs_none else len(self.dataset.stand_in.prefix_ids)
+
+    def _has_image(self) -> list[bool]:
+        return [bool(self.dataset.groups[index].images) for index in self.usable]
 
     def num_pairs(self, groups: tuple[int, ...]) -> int:
         return sum(self.measured[g].num_pairs for g in groups)
@@ -106,7 +137,7 @@ def _measured(
 
 def plan_training(config: Config, data: TrainingData, ranks: Ranks) -> list[PlannedStep]:
     """The steps of the run; logs how level they are, and warns where ranks will wait for each other."""
-    num_tokens = [one.num_tokens for one in data.measured]
+    num_tokens = data.num_tokens
     steps = plan_steps(
         num_tokens,
         groups_per_step=config.train.groups_per_step,
@@ -115,10 +146,27 @@ def plan_training(config: Config, data: TrainingData, ranks: Ranks) -> list[Plan
         world_size=ranks.world_size,
         max_tokens=max(1, config.train.max_micro_batch_tokens - data.stand_in_tokens),
         max_steps=config.train.max_steps,
+        row_tokens=data.row_tokens,
     )
     if ranks.is_main:
+        _report_sequences(data)
         _report_balance(config.train, steps, num_tokens, ranks.world_size)
     return steps
+
+
+def _report_sequences(data: TrainingData) -> None:
+    """One line where completions do not share their prefix: why, and what it costs."""
+    if data.separate_reason is None:
+        return
+    separate, shared = sum(data.num_tokens), sum(one.num_tokens for one in data.measured)
+    logger.warning(
+        "separate sequences: completions do not share their prefix (%s); an epoch takes %s tokens through the language "
+        "model, %.2f times the %s of shared prefixes",
+        data.separate_reason,
+        f"{separate:,}",
+        separate / shared,
+        f"{shared:,}",
+    )
 
 
 def _report_balance(train: TrainConfig, steps: list[PlannedStep], num_tokens: list[int], world_size: int) -> None:
@@ -159,7 +207,7 @@ def fill_reference_store(config: Config, engine: TrainingEngine, data: TrainingD
         ReferenceStoreError: the store does not fit the run, cannot be written, or lacks entries after the pass.
     """
     directory = Path(config.train.reference_dir or Path(config.train.output_dir) / "reference")
-    fingerprint = from_rank_0(lambda: _open_store(config, engine, directory))
+    fingerprint = from_rank_0(lambda: _open_store(config, engine, data, directory))
     store = ReferenceStore(directory, fingerprint, engine.ranks.rank)
     first_with_key = {one.reference_key: g for g, one in reversed(list(enumerate(data.measured)))}
     # Decided by one rank: another job may be adding to the store, and all ranks must agree on the passes to make.
@@ -177,7 +225,9 @@ def fill_reference_store(config: Config, engine: TrainingEngine, data: TrainingD
     return store
 
 
-def _open_store(config: Config, engine: TrainingEngine, directory: Path) -> dict[str, str]:
+def _open_store(config: Config, engine: TrainingEngine, data: TrainingData, directory: Path) -> dict[str, str]:
+    # Another order of sums rounds differently, and the first step compares policy and reference to rounding.
+    sequences = {} if data.separate_reason is None else {"sequences": "separate"}
     fingerprint = model_fingerprint(
         config.model.path,
         kept_digests=directory / DIGESTS,
@@ -185,6 +235,7 @@ def _open_store(config: Config, engine: TrainingEngine, directory: Path) -> dict
         dtype=str(engine.dtype).removeprefix("torch."),
         vision_attention=config.model.vision_attention,
         kernels=chosen_implementation(torch.empty(0, device=engine.device)),
+        **sequences,
     )
     open_or_create(directory, fingerprint)
     return fingerprint
@@ -202,10 +253,12 @@ def _reference_pass(
 
     Without a backward pass no activation outlives its layer, so a micro-batch may be larger than in training.
     """
-    tokens = [one.num_tokens for one in data.measured]
+    tokens = data.num_tokens
     limit = config.train.reference_micro_batch_tokens or 4 * config.train.max_micro_batch_tokens
     # One pass over everything: what bins differ by evens out, and levelling very many of them would take long.
-    plan = split_into_micro_batches(missing, tokens, engine.ranks.world_size, limit, level=False)
+    plan = split_into_micro_batches(
+        missing, tokens, engine.ranks.world_size, limit, level=False, row_tokens=data.row_tokens
+    )
     mine = [(one or missing[:1], not one) for one in plan[engine.ranks.rank]]
     total = sum(tokens[g] for g in missing)
     logger.info("reference pass: %d groups, %s tokens, %d micro-batches a rank", len(missing), f"{total:,}", len(mine))

@@ -76,6 +76,45 @@ def test_a_micro_batch_keeps_room_for_the_stand_in_where_a_group_has_no_image(en
     assert len(wider.micro_batches[0]) == 1
 
 
+def test_separate_sequences_are_said_aloud_once_with_reason_and_cost(encoder: Encoder, photo_root, caplog) -> None:
+    """Two groups of three rows of 50 tokens are 300 tokens, where [40 | 10 | 10 | 10] shared would be 70 each."""
+    separate = encoder_of(Path(encoder.processor.tokenizer.name_or_path), photo_root, share_prefix="never")
+    dataset = GroupDataset([group(name, "a", "b", "c") for name in "xy"], separate, max_words=9, types=())
+    measured = tuple(MeasuredGroup(70, 2, name, num_completions=3, longest_tokens=50) for name in "xy")
+    with caplog.at_level("INFO"):
+        (step,) = plan_training(config_of(2, 300), TrainingData(dataset, (0, 1), measured), Ranks(0, 1, 0))
+    assert [sorted(one) for one in step.micro_batches[0]] == [[0, 1]]
+    (line,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "model.share_prefix is never" in line and "300 tokens" in line and "2.14 times the 140" in line
+    (step,) = plan_training(config_of(2, 299), TrainingData(dataset, (0, 1), measured), Ranks(0, 1, 0))
+    assert sorted(step.micro_batches[0]) == [(0,), (1,)]
+
+
+def test_batches_of_separate_sequences_are_within_the_limit_with_their_padding(
+    family_dir: Callable[[str], Path], photo_root: Path, caplog
+) -> None:
+    """Gemma 3: groups of different prompts, one without an image, whose batch gets a row for the stand-in."""
+    encoder = encoder_of(family_dir("gemma3"), photo_root)
+    groups = [group(f"g{i}", "a" * (1 + 7 * i), "b", "c" * i, prompt=turn(None, "?" * (1 + 9 * i))) for i in range(6)]
+    groups.append(PreferenceGroup("text", (), (turn("What?"),), group("x", "a", "bc").completions))
+    dataset = GroupDataset(groups, encoder, max_words=9, types=(), keep_text_only=True)
+    measured: Any = tuple(dataset.measure(i) for i in range(7))
+    data = TrainingData(dataset, tuple(range(7)), measured)
+    for limit in (150, 400, 1000):
+        (step,) = plan_training(config_of(7, limit), data, Ranks(0, 2, 0))
+        largest = []
+        for rank in (0, 1):
+            engine: Any = EngineWithoutModel(Ranks(rank, 2, rank))
+            config = config_of(7, limit)
+            config.data.num_workers = 0
+            keys: Any = SimpleNamespace(gather=lambda keys: torch.zeros(1))
+            (batches,) = training_batches(config, data, [step], keys, engine)
+            largest += [one.input_ids_T.numel() for one in batches if len(one.group_ids) > 1]
+        assert all(tokens <= limit for tokens in largest)
+        assert limit < 400 or largest
+    assert "both directions" in caplog.text and "windows of 24 tokens" in caplog.text
+
+
 NUM_GROUPS = 12
 
 

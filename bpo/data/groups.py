@@ -19,11 +19,17 @@ from bpo.records import GroupBatch, PreferenceGroup
 
 @dataclass(frozen=True, slots=True)
 class MeasuredGroup:
-    """What the plan and the reference store need to know of a usable group."""
+    """What the plan and the reference store need to know of a usable group.
+
+    num_tokens: its tokens where the completions share the prefix.
+    num_completions, longest_tokens: rows of separate sequences, and tokens of the longest of them.
+    """
 
     num_tokens: int
     num_pairs: int
     reference_key: str
+    num_completions: int = 0
+    longest_tokens: int = 0
 
 
 class GroupDataset(Dataset):
@@ -76,6 +82,8 @@ class GroupDataset(Dataset):
             num_tokens=encoded.num_tokens,
             num_pairs=len(preference_pairs(encoded.scores)),
             reference_key=reference_key(encoded, digests),
+            num_completions=len(encoded.completion_ids),
+            longest_tokens=encoded.longest_tokens,
         )
 
     def measure_all(self, indices: Sequence[int], num_workers: int) -> Iterator[MeasuredGroup | Dropped]:

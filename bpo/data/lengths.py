@@ -25,7 +25,7 @@ from bpo.records import PreferenceGroup
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 
 Measured = MeasuredGroup | Dropped
 

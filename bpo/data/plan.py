@@ -53,13 +53,28 @@ def epoch_order(num_groups: int, seed: int, epoch: int) -> list[int]:
 
 
 def split_into_micro_batches(
-    groups: Sequence[int], num_tokens: Sequence[int], world_size: int, max_tokens: int, *, level: bool = True
+    groups: Sequence[int],
+    num_tokens: Sequence[int],
+    world_size: int,
+    max_tokens: int,
+    *,
+    level: bool = True,
+    row_tokens: Sequence[int] | None = None,
 ) -> list[list[list[int]]]:
     """Divides groups among `world_size` ranks, every rank with the same number of micro-batches.
 
     Longest group first into the emptiest bin (LPT): deterministic, and within 4/3 of the best balance; then, with
     `level`, swaps between bins until they are within 0.1 % of their mean or no swap helps: with eight groups a rank
     they are, with four some per cent may remain. A group above `max_tokens` gets a bin of its own.
+
+    Args:
+        groups: Indices into `num_tokens`.
+        num_tokens: Tokens of each group through the language model.
+        world_size: Ranks.
+        max_tokens: Largest micro-batch, in tokens.
+        level: Swap groups between bins.
+        row_tokens: For groups that are padded rows: the length of each group's rows, so that a group has
+            `num_tokens / row_tokens` of them. In a bin all rows are padded to the longest, and that is what must fit.
 
     Returns:
         `[rank][micro-batch]` lists of group indices; a bin may be empty when there are fewer groups than bins.
@@ -76,18 +91,32 @@ def split_into_micro_batches(
             filled, b = heapq.heappop(heap)
             bins[b].append(group)
             heapq.heappush(heap, (filled + num_tokens[group], b))
-        fits = all(len(one) <= 1 or sum(num_tokens[g] for g in one) <= max_tokens for one in bins)
-        if fits:
+        if _fit(bins, num_tokens, max_tokens, row_tokens):
             break
         per_rank += 1
     if level and world_size > 1:
-        bins = _snake(_level(bins, num_tokens, max_tokens), num_tokens, world_size)
+        levelled = _level([list(one) for one in bins], num_tokens, max_tokens)
+        bins = levelled if _fit(levelled, num_tokens, max_tokens, row_tokens) else bins
+        bins = _snake(bins, num_tokens, world_size)
     # Bin b goes to rank b % world, so that the k-th micro-batches of the ranks run side by side; order inside a bin is
     # that of the step, whatever LPT did.
     place_of = {group: i for i, group in enumerate(groups)}
     for one in bins:
         one.sort(key=place_of.__getitem__)
     return [[bins[k * world_size + rank] for k in range(per_rank)] for rank in range(world_size)]
+
+
+def _fit(
+    bins: Sequence[Sequence[int]], num_tokens: Sequence[int], max_tokens: int, row_tokens: Sequence[int] | None
+) -> bool:
+    """Whether every bin of more than one group is within `max_tokens`, padding included."""
+    several = [one for one in bins if len(one) > 1]
+    if row_tokens is None:
+        return all(sum(num_tokens[g] for g in one) <= max_tokens for one in several)
+    return all(
+        sum(num_tokens[g] // row_tokens[g] for g in one) * max(row_tokens[g] for g in one) <= max_tokens
+        for one in several
+    )
 
 
 def _level(bins: list[list[int]], num_tokens: Sequence[int], max_tokens: int) -> list[list[int]]:
@@ -144,8 +173,11 @@ def plan_steps(
     world_size: int,
     max_tokens: int,
     max_steps: int = 0,
+    row_tokens: Sequence[int] | None = None,
 ) -> list[PlannedStep]:
     """The whole run: shuffled epochs cut into steps of `groups_per_step` groups, the last of an epoch may be smaller.
+
+    `row_tokens` as in `split_into_micro_batches`.
 
     Raises:
         ValueError: there is nothing to train on.
@@ -159,14 +191,14 @@ def plan_steps(
             if max_steps and len(steps) == max_steps:
                 return steps
             groups = order[start : start + groups_per_step]
-            steps.append(_planned_step(len(steps), epoch, groups, num_tokens, world_size, max_tokens))
+            bins = split_into_micro_batches(groups, num_tokens, world_size, max_tokens, row_tokens=row_tokens)
+            steps.append(_planned_step(len(steps), epoch, groups, num_tokens, bins))
     return steps
 
 
 def _planned_step(
-    index: int, epoch: int, groups: list[int], num_tokens: Sequence[int], world_size: int, max_tokens: int
+    index: int, epoch: int, groups: list[int], num_tokens: Sequence[int], bins: list[list[list[int]]]
 ) -> PlannedStep:
-    bins = split_into_micro_batches(groups, num_tokens, world_size, max_tokens)
     shortest = min(groups, key=lambda g: (num_tokens[g], g))
     filler = tuple(tuple(not one for one in rank) for rank in bins)
     micro = tuple(tuple(tuple(one) if one else (shortest,) for one in rank) for rank in bins)

@@ -1,45 +1,189 @@
-"""What differs between model families. Run: python -m pytest tests/data/test_families.py"""
+"""What differs between model families. Run: python -m pytest tests/data/test_families.py
+
+The truth is transformers: each family's own processor and model. Processors that hold a video part cannot be built
+without torchvision; here they get none, and read images with the rest.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, LlamaConfig
+from PIL import Image
+from transformers import (
+    AutoConfig,
+    Gemma3Processor,
+    Idefics3Processor,
+    InternVLProcessor,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaNextProcessor,
+    LlavaOnevisionProcessor,
+    LlavaProcessor,
+    PixtralVisionConfig,
+    Qwen2_5_VLProcessor,
+    Qwen2VLProcessor,
+    Qwen3VLProcessor,
+    SiglipVisionConfig,
+    SmolVLMProcessor,
+)
+from transformers.models.smolvlm import processing_smolvlm
+from transformers.processing_utils import ProcessorMixin
 
 from bpo.config import ModelConfig
+from bpo.data.encode import Encoder
 from bpo.data.families import FAMILIES, family_of
 from bpo.model.load import load_model
 from tests.sample_groups import encode_all, encoder_of, group, three_groups, turn
+from tests.tiny_families import TILE, tiny_gemma3
+
+# Wide, tall, square, tiny, one pixel beside a multiple of a tile, and one whose canvas is scaled down.
+SIZES = {
+    "wide": (90, 31),
+    "tall": (30, 100),
+    "square": (56, 56),
+    "tiny": (28, 29),
+    "odd": (57, 83),
+    "large": (200, 190),
+}
+PROCESSORS: dict[str, tuple[type, dict[str, Any]]] = {
+    "gemma3": (Gemma3Processor, {"image_seq_length": 4}),
+    "idefics3": (Idefics3Processor, {"image_seq_len": 4}),
+    "internvl": (InternVLProcessor, {"image_seq_length": 4}),
+    "llava": (LlavaProcessor, {"patch_size": 14, "num_additional_image_tokens": 1}),
+    "llava_next": (LlavaNextProcessor, {"patch_size": 7, "num_additional_image_tokens": 1}),
+    "llava_onevision": (LlavaOnevisionProcessor, {"num_image_tokens": 16, "vision_aspect_ratio": "anyres_max_4"}),
+    "qwen2_5_vl": (Qwen2_5_VLProcessor, {}),
+    "qwen2_vl": (Qwen2VLProcessor, {}),
+    "qwen3_vl": (Qwen3VLProcessor, {}),
+    "qwen3_vl_moe": (Qwen3VLProcessor, {}),
+    "smolvlm": (SmolVLMProcessor, {"image_seq_len": 4}),
+}
 
 
-def test_unsupported_model_type_lists_those_supported() -> None:
-    with pytest.raises(ValueError, match="`llama` is not supported; supported: gemma3, .*, smolvlm"):
-        family_of(LlamaConfig())
+@pytest.fixture(scope="module")
+def sizes_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("sizes")
+    for seed, (name, (width, height)) in enumerate(SIZES.items()):
+        pixels = np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(root / f"{name}.png")
+    return root
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_named_modules_exist_in_the_model(name: str, tiny_llava_dir: Path, tiny_qwen_dir: Path) -> None:
-    model = load_model(ModelConfig(path=str(tiny_llava_dir if name == "llava" else tiny_qwen_dir), dtype="float32"))
-    family = family_of(model.config)
+@pytest.fixture(scope="module", params=FAMILIES)
+def name(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def encoder(name: str, family_dir: Callable[[str], Path], sizes_root: Path) -> Encoder:
+    return encoder_of(family_dir(name), sizes_root)
+
+
+@pytest.fixture(scope="module")
+def model(name: str, family_dir: Callable[[str], Path]) -> Any:
+    return load_model(ModelConfig(path=str(family_dir(name)), dtype="float32"))
+
+
+@pytest.fixture
+def without_video(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(ProcessorMixin, "check_argument_for_proper_class", lambda self, name, part: type(part))
+    monkeypatch.setattr(processing_smolvlm, "num2words", str)  # spells numbers of frames
+    yield
+
+
+def own_processor(name: str, encoder: Encoder) -> Any:
+    kind, options = PROCESSORS[name]
+    if "Llava" in kind.__name__:
+        options = {**options, "vision_feature_select_strategy": encoder.family.config.vision_feature_select_strategy}
+    parts = [encoder.processor.image_processor, encoder.tokenizer]
+    if "video_processor" in kind.__init__.__code__.co_varnames:
+        options = {**options, "video_processor": None}
+    return kind(*parts, chat_template=encoder.processor.chat_template, **options)
+
+
+def content(*parts: str | None) -> list[dict[str, Any]]:
+    return [{"type": "image"} if part is None else {"type": "text", "text": part} for part in parts]
+
+
+@pytest.mark.parametrize("images", [*([size] for size in SIZES), ["wide", "tall"]], ids="+".join)
+def test_ids_and_pixels_are_those_of_the_own_processor(
+    name: str, encoder: Encoder, sizes_root: Path, images: list[str], without_video: None
+) -> None:
+    """A newline before and after the image: some tokenizers join it with those that stand around an image."""
+    parts = ["First\n", None, "\nand" if len(images) == 1 else "\n", *([None] if len(images) == 2 else []), "What?"]
+    ours = encoder.encode_prompt("r", [f"{image}.png" for image in images], [turn(*parts)])
+    processor = own_processor(name, encoder)
+    messages = [{"role": "user", "content": content(*parts)}]
+    text = encoder.processor.apply_chat_template(messages)
+    pictures = [[Image.open(sizes_root / f"{image}.png") for image in images]]
+    theirs = processor(text=[text], images=pictures, return_tensors="pt", add_special_tokens=False)
+    assert list(ours.prefix_ids) == theirs["input_ids"][0].tolist()
+    assert torch.equal(_pixels(name, ours.image_inputs), _pixels(name, theirs))
+
+
+def _pixels(name: str, inputs: Any) -> torch.Tensor:
+    """Without the tiles that LLaVA-NeXT's processor adds to reach the number of the image with most."""
+    pixels = inputs["pixel_values"]
+    if name.startswith("llava_") and pixels.dim() == 5:
+        pixels = pixels.flatten(0, 1)
+        pixels = pixels[pixels.flatten(1).any(1)]
+    return pixels
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_as_many_image_tokens_as_the_model_gives_features(name: str, encoder: Encoder, model: Any, size: str) -> None:
+    prompt = encoder.encode_prompt("r", [f"{size}.png"], [turn(None, "What?")])
+    with torch.no_grad():
+        features = model.model.get_image_features(**prompt.image_inputs).pooler_output
+    assert prompt.prefix_ids.count(encoder.image_token_id) == sum(one.flatten(0, -2).shape[0] for one in features)
+
+
+def test_the_stand_in_is_an_image_by_itself_and_a_small_one(name: str, encoder: Encoder, model: Any) -> None:
+    stand_in = encoder.stand_in()
+    assert set(stand_in.prefix_ids) == {encoder.image_token_id}
+    with torch.no_grad():
+        features = model.model.get_image_features(**stand_in.image_inputs).pooler_output
+    assert len(stand_in.prefix_ids) == sum(one.flatten(0, -2).shape[0] for one in features)
+    # Families that can leave an image whole do: a tile of 4 tokens. The others take their smallest canvas.
+    assert len(stand_in.prefix_ids) == (88 if name in ("llava_next", "llava_onevision") else 4)
+
+
+def test_named_parts_exist_in_the_model(encoder: Encoder, model: Any) -> None:
+    family = encoder.family
     for module in (family.vision_module, family.language_module, *family.projector_modules):
         assert list(model.get_submodule(module).parameters())
+    for parameter in family.projector_parameters:
+        assert model.get_parameter(parameter).requires_grad
+    named = (family.vision_module, family.language_module, *family.projector_modules, *family.projector_parameters)
+    left = [n for n, _ in model.named_parameters() if not n.startswith(named) and not n.startswith("lm_head")]
+    assert not left  # every parameter belongs to a part that can learn or be frozen
 
 
-def test_qwen_positions_equal_get_rope_index(tiny_qwen_dir: Path, photo_root: Path) -> None:
-    encoder = encoder_of(tiny_qwen_dir, photo_root)
-    model = load_model(ModelConfig(path=str(tiny_qwen_dir), dtype="float32"))
-    adjacent = group("d", "x", "y", prompt=turn(None, "What?"))
-    for one in encode_all(encoder, [*three_groups(), adjacent]):
-        ids_1T = torch.tensor(one.prompt.prefix_ids)[None]
-        grid = one.prompt.image_inputs["image_grid_thw"]
-        theirs, _ = model.model.get_rope_index(
-            ids_1T, mm_token_type_ids=(ids_1T == encoder.image_token_id).int(), image_grid_thw=grid
-        )
-        ours = encoder.family.prefix_positions(ids_1T[0], one.prompt.image_inputs)
-        assert torch.equal(ours, theirs[:, 0])
-    assert len({tuple(g) for g in grid.tolist()}) == 1 and grid[0, 1] != grid[0, 2]  # the last is not square
+def test_positions_are_the_models_own(name: str, encoder: Encoder, model: Any, photo_root: Path) -> None:
+    encoder = Encoder(encoder.processor, encoder.family.config, photo_root, 4096)
+    seen: dict[str, torch.Tensor] = {}
+
+    def keep(module: Any, args: Any, options: dict[str, Any]) -> None:
+        seen["positions"] = options["position_ids"] if options.get("position_ids") is not None else args[1]
+
+    rotary = next(m for n, m in model.get_submodule(encoder.family.language_module).named_modules() if "rotary" in n)
+    handle = rotary.register_forward_pre_hook(keep, with_kwargs=True)
+    for one in encode_all(encoder, [*three_groups(), group("d", "x", "y", prompt=turn(None, "What?"))]):
+        ids_1T = torch.tensor([[*one.prompt.prefix_ids, *one.completion_ids[0]]])
+        with torch.no_grad():
+            model(input_ids=ids_1T, **one.prompt.image_inputs, **encoder.family.generation_inputs(ids_1T))
+        prefix_XT = encoder.family.prefix_positions(torch.tensor(one.prompt.prefix_ids), one.prompt.image_inputs)
+        after = torch.arange(len(one.completion_ids[0])) + int(prefix_XT.max()) + 1
+        ours_XT = torch.cat([prefix_XT, after.expand(len(prefix_XT), -1)], dim=1)
+        theirs_XT = seen["positions"].reshape(-1, ids_1T.shape[1])[-3:]
+        assert torch.equal(ours_XT, theirs_XT[: len(ours_XT)])
+    handle.remove()
+    assert len(ours_XT) == (3 if name.startswith("qwen") else 1)
 
 
 def test_text_only_positions_count_on_in_all_channels(tiny_qwen_dir: Path) -> None:
@@ -47,32 +191,59 @@ def test_text_only_positions_count_on_in_all_channels(tiny_qwen_dir: Path) -> No
     assert family.prefix_positions(torch.tensor([1, 2, 3]), {}).tolist() == [[0, 1, 2]] * 3
 
 
-def test_llava_with_its_class_token_takes_one_more(tiny_llava_dir: Path) -> None:
+def test_noise_is_standard_normal_and_repeats_with_its_generator(name: str, encoder: Encoder) -> None:
+    pixels = encoder.image_inputs(["odd.png"])["pixel_values"]
+    noise, again = (encoder.family.noise_like(pixels, torch.Generator().manual_seed(3)) for _ in range(2))
+    assert noise.shape == pixels.shape and noise.dtype == torch.float32
+    assert torch.equal(noise, again)
+    assert abs(float(noise.mean())) < 0.1 and abs(float(noise.std()) - 1) < 0.1
+    if name.startswith("qwen"):
+        # The processor fills both frames of a still image alike; the noise must keep them alike.
+        for tensor in (pixels, noise):
+            frames = tensor.reshape(-1, 3, 2, 14, 14)  # (patch, channel, frame, height, width)
+            assert torch.equal(frames[:, :, 0], frames[:, :, 1])
+            assert not torch.equal(frames[:, 0], frames[:, 1])
+
+
+def test_answers_end_as_the_chat_template_ends_them(name: str, encoder: Encoder) -> None:
+    expected = {"gemma3": "<end_of_turn>", "idefics3": "<end_of_utterance>", "smolvlm": "<end_of_utterance>"}
+    end = expected.get(name, encoder.tokenizer.eos_token)
+    assert encoder.encode_completion("a")[-1] == encoder.tokenizer.convert_tokens_to_ids(end)
+    assert set(encoder.end_token_ids) == {encoder.eos_token_id, encoder.tokenizer.eos_token_id}
+    assert not set(encoder.end_token_ids) & set(encoder.suppressed_token_ids)
+    assert encoder.family.control_token_ids() <= set(encoder.suppressed_token_ids)
+
+
+def test_pan_and_scan_gives_every_crop_its_tokens(tmp_path: Path, sizes_root: Path, without_video: None) -> None:
+    options = {"pan_and_scan_min_crop_size": 14, "pan_and_scan_max_num_crops": 4}
+    directory = tiny_gemma3(tmp_path / "gemma", do_pan_and_scan=True, pan_and_scan_min_ratio_to_activate=1.2, **options)
+    encoder = encoder_of(directory, sizes_root)
+    ours = encoder.encode_prompt("r", ["wide.png"], [turn("See\n", None, "What?")])
+    processor = own_processor("gemma3", encoder)
+    text = encoder.processor.apply_chat_template([{"role": "user", "content": content("See\n", None, "What?")}])
+    images_options = {"do_pan_and_scan": True, "pan_and_scan_min_ratio_to_activate": 1.2, **options}
+    picture = Image.open(sizes_root / "wide.png")
+    theirs = processor(
+        text=[text], images=[[picture]], return_tensors="pt", add_special_tokens=False, images_kwargs=images_options
+    )
+    assert list(ours.prefix_ids) == theirs["input_ids"][0].tolist()
+    assert ours.image_inputs["pixel_values"].shape == (4, 3, TILE, TILE)  # the whole and three crops
+    assert ours.prefix_ids.count(encoder.image_token_id) == 16
+    assert len(encoder.stand_in().prefix_ids) == 4
+
+
+def test_class_tokens_count_where_the_tower_has_one(tiny_llava_dir: Path) -> None:
     config = AutoConfig.from_pretrained(tiny_llava_dir)
     pixels = {"pixel_values": torch.zeros(2, 3, 28, 28)}
     assert family_of(config).num_image_tokens(pixels) == [4, 4]
     config.vision_feature_select_strategy = "full"
     assert family_of(config).num_image_tokens(pixels) == [5, 5]
+    config.vision_config = SiglipVisionConfig(image_size=28, patch_size=14)
+    assert family_of(config).num_image_tokens(pixels) == [4, 4]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_noise_is_standard_normal_and_repeats_with_its_generator(
-    name: str, tiny_llava_dir: Path, tiny_qwen_dir: Path, photo_root: Path
-) -> None:
-    encoder = encoder_of(tiny_llava_dir if name == "llava" else tiny_qwen_dir, photo_root)
-    pixels = encoder.image_inputs(["tall.png"])["pixel_values"]
-    noise, again = (encoder.family.noise_like(pixels, torch.Generator().manual_seed(3)) for _ in range(2))
-    assert noise.shape == pixels.shape and noise.dtype == torch.float32
-    assert torch.equal(noise, again)
-    assert abs(float(noise.mean())) < 0.1 and abs(float(noise.std()) - 1) < 0.1
-
-
-def test_qwen_gives_the_copies_of_a_patch_in_time_the_same_noise(tiny_qwen_dir: Path, photo_root: Path) -> None:
-    """The real processor fills both frames of a still image alike; the noise must keep them alike."""
-    encoder = encoder_of(tiny_qwen_dir, photo_root)
-    pixels = encoder.image_inputs(["tall.png"])["pixel_values"]
-    noise = encoder.family.noise_like(pixels, torch.Generator().manual_seed(3))
-    for tensor in (pixels, noise):
-        frames = tensor.reshape(-1, 3, 2, 14, 14)  # (patch, channel, frame, height, width)
-        assert torch.equal(frames[:, :, 0], frames[:, :, 1])
-        assert not torch.equal(frames[:, 0], frames[:, 1])
+def test_unsupported_model_type_lists_those_supported() -> None:
+    with pytest.raises(ValueError, match="`llama` is not supported; supported: gemma3, .*llava_next, .*smolvlm"):
+        family_of(LlamaConfig())
+    with pytest.raises(ValueError, match="Pixtral tower is not supported"):
+        family_of(LlavaConfig(vision_config=PixtralVisionConfig(), text_config=LlamaConfig()))

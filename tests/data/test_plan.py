@@ -69,6 +69,21 @@ def test_ranks_keep_step_within_the_token_limit_and_fillers_stand_only_where_gro
     assert empty < world_size  # never a whole round of forward passes that count nothing
 
 
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(2, 5), st.integers(1, 200)), min_size=1, max_size=30), worlds, st.integers(1, 1500)
+)
+def test_padded_rows_stay_within_the_token_limit(shapes, world_size, max_tokens) -> None:
+    """All rows of a micro-batch are as long as its longest: short groups beside a long one take more than their sum."""
+    num_tokens = [rows * length for rows, length in shapes]
+    row_tokens = [length for _, length in shapes]
+    bins = split_into_micro_batches(range(len(shapes)), num_tokens, world_size, max_tokens, row_tokens=row_tokens)
+    assert len({len(rank) for rank in bins}) == 1
+    assert sorted(g for rank in bins for one in rank for g in one) == list(range(len(shapes)))
+    for one in (one for rank in bins for one in rank if len(one) > 1):
+        assert sum(shapes[g][0] for g in one) * max(row_tokens[g] for g in one) <= max_tokens
+
+
 def test_a_group_above_the_limit_costs_one_micro_batch() -> None:
     assert split_into_micro_batches([0], [5000], 1, 100) == [[[0]]]
     assert split_into_micro_batches([0, 1, 2], [5000, 50, 50], 1, 100) == [[[0], [1, 2]]]
