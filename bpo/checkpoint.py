@@ -1,168 +1,257 @@
-"""Checkpoints: written beside, verified by a manifest, moved into place at once; resume; the newest valid one.
+"""Checkpoints of a DeepSpeed run: what each rank holds under ZeRO, taken and put back; the checks before a run goes on.
 
-OUTPUT/checkpoints/step-00000010/
-    deepspeed/                 optimizer and trainable weights, a file a rank
-    trainable.safetensors      what was trained, whole; `bpo export` reads it
-    manifest.json              step, world size, versions, size and SHA-256 of every file
-OUTPUT/checkpoints/latest      name of the newest one
+ZeRO's partitions are read and written through the tables that DeepSpeed keeps of them, not through its own checkpoint
+files: those are pickles (nothing may be executed here), name themselves `latest` before they are whole, and hold for
+one number of ranks only. The format is in `checkpoint_shards`, its safety in `checkpoint_files`, the saving in
+`checkpoint_save`.
 """
 
 from __future__ import annotations
 
-import json
 import logging
-import os
-import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+import torch
 
-from bpo.engine import TrainingEngine, barrier
-from bpo.model.reference import file_digest
+from bpo.checkpoint_files import (
+    CheckpointError,
+    Hook,
+    checkpoint_dirs,
+    checkpoints_root,
+    newest_valid_checkpoint,
+    no_hook,
+)
+from bpo.checkpoint_save import CheckpointSaver
+from bpo.checkpoint_shards import KINDS, MASTER, Fragment, Shard, ShardSet
+from bpo.config import Config, TrainConfig
+from bpo.config_io import to_tree
+from bpo.data.plan import PlannedStep
+from bpo.engine import JobRanks, TrainingEngine
+from bpo.preparation import TrainingData
+from bpo.resume_check import DATA, PLAN, WEIGHTS, check_content, check_options, content_digest
+from bpo.run_guard import RunGuard
 from bpo.run_record import versions
 
 logger = logging.getLogger(__name__)
-_TAG = "deepspeed"
+Found = tuple[Path, dict[str, Any]]
 
 
-class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be used; names what is wrong with it."""
+def check_settings(settings: dict[str, Any]) -> None:
+    """Refuses DeepSpeed settings whose state could not be saved, before hours are spent.
 
-
-def save_checkpoint(engine: TrainingEngine, output_dir: Path, step: int, config: dict[str, Any]) -> Path:
-    """Writes a checkpoint on all ranks; it gets its name only when every file is on disk and hashed.
-
-    Args:
-        config: The run's resolved configuration; export reads it.
+    Raises:
+        ValueError: no ZeRO stage, states on NVMe, or MiCS; names the key.
     """
-    root = output_dir / "checkpoints"
-    final, temporary = root / f"step-{step:08d}", root / f"step-{step:08d}.tmp"
-    if engine.ranks.is_main:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    barrier()
-    engine.deepspeed.save_checkpoint(
-        str(temporary), tag=_TAG, save_latest=False, exclude_frozen_parameters=True, client_state={"step": step}
-    )
-    trainable = engine.gathered_trainable_state()
-    if engine.ranks.is_main:
-        save_file(trainable, temporary / "trainable.safetensors", metadata={"format": "pt"})
-    barrier()
-    if engine.ranks.is_main:
-        manifest = {
-            "step": step,
-            "world_size": engine.ranks.world_size,
-            "versions": versions(),
-            "config": config,
-            "files": _hash_files(temporary),
+    zero = settings.get("zero_optimization", {})
+    if zero.get("stage") not in (1, 2, 3):
+        raise ValueError(
+            f"train.ds_config: zero_optimization.stage is {zero.get('stage', 0)}; checkpoints are written for stages "
+            "1, 2 and 3 (stage 1 costs nothing over stage 0)"
+        )
+    for part in ("offload_optimizer", "offload_param"):
+        if zero.get(part, {}).get("device") == "nvme":
+            raise ValueError(f"train.ds_config: {part}.device nvme cannot be saved; use cpu")
+    if zero.get("mics_shard_size", -1) > 0:
+        raise ValueError("train.ds_config: mics_shard_size is not supported by checkpoints; remove it")
+
+
+def find_resumable(config: Config, job: JobRanks) -> Found | None:
+    """The checkpoint to continue from, which fits this configuration, or None for a fresh start. On all ranks.
+
+    Raises:
+        CheckpointError: there are checkpoints but the run was not asked to continue (a fresh start would mix with
+            them), none of them is valid, or options differ that decide what a step computes.
+    """
+    output_dir = Path(config.train.output_dir)
+    if not config.train.resume:
+        if job.gather(bool(checkpoint_dirs(output_dir)) if job.rank == 0 else False)[0]:
+            raise CheckpointError(
+                f"{output_dir} holds checkpoints of an earlier run; give --resume or another train.output_dir"
+            )
+        return None
+    found = newest_valid_checkpoint(output_dir, job)
+    if found is None:
+        if job.rank == 0:
+            logger.warning("--resume: no checkpoint in %s yet; starting at step 0", checkpoints_root(output_dir))
+        return None
+    check_options(found[1], to_tree(config), job.world_size, config.train.accept_changes)
+    return found
+
+
+class RunDescription:
+    """The manifest of any step of a run; and whether a found checkpoint is of this data, plan and base model."""
+
+    def __init__(
+        self, config: Config, data: TrainingData, steps: Sequence[PlannedStep], reference: dict[str, str], ranks: int
+    ):
+        self.config, self.steps, self.ranks = config, steps, ranks
+        weights = [f"{name} {value}" for name, value in sorted(reference.items()) if name.startswith("file:")]
+        self.fingerprints = {
+            DATA: content_digest(f"{one.reference_key} {one.num_pairs}" for one in data.measured),
+            WEIGHTS: content_digest(weights),
+            "reference": content_digest(f"{name} {value}" for name, value in sorted(reference.items())),
         }
-        _write_durably(temporary / "manifest.json", json.dumps(manifest, indent=1))
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(temporary, final)
-        _write_durably(root / "latest", final.name)
-        logger.info("saved %s", final)
-    barrier()
-    return final
+
+    def plan_of(self, done: int) -> str:
+        """Digest of the order of groups in the first `done` steps; the same for any number of ranks."""
+        return content_digest(f"{step.epoch} {step.groups}" for step in self.steps[:done])
+
+    def manifest(self, step: int) -> dict[str, Any]:
+        """Everything but the files."""
+        return {
+            "step": step,
+            "world_size": self.ranks,
+            "cursor": {
+                "steps_done": step,
+                "steps_planned": len(self.steps),
+                "epoch": self.steps[step - 1].epoch,
+                "groups_done": sum(len(one.groups) for one in self.steps[:step]),
+            },
+            "seeds": {"train.seed": self.config.train.seed},
+            "fingerprints": {**self.fingerprints, PLAN: self.plan_of(step)},
+            "versions": versions(),
+            "config": to_tree(self.config),
+        }
+
+    def check(self, manifest: dict[str, Any]) -> None:
+        """Raises CheckpointError where data, plan or base weights are not the checkpoint's; warns of other versions."""
+        accepted = self.config.train.accept_changes
+        check_content(manifest, DATA, self.fingerprints[DATA], accepted)
+        check_content(manifest, WEIGHTS, self.fingerprints[WEIGHTS], accepted)
+        check_content(manifest, PLAN, self.plan_of(manifest["step"]), accepted)
+        changed = [f"{k} {v} -> {versions().get(k)}" for k, v in manifest["versions"].items() if versions().get(k) != v]
+        if changed:
+            logger.warning(
+                "other versions than the checkpoint's: %s; losses may differ in rounding", ", ".join(changed)
+            )
 
 
-def _hash_files(directory: Path) -> dict[str, dict[str, Any]]:
-    files = {}
-    for path in sorted(p for p in directory.rglob("*") if p.is_file()):
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-        files[str(path.relative_to(directory))] = {"bytes": path.stat().st_size, "sha256": file_digest(path)}
-    return files
+class Partition:
+    """This rank's flat fp32 tensors under ZeRO 1, 2 or 3, and which elements of which parameters they hold."""
+
+    def __init__(self, engine: TrainingEngine):
+        self.zero = engine.optimizer
+        self.adam: torch.optim.Optimizer = self.zero.optimizer
+        named = {n: p for n, p in engine.policy.model.named_parameters() if p.requires_grad}
+        self.shapes = {n: tuple(getattr(p, "ds_shape", p.shape)) for n, p in named.items()}
+        self.is_stage_3 = hasattr(self.zero, "fp32_partitioned_groups_flat")
+        if self.is_stage_3:
+            self.flats: list[torch.Tensor] = self.zero.fp32_partitioned_groups_flat
+            self.fragments = self._of_stage_3(named, engine.ranks.rank)
+        elif hasattr(self.zero, "single_partition_of_fp32_groups"):
+            self.flats = self.zero.single_partition_of_fp32_groups
+            self.fragments = self._of_stages_1_and_2(named)
+        else:
+            raise CheckpointError(
+                f"no table of partitions in DeepSpeed's {type(self.zero).__name__}; use ZeRO 1, 2 or 3"
+            )
+
+    def _of_stages_1_and_2(self, named: dict[str, torch.nn.Parameter]) -> list[Fragment]:
+        """A group's parameters one after the other, cut into equal parts: a rank's part may cut through a parameter."""
+        group_of = {id(p): number for number, group in enumerate(self.zero.bit16_groups) for p in group}
+        fragments = []
+        for name, parameter in named.items():
+            mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+            if mapping is not None:
+                low, high = mapping.lp_fragment_address, mapping.hp_fragment_address
+                flat = group_of[id(parameter)]
+                fragments.append(self._fragment(name, parameter, low.start, low.numel, flat, high.start))
+        return fragments
+
+    def _of_stage_3(self, named: dict[str, torch.nn.Parameter], rank: int) -> list[Fragment]:
+        """Every parameter cut into equal parts, the last one padded."""
+        fragments = []
+        for name, parameter in named.items():
+            flat, flat_start, count = self.zero.grad_position[self.zero.get_param_id(parameter)]
+            numel = min(count, parameter.ds_numel - rank * count)  # type: ignore[attr-defined]
+            if numel > 0:
+                fragments.append(self._fragment(name, parameter, rank * count, numel, flat, flat_start))
+        return fragments
+
+    def _fragment(self, name: str, parameter: torch.Tensor, start: int, numel: int, flat: int, at: int) -> Fragment:
+        dtype = str(parameter.dtype).removeprefix("torch.")
+        return Fragment(name, self.shapes[name], dtype, int(start), int(numel), int(flat), int(at))
+
+    def shard(self) -> Shard:
+        """The live state, not copied. After at least one step."""
+        tensors: dict[str, torch.Tensor] = {}
+        steps = set()
+        for number, flat in enumerate(self.flats):
+            state = self.adam.state[flat]
+            steps.add(int(state["step"]))
+            tensors |= {f"{MASTER}.{number}": flat.data, **{f"{k}.{number}": state[k] for k in KINDS if k != MASTER}}
+        if len(steps) != 1:
+            raise CheckpointError(f"the optimizer's groups have made different numbers of steps: {sorted(steps)}")
+        return Shard(self.fragments, steps.pop(), tensors)
+
+    @torch.no_grad()
+    def restore(self, shards: ShardSet) -> None:
+        """Master weights, moments and step; then the model's own weights from the master weights, as a step does.
+
+        Raises:
+            CheckpointError: the checkpoint is of a model with other trained parameters.
+        """
+        stored = shards.shapes()
+        differing = sorted(n for n in stored.keys() | self.shapes.keys() if stored.get(n) != self.shapes.get(n))
+        if differing:
+            first = differing[0]
+            raise CheckpointError(
+                f"{shards.directory}: {len(differing)} trained parameters differ from this model's, such as {first}: "
+                f"{stored.get(first, 'absent')} there, {self.shapes.get(first, 'absent')} here"
+            )
+        tensors: dict[str, torch.Tensor] = {}
+        for number, flat in enumerate(self.flats):
+            state: dict[str, Any] = {kind: torch.zeros_like(flat.data) for kind in KINDS if kind != MASTER}
+            tensors |= {f"{MASTER}.{number}": flat.data, **{f"{kind}.{number}": state[kind] for kind in state}}
+            self.adam.state[flat] = {"step": self._step_value(shards.optimizer_step, flat), **state}
+        shards.fill(self.fragments, tensors)
+        if not self.is_stage_3:
+            self.zero.update_lp_params()
+            return
+        self.zero.checkpoint_event_prologue()
+        for number, flat in enumerate(self.flats):
+            if flat.numel():
+                self.zero._reassign_or_swap_out_partitioned_parameters(number)
+        self.zero.checkpoint_event_epilogue()
+
+    def _step_value(self, step: int, flat: torch.Tensor) -> Any:
+        """As the optimizer keeps it: torch a tensor (its fused kernel: on the device), DeepSpeedCPUAdam an int."""
+        if not isinstance(self.adam, (torch.optim.Adam, torch.optim.AdamW)):
+            return step
+        fused = any(group.get("fused") or group.get("capturable") for group in self.adam.param_groups)
+        return torch.tensor(float(step), device=flat.device if fused else "cpu")
 
 
-def _write_durably(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def verify_checkpoint(directory: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint whose every file has the size and SHA-256 it was written with.
-
-    Raises:
-        CheckpointError: names the file that is missing, cut or changed.
-    """
-    path = directory / "manifest.json"
-    if not path.is_file():
-        raise CheckpointError(f"{directory} has no manifest.json: it was not written to the end")
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} is damaged: {error!r}") from error
-    for name, (num_bytes, sha256) in expected.items():
-        file = directory / name
-        if not file.is_file():
-            raise CheckpointError(f"{file} is missing")
-        if file.stat().st_size != num_bytes:
-            raise CheckpointError(f"{file} has {file.stat().st_size} bytes instead of {num_bytes}")
-        if file_digest(file) != sha256:
-            raise CheckpointError(f"{file} is damaged: its SHA-256 differs from the manifest")
-    return manifest
-
-
-def checkpoint_dirs(output_dir: Path) -> list[Path]:
-    """Finished checkpoints, newest first."""
-    found = (output_dir / "checkpoints").glob("step-*")
-    return sorted((d for d in found if d.is_dir() and d.suffix != ".tmp"), reverse=True)
-
-
-def newest_valid_checkpoint(output_dir: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint that verifies; a damaged one is named aloud and passed over. None if there is none at all.
-
-    Raises:
-        CheckpointError: there are checkpoints, and none can be used.
-    """
-    problems = []
-    for directory in checkpoint_dirs(output_dir):
-        try:
-            return directory, verify_checkpoint(directory)
-        except CheckpointError as error:
-            problems.append(str(error))
-            logger.error("checkpoint passed over: %s", error)
-    if problems:
-        raise CheckpointError(f"no checkpoint in {output_dir / 'checkpoints'} can be used:\n  " + "\n  ".join(problems))
-    return None
-
-
-def find_resumable(output_dir: Path, *, resume: bool) -> tuple[Path, dict[str, Any]] | None:
-    """The checkpoint to continue from, or None for a fresh start.
-
-    Raises:
-        CheckpointError: there are checkpoints but the run was not asked to continue: a fresh start would mix with them.
-    """
-    if resume:
-        found = newest_valid_checkpoint(output_dir)
-        if found is None:
-            logger.warning("--resume: no checkpoint in %s yet; starting at step 0", output_dir / "checkpoints")
-        return found
-    if checkpoint_dirs(output_dir):
-        raise CheckpointError(
-            f"{output_dir} holds checkpoints of an earlier run; give --resume or another train.output_dir"
-        )
-    return None
-
-
-def resume(engine: TrainingEngine, directory: Path, manifest: dict[str, Any]) -> int:
-    """Loads weights and optimizer of a verified checkpoint; returns the number of steps that are done.
-
-    Raises:
-        CheckpointError: it was written by another number of ranks.
-    """
-    if manifest["world_size"] != engine.ranks.world_size:
-        raise CheckpointError(
-            f"{directory} was written by {manifest['world_size']} ranks; this run has {engine.ranks.world_size}. "
-            "Resume with the same number"
-        )
-    loaded, _ = engine.deepspeed.load_checkpoint(str(directory), tag=_TAG, load_module_strict=False)
-    if loaded is None:
-        raise CheckpointError(f"DeepSpeed found nothing to load in {directory / _TAG}")
+def resume(engine: TrainingEngine, found: Found) -> int:
+    """Loads weights and optimizer of a verified checkpoint, written by any number of ranks; returns the steps done."""
+    directory, manifest = found
+    shards = ShardSet(directory, [name for name in manifest["files"] if name.endswith(".safetensors")])
+    Partition(engine).restore(shards)
+    engine.deepspeed.global_steps = int(manifest["step"])
+    if engine.ranks.is_main:
+        logger.info("continuing from %s: %d steps are done", directory, manifest["step"])
     return int(manifest["step"])
+
+
+def saver_of(
+    engine: TrainingEngine, options: TrainConfig, description: RunDescription, guard: RunGuard, at_stage: Hook = no_hook
+) -> CheckpointSaver:
+    """Saves the engine's state as `train.*` says; nothing gets its name after another job took the directory over."""
+
+    def describe(step: int) -> dict[str, Any]:
+        guard.check()
+        return description.manifest(step)
+
+    return CheckpointSaver(
+        Path(options.output_dir),
+        JobRanks(engine.ranks),
+        lambda: Partition(engine).shard(),
+        describe,
+        keep_last=options.keep_last,
+        keep_every=options.keep_every,
+        in_background=options.save_in_background,
+        at_stage=at_stage,
+        waiting=lambda: guard.phase("writing the checkpoint"),
+    )

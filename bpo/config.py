@@ -171,6 +171,12 @@ class TrainConfig:
         max_grad_norm: Gradients are scaled down to this norm; 0 leaves them.
         seed: Order of the groups, dropout and the adapter's initialisation.
         save_every_steps: A checkpoint every so many steps; 0 saves at the end only.
+        keep_last: Newest checkpoints that are kept; 0 keeps all.
+        keep_every: Checkpoints of steps divisible by it are kept besides; 0 keeps none besides.
+        save_in_background: Write checkpoints while training goes on, from a copy in host memory.
+        hang_timeout_seconds: A rank that is silent or does not move for so long ends the job; 0 watches nothing.
+        max_idle_restarts: Resumed starts without a new checkpoint after which the run gives up; 0 never does.
+        accept_changes: Options (or `data`, `weights`, `plan`) that may differ from the checkpoint's when resuming.
         log_every_steps: Metrics every so many steps.
         resume: Continue from the newest checkpoint in output_dir.
         tensorboard: Write TensorBoard files beside metrics.jsonl.
@@ -201,6 +207,12 @@ class TrainConfig:
     max_grad_norm: float = 1.0
     seed: int = 0
     save_every_steps: int = 0
+    keep_last: int = 3
+    keep_every: int = 0
+    save_in_background: bool = True
+    hang_timeout_seconds: float = 600.0
+    max_idle_restarts: int = 3
+    accept_changes: list[str] = field(default_factory=list)
     log_every_steps: int = 1
     resume: bool = False
     tensorboard: bool = True
@@ -227,6 +239,10 @@ class TrainConfig:
         for name in (
             "max_steps",
             "save_every_steps",
+            "keep_last",
+            "keep_every",
+            "hang_timeout_seconds",
+            "max_idle_restarts",
             "max_grad_norm",
             "weight_decay",
             "reference_micro_batch_tokens",

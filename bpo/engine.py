@@ -136,6 +136,7 @@ class TrainingEngine:
         self.ranks = ranks
         self.device = pick_device(ranks)
         self.dtype: torch.dtype = policy.model.dtype
+        self.on_forward: Callable[[], None] = lambda: None  # a sign of life a micro-batch
         self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
             model=policy, optimizer=self._optimizer(groups, config), config=settings, dist_init_required=False
         )
@@ -159,6 +160,7 @@ class TrainingEngine:
 
         Call inside `packed_layout(batch.layout)`, backward included.
         """
+        self.on_forward()
         return self.deepspeed(**model_inputs(batch, self.device, self.dtype), terms=terms)
 
     @torch.no_grad()
@@ -189,23 +191,23 @@ class TrainingEngine:
 
     def sum_over_ranks(self, values: list[float]) -> list[float]:
         """Sums numbers over all ranks, in fp64."""
-        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        return JobRanks(self.ranks).sum(values)
+
+
+class JobRanks:
+    """The collectives of the process group, as `checkpoint_files.Collectives` names them."""
+
+    def __init__(self, ranks: Ranks):
+        self.rank, self.world_size = ranks.rank, ranks.world_size
+        self._device = pick_device(ranks)
+
+    def sum(self, values: list[float]) -> list[float]:
+        tensor = torch.tensor(values, dtype=torch.float64, device=self._device)
         dist.all_reduce(tensor)
         return tensor.tolist()
 
-    def gathered_trainable_state(self) -> dict[str, torch.Tensor]:
-        """Whole trainable parameters by name, on the CPU of rank 0 (elsewhere empty); gathered one by one."""
-        import deepspeed
-
-        state: dict[str, torch.Tensor] = {}
-        for name, parameter in self.policy.model.named_parameters():
-            if not parameter.requires_grad:
-                continue
-            partitioned = [parameter] if hasattr(parameter, "ds_id") else []
-            with deepspeed.zero.GatheredParameters(partitioned, enabled=bool(partitioned)):
-                if self.ranks.is_main:
-                    state[name] = parameter.detach().cpu().clone().contiguous()
-        return state
+    def gather(self, item: T) -> list[T]:
+        return gather_from_ranks(item)
 
 
 def from_rank_0(make: Callable[[], T]) -> T:
@@ -222,7 +224,7 @@ def from_rank_0(make: Callable[[], T]) -> T:
     return outcome[0]
 
 
-def gather_from_ranks(item: Any) -> list[Any]:
+def gather_from_ranks(item: T) -> list[T]:
     """Every rank's item, in the order of ranks."""
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, item)

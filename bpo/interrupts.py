@@ -1,4 +1,7 @@
-"""A scheduler's warning (time limit, preemption) becomes a checkpoint at the next step boundary."""
+"""Exit codes, and how a scheduler's warning becomes a checkpoint at the next step boundary.
+
+From sysexits.h where it has a fitting code: they do not collide with a shell's (126 and above) or Python's (1, 2).
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,14 @@ from types import FrameType
 
 logger = logging.getLogger(__name__)
 
-# sysexits.h EX_TEMPFAIL: not done, start again. slurm/train.sh requeues on it.
+# EX_IOERR: no checkpoint can be written. Make room, then --resume; a requeue would only repeat it.
+EXIT_CANNOT_SAVE = 74
+# EX_TEMPFAIL: a signal came and a checkpoint is written; start again. slurm/train.sh requeues on it.
 EXIT_INTERRUPTED = 75
+# EX_PROTOCOL: a rank died, froze or hangs; start again.
+EXIT_RANK_LOST = 76
+# Restarts bring no new checkpoint: do not start again. The number that NVIDIA's resiliency extension uses for it.
+EXIT_NO_PROGRESS = 93
 
 
 class StopRequest:
@@ -21,6 +30,6 @@ class StopRequest:
             signal.signal(number, self._remember)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        if not self.received:
-            logger.warning("%s: a checkpoint follows after this step", signal.Signals(number).name)
+        again = "already stopping" if self.received else "a checkpoint follows after this step"
+        logger.warning("%s: %s", signal.Signals(number).name, again)
         self.received = True

@@ -59,7 +59,8 @@ def check_first_step(
     half_precision = dtype != torch.float32
     tolerance = config.train.first_loss_tolerance or (2e-2 if half_precision else 1e-4)
     loss = step_metrics(flat)["preference_loss"]
-    expected = engine.sum_over_ranks([sums.expected_first_loss])[0] / flat[-2]
+    expected_sum, num_pairs = engine.sum_over_ranks([sums.expected_first_loss, sums.num_pairs])
+    expected = expected_sum / num_pairs
     gap = abs(loss - expected)
     token_gap = max(gather_from_ranks(sums.reference_gap))
     logger.info(

@@ -5,8 +5,11 @@ Reads the groups, computes the reference once, and trains with DeepSpeed. torchr
 
 from __future__ import annotations
 
+import dataclasses
+import errno
 import functools
 import logging
+import os
 import sys
 import time
 from pathlib import Path
@@ -18,19 +21,32 @@ import torch
 from tqdm import tqdm
 
 from bpo import checkpoint, engine, losses
+from bpo.checkpoint_files import CheckpointError
+from bpo.checkpoint_save import CheckpointSaver, SaveFailedError
 from bpo.config import Config
-from bpo.config_io import load_config, to_tree
+from bpo.config_io import load_config
 from bpo.data.encode import load_encoder
-from bpo.flops import model_flops
-from bpo.interrupts import EXIT_INTERRUPTED, StopRequest
+from bpo.data.plan import PlannedStep
+from bpo.flops import ModelFlops, model_flops
+from bpo.interrupts import EXIT_CANNOT_SAVE, EXIT_INTERRUPTED, EXIT_NO_PROGRESS, EXIT_RANK_LOST, StopRequest
 from bpo.launch import Ranks, own_arguments, ranks_from_environment, setup_logging
 from bpo.metrics import MetricsWriter, StepSums, step_metrics, step_rates
 from bpo.model.attention import packed_layout
 from bpo.model.load import load_model, resolve_dtype
 from bpo.model.policy import PolicyModel
+from bpo.model.reference import ReferenceStore
 from bpo.model.trainable import prepare_trainable
-from bpo.preparation import StepBatches, fill_reference_store, measure_groups, plan_training, training_batches
+from bpo.preparation import (
+    StepBatches,
+    TrainingData,
+    fill_reference_store,
+    measure_groups,
+    plan_training,
+    training_batches,
+)
 from bpo.records import GroupBatch
+from bpo.run_guard import RankLostError, RunGuard, write_status
+from bpo.run_lock import NoProgressError, RunLockError
 from bpo.run_record import write_run_record
 from bpo.safeguards import (
     FirstStepError,
@@ -43,6 +59,19 @@ from bpo.safeguards import (
 from bpo.sizing.hardware import peak_flops
 
 logger = logging.getLogger(__name__)
+
+# What ends a run with a message that says what to do, and the code that tells a scheduler whether to start it again.
+EXIT_CODES: dict[type[Exception], int] = {
+    SaveFailedError: EXIT_CANNOT_SAVE,
+    RankLostError: EXIT_RANK_LOST,
+    NoProgressError: EXIT_NO_PROGRESS,
+    RunLockError: 1,
+    CheckpointError: 1,
+    FirstStepError: 1,
+    NonFiniteError: 1,
+    ValueError: 1,
+}
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}
 
 
 def run_step(
@@ -83,59 +112,95 @@ def peak_of_all(device: torch.device, peak_tflops: float, ranks: Ranks) -> float
     return peak * ranks.world_size
 
 
-def train(config: Config, ranks: Ranks, stop: StopRequest | None = None) -> bool:
-    """The whole run, inside a process group that `engine.init_distributed` started; False where `stop` cut it short."""
+@dataclasses.dataclass
+class Prepared:
+    """What the loop needs, after everything that happens once."""
+
+    data: TrainingData
+    steps: list[PlannedStep]
+    trainer: engine.TrainingEngine
+    store: ReferenceStore
+    saver: CheckpointSaver
+    done: int
+    flops: ModelFlops
+
+
+def prepare(config: Config, ranks: Ranks, guard: RunGuard) -> Prepared:
+    """Finds the checkpoint, measures, plans, loads, computes the reference, restores."""
     output_dir = Path(config.train.output_dir)
     dtype = resolve_dtype(config.model)
-    # What can be refused is refused before the hours of measuring, loading and the reference pass.
-    losses.check_loss(config.loss)
-    engine.deepspeed_config(config, dtype, 1)
-    encoder = load_encoder(config)
-    found = engine.from_rank_0(lambda: checkpoint.find_resumable(output_dir, resume=config.train.resume))
+    found = checkpoint.find_resumable(config, engine.JobRanks(ranks))
+    guard.count_restart(found[1]["step"] if found else 0)
     if ranks.is_main:
         write_run_record(config, output_dir)
-    data = measure_groups(config, encoder, ranks, engine.gather_from_ranks)
+    encoder = load_encoder(config)
+    with guard.phase("measuring the groups"):
+        data = measure_groups(config, encoder, ranks, engine.gather_from_ranks)
     steps = plan_training(config, data, ranks)
     settings = engine.deepspeed_config(config, dtype, max(len(s.micro_batches[0]) for s in steps))
-    with engine.partitioned_loading(settings):
+    with guard.phase("loading the model"), engine.partitioned_loading(settings):
         model = load_model(config.model, for_training=True)
     prepare_trainable(model, encoder.family, config)
     flops = model_flops(model, encoder.family)
-    trainer = engine.TrainingEngine(PolicyModel(model), encoder.family, config, settings, ranks)
-    peak = peak_of_all(trainer.device, config.train.peak_tflops, ranks)
+    with guard.phase("starting DeepSpeed"):
+        trainer = engine.TrainingEngine(PolicyModel(model), encoder.family, config, settings, ranks)
+    trainer.on_forward = guard.in_forward
+    guard.watchdog.beat("the reference pass")
     store = fill_reference_store(config, trainer, data)
-    done = checkpoint.resume(trainer, *found) if found else 0
-    writer = MetricsWriter(output_dir, enabled=ranks.is_main, tensorboard=config.train.tensorboard, start_step=done)
-    batches = training_batches(config, data, steps[done:], store, trainer)
+    description = checkpoint.RunDescription(config, data, steps, store.fingerprint, ranks.world_size)
+    done = 0
+    if found:
+        description.check(found[1])
+        with guard.phase("loading the checkpoint"):
+            done = checkpoint.resume(trainer, found)
+    saver = checkpoint.saver_of(trainer, config.train, description, guard)
+    return Prepared(data, steps, trainer, store, saver, done, flops)
 
-    number = done
-    progress = tqdm(total=len(steps), initial=done, desc="training", disable=not ranks.is_main)
-    for step in steps[done:]:
+
+def train(config: Config, ranks: Ranks, stop: StopRequest | None = None) -> bool:
+    """The whole run, inside a process group that `engine.init_distributed` started; False where `stop` cut it short."""
+    dtype = resolve_dtype(config.model)
+    # What can be refused is refused before the hours of measuring, loading and the reference pass.
+    losses.check_loss(config.loss)
+    checkpoint.check_settings(engine.deepspeed_config(config, dtype, 1))
+    with RunGuard(config, ranks) as guard:
+        return run_steps(config, prepare(config, ranks, guard), guard, stop)
+
+
+def run_steps(config: Config, run: Prepared, guard: RunGuard, stop: StopRequest | None) -> bool:
+    """Every step that is not done yet; False where `stop` cut it short."""
+    trainer, steps, ranks = run.trainer, run.steps, run.trainer.ranks
+    peak = peak_of_all(trainer.device, config.train.peak_tflops, ranks)
+    output_dir = Path(config.train.output_dir)
+    writer = MetricsWriter(output_dir, enabled=ranks.is_main, tensorboard=config.train.tensorboard, start_step=run.done)
+    batches = training_batches(config, run.data, steps[run.done :], run.store, trainer)
+    number = run.done
+    progress = tqdm(total=len(steps), initial=number, desc="training", disable=not ranks.is_main)
+    for step in steps[run.done :]:
+        guard.at_step(number)
         started = time.perf_counter()
-        num_pairs = data.num_pairs(step.groups)
-        sums = run_step(trainer, next(batches), config, num_pairs, step.index)
+        sums = run_step(trainer, next(batches), config, run.data.num_pairs(step.groups), step.index)
         flat = trainer.sum_over_ranks(sums.flat())
         check_finite(sums, step, flat, trainer)
         if step.index == 0:
-            check_first_step(config, flat, sums, trainer, dtype)
+            check_first_step(config, flat, sums, trainer, trainer.dtype)
         lr_factor = engine.learning_rate_factor(step.index, len(steps), config.train)
         grad_norm = trainer.step(lr_factor)
         check_finite(sums, step, [grad_norm], trainer)
         seconds = time.perf_counter() - started
-        metrics = step_metrics(flat) | step_rates(flat, seconds, flops, peak)
+        metrics = step_metrics(flat) | step_rates(flat, seconds, run.flops, peak)
         metrics |= {"lr": config.train.lr * lr_factor, "grad_norm": grad_norm}
         progress.update()
         progress.set_postfix(loss=f"{metrics['loss']:.4f}", acc=f"{metrics['rewards/accuracies']:.2f}")
         number = step.index + 1
         if number % config.train.log_every_steps == 0 or number == len(steps):
-            metrics["epoch"] = round(number * config.train.groups_per_step / len(data.usable), 4)
+            metrics["epoch"] = round(number * config.train.groups_per_step / len(run.data.usable), 4)
             writer.write(number, metrics)
         every = config.train.save_every_steps
-        interrupted = trainer.sum_over_ranks([float(stop is not None and stop.received)])[0] > 0
-        if number == len(steps) or interrupted or (every and number % every == 0):
-            checkpoint.save_checkpoint(trainer, output_dir, number, to_tree(config))
-        if interrupted:
+        due = number == len(steps) or bool(every and number % every == 0)
+        if run.saver.boundary(number, due=due, stop=stop is not None and stop.received):
             break
+    run.saver.finish(number)
     progress.close()
     writer.close()
     return number == len(steps)
@@ -150,15 +215,34 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(f"error: {error}")
     torch.manual_seed(config.train.seed)
     engine.init_distributed(ranks)
+    code, message = 0, "finished"
     try:
-        finished = train(config, ranks, StopRequest())
-    except (ValueError, checkpoint.CheckpointError, FirstStepError, NonFiniteError) as error:
-        logger.error("%s", error)  # the message says what to do; a traceback a rank would hide it
-        sys.exit(1)
+        if not train(config, ranks, StopRequest()):
+            code, message = EXIT_INTERRUPTED, "interrupted; a checkpoint is written, `--resume` continues"
+    except Exception as error:
+        _leave(error, config, ranks)
+    if ranks.is_main:
+        write_status(Path(config.train.output_dir), code, message)
     engine.shut_down()
-    if not finished:
-        logger.warning("interrupted; `--resume` continues")
-        sys.exit(EXIT_INTERRUPTED)
+    if code:
+        logger.warning("%s", message)
+        sys.exit(code)
+
+
+def _leave(error: Exception, config: Config, ranks: Ranks) -> None:
+    """Ends the process with the code and the message of an error that says what to do; raises any other."""
+    code = next((code for kind, code in EXIT_CODES.items() if isinstance(error, kind)), None)
+    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+        code = EXIT_CANNOT_SAVE
+    if code is None:
+        raise error
+    logger.error("%s", error)  # a traceback a rank would hide it
+    if ranks.is_main and not isinstance(error, RunLockError):
+        write_status(Path(config.train.output_dir), code, str(error))
+    if code == EXIT_RANK_LOST:
+        sys.stderr.flush()
+        os._exit(code)  # libraries would wait at exit for ranks that are gone
+    sys.exit(code)
 
 
 if __name__ == "__main__":

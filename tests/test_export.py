@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
-from bpo.checkpoint import _hash_files
+from bpo.checkpoint_files import commit, seal_file, step_dir
+from bpo.checkpoint_shards import KINDS, Fragment, Shard, shard_name
 from bpo.config import Config, ExportConfig, LoraConfig, ModelConfig, TrainableConfig
 from bpo.config_io import to_tree
 from bpo.data.encode import Encoder
@@ -41,14 +41,21 @@ def perturbed(config: Config) -> Any:
 
 
 def write_checkpoint(run: Path, model: Any, config: Config) -> Path:
-    directory = run / "checkpoints" / "step-00000003"
-    directory.mkdir(parents=True)
-    state = {n: p.detach().clone().contiguous() for n, p in model.named_parameters() if p.requires_grad}
-    save_file(state, directory / "trainable.safetensors", metadata={"format": "pt"})
-    manifest = {"step": 3, "world_size": 2, "config": to_tree(config), "files": _hash_files(directory)}
-    (directory / "manifest.json").write_text(json.dumps(manifest))
-    (run / "checkpoints" / "latest").write_text(directory.name)
-    return directory
+    """As one rank of a training run would have written it."""
+    named = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+    flat = torch.cat([p.float().flatten() for p in named.values()])
+    fragments, at = [], 0
+    for name, p in named.items():
+        fragments.append(Fragment(name, tuple(p.shape), str(p.dtype)[6:], 0, p.numel(), 0, at))
+        at += p.numel()
+    shard = Shard(fragments, 3, {f"{kind}.0": flat.clone() for kind in KINDS})
+    final = step_dir(run, 3)
+    temporary = final.with_suffix(".tmp")
+    temporary.mkdir(parents=True)
+    shard.write(temporary / shard_name(0))
+    files = {shard_name(0): seal_file(temporary / shard_name(0))}
+    commit(temporary, final, {"step": 3, "world_size": 1, "config": to_tree(config), "files": files})
+    return final
 
 
 class Trained:
@@ -165,11 +172,11 @@ def test_damaged_weights_are_not_exported(trained: Trained, tmp_path: Path) -> N
     import shutil
 
     run = Path(shutil.copytree(trained.run, tmp_path / "run"))
-    weights = run / "checkpoints" / "step-00000003" / "trainable.safetensors"
+    weights = run / "checkpoints" / "step-00000003" / "rank-00000.safetensors"
     data = bytearray(weights.read_bytes())
     data[-2] ^= 1
     weights.write_bytes(data)
-    with pytest.raises(ValueError, match="trainable.safetensors.*damaged"):
+    with pytest.raises(ValueError, match="rank-00000.safetensors.*damaged"):
         trained.export(tmp_path / "merged", checkpoint=run)
 
 

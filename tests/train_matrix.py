@@ -13,13 +13,33 @@ from pathlib import Path
 
 from bpo import engine
 from bpo.config import Config, DataConfig, LoraConfig, LossConfig, ModelConfig, TrainableConfig, TrainConfig
-from bpo.launch import ranks_from_environment, setup_logging
+from bpo.launch import Ranks, ranks_from_environment, setup_logging
 from bpo.safeguards import NonFiniteError
 from bpo.train import train
 
+# Runs that are broken off after step 4 and continued by as many ranks.
+RESUMED = (
+    "zero1",
+    "zero2",
+    "zero3",
+    "zero2_offload",
+    "zero3_offload",
+    "full_zero1",
+    "full_zero3",
+    "bfloat16",
+    "dropout",
+)
+
 
 def base_config(root: Path, name: str, ds_config: str = "zero2", **train_options) -> Config:
-    options = {"epochs": 2, "groups_per_step": 4, "max_micro_batch_tokens": 300, "lr": 5e-3}
+    options = {
+        "epochs": 2,
+        "groups_per_step": 4,
+        "max_micro_batch_tokens": 300,
+        "lr": 5e-3,
+        "save_every_steps": 4,
+        "hang_timeout_seconds": 120.0,
+    }
     return Config(
         model=ModelConfig(path=str(root / "llava"), dtype="float32"),
         data=DataConfig(groups=str(root / "groups.jsonl"), image_root=str(root / "images"), num_workers=0),
@@ -46,18 +66,19 @@ def cases(root: Path) -> dict[str, Config]:
     named["qwen"] = replace(qwen, model=replace(qwen.model, path=str(root / "qwen"), gradient_checkpointing=True))
     half = base_config(root, "bfloat16", "zero3")
     named["bfloat16"] = replace(half, model=replace(half.model, dtype="bfloat16"))
-    dropout = base_config(root, "unbroken", "zero3", save_every_steps=4)
-    named["unbroken"] = replace(dropout, lora=LoraConfig(r=4, alpha=8, dropout=0.2))
+    dropout = base_config(root, "dropout", "zero3")
+    named["dropout"] = replace(dropout, lora=LoraConfig(r=4, alpha=8, dropout=0.2))
     return named
 
 
-def resume_after_step_4(root: Path, unbroken: Config, is_main: bool) -> Config:
-    """The unbroken run's directory as a kill after step 4 would have left it."""
-    if is_main:
-        shutil.copytree(root / "unbroken", root / "resumed")
-        shutil.rmtree(root / "resumed" / "checkpoints" / "step-00000008")
+def after_step_4(root: Path, case: str, config: Config, ranks: Ranks, name: str = "") -> Config:
+    """Continues a case's run in a directory as a kill after step 4 would have left it."""
+    name = name or f"resumed_{case}"
+    if ranks.is_main:
+        shutil.copytree(root / case, root / name)
+        shutil.rmtree(root / name / "checkpoints" / "step-00000008")
     engine.barrier()
-    return replace(unbroken, train=replace(unbroken.train, output_dir=str(root / "resumed"), resume=True))
+    return replace(config, train=replace(config.train, output_dir=str(root / name), resume=True))
 
 
 def main() -> None:
@@ -68,7 +89,8 @@ def main() -> None:
     named = cases(root)
     for config in named.values():
         train(config, ranks)
-    train(resume_after_step_4(root, named["unbroken"], ranks.is_main), ranks)
+    for case in RESUMED:
+        train(after_step_4(root, case, named[case], ranks), ranks)
     try:
         # A rate this high overflows fp32 within a few steps; all ranks must stop together and say where.
         train(base_config(root, "diverges", "zero2", lr=1e30, max_grad_norm=0.0), ranks)

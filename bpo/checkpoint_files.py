@@ -1,0 +1,313 @@
+"""The files of a checkpoint: durable, counted, hashed; named only when whole; verified before anything is loaded.
+
+OUTPUT/checkpoints/step-00000010/
+    rank-00000.safetensors ...  what each rank holds: see `checkpoint_shards`
+    manifest.json               step, ranks, cursor, fingerprints, versions, options; size and SHA-256 of each file
+    manifest.sha256             SHA-256 of manifest.json, as `sha256sum -c` reads it
+OUTPUT/checkpoints/latest       name of the newest one; for people and scripts, resuming does not trust it
+
+Other names in that folder: `*.tmp` is being written or removed, `*.replaced` makes way for a new one of its step,
+`*.damaged` failed its check and was passed over. Nothing here depends on the clock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from bpo.model.reference_fingerprint import file_digest
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+FORMAT = 2
+MANIFEST, MANIFEST_DIGEST, POINTER = "manifest.json", "manifest.sha256", "latest"
+# What a save passes through, in this order; tests kill processes at each.
+STAGES = ("temporary", "written", "hashed", "manifest", "renamed", "pointer", "retention")
+Hook = Callable[[str], None]
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be used or written; names what is wrong with it."""
+
+
+class Collectives(Protocol):
+    """What saving and finding need of a job's ranks."""
+
+    rank: int
+    world_size: int
+
+    def sum(self, values: list[float]) -> list[float]:
+        """Sums over all ranks, on every rank."""
+
+    def gather(self, item: T) -> list[T]:
+        """Every rank's item in the order of ranks, on every rank."""
+
+
+class Alone:
+    """The collectives of a single process."""
+
+    rank, world_size = 0, 1
+
+    def sum(self, values: list[float]) -> list[float]:
+        return values
+
+    def gather(self, item: T) -> list[T]:
+        return [item]
+
+
+def no_hook(stage: str) -> None:
+    """The default of every `at_stage`."""
+
+
+def checkpoints_root(output_dir: Path) -> Path:
+    return output_dir / "checkpoints"
+
+
+def step_dir(output_dir: Path, step: int) -> Path:
+    return checkpoints_root(output_dir) / f"step-{step:08d}"
+
+
+def checkpoint_dirs(output_dir: Path) -> list[Path]:
+    """Finished checkpoints, newest first, whether or not they verify."""
+    found = checkpoints_root(output_dir).glob("step-*")
+    return sorted((d for d in found if d.is_dir() and re.fullmatch(r"step-\d{8,}", d.name)), key=_step_of, reverse=True)
+
+
+def _step_of(directory: Path) -> int:
+    return int(directory.name.removeprefix("step-").split(".")[0])
+
+
+def sync_directory(directory: Path) -> None:
+    """Makes new names in a directory durable."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Replaces a small file as a whole; on disk when it returns."""
+    temporary = path.with_name(path.name + ".new")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync_directory(path.parent)
+
+
+def seal_file(path: Path) -> dict[str, Any]:
+    """Puts a written file on disk and reads it back: its `bytes` and `sha256` for the manifest."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    return {"bytes": path.stat().st_size, "sha256": file_digest(path)}
+
+
+def commit(temporary: Path, final: Path, manifest: dict[str, Any], at_stage: Hook = no_hook) -> None:
+    """Turns a folder of sealed files into a checkpoint: manifest, rename, pointer, each durable before the next.
+
+    Args:
+        manifest: With `files`: name -> {bytes, sha256}.
+
+    Raises:
+        CheckpointError: a file of the manifest is not there in its size (does every node write to one file system?).
+        OSError: the disk is full or cannot be written; `final` is then not there.
+    """
+    for name, entry in manifest["files"].items():
+        path = temporary / name
+        found = path.stat().st_size if path.is_file() else "none"
+        if found != entry["bytes"]:
+            raise CheckpointError(
+                f"{path}: {entry['bytes']} bytes were written by its rank, rank 0 sees {found}; does every node see "
+                "one and the same train.output_dir?"
+            )
+    text = json.dumps({"format": FORMAT, **manifest}, indent=1)
+    write_durably(temporary / MANIFEST, text)
+    write_durably(temporary / MANIFEST_DIGEST, _digest_line(text.encode()))
+    sync_directory(temporary)
+    at_stage("manifest")
+    replaced = final.with_name(final.name + ".replaced")
+    if final.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        os.replace(final, replaced)
+    os.replace(temporary, final)
+    sync_directory(final.parent)
+    at_stage("renamed")
+    write_durably(final.parent / POINTER, final.name)
+    at_stage("pointer")
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _digest_line(content: bytes) -> str:
+    return f"{hashlib.sha256(content).hexdigest()}  {MANIFEST}\n"
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint, which is what was written.
+
+    Raises:
+        CheckpointError: it is missing, damaged, or of another format.
+    """
+    path, digest = directory / MANIFEST, directory / MANIFEST_DIGEST
+    if not path.is_file():
+        raise CheckpointError(f"{directory} has no {MANIFEST}: it was not written to the end")
+    try:
+        content = path.read_bytes()
+        expected = digest.read_bytes() if digest.is_file() else b""
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if expected != _digest_line(content).encode():
+        if b'"format"' not in content:
+            raise CheckpointError(f"{path} is damaged, or of an older version of bpo (format 1), which wrote no digest")
+        raise CheckpointError(f"{path} is damaged: {MANIFEST_DIGEST} does not fit it")
+    manifest = json.loads(content)
+    if manifest["format"] != FORMAT:
+        raise CheckpointError(f"{path}: format {manifest['format']}; this version of bpo reads format {FORMAT}")
+    return manifest
+
+
+def damaged_files(directory: Path, manifest: dict[str, Any], share: tuple[int, int] = (0, 1)) -> list[str]:
+    """What is wrong with the files of a checkpoint, a line each; reads every byte.
+
+    Args:
+        share: (i, n) looks at every n-th file from the i-th: ranks divide the work.
+    """
+    problems = []
+    for name, entry in sorted(manifest["files"].items())[share[0] :: share[1]]:
+        file = directory / name
+        try:
+            if not file.is_file():
+                problems.append(f"{file} is missing")
+            elif file.stat().st_size != entry["bytes"]:
+                problems.append(f"{file} has {file.stat().st_size} bytes instead of {entry['bytes']}")
+            elif file_digest(file) != entry["sha256"]:
+                problems.append(f"{file} is damaged: its SHA-256 differs from the manifest")
+        except OSError as error:
+            problems.append(f"{file} cannot be read: {error}")
+    return problems
+
+
+def verify_checkpoint(directory: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint whose every file has the size and SHA-256 it was written with.
+
+    Raises:
+        CheckpointError: names the files that are missing, cut or changed.
+    """
+    manifest = read_manifest(directory)
+    if problems := damaged_files(directory, manifest):
+        raise CheckpointError("\n".join(problems))
+    return manifest
+
+
+def newest_valid_checkpoint(output_dir: Path, job: Collectives | None = None) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint that verifies; a damaged one is named aloud and set aside. None if there is none at all.
+
+    All ranks call it, each hashes its share of the files, and all get the same answer.
+
+    Raises:
+        CheckpointError: there are checkpoints, and none can be used.
+    """
+    job = job or Alone()
+    names = job.gather([d.name for d in checkpoint_dirs(output_dir)] if job.rank == 0 else [])[0]
+    problems: list[str] = []
+    damaged: list[Path] = []
+    for name in names:
+        directory = checkpoints_root(output_dir) / name
+        manifest, problem = job.gather(_try_manifest(directory) if job.rank == 0 else ({}, ""))[0]
+        found = [problem] if problem else []
+        if not found:
+            shares = job.gather(damaged_files(directory, manifest, (job.rank, job.world_size)))
+            found = [line for share in shares for line in share]
+        if not found:
+            if job.rank == 0:
+                for one in damaged:
+                    _set_aside(one)
+                _repair_pointer(directory)
+            job.gather(None)  # nobody writes before the names are settled
+            return directory, manifest
+        problems += found
+        damaged.append(directory)
+        if job.rank == 0:
+            logger.error("checkpoint %s passed over: %s", name, "; ".join(found))
+    if problems:
+        raise CheckpointError(
+            f"no checkpoint in {checkpoints_root(output_dir)} can be used:\n  " + "\n  ".join(problems)
+        )
+    return None
+
+
+def _try_manifest(directory: Path) -> tuple[dict[str, Any], str]:
+    try:
+        return read_manifest(directory), ""
+    except CheckpointError as error:
+        return {}, str(error)
+
+
+def _set_aside(directory: Path) -> None:
+    """So that retention counts valid ones only, and the name is free when its step comes again."""
+    aside, number = directory.with_name(directory.name + ".damaged"), 1
+    while aside.exists():
+        number += 1
+        aside = directory.with_name(f"{directory.name}.damaged-{number}")
+    os.replace(directory, aside)
+    logger.warning("%s is now %s; remove it when you have looked at it", directory, aside.name)
+
+
+def _repair_pointer(newest: Path) -> None:
+    pointer = newest.parent / POINTER
+    named = pointer.read_text(encoding="utf-8", errors="replace").strip() if pointer.is_file() else None
+    if named == newest.name:
+        return
+    state = "missing" if named is None else f"`{named}`" if named else "empty"
+    logger.warning("%s was %s; the newest valid checkpoint is %s, and it says so now", pointer, state, newest.name)
+    write_durably(pointer, newest.name)
+
+
+def clean_leftovers(output_dir: Path) -> None:
+    """Removes what a killed job left unfinished. Only the job that holds the run's lock may call it."""
+    root = checkpoints_root(output_dir)
+    for replaced in sorted(root.glob("step-*.replaced")):
+        final = replaced.with_suffix("")
+        if final.exists():
+            shutil.rmtree(replaced)
+        else:
+            os.replace(replaced, final)
+    for unfinished in sorted(root.glob("step-*.tmp")):
+        logger.warning("%s: a save that did not finish; removed", unfinished)
+        shutil.rmtree(unfinished)
+
+
+def superseded(steps: Sequence[int], keep_last: int, keep_every: int) -> list[int]:
+    """Steps whose checkpoints may go: not among the last `keep_last` (0: all stay), nor multiples of `keep_every`."""
+    if keep_last == 0:
+        return []
+    old = sorted(steps)[:-keep_last]
+    return [step for step in old if not (keep_every and step % keep_every == 0)]
+
+
+def apply_retention(output_dir: Path, keep_last: int, keep_every: int) -> None:
+    """Removes superseded checkpoints, oldest first; one that cannot be removed is named and stays."""
+    by_step = {_step_of(directory): directory for directory in checkpoint_dirs(output_dir)}
+    for step in superseded(list(by_step), keep_last, keep_every):
+        going = by_step[step].with_name(by_step[step].name + ".old.tmp")
+        try:
+            os.replace(by_step[step], going)  # gone from the list at once; half a checkpoint is never listed
+            shutil.rmtree(going)
+        except OSError as error:
+            logger.warning("%s is superseded but cannot be removed: %s", by_step[step], error)
+
+
+def remove_unfinished(temporary: Path) -> None:
+    """After a save that failed: its room is needed."""
+    with contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(temporary)

@@ -1,0 +1,236 @@
+"""Saving while training goes on: copy to host memory, write and hash in a thread, commit at a later step boundary.
+
+    step n       every rank copies its shard to host memory; a thread writes, syncs and hashes it
+    step n + k   every rank's thread is done (one small all-reduce a step tells): rank 0 writes the manifest, renames
+                 the folder and moves the pointer. From here on, and not before, the log says `saved`.
+
+No collective runs in a thread. A save that fails (disk full, quota, I/O error) is said aloud, its files are removed,
+the older checkpoints stay, and it is tried again after the next step; a second failure in a row ends the run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bpo.checkpoint_files import (
+    CheckpointError,
+    Collectives,
+    Hook,
+    apply_retention,
+    checkpoints_root,
+    commit,
+    no_hook,
+    remove_unfinished,
+    seal_file,
+    step_dir,
+    sync_directory,
+)
+from bpo.checkpoint_shards import Shard, shard_name
+
+logger = logging.getLogger(__name__)
+
+# Two attempts: a hiccup of a file system must not end a run, and a full disk must not let one go on for hours unsaved.
+ATTEMPTS = 2
+_POLL_S = 0.05
+# What the manifest and the file system's own records take besides the shards.
+_SPARE_BYTES = 1 << 20
+
+
+class SaveFailedError(RuntimeError):
+    """No checkpoint could be written; says what the file system said and which one is the newest that stands."""
+
+
+class CheckpointSaver:
+    """Saves what `take` returns; the same calls in the same order on every rank.
+
+    Args:
+        take: The live training state of this rank.
+        describe: The manifest of a step, without its files.
+        keep_last: Newest checkpoints that stay; 0: all.
+        keep_every: Multiples of so many steps stay as well; 0: none.
+        in_background: Write while training goes on; it costs a copy of the state in host memory.
+        at_stage: Called at every stage of `checkpoint_files.STAGES`; for tests.
+        waiting: A context for the time in which training waits for the disk.
+    """
+
+    def __init__(
+        self,
+        output_dir: Path,
+        job: Collectives,
+        take: Callable[[], Shard],
+        describe: Callable[[int], dict[str, Any]],
+        *,
+        keep_last: int = 0,
+        keep_every: int = 0,
+        in_background: bool = True,
+        at_stage: Hook = no_hook,
+        waiting: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+    ):
+        self.output_dir, self.job, self.take, self.describe = output_dir, job, take, describe
+        self.keep_last, self.keep_every, self.in_background = keep_last, keep_every, in_background
+        self.at_stage, self.waiting = at_stage, waiting
+        self.newest: str | None = None
+        self._buffers: dict[str, torch.Tensor] = {}
+        self._writer: threading.Thread | None = None
+        self._cleaner: threading.Thread | None = None
+        self._step, self._temporary = 0, Path()
+        self._written: dict[str, Any] | None = None
+        self._problem: str | None = None
+        self._failures = 0
+        self._started_at = self._blocked_s = 0.0
+
+    def boundary(self, step: int, *, due: bool, stop: bool) -> bool:
+        """At the end of a step, on all ranks: commits what is written, starts a save that is due or was missed.
+
+        Args:
+            due: A checkpoint of this step is wanted; the same on every rank.
+            stop: This rank was asked to stop; one rank is enough for a checkpoint.
+
+        Returns:
+            Whether any rank was asked to stop.
+
+        Raises:
+            SaveFailedError: two saves in a row failed.
+        """
+        stopping, failed, written = self.job.sum([float(stop), *self._state()])
+        if self._writer is not None:
+            self._settle(failed > 0, written == self.job.world_size)
+        missed = self._writer is None and self._failures > 0
+        if due or missed or stopping:
+            self._wait()
+            self._start(step)
+            if not self.in_background:
+                self._wait()
+        return stopping > 0
+
+    def finish(self, step: int) -> None:
+        """Waits until the save under way is committed; one that failed is tried once more, with the state of `step`.
+
+        Raises:
+            SaveFailedError: no attempt was left.
+        """
+        self._wait()
+        if self._failures:
+            self._start(step)
+            self._wait()
+        if self._cleaner is not None:
+            self._cleaner.join()
+
+    def _wait(self) -> None:
+        with self.waiting():
+            while self._writer is not None:
+                failed, written = self.job.sum(self._state())
+                self._settle(failed > 0, written == self.job.world_size)
+                if self._writer is not None:
+                    time.sleep(_POLL_S)
+
+    def _state(self) -> list[float]:
+        return [float(self._problem is not None), float(self._written is not None)]
+
+    def _start(self, step: int) -> None:
+        began = time.perf_counter()
+        shard = self.take()
+        needed = sum(self.job.gather(shard.num_bytes)) + _SPARE_BYTES
+        token, problem = self.job.gather(self._make_room(step, needed) if self.job.rank == 0 else ("", None))[0]
+        self._step, self._written, self._problem = step, None, problem
+        self._temporary = checkpoints_root(self.output_dir) / f"{step_dir(self.output_dir, step).name}.{token}.tmp"
+        host = shard.to_host(self._buffers) if problem is None and self.in_background else shard
+        self._writer = threading.Thread(target=self._write, args=(host,), name="checkpoint", daemon=True)
+        self._started_at, self._blocked_s = began, time.perf_counter() - began
+        self._writer.start()
+
+    def _make_room(self, step: int, needed: int) -> tuple[str, str | None]:
+        """Creates the folder; a disk without room is found before a byte is written."""
+        token = os.urandom(4).hex()  # never the folder of an earlier attempt, whose files may be there
+        root = checkpoints_root(self.output_dir)
+        try:
+            (root / f"{step_dir(self.output_dir, step).name}.{token}.tmp").mkdir(parents=True)
+            free = shutil.disk_usage(root).free
+        except OSError as error:
+            return token, f"{root} cannot be written: {error}"
+        if free < needed:
+            return token, f"{root}: the checkpoint takes {needed:,} bytes, {free:,} are free"
+        return token, None
+
+    def _write(self, shard: Shard) -> None:
+        """This rank's file, in the thread; what goes wrong is told to all ranks at the next boundary."""
+        if self._problem is not None:
+            return
+        path = self._temporary / shard_name(self.job.rank)
+        try:
+            self.at_stage("temporary")
+            shard.write(path)
+            self.at_stage("written")
+            entry = seal_file(path)
+            sync_directory(self._temporary)
+            self.at_stage("hashed")
+            self._written = {path.name: entry}
+        except Exception as error:  # of any kind: a thread's exception would otherwise end nothing but the thread
+            self._problem = f"{path}: {type(error).__name__}: {error}"
+
+    def _settle(self, failed: bool, all_written: bool) -> None:
+        """Ends the save that is under way where it has failed anywhere or is written everywhere."""
+        if not failed and not all_written:
+            return
+        assert self._writer is not None
+        self._writer.join()
+        parts = self.job.gather((self._written, self._problem))
+        problems = [problem for _, problem in parts if problem is not None]
+        if not problems:
+            files = {name: entry for part, _ in parts for name, entry in (part or {}).items()}
+            outcome = self.job.gather(self._commit(files) if self.job.rank == 0 else None)[0]
+            problems = [outcome] if outcome else []
+        self._writer = None
+        if problems:
+            self._fail(problems)
+        else:
+            self._failures, self.newest = 0, step_dir(self.output_dir, self._step).name
+
+    def _commit(self, files: dict[str, Any]) -> str | None:
+        final = step_dir(self.output_dir, self._step)
+        if self._cleaner is not None:
+            self._cleaner.join()
+        try:
+            commit(self._temporary, final, {**self.describe(self._step), "files": files}, self.at_stage)
+        except (OSError, CheckpointError) as error:
+            return f"{final}: {type(error).__name__}: {error}"
+        logger.info(
+            "saved %s: %.1f MB in %.2f s, training waited %.3f s for the copy",
+            final,
+            sum(entry["bytes"] for entry in files.values()) / 1e6,
+            time.perf_counter() - self._started_at,
+            self._blocked_s,
+        )
+        self._cleaner = threading.Thread(target=self._clean, name="checkpoint retention", daemon=True)
+        self._cleaner.start()
+        return None
+
+    def _clean(self) -> None:
+        self.at_stage("retention")
+        apply_retention(self.output_dir, self.keep_last, self.keep_every)
+
+    def _fail(self, problems: list[str]) -> None:
+        self._failures += 1
+        self._problem = None
+        if self.job.rank == 0:
+            remove_unfinished(self._temporary)
+        self.job.gather(None)  # nobody starts anew before the room is free again
+        stands = f"{self.newest} stands" if self.newest else "older checkpoints, if any, stand"
+        text = f"the checkpoint of step {self._step} could not be written: {'; '.join(problems)}. {stands}"
+        if self._failures >= ATTEMPTS:
+            raise SaveFailedError(
+                f"{text}. That was attempt {self._failures} in a row: make room (or lower train.keep_last, or give "
+                "train.output_dir another disk) and continue with --resume"
+            )
+        if self.job.rank == 0:
+            logger.error("%s; trying again after the next step", text)

@@ -1,0 +1,146 @@
+"""What each rank holds of weights and optimizer, in one safetensors file a rank; read back by any number of ranks.
+
+ZeRO cuts flattened parameters into pieces, one piece a rank, and keeps pieces of many parameters in one flat tensor:
+
+    parameter w     [ rank 0          | rank 1          ]      a fragment is w[start : start + numel] ...
+    flat tensor 0   [ ... | fragment of w | ... padding ]      ... at flat[flat_start : flat_start + numel]
+
+The file holds the flat tensors as they are (fp32 master weights, Adam's two moments) and, in its header, the table of
+fragments. To read, a rank looks up who holds which elements of the fragments it needs: fp32 is copied, never computed
+with, so the state is bit for bit the same for any number of ranks and any ZeRO stage. safetensors holds numbers and
+text only: nothing in such a file can be executed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from bpo.checkpoint_files import CheckpointError
+
+MASTER = "master"
+KINDS = (MASTER, "exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True, slots=True)
+class Fragment:
+    """`numel` elements of a flattened parameter from `start` on, at `flat_start` of flat tensor number `flat`."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    start: int
+    numel: int
+    flat: int
+    flat_start: int
+
+
+@dataclass
+class Shard:
+    """One rank's part of the training state.
+
+    Attributes:
+        tensors: `KIND.NUMBER` -> flat fp32 tensor, for the kinds of `KINDS`.
+        optimizer_step: How many steps Adam has made, for its bias correction.
+    """
+
+    fragments: list[Fragment]
+    optimizer_step: int
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self.tensors.values())
+
+    def to_host(self, buffers: dict[str, torch.Tensor]) -> Shard:
+        """A copy in host memory; training may go on when it returns.
+
+        Args:
+            buffers: Kept by the caller between saves, so that memory is allocated (on a GPU: pinned) only once.
+        """
+        for name, tensor in self.tensors.items():
+            if name not in buffers or buffers[name].shape != tensor.shape or buffers[name].dtype != tensor.dtype:
+                buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            buffers[name].copy_(tensor.detach(), non_blocking=True)
+        if any(tensor.is_cuda for tensor in self.tensors.values()):
+            torch.cuda.synchronize()
+        return Shard(self.fragments, self.optimizer_step, {name: buffers[name] for name in self.tensors})
+
+    def write(self, path: Path) -> None:
+        """Raises OSError or safetensors.SafetensorError where the disk is full or cannot be written."""
+        table = [asdict(fragment) for fragment in self.fragments]
+        metadata = {"format": "pt", "optimizer_step": str(self.optimizer_step), "fragments": json.dumps(table)}
+        save_file(self.tensors, path, metadata=metadata)
+
+
+def shard_name(rank: int) -> str:
+    return f"rank-{rank:05d}.safetensors"
+
+
+class ShardSet:
+    """All shards of a checkpoint as one: any range of any parameter. Headers are read at once, values when asked for.
+
+    Raises:
+        CheckpointError: a file lacks its table of fragments.
+    """
+
+    def __init__(self, directory: Path, files: Sequence[str]):
+        self.directory = directory
+        self._holders: dict[str, list[tuple[Fragment, Any]]] = {}
+        steps = set()
+        for name in sorted(files):
+            handle = safe_open(str(directory / name), framework="pt")
+            metadata = handle.metadata() or {}
+            if "fragments" not in metadata:
+                raise CheckpointError(f"{directory / name}: no table of fragments; it is not a shard of a checkpoint")
+            steps.add(int(metadata["optimizer_step"]))
+            for row in json.loads(metadata["fragments"]):
+                fragment = Fragment(**{**row, "shape": tuple(row["shape"])})
+                self._holders.setdefault(fragment.name, []).append((fragment, handle))
+        if len(steps) != 1:
+            raise CheckpointError(f"{directory}: its shards are of different optimizer steps: {sorted(steps)}")
+        self.optimizer_step = steps.pop()
+        for holders in self._holders.values():
+            holders.sort(key=lambda pair: pair[0].start)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every parameter that was trained, by name."""
+        return {name: holders[0][0].shape for name, holders in self._holders.items()}
+
+    def read(self, kind: str, name: str, start: int, numel: int) -> torch.Tensor:
+        """Elements [start, start + numel) of a flattened parameter, or of its optimizer state `kind`; fp32.
+
+        Raises:
+            CheckpointError: no shard holds some of them.
+        """
+        pieces, at, end = [], start, start + numel
+        for fragment, handle in self._holders.get(name, []):
+            if fragment.start <= at < fragment.start + fragment.numel and at < end:
+                stop = min(end, fragment.start + fragment.numel)
+                shift = fragment.flat_start - fragment.start
+                pieces.append(handle.get_slice(f"{kind}.{fragment.flat}")[at + shift : stop + shift])
+                at = stop
+        if at < end:
+            raise CheckpointError(f"{self.directory}: no shard holds elements {at} to {end} of {name}")
+        return torch.cat(pieces) if len(pieces) != 1 else pieces[0]
+
+    def fill(self, fragments: Sequence[Fragment], flats: dict[str, torch.Tensor]) -> None:
+        """Copies into this process's flat tensors (`KIND.NUMBER`) what belongs there; the rest of them stays."""
+        for fragment in fragments:
+            for kind in KINDS:
+                target = flats[f"{kind}.{fragment.flat}"].narrow(0, fragment.flat_start, fragment.numel)
+                target.copy_(self.read(kind, fragment.name, fragment.start, fragment.numel))
+
+    def parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every trained parameter, whole, in the dtype that the model computes with; one at a time."""
+        for name, shape in self.shapes().items():
+            flat = self.read(MASTER, name, 0, torch.Size(shape).numel())
+            dtype = getattr(torch, self._holders[name][0][0].dtype)
+            yield name, flat.reshape(shape).to(dtype)

@@ -1,0 +1,116 @@
+"""What surrounds a training run: the lock of its directory, the count of restarts, the watchdog, its status file."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from bpo.checkpoint_files import CheckpointError, clean_leftovers
+from bpo.config import Config
+from bpo.engine import from_rank_0
+from bpo.interrupts import EXIT_RANK_LOST
+from bpo.launch import Ranks
+from bpo.run_lock import NoProgressError, RestartCount, RunLock, RunLockError
+from bpo.watchdog import Watchdog
+
+logger = logging.getLogger(__name__)
+
+__all__ = ["NoProgressError", "RankLostError", "RunGuard", "RunLockError"]
+
+
+class RankLostError(RuntimeError):
+    """Another rank died, failed or froze; names it, its host and its last step."""
+
+
+class RunGuard:
+    """A context in which one job owns `train.output_dir` and notices when one of its ranks is lost.
+
+    Entering raises on all ranks: RunLockError (the directory is another job's, or cannot be written).
+    """
+
+    def __init__(self, config: Config, ranks: Ranks):
+        self.config, self.ranks = config.train, ranks
+        self.output_dir = Path(config.train.output_dir)
+        self._lock: RunLock | None = None
+
+    def __enter__(self) -> RunGuard:
+        from_rank_0(self._own_directory)
+        try:
+            timeout_s = self.config.hang_timeout_seconds
+            self.watchdog = Watchdog(self.output_dir, self.ranks.rank, self.ranks.world_size, timeout_s)
+        except BaseException:
+            self._release()
+            raise
+        return self
+
+    def _own_directory(self) -> None:
+        self._lock = RunLock(self.output_dir)
+        clean_leftovers(self.output_dir)
+
+    def count_restart(self, step: int) -> None:
+        """On all ranks, before the work begins.
+
+        Raises:
+            NoProgressError: so many restarts have not got beyond the checkpoint of `step`.
+        """
+        if self.config.resume:
+            from_rank_0(lambda: RestartCount(self.output_dir).start(step, self.config.max_idle_restarts))
+
+    def check(self) -> None:
+        """On rank 0, before it names a checkpoint: raises CheckpointError where another job took the directory over."""
+        if self._lock is not None and (problem := self._lock.lost()):
+            raise CheckpointError(problem)
+
+    def phase(self, doing: str) -> contextlib.AbstractContextManager[Any]:
+        """Work of any length without a sign of life, such as loading a model."""
+        return self.watchdog.unbounded(doing)
+
+    def at_step(self, step: int) -> None:
+        """A step is finished."""
+        self.watchdog.beat(f"step {step + 1}", step)
+
+    def in_forward(self) -> None:
+        self.watchdog.beat(self.watchdog.own.doing)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        lost = None
+        # A collective fails on the survivors with the transport's words; whose fault it was, the heartbeats know.
+        if (
+            isinstance(error, RuntimeError)
+            and not type(error).__module__.startswith("bpo.")
+            and self.ranks.world_size > 1
+        ):
+            lost = self.watchdog.culprit()
+        self.watchdog.stop("" if error is None else f"{type(error).__name__}: {error}"[:300])
+        self._release()
+        if error is None and self.ranks.is_main:
+            RestartCount(self.output_dir).clear()
+        if lost is not None:
+            raise RankLostError(
+                f"the job ends here: {lost}. Continue with --resume (exit code {EXIT_RANK_LOST})"
+            ) from error
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+
+def write_status(output_dir: Path, exit_code: int, message: str) -> None:
+    """OUTPUT/status.json: how the last start ended; exit codes get lost in launchers, a file does not."""
+    path = output_dir / "status.json"
+    if not output_dir.is_dir():
+        return
+    temporary = path.with_suffix(".new")
+    try:
+        temporary.write_text(json.dumps({"exit_code": exit_code, "message": message}) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:  # the message is in the log as well, and the code is what it was
+        logger.warning("%s cannot be written: %s", path, error)

@@ -1,0 +1,220 @@
+"""One job per output directory, and no endless restarts: a lock that outlives nobody, a count of starts in vain.
+
+OUTPUT/job.lock          who owns the directory: host, process, job id, a random token
+OUTPUT/job.lock.TOKEN    beats: rewritten every few seconds by the owner
+OUTPUT/restarts.json     starts since the newest checkpoint
+
+The lock gets its name by link(), which is atomic on local disks, Lustre and NFS; flock is not used, because many
+clusters mount their file systems without it. Whether an owner lives is decided without clocks: on the same host by its
+process, elsewhere by watching whether it beats for `STALE_S` seconds. A job that SLURM restarts takes its own lock
+back at once.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import secrets
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+LOCK, RESTARTS = "job.lock", "restarts.json"
+BEAT_EVERY_S = 5.0
+# Longer than attribute caches of NFS keep an old file (60 s).
+STALE_S = 75.0
+
+
+class RunLockError(RuntimeError):
+    """The output directory belongs to another job or cannot be written; says to which, and what to do."""
+
+
+class NoProgressError(RuntimeError):
+    """The job starts again and again without ever reaching a new checkpoint."""
+
+
+def process_start(pid: int) -> str | None:
+    """When a process of this host started, in clock ticks since boot: tells it from a later one of its number."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    state, *rest = stat.rsplit(")", 1)[1].split()
+    return None if state in "ZX" else rest[18]
+
+
+def boot_id() -> str:
+    path = Path("/proc/sys/kernel/random/boot_id")
+    return path.read_text(encoding="utf-8").strip() if path.is_file() else ""
+
+
+def owner_record() -> dict[str, Any]:
+    return {
+        "host": os.uname().nodename,
+        "boot": boot_id(),
+        "pid": os.getpid(),
+        "started": process_start(os.getpid()),
+        "job": os.environ.get("SLURM_JOB_ID", ""),
+        "token": secrets.token_hex(8),
+    }
+
+
+def _name(owner: dict[str, Any]) -> str:
+    job = f", job {owner['job']}" if owner.get("job") else ""
+    return f"process {owner.get('pid')} on {owner.get('host')}{job}"
+
+
+class RunLock:
+    """Holds the lock of an output directory until `release`.
+
+    Raises:
+        RunLockError: another job owns it and lives, or the directory cannot be written.
+    """
+
+    def __init__(self, output_dir: Path, *, beat_every_s: float = BEAT_EVERY_S, stale_s: float = STALE_S):
+        self.path = output_dir / LOCK
+        self.owner = owner_record()
+        self._beat_every_s, self._stale_s = beat_every_s, stale_s
+        self._beats = output_dir / f"{LOCK}.{self.owner['token']}"
+        self._ended = threading.Event()
+        try:
+            output_dir.mkdir(parents=True, exist_ok=True)
+            while not self._create():
+                self._take_over()
+        except OSError as error:
+            raise RunLockError(_cannot_write(output_dir, error)) from error
+        self._thread = threading.Thread(target=self._keep_beating, name="run lock", daemon=True)
+        self._thread.start()
+
+    def _create(self) -> bool:
+        self._beats.write_text("0", encoding="utf-8")
+        # Written beside and linked: nobody ever reads half a lock. link() fails where the name exists, on NFS too.
+        beside = self._beats.with_suffix(self._beats.suffix + ".new")
+        beside.write_text(json.dumps(self.owner), encoding="utf-8")
+        try:
+            os.link(beside, self.path)
+        except FileExistsError:
+            return False
+        finally:
+            beside.unlink()
+        return True
+
+    def read(self) -> dict[str, Any] | None:
+        """Who owns the lock now; None if nobody does."""
+        try:
+            return json.loads(self.path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except json.JSONDecodeError:
+            return {"host": "?", "pid": "?", "token": ""}  # damaged: its owner cannot be asked, only watched
+
+    def _take_over(self) -> None:
+        """Removes the lock of a job that is gone; raises for one that lives."""
+        other = self.read()
+        if other is None:
+            return
+        why = self._why_gone(other)
+        if why is None:
+            raise RunLockError(
+                f"{self.path.parent} is in use by {_name(other)}; wait for it, stop it, or give train.output_dir "
+                f"another directory. If you are sure that it is gone, remove {self.path}"
+            )
+        moved = self.path.with_name(f"{LOCK}.{self.owner['token']}.stale")
+        try:
+            os.rename(self.path, moved)
+        except FileNotFoundError:
+            return  # another job was quicker; look again
+        if json.dumps(other) != moved.read_text(encoding="utf-8") and other["token"]:
+            os.link(moved, self.path)  # not the lock we judged: another job took over in between; give it back
+        else:
+            logger.warning("%s: taken over from %s, which %s", self.path, _name(other), why)
+            (self.path.parent / f"{LOCK}.{other['token']}").unlink(missing_ok=True)
+        moved.unlink()
+
+    def _why_gone(self, other: dict[str, Any]) -> str | None:
+        mine = self.owner
+        if other.get("host") == mine["host"] and other.get("boot") == mine["boot"]:
+            alive = process_start(int(other["pid"])) == other["started"]
+            return None if alive else "no longer runs"
+        if mine["job"] and other.get("job") == mine["job"]:
+            return "was an earlier start of this job"
+        logger.warning("%s: owned by %s; watching it for %.0f s", self.path, _name(other), self._stale_s)
+        beats = self.path.parent / f"{LOCK}.{other['token']}"
+        before = beats.read_text(encoding="utf-8") if other["token"] and beats.is_file() else None
+        deadline = time.monotonic() + self._stale_s
+        while time.monotonic() < deadline:
+            time.sleep(min(self._beat_every_s, self._stale_s / 4))
+            now = beats.read_text(encoding="utf-8") if other["token"] and beats.is_file() else None
+            if now != before:
+                return None
+        return f"gave no sign of life for {self._stale_s:.0f} s"
+
+    def _keep_beating(self) -> None:
+        count = 0
+        while not self._ended.wait(self._beat_every_s):
+            count += 1
+            try:
+                self._beats.write_text(str(count), encoding="utf-8")
+            except OSError as error:  # a full disk must not end the thread: the lock is still ours
+                logger.warning("%s cannot be written: %s", self._beats, error)
+
+    def lost(self) -> str | None:
+        """Says who owns the directory now, where another job has taken it over because this one seemed dead."""
+        owner = self.read()
+        if owner is not None and owner.get("token") == self.owner["token"]:
+            return None
+        whose = "nobody (the file was removed)" if owner is None else _name(owner)
+        return f"{self.path} now belongs to {whose}; this job stops before it writes among its files"
+
+    def release(self) -> None:
+        self._ended.set()
+        self._thread.join()
+        owner = self.read()
+        if owner is not None and owner.get("token") == self.owner["token"]:
+            self.path.unlink()
+        self._beats.unlink(missing_ok=True)
+
+
+def _cannot_write(output_dir: Path, error: OSError) -> str:
+    why = {errno.EROFS: "it is on a read-only file system", errno.EACCES: "this user may not write there"}
+    reason = why.get(error.errno or 0, error.strerror)
+    return f"train.output_dir {output_dir} cannot be written: {reason}. Make it writable or give another directory"
+
+
+class RestartCount:
+    """Starts since the newest checkpoint. A run that dies before every new checkpoint must not be requeued for ever."""
+
+    def __init__(self, output_dir: Path):
+        self.path = output_dir / RESTARTS
+
+    def start(self, step: int, limit: int) -> int:
+        """Counts a restart from the checkpoint of `step` (0: none); returns how many there were without progress.
+
+        Raises:
+            NoProgressError: `limit` restarts (0: any number) have brought no new checkpoint.
+        """
+        before = {"step": -1, "restarts": 0}
+        if self.path.is_file():
+            try:
+                before = json.loads(self.path.read_text(encoding="utf-8"))
+            except json.JSONDecodeError:
+                logger.warning("%s is damaged; counting anew", self.path)
+        restarts = int(before["restarts"]) + 1 if before["step"] == step else 1
+        if limit and restarts > limit:
+            raise NoProgressError(
+                f"{limit} restarts since the checkpoint of step {step} have not brought a new one; look at the logs of "
+                f"these starts. To try again all the same, remove {self.path} (train.max_idle_restarts is {limit})"
+            )
+        temporary = self.path.with_name(RESTARTS + ".new")
+        temporary.write_text(json.dumps({"step": step, "restarts": restarts}), encoding="utf-8")
+        os.replace(temporary, self.path)
+        return restarts
+
+    def clear(self) -> None:
+        """The run ended as it should."""
+        self.path.unlink(missing_ok=True)
