@@ -6,6 +6,7 @@ Shape letters: P pairs, C completions, N response tokens.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,9 +30,23 @@ _NAMES = (
 )
 
 
+@dataclass(frozen=True)
+class _Unread:
+    """A micro-batch's sums (those of `_NAMES`, and the reference gap) on the device, and whose losses they are."""
+
+    sums: torch.Tensor
+    total_loss_P: torch.Tensor
+    pairs_P2: torch.Tensor
+    group_of_completion: tuple[str, ...]
+
+
 @dataclass
 class StepSums:
-    """Sums over the pairs of one rank's part of a step; over all ranks and divided by them, the metrics."""
+    """Sums over the pairs of one rank's part of a step; over all ranks and divided by them, the metrics.
+
+    `add` leaves its sums on the device: to read a number there waits for all that is queued. `flat` reads them at once;
+    before it, `values`, `reference_gap` and `non_finite_groups` lack what was added last.
+    """
 
     values: list[float]
     num_pairs: float = 0.0
@@ -41,6 +56,7 @@ class StepSums:
     expected_first_loss: float = 0.0
     groups: list[str] = field(default_factory=list)
     non_finite_groups: list[str] = field(default_factory=list)
+    _unread: list[_Unread] = field(default_factory=list, repr=False, compare=False)
 
     @classmethod
     def zero(cls) -> StepSums:
@@ -72,25 +88,35 @@ class StepSums:
             logp_C[rejected],
             nll_P,
         )
-        for i, column_P in enumerate(columns):
-            self.values[i] += float((column_P.double() * weight_P).sum())
-        self.num_pairs += float(weight_P.sum())
+        gap = (inputs.policy_logp_N - inputs.reference_logp_N).abs().max()
+        sums = torch.stack(columns).double() @ weight_P.double()
+        # Not the batch itself, whose pixels would stay on the device until the end of the step.
+        owners = tuple(
+            g for g, spans in zip(batch.group_ids, batch.layout.completion_spans, strict=False) for _ in spans
+        )
+        self._unread.append(
+            _Unread(torch.cat([sums, gap.double()[None]]), total_loss_P.detach(), inputs.pairs_P2, owners)
+        )
+        self.num_pairs += weight_P.numel()  # outside a filler each weighs 1
         self.num_tokens += batch.input_ids_T.numel()
         self.work += batch.work
         self.groups.extend(batch.group_ids)
-        if not bool(torch.isfinite(total_loss_P).all()):
-            self.non_finite_groups.extend(_groups_of(batch, inputs.pairs_P2[~torch.isfinite(total_loss_P), 0]))
-        gap = (inputs.policy_logp_N - inputs.reference_logp_N).abs().max()
-        self.reference_gap = max(self.reference_gap, float(gap))
+
+    def _read(self) -> None:
+        unread, self._unread = self._unread, []
+        if not unread:
+            return
+        for (*sums, gap), one in zip(torch.stack([one.sums for one in unread]).tolist(), unread, strict=True):
+            self.values = [value + more for value, more in zip(self.values, sums, strict=True)]
+            self.reference_gap = max(self.reference_gap, gap)
+            if not math.isfinite(sums[0]):
+                lost = one.pairs_P2[~torch.isfinite(one.total_loss_P), 0].tolist()
+                self.non_finite_groups.extend(sorted({one.group_of_completion[c] for c in lost}))
 
     def flat(self) -> list[float]:
+        """This rank's sums and its work, ready to be summed over ranks."""
+        self._read()
         return [*self.values, self.num_pairs, self.num_tokens, *map(float, astuple(self.work))]
-
-
-def _groups_of(batch: GroupBatch, completions: torch.Tensor) -> list[str]:
-    """The groups that given completions of a batch belong to."""
-    owner = [g for g, spans in zip(batch.group_ids, batch.layout.completion_spans, strict=False) for _ in spans]
-    return sorted({owner[c] for c in completions.tolist()})
 
 
 def step_metrics(flat: list[float]) -> dict[str, float]:

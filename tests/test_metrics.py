@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bpo.flops import ModelFlops, Products
 from bpo.losses import LossInputs, LossOutput
@@ -82,12 +84,36 @@ def test_fillers_count_nowhere() -> None:
     for one in (sums, without):
         add(one, [1.0], [(0.5, 0.0)])
     add(sums, [float("nan")], [(9.0, 0.0)], is_filler=True)
-    assert sums == without
+    assert sums.flat() == without.flat() and sums == without
+
+
+class ReadsOfTheDevice(TorchDispatchMode):
+    """Counts what makes the host wait for a GPU: reading a number there, or a result whose shape depends on values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.name() in ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal")
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_waits_for_the_device_once() -> None:
+    sums = StepSums.zero()
+    with ReadsOfTheDevice() as reads:
+        float(torch.ones(()))
+        assert reads.count == 1
+        for _ in range(3):
+            add(sums, [1.0, 3.0], [(0.5, 0.0), (0.25, 0.75)])
+    assert reads.count == 1
+    assert step_metrics(sums.flat())["loss"] == 2.0
 
 
 def test_non_finite_losses_name_their_groups_only() -> None:
     sums = StepSums.zero()
     add(sums, [1.0, float("inf"), float("nan")], [(0.0, 0.0)] * 3)
+    sums.flat()
     assert sums.non_finite_groups == ["g1", "g2"]
     assert sums.groups == ["g0", "g1", "g2"]
 
