@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from benchmarks.live_bytes import LiveBytes
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -39,6 +38,7 @@ from bpo.launch import Ranks
 from bpo.model.attention import packed_layout
 from bpo.model.policy import model_inputs
 from bpo.preparation import fill_reference_store, measure_groups, plan_training, training_batches
+from bpo.sizing.live_bytes import LiveBytes
 from bpo.train import run_step
 from tests.tiny import tiny_llava
 

@@ -41,12 +41,21 @@ def open_or_create(directory: Path, fingerprint: dict[str, str]) -> None:
     stored = read_fingerprint(directory)
     differing = sorted(k for k in stored.keys() | fingerprint.keys() if stored.get(k) != fingerprint.get(k))
     if differing:
-        lines = [f"  {k}: store has {stored.get(k)}, this run has {fingerprint.get(k)}" for k in differing]
+        lines = [f"  {_difference(name, stored.get(name), fingerprint.get(name))}" for name in differing]
         raise ReferenceStoreError(
             f"the reference store {directory} was made for another model or setting:\n"
             + "\n".join(lines)
             + "\nremove it, or give train.reference_dir another directory"
         )
+
+
+def _difference(name: str, stored: str | None, now: str | None) -> str:
+    """One field of two fingerprints in words."""
+    if not name.startswith("file:"):
+        return f"{name}: {stored or 'not recorded'} in the store, {now or 'not recorded'} in this run"
+    if stored and now:
+        return f"{name}: another content (SHA-256 {stored[:12]}... in the store, {now[:12]}... now)"
+    return f"{name}: {'no longer beside the model' if stored else 'not beside the model when the store was made'}"
 
 
 class ReferenceStore:

@@ -93,11 +93,17 @@ def read_fingerprint(directory: Path) -> dict[str, str]:
         raise ReferenceStoreError(f"{directory}: no reference store (it has no fingerprint.json)") from error
     except json.JSONDecodeError as error:
         raise ReferenceStoreError(f"{path}: not valid JSON ({error}); remove the store") from error
+    if not isinstance(stored, dict):
+        raise ReferenceStoreError(f"{path}: holds a {type(stored).__name__}, not an object; remove the store")
     found = stored.get("format", 1)
     if found != FORMAT:
         raise ReferenceStoreError(
             f"{directory}: a reference store of format {found}; this version of bpo reads and writes format {FORMAT}. "
             "Remove it, or give train.reference_dir another directory: its log-probs are computed anew, once"
+        )
+    if not isinstance(stored.get("fingerprint"), dict):
+        raise ReferenceStoreError(
+            f"{path}: has no `fingerprint`, so nothing says what the store is of; remove the store"
         )
     return stored["fingerprint"]
 

@@ -133,13 +133,24 @@ def test_a_complete_store_is_only_read(tmp_path: Path) -> None:
 
 
 def test_another_fingerprint_is_refused_by_field(tmp_path: Path) -> None:
-    filled(tmp_path)
-    other = {**FINGERPRINT, "dtype": "bfloat16", "file:new.json": "x"}
+    ReferenceStore(tmp_path, {**FINGERPRINT, "file:gone.txt": "y", "file:same.json": "z"})
+    other = {
+        "file:model.safetensors": "def",
+        "dtype": "bfloat16",
+        "kernels": "triton",
+        "file:new.json": "x",
+        "file:same.json": "z",
+    }
     with pytest.raises(ReferenceStoreError) as error:
         ReferenceStore(tmp_path, other)
-    assert "dtype: store has float32, this run has bfloat16" in str(error.value)
-    assert "file:new.json: store has None, this run has x" in str(error.value)
-    assert "model.safetensors" not in str(error.value)
+    lines = [line.strip() for line in str(error.value).splitlines()[1:-1]]
+    assert lines == [
+        "dtype: float32 in the store, bfloat16 in this run",
+        "file:gone.txt: no longer beside the model",
+        "file:model.safetensors: another content (SHA-256 abc... in the store, def... now)",
+        "file:new.json: not beside the model when the store was made",
+        "kernels: not recorded in the store, triton in this run",
+    ]
     assert "train.reference_dir" in str(error.value)
 
 
@@ -158,6 +169,16 @@ def test_a_shard_of_another_store_is_refused(tmp_path: Path) -> None:
 def test_the_first_format_is_refused_with_the_way_out(tmp_path: Path) -> None:
     (tmp_path / "fingerprint.json").write_text(json.dumps(FINGERPRINT))
     with pytest.raises(ReferenceStoreError, match=r"format 1; .* writes format 2. Remove it, or give "):
+        ReferenceStore(tmp_path, FINGERPRINT)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("[1]", "holds a list, not an object"), ('{"format": 2}', "has no `fingerprint`"), ("{", "not valid JSON")],
+)
+def test_a_fingerprint_file_that_says_nothing_is_refused_by_name(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "fingerprint.json").write_text(content)
+    with pytest.raises(ReferenceStoreError, match=rf"{tmp_path}/fingerprint.json: {message}.*remove the store"):
         ReferenceStore(tmp_path, FINGERPRINT)
 
 
