@@ -136,7 +136,10 @@ def tiny_qwen3_vl(directory: Path, *, moe: bool = False) -> Path:
         num_position_embeddings=16,
         deepstack_visual_indexes=[0, 1],
     )
-    text = dict(**_text(tokenizer), head_dim=8, rope_parameters=_mrope() | {"mrope_interleaved": True})
+    # Three layers: what is added after the last one no answer could read.
+    text = dict(
+        **_text(tokenizer, num_hidden_layers=3), head_dim=8, rope_parameters=_mrope() | {"mrope_interleaved": True}
+    )
     experts = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, decoder_sparse_step=1)
     config_type, model_type = (
         (Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration)
@@ -210,7 +213,9 @@ def tiny_gemma3(directory: Path, **image_options: Any) -> Path:
     images = Gemma3ImageProcessorPil(size={"height": TILE, "width": TILE}, **image_options)
     model = Gemma3ForConditionalGeneration(config)
     # transformers leaves it at 0: no image would reach the language model.
-    torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight, std=0.1)
+    torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight, std=1.0)
+    # Head and embedding are one: a large one would answer every token with itself, whatever the image.
+    torch.nn.init.normal_(model.model.language_model.embed_tokens.weight, std=0.01)
     return _finish(directory, model, tokenizer, images, GEMMA_TEMPLATE)
 
 

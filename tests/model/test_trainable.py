@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +10,16 @@ import pytest
 import torch
 
 from bpo.config import Config, LoraConfig, ModelConfig, TrainableConfig, TrainConfig
-from bpo.data.families import family_of
+from bpo.data.families import FAMILIES, Family, family_of
 from bpo.model.load import load_model
 from bpo.model.logprob_head import install_logprob_head
 from bpo.model.trainable import parameter_groups, prepare_trainable
 from tests.tiny import tiny_llava
 
 
-@pytest.fixture(scope="module", params=["llava", "qwen"])
-def directory(request: pytest.FixtureRequest) -> Path:
-    return request.getfixturevalue(f"tiny_{request.param}_dir")
+@pytest.fixture(scope="module", params=FAMILIES)
+def directory(request: pytest.FixtureRequest, family_dir: Callable[[str], Path]) -> Path:
+    return family_dir(request.param)
 
 
 def config_of(directory: Path, *, dtype: Any = "float32", **sections: Any) -> Config:
@@ -39,6 +40,10 @@ def in_module(name: str, modules: tuple[str, ...]) -> bool:
     return any(name.startswith(f"{module}.") for module in modules)
 
 
+def in_projector(name: str, family: Family) -> bool:
+    return in_module(name, family.projector_modules) or name in family.projector_parameters
+
+
 def test_the_papers_recipe_is_the_default() -> None:
     config = Config()
     assert (config.lora.r, config.lora.alpha, config.lora.dropout, config.lora.target) == (32, 256.0, 0.05, [])
@@ -55,7 +60,12 @@ def test_adapters_on_every_linear_of_the_language_model_and_nowhere_else(directo
     plain = load_model(ModelConfig(path=str(directory), dtype="float32"))
     language = family_of(plain.config).language_module
     expected = {n for n, m in plain.named_modules() if type(m) is torch.nn.Linear and n.startswith(f"{language}.")}
-    assert len(expected) == 2 * 7
+    # Experts are one tensor each and no linear layers: adapters go to the attention alone.
+    num_layers, num_linears = (
+        (3 if directory.name.startswith(("gemma3", "qwen3")) else 2),
+        (4 if "moe" in directory.name else 7),
+    )
+    assert len(expected) == num_layers * num_linears
     model = prepared(config_of(directory))
     adapted = {name for name, module in model.named_modules() if hasattr(module, "lora_A")}
     assert adapted == expected
@@ -70,8 +80,8 @@ def test_default_trains_adapters_and_the_whole_projector(directory: Path) -> Non
     model = prepared(config_of(directory))
     family = family_of(model.config)
     names = {name for name, _ in model.named_parameters()}
-    assert trainable(model) == {n for n in names if "lora_" in n or in_module(n, family.projector_modules)}
-    assert any(in_module(n, family.projector_modules) for n in trainable(model))
+    assert trainable(model) == {n for n in names if "lora_" in n or in_projector(n, family)}
+    assert any(in_projector(n, family) for n in trainable(model))
 
 
 def test_the_untrained_adapter_changes_nothing_and_is_the_same_everywhere(directory: Path) -> None:
@@ -112,12 +122,14 @@ def test_choosing_what_learns(directory: Path, choice: dict[str, Any], learns: s
     def part_of(name: str) -> str:
         if "lora_" in name:
             return "lora"
-        if in_module(name, family.projector_modules):
+        if in_projector(name, family):
             return "projector"
         if in_module(name, (family.vision_module,)):
             return "vision"
         return "head" if "lm_head" in name else "embedding" if "embed_tokens" in name else "language"
 
+    if model.config.tie_word_embeddings:  # Gemma's head is its embedding
+        learns, stays = learns - {"head"}, stays - {"head"}
     parts = {part: set() for part in learns | stays}
     for name, parameter in model.named_parameters():
         parts[part_of(name)].add(parameter.requires_grad)
@@ -130,14 +142,14 @@ def test_nothing_to_learn_is_refused_by_the_configuration() -> None:
 
 
 def test_adapters_only_where_asked(directory: Path) -> None:
-    model = prepared(config_of(directory, lora=LoraConfig(r=2, alpha=4, target=["q_proj", "down_proj"])))
+    model = prepared(config_of(directory, lora=LoraConfig(r=2, alpha=4, target=["q_proj", "o_proj"])))
     adapted = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if hasattr(module, "lora_A")}
-    assert adapted == {"q_proj", "down_proj"}
+    assert adapted == {"q_proj", "o_proj"}
 
 
 @pytest.mark.parametrize("target", ["lm_head", "q_projection", "linear_1"])
 def test_wrong_target_lists_the_right_ones(directory: Path, target: str) -> None:
-    with pytest.raises(ValueError, match=rf"lora.target names {target}; .*down_proj, .*q_proj"):
+    with pytest.raises(ValueError, match=rf"lora.target names {target}; .*k_proj, .*q_proj"):
         prepared(config_of(directory, lora=LoraConfig(target=["q_proj", target])))
 
 
@@ -149,7 +161,7 @@ def test_projector_has_its_own_learning_rate_and_only_matrices_decay(directory: 
     setting = {id(p): (g["lr"], g["weight_decay"]) for g in groups for p in g["params"]}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            lr = 3e-5 if in_module(name, family.projector_modules) else 1e-4
+            lr = 3e-5 if in_projector(name, family) else 1e-4
             assert setting.pop(id(parameter)) == (lr, 0.1 if parameter.dim() > 1 else 0.0), name
     assert not setting  # nothing frozen, nothing twice
     same_lr = parameter_groups(model, family, config_of(directory, train=TrainConfig(lr=1e-4)))
