@@ -129,7 +129,7 @@ class ShardSet:
                 at = stop
         if at < end:
             raise CheckpointError(f"{self.directory}: no shard holds elements {at} to {end} of {name}")
-        return torch.cat(pieces) if len(pieces) != 1 else pieces[0]
+        return pieces[0] if len(pieces) == 1 else torch.cat([torch.empty(0), *pieces])
 
     def fill(self, fragments: Sequence[Fragment], flats: dict[str, torch.Tensor]) -> None:
         """Copies into this process's flat tensors (`KIND.NUMBER`) what belongs there; the rest of them stays."""
