@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+Source = Literal["weaken", "inject", "crop", "mask", "regenerate", "text-only", "unweakened"]
+
 
 def check(condition: bool, message: str) -> None:
     if not condition:
@@ -12,27 +14,110 @@ def check(condition: bool, message: str) -> None:
 
 
 @dataclass(kw_only=True)
+class ServerConfig:
+    """An OpenAI-compatible server (vLLM, SGLang, llama.cpp ...); its key comes from the variable OPENAI_API_KEY.
+
+    Attributes:
+        url: Base URL, such as http://localhost:8000/v1; empty: no server.
+        model: Name of the model on that server.
+        concurrency: Requests in flight at a time.
+        timeout_s: Seconds until a request is given up and tried again.
+        requests_per_minute: Upper limit; 0 sets none.
+        patience_s: The job ends, its finished records kept, when the server answers nothing for so many seconds.
+    """
+
+    url: str = ""
+    model: str = ""
+    concurrency: int = 16
+    timeout_s: float = 120.0
+    requests_per_minute: float = 0.0
+    patience_s: float = 900.0
+
+    def __post_init__(self) -> None:
+        check(
+            not self.url or self.url.startswith(("http://", "https://")),
+            f"server.url is {self.url!r}; write it as http://HOST:PORT/v1",
+        )
+        check(bool(self.model) or not self.url, "server.url is set but server.model is empty; name the model it serves")
+        check(self.concurrency >= 1, f"server.concurrency is {self.concurrency}; it must be at least 1")
+        check(self.timeout_s > 0 and self.patience_s > 0, "server.timeout_s and server.patience_s must be positive")
+        check(self.requests_per_minute >= 0, "server.requests_per_minute must be 0 (no limit) or more")
+
+
+@dataclass(kw_only=True)
 class WeakenConfig:
-    """Negatives from the model's answer to a noised image (type `mllm-hal`).
+    """Negatives from the model's answers to images that say less (types `mllm-hal`, `mllm-crop`, `mllm-mask` ...).
+
+    The sampling options hold for every source in which the multimodal model answers.
 
     Attributes:
         noise_step: Step t of the forward diffusion x_t = sqrt(abar_t) x + sqrt(1 - abar_t) eps, 0..999; -1: none.
+        noise_steps: Several steps, of which each record gets one by its seed; empty takes `noise_step` for all.
+        space: Where noise is added: to the `normalised` pixels that the model takes (the paper), or to the `pixel`s of
+            the picture before its processor (clipped to 0..255), all that a server or vLLM can be sent.
+        pixel_side: In pixel space a picture is first scaled down to this longer side, or scaling down afterwards would
+            average the noise away; 0 leaves its size.
+        crop_share: Share of the area that the source `crop` shows, at a place of the record's seed.
+        mask_share: Share of a 14 x 14 grid of cells that the source `mask` covers in grey.
         temperature: Sampling temperature; 0 is greedy.
         top_p: Nucleus of the sampling distribution.
         max_new_tokens: Longest answer.
     """
 
     noise_step: int = 900
+    noise_steps: list[int] = field(default_factory=list)
+    space: Literal["normalised", "pixel"] = "normalised"
+    pixel_side: int = 336
+    crop_share: float = 0.15
+    mask_share: float = 0.8
     temperature: float = 0.2
     top_p: float = 1.0
     max_new_tokens: int = 1024
 
     def __post_init__(self) -> None:
-        check(
-            -1 <= self.noise_step <= 999,
-            f"noise_step is {self.noise_step}; the schedule has steps 0..999 (-1: no noise)",
-        )
+        for step in (self.noise_step, *self.noise_steps):
+            check(-1 <= step <= 999, f"noise_step is {step}; the schedule has steps 0..999 (-1: no noise)")
+        check(self.pixel_side >= 0, "bootstrap.weaken.pixel_side must be 0 (leave the size) or more")
+        for name in ("crop_share", "mask_share"):
+            check(0 < getattr(self, name) < 1, f"bootstrap.weaken.{name} must lie in (0, 1)")
         _check_sampling("bootstrap.weaken", self.temperature, self.top_p, self.max_new_tokens)
+
+
+@dataclass(kw_only=True)
+class RegenerateConfig:
+    """Negatives that begin as the annotation does and go on as the model would (type `mllm-cont`).
+
+    Attributes:
+        cut_min: Least share of the annotation's words that is kept; the record's seed draws between the two.
+        cut_max: Largest share that is kept.
+        weakened: Show the model the weakened image and not the clean one.
+    """
+
+    cut_min: float = 0.2
+    cut_max: float = 0.7
+    weakened: bool = True
+
+    def __post_init__(self) -> None:
+        check(0 < self.cut_min <= self.cut_max < 1, "bootstrap.regenerate: 0 < cut_min <= cut_max < 1 must hold")
+
+
+@dataclass(kw_only=True)
+class VisionConfig:
+    """What runs the multimodal model that answers images; weights are `model.path`, or the server's.
+
+    Attributes:
+        engine: `transformers` in this process; `vllm` in this process (extra `vllm`); `server`.
+        server: Where `engine` is `server`.
+    """
+
+    engine: Literal["transformers", "vllm", "server"] = "transformers"
+    server: ServerConfig = field(default_factory=ServerConfig)
+
+    def __post_init__(self) -> None:
+        check(
+            (self.engine == "server") == bool(self.server.url),
+            "bootstrap.vision: engine `server` and server.url go together; set both or neither",
+        )
 
 
 @dataclass(kw_only=True)
@@ -46,10 +131,8 @@ class InjectConfig:
             LLMs need worked examples in the style of the annotations.
         llm: Directory of a transformers causal LM; empty takes the multimodal model's own language model.
         gguf_file: Name of a GGUF file in that directory, when its weights come as one.
-        server_url: Base URL of an OpenAI-compatible server, such as http://localhost:8000/v1; replaces `llm`.
-        server_model: Name of the model on that server.
-        server_concurrency: Requests in flight at a time.
-        server_timeout_s: Seconds until a request is given up and tried again.
+        engine: What runs `llm`: `transformers`, or `vllm` (extra `vllm`).
+        server: An OpenAI-compatible server in place of `llm`.
         temperature: Sampling temperature; 0 is greedy.
         top_p: Nucleus of the sampling distribution.
         max_new_tokens: Longest rewriting.
@@ -61,10 +144,8 @@ class InjectConfig:
     prompt_dir: str = ""
     llm: str = ""
     gguf_file: str = ""
-    server_url: str = ""
-    server_model: str = ""
-    server_concurrency: int = 16
-    server_timeout_s: float = 120.0
+    engine: Literal["transformers", "vllm"] = "transformers"
+    server: ServerConfig = field(default_factory=ServerConfig)
     temperature: float = 0.8
     top_p: float = 0.95
     max_new_tokens: int = 1024
@@ -74,12 +155,11 @@ class InjectConfig:
     def __post_init__(self) -> None:
         _check_sampling("bootstrap.inject", self.temperature, self.top_p, self.max_new_tokens)
         check(self.attempts >= 1, f"bootstrap.inject.attempts is {self.attempts}; it must be at least 1")
-        check(self.server_concurrency >= 1, "bootstrap.inject.server_concurrency must be at least 1")
-        both = self.llm and self.server_url
-        check(not both, "bootstrap.inject.llm and bootstrap.inject.server_url are both set; choose one")
+        both = self.llm and self.server.url
+        check(not both, "bootstrap.inject.llm and bootstrap.inject.server.url are both set; choose one")
         check(
-            bool(self.server_model) or not self.server_url,
-            "bootstrap.inject.server_url is set but server_model is empty; name the model the server serves",
+            self.engine == "transformers" or bool(self.llm),
+            "bootstrap.inject.engine is vllm but llm is empty; name the text-only LLM that it is to load",
         )
 
 
@@ -119,9 +199,14 @@ class BootstrapConfig:
     """How negatives are made from annotations.
 
     Attributes:
-        sources: Which negatives to make: weaken, inject, unweakened (the model's answer to the clean image, a control).
-        weaken: Options of the weakened image.
+        sources: Which negatives to make. The paper's: `weaken` (answers to noised images) and `inject` (errors written
+            into the annotation). Further: `crop` and `mask` (answers to a part of the image), `regenerate` (the
+            annotation's beginning, continued), `text-only` (answers without any image), `unweakened` (answers to the
+            clean image, a control).
+        weaken: Options of the weakened image, and sampling of all the multimodal model's answers.
         inject: Options of the injected errors.
+        regenerate: Where an annotation is cut.
+        vision: What runs the multimodal model.
         validate: When a negative is refused.
         batch_size: Answers generated at a time.
         seed: With the record's id it decides noise and sampling.
@@ -130,9 +215,11 @@ class BootstrapConfig:
         stall_timeout_s: Rank 0 gives up waiting for the other ranks when none finished a batch for so many seconds.
     """
 
-    sources: list[Literal["weaken", "inject", "unweakened"]] = field(default_factory=lambda: ["weaken", "inject"])
+    sources: list[Source] = field(default_factory=lambda: ["weaken", "inject"])
     weaken: WeakenConfig = field(default_factory=WeakenConfig)
     inject: InjectConfig = field(default_factory=InjectConfig)
+    regenerate: RegenerateConfig = field(default_factory=RegenerateConfig)
+    vision: VisionConfig = field(default_factory=VisionConfig)
     validate: ValidateConfig = field(default_factory=ValidateConfig)
     batch_size: int = 16
     seed: int = 0
@@ -145,6 +232,12 @@ class BootstrapConfig:
         check(self.limit >= 0, f"bootstrap.limit is {self.limit}; it must be 0 (all) or more")
         check(self.max_inject_records >= 0, "bootstrap.max_inject_records must be 0 (all) or more")
         check(self.stall_timeout_s > 0, "bootstrap.stall_timeout_s must be positive")
+        if "weaken" in self.sources and self.vision.engine != "transformers":
+            check(
+                self.weaken.space == "pixel",
+                f"bootstrap.vision.engine {self.vision.engine} takes pictures, not normalised pixels; set "
+                "bootstrap.weaken.space pixel",
+            )
         check(
             len(self.sources) == len(set(self.sources)) and bool(self.sources),
             "bootstrap.sources must name each source once",

@@ -53,7 +53,14 @@ class Annotation:
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
-    """How a completion came to be; enough to make it again."""
+    """How a completion came to be; enough to make it again.
+
+    Attributes:
+        source: What made it: `weakened-image`, `injected-errors` ...
+        noise_step: Step of the forward diffusion that weakened the image.
+        space: Where the noise was added: `normalised` pixels, or `pixel` values before the image processor.
+        kept_words: Words of the annotation with which it begins.
+    """
 
     source: str
     model: str | None = None
@@ -63,6 +70,8 @@ class Provenance:
     temperature: float | None = None
     top_p: float | None = None
     max_new_tokens: int | None = None
+    space: str | None = None
+    kept_words: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}

@@ -13,7 +13,7 @@ from bpo.cli import COMMANDS, main
 COMMAND_NAMES = "demo bootstrap train evaluate export refs bench doctor".split()
 OPTIONS = {
     "demo": ["--output", "--seeds"],
-    "bootstrap": ["--config", "--bootstrap.weaken.noise_step", "--bootstrap.inject.server_url", "--data.annotations"],
+    "bootstrap": ["--config", "--bootstrap.weaken.noise_step", "--bootstrap.inject.server.url", "--data.annotations"],
     "train": ["--config", "--train.lr", "--train.ds_config", "--loss.beta", "--lora.r", "--trainable.vision"],
     "evaluate": ["--config", "--evaluation.chair_instances", "--evaluation.pope_questions"],
     "export": ["--config", "--export.checkpoint", "--export.form"],

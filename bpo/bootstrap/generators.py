@@ -1,12 +1,13 @@
 """Text-only LLMs that inject errors: any transformers causal LM, or the multimodal model's own language model.
 
-A generator takes a batch of requests and gives a reply to each; `bpo/bootstrap/server.py` has one that asks a server.
+A generator takes a batch of requests and gives a reply to each. `ChatGenerator` hands them on, to a server
+(`bpo/bootstrap/server.py`) or to vLLM (`bpo/bootstrap/vllm_engine.py`).
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
@@ -34,21 +35,34 @@ class Reply:
         text: The answer, before cleaning.
         finished: Whether it ended by itself and not at its budget.
         error: Why there is no answer to this one request, or None.
+        is_broken: Whether the record itself is at fault (an unreadable image, say), whatever is asked about it.
     """
 
     text: str
     finished: bool = True
     error: str | None = None
+    is_broken: bool = False
+
+
+class ChatEngine(Protocol):
+    """Answers requests in the form of the chat completions protocol."""
+
+    def replies(self, bodies: Sequence[tuple[str, dict[str, Any]]]) -> Iterable[tuple[int, Reply]]:
+        """(index, reply) of each (record id, body), as they are finished."""
 
 
 class TextGenerator(Protocol):
     """A text-only LLM."""
 
     name: str
+    whole_batches: bool
     special_tokens: tuple[str, ...]
 
-    def reply(self, requests: Sequence[InjectionRequest]) -> list[Reply]:
-        """One reply a request, in order; a reply depends on its request alone."""
+    def replies(self, requests: Sequence[InjectionRequest]) -> Iterable[tuple[int, Reply]]:
+        """(index of the request, reply) of every request, in any order; a reply depends on its request alone.
+
+        What came before an error stands: whoever reads may keep it.
+        """
 
 
 class TransformersGenerator:
@@ -63,6 +77,8 @@ class TransformersGenerator:
         name: For the provenance of what it writes.
     """
 
+    whole_batches = True
+
     def __init__(self, model: Any, tokenizer: Any, options: InjectConfig, name: str):
         self.model, self.tokenizer, self.options, self.name = model, tokenizer, options, name
         self.special_tokens = tuple(tokenizer.all_special_tokens)
@@ -73,16 +89,16 @@ class TransformersGenerator:
         self._suppressed = sorted(set(self._control.values()) - set(self._eos_ids))
         self._prefixes: dict[tuple[Message, ...], CachedPrefix | None] = {}
 
-    def reply(self, requests: Sequence[InjectionRequest]) -> list[Reply]:
+    def replies(self, requests: Sequence[InjectionRequest]) -> list[tuple[int, Reply]]:
         by_prefix: dict[int, tuple[CachedPrefix | None, list[int]]] = {}
         for index, request in enumerate(requests):
             prefix = self._prefix(request)
             by_prefix.setdefault(id(prefix), (prefix, []))[1].append(index)
-        replies: dict[int, Reply] = {}
+        replies: list[tuple[int, Reply]] = []
         for prefix, indices in by_prefix.values():
             answers = self._generate([requests[index] for index in indices], prefix)
-            replies |= zip(indices, answers, strict=True)
-        return [replies[index] for index in range(len(requests))]
+            replies += zip(indices, answers, strict=True)
+        return replies
 
     def _generate(self, requests: Sequence[InjectionRequest], prefix: CachedPrefix | None) -> list[Reply]:
         answers = generate_ids(
@@ -130,11 +146,13 @@ class TransformersGenerator:
 class OwnLanguageModel:
     """The multimodal model answering without an image: its own language model, through its own chat template."""
 
+    whole_batches = True
+
     def __init__(self, model: Any, encoder: Encoder, options: InjectConfig, name: str):
         self.model, self.encoder, self.options, self.name = model, encoder, options, name
         self.special_tokens = tuple(encoder.tokenizer.all_special_tokens)
 
-    def reply(self, requests: Sequence[InjectionRequest]) -> list[Reply]:
+    def replies(self, requests: Sequence[InjectionRequest]) -> list[tuple[int, Reply]]:
         prompts = [self.encoder.encode_prompt(r.record_id, (), _turns(r)) for r in requests]
         for prompt in prompts:
             if self.encoder.image_token_id in prompt.prefix_ids:
@@ -148,7 +166,30 @@ class OwnLanguageModel:
             top_p=self.options.top_p,
             seeds=[request.seed for request in requests],
         )
-        return [Reply(text, ended) for text, ended in answers]
+        return [(index, Reply(text, ended)) for index, (text, ended) in enumerate(answers)]
+
+
+class ChatGenerator:
+    """A text-only LLM behind a chat engine: a server, or vLLM in this process."""
+
+    whole_batches = False
+    special_tokens: tuple[str, ...] = ()
+
+    def __init__(self, engine: ChatEngine, options: InjectConfig, name: str):
+        self.engine, self.options, self.name = engine, options, name
+
+    def replies(self, requests: Sequence[InjectionRequest]) -> Iterable[tuple[int, Reply]]:
+        return self.engine.replies([(request.record_id, self.body(request)) for request in requests])
+
+    def body(self, request: InjectionRequest) -> dict[str, Any]:
+        """One request as the chat completions protocol has it."""
+        return {
+            "messages": [{"role": m.role, "content": m.content} for m in request.messages],
+            "temperature": self.options.temperature,
+            "top_p": self.options.top_p,
+            "max_tokens": request.max_new_tokens,
+            "seed": request.seed,
+        }
 
 
 def load_causal_lm(options: InjectConfig, device: torch.device) -> TransformersGenerator:

@@ -16,7 +16,7 @@ _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf", ".pt")
 _SAMPLES_PER_FILE = 64
 _SAMPLE_BYTES = 4096
 # How fast or where, not what: these may change when a job goes on (of prompt_dir the content counts).
-_NOT_DECIDING = ("prompt_dir", "server_url", "server_concurrency", "server_timeout_s")
+_NOT_DECIDING = ("prompt_dir", "server")
 
 
 def job_identity(config: Config) -> dict[str, Any]:
@@ -35,11 +35,16 @@ def job_identity(config: Config) -> dict[str, Any]:
     identity |= {f"bootstrap.validate.{name}": value for name, value in asdict(options.validate).items()}
     lexicon = options.validate.lexicon
     identity["bootstrap.validate.lexicon (content)"] = _digest(Path(lexicon).read_bytes()) if lexicon else None
-    if {"weaken", "unweakened"} & set(options.sources):
+    if set(options.sources) != {"inject"}:
         identity |= {f"bootstrap.weaken.{name}": value for name, value in asdict(options.weaken).items()}
+        identity["bootstrap.vision.engine"] = options.vision.engine
+        identity["bootstrap.vision.server.model"] = options.vision.server.model
+    if "regenerate" in options.sources:
+        identity |= {f"bootstrap.regenerate.{name}": value for name, value in asdict(options.regenerate).items()}
     if "inject" in options.sources:
         inject = {name: value for name, value in asdict(options.inject).items() if name not in _NOT_DECIDING}
         identity |= {f"bootstrap.inject.{name}": value for name, value in inject.items()}
+        identity["bootstrap.inject.server.model"] = options.inject.server.model
         identity["bootstrap.inject.llm (weights)"] = weights_digest(options.inject.llm)
         identity["bootstrap.inject.prompt_dir (content)"] = _prompts_digest(
             options.inject.mode, options.inject.prompt_dir

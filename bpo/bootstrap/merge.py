@@ -15,11 +15,23 @@ from bpo.config import Config
 from bpo.data.formats import group_to_json
 from bpo.records import Annotation, Completion, PreferenceGroup, Provenance
 
-COMPLETION_TYPES = {"weaken": "mllm-hal", "inject": "llm-hal", "unweakened": "mllm-self"}
+COMPLETION_TYPES = {
+    "weaken": "mllm-hal",
+    "inject": "llm-hal",
+    "crop": "mllm-crop",
+    "mask": "mllm-mask",
+    "regenerate": "mllm-cont",
+    "text-only": "mllm-blind",
+    "unweakened": "mllm-self",
+}
 PROVENANCE_SOURCES = {
     "annotation": "annotation",
     "weaken": "weakened-image",
     "inject": "injected-errors",
+    "crop": "cropped-image",
+    "mask": "masked-image",
+    "regenerate": "regenerated-end",
+    "text-only": "no-image",
     "unweakened": "unweakened-image",
 }
 

@@ -8,36 +8,32 @@ every record has an outcome.
 
 from __future__ import annotations
 
-import gc
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from bpo.bootstrap.generators import OwnLanguageModel, TextGenerator, load_causal_lm
+from bpo.bootstrap.engines import Engines, batch_size, needed_paths
 from bpo.bootstrap.identity import check_identity
 from bpo.bootstrap.merge import BootstrapSummary, beside, merge
 from bpo.bootstrap.parts import Outcome, PartReader, PartWriter
-from bpo.bootstrap.server import OpenAICompatibleGenerator
 from bpo.bootstrap.sources import ImageAnswers, InjectedErrors, NegativeSource
 from bpo.bootstrap.validate import annotation_refusal
 from bpo.config import Config
-from bpo.config_bootstrap import BootstrapConfig
-from bpo.data.encode import Encoder, load_encoder
+from bpo.config_bootstrap import Source
 from bpo.data.formats import read_annotations
-from bpo.launch import Ranks, pick_device, ranks_from_environment
-from bpo.model.load import load_model
+from bpo.launch import Ranks, ranks_from_environment
 from bpo.records import Annotation
 
 logger = logging.getLogger(__name__)
 
 _POLL_S = 2.0
-# A server answers many requests at a time; a batch that is several times as long keeps it busy between our writes.
-_SERVER_BATCHES = 8
+_WRITE_EVERY_S = 1.0
 
 
 def run_bootstrap(config: Config, progress: bool = True) -> BootstrapSummary:
@@ -64,9 +60,9 @@ def run_bootstrap(config: Config, progress: bool = True) -> BootstrapSummary:
     reader.poll()
     seconds: dict[str, float] = {}
     with PartWriter(folder, ranks.rank) as writer:
-        for source, make in _sources(config, work, reader, ranks):
+        for source, make in _sources(config, work, ranks):
             started = time.monotonic()
-            batches = batches_of(work[source], _batch_size(config, source))
+            batches = batches_of(work[source], batch_size(config, source))
             mine = batches[ranks.rank :: ranks.world_size]
             _run_source(make, source, mine, reader, writer, progress and ranks.is_main)
             seconds[source] = time.monotonic() - started
@@ -98,19 +94,8 @@ def _length(annotation: Annotation) -> int:
     return len(annotation.response) + sum(len(turn.text) for turn in annotation.prompt)
 
 
-def _batch_size(config: Config, source: str) -> int:
-    if source == "inject" and config.bootstrap.inject.server_url:
-        return _SERVER_BATCHES * config.bootstrap.inject.server_concurrency
-    return config.bootstrap.batch_size
-
-
 def _check_paths(config: Config) -> None:
-    options: BootstrapConfig = config.bootstrap
-    needed = {"data.annotations": config.data.annotations, "data.groups": config.data.groups}
-    own_lm = "inject" in options.sources and not (options.inject.llm or options.inject.server_url)
-    if own_lm or set(options.sources) != {"inject"}:
-        needed["model.path"] = config.model.path
-    for name, value in needed.items():
+    for name, value in needed_paths(config).items():
         if not value:
             raise ValueError(f"{name} is empty; `bpo bootstrap` needs it")
 
@@ -128,66 +113,55 @@ def _run_source(
     if not unfinished:
         return
     negatives = make()
+    if not negatives.whole_batches:
+        unfinished = [[a for a in b if (source, a.id) not in reader.outcomes] for b in unfinished]
     total = sum(map(len, batches))
     finished = total - sum(map(len, unfinished))
     with tqdm(total=total, initial=finished, desc=source, unit="record", disable=not progress) as bar:
         for batch in unfinished:
             with _advice_on_memory(len(batch)):
-                outcomes = negatives.outcomes(batch)
-            writer.append(outcome for outcome in outcomes if outcome.key not in reader.outcomes)
-            bar.update(len(batch))
+                _write_as_finished(negatives.outcomes(batch), reader, writer, bar)
+
+
+def _write_as_finished(outcomes: Iterable[Outcome], reader: PartReader, writer: PartWriter, bar: Any) -> None:
+    """Writes outcomes at the end of a batch, or every second of a long one; what an error leaves behind is kept."""
+    finished: list[Outcome] = []
+    written_s = time.monotonic()
+
+    def write() -> None:
+        writer.append(outcome for outcome in finished if outcome.key not in reader.outcomes)
+        bar.update(len(finished))
+        finished.clear()
+
+    try:
+        for outcome in outcomes:
+            finished.append(outcome)
+            if time.monotonic() - written_s > _WRITE_EVERY_S:
+                write()
+                written_s = time.monotonic()
+    finally:
+        write()
 
 
 def _sources(
-    config: Config, work: dict[str, list[Annotation]], reader: PartReader, ranks: Ranks
+    config: Config, work: dict[str, list[Annotation]], ranks: Ranks
 ) -> Iterator[tuple[str, Callable[[], NegativeSource]]]:
-    """Each source with what builds it, sources of one model together: only one model is in memory at a time."""
-    device = pick_device(ranks)
-    encoder = load_encoder(config) if config.model.path else None
-    held: list[object] = []
+    """Each source with what builds it, those of one model together; `inject`, perhaps of another LLM, comes last."""
+    max_images = max((len(a.images) for records in work.values() for a in records), default=1)
+    engines = Engines(config, ranks, max_images)
 
-    def multimodal() -> object:
-        if not held:
-            held.append(load_model(config.model, device))
-        return held[0]
-
-    def image_answers(source: str) -> Callable[[], NegativeSource]:
-        return lambda: ImageAnswers(source, config, _required(encoder), multimodal())
+    def image_answers(source: Source) -> Callable[[], NegativeSource]:
+        return lambda: ImageAnswers(source, config, engines.vision())
 
     def injected_errors() -> NegativeSource:
-        generator = _text_generator(config, encoder, multimodal, held, device)
         checks_images = set(config.bootstrap.sources) == {"inject"}
-        return InjectedErrors(config, generator, encoder, checks_images)
+        return InjectedErrors(config, engines.text(), engines.encoder, checks_images)
 
-    for source in ("weaken", "unweakened"):
-        if source in work:
+    for source in config.bootstrap.sources:
+        if source != "inject":
             yield source, image_answers(source)
     if "inject" in work:
         yield "inject", injected_errors
-
-
-def _text_generator(
-    config: Config,
-    encoder: Encoder | None,
-    multimodal: Callable[[], object],
-    held: list[object],
-    device: torch.device,
-) -> TextGenerator:
-    options = config.bootstrap.inject
-    if not options.llm and not options.server_url:
-        return OwnLanguageModel(multimodal(), _required(encoder), options, config.model.path)
-    held.clear()
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    if options.server_url:
-        return OpenAICompatibleGenerator(options)
-    return load_causal_lm(options, device)
-
-
-def _required(encoder: Encoder | None) -> Encoder:
-    assert encoder is not None, "_check_paths requires model.path for this source"
-    return encoder
 
 
 @contextmanager

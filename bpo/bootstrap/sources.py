@@ -5,88 +5,99 @@ An outcome depends on the job's seed, the record and the source's options alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from bpo.bootstrap.clean import clean_rewriting
 from bpo.bootstrap.generators import Reply, TextGenerator
 from bpo.bootstrap.inject import InjectionRequest, Mode, build_request, choose_mode
 from bpo.bootstrap.merge import PROVENANCE_SOURCES
-from bpo.bootstrap.parts import Outcome
+from bpo.bootstrap.parts import Outcome, Status
 from bpo.bootstrap.seeds import derive_seed
 from bpo.bootstrap.validate import Refusal, refusal
-from bpo.bootstrap.weaken import NO_NOISE, answer_weakened
+from bpo.bootstrap.vision import VisionGenerator, VisionRequest, special_tokens_of
+from bpo.bootstrap.weaken import choose_weakening
 from bpo.config import Config
-from bpo.data.encode import EncodedPrompt, Encoder, EncodingError
+from bpo.config_bootstrap import RegenerateConfig, Source
+from bpo.data.encode import Encoder
 from bpo.data.images import ImageError, load_image
 from bpo.records import Annotation, Provenance
 
 
 class NegativeSource(Protocol):
-    def outcomes(self, batch: Sequence[Annotation]) -> list[Outcome]:
-        """One outcome an annotation, in order."""
+    """One source of negatives.
+
+    Attributes:
+        whole_batches: A batch of which some records are finished is made anew whole: in one batch, a record's answer
+            depends on the others by rounding.
+    """
+
+    whole_batches: bool
+
+    def outcomes(self, batch: Sequence[Annotation]) -> Iterable[Outcome]:
+        """One outcome an annotation, as they are finished; those before an error stand."""
 
 
 class ImageAnswers:
-    """The model's answers to the weakened image (`weaken`), or to the clean one (`unweakened`)."""
+    """The model's answers to images, weakened as the source says (`choose_weakening`) or begun as the annotation is."""
 
-    def __init__(self, source: str, config: Config, encoder: Encoder, model: Any):
-        self.source, self.config, self.encoder, self.model = source, config, encoder, model
-        self.noise_step = config.bootstrap.weaken.noise_step if source == "weaken" else NO_NOISE
-        self._special_tokens = special_tokens_of(encoder)
+    def __init__(self, source: Source, config: Config, generator: VisionGenerator):
+        self.source, self.config, self.generator = source, config, generator
+        self.whole_batches = generator.whole_batches
 
-    def outcomes(self, batch: Sequence[Annotation]) -> list[Outcome]:
-        prompts: dict[str, EncodedPrompt] = {}
-        made: dict[str, Outcome] = {}
-        for annotation in batch:
-            try:
-                prompts[annotation.id] = self._encode(annotation)
-            except (ImageError, EncodingError) as error:
-                made[annotation.id] = Outcome(annotation.id, self.source, "broken", reason=str(error))
-        seeds = [derive_seed(self.config.bootstrap.seed, record_id, self.source) for record_id in prompts]
-        answers = answer_weakened(
-            self.model,
-            self.encoder,
-            list(prompts.values()),
-            self.config.bootstrap.weaken,
-            self.noise_step,
-            seeds,
-        )
-        annotated = {annotation.id: annotation.response for annotation in batch}
-        for record_id, answer, seed in zip(prompts, answers, seeds, strict=True):
-            made[record_id] = self._judge(record_id, answer, annotated[record_id], seed)
-        return [made[annotation.id] for annotation in batch]
+    def outcomes(self, batch: Sequence[Annotation]) -> Iterator[Outcome]:
+        requests = [self.request(annotation) for annotation in batch]
+        for index, reply in self.generator.replies(requests):
+            yield self._judge(batch[index], requests[index], reply)
 
-    def _encode(self, annotation: Annotation) -> EncodedPrompt:
-        prompt = self.encoder.encode_prompt(annotation.id, annotation.images, annotation.prompt)
-        if len(prompt.prefix_ids) >= self.encoder.max_length_tokens:
-            raise EncodingError(
-                f"record {annotation.id!r}: the prompt takes {len(prompt.prefix_ids)} tokens and leaves no room in "
-                f"data.max_length_tokens={self.encoder.max_length_tokens}"
-            )
-        return prompt
+    def request(self, annotation: Annotation) -> VisionRequest:
+        """What the model is asked for one record; depends on seed, record and options alone."""
+        options = self.config.bootstrap
+        seed = derive_seed(options.seed, annotation.id, self.source)
+        if self.source != "regenerate":
+            weakening = choose_weakening(self.source, options.weaken, seed)
+            return VisionRequest(annotation.id, annotation.images, annotation.prompt, weakening)
+        weakening = choose_weakening("weaken" if options.regenerate.weakened else "unweakened", options.weaken, seed)
+        beginning = cut_annotation(annotation.response, options.regenerate, derive_seed(seed, "cut"))
+        return VisionRequest(annotation.id, annotation.images, annotation.prompt, weakening, beginning)
 
-    def _judge(self, record_id: str, answer: str, annotation: str, seed: int) -> Outcome:
+    def _judge(self, annotation: Annotation, request: VisionRequest, reply: Reply) -> Outcome:
+        if reply.error:
+            status: Status = "broken" if reply.is_broken else "failed"
+            return Outcome(annotation.id, self.source, status, reason=reply.error)
         options = self.config.bootstrap.weaken
         provenance = Provenance(
             source=PROVENANCE_SOURCES[self.source],
-            model=self.config.model.path,
-            noise_step=None if self.noise_step == NO_NOISE else self.noise_step,
-            seed=seed,
+            model=self.generator.name,
+            noise_step=request.weakening.noise_step,
+            seed=request.weakening.seed,
             temperature=options.temperature,
             top_p=options.top_p,
             max_new_tokens=options.max_new_tokens,
+            space=request.weakening.space,
+            kept_words=len(request.beginning.split()) if request.beginning else None,
         )
-        max_words = self.config.data.max_completion_words
         refused = refusal(
-            answer,
-            annotation,
-            max_words=max_words,
-            special_tokens=self._special_tokens,
+            reply.text,
+            annotation.response,
+            max_words=self.config.data.max_completion_words,
+            special_tokens=self.generator.special_tokens,
             options=self.config.bootstrap.validate,
         )
-        return judged(record_id, self.source, answer, refused, provenance)
+        return judged(annotation.id, self.source, reply.text, refused, provenance)
+
+
+def cut_annotation(response: str, options: RegenerateConfig, seed: int) -> str:
+    """The first words of an annotation, without a trailing space: a share of them between `cut_min` and `cut_max`.
+
+    At least one word is kept and at least one left to write, where there are two.
+    """
+    ends = [match.end() for match in re.finditer(r"\S+", response.strip())]
+    share = options.cut_min + (options.cut_max - options.cut_min) * (seed % 10_000) / 10_000
+    kept = min(max(1, round(share * len(ends))), len(ends) - 1)
+    return response.strip()[: ends[kept - 1]] if kept > 0 else ""
 
 
 class InjectedErrors:
@@ -96,24 +107,30 @@ class InjectedErrors:
 
     def __init__(self, config: Config, generator: TextGenerator, encoder: Encoder | None, checks_images: bool):
         self.config, self.generator, self.encoder, self.checks_images = config, generator, encoder, checks_images
+        self.whole_batches = generator.whole_batches
         # The completion goes to the multimodal model in training, so its control tokens count as well.
         self._special_tokens = (*generator.special_tokens, *(special_tokens_of(encoder) if encoder else ()))
 
-    def outcomes(self, batch: Sequence[Annotation]) -> list[Outcome]:
-        made: dict[str, Outcome] = {}
-        for annotation in batch if self.checks_images else ():
-            error = self._image_error(annotation)
+    def outcomes(self, batch: Sequence[Annotation]) -> Iterator[Outcome]:
+        pending: list[Annotation] = []
+        for annotation in batch:
+            error = self._image_error(annotation) if self.checks_images else None
             if error:
-                made[annotation.id] = Outcome(annotation.id, self.source, "broken", reason=error)
-        pending = [annotation for annotation in batch if annotation.id not in made]
-        for attempt in range(self.config.bootstrap.inject.attempts):
+                yield Outcome(annotation.id, self.source, "broken", reason=error)
+            else:
+                pending.append(annotation)
+        last = self.config.bootstrap.inject.attempts - 1
+        for attempt in range(last + 1):
             modes = [choose_mode(self.config.bootstrap.inject.mode, annotation) for annotation in pending]
             requests = [self._request(a, mode, attempt) for a, mode in zip(pending, modes, strict=True)]
-            replies = self.generator.reply(requests) if requests else []
-            for annotation, mode, request, reply in zip(pending, modes, requests, replies, strict=True):
-                made[annotation.id] = self._judge(annotation, mode, request, reply)
-            pending = [annotation for annotation in pending if made[annotation.id].status == "refused"]
-        return [made[annotation.id] for annotation in batch]
+            again: list[int] = []
+            for index, reply in self.generator.replies(requests) if requests else ():
+                outcome = self._judge(pending[index], modes[index], requests[index], reply)
+                if outcome.status == "refused" and attempt < last:
+                    again.append(index)
+                else:
+                    yield outcome
+            pending = [pending[index] for index in sorted(again)]
 
     def _request(self, annotation: Annotation, mode: Mode, attempt: int) -> InjectionRequest:
         seed = derive_seed(self.config.bootstrap.seed, annotation.id, self.source, attempt)
@@ -162,9 +179,3 @@ def judged(record_id: str, source: str, text: str, refused: Refusal | None, prov
     if refused is None:
         return Outcome(record_id, source, "kept", text, provenance=provenance)
     return Outcome(record_id, source, "refused", text, refused.reason, provenance, refused.detail)
-
-
-def special_tokens_of(encoder: Encoder) -> tuple[str, ...]:
-    """Control tokens of the model as text, its image placeholder among them."""
-    placeholder = encoder.tokenizer.convert_ids_to_tokens(encoder.image_token_id)
-    return (*encoder.tokenizer.all_special_tokens, placeholder)

@@ -1,25 +1,67 @@
 """The weakened image: the model answers it, and its language prior speaks.
 
-The answer comes from the noised image *alone*. Contrasting clean and noised logits, as visual contrastive decoding
+The answer comes from the weakened image *alone*. Contrasting clean and noised logits, as visual contrastive decoding
 does, moves the answer away from the prior: the opposite of what is wanted here.
+
+Shape letters: H, W height and width of a picture in pixels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
+import numpy as np
 import torch
+from PIL import Image
 
 from bpo.bootstrap.noise import diffuse
 from bpo.bootstrap.seeds import derive_seed
 from bpo.config_bootstrap import WeakenConfig
-from bpo.data.encode import EncodedPrompt, Encoder
+from bpo.data.encode import EncodedPrompt
 from bpo.data.families import Family
-from bpo.model.generate import generate_answers
 
 NO_NOISE = -1
+MASK_CELLS = 14
+_GREY = 127
+
+Kind = Literal["none", "noise", "crop", "mask", "no-image"]
+
+
+@dataclass(frozen=True, slots=True)
+class Weakening:
+    """What is done to a record's images before the model answers them.
+
+    Attributes:
+        kind: `none` shows the clean images, `no-image` shows none.
+        seed: Decides noise, place of a crop and cells of a mask.
+        noise_step: For `noise`.
+        space: For `noise`: `normalised` or `pixel`.
+    """
+
+    kind: Kind
+    seed: int
+    noise_step: int | None = None
+    space: str | None = None
+
+    @property
+    def changes_pictures(self) -> bool:
+        """Whether it is done to pictures, before the image processor."""
+        return self.kind in ("crop", "mask") or (self.kind == "noise" and self.space == "pixel")
+
+
+def choose_weakening(source: str, options: WeakenConfig, seed: int) -> Weakening:
+    """What a source of `bootstrap.sources` does to the record whose seed is `seed`."""
+    if source == "unweakened":
+        return Weakening("none", seed)
+    if source == "text-only":
+        return Weakening("no-image", seed)
+    if source in ("crop", "mask"):
+        return Weakening("crop" if source == "crop" else "mask", seed)
+    steps = options.noise_steps or [options.noise_step]
+    step = steps[derive_seed(seed, "noise step") % len(steps)]
+    return Weakening("none", seed) if step == NO_NOISE else Weakening("noise", seed, step, options.space)
 
 
 def weaken_prompt(prompt: EncodedPrompt, family: Family, noise_step: int, seed: int) -> EncodedPrompt:
@@ -35,28 +77,76 @@ def weaken_prompt(prompt: EncodedPrompt, family: Family, noise_step: int, seed: 
     return replace(prompt, image_inputs={**prompt.image_inputs, "pixel_values": noised})
 
 
-def answer_weakened(
-    model: Any,
-    encoder: Encoder,
-    prompts: Sequence[EncodedPrompt],
-    options: WeakenConfig,
-    noise_step: int,
-    seeds: Sequence[int],
-) -> list[str]:
-    """Answers to one batch of prompts whose images are noised to `noise_step` (-1: the clean images).
+class PictureWeakener:
+    """Weakens pictures one after the other, before any processor: what a server, too, can be shown.
+
+    Noise in pixel space is x'_t = mean + std * x_t of the pixel values x' = mean + std * x, x the normalised ones,
+    clipped to 0..1 and rounded to 1/255: where nothing is clipped and the processor does not scale the picture, the
+    model sees what noise in normalised space of the same epsilon would show it.
 
     Args:
-        seeds: One a record; decides its noise and its sampling.
+        mean, std: Of each channel, as the image processor has them (pixel values 0..1).
     """
-    weakened = [
-        weaken_prompt(prompt, encoder.family, noise_step, seed) for prompt, seed in zip(prompts, seeds, strict=True)
-    ]
-    return generate_answers(
-        model,
-        encoder,
-        weakened,
-        max_new_tokens=options.max_new_tokens,
-        temperature=options.temperature,
-        top_p=options.top_p,
-        seeds=seeds,
-    )
+
+    def __init__(self, weakening: Weakening, options: WeakenConfig, mean: Sequence[float], std: Sequence[float]):
+        self.weakening, self.options = weakening, options
+        self._mean_311 = torch.tensor(mean, dtype=torch.float32).reshape(3, 1, 1)
+        self._std_311 = torch.tensor(std, dtype=torch.float32).reshape(3, 1, 1)
+        self._generator = torch.Generator().manual_seed(derive_seed(weakening.seed, "noise"))
+
+    def __call__(self, picture: Image.Image) -> Image.Image:
+        if self.weakening.kind == "crop":
+            return self._crop(picture)
+        if self.weakening.kind == "mask":
+            return self._mask(picture)
+        if self.weakening.kind == "noise" and self.weakening.space == "pixel":
+            return self._noise(picture)
+        return picture
+
+    def _noise(self, picture: Image.Image) -> Image.Image:
+        assert self.weakening.noise_step is not None
+        values_3HW = torch.from_numpy(np.array(_scaled(picture, self.options.pixel_side))).permute(2, 0, 1) / 255
+        clean_3HW = (values_3HW - self._mean_311) / self._std_311
+        epsilon_3HW = torch.randn(clean_3HW.shape, generator=self._generator, dtype=torch.float32)
+        noised_3HW = self._mean_311 + self._std_311 * diffuse(clean_3HW, self.weakening.noise_step, epsilon_3HW)
+        bytes_HW3 = (noised_3HW.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0)
+        return Image.fromarray(bytes_HW3.numpy())
+
+    def _crop(self, picture: Image.Image) -> Image.Image:
+        """A part of `crop_share` of the area, of the picture's own shape."""
+        side = self.options.crop_share**0.5
+        width, height = (max(1, round(side * length)) for length in picture.size)
+        left = self._draw(picture.width - width + 1)
+        top = self._draw(picture.height - height + 1)
+        return picture.crop((left, top, left + width, top + height))
+
+    def _mask(self, picture: Image.Image) -> Image.Image:
+        """`mask_share` of 14 x 14 cells in grey."""
+        hidden = round(self.options.mask_share * MASK_CELLS**2)
+        order = torch.randperm(MASK_CELLS**2, generator=self._generator)
+        covered = picture.copy()
+        for cell in order[:hidden].tolist():
+            row, column = divmod(cell, MASK_CELLS)
+            left, right = (picture.width * at // MASK_CELLS for at in (column, column + 1))
+            top, bottom = (picture.height * at // MASK_CELLS for at in (row, row + 1))
+            covered.paste((_GREY, _GREY, _GREY), (left, top, right, bottom))
+        return covered
+
+    def _draw(self, below: int) -> int:
+        return int(torch.randint(below, (1,), generator=self._generator))
+
+
+def picture_weakener(weakening: Weakening, options: WeakenConfig, image_processor: Any | None) -> PictureWeakener:
+    """For the image processor's mean and standard deviation; 0.5 of each channel where there is no processor."""
+    mean = getattr(image_processor, "image_mean", None) or [0.5] * 3
+    std = getattr(image_processor, "image_std", None) or [0.5] * 3
+    return PictureWeakener(weakening, options, mean, std)
+
+
+def _scaled(picture: Image.Image, longer_side: int) -> Image.Image:
+    """Scaled down until the longer side is `longer_side` pixels; never up."""
+    longest = max(picture.size)
+    if not longer_side or longest <= longer_side:
+        return picture
+    width, height = (max(1, round(length * longer_side / longest)) for length in picture.size)
+    return picture.resize((width, height), Image.Resampling.BICUBIC)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -133,8 +133,16 @@ class Encoder:
         is_control = bool(after) and after[0] in self._special_tokens.values() and after[0] not in never
         return after[0] if is_control else self.tokenizer.eos_token_id
 
-    def encode_prompt(self, record_id: str, images: Sequence[str], prompt: Sequence[Turn]) -> EncodedPrompt:
+    def encode_prompt(
+        self,
+        record_id: str,
+        images: Sequence[str],
+        prompt: Sequence[Turn],
+        change: Callable[[Image.Image], Image.Image] | None = None,
+    ) -> EncodedPrompt:
         """Applies the chat template with a generation prompt and expands each image placeholder.
+
+        With `change`, every picture goes through it before the image processor.
 
         Raises:
             EncodingError: images and image parts differ in number, or the template lost or added one.
@@ -143,7 +151,7 @@ class Encoder:
         expected = sum(turn.num_images for turn in prompt)
         if expected != len(images):
             raise EncodingError(f"record {record_id!r}: the prompt has {expected} image parts but {len(images)} images")
-        image_inputs, places = self._load_images(images)
+        image_inputs, places = self._load_images(images, change)
         pieces, literals = self._render(prompt)
         found = sum(piece.count(self._placeholder) for piece in pieces[::2])
         if found != expected:
@@ -170,10 +178,14 @@ class Encoder:
         """
         return self._load_images(images)[0]
 
-    def _load_images(self, images: Sequence[str]) -> tuple[dict[str, torch.Tensor], list[ImagePlace]]:
+    def _load_images(
+        self, images: Sequence[str], change: Callable[[Image.Image], Image.Image] | None = None
+    ) -> tuple[dict[str, torch.Tensor], list[ImagePlace]]:
         if not images:
             return {}, []
         pictures = [load_image(self.image_root, image) for image in images]
+        if change is not None:
+            pictures = [change(picture) for picture in pictures]
         try:
             return self.family.preprocess(self.processor, pictures)
         except ValueError as error:

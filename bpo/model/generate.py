@@ -218,8 +218,13 @@ def generate_prompts(
     temperature: float,
     top_p: float,
     seeds: Sequence[int],
+    beginnings: Sequence[Sequence[int]] | None = None,
 ) -> list[tuple[str, bool]]:
-    """`generate_answers` with a budget a record; also tells which answers ended by themselves."""
+    """`generate_answers` with a budget a record; also tells which answers ended by themselves.
+
+    Args:
+        beginnings: Tokens of each answer that its prompt ends with already; the answer holds them.
+    """
     if not prompts:
         return []
     ids_BT, _ = left_pad([prompt.prefix_ids for prompt in prompts], encoder.pad_token_id)
@@ -236,7 +241,8 @@ def generate_prompts(
         seeds=seeds,
         model_inputs=images | encoder.family.generation_inputs(ids_BT),
     )
-    return [(encoder.decode(ids), ended) for ids, ended in answers]
+    begun = beginnings or [()] * len(prompts)
+    return [(encoder.decode([*first, *ids]), ended) for first, (ids, ended) in zip(begun, answers, strict=True)]
 
 
 def generate_answers(

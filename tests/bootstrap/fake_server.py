@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import MappingProxyType
 from typing import Any
 
-Answer = tuple[int, dict[str, Any]]
+# A body in place of JSON is sent as it is. The status CUT promises a whole answer and ends in the middle of it.
+Answer = tuple[int, "dict[str, Any] | bytes"]
+CUT = -1
 
 
 def completion(text: str, finish_reason: str = "stop") -> Answer:
@@ -18,7 +21,9 @@ def completion(text: str, finish_reason: str = "stop") -> Answer:
 
 
 @contextmanager
-def fake_server(answer: Callable[[dict[str, Any], int], Answer]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+def fake_server(
+    answer: Callable[[dict[str, Any], int], Answer], headers: Mapping[str, str] = MappingProxyType({})
+) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """Serves `answer(body, number of this request)`; yields the base URL and the bodies received so far."""
     received: list[dict[str, Any]] = []
     lock = threading.Lock()
@@ -30,12 +35,14 @@ def fake_server(answer: Callable[[dict[str, Any], int], Answer]) -> Iterator[tup
                 received.append({**body, "path": self.path, "key": self.headers.get("Authorization")})
                 number = len(received)
             status, reply = answer(body, number)
-            content = json.dumps(reply).encode()
-            self.send_response(status)
+            content = reply if isinstance(reply, bytes) else json.dumps(reply).encode()
+            self.send_response(200 if status == CUT else status)
             self.send_header("Content-Length", str(len(content)))
+            for name, value in headers.items():
+                self.send_header(name, value)
             self.end_headers()
             with contextlib.suppress(BrokenPipeError):  # the client gave up waiting, as a test wants it to
-                self.wfile.write(content)
+                self.wfile.write(content[: len(content) // 2] if status == CUT else content)
 
         def log_message(self, *args: object) -> None:
             pass

@@ -18,6 +18,7 @@ from bpo.config_bootstrap import InjectConfig
 from bpo.data.encode import load_encoder
 from bpo.model.load import load_model
 from bpo.records import Annotation, ContentPart, Turn
+from tests.bootstrap.replies import replies_of
 
 CPU = torch.device("cpu")
 
@@ -42,7 +43,7 @@ def test_a_model_without_chat_template_continues_a_plain_text(tiny_llm_dir: Path
     (folder / "chat_template.jinja").unlink()
     plain = load_causal_lm(InjectConfig(llm=str(folder), dtype="float32"), CPU)
     assert plain.tokenizer.decode(plain.encode(request("bird"))) == "Err. cat\n\nWrong: dog\n\nbird\n\nWrong:"
-    assert len(plain.reply([request("bird")])) == 1
+    assert len(replies_of(plain, [request("bird")])) == 1
 
 
 def test_control_tokens_in_somebodys_text_are_plain_text(llm: TransformersGenerator) -> None:
@@ -56,10 +57,10 @@ def test_either_end_token_ends_an_answer(llm: TransformersGenerator) -> None:
 
 def test_a_reply_depends_on_its_request_alone(llm: TransformersGenerator) -> None:
     requests = [request("bird", 1), request("a much longer request than that", 2, budget=25), request("x", 3)]
-    alone = [llm.reply([one])[0] for one in requests]
-    assert llm.reply(requests) == alone
-    assert llm.reply(requests[::-1]) == alone[::-1]
-    assert llm.reply([request("bird", 9)])[0] != alone[0]
+    alone = [replies_of(llm, [one])[0] for one in requests]
+    assert replies_of(llm, requests) == alone
+    assert replies_of(llm, requests[::-1]) == alone[::-1]
+    assert replies_of(llm, [request("bird", 9)])[0] != alone[0]
 
 
 def test_a_gguf_file_that_is_not_there_is_an_error(tiny_llm_dir: Path) -> None:
@@ -85,8 +86,8 @@ def test_the_own_language_model_answers_without_an_image(family: str, request: p
     annotation = Annotation("r", (), (Turn("user", (ContentPart("text", "Describe it."),)),), "A cat, spelled <image>.")
     # Text that spells the placeholder reaches the model as plain text.
     requests = [build_request(annotation, "description", 8, seed) for seed in (1, 2)]
-    replies = own.reply(requests)
-    assert [own.reply([one])[0] for one in requests] == replies
+    replies = replies_of(own, requests)
+    assert [replies_of(own, [one])[0] for one in requests] == replies
     assert seen[0].count("Modified") == 0 and "Description: A cat, spelled <image>." in seen[0]
     assert seen[0].count("ASSISTANT: " if "llava" in family else "<|im_start|>assistant") == 5
 
@@ -105,7 +106,7 @@ def test_a_real_llm_injects_errors() -> None:
     annotations = [Annotation(f"{i}", (), (turn,), caption) for i, caption in enumerate(captions * 2)]
     requests = [build_request(a, "description", 40, seed) for seed, a in enumerate(annotations)]
     reasons = []
-    for annotation, reply in zip(annotations, llm.reply(requests), strict=True):
+    for annotation, reply in zip(annotations, replies_of(llm, requests), strict=True):
         text, went_on = clean_rewriting(reply.text, annotation.response)
         reasons.append(refusal(text, annotation.response, max_words=350, finished=reply.finished or went_on))
     assert reasons.count(None) >= 2, reasons
@@ -123,10 +124,10 @@ def test_a_cached_prefix_changes_nothing_but_the_work(
     monkeypatch.setattr(
         llm.model, "forward", lambda *a, **k: seen_tokens.append(k["input_ids"].numel()) or forward(*a, **k)
     )
-    with_cache = llm.reply(requests)
+    with_cache = replies_of(llm, requests)
     tokens_with_cache = sum(seen_tokens)
-    assert llm.reply(requests) == with_cache  # the cache was not written to
+    assert replies_of(llm, requests) == with_cache  # the cache was not written to
     seen_tokens.clear()
     monkeypatch.setattr(llm, "_prefix", lambda request: None)
-    assert llm.reply(requests) == with_cache
+    assert replies_of(llm, requests) == with_cache
     assert tokens_with_cache < 0.7 * sum(seen_tokens)

@@ -14,11 +14,13 @@ from typing import Any
 
 import pytest
 
+from bpo.bootstrap import engines as engines_module
 from bpo.bootstrap import run as run_module
 from bpo.bootstrap.parts import PartWriter
 from bpo.bootstrap.run import run_bootstrap
+from bpo.bootstrap.server import ServerError
 from bpo.config import Config, DataConfig, ModelConfig
-from bpo.config_bootstrap import BootstrapConfig, InjectConfig, WeakenConfig
+from bpo.config_bootstrap import BootstrapConfig, InjectConfig, ServerConfig, VisionConfig, WeakenConfig
 from bpo.data.formats import read_groups
 from bpo.launch import Ranks
 from tests.bootstrap.fake_server import completion, fake_server
@@ -41,9 +43,8 @@ def make(photos: Path, tiny_llava_dir: Path, tiny_llm_dir: Path) -> MakeConfig:
                 image_root=str(photos),
             ),
             bootstrap=BootstrapConfig(
-                weaken=WeakenConfig(temperature=1.0, max_new_tokens=12),
                 inject=InjectConfig(**llm),
-                **{"batch_size": 4, **bootstrap},
+                **{"batch_size": 4, "weaken": WeakenConfig(temperature=1.0, max_new_tokens=12), **bootstrap},
             ),
         )
 
@@ -198,7 +199,7 @@ def test_a_finished_job_loads_no_model_again(make: MakeConfig, monkeypatch: pyte
     run_bootstrap(config, progress=False)
     before = results(config)
     for name in ("load_model", "load_causal_lm"):
-        monkeypatch.setattr(run_module, name, lambda *a, **k: pytest.fail("a model was loaded"))
+        monkeypatch.setattr(engines_module, name, lambda *a, **k: pytest.fail("a model was loaded"))
     run_bootstrap(config, progress=False)
     assert results(config) == before
 
@@ -293,8 +294,8 @@ def test_the_own_language_model_and_the_weakened_image_share_one_load(
     make: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loads: list[str] = []
-    real = run_module.load_model
-    monkeypatch.setattr(run_module, "load_model", lambda config, device: loads.append("x") or real(config, device))
+    real = engines_module.load_model
+    monkeypatch.setattr(engines_module, "load_model", lambda config, device: loads.append("x") or real(config, device))
     summary = run_bootstrap(make("a", inject={"max_new_tokens": 12}), progress=False)
     assert loads == ["x"]
     assert summary.kept["inject"] > 0
@@ -312,7 +313,7 @@ def test_a_server_injects_the_errors(make: MakeConfig) -> None:
         return completion(f'Modified answer: "Wrong {body["seed"]}."')
 
     with fake_server(answer) as (url, received):
-        options = {"server_url": url, "server_model": "big", "mode": "qa", "attempts": 2}
+        options = {"server": ServerConfig(url=url, model="big"), "mode": "qa", "attempts": 2}
         config = make("a", inject=options, sources=["inject"])
         summary = run_bootstrap(config, progress=False)
     groups = read_groups(Path(config.data.groups))
@@ -330,7 +331,7 @@ def test_a_server_injects_the_errors(make: MakeConfig) -> None:
 
 def test_a_job_without_any_usable_negative_is_an_error_that_says_why(make: MakeConfig) -> None:
     with fake_server(lambda body, number: completion("")) as (url, _):
-        config = make("a", inject={"server_url": url, "server_model": "m"}, sources=["inject"])
+        config = make("a", inject={"server": ServerConfig(url=url, model="m")}, sources=["inject"])
         with pytest.raises(ValueError, match=r"none of 9 annotations.*'empty': 9"):
             run_bootstrap(config, progress=False)
     assert len((Path(config.data.groups + ".refused.jsonl")).read_text().splitlines()) == 9
@@ -342,3 +343,57 @@ def test_a_missing_path_is_an_error_naming_the_option(make: MakeConfig, name: st
     setattr(config.data, name, "")
     with pytest.raises(ValueError, match=f"data.{name} is empty"):
         run_bootstrap(config, progress=False)
+
+
+def test_every_source_of_the_multimodal_model_makes_negatives_of_its_own_type(make: MakeConfig) -> None:
+    sources = ["weaken", "crop", "mask", "regenerate", "text-only", "unweakened"]
+    config = make("a", sources=sources)
+    summary = run_bootstrap(config, progress=False)
+    groups = read_groups(Path(config.data.groups))
+    by_source = {c.provenance.source: c for group in groups for c in group.completions[1:]}
+    types = {source: completion.type for source, completion in by_source.items()}
+    assert types == {
+        "weakened-image": "mllm-hal",
+        "cropped-image": "mllm-crop",
+        "masked-image": "mllm-mask",
+        "regenerated-end": "mllm-cont",
+        "no-image": "mllm-blind",
+        "unweakened-image": "mllm-self",
+    }
+    assert set(summary.kept) == set(sources) and min(summary.kept.values()) > 0
+    for group in groups:
+        for negative in group.completions[1:]:
+            if negative.type == "mllm-cont":
+                kept = group.completions[0].response.split()[: negative.provenance.kept_words]
+                assert negative.response.startswith(" ".join(kept))
+
+
+def test_a_server_answers_weakened_pictures_and_a_killed_job_asks_only_for_the_rest(
+    make: MakeConfig, photos: Path
+) -> None:
+    def answer(body: dict[str, Any], number: int) -> tuple[int, dict[str, Any]]:
+        (picture,) = [part for part in body["messages"][0]["content"] if part["type"] == "image_url"]
+        assert picture["image_url"]["url"].startswith("data:image/png;base64,")
+        return completion(f"A zebra, number {body['seed']}.") if number != 5 else (403, {"error": "key expired"})
+
+    def job(url: str) -> Config:
+        server = ServerConfig(url=url, model="big", concurrency=1)
+        config = make(
+            "a",
+            sources=["weaken"],
+            vision=VisionConfig(engine="server", server=server),
+            weaken=WeakenConfig(space="pixel"),
+        )
+        config.model.path = ""  # the server has the weights
+        return config
+
+    with fake_server(answer) as (url, received):
+        with pytest.raises(ServerError, match="key expired"):
+            run_bootstrap(job(url), progress=False)
+        summary = run_bootstrap(job(url), progress=False)
+    assert len(received) == 9 + 1
+    seeds = [body["seed"] for number, body in enumerate(received) if number != 4]
+    assert len(set(seeds)) == 9
+    assert summary.kept == {"weaken": 9}
+    provenance = read_groups(Path(job(url).data.groups))[0].completions[1].provenance
+    assert (provenance.space, provenance.noise_step, provenance.model) == ("pixel", 900, "big")

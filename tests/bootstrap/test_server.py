@@ -1,4 +1,4 @@
-"""The OpenAI-compatible generator against real HTTP. Run: python -m pytest tests/bootstrap/test_server.py"""
+"""Chat completions against real HTTP and its faults. Run: python -m pytest tests/bootstrap/test_server.py"""
 
 from __future__ import annotations
 
@@ -9,26 +9,27 @@ from typing import Any
 
 import pytest
 
-from bpo.bootstrap.generators import Reply
+from bpo.bootstrap.generators import ChatGenerator, Reply
 from bpo.bootstrap.inject import InjectionRequest, Message
-from bpo.bootstrap.server import MAX_TRIES, OpenAICompatibleGenerator, ServerError
-from bpo.config_bootstrap import InjectConfig
-from tests.bootstrap.fake_server import Answer, completion, fake_server
+from bpo.bootstrap.server import MAX_TRIES, ChatServer, ServerError
+from bpo.config_bootstrap import InjectConfig, ServerConfig
+from tests.bootstrap.fake_server import CUT, Answer, completion, fake_server
+from tests.bootstrap.replies import FakeClock, replies_of
 
 
 def request(record_id: str = "r1", text: str = "Rewrite this.", seed: int = 5) -> InjectionRequest:
     return InjectionRequest(record_id, (Message("user", text),), "Modified:", 77, seed)
 
 
-def generator(url: str, pauses: list[float] | None = None, **options: Any) -> OpenAICompatibleGenerator:
-    config = InjectConfig(server_url=url, server_model="small", **options)
-    return OpenAICompatibleGenerator(config, pause=[].append if pauses is None else pauses.append)
+def generator(url: str, clock: Any = None, **server: Any) -> ChatGenerator:
+    options = ServerConfig(url=url, model="small", **server)
+    return ChatGenerator(ChatServer(options, clock or FakeClock()), InjectConfig(server=options), "small")
 
 
 def test_the_server_gets_prompt_sampling_and_seed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     with fake_server(lambda body, number: completion("A dog.")) as (url, received):
-        assert generator(url + "/").reply([request()]) == [Reply("A dog.")]
+        assert replies_of(generator(url + "/"), [request()]) == [Reply("A dog.")]
     assert received == [
         {
             "model": "small",
@@ -44,49 +45,92 @@ def test_the_server_gets_prompt_sampling_and_seed(monkeypatch: pytest.MonkeyPatc
     ]
 
 
-def test_a_500_and_a_429_are_tried_again_with_growing_pauses() -> None:
-    def answer(body: dict[str, Any], number: int) -> Answer:
-        return completion("A dog.") if number == 3 else (500 if number == 1 else 429, {"error": "busy"})
+FAULTS: dict[str, Answer] = {
+    "500": (500, {"error": "busy"}),
+    "429": (429, {"error": "slow down"}),
+    "no choices": (200, {"choices": []}),
+    "no JSON": (200, b"<html>proxy error</html>"),
+    "content is a number": (200, {"choices": [{"message": {"content": 7}}]}),
+    "cut in the middle": (CUT, completion("A dog.")[1]),
+}
 
-    pauses: list[float] = []
-    with fake_server(answer) as (url, received):
-        assert generator(url, pauses).reply([request()]) == [Reply("A dog.")]
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_may_pass_is_tried_again_with_growing_pauses(fault: str) -> None:
+    clock = FakeClock()
+    with fake_server(lambda body, number: completion("A dog.") if number == 3 else FAULTS[fault]) as (url, received):
+        assert replies_of(generator(url, clock), [request()]) == [Reply("A dog.")]
     assert len(received) == 3
-    assert pauses == [1.0, 2.0]
+    assert clock.slept == [1.0, 2.0]
 
 
-def test_an_answer_that_is_no_completion_is_tried_again() -> None:
-    with fake_server(lambda body, number: completion("ok") if number == 2 else (200, {"choices": []})) as (url, _):
-        assert generator(url).reply([request()]) == [Reply("ok")]
-
-
-def test_a_server_that_stays_away_is_an_error_naming_url_and_record() -> None:
+def test_a_server_that_stays_away_ends_the_job_after_its_patience() -> None:
+    clock = FakeClock()
     with fake_server(lambda body, number: (503, {})) as (url, received):
-        with pytest.raises(ServerError, match=rf"{url}/chat/completions.*'r1'.*503"):
-            generator(url).reply([request()])
-    assert len(received) == MAX_TRIES
-    with pytest.raises(ServerError, match="'r1'"):
-        generator(url).reply([request()])
+        with pytest.raises(ServerError, match=rf"{url}/chat/completions.*'r1'.*503.*patience_s=100"):
+            replies_of(generator(url, clock, patience_s=100), [request()])
+    assert 60 <= clock.now_s <= 100 and len(received) == len(clock.slept) + 1
+    with pytest.raises(ServerError, match="'r1'"):  # nobody listens any more
+        replies_of(generator(url, patience_s=100), [request()])
 
 
-def test_a_server_that_hangs_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bpo.bootstrap.server.MAX_TRIES", 1)
+def test_a_server_that_dies_and_comes_back_loses_nothing_and_does_nothing_twice() -> None:
+    """It dies with requests in flight, is away for ten minutes of the client's time, and answers the rest."""
+    clock = FakeClock()
+    answered: list[str] = []
+
+    def answer(body: dict[str, Any], number: int) -> Answer:
+        text = body["messages"][0]["content"]
+        if 10 <= number and clock.now_s < 600:
+            return (CUT, completion(text)[1]) if number % 2 else (502, b"")
+        answered.append(text)
+        return completion(text)
+
+    with fake_server(answer) as (url, _):
+        replies = replies_of(generator(url, clock, concurrency=4), [request(str(i), str(i)) for i in range(40)])
+    assert [reply.text for reply in replies] == [str(i) for i in range(40)]
+    assert sorted(answered, key=int) == [str(i) for i in range(40)]
+
+
+def test_what_was_answered_before_the_server_went_away_is_kept() -> None:
+    with fake_server(lambda body, number: completion("ok") if number <= 5 else (503, {})) as (url, _):
+        server = generator(url, concurrency=1, patience_s=30)
+        kept: list[int] = []
+        with pytest.raises(ServerError):
+            for index, _ in server.replies([request(str(i)) for i in range(9)]):
+                kept.append(index)
+    assert kept == [0, 1, 2, 3, 4]
+
+
+def test_one_request_that_always_fails_does_not_stop_the_others() -> None:
+    def answer(body: dict[str, Any], number: int) -> Answer:
+        return (500, {"error": "boom"}) if body["messages"][0]["content"] == "bad" else completion("ok")
+
+    texts = ["bad", *map(str, range(30))]
+    with fake_server(answer) as (url, received):
+        replies = replies_of(generator(url, concurrency=2), [request(text, text) for text in texts])
+    assert [reply.text for reply in replies[1:]] == ["ok"] * 30
+    assert "boom" in (replies[0].error or "")
+    assert sum(body["messages"][0]["content"] == "bad" for body in received) >= MAX_TRIES
+
+
+def test_a_server_that_hangs_is_given_up_and_asked_again() -> None:
     release = threading.Event()
 
     def answer(body: dict[str, Any], number: int) -> Answer:
-        release.wait(10)
-        return completion("late")
+        if number == 1:
+            release.wait(10)
+        return completion("late" if number == 1 else "A dog.")
 
     with fake_server(answer) as (url, _):
-        with pytest.raises(ServerError, match="timed out"):
-            generator(url, server_timeout_s=0.2).reply([request()])
+        assert replies_of(generator(url, timeout_s=0.2), [request()]) == [Reply("A dog.")]
         release.set()
 
 
 def test_a_wrong_model_or_key_stops_at_once() -> None:
     with fake_server(lambda body, number: (404, {"error": "no model `small`"})) as (url, received):
-        with pytest.raises(ServerError, match="no model `small`.*server_model"):
-            generator(url).reply([request()])
+        with pytest.raises(ServerError, match="no model `small`.*server.model"):
+            replies_of(generator(url), [request()])
     assert len(received) == 1
 
 
@@ -96,30 +140,51 @@ def test_a_request_that_the_server_refuses_does_not_stop_the_others() -> None:
         return (400, {"error": "context length"}) if long else completion("A dog.")
 
     with fake_server(answer) as (url, _):
-        replies = generator(url).reply([request("r1", "long"), request("r2", "short")])
+        replies = replies_of(generator(url), [request("r1", "long"), request("r2", "short")])
     assert replies[1] == Reply("A dog.")
     assert replies[0].error is not None and "context length" in replies[0].error and url in replies[0].error
 
 
-def test_replies_come_in_order_and_requests_run_side_by_side() -> None:
+def test_requests_run_side_by_side_up_to_the_limit() -> None:
+    running: list[int] = []
+    most = 0
+
     def answer(body: dict[str, Any], number: int) -> Answer:
-        text = body["messages"][0]["content"]
-        time.sleep(0.2 - 0.02 * int(text))
-        return completion(text)
+        nonlocal most
+        running.append(number)
+        most = max(most, len(running))
+        time.sleep(0.05)
+        running.remove(number)
+        return completion(body["messages"][0]["content"])
 
     with fake_server(answer) as (url, _):
-        started = time.monotonic()
-        replies = generator(url, server_concurrency=8).reply([request(str(i), str(i)) for i in range(8)])
-        elapsed_s = time.monotonic() - started
-    assert [reply.text for reply in replies] == [str(i) for i in range(8)]
-    assert elapsed_s < 0.6  # one after the other: 1.0 s
+        replies = replies_of(generator(url, concurrency=5), [request(str(i), str(i)) for i in range(20)])
+    assert [reply.text for reply in replies] == [str(i) for i in range(20)]
+    assert 2 <= most <= 5
+
+
+def test_requests_are_kept_apart_where_a_rate_is_set() -> None:
+    clock = FakeClock()
+    with fake_server(lambda body, number: completion("ok")) as (url, _):
+        replies_of(generator(url, clock, requests_per_minute=30, concurrency=1), [request(str(i)) for i in range(4)])
+    assert clock.slept == [2.0, 2.0, 2.0]
+
+
+def test_a_server_says_how_long_to_wait() -> None:
+    with fake_server(lambda body, number: completion("ok") if number == 2 else (429, {}), {"Retry-After": "7"}) as (
+        url,
+        _,
+    ):
+        clock = FakeClock()
+        assert replies_of(generator(url, clock), [request()]) == [Reply("ok")]
+    assert clock.slept == [7.0]
 
 
 def test_text_cut_by_the_budget_is_not_finished() -> None:
     with fake_server(lambda body, number: completion("A dog and", "length")) as (url, _):
-        assert generator(url).reply([request()]) == [Reply("A dog and", finished=False)]
+        assert replies_of(generator(url), [request()]) == [Reply("A dog and", finished=False)]
 
 
 def test_a_url_without_a_scheme_is_an_error() -> None:
     with pytest.raises(ValueError, match="localhost:8000.*http://HOST:PORT/v1"):
-        generator("localhost:8000")
+        ServerConfig(url="localhost:8000", model="m")

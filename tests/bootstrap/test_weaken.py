@@ -2,36 +2,62 @@
 
 from __future__ import annotations
 
+import base64
+import io
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from bpo.bootstrap.noise import diffuse
-from bpo.bootstrap.weaken import answer_weakened, weaken_prompt
+from bpo.bootstrap.vision import ChatVision, TransformersVision, VisionRequest
+from bpo.bootstrap.weaken import MASK_CELLS, PictureWeakener, Weakening, choose_weakening, weaken_prompt
 from bpo.config import Config, DataConfig, ModelConfig
-from bpo.config_bootstrap import WeakenConfig
+from bpo.config_bootstrap import BootstrapConfig, WeakenConfig
 from bpo.data.encode import load_encoder
 from bpo.data.formats import read_annotations
 from bpo.model.load import load_model
+from tests.bootstrap.replies import replies_of
 
 OPTIONS = WeakenConfig(temperature=0.5, max_new_tokens=10)
 
 
 @pytest.fixture(params=["tiny_llava_dir", "tiny_qwen_dir"])
 def setting(request: pytest.FixtureRequest, photos: Path):
+    """(model as a vision generator, three annotations, their encoded prompts)"""
     path = str(request.getfixturevalue(request.param))
-    config = Config(model=ModelConfig(path=path, dtype="float32"), data=DataConfig(image_root=str(photos)))
+    config = Config(
+        model=ModelConfig(path=path, dtype="float32"),
+        data=DataConfig(image_root=str(photos)),
+        bootstrap=BootstrapConfig(weaken=OPTIONS),
+    )
     encoder, model = load_encoder(config), load_model(config.model, torch.device("cpu"))
     annotations = read_annotations(photos / "annotations.json").annotations[:3]
-    return model, encoder, [encoder.encode_prompt(a.id, a.images, a.prompt) for a in annotations]
+    prompts = [encoder.encode_prompt(a.id, a.images, a.prompt) for a in annotations]
+    return TransformersVision(model, encoder, config), annotations, prompts
+
+
+def answers(setting, kind: str, **weakening: object) -> list[str]:
+    vision, annotations, _ = setting
+    requests = [
+        VisionRequest(a.id, a.images, a.prompt, Weakening(kind, seed, **weakening))  # type: ignore[arg-type]
+        for seed, a in enumerate(annotations)
+    ]
+    return [reply.text for reply in replies_of(vision, requests)]
+
+
+def noised(setting, step: int, space: str = "normalised") -> list[str]:
+    return answers(setting, "noise", noise_step=step, space=space)
 
 
 def test_pixels_are_noised_by_the_schedule_with_noise_of_the_seed(setting) -> None:
-    _, encoder, (prompt, *_) = setting
+    vision, _, (prompt, *_) = setting
     clean = prompt.image_inputs["pixel_values"]
     first, again, other = (
-        weaken_prompt(prompt, encoder.family, 900, seed).image_inputs["pixel_values"] for seed in (1, 1, 2)
+        weaken_prompt(prompt, vision.encoder.family, 900, seed).image_inputs["pixel_values"] for seed in (1, 1, 2)
     )
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
@@ -42,31 +68,163 @@ def test_pixels_are_noised_by_the_schedule_with_noise_of_the_seed(setting) -> No
 
 
 def test_without_noise_the_clean_image_is_answered(setting) -> None:
-    model, encoder, prompts = setting
-    assert weaken_prompt(prompts[0], encoder.family, -1, 5) is prompts[0]
-    clean = answer_weakened(model, encoder, prompts, OPTIONS, -1, [1, 2, 3])
-    weak = answer_weakened(model, encoder, prompts, OPTIONS, 999, [1, 2, 3])
-    assert clean != weak
+    assert weaken_prompt(setting[2][0], setting[0].encoder.family, -1, 5) is setting[2][0]
+    assert answers(setting, "none") != noised(setting, 999)
 
 
 def test_a_model_that_ignores_images_answers_alike_at_every_step(setting) -> None:
     """Nothing but the image is changed: same seed, same answer where the image says nothing."""
-    model, encoder, prompts = setting
-    projector = model.get_submodule(encoder.family.projector_modules[0])
+    vision, _, _ = setting
+    projector = vision.model.get_submodule(vision.encoder.family.projector_modules[0])
     with torch.no_grad():
         for parameter in projector.parameters():
             parameter.zero_()
-    answers = [answer_weakened(model, encoder, prompts, OPTIONS, step, [1, 2, 3]) for step in (-1, 0, 500, 999)]
-    assert all(one == answers[0] for one in answers)
+    clean = answers(setting, "none")
+    assert all(noised(setting, step) == clean for step in (0, 500, 999))
+    if vision.encoder.family.config.model_type == "llava":  # elsewhere another size is another number of tokens
+        for kind in ("crop", "mask"):
+            assert answers(setting, kind) == clean
+        assert noised(setting, 900, "pixel") == clean
 
 
 def test_the_clean_image_never_reaches_the_model(setting) -> None:
     """Contrast decoding would show the model both images; here each call gets the noised one alone."""
-    model, encoder, prompts = setting
+    vision, _, prompts = setting
     seen: list[torch.Tensor] = []
-    generate = model.generate
-    model.generate = lambda **kwargs: seen.append(kwargs["pixel_values"]) or generate(**kwargs)
-    answer_weakened(model, encoder, prompts, OPTIONS, 900, [1, 2, 3])
-    weakened = [weaken_prompt(p, encoder.family, 900, s) for p, s in zip(prompts, (1, 2, 3), strict=True)]
+    generate = vision.model.generate
+    vision.model.generate = lambda **kwargs: seen.append(kwargs["pixel_values"]) or generate(**kwargs)
+    noised(setting, 900)
+    weakened = [weaken_prompt(p, vision.encoder.family, 900, seed) for seed, p in enumerate(prompts)]
     assert len(seen) == 1
     assert torch.equal(seen[0], torch.cat([p.image_inputs["pixel_values"] for p in weakened]))
+
+
+def test_no_image_reaches_the_model_for_a_text_only_answer(setting) -> None:
+    vision, _, _ = setting
+    generate = vision.model.generate
+
+    def spy(**kwargs: object) -> object:
+        assert "pixel_values" not in kwargs
+        assert not (kwargs["input_ids"] == vision.encoder.image_token_id).any()
+        return generate(**kwargs)
+
+    vision.model.generate = spy
+    assert len(answers(setting, "no-image")) == 3
+
+
+def test_an_answer_goes_on_from_its_beginning(setting) -> None:
+    vision, annotations, _ = setting
+    requests = [
+        VisionRequest(a.id, a.images, a.prompt, Weakening("none", seed), beginning)
+        for seed, (a, beginning) in enumerate(zip(annotations, ["A cat,", "", "Two dogs <image>"], strict=True))
+    ]
+    replies = replies_of(vision, requests)
+    assert replies[0].text.startswith("A cat,") and len(replies[0].text) > len("A cat,")
+    assert replies[2].text.startswith("Two dogs <image>")
+    assert [replies_of(vision, [one])[0] for one in requests] == replies
+
+
+def test_an_unreadable_image_is_a_broken_record_and_the_others_are_answered(setting, photos: Path) -> None:
+    (photos / "1.png").write_bytes(b"no picture")
+    vision, annotations, _ = setting
+    requests = [VisionRequest(a.id, a.images, a.prompt, Weakening("none", 0)) for a in annotations]
+    replies = replies_of(vision, requests)
+    assert [reply.is_broken for reply in replies] == [False, True, False]
+    assert "1.png" in (replies[1].error or "")
+
+
+MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
+
+
+def weakener(kind: str = "noise", seed: int = 3, step: int | None = 900, **options: object) -> PictureWeakener:
+    space = "pixel" if kind == "noise" else None
+    return PictureWeakener(Weakening(kind, seed, step, space), replace(OPTIONS, **options), MEAN, STD)  # type: ignore[arg-type]
+
+
+def grey_picture(width: int, height: int) -> Image.Image:
+    values = np.random.default_rng(0).integers(100, 150, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(values)
+
+
+def test_noise_in_either_space_is_the_same_where_nothing_is_clipped(tiny_llava_dir: Path, tmp_path: Path) -> None:
+    """A picture of the processor's own size, few noise: both ways give the same pixels but for rounding to 1/255."""
+    config = Config(model=ModelConfig(path=str(tiny_llava_dir)), data=DataConfig(image_root=str(tmp_path)))
+    encoder = load_encoder(config)
+    side = encoder.processor.image_processor.crop_size["height"]
+    grey_picture(side, side).save(tmp_path / "p.png")
+    turns = read_one_prompt()
+    prompt = encoder.encode_prompt("r", ("p.png",), turns)
+    normalised = weaken_prompt(prompt, encoder.family, 300, 3).image_inputs["pixel_values"]
+    mean, std = encoder.processor.image_processor.image_mean, encoder.processor.image_processor.image_std
+    change = PictureWeakener(Weakening("noise", 3, 300, "pixel"), replace(OPTIONS, pixel_side=0), mean, std)
+    pixel = encoder.encode_prompt("r", ("p.png",), turns, change).image_inputs["pixel_values"]
+    lowest, highest = ((limit - torch.tensor(mean)) / torch.tensor(std) for limit in (0.0, 1.0))
+    inside = (normalised > lowest.reshape(3, 1, 1)) & (normalised < highest.reshape(3, 1, 1))
+    assert inside.float().mean() > 0.8
+    assert (pixel - normalised)[inside].abs().max() <= 0.51 / 255 / min(std)
+    assert (pixel != prompt.image_inputs["pixel_values"]).float().mean() > 0.8
+
+
+def read_one_prompt():
+    from bpo.records import ContentPart, Turn
+
+    return (Turn("user", (ContentPart("image"), ContentPart("text", "What is it?"))),)
+
+
+def test_noise_of_a_picture_follows_its_seed_and_scales_it_down_first() -> None:
+    picture = grey_picture(120, 60)
+    first, again, other = (np.asarray(weakener(seed=seed)(picture)) for seed in (1, 1, 2))
+    assert np.array_equal(first, again) and not np.array_equal(first, other)
+    assert weakener(pixel_side=40)(picture).size == (40, 20)
+    assert weakener(pixel_side=0)(picture).size == weakener(pixel_side=336)(picture).size == (120, 60)
+
+
+def test_a_crop_shows_its_share_of_the_area() -> None:
+    picture = grey_picture(200, 100)
+    part = weakener("crop", crop_share=0.25)(picture)
+    assert part.size == (100, 50)
+    found = [
+        (x, y)
+        for x in range(101)
+        for y in range(51)
+        if np.array_equal(np.asarray(picture.crop((x, y, x + 100, y + 50))), np.asarray(part))
+    ]
+    assert len(found) == 1
+    assert weakener("crop", crop_share=0.01)(grey_picture(1, 1000)).size == (1, 100)
+
+
+def test_a_mask_covers_its_share_of_cells() -> None:
+    picture = Image.new("RGB", (140, 280), (255, 0, 0))
+    covered = (np.asarray(weakener("mask", mask_share=0.8)(picture)) == 127).all(-1)
+    assert covered.mean() == pytest.approx(round(0.8 * MASK_CELLS**2) / MASK_CELLS**2)
+    other = (np.asarray(weakener("mask", seed=4, mask_share=0.8)(picture)) == 127).all(-1)
+    assert not np.array_equal(covered, other)
+
+
+def test_a_schedule_spreads_its_steps_over_the_records() -> None:
+    options = replace(OPTIONS, noise_steps=[300, 600, 900])
+    steps = [choose_weakening("weaken", options, seed).noise_step for seed in range(300)]
+    assert all(steps.count(step) > 60 for step in (300, 600, 900))
+    assert steps == [choose_weakening("weaken", options, seed).noise_step for seed in range(300)]
+    assert choose_weakening("weaken", OPTIONS, 1).noise_step == 900
+    assert choose_weakening("unweakened", options, 1).kind == "none"
+
+
+def test_a_chat_engine_is_sent_the_weakened_picture_itself(photos: Path) -> None:
+    """PNG loses nothing: the pixels on the wire are those of the weakener."""
+    config = Config(
+        data=DataConfig(image_root=str(photos)), bootstrap=BootstrapConfig(weaken=replace(OPTIONS, space="pixel"))
+    )
+    chat = ChatVision(engine=None, config=config, name="big", encoder=None)  # type: ignore[arg-type]
+    (annotation, *_) = read_annotations(photos / "annotations.json").annotations
+    weakening = Weakening("noise", 5, 900, "pixel")
+    body = chat.body(VisionRequest("r", annotation.images, annotation.prompt, weakening, "It is"))
+    parts = body["messages"][0]["content"]
+    (url,) = [part["image_url"]["url"] for part in parts if part["type"] == "image_url"]
+    sent = Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])))
+    clean = Image.open(photos / annotation.images[0]).convert("RGB")
+    expected = PictureWeakener(weakening, config.bootstrap.weaken, [0.5] * 3, [0.5] * 3)(clean)
+    assert np.array_equal(np.asarray(sent), np.asarray(expected))
+    assert body["messages"][-1] == {"role": "assistant", "content": "It is"}
+    assert body["continue_final_message"] is True and body["add_generation_prompt"] is False
+    assert (body["seed"], body["max_tokens"]) == (5, 10)

@@ -1,0 +1,183 @@
+"""The multimodal model that answers (weakened) images: in this process, or behind a chat engine."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from PIL import Image
+
+from bpo.bootstrap.generators import ChatEngine, Reply
+from bpo.bootstrap.weaken import Weakening, picture_weakener, weaken_prompt
+from bpo.config import Config
+from bpo.data.encode import EncodedPrompt, Encoder, EncodingError
+from bpo.data.images import ImageError, load_image
+from bpo.model.generate import generate_prompts
+from bpo.records import ContentPart, Turn
+
+
+@dataclass(frozen=True, slots=True)
+class VisionRequest:
+    """A prompt about images, what is done to them, and how the answer begins.
+
+    Attributes:
+        weakening: Its seed also decides sampling.
+        beginning: Text with which the answer begins; the reply goes on from it and holds it.
+    """
+
+    record_id: str
+    images: tuple[str, ...]
+    prompt: tuple[Turn, ...]
+    weakening: Weakening
+    beginning: str = ""
+
+
+class VisionGenerator(Protocol):
+    """A multimodal model."""
+
+    name: str
+    whole_batches: bool
+    special_tokens: tuple[str, ...]
+
+    def replies(self, requests: Sequence[VisionRequest]) -> Iterable[tuple[int, Reply]]:
+        """(index, reply) of every request, in any order; a broken record's reply has `error` and `is_broken`."""
+
+
+class TransformersVision:
+    """The model in memory: one left-padded batch, each record sampled by its own seed."""
+
+    whole_batches = True
+
+    def __init__(self, model: Any, encoder: Encoder, config: Config):
+        self.model, self.encoder, self.config = model, encoder, config
+        self.name = config.model.path
+        self.special_tokens = special_tokens_of(encoder)
+
+    def replies(self, requests: Sequence[VisionRequest]) -> Iterator[tuple[int, Reply]]:
+        options = self.config.bootstrap.weaken
+        prompts: dict[int, EncodedPrompt] = {}
+        beginnings: dict[int, tuple[int, ...]] = {}
+        for index, request in enumerate(requests):
+            try:
+                prompts[index], beginnings[index] = self._encode(request)
+            except (ImageError, EncodingError) as error:
+                yield index, Reply("", error=str(error), is_broken=True)
+        answers = generate_prompts(
+            self.model,
+            self.encoder,
+            list(prompts.values()),
+            max_new_tokens=[options.max_new_tokens] * len(prompts),
+            temperature=options.temperature,
+            top_p=options.top_p,
+            seeds=[requests[index].weakening.seed for index in prompts],
+            beginnings=list(beginnings.values()),
+        )
+        for index, (text, ended) in zip(prompts, answers, strict=True):
+            yield index, Reply(text, ended)
+
+    def _encode(self, request: VisionRequest) -> tuple[EncodedPrompt, tuple[int, ...]]:
+        weakening = request.weakening
+        images, turns = _shown(request)
+        picture = picture_weakener(weakening, self.config.bootstrap.weaken, self.encoder.processor.image_processor)
+        prompt = self.encoder.encode_prompt(
+            request.record_id, images, turns, picture if weakening.changes_pictures else None
+        )
+        if weakening.kind == "noise" and weakening.space == "normalised":
+            assert weakening.noise_step is not None
+            prompt = weaken_prompt(prompt, self.encoder.family, weakening.noise_step, weakening.seed)
+        beginning = self.encoder.encode_completion(request.beginning)[:-1] if request.beginning else ()
+        prompt = replace(prompt, prefix_ids=(*prompt.prefix_ids, *beginning))
+        if len(prompt.prefix_ids) >= self.encoder.max_length_tokens:
+            raise EncodingError(
+                f"record {request.record_id!r}: the prompt takes {len(prompt.prefix_ids)} tokens and leaves no room in "
+                f"data.max_length_tokens={self.encoder.max_length_tokens}"
+            )
+        return prompt, beginning
+
+
+class ChatVision:
+    """A multimodal model behind a chat engine, which is sent weakened pictures as PNG.
+
+    Args:
+        engine: A server, or vLLM in this process.
+        name: For the provenance.
+        encoder: Where `model.path` names the model too: its normalisation and control tokens are then used.
+    """
+
+    whole_batches = False
+
+    def __init__(self, engine: ChatEngine, config: Config, name: str, encoder: Encoder | None):
+        self.engine, self.config, self.name = engine, config, name
+        self.special_tokens = special_tokens_of(encoder) if encoder else ()
+        self._image_processor = encoder.processor.image_processor if encoder else None
+
+    def replies(self, requests: Sequence[VisionRequest]) -> Iterator[tuple[int, Reply]]:
+        bodies: dict[int, tuple[str, dict[str, Any]]] = {}
+        for index, request in enumerate(requests):
+            try:
+                bodies[index] = (request.record_id, self.body(request))
+            except ImageError as error:
+                yield index, Reply("", error=str(error), is_broken=True)
+        sent = list(bodies)
+        for position, reply in self.engine.replies(list(bodies.values())):
+            index = sent[position]
+            text = reply.text if reply.error else requests[index].beginning + reply.text
+            yield index, replace(reply, text=text)
+
+    def body(self, request: VisionRequest) -> dict[str, Any]:
+        """One request as the chat completions protocol has it, pictures as data URLs.
+
+        Raises:
+            ImageError: an image cannot be read.
+        """
+        options = self.config.bootstrap.weaken
+        images, turns = _shown(request)
+        weaken = picture_weakener(request.weakening, options, self._image_processor)
+        root = Path(self.config.data.image_root or ".")
+        pictures = iter([weaken(load_image(root, image)) for image in images])
+        messages: list[dict[str, Any]] = []
+        for turn in turns:
+            content = [
+                {"type": "text", "text": part.text}
+                if part.type == "text"
+                else {"type": "image_url", "image_url": {"url": data_url(next(pictures))}}
+                for part in turn.content
+            ]
+            messages.append({"role": turn.role, "content": content})
+        body: dict[str, Any] = {
+            "messages": messages,
+            "temperature": options.temperature,
+            "top_p": options.top_p,
+            "max_tokens": options.max_new_tokens,
+            "seed": request.weakening.seed,
+        }
+        if request.beginning:
+            # vLLM and SGLang go on from the last message where they are told to.
+            messages.append({"role": "assistant", "content": request.beginning})
+            body |= {"add_generation_prompt": False, "continue_final_message": True}
+        return body
+
+
+def _shown(request: VisionRequest) -> tuple[tuple[str, ...], tuple[Turn, ...]]:
+    """Images and prompt as the model gets them: both without images for `no-image`."""
+    if request.weakening.kind != "no-image":
+        return request.images, request.prompt
+    turns = tuple(Turn(turn.role, tuple(p for p in turn.content if p.type == "text")) for turn in request.prompt)
+    return (), tuple(turn if turn.content else Turn(turn.role, (ContentPart("text", ""),)) for turn in turns)
+
+
+def data_url(picture: Image.Image) -> str:
+    """The picture as PNG, which loses nothing of the noise, in a data URL."""
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
+
+
+def special_tokens_of(encoder: Encoder) -> tuple[str, ...]:
+    """Control tokens of the model as text, its image placeholder among them."""
+    placeholder = encoder.tokenizer.convert_ids_to_tokens(encoder.image_token_id)
+    return (*encoder.tokenizer.all_special_tokens, placeholder)

@@ -1,0 +1,69 @@
+"""vLLM in this process, as a chat engine (extra `vllm`). One engine a rank, on the rank's own GPU.
+
+Written against vLLM 0.11's `LLM.chat`. Pictures travel as data URLs, as to a server.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from typing import Any
+
+from bpo.bootstrap.generators import Reply
+
+# vLLM would take these for a request to join the job's own process group.
+_LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+class VllmEngine:
+    """Answers a whole batch at a time; vLLM schedules it.
+
+    Args:
+        path: Model directory or hub id.
+        dtype: As vLLM names it; `auto` takes the config's.
+        local_rank: Which of the visible GPUs this rank has.
+        max_images: Images in one prompt; 0 for a text-only LLM.
+
+    Raises:
+        ValueError: vLLM is not installed; names the extra.
+    """
+
+    def __init__(self, path: str, dtype: str, local_rank: int, max_images: int):
+        keep_to_own_gpu(os.environ, local_rank)
+        try:
+            import vllm
+        except ImportError as error:
+            raise ValueError(f"the engine vllm needs vLLM ({error}); pip install 'bpo[vllm]'") from error
+        self._sampling = vllm.SamplingParams
+        pictures = {"limit_mm_per_prompt": {"image": max_images}} if max_images else {}
+        self._llm = vllm.LLM(model=path, dtype=dtype, **pictures)
+
+    def replies(self, bodies: Sequence[tuple[str, dict[str, Any]]]) -> Iterator[tuple[int, Reply]]:
+        """(index, reply) of each (record id, body); bodies that continue an answer go in a call of their own."""
+        for continues in (False, True):
+            chosen = [i for i, (_, body) in enumerate(bodies) if bool(body.get("continue_final_message")) == continues]
+            if not chosen:
+                continue
+            outputs = self._llm.chat(
+                [bodies[i][1]["messages"] for i in chosen],
+                [self._sampling(**_sampling(bodies[i][1])) for i in chosen],
+                use_tqdm=False,
+                add_generation_prompt=not continues,
+                continue_final_message=continues,
+            )
+            for index, output in zip(chosen, outputs, strict=True):
+                answer = output.outputs[0]
+                yield index, Reply(answer.text, finished=answer.finish_reason != "length")
+
+
+def _sampling(body: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: body[name] for name in ("temperature", "top_p", "max_tokens", "seed")}
+
+
+def keep_to_own_gpu(environ: MutableMapping[str, str], local_rank: int) -> None:
+    """Leaves this process one GPU and no launcher's variables; call before CUDA starts in it."""
+    visible = environ.get("CUDA_VISIBLE_DEVICES", "")
+    devices = visible.split(",") if visible else []
+    environ["CUDA_VISIBLE_DEVICES"] = devices[local_rank % len(devices)] if devices else str(local_rank)
+    for name in _LAUNCHER_VARIABLES:
+        environ.pop(name, None)

@@ -1,0 +1,32 @@
+"""Replies of a generator in the order of its requests, and a clock that passes by sleeping."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+from bpo.bootstrap.generators import Reply
+
+
+def replies_of(generator: Any, requests: Sequence[Any]) -> list[Reply]:
+    replies = dict(generator.replies(requests))
+    assert sorted(replies) == list(range(len(requests)))
+    return [replies[index] for index in range(len(requests))]
+
+
+class FakeClock:
+    """`time` for a `ChatServer`: sleeping takes no time but moves the clock on."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+        self.slept: list[float] = []
+        self._lock = threading.Lock()
+
+    def monotonic(self) -> float:
+        return self.now_s
+
+    def sleep(self, seconds: float, /) -> None:
+        with self._lock:
+            self.slept.append(seconds)
+            self.now_s += seconds

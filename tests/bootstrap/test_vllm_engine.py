@@ -1,0 +1,89 @@
+"""vLLM behind a stand-in of the same contract. Run: python -m pytest tests/bootstrap/test_vllm_engine.py"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+from bpo.bootstrap.generators import Reply
+from bpo.bootstrap.vllm_engine import VllmEngine, keep_to_own_gpu
+
+
+@dataclass
+class SamplingParams:
+    temperature: float
+    top_p: float
+    max_tokens: int
+    seed: int
+
+
+class LLM:
+    """As documented for vLLM 0.11: `chat` takes conversations with one sampling each, and gives one output each."""
+
+    made: dict[str, Any]
+
+    def __init__(self, **options: Any):
+        type(self).made = options
+
+    def chat(
+        self,
+        messages: list[list[dict[str, Any]]],
+        sampling_params: list[SamplingParams],
+        *,
+        use_tqdm: bool,
+        add_generation_prompt: bool,
+        continue_final_message: bool,
+    ) -> list[Any]:
+        assert add_generation_prompt != continue_final_message
+        outputs = []
+        for conversation, sampling in zip(messages, sampling_params, strict=True):
+            text = f"{conversation[-1]['content']} {sampling.seed} {continue_final_message}"
+            reason = "length" if sampling.max_tokens < 5 else "stop"
+            outputs.append(SimpleNamespace(outputs=[SimpleNamespace(text=text, finish_reason=reason)]))
+        return outputs
+
+
+@pytest.fixture
+def vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = ModuleType("vllm")
+    module.LLM, module.SamplingParams = LLM, SamplingParams  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "vllm", module)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+    monkeypatch.setenv("RANK", "3")
+
+
+def body(text: str, seed: int, max_tokens: int = 9, **more: Any) -> tuple[str, dict[str, Any]]:
+    sampling = {"temperature": 0.5, "top_p": 1.0, "max_tokens": max_tokens, "seed": seed}
+    return "r", {"messages": [{"role": "user", "content": text}], **sampling, **more}
+
+
+def test_a_batch_goes_to_vllm_with_each_records_own_sampling(vllm: None) -> None:
+    engine = VllmEngine("DIR", "bfloat16", local_rank=1, max_images=2)
+    assert LLM.made == {"model": "DIR", "dtype": "bfloat16", "limit_mm_per_prompt": {"image": 2}}
+    bodies = [body("a", 1), body("b", 2, continue_final_message=True, add_generation_prompt=False), body("c", 3, 4)]
+    assert dict(engine.replies(bodies)) == {
+        0: Reply("a 1 False"),
+        1: Reply("b 2 True"),
+        2: Reply("c 3 False", finished=False),
+    }
+
+
+def test_a_rank_keeps_to_its_own_gpu_and_out_of_the_jobs_group() -> None:
+    environ = {"CUDA_VISIBLE_DEVICES": "4,6", "RANK": "3", "WORLD_SIZE": "8", "PATH": "x"}
+    keep_to_own_gpu(environ, local_rank=1)
+    assert environ == {"CUDA_VISIBLE_DEVICES": "6", "PATH": "x"}
+    bare: dict[str, str] = {}
+    keep_to_own_gpu(bare, local_rank=2)
+    assert bare == {"CUDA_VISIBLE_DEVICES": "2"}
+
+
+def test_without_vllm_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    for name in ("CUDA_VISIBLE_DEVICES", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "0")  # set, so that monkeypatch puts them back
+    with pytest.raises(ValueError, match=r"bpo\[vllm\]"):
+        VllmEngine("DIR", "auto", 0, 0)
