@@ -6,25 +6,29 @@ Nothing is trained: a checkpoint is made by moving the trainable parameters at r
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 from bpo.checkpoint_files import commit, seal_file, step_dir
 from bpo.checkpoint_shards import KINDS, Fragment, Shard, shard_name
 from bpo.config import Config, ExportConfig, LoraConfig, ModelConfig, TrainableConfig
 from bpo.config_io import to_tree
 from bpo.data.encode import Encoder
-from bpo.data.families import family_of
+from bpo.data.families import FAMILIES, family_of
 from bpo.export import find_checkpoint, run_export
 from bpo.model.load import load_model
 from bpo.model.trainable import prepare_trainable
 from tests.sample_groups import encoder_of, turn
 from tests.tiny import tiny_llava
 
+# Of logits up to 2 in fp32: a merged adapter adds in another order. 1.4e-4 was seen (Qwen2-VL).
+TOLERANCE = 3e-4
 LORA = LoraConfig(r=4, alpha=8, dropout=0.1)
 
 
@@ -71,6 +75,9 @@ class Trained:
         self.logits = self.logits_of(model)
         self.checkpoint = write_checkpoint(run, model, self.config)
 
+    def config_of_model(self) -> Any:
+        return AutoConfig.from_pretrained(self.base)
+
     @torch.no_grad()
     def logits_of(self, model: Any) -> torch.Tensor:
         return model(**self.inputs).logits
@@ -80,9 +87,14 @@ class Trained:
         return run_export(Config(export=settings))
 
 
-@pytest.fixture(scope="module", params=["llava", "qwen"])
-def trained(request: pytest.FixtureRequest, photo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    base = request.getfixturevalue(f"tiny_{request.param}_dir")
+@pytest.fixture(scope="module", params=FAMILIES)
+def trained(
+    request: pytest.FixtureRequest,
+    family_dir: Callable[[str], Path],
+    photo_root: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Trained:
+    base = family_dir(request.param)
     return Trained(base, tmp_path_factory.mktemp("run"), encoder_of(base, photo_root))
 
 
@@ -105,7 +117,7 @@ def test_merged_directory_loads_alone_and_gives_the_same_logits(
     trained: Trained, tmp_path: Path, photo_root: Path
 ) -> None:
     output = trained.export(tmp_path / "merged")
-    torch.testing.assert_close(trained.logits_of(auto_model(output)), trained.logits, atol=1e-4, rtol=0)
+    torch.testing.assert_close(trained.logits_of(auto_model(output)), trained.logits, atol=TOLERANCE, rtol=0)
     prompt = encoder_of(output, photo_root).encode_prompt("r", ["tall.png"], [turn(None, "What is this?")])
     assert torch.equal(torch.tensor(prompt.prefix_ids)[None], trained.inputs["input_ids"])  # the processor came along
     assert "lora" not in (output / "config.json").read_text()
@@ -114,13 +126,17 @@ def test_merged_directory_loads_alone_and_gives_the_same_logits(
 def test_adapter_loads_with_peft_and_gives_the_same_logits(trained: Trained, tmp_path: Path) -> None:
     import peft
 
+    if family_of(trained.config_of_model()).projector_parameters:
+        with pytest.raises(ValueError, match=r"cannot hold model.image_newline.*use export.form=merged"):
+            trained.export(tmp_path / "adapter", "adapter")
+        return
     output = trained.export(tmp_path / "adapter", "adapter")
     assert not (output / "model.safetensors").exists()
     adapted = peft.PeftModel.from_pretrained(auto_model(trained.base), str(output)).eval()
-    torch.testing.assert_close(trained.logits_of(adapted), trained.logits, atol=1e-4, rtol=0)
+    torch.testing.assert_close(trained.logits_of(adapted), trained.logits, atol=TOLERANCE, rtol=0)
     with adapted.disable_adapter():  # the projector belongs to the adapter too
         base_logits = trained.logits_of(auto_model(trained.base))
-        torch.testing.assert_close(trained.logits_of(adapted), base_logits, atol=1e-4, rtol=0)
+        torch.testing.assert_close(trained.logits_of(adapted), base_logits, atol=TOLERANCE, rtol=0)
     settings = json.loads((output / "adapter_config.json").read_text())
     assert (settings["r"], settings["lora_alpha"], settings["inference_mode"]) == (4, 8, True)
 
@@ -132,7 +148,7 @@ def test_adapter_without_a_projector(tiny_llava_dir: Path, photo_root: Path, tmp
     trained = Trained(tiny_llava_dir, tmp_path / "run", encoder_of(tiny_llava_dir, photo_root), trainable=frozen)
     output = trained.export(tmp_path / "adapter", "adapter")
     adapted = peft.PeftModel.from_pretrained(auto_model(tiny_llava_dir), str(output)).eval()
-    torch.testing.assert_close(trained.logits_of(adapted), trained.logits, atol=1e-4, rtol=0)
+    torch.testing.assert_close(trained.logits_of(adapted), trained.logits, atol=TOLERANCE, rtol=0)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -141,7 +157,7 @@ def test_full_fine_tuning_exports_merged_only(photo_root: Path, tmp_path: Path, 
     full = TrainableConfig(language="full", vision="full")
     trained = Trained(base, tmp_path / "run", encoder_of(base, photo_root), trainable=full)
     output = trained.export(tmp_path / "merged")
-    torch.testing.assert_close(trained.logits_of(auto_model(output)), trained.logits, atol=1e-4, rtol=0)
+    torch.testing.assert_close(trained.logits_of(auto_model(output)), trained.logits, atol=TOLERANCE, rtol=0)
     with pytest.raises(ValueError, match="export.form=adapter needs trainable.language=lora.*language=full"):
         trained.export(tmp_path / "adapter", "adapter")
     assert not (tmp_path / "adapter").exists()  # nothing half-written
@@ -154,7 +170,7 @@ def test_a_checkpoint_by_its_own_path_and_a_model_that_moved(
     moved.symlink_to(trained.base)
     settings = ExportConfig(checkpoint=str(trained.checkpoint), output=str(tmp_path / "merged"))
     output = run_export(replace(Config(export=settings), model=ModelConfig(path=str(moved))))
-    torch.testing.assert_close(trained.logits_of(auto_model(output)), trained.logits, atol=1e-4, rtol=0)
+    torch.testing.assert_close(trained.logits_of(auto_model(output)), trained.logits, atol=TOLERANCE, rtol=0)
 
 
 def test_missing_paths_say_what_to_give(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,13 @@ import pytest
 import torch
 from PIL import Image
 
+from bpo.bootstrap.weaken import weaken_prompt
 from bpo.config import Config, DataConfig, ModelConfig
 from bpo.data.encode import EncodedPrompt, Encoder, load_encoder
+from bpo.data.families import FAMILIES
 from bpo.model.generate import GumbelNoise, generate_answers, generate_ids, left_pad
 from bpo.model.load import load_model
 from bpo.records import ContentPart, Turn
-from tests.tiny import tiny_llava, tiny_qwen
 
 QUESTIONS = ["What?", "What is in this picture, please?", "Where is the dog, and how many cats sit beside it?", "Why?"]
 
@@ -45,10 +47,11 @@ class Loaded:
         return dict(zip(indices, texts, strict=True))
 
 
-@pytest.fixture(scope="module", params=[tiny_llava, tiny_qwen], ids=["llava", "qwen"])
-def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Loaded:
-    folder = tmp_path_factory.mktemp("generate")
-    return Loaded(request.param(folder / "model"), folder)
+@pytest.fixture(scope="module", params=FAMILIES)
+def loaded(
+    request: pytest.FixtureRequest, family_dir: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Loaded:
+    return Loaded(family_dir(request.param), tmp_path_factory.mktemp("generate"))
 
 
 def test_an_answer_does_not_depend_on_its_batch(loaded: Loaded) -> None:
@@ -76,6 +79,26 @@ def test_the_image_reaches_the_model(loaded: Loaded) -> None:
         loaded.model, loaded.encoder, [prompt, other], max_new_tokens=24, temperature=0, top_p=1.0, seeds=[0, 0]
     )
     assert answers[0] != answers[1]
+
+
+def test_a_weakened_image_is_seen_and_answered(loaded: Loaded) -> None:
+    prompt = loaded.prompts[1]
+    weakened = weaken_prompt(prompt, loaded.encoder.family, noise_step=900, seed=1)
+    clean = prompt.image_inputs
+    assert {k: v.shape for k, v in weakened.image_inputs.items()} == {k: v.shape for k, v in clean.items()}
+    assert all(torch.equal(weakened.image_inputs[k], clean[k]) for k in clean if k != "pixel_values")
+    answers = generate_answers(
+        loaded.model, loaded.encoder, [prompt, weakened], max_new_tokens=5, temperature=1.0, top_p=1.0, seeds=[0, 1]
+    )
+    assert all(answers)
+    ids_1T = torch.tensor(prompt.prefix_ids)[None]
+    inputs = loaded.encoder.family.generation_inputs(ids_1T)
+    with torch.no_grad():
+        first, other = (
+            loaded.model(input_ids=ids_1T, **inputs, **one.image_inputs).logits[0, -1].softmax(-1)
+            for one in (prompt, weakened)
+        )
+    assert float((first - other).abs().max()) > 1e-4
 
 
 def test_control_tokens_never_come_out(loaded: Loaded) -> None:
