@@ -174,6 +174,7 @@ class ValidateConfig:
         max_length_ratio: Most words against the annotation's, both counted with 8 words more.
         require_real_change: Refuse what changes style alone: no object, attribute, count, relation or unknown word.
         same_language: Refuse another script or, where function words tell, another language than the annotation's.
+        refuse_duplicates: Of a group's negatives with the same words keep only the first.
         lexicon: Your own file of objects, attributes ... in place of bpo/bootstrap/lexicon/en.yaml, of the same form.
     """
 
@@ -183,6 +184,7 @@ class ValidateConfig:
     max_length_ratio: float = 10.0
     require_real_change: bool = True
     same_language: bool = True
+    refuse_duplicates: bool = True
     lexicon: str = ""
 
     def __post_init__(self) -> None:
@@ -208,6 +210,8 @@ class BootstrapConfig:
         regenerate: Where an annotation is cut.
         vision: What runs the multimodal model.
         validate: When a negative is refused.
+        target_shares: Source -> share of the negatives that it is to have; what others made beyond that is left out by
+            the seed. Empty keeps all.
         batch_size: Answers generated at a time.
         seed: With the record's id it decides noise and sampling.
         limit: Use only the first so many annotations; 0 takes all.
@@ -221,6 +225,7 @@ class BootstrapConfig:
     regenerate: RegenerateConfig = field(default_factory=RegenerateConfig)
     vision: VisionConfig = field(default_factory=VisionConfig)
     validate: ValidateConfig = field(default_factory=ValidateConfig)
+    target_shares: dict[str, float] = field(default_factory=dict)
     batch_size: int = 16
     seed: int = 0
     limit: int = 0
@@ -228,6 +233,9 @@ class BootstrapConfig:
     stall_timeout_s: float = 3600.0
 
     def __post_init__(self) -> None:
+        for source, share in self.target_shares.items():
+            check(source in self.sources, f"bootstrap.target_shares.{source}: not among bootstrap.sources")
+            check(share > 0, f"bootstrap.target_shares.{source} is {share}; it must be positive")
         check(self.batch_size >= 1, f"bootstrap.batch_size is {self.batch_size}; it must be at least 1")
         check(self.limit >= 0, f"bootstrap.limit is {self.limit}; it must be 0 (all) or more")
         check(self.max_inject_records >= 0, "bootstrap.max_inject_records must be 0 (all) or more")

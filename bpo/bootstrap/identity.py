@@ -16,6 +16,7 @@ _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf", ".pt")
 _SAMPLES_PER_FILE = 64
 _SAMPLE_BYTES = 4096
 # How fast or where, not what: these may change when a job goes on (of prompt_dir the content counts).
+_DECIDED_AT_MERGE = ("refuse_duplicates",)
 _NOT_DECIDING = ("prompt_dir", "server")
 
 
@@ -32,7 +33,8 @@ def job_identity(config: Config) -> dict[str, Any]:
         "bootstrap.seed": options.seed,
         "bootstrap.sources": sorted(options.sources),
     }
-    identity |= {f"bootstrap.validate.{name}": value for name, value in asdict(options.validate).items()}
+    validate = {name: value for name, value in asdict(options.validate).items() if name not in _DECIDED_AT_MERGE}
+    identity |= {f"bootstrap.validate.{name}": value for name, value in validate.items()}
     lexicon = options.validate.lexicon
     identity["bootstrap.validate.lexicon (content)"] = _digest(Path(lexicon).read_bytes()) if lexicon else None
     if set(options.sources) != {"inject"}:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from bpo.bootstrap.balance import surplus
+from bpo.bootstrap.changes import load_lexicon
 from bpo.bootstrap.parts import Outcome, write_atomically
+from bpo.bootstrap.statistics import SourceStatistics
 from bpo.bootstrap.validate import REASONS, annotation_refusal, content_key
 from bpo.config import Config
 from bpo.data.formats import group_to_json
@@ -50,6 +53,7 @@ class BootstrapSummary:
         num_without_negative: Annotations without any usable negative.
         skipped_annotations: Reason -> records of the annotation file that hold nothing to learn from.
         seconds: Source -> seconds that this rank took in this run.
+        statistics: Source -> lengths, similarity to the annotation, objects added and dropped (`SourceStatistics`).
     """
 
     groups_path: str
@@ -61,6 +65,7 @@ class BootstrapSummary:
     num_without_negative: int
     skipped_annotations: dict[str, int]
     seconds: dict[str, float]
+    statistics: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def beside(groups: Path, what: str) -> Path:
@@ -82,14 +87,18 @@ def merge(
     """
     groups_path = Path(config.data.groups)
     groups, refused, quarantined = [], [], []
+    judged = _judge_together(config, annotations, outcomes)
+    statistics: dict[str, SourceStatistics] = {source: SourceStatistics() for source in config.bootstrap.sources}
+    lexicon = load_lexicon(config.bootstrap.validate.lexicon)
     for annotation in annotations:
-        of_record = without_duplicates(
-            [outcomes[key] for s in config.bootstrap.sources if (key := (s, annotation.id)) in outcomes]
-        )
+        of_record = judged[annotation.id]
         refused += _refusals(annotation, of_record, config.data.max_completion_words)
         quarantined += _quarantine(annotation, of_record)
         group = build_group(annotation, of_record, config.data.max_completion_words)
         groups += [group] if group else []
+        for outcome in of_record if group else ():
+            if outcome.status == "kept":
+                statistics[outcome.source].add(annotation.response, outcome.text, lexicon)
     summary = BootstrapSummary(
         groups_path=str(groups_path),
         num_annotations=len(annotations),
@@ -100,6 +109,7 @@ def merge(
         num_without_negative=len(annotations) - len(groups),
         skipped_annotations={reason: len(ids) for reason, ids in skipped.items()},
         seconds={source: round(value, 3) for source, value in seconds.items()},
+        statistics={source: one.to_json() for source, one in statistics.items()},
     )
     _write_lines(beside(groups_path, "refused.jsonl"), refused)
     _write_lines(beside(groups_path, "quarantine.jsonl"), quarantined)
@@ -127,6 +137,30 @@ def build_group(annotation: Annotation, outcomes: Sequence[Outcome], max_words: 
         return None
     gt = Completion(annotation.response, 1.0, "gt", Provenance(source=PROVENANCE_SOURCES["annotation"]))
     return PreferenceGroup(annotation.id, annotation.images, annotation.prompt, (gt, *negatives))
+
+
+def _judge_together(
+    config: Config, annotations: Sequence[Annotation], outcomes: Mapping[tuple[str, str], Outcome]
+) -> dict[str, list[Outcome]]:
+    """The outcomes of each record, refused where only a look at the others shows why: duplicates, and a surplus."""
+    options = config.bootstrap
+    judged: dict[str, list[Outcome]] = {}
+    kept: dict[str, list[str]] = {}
+    for annotation in annotations:
+        of_record = [outcomes[key] for s in options.sources if (key := (s, annotation.id)) in outcomes]
+        judged[annotation.id] = without_duplicates(of_record) if options.validate.refuse_duplicates else of_record
+        if build_group(annotation, judged[annotation.id], config.data.max_completion_words):
+            for outcome in judged[annotation.id]:
+                if outcome.status == "kept":
+                    kept.setdefault(outcome.source, []).append(annotation.id)
+    detail = ", ".join(f"{source} {share:g}" for source, share in options.target_shares.items())
+    for source, ids in surplus(kept, options.target_shares, options.seed).items():
+        for record_id in ids:
+            judged[record_id] = [
+                replace(o, status="refused", reason="surplus", detail=detail) if o.source == source else o
+                for o in judged[record_id]
+            ]
+    return judged
 
 
 def without_duplicates(outcomes: Sequence[Outcome]) -> list[Outcome]:

@@ -41,6 +41,7 @@ REASONS = {
     "other-text": "more of it changed than bootstrap.validate.max_changed_share",
     "no-real-change": "only its style changed: no object, attribute, count or relation",
     "duplicate": "another negative of the group says the same",
+    "surplus": "its source made more than its share in bootstrap.target_shares",
 }
 # Counted on both sides of a ratio of lengths: "Yes." and a sentence may stand against each other.
 _FREE_WORDS = 8

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bpo.config import Config, DataConfig, EvaluationConfig, LossConfig, ModelConfig, TrainableConfig, TrainConfig
-from bpo.config_bootstrap import BootstrapConfig, InjectConfig, WeakenConfig
+from bpo.config_bootstrap import BootstrapConfig, InjectConfig, ValidateConfig, WeakenConfig
 from bpo.demo.base import BaseConfig
 from bpo.demo.files import World
 from bpo.demo.rewriting import prompt_dir
@@ -98,6 +98,8 @@ class Recipe:
                 sources=["weaken", "unweakened", "inject"],
                 weaken=WeakenConfig(noise_step=self.noise_step, max_new_tokens=self.max_new_tokens),
                 inject=InjectConfig(mode="description", prompt_dir=prompt_dir(), max_new_tokens=self.max_new_tokens),
+                # Each variant trains on one source alone, for which another's equal negative is none.
+                validate=ValidateConfig(refuse_duplicates=False),
                 batch_size=self.batch_size,
                 seed=seed,
             ),

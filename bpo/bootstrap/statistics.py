@@ -1,0 +1,62 @@
+"""What each source of negatives makes: lengths, nearness to the annotation, objects that come and go; as JSON.
+
+One pass, in memory that does not grow with the records: counts and histograms only.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from bpo.bootstrap.changes import ChangeLexicon, find_changes
+
+SIMILARITY_BINS = 10
+MOST_COMMON = 20
+
+
+@dataclass
+class SourceStatistics:
+    """Accumulates the kept negatives of one source."""
+
+    words: Counter[int] = field(default_factory=Counter)
+    similarity: list[int] = field(default_factory=lambda: [0] * SIMILARITY_BINS)
+    changed: Counter[str] = field(default_factory=Counter)
+    objects_added: Counter[str] = field(default_factory=Counter)
+    objects_dropped: Counter[str] = field(default_factory=Counter)
+
+    def add(self, annotation: str, response: str, lexicon: ChangeLexicon) -> None:
+        changes = find_changes(annotation, response, lexicon)
+        self.words[len(response.split())] += 1
+        self.similarity[min(SIMILARITY_BINS - 1, int((1 - changes.share) * SIMILARITY_BINS))] += 1
+        self.changed.update(changes.kinds)
+        self.objects_added.update(changes.objects_added)
+        self.objects_dropped.update(changes.objects_dropped)
+
+    def to_json(self) -> dict[str, Any]:
+        """`similarity_histogram[i]`: negatives that keep i/10 to (i + 1)/10 of the longer text's words in place."""
+        return {
+            "negatives": self.words.total(),
+            "words": {f"p{percent}": percentile(self.words, percent) for percent in (5, 50, 95)},
+            "similarity_histogram": self.similarity,
+            "kinds_of_change": dict(sorted(self.changed.items())),
+            "objects_added": dict(self.objects_added.most_common(MOST_COMMON)),
+            "objects_dropped": dict(self.objects_dropped.most_common(MOST_COMMON)),
+        }
+
+
+def percentile(counts: Counter[int], percent: float) -> int | None:
+    """The least value that at least `percent` of the values do not exceed; None without values."""
+    wanted = counts.total() * percent / 100
+    for value, reached in _running(counts):
+        if reached >= wanted:
+            return value
+    return None
+
+
+def _running(counts: Counter[int]) -> Iterator[tuple[int, int]]:
+    reached = 0
+    for value in sorted(counts):
+        reached += counts[value]
+        yield value, reached

@@ -1,0 +1,99 @@
+"""What is decided when all parts are there. Run: python -m pytest tests/bootstrap/test_merge.py"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bpo.bootstrap.balance import surplus
+from bpo.bootstrap.changes import load_lexicon
+from bpo.bootstrap.merge import merge
+from bpo.bootstrap.parts import Outcome
+from bpo.bootstrap.statistics import SourceStatistics, percentile
+from bpo.config import Config, DataConfig
+from bpo.config_bootstrap import BootstrapConfig, ValidateConfig
+from bpo.data.formats import read_groups
+from bpo.records import Annotation, ContentPart, Provenance, Turn
+
+PROMPT = (Turn("user", (ContentPart("image"), ContentPart("text", "Describe."))),)
+
+
+def annotations(num: int) -> list[Annotation]:
+    return [Annotation(f"r{i}", (f"{i}.png",), PROMPT, f"A dog and {i} cats.") for i in range(num)]
+
+
+def outcome(record: int, source: str, text: str) -> Outcome:
+    return Outcome(f"r{record}", source, "kept", text, provenance=Provenance(source=source))
+
+
+def merged(folder: Path, records: int, outcomes: list[Outcome], **bootstrap: Any) -> tuple[Any, list[dict[str, Any]]]:
+    config = Config(data=DataConfig(groups=str(folder / "groups.jsonl")), bootstrap=BootstrapConfig(**bootstrap))
+    summary = merge(config, annotations(records), {o.key: o for o in outcomes}, {}, {})
+    refused = (folder / "groups.jsonl.refused.jsonl").read_text().splitlines()
+    return summary, [json.loads(line) for line in refused]
+
+
+def test_of_negatives_that_say_the_same_the_first_source_keeps_its_own(tmp_path: Path) -> None:
+    outcomes = [outcome(0, "weaken", "A zebra."), outcome(0, "inject", "a ZEBRA"), outcome(1, "inject", "A zebra.")]
+    summary, refused = merged(tmp_path, 2, outcomes)
+    assert summary.kept == {"weaken": 1, "inject": 1}
+    assert [(r["id"], r["source"], r["reason"]) for r in refused] == [("r0", "inject", "duplicate")]
+    assert "`weaken`" in refused[0]["detail"]
+    both, _ = merged(tmp_path, 2, outcomes, validate=ValidateConfig(refuse_duplicates=False))
+    assert both.kept == {"weaken": 1, "inject": 2}
+
+
+def test_target_shares_leave_out_what_the_plentiful_source_has_too_many_of(tmp_path: Path) -> None:
+    outcomes = [outcome(i, "inject", f"A zebra and {i} cats.") for i in range(80)]
+    outcomes += [outcome(i, "weaken", f"A horse and {i} cats.") for i in range(10)]
+    shares = {"weaken": 1.0, "inject": 2.0}
+    summary, refused = merged(tmp_path, 80, outcomes, target_shares=shares)
+    assert summary.kept == {"weaken": 10, "inject": 20}
+    assert Counter(r["reason"] for r in refused) == {"surplus": 60}
+    groups = read_groups(tmp_path / "groups.jsonl")
+    again, _ = merged(tmp_path, 80, outcomes[::-1], target_shares=shares)
+    assert read_groups(tmp_path / "groups.jsonl") == groups and again == summary
+    other, _ = merged(tmp_path, 80, outcomes, target_shares=shares, seed=1)
+    assert other.kept == summary.kept and read_groups(tmp_path / "groups.jsonl") != groups
+
+
+def test_surplus_of_sources_that_made_little_or_nothing() -> None:
+    kept = {"a": [f"{i}" for i in range(7)], "b": ["0"]}
+    assert len(surplus(kept, {"a": 3, "b": 1}, 0)["a"]) == 4
+    assert surplus(kept, {"a": 1, "c": 1}, 0) == {"a": frozenset(), "c": frozenset()}
+    assert surplus({}, {"a": 1}, 0) == {"a": frozenset()}
+
+
+@pytest.mark.parametrize("shares", [{"crop": 1.0}, {"weaken": 0.0}])
+def test_a_share_that_makes_no_sense_is_refused(shares: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=r"bootstrap\.target_shares"):
+        BootstrapConfig(target_shares=shares)
+
+
+def test_statistics_of_each_source_stand_in_the_summary(tmp_path: Path) -> None:
+    outcomes = [outcome(i, "weaken", f"A zebra and {i} cats on a big red table.") for i in range(4)]
+    merged(tmp_path, 4, outcomes)
+    stored = json.loads((tmp_path / "groups.jsonl.summary.json").read_text())["statistics"]
+    weaken = stored["weaken"]
+    assert weaken["negatives"] == 4 and weaken["words"] == {"p5": 10, "p50": 10, "p95": 10}
+    assert weaken["objects_added"] == {"zebra": 4, "table": 4} and weaken["objects_dropped"] == {"dog": 4}
+    assert weaken["kinds_of_change"]["attribute"] == 4
+    assert sum(weaken["similarity_histogram"]) == 4
+    assert stored["inject"]["negatives"] == 0 and stored["inject"]["words"]["p50"] is None
+
+
+def test_similarity_is_the_share_of_words_that_stayed() -> None:
+    statistics = SourceStatistics()
+    statistics.add("one two three four five six seven eight nine ten", "red", load_lexicon())
+    statistics.add("a dog", "a dog", load_lexicon())
+    assert statistics.similarity[0] == statistics.similarity[9] == 1
+
+
+def test_percentile_is_the_nearest_rank() -> None:
+    counts = Counter(range(1, 101))
+    assert [percentile(counts, p) for p in (5, 50, 95, 100)] == [5, 50, 95, 100]
+    assert percentile(Counter(), 50) is None
