@@ -11,20 +11,27 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from bpo.sizing.live_bytes import LiveBytes
 from bpo.config import Config, LoraConfig, ModelConfig, TrainableConfig
 from bpo.data.encode import Encoder
+from bpo.model import recompute
 from bpo.model.attention import packed_layout
 from bpo.model.load import load_model
 from bpo.model.policy import PolicyModel, model_inputs
 from bpo.model.recompute import checkpoint_layers, is_costly, selective_contexts
 from bpo.model.trainable import prepare_trainable
 from bpo.records import GroupBatch
+from bpo.sizing.live_bytes import LiveBytes
 from tests.sample_groups import encoder_of, packed_batch, three_groups
 
 CPU = torch.device("cpu")
 FULL = TrainableConfig(language="full", vision="full")
 LORA = TrainableConfig(language="lora")
+
+
+@pytest.fixture(autouse=True)
+def tiny_layers_count_as_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are 32 wide, and the adapter's rank is 2."""
+    monkeypatch.setattr(recompute, "CHEAP_INNER", 2)
 
 
 @pytest.fixture(scope="module", params=["llava", "qwen"])
@@ -84,7 +91,7 @@ class CountOperators(TorchDispatchMode):
         self.calls: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.calls["costly" if is_costly(func) else func.name()] += 1
+        self.calls["costly" if is_costly(func, args) else func.name()] += 1
         return func(*args, **(kwargs or {}))
 
 
@@ -99,6 +106,17 @@ def test_selective_repeats_no_product_and_no_attention(directory, encoder, batch
     assert calls["selective"]["costly"] == calls["none"]["costly"] < calls["full"]["costly"]
     cheap = "aten::silu"  # the language model's activation
     assert calls["selective"][cheap] == calls["full"][cheap] > calls["none"][cheap] > 0
+
+
+@pytest.mark.parametrize(("rank", "kept"), [(128, False), (129, True)])
+def test_a_product_over_a_small_rank_is_not_worth_keeping(monkeypatch, rank: int, kept: bool) -> None:
+    monkeypatch.undo()
+    low_TR, up_RD = torch.ones(3, rank), torch.ones(rank, 4)
+    assert is_costly(torch.ops.aten.mm.default, (low_TR, up_RD)) == kept
+    assert is_costly(torch.ops.aten.addmm.default, (torch.ones(4), low_TR, up_RD)) == kept
+    assert is_costly(torch.ops.aten.mm.default, (up_RD.T, low_TR.T)) == kept
+    assert not is_costly(torch.ops.aten.mul.Tensor, (low_TR, low_TR))
+    assert not is_costly(torch.ops.aten.mm.out, (low_TR, up_RD))
 
 
 def test_each_mode_holds_less_than_the_one_before(directory, encoder, batch) -> None:
