@@ -1,0 +1,93 @@
+"""What each lever saves, counted: FLOPs of a preference group and bytes that a packed token holds, at real shapes.
+
+    python -m benchmarks.levers [--json FILE] [--model llava-1.5-7b] [--prefix 640] [--response 150]
+
+Nothing is computed: weights are on the meta device. FLOPs are those of `bpo.flops`, which tests/test_flops.py compares
+with PyTorch's counter, and bytes those of `bpo.sizing.activations`. The image takes 576 tokens of the prefix.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from bpo.config import Config, TrainableConfig
+from bpo.data.work import attended_pairs
+from bpo.flops import ModelFlops
+from bpo.records import Work
+from bpo.sizing.activations import activation_costs
+from bpo.sizing.shape import shape_of
+
+IMAGE_TOKENS = 576
+PATCHES = IMAGE_TOKENS + 1
+
+
+def group_work(prefix: int, completions: list[int]) -> Work:
+    """One image, one prefix and its completions, packed."""
+    return Work(
+        tokens=prefix + sum(completions),
+        responses=sum(completions),
+        image_tokens=IMAGE_TOKENS,
+        pairs=attended_pairs(prefix, completions),
+        patches=PATCHES,
+        patch_pairs=PATCHES**2,
+    )
+
+
+def separate_work(prefix: int, completions: list[int], *, whole_head: bool) -> Work:
+    """Each completion with an image and a prefix of its own; `whole_head`: every row reaches the LM head."""
+    total = Work()
+    for length in completions:
+        one = group_work(prefix, [length])
+        total += replace(one, responses=one.tokens) if whole_head else one
+    return total
+
+
+def levers(flops: ModelFlops, prefix: int, completions: list[int]) -> list[dict[str, Any]]:
+    """FLOPs of one group's training, each row with one lever more than the row before."""
+    plain = separate_work(prefix, completions, whole_head=True)
+    rows_of_responses = separate_work(prefix, completions, whole_head=False)
+    shared = group_work(prefix, completions)
+    recomputed = flops.forward_macs(shared)
+    layers = 2 * (recomputed["language"] + recomputed["attention"])
+    cases = {
+        "separate sequences, every row to the head, live reference": flops.step(plain) + flops.forward(plain),
+        "only response rows reach the head": flops.step(rows_of_responses) + flops.forward(rows_of_responses),
+        "image and prompt once a group": flops.step(shared) + flops.forward(shared),
+        "reference from the store": flops.step(shared),
+        "the same with gradient_checkpointing=full": flops.step(shared) + layers,
+    }
+    first = next(iter(cases.values()))
+    return [{"lever": name, "tflop": value / 1e12, "share": value / first} for name, value in cases.items()]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="file for the figures")
+    parser.add_argument("--model", default="llava-1.5-7b", help="a built-in LLaVA shape; see `bpo plan --help`")
+    parser.add_argument("--prefix", type=int, default=640, help="tokens of image and prompt")
+    parser.add_argument("--response", type=int, default=150, help="tokens of each completion")
+    arguments = parser.parse_args()
+    from benchmarks.synthetic import machine_of_run
+
+    results: dict[str, Any] = {"machine": machine_of_run(), "model": arguments.model}
+    results |= {"prefix": arguments.prefix, "response": arguments.response}
+    for language in ("full", "lora"):
+        shape = shape_of(arguments.model, Config(trainable=TrainableConfig(language=language)))  # type: ignore[arg-type]
+        results[language] = {
+            f"{count} completions": levers(shape.flops, arguments.prefix, [arguments.response] * count)
+            for count in (2, 3)
+        }
+        results[language]["kept_bytes_per_token"] = {
+            mode: activation_costs(shape, mode).language.kept.per_row for mode in ("none", "selective", "full")
+        }
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()
