@@ -80,13 +80,13 @@ def tiny_llava_next(directory: Path) -> Path:
     return _finish(directory, LlavaNextForConditionalGeneration(config), tokenizer, images, LLAVA_TEMPLATE)
 
 
-def tiny_llava_onevision(directory: Path, **text: Any) -> Path:
+def tiny_llava_onevision(directory: Path) -> Path:
     """LLaVA-OneVision on Qwen2: 28 px tiles of 16 patches, canvases above 4 tiles are scaled down."""
     torch.manual_seed(0)
     tokenizer = _chatml_tokenizer(["<image>", "<video>"])
     config = LlavaOnevisionConfig(
         vision_config=_siglip(),
-        text_config=Qwen2Config(**_text(tokenizer), **text),
+        text_config=Qwen2Config(**_text(tokenizer)),
         image_token_id=_id(tokenizer, "<image>"),
         video_token_id=_id(tokenizer, "<video>"),
         image_grid_pinpoints=PINPOINTS,
@@ -155,8 +155,8 @@ def tiny_qwen3_vl(directory: Path, *, moe: bool = False) -> Path:
     return _finish(directory, model_type(config), tokenizer, _qwen_images(), QWEN_TEMPLATE)
 
 
-def tiny_internvl(directory: Path) -> Path:
-    """InternVL: 28 px tiles of 4 tokens, up to 4 of them and a thumbnail."""
+def tiny_internvl(directory: Path, text_type: type = Qwen2Config, **text: Any) -> Path:
+    """InternVL on a text model of choice: 28 px tiles of 4 tokens, up to 4 of them and a thumbnail."""
     torch.manual_seed(0)
     special = ["<img>", "</img>", "<IMG_CONTEXT>", "<video>"]
     names = ["start_image_token", "end_image_token", "context_image_token", "video_token"]
@@ -170,7 +170,7 @@ def tiny_internvl(directory: Path) -> Path:
             image_size=[TILE, TILE],
             patch_size=[7, 7],
         ),
-        text_config=Qwen2Config(**_text(tokenizer)),
+        text_config=text_type(**_text(tokenizer), **text),
         image_token_id=_id(tokenizer, "<IMG_CONTEXT>"),
         image_seq_length=4,
         downsample_ratio=0.5,
