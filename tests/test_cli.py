@@ -18,7 +18,7 @@ OPTIONS = {
     "evaluate": ["--config", "--evaluation.chair_instances", "--evaluation.pope_questions"],
     "export": ["--config", "--export.checkpoint", "--export.form"],
     "refs": ["inspect", "verify", "compact"],
-    "bench": ["kernels"],
+    "bench": ["kernels", "step"],
     "doctor": ["bpo doctor"],
 }
 

@@ -9,7 +9,13 @@ import pytest
 import torch
 
 from bpo.config import Config, TrainConfig
-from bpo.engine import _CONFIG_OWNED, deepspeed_config, find_ds_config, learning_rate_factor
+from bpo.engine import (
+    _CONFIG_OWNED,
+    deepspeed_config,
+    find_ds_config,
+    learning_rate_factor,
+    with_fitting_buckets,
+)
 
 
 def factors(steps: int, warmup: float, schedule: str) -> list[float]:
@@ -73,3 +79,19 @@ def test_a_file_that_is_no_json_is_named(tmp_path: Path) -> None:
 def test_float16_training_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="float16 is not for training"):
         settings_of(tmp_path / "ds.json", {"zero_optimization": {"stage": 2}}, torch.float16)
+
+
+def test_buckets_are_no_larger_than_the_gradients() -> None:
+    """DeepSpeed allocates them whole, two a backward pass: 1.6 GB in fp32 for an adapter of any size."""
+    shipped = {"zero_optimization": {"stage": 2, "reduce_bucket_size": 200_000_000, "overlap_comm": True}, "bf16": {}}
+    fitting = with_fitting_buckets(shipped, 80_000)
+    assert fitting["zero_optimization"] == {"stage": 2, "reduce_bucket_size": 80_000, "overlap_comm": True}
+    assert shipped["zero_optimization"]["reduce_bucket_size"] == 200_000_000 and "bf16" in fitting
+    assert with_fitting_buckets(shipped, 7_000_000_000) is shipped
+    assert with_fitting_buckets({"zero_optimization": {"stage": 3}}, 5)["zero_optimization"]["reduce_bucket_size"] == 5
+    for others in (
+        {},
+        {"zero_optimization": {"stage": 0}},
+        {"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}},
+    ):
+        assert with_fitting_buckets(others, 5) is others

@@ -49,6 +49,7 @@ LAYERS = {
     "sizing": 4,
     "train": 5,
     "doctor": 5,
+    "bench": 6,
     "demo": 6,
     "cli": 7,
 }

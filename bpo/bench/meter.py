@@ -1,0 +1,115 @@
+"""What is measured of one step, the same way for every provider: FLOPs, passes through the model, memory, time."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+KINDS = ("plain", "flops", "memory", "time")
+
+
+def _attention_forward(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+def _attention_backward(
+    grad_out: Sequence[int], query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any
+) -> int:
+    return sdpa_backward_flop_count(grad_out, query, key, value)
+
+
+# PyTorch counts the attention kernels of GPUs and leaves out the one of CPUs. As there, a causal kernel counts in full.
+_CPU_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_forward,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
+
+
+class Meter:
+    """Measures steps of one model.
+
+    Args:
+        model: A `*ForConditionalGeneration` model; its parameters are the weights that memory is counted above.
+        language_module: Dotted name of the language model inside it: positions that pass it are counted.
+        vision_module: Dotted name of the vision tower: images that pass it are counted.
+        device: Where the steps run.
+    """
+
+    def __init__(self, model: torch.nn.Module, language_module: str, vision_module: str, device: torch.device):
+        self.device = device
+        self.weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+        self._tokens = 0
+        self._images = 0
+        model.get_submodule(language_module).register_forward_pre_hook(self._see_tokens, with_kwargs=True)
+        model.get_submodule(vision_module).register_forward_pre_hook(self._see_images, with_kwargs=True)
+
+    def _see_tokens(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = kwargs.get("inputs_embeds")
+        tokens = given.shape[:2] if given is not None else (args[0] if args else kwargs["input_ids"]).shape
+        self._tokens += tokens[0] * tokens[1]
+
+    def _see_images(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        grid = kwargs.get("grid_thw", args[1] if len(args) > 1 else None)  # Qwen-VL: all patches in one row
+        pixels = args[0] if args else kwargs["pixel_values"]
+        self._images += grid.shape[0] if isinstance(grid, torch.Tensor) else pixels.shape[0]
+
+    @contextlib.contextmanager
+    def measure(self, kind: str, result: dict[str, Any]) -> Iterator[None]:
+        """Measures what runs inside and writes it into `result`: always `tokens` and `images`, and by `kind`
+
+        flops: `flops` of matrix products and attention, as `torch.utils.flop_counter.FlopCounterMode` counts them.
+        memory: `peak_bytes`: on CUDA the largest allocation above the weights; on a CPU the largest sum of what was
+            allocated since the start and is alive, from the profiler's records of the allocator.
+        time: `seconds`, the device waited for on both sides.
+        """
+        if kind not in KINDS:
+            raise ValueError(f"kind {kind!r}: one of {', '.join(KINDS)}")
+        self._tokens = self._images = 0
+        inner = {"flops": self._flops, "memory": self._memory, "time": self._time}.get(kind)
+        with inner(result) if inner else contextlib.nullcontext():
+            yield
+        result |= {"tokens": self._tokens, "images": self._images}
+
+    @contextlib.contextmanager
+    def _flops(self, result: dict[str, Any]) -> Iterator[None]:
+        with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
+            yield
+        result["flops"] = counter.get_total_flops()
+
+    @contextlib.contextmanager
+    def _memory(self, result: dict[str, Any]) -> Iterator[None]:
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+            yield
+            torch.cuda.synchronize(self.device)
+            result["peak_bytes"] = torch.cuda.max_memory_allocated(self.device) - self.weight_bytes
+            return
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+            yield
+        records = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+        in_use = peak = 0
+        for record in sorted(records, key=lambda event: event.start_ns()):
+            in_use += record.nbytes()
+            peak = max(peak, in_use)
+        result["peak_bytes"] = peak
+
+    @contextlib.contextmanager
+    def _time(self, result: dict[str, Any]) -> Iterator[None]:
+        self._synchronize()
+        begin = time.perf_counter()
+        yield
+        self._synchronize()
+        result["seconds"] = time.perf_counter() - begin
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)

@@ -1,0 +1,215 @@
+"""Compares the providers of `bpo bench step`, puts their figures side by side and judges them by the targets."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+# What two providers may differ by, by dtype: the summed log-probs of an answer in nats a token, the mean loss in nats,
+# the gradient's norm as a share of it. In bf16 every activation has 8 bits on either side, and TRL keeps its adapter in
+# fp32 under autocast.
+TOLERANCES = {"float32": (1e-4, 1e-4, 1e-3), "bfloat16": (2e-2, 3e-2, 1e-1)}
+OURS, THEIRS = "bpo", "trl"
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What one provider needs for one pair.
+
+    Attributes:
+        flops: Of forward, backward and whatever the step computes of the reference.
+        tokens: Positions through the language model, padding among them.
+        images: Images through the vision tower.
+        peak_bytes: Of the whole step, not of a pair.
+        seconds: One entry a repetition.
+    """
+
+    flops: float
+    tokens: float
+    images: float
+    peak_bytes: int
+    seconds: tuple[float, ...]
+
+    @property
+    def median_seconds(self) -> float:
+        return statistics.median(self.seconds)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A target and what was measured; `met` is None where nothing was."""
+
+    target: str
+    measured: str
+    met: bool | None
+
+
+def figures(measured: dict[str, Any], num_pairs: int) -> Figures:
+    """Figures a pair from what `measure_provider` collected of steps (or of the store's passes) of `num_pairs`."""
+    return Figures(
+        flops=measured["flops"]["flops"] / num_pairs,
+        tokens=measured["flops"]["tokens"] / num_pairs,
+        images=measured["flops"]["images"] / num_pairs,
+        peak_bytes=measured["memory"]["peak_bytes"],
+        seconds=tuple(one["seconds"] / num_pairs for one in measured["time"]),
+    )
+
+
+def preference_loss(pair: dict[str, float], beta: float) -> float:
+    """-log sigma(Delta) of summed log-probs (arXiv 2305.18290 eq. 7), in fp64."""
+    chosen = pair["chosen"] - pair["reference_chosen"]
+    rejected = pair["rejected"] - pair["reference_rejected"]
+    delta = beta * (chosen - rejected)
+    return math.log1p(math.exp(-abs(delta))) + max(-delta, 0.0)
+
+
+def disagreements(
+    ours: dict[str, Any], theirs: dict[str, Any], dtype: str, beta: float, answer_tokens: dict[str, tuple[int, int]]
+) -> list[str]:
+    """What two providers' first steps differ in by more than rounding; empty where they compute the same.
+
+    Args:
+        ours, theirs: `pairs` (summed log-probs by label), `loss` and `grad_norm` of a step.
+        answer_tokens: Tokens of the (chosen, rejected) answer by label; log-probs may differ in proportion.
+    """
+    logp_tolerance, loss_tolerance, norm_tolerance = TOLERANCES[dtype]
+    if ours["pairs"].keys() != theirs["pairs"].keys():
+        return [f"the pairs differ: {sorted(ours['pairs'])} and {sorted(theirs['pairs'])}"]
+    found = []
+    for label, our_pair in ours["pairs"].items():
+        their_pair = theirs["pairs"][label]
+        for side, tokens in zip(("chosen", "rejected"), answer_tokens[label], strict=True):
+            for name in (side, f"reference_{side}"):
+                gap = abs(our_pair[name] - their_pair[name]) / tokens
+                if not gap <= logp_tolerance:
+                    found.append(
+                        f"pair {label}: log-prob of {name.replace('_', ' ')} is {our_pair[name]:.4f} and "
+                        f"{their_pair[name]:.4f}, {gap:.2g} nats a token apart (at most {logp_tolerance:g})"
+                    )
+    for who, step in ((OURS, ours), (THEIRS, theirs)):
+        expected = statistics.fmean(preference_loss(pair, beta) for pair in step["pairs"].values())
+        if not abs(step["loss"] - expected) <= loss_tolerance:
+            found.append(f"{who}: the step's loss is {step['loss']:.6f}, its log-probs give {expected:.6f}")
+    if not abs(ours["loss"] - theirs["loss"]) <= loss_tolerance:
+        found.append(f"the losses are {ours['loss']:.6f} and {theirs['loss']:.6f} (at most {loss_tolerance:g} apart)")
+    if not abs(ours["grad_norm"] - theirs["grad_norm"]) <= norm_tolerance * theirs["grad_norm"]:
+        found.append(f"the gradients' norms are {ours['grad_norm']:.6g} and {theirs['grad_norm']:.6g}")
+    return found
+
+
+def ratios(step: Figures, reference: Figures, theirs: Figures, epochs: int) -> dict[str, Any]:
+    """What bpo needs for what TRL takes as 1; `amortised` adds the store's pass, divided by the epochs that read it.
+
+    Times are divided repetition by repetition, which ran one after the other: median, least and largest.
+    """
+
+    def time_ratio(share: float) -> dict[str, float]:
+        ours = [a + share * b for a, b in zip(step.seconds, reference.seconds, strict=True)]
+        values = [a / b for a, b in zip(ours, theirs.seconds, strict=True)]
+        return {"median": statistics.median(values), "least": min(values), "largest": max(values)}
+
+    return {
+        "flops": step.flops / theirs.flops,
+        "flops_amortised": (step.flops + reference.flops / epochs) / theirs.flops,
+        "tokens": step.tokens / theirs.tokens,
+        "tokens_amortised": (step.tokens + reference.tokens / epochs) / theirs.tokens,
+        "images": step.images / theirs.images,
+        "images_amortised": (step.images + reference.images / epochs) / theirs.images,
+        "peak_bytes": step.peak_bytes / theirs.peak_bytes,
+        "seconds": time_ratio(0.0),
+        "seconds_amortised": time_ratio(1 / epochs),
+    }
+
+
+def judge(case: dict[str, Any], ratio: dict[str, Any] | None) -> list[Verdict]:
+    """The targets for the lengths that they speak of, 576 + 44 + 100 tokens; none for others.
+
+    Args:
+        case: `image_tokens`, `prompt_tokens`, `answer_tokens`, `completions`, `epochs`, `device` and `model`.
+        ratio: From `ratios`, or None where TRL was not measured.
+    """
+    lengths = tuple(case.get(key) for key in ("image_tokens", "prompt_tokens", "answer_tokens"))
+    if lengths != (576, 44, 100) or case["completions"] not in (2, 3):
+        return []
+    where = f"{case['completions']} completions"
+    least, amortised = {2: (0.40, 0.52), 3: (0.27, 0.30)}[case["completions"]]
+    wanted = [(f"{where}: FLOPs a pair, stored reference: <= {least:g} of TRL's", "flops", least)]
+    if case["epochs"] == 2:
+        wanted.append(
+            (f"{where}: the same with the store's pass over 2 epochs: <= {amortised:g}", "flops_amortised", amortised)
+        )
+    if case["device"] == "cpu":
+        wanted.append((f"{where}: time a pair on a CPU: <= 0.5 of TRL's", "seconds", 0.5))
+    verdicts = []
+    for target, name, limit in wanted:
+        if ratio is None:
+            verdicts.append(Verdict(target, "not measured", None))
+            continue
+        value = float(ratio[name]["median"] if name == "seconds" else ratio[name])
+        verdicts.append(Verdict(target, f"{value:.3f}", value <= limit))
+    return verdicts + _gpu_verdicts(where, case, ratio)
+
+
+def _gpu_verdicts(where: str, case: dict[str, Any], ratio: dict[str, Any] | None) -> list[Verdict]:
+    """The targets of one H200 and the whole shape: measured on nothing else."""
+    speed = f"{where}: pairs a second on an H200, llava-1.5-7b: >= 2 times TRL's"
+    memory = f"{where}: peak memory above the weights there: <= 0.5 of TRL's"
+    if ratio is None or case["device"] != "cuda" or case["model"] != "llava-1.5-7b":
+        return [Verdict(speed, "not measured", None), Verdict(memory, "not measured", None)]
+    speed_up = 1 / ratio["seconds"]["median"]
+    return [
+        Verdict(speed, f"{speed_up:.2f}", speed_up >= 2),
+        Verdict(memory, f"{ratio['peak_bytes']:.3f}", ratio["peak_bytes"] <= 0.5),
+    ]
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _cells(who: str, one: Figures) -> list[str]:
+    spread = f"{min(one.seconds):.3f}-{max(one.seconds):.3f}"
+    return [
+        who,
+        f"{one.flops / 1e9:,.2f}",
+        f"{one.tokens:,.0f}",
+        f"{one.images:g}",
+        f"{one.peak_bytes / 2**20:,.1f}",
+        f"{one.median_seconds:.3f} ({spread})",
+    ]
+
+
+def table(result: dict[str, Any]) -> str:
+    """The figures of one case as Markdown."""
+    head = ["", "GFLOP / pair", "LM tokens / pair", "images / pair", "peak MiB / step", "s / pair (range)"]
+    lines = [_row(head), _row(["---"] * len(head))]
+    found = {name: Figures(**one) for name, one in result["figures"].items()}
+    names = {"bpo": "bpo, one step", "bpo-reference": "bpo, the store's pass", "trl": "TRL", "trl-liger": "TRL, Liger"}
+    lines += [_row(_cells(names[name], found[name])) for name in names if name in found]
+    lines += [_row([names[name], f"refused: {why}", "", "", "", ""]) for name, why in result["refused"].items()]
+    if result["ratios"]:
+        for suffix, title in (
+            ("", "bpo / TRL"),
+            ("_amortised", f"with the pass over {result['case']['epochs']} epochs"),
+        ):
+            lines.append(_row(_ratio_cells(title, suffix, result["ratios"])))
+    return "\n".join(lines)
+
+
+def _ratio_cells(title: str, suffix: str, ratio: dict[str, Any]) -> list[str]:
+    seconds = ratio[f"seconds{suffix}"]
+    return [
+        f"**{title}**",
+        *(f"**{ratio[name + suffix]:.3f}**" for name in ("flops", "tokens", "images")),
+        f"**{ratio['peak_bytes']:.3f}**" if not suffix else "",
+        f"**{seconds['median']:.3f}** ({seconds['least']:.3f}-{seconds['largest']:.3f})",
+    ]
+
+
+def verdict_table(verdicts: Sequence[Verdict]) -> str:
+    words = {True: "yes", False: "**no**", None: "not measured"}
+    lines = [_row(["target", "measured", "met"]), _row(["---"] * 3)]
+    return "\n".join([*lines, *(_row([v.target, v.measured, words[v.met]]) for v in verdicts)])
