@@ -1,4 +1,5 @@
-"""Every GPU test and every kernel benchmark on one GPU, within ten minutes: `make gpu`, or python benchmarks/gpu.py
+"""Every GPU test, a training step beside TRL's and every kernel benchmark on one GPU, within ten minutes: `make gpu`,
+or python benchmarks/gpu.py
 
     [--seconds 600] [--out benchmarks/results]
     --device cpu --quick --out DIR      rehearses the whole script over tiny shapes where there is no GPU
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
+import importlib.util
 import json
 import os
 import re
@@ -27,6 +29,7 @@ from pathlib import Path
 
 import torch
 
+from bpo.bench.report import table as step_table
 from bpo_kernels.bench import HEADER, table_row
 from bpo_kernels.bench_cases import DTYPES, Case, gemm_flops
 from bpo_kernels.bench_measure import Result, machine
@@ -38,6 +41,9 @@ RESERVE_SECONDS = 10.0
 # A benchmark stops by itself before it is stopped; a case in progress gets this long to end.
 GRACE_SECONDS = 20.0
 TEST_SHARE = 0.4
+# A 7B model is drawn, written once and read by both providers; the rest of the time belongs to the kernels.
+STEP_SHARE = 0.25
+STEP_NAME = "bpo bench step"
 TARGET_SHAPES = ("llava-1.5-7b", "qwen2.5-vl-7b")
 TARGET_ROWS = 2048
 
@@ -149,6 +155,28 @@ def run_benchmarks(
     return outcomes, results, not_run
 
 
+def step_arguments(quick: bool) -> list[str]:
+    """Options of `bpo bench step`: the whole LLaVA-1.5-7B, pairs before groups of three."""
+    if quick:
+        lengths = ["--image-tokens", "4", "--prompt-tokens", "24", "--answer-tokens", "8"]
+        return ["--model", "llava-1.5-7b-32nd", *lengths, "--completions", "2", "--repetitions", "1"]
+    return ["--model", "llava-1.5-7b", "--completions", "2", "3", "--num-groups", "4"]
+
+
+def run_step(quick: bool, seconds: float) -> tuple[Outcome, dict | None, list[Verdict]]:
+    """A training step beside TRL's: the outcome, what `bpo bench step` reported, and its verdicts."""
+    if importlib.util.find_spec("trl") is None:
+        why = "trl is not installed: pip install --constraint constraints.txt 'bpo[bench]'"
+        return Outcome(STEP_NAME, "not run", 0.0, why), None, []
+    with tempfile.TemporaryDirectory() as folder:  # where the benchmark is stopped, its model goes with this folder
+        report = Path(folder) / "step.json"
+        command = [sys.executable, "-m", "bpo.cli", "bench", "step", *step_arguments(quick), "--json", str(report)]
+        outcome = run_part(STEP_NAME, command, seconds, TMPDIR=folder)
+        content = json.loads(report.read_text()) if report.exists() else None
+    cases = content["cases"] if content else []
+    return outcome, content, [Verdict(**one) for case in cases for one in case["targets"]]
+
+
 def _of(results: list[Result], provider: str, **labels: str | int) -> list[Result]:
     return [
         result
@@ -208,6 +236,7 @@ def markdown(report: dict, results: list[Result], verdicts: list[Verdict]) -> st
     about = ", ".join(f"{key} {value}" for key, value in report["machine"].items() if value)
     lines = [f"{report['date']}, {about}", "", "| target | measured (worst case) | met |", "|---|---|---|"]
     lines += [f"| {verdict.target} | {verdict.measured} | {words[verdict.met]} |" for verdict in verdicts]
+    lines += [f"\n{step_table(case)}" for case in (report["step"] or {"cases": []})["cases"]]
     lines += ["", HEADER]
     for result in results:
         shape = result.shape or "tiny"
@@ -254,25 +283,28 @@ def main(argv: list[str] | None = None) -> int:
     if tests.status == "failed":
         print("the GPU tests fail: nothing is reported", file=sys.stderr)
         return 1
+    step, step_report, verdicts = run_step(options.quick, min(STEP_SHARE * options.seconds, time_left()))
+    print(step.output_tail, f"{STEP_NAME}: {step.status} in {step.seconds:.0f} s", sep="\n", flush=True)
     parts = benchmark_parts(options.quick)
     # Where the tests did not end in time, each benchmark runs those of its operation first.
     outcomes, results, not_run = run_benchmarks(parts, options.device, tests.status == "passed", time_left)
-    verdicts = judge(results if device.type == "cuda" else [])
+    verdicts += judge(results if device.type == "cuda" else [])
     now = datetime.datetime.now(datetime.timezone.utc)
     report = {
         "date": now.strftime("%Y-%m-%d"),
         "machine": machine(device),
-        "parts": [asdict(outcome) for outcome in (tests, *outcomes)],
-        "not_run": ([] if tests.status == "passed" else [f"pytest -m gpu: {tests.status}"]) + not_run,
+        "parts": [asdict(outcome) for outcome in (tests, step, *outcomes)],
+        "not_run": [f"{part.name}: {part.status}" for part in (tests, step) if part.status != "passed"] + not_run,
         "targets": [asdict(verdict) for verdict in verdicts],
         "results": [asdict(result) for result in results],
+        "step": step_report,
     }
     name = re.sub(r"[^a-z0-9]+", "-", str(report["machine"]["device"]).lower()).strip("-")
     path = (options.out or ROOT / "benchmarks" / "results") / f"gpu-{name}-{now:%Y%m%d}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=2) + "\n")
     print(markdown(report, results, verdicts), f"\n{path}: {time.monotonic() - begin:.0f} s in all", sep="\n")
-    return 1 if any(outcome.status == "failed" for outcome in outcomes) else 0
+    return 1 if any(outcome.status == "failed" for outcome in (step, *outcomes)) else 0
 
 
 if __name__ == "__main__":

@@ -277,9 +277,9 @@ def main(argv: list[str] | None = None) -> int:
             verdicts += judged
             about = ", ".join(f"{key} {value}" for key, value in result["case"].items() if value is not None)
             print(f"{about}\n\n{table(result)}\n", flush=True)
+            if chosen.json:  # after every case: what a deadline cuts short keeps what it has
+                chosen.json.parent.mkdir(parents=True, exist_ok=True)
+                chosen.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     if verdicts:
         print(verdict_table(verdicts))
-    if chosen.json:
-        chosen.json.parent.mkdir(parents=True, exist_ok=True)
-        chosen.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return 0

@@ -138,6 +138,7 @@ def test_every_operation_row_and_shape_is_asked_for(gpu):
 def test_red_tests_stop_everything(gpu, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(gpu, "run_part", lambda name, *_: gpu.Outcome(name, "failed", 1.0, "1 failed"))
     monkeypatch.setattr(gpu, "run_benchmarks", lambda *_: pytest.fail("benchmarks were run"))
+    monkeypatch.setattr(gpu, "run_step", lambda *_: pytest.fail("the step was run"))
     assert gpu.main(["--device", "cpu", "--quick", "--out", str(tmp_path)]) == 1
     assert "nothing is reported" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
@@ -149,13 +150,16 @@ def test_the_whole_script_over_tiny_shapes_on_a_cpu(gpu, monkeypatch, tmp_path, 
     monkeypatch.setattr(gpu, "benchmark_parts", lambda quick: [every_part[0], every_part[3]])
     run_part = gpu.run_part
     tests = gpu.Outcome("pytest -m gpu", "passed", 1.0, "7 skipped")
+    skipped = gpu.Outcome(gpu.STEP_NAME, "not run", 0.0, "no trl"), None, []
+    monkeypatch.setattr(gpu, "run_step", lambda *_: skipped)
     monkeypatch.setattr(gpu, "run_part", lambda name, *rest: tests if "pytest" in name else run_part(name, *rest))
     assert gpu.main(["--device", "cpu", "--quick", "--out", str(tmp_path)]) == 0
     (path,) = tmp_path.iterdir()
     assert path.name.startswith("gpu-cpu-") and path.suffix == ".json"
     report = json.loads(path.read_text())
-    assert set(report) == {"date", "machine", "parts", "not_run", "targets", "results"}
-    assert [part["status"] for part in report["parts"]] == ["passed"] * 3
+    assert set(report) == {"date", "machine", "parts", "not_run", "targets", "results", "step"}
+    assert [part["status"] for part in report["parts"]] == ["passed", "not run", "passed", "passed"]
+    assert f"{gpu.STEP_NAME}: not run" in report["not_run"]
     assert {result["operation"] for result in report["results"]} == {"linear_logprob", "preference_loss"}
     assert all(result["median_ms"] > 0 for result in report["results"] if result["status"] == "ok")
     # One row makes no pair, and a CPU meets no target of a GPU.
@@ -170,6 +174,33 @@ def test_parts_without_time_are_listed_as_not_run(gpu):
     outcomes, results, not_run = gpu.run_benchmarks(parts, "cpu", True, lambda: -1.0)
     assert [outcome.status for outcome in outcomes] == ["not run", "not run"]
     assert results == [] and not_run == [f"{part.name}: not run, no case was reached" for part in parts]
+
+
+def test_the_step_is_skipped_with_a_reason_where_trl_is_missing(gpu, monkeypatch):
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(gpu, "run_part", lambda *_, **__: pytest.fail("it was run"))
+    outcome, report, verdicts = gpu.run_step(True, 100.0)
+    assert outcome.status == "not run" and "trl is not installed: pip install" in outcome.output_tail
+    assert report is None and verdicts == []
+
+
+def test_the_steps_report_and_verdicts_are_kept_when_it_is_stopped(gpu, monkeypatch):
+    """Its folder, where a killed benchmark leaves its model, is gone afterwards."""
+    places = []
+
+    def stopped(name, command, seconds, **environment):
+        places.append(Path(environment["TMPDIR"]))
+        (places[0] / "model").write_text("14 GB")
+        target = {"target": "2 completions: FLOPs", "measured": "0.377", "met": True}
+        Path(command[command.index("--json") + 1]).write_text(json.dumps({"cases": [{"targets": [target]}]}))
+        return gpu.Outcome(name, "stopped", seconds)
+
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(gpu, "run_part", stopped)
+    outcome, report, verdicts = gpu.run_step(False, 100.0)
+    assert outcome.status == "stopped" and len(report["cases"]) == 1
+    assert [(one.measured, one.met) for one in verdicts] == [("0.377", True)]
+    assert not places[0].exists()
 
 
 def test_cases_before_the_kill_are_kept_and_the_rest_is_listed(tmp_path):
