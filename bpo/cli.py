@@ -16,7 +16,7 @@ commands:
   evaluate    hallucination measured by CHAIR and POPE
   export      a merged model directory, or a PEFT adapter, from a checkpoint
   refs        `bpo refs inspect|verify|compact DIR`: look after a store of reference log-probs
-  bench       `bpo bench kernels|step`: the kernels against other libraries, a training step beside TRL's
+  bench       `bpo bench kernels|step|bootstrap`: kernels, a training step beside TRL's, batched bootstrapping
   doctor      what this machine has, and what that means for a run
 
 `bpo COMMAND --help` lists the options of a command.
