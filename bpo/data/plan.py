@@ -93,7 +93,7 @@ def split_into_micro_batches(
             heapq.heappush(heap, (filled + num_tokens[group], b))
         if _fit(bins, num_tokens, max_tokens, row_tokens):
             break
-        per_rank += 1
+        per_rank += 1 + per_rank // 128  # of very many bins some stay free, and each try takes as long as the first
     if level and world_size > 1:
         levelled = _level([list(one) for one in bins], num_tokens, max_tokens)
         bins = levelled if _fit(levelled, num_tokens, max_tokens, row_tokens) else bins
