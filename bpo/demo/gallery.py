@@ -13,9 +13,9 @@ from bpo.config import Config, DataConfig, ModelConfig
 from bpo.data.encode import EncodedPrompt, Encoder, load_encoder
 from bpo.data.formats import read_groups
 from bpo.data.images import load_image
+from bpo.data.lexicon import ObjectLexicon
 from bpo.demo.report import EvaluationExample, MarkedAnswer, TrainingExample, mark_answer
 from bpo.evaluation.files import read_synonyms
-from bpo.data.lexicon import ObjectLexicon
 from bpo.records import Completion, PreferenceGroup
 
 if TYPE_CHECKING:

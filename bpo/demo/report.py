@@ -19,9 +19,9 @@ from markupsafe import Markup
 from PIL import Image
 
 from bpo.data.jsonfiles import read_records
+from bpo.data.lexicon import ObjectLexicon
 from bpo.demo.charts import Bar, Line, bar_chart, legend_swatch, line_chart, thin_out
 from bpo.evaluation.chair import DescriptionScore
-from bpo.data.lexicon import ObjectLexicon
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 MAX_CURVE_POINTS = 60
