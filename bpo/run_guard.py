@@ -39,18 +39,19 @@ class RunGuard:
         self._lock: RunLock | None = None
 
     def __enter__(self) -> RunGuard:
-        from_rank_0(self._own_directory)
+        run = from_rank_0(self._own_directory)
         try:
             timeout_s = self.config.hang_timeout_seconds
-            self.watchdog = Watchdog(self.output_dir, self.ranks.rank, self.ranks.world_size, timeout_s)
+            self.watchdog = Watchdog(self.output_dir, self.ranks.rank, self.ranks.world_size, timeout_s, run)
         except BaseException:
             self._release()
             raise
         return self
 
-    def _own_directory(self) -> None:
+    def _own_directory(self) -> str:
         self._lock = RunLock(self.output_dir)
         clean_leftovers(self.output_dir)
+        return str(self._lock.owner["token"])
 
     def count_restart(self, step: int) -> None:
         """On all ranks, before the work begins.

@@ -88,6 +88,9 @@ class RunLock:
                 self._take_over()
         except OSError as error:
             raise RunLockError(_cannot_write(output_dir, error)) from error
+        except RunLockError:
+            self._beats.unlink(missing_ok=True)
+            raise
         self._thread = threading.Thread(target=self._keep_beating, name="run lock", daemon=True)
         self._thread.start()
 

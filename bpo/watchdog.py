@@ -36,8 +36,12 @@ MAX_INTERVAL_S = 5.0
 
 @dataclass
 class Heartbeat:
-    """What a rank tells of itself. `position` grows with every forward pass; `beats` with every second or so."""
+    """What a rank tells of itself. `position` grows with every forward pass; `beats` with every second or so.
 
+    `run` is the same on all ranks of one start: files of an earlier one speak for nobody.
+    """
+
+    run: str
     rank: int
     host: str
     boot: str
@@ -80,6 +84,7 @@ class Watchdog:
 
     Args:
         timeout_s: Silence or lack of progress for so long ends the job; 0 watches nothing.
+        run: Anything that all ranks of this start share, and no other start.
         end: Called with an exit code; for tests.
     """
 
@@ -89,12 +94,13 @@ class Watchdog:
         rank: int,
         world_size: int,
         timeout_s: float,
+        run: str = "",
         end: Callable[[int], None] = os._exit,
     ):
         self.output_dir, self.world_size, self.timeout_s, self._end = output_dir, world_size, timeout_s, end
         self.interval_s = min(MAX_INTERVAL_S, timeout_s / 10)
         pid = os.getpid()
-        self.own = Heartbeat(rank, os.uname().nodename, boot_id(), pid, process_start(pid))
+        self.own = Heartbeat(run, rank, os.uname().nodename, boot_id(), pid, process_start(pid))
         self._unbounded = 0
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
@@ -153,18 +159,24 @@ class Watchdog:
                 return self._fire(self._verdict(f"rank {self.own.rank} has not moved for {now - moved_at:.0f} s"))
             if neighbour == self.own.rank:
                 continue
-            other = read_heartbeat(heartbeat_path(self.output_dir, neighbour))
-            if other is None or other.ended or other.beats != seen:
-                seen, seen_at = (-1 if other is None else other.beats), now
+            other = self._read(neighbour)
+            if other is None:
+                if now - seen_at > self.timeout_s:
+                    return self._fire(f"rank {neighbour} never began")
+            elif other.ended or other.beats != seen:
+                seen, seen_at = other.beats, now
             elif is_dead(other):
                 return self._fire(f"{other.where()} died; {other.progress()}")
             elif now - seen_at > self.timeout_s:
                 return self._fire(f"{other.where()} gave no sign for {now - seen_at:.0f} s; {other.progress()}")
         return None
 
+    def _read(self, rank: int) -> Heartbeat | None:
+        found = read_heartbeat(heartbeat_path(self.output_dir, rank))
+        return found if found is not None and found.run == self.own.run else None
+
     def _everyone(self) -> list[Heartbeat]:
-        paths = (heartbeat_path(self.output_dir, rank) for rank in range(self.world_size))
-        return [one for one in map(read_heartbeat, paths) if one is not None]
+        return [one for one in map(self._read, range(self.world_size)) if one is not None]
 
     def culprit(self) -> str | None:
         """The rank that failed, is dead or silent, by name; takes a few intervals. None if all are alive."""

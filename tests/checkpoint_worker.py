@@ -6,6 +6,8 @@ The parameter `w` has 1000 elements, cut among the ranks; after step s its maste
 from __future__ import annotations
 
 import logging
+import multiprocessing
+import multiprocessing.forkserver
 import os
 import signal
 from pathlib import Path
@@ -79,6 +81,23 @@ class Gloo:
         gathered: list[Any] = [None] * self.world_size
         dist.all_gather_object(gathered, item)
         return gathered
+
+
+def warm_context() -> multiprocessing.context.ForkServerContext:
+    """Processes that need not import torch again: forked from a server that has, and that has no threads."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["checkpoint_worker"])
+    # The server looks for what it is to preload on PYTHONPATH only, and passes over what it does not find.
+    here = Path(__file__).resolve().parent
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(here), str(here.parent), *([before] if before else [])])
+    try:
+        multiprocessing.forkserver.ensure_running()
+    finally:
+        os.environ.pop("PYTHONPATH")
+        if before is not None:
+            os.environ["PYTHONPATH"] = before
+    return context
 
 
 def save_and_die(rank: int, output_dir: str, stage: str, victim: int) -> None:

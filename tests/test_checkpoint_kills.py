@@ -12,7 +12,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from checkpoint_worker import Run, save_and_die, stored_step
+from checkpoint_worker import Run, save_and_die, stored_step, warm_context
 
 from bpo.checkpoint_files import STAGES, clean_leftovers, newest_valid_checkpoint
 
@@ -21,10 +21,7 @@ pytestmark = pytest.mark.timeout(120)
 
 @pytest.fixture(scope="module")
 def context() -> multiprocessing.context.ForkServerContext:
-    """Processes that need not import torch again; it has no threads, so that forking is safe."""
-    server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["checkpoint_worker"])
-    return server
+    return warm_context()
 
 
 def killed_run(

@@ -1,0 +1,178 @@
+"""Two jobs, dead owners, clocks that jump, directories that cannot be written. Run: pytest tests/test_run_lock.py"""
+
+from __future__ import annotations
+
+import json
+import logging
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bpo.run_lock import LOCK, NoProgressError, RestartCount, RunLock, RunLockError, owner_record, process_start
+
+ROOT = Path(__file__).resolve().parent.parent
+FAST = {"beat_every_s": 0.05, "stale_s": 0.4}
+pytestmark = pytest.mark.timeout(60)
+
+
+def write_lock(output_dir: Path, **changes: Any) -> dict[str, Any]:
+    """The lock of some other job."""
+    other = {**owner_record(), **changes}
+    (output_dir / LOCK).write_text(json.dumps(other))
+    return other
+
+
+def dead_pid() -> int:
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def test_a_second_job_is_refused_and_told_by_whom(tmp_path: Path) -> None:
+    lock = RunLock(tmp_path / "run", **FAST)
+    with pytest.raises(RunLockError, match=rf"in use by process {os.getpid()} on {os.uname().nodename}.*job\.lock"):
+        RunLock(tmp_path / "run", **FAST)
+    assert lock.lost() is None
+    lock.release()
+    assert sorted(os.listdir(tmp_path / "run")) == []
+    RunLock(tmp_path / "run", **FAST).release()
+
+
+def test_of_many_that_start_at_once_one_gets_the_directory(tmp_path: Path) -> None:
+    code = (
+        "import sys, time\nfrom pathlib import Path\nfrom bpo.run_lock import RunLock, RunLockError\n"
+        "try:\n    RunLock(Path(sys.argv[1]))\nexcept RunLockError:\n    sys.exit(3)\ntime.sleep(3)"
+    )
+    write_lock(tmp_path, pid=dead_pid())  # and all of them find a dead owner
+    jobs = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT) for _ in range(6)]
+    assert sorted(job.wait() for job in jobs) == [0, 3, 3, 3, 3, 3]
+
+
+def test_the_lock_of_a_killed_job_on_this_host_is_taken_over_aloud(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    code = (
+        "import sys, time\nfrom pathlib import Path\nfrom bpo.run_lock import RunLock\n"
+        "RunLock(Path(sys.argv[1]))\nprint(flush=True)\ntime.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, cwd=ROOT) as job:
+        assert job.stdout is not None and job.stdout.readline()
+        with pytest.raises(RunLockError, match=f"process {job.pid}"):
+            RunLock(tmp_path, **FAST)
+        job.send_signal(signal.SIGKILL)
+    started = time.monotonic()
+    RunLock(tmp_path, **FAST).release()
+    assert time.monotonic() - started < 0.3  # known to be dead: nothing to wait for
+    assert f"taken over from process {job.pid}" in caplog.text and "no longer runs" in caplog.text
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_later_process_of_the_same_number_is_not_the_owner(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_lock(tmp_path, started="1")
+    RunLock(tmp_path, **FAST).release()
+    assert "no longer runs" in caplog.text
+
+
+def test_an_owner_on_another_host_is_watched_not_believed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING)
+    other = write_lock(tmp_path, host="n7", boot="other", job="41")
+    beats = tmp_path / f"{LOCK}.{other['token']}"
+    beats.write_text("0")
+    stop = multiprocessing.Event()
+    job = multiprocessing.Process(target=_beat, args=(beats, stop))
+    job.start()
+    with pytest.raises(RunLockError, match=r"process \d+ on n7, job 41"):
+        RunLock(tmp_path, **FAST)
+    stop.set()
+    job.join()
+    RunLock(tmp_path, **FAST).release()
+    assert "gave no sign of life" in caplog.text and not beats.exists()
+
+
+def _beat(path: Path, stop: Any) -> None:
+    count = 0
+    while not stop.wait(0.02):
+        count += 1
+        path.write_text(str(count))
+
+
+def test_a_job_that_slurm_restarts_takes_its_own_lock_back_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "41")
+    write_lock(tmp_path, host="n7", boot="other")
+    started = time.monotonic()
+    RunLock(tmp_path).release()  # with the usual 75 seconds of watching
+    assert time.monotonic() - started < 2 and "an earlier start of this job" in caplog.text
+
+
+@pytest.mark.parametrize("jump_s", [-(10**9), 10**9])
+def test_clocks_that_jump_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jump_s: int) -> None:
+    lock = RunLock(tmp_path, **FAST)
+    real = time.time
+    monkeypatch.setattr(time, "time", lambda: real() + jump_s)
+    for file in tmp_path.iterdir():
+        os.utime(file, (real() + jump_s, real() + jump_s))
+    with pytest.raises(RunLockError, match="in use"):
+        RunLock(tmp_path, **FAST)
+    lock.release()
+
+
+def test_an_owner_that_lost_its_directory_is_told(tmp_path: Path) -> None:
+    lock = RunLock(tmp_path, **FAST)
+    write_lock(tmp_path, host="n8")
+    assert "now belongs to process" in str(lock.lost()) and "n8" in str(lock.lost())
+    lock.release()
+    assert json.loads((tmp_path / LOCK).read_text())["host"] == "n8"  # another's lock is not removed
+    (tmp_path / LOCK).unlink()
+    assert "nobody" in str(lock.lost())
+
+
+def test_a_damaged_lock_is_taken_over(tmp_path: Path) -> None:
+    (tmp_path / LOCK).write_text("{")
+    RunLock(tmp_path, **FAST).release()
+
+
+def test_a_directory_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    tmp_path.chmod(0o755)
+    (tmp_path / "run").mkdir(mode=0o555)
+    code = (
+        "import os, sys\nfrom pathlib import Path\nfrom bpo.run_lock import RunLock, RunLockError\n"
+        "os.geteuid() or os.setuid(65534)\n"  # root may write anywhere
+        "try:\n    RunLock(Path(sys.argv[1]))\nexcept RunLockError as error:\n    print(error)"
+    )
+    for parent in tmp_path.parents:
+        if parent.stat().st_uid == os.getuid() and parent != Path("/"):
+            parent.chmod(parent.stat().st_mode | 0o011)
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "run")], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert "run cannot be written: this user may not write there. Make it writable" in result.stdout
+
+
+def test_processes_are_told_apart(tmp_path: Path) -> None:
+    assert process_start(os.getpid()) == process_start(os.getpid()) != process_start(1)
+    assert process_start(dead_pid()) is None
+
+
+def test_restarts_without_a_new_checkpoint_come_to_an_end(tmp_path: Path) -> None:
+    count = RestartCount(tmp_path)
+    assert [count.start(10, 3) for _ in range(3)] == [1, 2, 3]
+    with pytest.raises(NoProgressError, match=r"3 restarts since the checkpoint of step 10.*restarts\.json"):
+        count.start(10, 3)
+    assert count.start(20, 3) == 1  # a new checkpoint is progress
+    count.clear()
+    assert [count.start(20, 0) for _ in range(9)] == list(range(1, 10))  # 0: no limit
+
+
+def test_a_damaged_count_begins_anew_aloud(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "restarts.json").write_text("{")
+    assert RestartCount(tmp_path).start(10, 3) == 1
+    assert "damaged" in caplog.text
