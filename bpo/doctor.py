@@ -193,13 +193,17 @@ def check_ninja() -> Finding:
 
 
 def check_flash_attn() -> Finding:
-    version = version_of("flash-attn")
-    if not has_gpu():
-        return Finding("flash-attn", "ok", version or "not installed", "not used on CPU: attention is PyTorch's SDPA")
-    if version:
-        use = "model.vision_attention: flash_attention_2 uses it in the vision tower; packed groups use SDPA"
-        return Finding("flash-attn", "ok", version, use)
-    return Finding("flash-attn", "ok", "not installed", "not needed: towers and packed groups use PyTorch's SDPA")
+    version = version_of("flash-attn") or "not installed"
+    if torch_error() is not None:
+        return Finding("flash-attn", "warn", version, "not asked: PyTorch cannot be imported")
+    import torch
+
+    from bpo.model.attention_choice import Needs, choose_backend
+
+    device = torch.device("cuda" if has_gpu() else "cpu")
+    choice = choose_backend("auto", Needs(device, torch.bfloat16))
+    tower = "; towers: model.vision_attention=flash_attention_2" if choice.backend == "flash" else ""
+    return Finding("flash-attn", "ok", version, f"packed groups attend by {choice.backend}: {choice.reason}{tower}")
 
 
 def check_triton() -> Finding:

@@ -22,6 +22,7 @@ from bpo.data.plan import PlannedStep, plan_balance, plan_steps, split_into_micr
 from bpo.data.transfer import on_device
 from bpo.engine import TrainingEngine, barrier, from_rank_0, gather_from_ranks
 from bpo.launch import Ranks
+from bpo.model.load import choose_attention
 from bpo.model.reference import ReferenceStore, open_or_create
 from bpo.model.reference_fingerprint import DIGESTS, model_fingerprint
 from bpo.model.reference_format import ReferenceStoreError
@@ -227,7 +228,8 @@ def fill_reference_store(config: Config, engine: TrainingEngine, data: TrainingD
 
 def _open_store(config: Config, engine: TrainingEngine, data: TrainingData, directory: Path) -> dict[str, str]:
     # Another order of sums rounds differently, and the first step compares policy and reference to rounding.
-    sequences = {} if data.separate_reason is None else {"sequences": "separate"}
+    choice = choose_attention(config.model, engine.device)
+    sequences = {"sequences": "separate"} if choice is None else {"attention": choice.backend}
     fingerprint = model_fingerprint(
         config.model.path,
         kept_digests=directory / DIGESTS,

@@ -29,10 +29,10 @@ from bpo.data.encode import load_encoder
 from bpo.data.plan import PlannedStep
 from bpo.flops import ModelFlops, model_flops
 from bpo.interrupts import EXIT_CANNOT_SAVE, EXIT_INTERRUPTED, EXIT_NO_PROGRESS, EXIT_RANK_LOST, StopRequest
-from bpo.launch import Ranks, own_arguments, ranks_from_environment, setup_logging
+from bpo.launch import Ranks, own_arguments, pick_device, ranks_from_environment, setup_logging
 from bpo.metrics import MetricsWriter, StepSums, step_metrics, step_rates
 from bpo.model.attention import packed_layout
-from bpo.model.load import load_model, resolve_dtype
+from bpo.model.load import choose_attention, load_model, resolve_dtype
 from bpo.model.policy import PolicyModel
 from bpo.model.reference import ReferenceStore
 from bpo.model.trainable import prepare_trainable
@@ -129,6 +129,7 @@ def prepare(config: Config, ranks: Ranks, guard: RunGuard) -> Prepared:
     """Finds the checkpoint, measures, plans, loads, computes the reference, restores."""
     output_dir = Path(config.train.output_dir)
     dtype = resolve_dtype(config.model)
+    choose_attention(config.model, pick_device(ranks))  # before hours of measuring: refuses what cannot run
     found = checkpoint.find_resumable(config, engine.JobRanks(ranks))
     guard.count_restart(found[1]["step"] if found else 0)
     if ranks.is_main:
@@ -139,7 +140,7 @@ def prepare(config: Config, ranks: Ranks, guard: RunGuard) -> Prepared:
     steps = plan_training(config, data, ranks)
     settings = engine.deepspeed_config(config, dtype, max(len(s.micro_batches[0]) for s in steps))
     with guard.phase("loading the model"), engine.partitioned_loading(settings):
-        model = load_model(config.model, for_training=True)
+        model = load_model(config.model, pick_device(ranks), for_training=True)
     prepare_trainable(model, encoder.family, config)
     flops = model_flops(model, encoder.family)
     with guard.phase("starting DeepSpeed"):

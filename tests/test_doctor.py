@@ -12,6 +12,7 @@ import pytest
 
 from bpo import doctor
 from bpo.doctor import Finding
+from bpo.model import attention_choice
 
 
 def test_table_names_every_part_of_the_machine_and_says_what_it_means() -> None:
@@ -95,11 +96,16 @@ def test_no_gpu_says_what_training_on_cpu_means(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_flash_attn_is_said_to_serve_what_it_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "has_gpu", lambda: False)
+    assert "attend by sdpa" in doctor.check_flash_attn().consequence
     monkeypatch.setattr(doctor, "has_gpu", lambda: True)
-    monkeypatch.setattr(doctor, "version_of", lambda name: None)
-    assert "not needed" in doctor.check_flash_attn().consequence
-    monkeypatch.setattr(doctor, "version_of", lambda name: "2.8.3")
-    assert "vision tower" in doctor.check_flash_attn().consequence
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(attention_choice, "_flash_version", lambda: None)
+    assert "attend by flex" in doctor.check_flash_attn().consequence
+    assert "pip install 'bpo[flash]'" in doctor.check_flash_attn().consequence
+    monkeypatch.setattr(attention_choice, "_flash_version", lambda: "2.8.3")
+    monkeypatch.setattr(attention_choice, "varlen_function", lambda: None)
+    assert "attend by flash" in doctor.check_flash_attn().consequence
 
 
 def test_triton_line_follows_the_dispatch_variable(monkeypatch: pytest.MonkeyPatch) -> None:

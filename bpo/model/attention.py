@@ -1,104 +1,117 @@
-"""Attention over packed groups that share their prefixes.
+"""Attention over packed groups that share their prefixes: one interface, three ways to compute it.
 
 A completion attends to its own prefix and to itself, causally, and never to a sibling. The function is registered with
 transformers for the text model only; without a layout it is ordinary SDPA, so the same model also generates.
 
-Shape letters: B batch (always 1 while packed), H heads, T packed tokens, D head size.
+Shape letters: B batch (always 1 while packed), H query heads, K key heads, T packed tokens, D head size.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
-from collections.abc import Iterator
-from functools import cache
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 
+from bpo.model.attention_choice import BackendName, Choice
+from bpo.model.attention_flash import flash_attend, flash_plan
+from bpo.model.attention_flex import flex_attend, flex_plan
+from bpo.model.attention_sdpa import sdpa_attend, sdpa_plan
 from bpo.records import PackedLayout
 
-NAME = "bpo_shared_prefix"
 logger = logging.getLogger(__name__)
+
+
+class Backend(NamedTuple):
+    """A way to compute attention over a packed row.
+
+    Attributes:
+        registered_name: For transformers' `attn_implementation`. transformers looks for parts of names, such as
+            "flash", and would then prepare other masks.
+        plan: Of a layout, on a device: index tensors or masks, the same for all layers.
+        attend: (query, key, value, plan, scaling, dropout) -> [B, T, H, D].
+        about: For the log.
+    """
+
+    registered_name: str
+    plan: Callable[[PackedLayout, torch.device], Any]
+    attend: Callable[..., torch.Tensor]
+    about: str
+
+
+BACKENDS: dict[BackendName, Backend] = {
+    "flash": Backend("bpo_shared_prefix_varlen", flash_plan, flash_attend, "flash-attn, one varlen call a layer"),
+    "flex": Backend("bpo_shared_prefix_blocks", flex_plan, flex_attend, "FlexAttention, one compiled call a layer"),
+    "sdpa": Backend("bpo_shared_prefix", sdpa_plan, sdpa_attend, "PyTorch SDPA, two calls a group"),
+}
+
+
+class _PackedBatch:
+    """A layout and the plans made of it, which go with their batch: no two batches have the same lengths."""
+
+    def __init__(self, layout: PackedLayout):
+        self.layout = layout
+        self.plans: dict[tuple[BackendName, torch.device], Any] = {}
+
+    def plan(self, backend: BackendName, device: torch.device) -> Any:
+        if (backend, device) not in self.plans:
+            self.plans[backend, device] = BACKENDS[backend].plan(self.layout, device)
+        return self.plans[backend, device]
+
 
 # A plain global and not a context variable: the backward pass of CUDA runs in a thread of its own, where gradient
 # checkpointing calls the attention again.
-_layouts: list[PackedLayout] = []
+_batches: list[_PackedBatch] = []
 
 
 @contextlib.contextmanager
 def packed_layout(layout: PackedLayout) -> Iterator[None]:
     """Makes attention follow `layout`; must span forward *and* backward (checkpointing recomputes there)."""
-    _layouts.append(layout)
+    _batches.append(_PackedBatch(layout))
     try:
         yield
     finally:
-        _layouts.pop()
-        _suffix_mask.cache_clear()
-
-
-@cache
-def _suffix_mask(prefix_length: int, lengths: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """[sum(lengths), prefix_length + sum(lengths)] boolean mask: own prefix, own completion up to itself.
-
-    Made once for all layers of a packed batch and dropped with it: no two batches need the same lengths.
-    """
-    mask = torch.zeros(sum(lengths), prefix_length + sum(lengths), dtype=torch.bool)
-    mask[:, :prefix_length] = True
-    start = 0
-    for length in lengths:
-        own = slice(start, start + length)
-        mask[own, prefix_length + start : prefix_length + start + length] = torch.ones(length, length).tril().bool()
-        start += length
-    return mask.to(device)
+        _batches.pop()
 
 
 def shared_prefix_attention(
     query_BHTD: torch.Tensor,
-    key_BHTD: torch.Tensor,
-    value_BHTD: torch.Tensor,
+    key_BKTD: torch.Tensor,
+    value_BKTD: torch.Tensor,
     layout: PackedLayout,
     scaling: float | None = None,
     dropout: float = 0.0,
+    *,
+    backend: BackendName = "sdpa",
 ) -> torch.Tensor:
     """Softmax attention of every group's prefix and completions.
 
     Equals, for each completion, `F.scaled_dot_product_attention(q, k, v, is_causal=True)` on [prefix | completion]
-    alone; keys and values of the prefix are read, not copied per completion. Grouped-query heads are allowed.
+    alone. K may divide H (grouped-query heads).
 
     Returns:
-        [B, H, T, D] in the dtype of `query_BHTD`.
+        [B, T, H, D] in the dtype of `query_BHTD`.
+
+    Raises:
+        ValueError: dropout with `flex`, which has none.
     """
-    grouped = query_BHTD.shape[1] != key_BHTD.shape[1]
-    outputs = []
-    for (start, prefix_end), completions in zip(layout.prefix_spans, layout.completion_spans, strict=True):
-        end = completions[-1][1] if completions else prefix_end
-        outputs.append(
-            F.scaled_dot_product_attention(
-                query_BHTD[:, :, start:prefix_end],
-                key_BHTD[:, :, start:prefix_end],
-                value_BHTD[:, :, start:prefix_end],
-                is_causal=True,
-                dropout_p=dropout,
-                scale=scaling,
-                enable_gqa=grouped,
-            )
-        )
-        if completions:
-            lengths = tuple(b - a for a, b in completions)
-            outputs.append(
-                F.scaled_dot_product_attention(
-                    query_BHTD[:, :, prefix_end:end],
-                    key_BHTD[:, :, start:end],
-                    value_BHTD[:, :, start:end],
-                    attn_mask=_suffix_mask(prefix_end - start, lengths, query_BHTD.device),
-                    dropout_p=dropout,
-                    scale=scaling,
-                    enable_gqa=grouped,
-                )
-            )
-    return torch.cat(outputs, dim=2)
+    return _attend(query_BHTD, key_BKTD, value_BKTD, _PackedBatch(layout), backend, scaling, dropout)
+
+
+def _attend(
+    query_BHTD: torch.Tensor,
+    key_BKTD: torch.Tensor,
+    value_BKTD: torch.Tensor,
+    batch: _PackedBatch,
+    backend: BackendName,
+    scaling: float | None,
+    dropout: float,
+) -> torch.Tensor:
+    plan = batch.plan(backend, query_BHTD.device)
+    return BACKENDS[backend].attend(query_BHTD, key_BKTD, value_BKTD, plan, scaling, dropout)
 
 
 def _attention_interface(
@@ -109,34 +122,40 @@ def _attention_interface(
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
+    *,
+    backend: BackendName,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    if not _layouts:
+    if not _batches:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )
-    if kwargs.get("sliding_window"):
-        raise ValueError("sliding-window attention cannot share prefixes; use a model without sliding windows")
-    output_BHTD = shared_prefix_attention(query, key, value, _layouts[-1], scaling, dropout)
-    return output_BHTD.transpose(1, 2).contiguous(), None
+    for option in ("sliding_window", "softcap", "s_aux"):
+        if kwargs.get(option) is not None:
+            raise ValueError(
+                f"attention over packed groups leaves out {option}, which this model asks for: model.share_prefix=never"
+            )
+    return _attend(query, key, value, _batches[-1], backend, scaling, dropout), None
 
 
 def _mask_interface(*args: Any, **kwargs: Any) -> Any:
-    if _layouts:
+    if _batches:
         return None  # the layout is the mask
     from transformers.masking_utils import sdpa_mask
 
     return sdpa_mask(*args, **kwargs)
 
 
-@cache
-def register() -> str:
-    """Registers the attention with transformers; returns its name for `attn_implementation`."""
+@functools.cache
+def register(choice: Choice) -> str:
+    """Registers a chosen backend with transformers and logs it, once; returns its name for `attn_implementation`."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    AttentionInterface.register(NAME, _attention_interface)
-    AttentionMaskInterface.register(NAME, _mask_interface)
-    logger.info("attention over packed groups: PyTorch SDPA, two calls a group")
-    return NAME
+    backend = BACKENDS[choice.backend]
+    interface = functools.partial(_attention_interface, backend=choice.backend)
+    AttentionInterface.register(backend.registered_name, interface)
+    AttentionMaskInterface.register(backend.registered_name, _mask_interface)
+    logger.info("attention over packed groups: %s (%s)", backend.about, choice.reason)
+    return backend.registered_name

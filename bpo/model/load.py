@@ -10,6 +10,7 @@ import torch
 from bpo.config import ModelConfig
 from bpo.data.families import family_of
 from bpo.model import attention
+from bpo.model.attention_choice import Choice, Needs, choose_backend
 from bpo.model.recompute import checkpoint_layers
 
 logger = logging.getLogger(__name__)
@@ -25,6 +26,21 @@ def resolve_dtype(config: ModelConfig) -> torch.dtype:
     return torch.float32 if stored is None else stored
 
 
+def choose_attention(config: ModelConfig, device: torch.device) -> Choice | None:
+    """How packed groups attend on `device`, or None for a model that trains on separate sequences.
+
+    Raises:
+        ValueError: `model.attention` asks for what cannot run there.
+    """
+    from transformers import AutoConfig
+
+    model_config = AutoConfig.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
+    if family_of(model_config, config.share_prefix).separate_reason is not None:
+        return None
+    needs = Needs.of_model(model_config.get_text_config(), device, resolve_dtype(config))
+    return choose_backend(config.attention, needs)
+
+
 def load_model(config: ModelConfig, device: torch.device | None = None, *, for_training: bool = False) -> Any:
     """A `*ForConditionalGeneration` model of a supported family.
 
@@ -32,31 +48,36 @@ def load_model(config: ModelConfig, device: torch.device | None = None, *, for_t
     `model.share_prefix` is never, and the key-value cache is off; the model is left where `from_pretrained` puts it
     (under ZeRO-3 its weights are partitioned as they load).
 
+    Args:
+        config: Which model, and how it is held.
+        device: Where it will compute; the CPU unless given. Only a model for generation is put there.
+        for_training: See above.
+
     Raises:
-        ValueError: the model type is not supported, or `model.path` is empty.
+        ValueError: the model type is not supported, `model.path` is empty, or `model.attention` cannot run on `device`.
     """
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     if not config.path:
         raise ValueError("model.path is empty; give the directory (or hub id) of the model")
     model_config = AutoConfig.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
-    family = family_of(model_config, config.share_prefix)  # refuses an unsupported type before any weight is read
-    shares_prefix = for_training and family.separate_reason is None
-    text_attention = attention.register() if shares_prefix else _own_attention(model_config.get_text_config())
+    family_of(model_config, config.share_prefix)  # refuses an unsupported type before any weight is read
+    device = device or torch.device("cpu")
+    choice = choose_attention(config, device) if for_training else None
+    attentions = {"vision_config": config.vision_attention}
+    if choice is not None:  # else transformers' own choice: SDPA where the text model has it
+        attentions["text_config"] = attention.register(choice)
+    elif getattr(model_config.get_text_config(), "attn_logit_softcapping", None):
+        attentions["text_config"] = "eager"  # SDPA has no cap on scores, and in some versions is chosen all the same
     model = AutoModelForImageTextToText.from_pretrained(
         config.path,
         config=model_config,
         dtype=resolve_dtype(config),
-        attn_implementation={"text_config": text_attention, "vision_config": config.vision_attention},
+        attn_implementation=attentions,
         trust_remote_code=config.trust_remote_code,
     )
     if for_training:
         model.config.use_cache = False
         checkpoint_layers(model, str(config.gradient_checkpointing))
         return model
-    return model.to(device or torch.device("cpu")).eval()
-
-
-def _own_attention(text_config: Any) -> str:
-    """transformers' implementation for ordinary sequences; its SDPA leaves out a cap on attention scores."""
-    return "eager" if getattr(text_config, "attn_logit_softcapping", None) else "sdpa"
+    return model.to(device).eval()

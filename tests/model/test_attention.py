@@ -6,110 +6,174 @@ Shape letters: B batch, H heads, T packed tokens, D head size.
 from __future__ import annotations
 
 import gc
+import logging
 import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 
-from bpo.model import attention
+from bpo.config import ModelConfig
+from bpo.data.collate import collate_groups
+from bpo.model import attention, load
 from bpo.model.attention import packed_layout, register, shared_prefix_attention
+from bpo.model.attention_choice import BackendName, Choice
+from bpo.model.policy import PolicyModel, model_inputs
 from bpo.records import PackedLayout
-
-LAYOUTS = {
-    "two groups": PackedLayout(((0, 5), (12, 13)), (((5, 8), (8, 9), (9, 12)), ((13, 15), (15, 19)))),
-    "one completion": PackedLayout(((0, 3),), (((3, 7),),)),
-    "prefix only": PackedLayout(((0, 4), (4, 6)), ((), ((6, 7),))),
-}
-
-
-def random_qkv(
-    length: int, heads: int = 4, kv_heads: int = 4, dtype: torch.dtype = torch.float64
-) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    shapes = [(1, h, length, 8) for h in (heads, kv_heads, kv_heads)]
-    return [torch.randn(s, generator=generator, dtype=dtype).requires_grad_() for s in shapes]
+from tests.attention_backends import (
+    BACKENDS,
+    LAYOUTS,
+    each_sequence_alone,
+    layout_of,
+    num_compilations,
+    num_tokens,
+    random_qkv,
+    run_without_gpu,
+)
+from tests.sample_groups import encode_all, encoder_of, three_groups
 
 
-def each_sequence_alone(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: PackedLayout, scale: Any):
-    """[B, H, T, D] from one causal attention a completion on [prefix | completion]."""
-    repeat = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
-    output = torch.zeros_like(query)
-    for prefix, completions in zip(layout.prefix_spans, layout.completion_spans, strict=True):
-        for span in completions or [(prefix[1], prefix[1])]:
-            rows = [*range(*prefix), *range(*span)]
-            alone = F.scaled_dot_product_attention(
-                query[:, :, rows], key[:, :, rows], value[:, :, rows], is_causal=True, scale=scale
-            )
-            output[:, :, rows] = alone
-    return output
+@pytest.fixture(autouse=True)
+def _without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    run_without_gpu(monkeypatch)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-@pytest.mark.parametrize(("kv_heads", "scale"), [(4, None), (2, 0.3)], ids=["plain", "grouped-query"])
-def test_equals_each_sequence_alone(layout: PackedLayout, kv_heads: int, scale: float | None) -> None:
-    length = max(end for spans in (layout.prefix_spans, *layout.completion_spans) for _, end in spans)
-    query, key, value = random_qkv(length, kv_heads=kv_heads)
-    output = shared_prefix_attention(query, key, value, layout, scale)
-    expected = each_sequence_alone(query, key, value, layout, scale)
+@pytest.mark.parametrize(("key_heads", "scale"), [(4, None), (2, 0.3)], ids=["plain", "grouped-query"])
+def test_values_and_gradients_equal_each_sequence_alone(
+    layout: PackedLayout, key_heads: int, scale: float | None, backend: BackendName
+) -> None:
+    packed, alone = (random_qkv(num_tokens(layout), key_heads=key_heads) for _ in range(2))
+    output = shared_prefix_attention(*packed, layout, scale, backend=backend)
+    expected = each_sequence_alone(*alone, layout, scale)
     torch.testing.assert_close(output, expected, atol=1e-12, rtol=0)
+    weight = torch.randn(output.shape, generator=torch.Generator().manual_seed(1), dtype=output.dtype)
+    gradients = torch.autograd.grad((output * weight).sum(), packed)
+    for name, ours, theirs in zip("qkv", gradients, torch.autograd.grad((expected * weight).sum(), alone), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=0, msg=name)
 
 
-def test_gradients_equal_those_of_dense_masked_attention() -> None:
-    layout = LAYOUTS["two groups"]
-    allowed = torch.zeros(19, 19, dtype=torch.bool)
-    for prefix, completions in zip(layout.prefix_spans, layout.completion_spans, strict=True):
-        for span in (prefix, *completions):
-            for row in range(*span):
-                allowed[row, [*range(prefix[0], min(prefix[1], row + 1)), *range(span[0], row + 1)]] = True
-    packed, dense = random_qkv(19), random_qkv(19)
-    weight = torch.randn(1, 4, 19, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    (shared_prefix_attention(*packed, layout) * weight).sum().backward()
-    (F.scaled_dot_product_attention(*dense, attn_mask=allowed) * weight).sum().backward()
-    for ours, theirs in zip(packed, dense, strict=True):
-        torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-12, rtol=0)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_keeps_the_dtype_of_the_query(backend: BackendName) -> None:
+    layout = LAYOUTS["three unequal groups"]
+    length = num_tokens(layout)
+    half = random_qkv(length, dtype=torch.bfloat16)
+    output = shared_prefix_attention(*half, layout, backend=backend)
+    assert output.dtype == torch.bfloat16 and output.shape == (1, length, 4, 8)
+    expected = each_sequence_alone(*(one.double() for one in half), layout)
+    torch.testing.assert_close(output.double(), expected, atol=0.02, rtol=0)
 
 
-def test_keeps_the_dtype_of_the_query() -> None:
-    output = shared_prefix_attention(*random_qkv(7, dtype=torch.bfloat16), LAYOUTS["one completion"])
-    assert output.dtype == torch.bfloat16 and output.shape == (1, 4, 7, 8)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_row_of_separate_prompts_needs_no_copies(backend: BackendName) -> None:
+    layout = layout_of((3, (4,)), (5, ()), (2, (1,)))
+    packed = random_qkv(num_tokens(layout))
+    output = shared_prefix_attention(*packed, layout, backend=backend)
+    torch.testing.assert_close(output, each_sequence_alone(*packed, layout), atol=1e-12, rtol=0)
 
 
-def test_layouts_nest_and_are_gone_after_an_error() -> None:
-    query, key, value = random_qkv(7)
-    outer = LAYOUTS["one completion"]
+def _interface(backend: BackendName, qkv: list[torch.Tensor], **options: Any) -> torch.Tensor:
     module = torch.nn.Module()
     module.num_key_value_groups = 1  # type: ignore[assignment]
+    return attention._attention_interface(module, *qkv, None, backend=backend, **options)[0]
 
-    def output() -> torch.Tensor:
-        return attention._attention_interface(module, query, key, value, None)[0].transpose(1, 2)
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_layouts_nest_and_are_gone_after_an_error(backend: BackendName) -> None:
+    qkv = random_qkv(10)
+    outer, inner = layout_of((3, (4, 3))), layout_of((5, (5,)))
     with packed_layout(outer):
-        with pytest.raises(RuntimeError, match="inner"), packed_layout(LAYOUTS["prefix only"]):
+        with pytest.raises(RuntimeError, match="inner"), packed_layout(inner):
+            assert torch.equal(_interface(backend, qkv), shared_prefix_attention(*qkv, inner, backend=backend))
             raise RuntimeError("inner")
-        assert torch.equal(output(), shared_prefix_attention(query, key, value, outer))
-    assert not attention._layouts
+        assert torch.equal(_interface(backend, qkv), shared_prefix_attention(*qkv, outer, backend=backend))
+    assert not attention._batches
 
 
-def test_masks_go_with_their_batch() -> None:
-    """A run has a new layout in every batch: masks that stayed would fill the memory."""
-    with packed_layout(LAYOUTS["two groups"]):
-        shared_prefix_attention(*random_qkv(19), LAYOUTS["two groups"])
-        mask = weakref.ref(attention._suffix_mask(5, (3, 1, 3), torch.device("cpu")))
-        assert attention._suffix_mask.cache_info().hits == 1  # one mask for all layers
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_plans_are_made_once_a_batch_and_go_with_it(backend: BackendName, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run has a new layout in every batch: plans that stayed would fill the memory."""
+    made = []
+    original = attention.BACKENDS[backend]
+
+    def counted(layout: PackedLayout, device: torch.device) -> Any:
+        plan = original.plan(layout, device)
+        tensors = {"sdpa": lambda: plan[0].sees_CPC, "flash": lambda: plan.rows_R, "flex": lambda: plan.kv_indices}
+        made.append(weakref.ref(tensors[backend]()))
+        return plan
+
+    monkeypatch.setitem(attention.BACKENDS, backend, original._replace(plan=counted))
+    layout = LAYOUTS["three unequal groups"]
+    with packed_layout(layout), torch.no_grad():
+        for _layer in range(3):
+            _interface(backend, random_qkv(num_tokens(layout)))
+        assert len(made) == 1 and made[0]() is not None
+    torch._dynamo.reset()  # the compiler remembers the inputs of its last tracing
     gc.collect()
-    assert mask() is None
+    assert made[0]() is None
 
 
-def test_sliding_windows_are_refused() -> None:
-    with packed_layout(LAYOUTS["one completion"]), pytest.raises(ValueError, match="sliding-window"):
-        attention._attention_interface(torch.nn.Module(), *random_qkv(7), None, sliding_window=4)
+@pytest.mark.parametrize("option", [{"sliding_window": 4}, {"softcap": 30.0}])
+def test_what_attention_would_leave_out_is_refused(option: dict[str, Any]) -> None:
+    with packed_layout(LAYOUTS["one completion"]), pytest.raises(ValueError, match="share_prefix=never"):
+        _interface("sdpa", random_qkv(7), **option)
 
 
-def test_registering_twice_gives_the_same_name() -> None:
+def test_flex_refuses_dropout() -> None:
+    with pytest.raises(ValueError, match="no dropout"):
+        shared_prefix_attention(*random_qkv(7), LAYOUTS["one completion"], dropout=0.1, backend="flex")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_choice_is_registered_and_logged_once(backend: BackendName, caplog: pytest.LogCaptureFixture) -> None:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    assert register() == register() == attention.NAME
-    assert attention.NAME in ALL_ATTENTION_FUNCTIONS.valid_keys()
+    choice = Choice(backend, f"because of {backend}")
+    register.cache_clear()
+    with caplog.at_level(logging.INFO, logger="bpo.model.attention"):
+        name = register(choice)
+        assert register(choice) == name == attention.BACKENDS[backend].registered_name
+    assert [f"because of {backend}" in record.getMessage() for record in caplog.records] == [True]
+    assert name in ALL_ATTENTION_FUNCTIONS.valid_keys()
+    assert not any(part in name for part in ("flash", "flex", "sdpa"))  # transformers looks for these
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "full", "selective"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_whole_model_equals_separate_sequences(
+    backend: BackendName,
+    checkpointing: str,
+    tiny_llava_dir: Path,
+    photo_root: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch._dynamo.reset()
+    results = []
+    for share in ("never", "auto"):
+        choice = None if share == "never" else Choice(backend, "tested")
+        monkeypatch.setattr(load, "choose_attention", lambda config, device, choice=choice: choice)
+        encoder = encoder_of(tiny_llava_dir, photo_root, share_prefix=share)
+        config = ModelConfig(
+            path=str(tiny_llava_dir), dtype="float32", share_prefix=share, gradient_checkpointing=checkpointing
+        )
+        policy = PolicyModel(load.load_model(config, for_training=True)).train()
+        batch = collate_groups(encode_all(encoder, three_groups()), encoder.family)
+        inputs = model_inputs(batch, torch.device("cpu"), torch.float32)
+        with packed_layout(batch.layout):
+            with torch.no_grad():
+                reference_N = policy(**inputs)
+            logp_N = policy(**inputs)
+            logp_N.square().sum().backward()
+        torch.testing.assert_close(logp_N.detach(), reference_N, atol=2e-5, rtol=0)
+        gradients = {name: p.grad for name, p in policy.named_parameters() if p.grad is not None}
+        results.append((logp_N.detach(), gradients))
+    (separate_N, expected), (packed_N, actual) = results
+    torch.testing.assert_close(packed_N, separate_N, atol=2e-5, rtol=0)
+    assert actual.keys() == expected.keys()
+    for name, gradient in expected.items():
+        scale = max(1.0, float(gradient.abs().max()))
+        torch.testing.assert_close(actual[name], gradient, atol=1e-4 * scale, rtol=0, msg=name)
+    # One with a graph (training and what checkpointing computes again), one without (the reference).
+    assert num_compilations() == (2 if backend == "flex" else 0)

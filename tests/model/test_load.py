@@ -22,7 +22,7 @@ def test_for_generation_in_eval_mode_with_plain_attention(tiny_qwen_dir: Path) -
 def test_for_training_only_the_text_model_shares_prefixes(tiny_qwen_dir: Path) -> None:
     config = ModelConfig(path=str(tiny_qwen_dir), dtype="bfloat16", vision_attention="eager")
     model = load_model(config, for_training=True)
-    assert model.model.language_model.config._attn_implementation == attention.NAME
+    assert model.model.language_model.config._attn_implementation == attention.BACKENDS["sdpa"].registered_name
     assert model.model.visual.config._attn_implementation == "eager"
     assert model.config.use_cache is False
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
@@ -31,7 +31,7 @@ def test_for_training_only_the_text_model_shares_prefixes(tiny_qwen_dir: Path) -
 def test_two_loaded_models_do_not_share_their_attention(tiny_llava_dir: Path) -> None:
     config = ModelConfig(path=str(tiny_llava_dir), dtype="float32")
     training, plain = load_model(config, for_training=True), load_model(config)
-    assert training.model.language_model.config._attn_implementation == attention.NAME
+    assert training.model.language_model.config._attn_implementation == attention.BACKENDS["sdpa"].registered_name
     assert plain.model.language_model.config._attn_implementation == "sdpa"
 
 

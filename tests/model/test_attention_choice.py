@@ -1,0 +1,111 @@
+"""Which backend is chosen, and what is refused. Run: python -m pytest tests/model/test_attention_choice.py"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from bpo.config import ModelConfig
+from bpo.config_io import load_config
+from bpo.model import attention_choice
+from bpo.model.attention_choice import Needs, choose_backend
+from bpo.model.load import choose_attention, load_model
+
+CUDA, CPU = torch.device("cuda"), torch.device("cpu")
+BF16 = Needs(CUDA, torch.bfloat16, head_size=128)
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch):
+    """A machine with the given compute capability and flash-attn version (None: not installed)."""
+
+    def make(capability: tuple[int, int] = (9, 0), flash: str | None = "2.8.3", error: str = "") -> None:
+        def look_up() -> None:
+            if error:
+                raise ImportError(error)
+
+        monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
+        monkeypatch.setattr(attention_choice, "_flash_version", lambda: flash)
+        monkeypatch.setattr(attention_choice, "varlen_function", look_up)
+        found = attention_choice.importlib.util.find_spec
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if name == "triton" else found(name))
+
+    make()
+    return make
+
+
+def test_auto_takes_flash_then_flex_and_sdpa_on_cpu(machine) -> None:
+    assert choose_backend("auto", BF16).backend == "flash"
+    assert "2.8.3" in choose_backend("auto", BF16).reason
+    machine(flash=None)
+    choice = choose_backend("auto", BF16)
+    assert choice.backend == "flex" and "pip install 'bpo[flash]'" in choice.reason
+    choice = choose_backend("auto", Needs(CPU, torch.bfloat16))
+    assert choice.backend == "sdpa" and "cpu" in choice.reason
+    choice = choose_backend("auto", Needs(CUDA, torch.float32, dropout=0.1))
+    assert choice.backend == "sdpa" and "float32" in choice.reason and "no dropout" in choice.reason
+
+
+@pytest.mark.parametrize(
+    ("has", "needs", "message"),
+    [
+        ({"flash": None}, BF16, r"not installed: pip install 'bpo\[flash\]'"),
+        ({"flash": "2.7.4.post1"}, BF16, "flash-attn is 2.7.4.post1"),
+        ({"error": "undefined symbol"}, BF16, r"does not import \(undefined symbol\)"),
+        ({"capability": (7, 5)}, BF16, r"has 7\.5"),
+        ({}, Needs(CUDA, torch.float32), "gives float32: set model.dtype"),
+        ({}, Needs(CUDA, torch.bfloat16, head_size=320), "this model's 320"),
+        ({}, Needs(CPU, torch.bfloat16), "needs a CUDA GPU"),
+    ],
+)
+def test_flash_where_it_cannot_run_is_refused_and_auto_says_why(machine, has: dict, needs: Needs, message: str) -> None:
+    machine(**has)
+    with pytest.raises(ValueError, match=message):
+        choose_backend("flash", needs)
+    if needs.device == CUDA:
+        choice = choose_backend("auto", needs)
+        assert choice.backend == "flex" and choice.reason.startswith("not flash")
+
+
+@pytest.mark.parametrize(
+    ("needs", "message"),
+    [(Needs(CPU, torch.float32), "no backward pass on cpu"), (Needs(CUDA, torch.float32, dropout=0.1), "no dropout")],
+)
+def test_flex_where_it_cannot_run_is_refused(machine, needs: Needs, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        choose_backend("flex", needs)
+
+
+def test_sdpa_runs_everywhere(machine) -> None:
+    for device in (CPU, CUDA):
+        assert choose_backend("sdpa", Needs(device, torch.float32)).backend == "sdpa"
+
+
+def test_a_models_needs_are_read_from_its_config() -> None:
+    config = LlamaConfig(hidden_size=64, num_attention_heads=4, attention_dropout=0.1)
+    assert Needs.of_model(config, CPU, torch.float32) == Needs(CPU, torch.float32, 16, 0.1)
+    config = LlamaConfig(hidden_size=64, num_attention_heads=4, head_dim=32)
+    assert Needs.of_model(config, CPU, torch.float32).head_size == 32
+
+
+def test_the_option_is_refused_before_the_weights_are_read(tiny_llava_dir: Path, tmp_path: Path) -> None:
+    for name in ("config.json", "preprocessor_config.json"):
+        if (tiny_llava_dir / name).exists():
+            (tmp_path / name).write_bytes((tiny_llava_dir / name).read_bytes())
+    config = ModelConfig(path=str(tmp_path), dtype="float32", attention="flash")  # a directory without weights
+    with pytest.raises(ValueError, match="model.attention is flash, but flash-attn needs a CUDA GPU"):
+        load_model(config, for_training=True)
+
+
+def test_separate_sequences_have_no_backend(tiny_llava_dir: Path) -> None:
+    config = ModelConfig(path=str(tiny_llava_dir), dtype="float32", share_prefix="never", attention="flash")
+    assert choose_attention(config, CPU) is None
+
+
+def test_an_unknown_backend_is_refused(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        load_config(["--model.attention", "xformers"], "test", "")
+    assert "model.attention" in capsys.readouterr().err
