@@ -30,7 +30,10 @@ def load_processor(path: str, *, trust_remote_code: bool = False) -> Processor:
     Raises:
         ValueError: there is no chat template; says where one may stand.
     """
-    from transformers import AutoImageProcessor, AutoTokenizer
+    from transformers import AutoTokenizer
+
+    # From its module: some versions of transformers (5.17) export it at the top only where torchvision is installed.
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
     tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     image_processor = AutoImageProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
