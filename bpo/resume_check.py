@@ -50,6 +50,7 @@ FREE = (
 ROUNDING = (
     "model.attention",
     "model.gradient_checkpointing",
+    "model.share_prefix",
     "model.vision_attention",
     "train.ds_config",
     "train.max_micro_batch_tokens",
