@@ -1,4 +1,4 @@
-"""What training costs against size: python -m benchmarks.cost [--json FILE] [--images DIR] [--quick]
+"""What training costs against size: python -m benchmarks.cost [--json FILE] [--images DIR] [--quick] [--parts ...]
 
 Seconds of a step against packed tokens; seconds and memory of reading, planning and the reference store against groups.
 Each size of the last three runs three times, in a process of its own, so that its memory is its own; medians. Writes
@@ -101,6 +101,7 @@ def draw(results: dict[str, Any], folder: Path) -> None:
     series = [
         Series(name, tuple((t / 1024, s) for t, s in zip(one["tokens"], one["seconds"], strict=True)))
         for name, one in results["steps"].items()
+        if name != "machine"
     ]
     plot(folder / "cost-steps.svg", "Seconds of a step against packed tokens", "packed tokens, 1024", "s", series)
     lines = []
@@ -122,6 +123,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file for the figures")
     parser.add_argument("--images", type=Path, help="folder for the plots")
     parser.add_argument("--quick", action="store_true", help="the three smallest sizes of each")
+    parser.add_argument("--parts", nargs="+", choices=["steps", *PARTS], help="measure these; --json keeps the others")
     parser.add_argument("--part", choices=sorted(PARTS), help="one part at one size, in this process")
     parser.add_argument("--groups", type=int, default=1000, help="its size")
     arguments = parser.parse_args()
@@ -131,15 +133,16 @@ def main() -> None:
         return
     from benchmarks.synthetic import machine_of_run
 
-    results: dict[str, Any] = {"machine": machine_of_run(), "steps": step_costs(arguments.quick)}
-    for part in PARTS:
-        results[part] = group_costs(part, arguments.quick)
+    kept = bool(arguments.json and arguments.json.exists() and arguments.parts)
+    results: dict[str, Any] = json.loads(arguments.json.read_text(encoding="utf-8")) if kept else {}
+    for part in arguments.parts or ["steps", *PARTS]:
+        figures = step_costs(arguments.quick) if part == "steps" else group_costs(part, arguments.quick)
+        results[part] = {"machine": machine_of_run()} | figures
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     if arguments.images:
         draw(results, arguments.images)
-    summary = {name: {k: v for k, v in one.items() if k != "all_seconds"} for name, one in results["steps"].items()}
-    print(json.dumps(summary | {part: results[part] for part in PARTS}, indent=1))
+    print(json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":
