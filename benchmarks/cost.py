@@ -21,7 +21,7 @@ from benchmarks.cost_parts import PARTS
 from benchmarks.plots import Series, plot
 
 TOKENS = [512 << k for k in range(7)]
-LONG_TOKENS = [512 << k for k in range(6)]
+LONG_TOKENS = [512 << k for k in range(5)]
 GROUPS = [1_000, 2_000, 5_000, 10_000, 20_000, 50_000, 100_000, 200_000]
 GROUP_TOKENS = 512
 
