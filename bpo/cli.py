@@ -15,7 +15,10 @@ commands:
   train       preference training in this process; `deepspeed bpo/train.py` starts it on several
   evaluate    hallucination measured by CHAIR and POPE
   export      a merged model directory, or a PEFT adapter, from a checkpoint
+  view        a page on which people look at groups: images, diffs, provenance, token log-ratios
+  score       per-token log-probs of a trained model and its reference, for `bpo view --scores`
   refs        `bpo refs inspect|verify|compact DIR`: look after a store of reference log-probs
+  plan        what fits and how fast: memory and step time of a model on 1 to 1,024 GPUs
   bench       `bpo bench kernels|step|bootstrap`: kernels, a training step beside TRL's, batched bootstrapping
   doctor      what this machine has, and what that means for a run
 
@@ -66,8 +69,26 @@ def _export(argv: list[str]) -> int:
     return 0
 
 
+def _view(argv: list[str]) -> int:
+    from bpo.viewing.run import main
+
+    return main(argv)
+
+
+def _score(argv: list[str]) -> int:
+    from bpo.scoring import main
+
+    return main(argv)
+
+
 def _refs(argv: list[str]) -> int:
     from bpo.refs import main
+
+    return main(argv)
+
+
+def _plan(argv: list[str]) -> int:
+    from bpo.sizing.command import main
 
     return main(argv)
 
@@ -122,6 +143,9 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "evaluate": _evaluate,
     "export": _export,
     "refs": _refs,
+    "score": _score,
+    "view": _view,
+    "plan": _plan,
     "bench": _bench,
     "doctor": _doctor,
 }

@@ -10,7 +10,7 @@ import pytest
 from bpo import __version__
 from bpo.cli import COMMANDS, main
 
-COMMAND_NAMES = "demo bootstrap train evaluate export refs bench doctor".split()
+COMMAND_NAMES = "demo bootstrap train evaluate export refs plan bench doctor".split()
 OPTIONS = {
     "demo": ["--output", "--seeds"],
     "bootstrap": ["--config", "--bootstrap.weaken.noise_step", "--bootstrap.inject.server.url", "--data.annotations"],
@@ -18,6 +18,7 @@ OPTIONS = {
     "evaluate": ["--config", "--evaluation.chair_instances", "--evaluation.pope_questions"],
     "export": ["--config", "--export.checkpoint", "--export.form"],
     "refs": ["inspect", "verify", "compact"],
+    "plan": ["--model", "--nodes", "--gpu-memory", "--groups-count", "--json"],
     "bench": ["kernels", "step"],
     "doctor": ["bpo doctor"],
 }

@@ -132,9 +132,7 @@ def _stack_costs(
     model: Any, owner: torch.nn.Module, attribute: str, num_layers: int, make: Callable[[int], Any]
 ) -> StackCosts:
     """Coefficients of `num_layers` layers from traces of a few of them."""
-    traces = {
-        (count, rows): _trace(model, owner, attribute, count, rows, make) for count in _LAYERS for rows in _ROWS
-    }
+    traces = {(count, rows): _trace(model, owner, attribute, count, rows, make) for count in _LAYERS for rows in _ROWS}
 
     def fit(index: int) -> Affine:
         at_rows = []
@@ -189,7 +187,7 @@ def _dropped_gradients(model: torch.nn.Module) -> Iterator[None]:
 
 
 def _vision_costs(model: Any, tower: torch.nn.Module, shape: ModelShape) -> StackCosts:
-    """The tower's blocks one after the other; with all their outputs, where the model picks one of the hidden states."""
+    """The tower's blocks one after the other; all their outputs are kept where the model picks a hidden state."""
     name, blocks = max(
         ((n, m) for n, m in tower.named_modules() if isinstance(m, torch.nn.ModuleList)), key=lambda pair: len(pair[1])
     )

@@ -18,18 +18,25 @@ class LiveBytes(TorchDispatchMode):
 
     Args:
         known: Tensors whose storage is not counted, such as parameters and inputs.
+        device: Type of device whose tensors are counted (`meta` holds no memory); None counts all.
 
     Attributes:
         now: Bytes alive.
         peak: The largest `now` since the start or `reset_peak`.
     """
 
-    def __init__(self, known: Iterable[torch.Tensor] = ()):
+    def __init__(self, known: Iterable[torch.Tensor] = (), device: str | None = None):
         super().__init__()
         self.now = 0
         self.peak = 0
+        self._device = device
         self._known = {tensor.untyped_storage()._cdata for tensor in known}
         self._alive: dict[int, int] = {}
+
+    def follow(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Counts tensors that no operator made under this mode, such as weights read from a file."""
+        for tensor in tensors:
+            self._follow(tensor.untyped_storage())
 
     def reset_peak(self) -> None:
         self.peak = self.now
@@ -43,7 +50,7 @@ class LiveBytes(TorchDispatchMode):
 
     def _follow(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
-        if key in self._known or key in self._alive:
+        if key in self._known or key in self._alive or self._device not in (None, storage.device.type):
             return
         self._alive[key] = storage.nbytes()
         self.now += storage.nbytes()
