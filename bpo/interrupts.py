@@ -21,8 +21,12 @@ EXIT_RANK_LOST = 76
 EXIT_NO_PROGRESS = 93
 
 
+class Interrupted(Exception):
+    """The work stopped at a boundary because a signal asked for it; a further start goes on. Exit code 75."""
+
+
 class StopRequest:
-    """Remembers SIGTERM, SIGUSR1 or SIGUSR2. The handler only sets a flag: the ranks agree at a step boundary."""
+    """Remembers SIGTERM, SIGUSR1 or SIGUSR2. The handler only sets a flag, which the work reads at its boundaries."""
 
     def __init__(self) -> None:
         self.received = False
@@ -30,6 +34,11 @@ class StopRequest:
             signal.signal(number, self._remember)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        again = "already stopping" if self.received else "a checkpoint follows after this step"
+        again = "already stopping" if self.received else "stopping at the next boundary"
         logger.warning("%s: %s", signal.Signals(number).name, again)
         self.received = True
+
+    def check(self, what: str) -> None:
+        """Raises Interrupted, with a message that `what` is kept, where a signal has come."""
+        if self.received:
+            raise Interrupted(f"stopped by a signal; {what}")

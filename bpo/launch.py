@@ -27,7 +27,9 @@ class Ranks:
 
 
 def ranks_from_environment(environ: dict[str, str] | None = None) -> Ranks:
-    """Reads RANK, WORLD_SIZE, LOCAL_RANK (deepspeed, torchrun), else what srun sets for its tasks, else one process.
+    """The ranks that the launcher gave: RANK, WORLD_SIZE, LOCAL_RANK (deepspeed, torchrun), else what mpirun sets (Open
+    MPI: `deepspeed --launcher openmpi`), else what srun sets for its tasks (`deepspeed --launcher slurm` too), else one
+    process.
 
     Raises:
         ValueError: a variable is not a number, or the rank does not lie below the world size.
@@ -35,6 +37,8 @@ def ranks_from_environment(environ: dict[str, str] | None = None) -> Ranks:
     env = dict(os.environ) if environ is None else environ
     if "RANK" in env:
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    elif "OMPI_COMM_WORLD_RANK" in env:
+        names = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK")
     elif "SLURM_PROCID" in env and env.get("SLURM_STEP_NUM_TASKS", "1") != "1":
         # Not SLURM_NTASKS: that is set in the batch script too, where plain `python` is one process.
         names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
@@ -50,6 +54,15 @@ def ranks_from_environment(environ: dict[str, str] | None = None) -> Ranks:
     if ranks.rank >= ranks.world_size:
         raise ValueError(f"{names[0]}={ranks.rank} does not lie below {names[1]}={ranks.world_size}")
     return ranks
+
+
+def restart_count(environ: dict[str, str] | None = None) -> int:
+    """How often SLURM has started this job again (SLURM_RESTART_COUNT); 0 for a first start or outside of SLURM."""
+    env = os.environ if environ is None else environ
+    text = env.get("SLURM_RESTART_COUNT", "0")
+    if not text.isdigit():
+        raise ValueError(f"the environment variable SLURM_RESTART_COUNT is {text!r}; it must be a number")
+    return int(text)
 
 
 def own_arguments(argv: Sequence[str]) -> list[str]:
@@ -71,7 +84,8 @@ def export_torch_environment(ranks: Ranks) -> None:
     os.environ.setdefault("RANK", str(ranks.rank))
     os.environ.setdefault("WORLD_SIZE", str(ranks.world_size))
     os.environ.setdefault("LOCAL_RANK", str(ranks.local_rank))
-    nodelist = os.environ.get("SLURM_JOB_NODELIST", "")
+    # The step's, where there is one: srun may use a part of the job's nodes, and rank 0 is on the first of that part.
+    nodelist = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST", "")
     os.environ.setdefault("MASTER_ADDR", first_host(nodelist) if nodelist and ranks.world_size > 1 else "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", str(_master_port(ranks.world_size)))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from bpo.data.lengths import MeasuredLengths, encoder_fingerprint, lengths_direc
 from bpo.data.plan import PlannedStep, plan_balance, plan_steps, split_into_micro_batches
 from bpo.data.transfer import on_device
 from bpo.engine import TrainingEngine, barrier, from_rank_0, gather_from_ranks
+from bpo.interrupts import Interrupted, StopRequest
 from bpo.launch import Ranks
 from bpo.model.load import choose_attention
 from bpo.model.reference import ReferenceStore, open_or_create
@@ -88,11 +89,14 @@ class TrainingData:
         return sum(self.measured[g].num_pairs for g in groups)
 
 
-def measure_groups(config: Config, encoder: Encoder, ranks: Ranks, gather: Any) -> TrainingData:
+def measure_groups(
+    config: Config, encoder: Encoder, ranks: Ranks, gather: Any, stop: StopRequest | None = None
+) -> TrainingData:
     """Encodes every group once, divided among the ranks; lists those that cannot be used in dropped.jsonl.
 
     Raises:
         ValueError: no group is left.
+        Interrupted: on all ranks, where any of them was asked to stop; measured lengths are kept (data.keep_lengths).
     """
     if not config.data.groups:
         raise ValueError("data.groups is empty; give the file that `bpo bootstrap` wrote")
@@ -111,7 +115,7 @@ def measure_groups(config: Config, encoder: Encoder, ranks: Ranks, gather: Any) 
         desc="measuring groups",
         disable=not ranks.is_main,
     )
-    everyone: list[list[MeasuredGroup | Dropped]] = gather(list(results))
+    everyone = _gather_measured(results, gather, stop)
     by_index = [everyone[i % ranks.world_size][i // ranks.world_size] for i in range(len(dataset))]
     dropped = [one for one in by_index if isinstance(one, Dropped)]
     usable = [(i, one) for i, one in enumerate(by_index) if isinstance(one, MeasuredGroup)]
@@ -123,6 +127,25 @@ def measure_groups(config: Config, encoder: Encoder, ranks: Ranks, gather: Any) 
         first = f"; the first: {dropped[0].group_id}: {dropped[0].detail}" if dropped else ""
         raise ValueError(f"{config.data.groups}: no group can be trained on{first}")
     return TrainingData(dataset, tuple(i for i, _ in usable), tuple(one for _, one in usable))
+
+
+def _gather_measured(
+    results: Iterable[MeasuredGroup | Dropped], gather: Any, stop: StopRequest | None
+) -> list[list[MeasuredGroup | Dropped]]:
+    """Every rank's measurements. Ranks take different times over their shares, so they meet at the end alone."""
+    mine = []
+    stopped = False
+    for one in results:
+        mine.append(one)
+        stopped = stop is not None and stop.received
+        if stopped:
+            break
+    gathered = gather((mine, stopped))
+    if any(stopped for _, stopped in gathered):
+        raise Interrupted(
+            f"stopped by a signal while measuring; {sum(len(one) for one, _ in gathered)} groups measured"
+        )
+    return [one for one, _ in gathered]
 
 
 def _measured(
@@ -199,13 +222,16 @@ def _report_balance(train: TrainConfig, steps: list[PlannedStep], num_tokens: li
         )
 
 
-def fill_reference_store(config: Config, engine: TrainingEngine, data: TrainingData) -> ReferenceStore:
+def fill_reference_store(
+    config: Config, engine: TrainingEngine, data: TrainingData, stop: StopRequest | None = None
+) -> ReferenceStore:
     """Computes what the store lacks, on the engine that will train, before its first step; every rank its share.
 
     Must run before a checkpoint is loaded: only the untrained policy is the reference.
 
     Raises:
         ReferenceStoreError: the store does not fit the run, cannot be written, or lacks entries after the pass.
+        Interrupted: on all ranks, where any of them was asked to stop; what was computed is stored.
     """
     directory = Path(config.train.reference_dir or Path(config.train.output_dir) / "reference")
     fingerprint = from_rank_0(lambda: _open_store(config, engine, data, directory))
@@ -217,9 +243,13 @@ def fill_reference_store(config: Config, engine: TrainingEngine, data: TrainingD
     if not missing:
         logger.info("reference store %s: complete, %d entries", directory, len(store))
         return store
-    written = gather_from_ranks(_reference_pass(config, engine, data, store, missing))
-    store.reload(written)
+    name, stopped = _reference_pass(config, engine, data, store, missing, stop)
+    store.reload(gather_from_ranks(name))
     lacking = int((~store.has(list(first_with_key))).sum())
+    if lacking and stopped:
+        raise Interrupted(
+            f"stopped by a signal in the reference pass; {lacking} of {len(first_with_key)} are to be done"
+        )
     if lacking:
         raise ReferenceStoreError(f"{directory}: {lacking} entries are missing after the pass; does every node see it?")
     logger.info("reference store %s: %d entries, %d computed now", directory, len(store), len(missing))
@@ -249,9 +279,14 @@ def _missing_groups(store: ReferenceStore, first_with_key: dict[str, int]) -> li
 
 
 def _reference_pass(
-    config: Config, engine: TrainingEngine, data: TrainingData, store: ReferenceStore, missing: list[int]
-) -> str | None:
-    """This rank's share of the missing groups into a shard of its own, whose name it returns.
+    config: Config,
+    engine: TrainingEngine,
+    data: TrainingData,
+    store: ReferenceStore,
+    missing: list[int],
+    stop: StopRequest | None,
+) -> tuple[str | None, bool]:
+    """This rank's share of the missing groups into a shard of its own; its name, and whether `stop` cut the pass short.
 
     Without a backward pass no activation outlives its layer, so a micro-batch may be larger than in training.
     """
@@ -267,14 +302,20 @@ def _reference_pass(
     started = time.perf_counter()
     share = sum(tokens[g] for groups, _ in mine for g in groups)
     hidden = not engine.ranks.is_main
+    done_tokens, stopped = 0, False
     with tqdm(total=share, unit="tok", unit_scale=True, desc="reference log-probs", disable=hidden) as progress:
         for batch in on_device(micro_batches(config, data, mine, engine), engine.device, engine.dtype):
             _store_batch(store, batch, engine.reference_logp(batch))
             progress.update(batch.input_ids_T.numel())
+            done_tokens += batch.input_ids_T.numel()
+            # All ranks have as many micro-batches, so they agree after each, as they do after each step.
+            if stop is not None and engine.sum_over_ranks([float(stop.received)])[0]:
+                stopped = True
+                break
     name = store.close()
     seconds = time.perf_counter() - started
-    logger.info("reference pass: %.1f s, %s tokens a second a rank", seconds, f"{share / seconds:,.0f}")
-    return name
+    logger.info("reference pass: %.1f s, %s tokens a second a rank", seconds, f"{done_tokens / seconds:,.0f}")
+    return name, stopped
 
 
 def _store_batch(store: ReferenceStore, batch: GroupBatch, logp_N: torch.Tensor) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 from bpo.checkpoint_files import CheckpointError, clean_leftovers
 from bpo.config import Config
 from bpo.engine import from_rank_0
-from bpo.interrupts import EXIT_RANK_LOST
+from bpo.interrupts import EXIT_RANK_LOST, Interrupted
 from bpo.launch import Ranks
 from bpo.run_lock import NoProgressError, RestartCount, RunLock, RunLockError
 from bpo.watchdog import Watchdog
@@ -62,6 +63,16 @@ class RunGuard:
         if self.config.resume:
             from_rank_0(lambda: RestartCount(self.output_dir).start(step, self.config.max_idle_restarts))
 
+    @contextlib.contextmanager
+    def progress_if_interrupted(self) -> Iterator[None]:
+        """Work that a stop request leaves further than it was, though without a checkpoint: the count begins anew."""
+        try:
+            yield
+        except Interrupted:
+            if self.ranks.is_main:
+                RestartCount(self.output_dir).clear()
+            raise
+
     def check(self) -> None:
         """On rank 0, before it names a checkpoint: raises CheckpointError where another job took the directory over."""
         if self._lock is not None and (problem := self._lock.lost()):
@@ -89,7 +100,8 @@ class RunGuard:
             and self.ranks.world_size > 1
         ):
             lost = self.watchdog.culprit()
-        self.watchdog.stop("" if error is None else f"{type(error).__name__}: {error}"[:300])
+        as_it_should = error is None or isinstance(error, Interrupted)
+        self.watchdog.stop("" if as_it_should else f"{type(error).__name__}: {error}"[:300])
         self._release()
         if error is None and self.ranks.is_main:
             RestartCount(self.output_dir).clear()

@@ -190,16 +190,30 @@ def _cannot_write(output_dir: Path, error: OSError) -> str:
 
 
 class RestartCount:
-    """Starts since the newest checkpoint. A run that dies before every new checkpoint must not be requeued for ever."""
+    """Starts since the last progress. A job that dies before every new checkpoint must not be requeued for ever.
 
-    def __init__(self, output_dir: Path):
-        self.path = output_dir / RESTARTS
+    Args:
+        directory: Where the count is kept, in the file `name`.
+        progress: What a start is to get beyond, with a place for its number.
+        option: Which option gives the limit.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        name: str = RESTARTS,
+        *,
+        progress: str = "the checkpoint of step {}",
+        option: str = "train.max_idle_restarts",
+    ):
+        self.path = directory / name
+        self._progress, self._option = progress, option
 
     def start(self, step: int, limit: int) -> int:
-        """Counts a restart from the checkpoint of `step` (0: none); returns how many there were without progress.
+        """Counts a restart from `step` (0: the beginning); returns how many there were without progress.
 
         Raises:
-            NoProgressError: `limit` restarts (0: any number) have brought no new checkpoint.
+            NoProgressError: `limit` restarts (0: any number) have not got beyond `step`.
         """
         before = {"step": -1, "restarts": 0}
         if self.path.is_file():
@@ -210,10 +224,10 @@ class RestartCount:
         restarts = int(before["restarts"]) + 1 if before["step"] == step else 1
         if limit and restarts > limit:
             raise NoProgressError(
-                f"{limit} restarts since the checkpoint of step {step} have not brought a new one; look at the logs of "
-                f"these starts. To try again all the same, remove {self.path} (train.max_idle_restarts is {limit})"
+                f"{limit} restarts since {self._progress.format(step)} have not brought a new one; look at the logs of "
+                f"these starts. To try again all the same, remove {self.path} ({self._option} is {limit})"
             )
-        temporary = self.path.with_name(RESTARTS + ".new")
+        temporary = self.path.with_name(self.path.name + ".new")
         temporary.write_text(json.dumps({"step": step, "restarts": restarts}), encoding="utf-8")
         os.replace(temporary, self.path)
         return restarts

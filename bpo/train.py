@@ -28,7 +28,14 @@ from bpo.config_io import load_config
 from bpo.data.encode import load_encoder
 from bpo.data.plan import PlannedStep
 from bpo.flops import ModelFlops, model_flops
-from bpo.interrupts import EXIT_CANNOT_SAVE, EXIT_INTERRUPTED, EXIT_NO_PROGRESS, EXIT_RANK_LOST, StopRequest
+from bpo.interrupts import (
+    EXIT_CANNOT_SAVE,
+    EXIT_INTERRUPTED,
+    EXIT_NO_PROGRESS,
+    EXIT_RANK_LOST,
+    Interrupted,
+    StopRequest,
+)
 from bpo.launch import Ranks, own_arguments, pick_device, ranks_from_environment, setup_logging
 from bpo.metrics import MetricsWriter, StepSums, step_metrics, step_rates
 from bpo.model.attention import packed_layout
@@ -125,7 +132,7 @@ class Prepared:
     flops: ModelFlops
 
 
-def prepare(config: Config, ranks: Ranks, guard: RunGuard) -> Prepared:
+def prepare(config: Config, ranks: Ranks, guard: RunGuard, stop: StopRequest | None) -> Prepared:
     """Finds the checkpoint, measures, plans, loads, computes the reference, restores."""
     output_dir = Path(config.train.output_dir)
     dtype = resolve_dtype(config.model)
@@ -136,7 +143,7 @@ def prepare(config: Config, ranks: Ranks, guard: RunGuard) -> Prepared:
         write_run_record(config, output_dir)
     encoder = load_encoder(config)
     with guard.phase("measuring the groups"):
-        data = measure_groups(config, encoder, ranks, engine.gather_from_ranks)
+        data = measure_groups(config, encoder, ranks, engine.gather_from_ranks, stop)
     steps = plan_training(config, data, ranks)
     settings = engine.deepspeed_config(config, dtype, max(len(s.micro_batches[0]) for s in steps))
     with guard.phase("loading the model"), engine.partitioned_loading(settings):
@@ -147,7 +154,8 @@ def prepare(config: Config, ranks: Ranks, guard: RunGuard) -> Prepared:
         trainer = engine.TrainingEngine(PolicyModel(model), encoder.family, config, settings, ranks)
     trainer.on_forward = guard.in_forward
     guard.watchdog.beat("the reference pass")
-    store = fill_reference_store(config, trainer, data)
+    with guard.progress_if_interrupted():
+        store = fill_reference_store(config, trainer, data, stop)
     description = checkpoint.RunDescription(config, data, steps, store.fingerprint, ranks.world_size)
     done = 0
     if found:
@@ -159,13 +167,17 @@ def prepare(config: Config, ranks: Ranks, guard: RunGuard) -> Prepared:
 
 
 def train(config: Config, ranks: Ranks, stop: StopRequest | None = None) -> bool:
-    """The whole run, inside a process group that `engine.init_distributed` started; False where `stop` cut it short."""
+    """The whole run, inside a process group that `engine.init_distributed` started; False where `stop` cut it short.
+
+    Raises:
+        Interrupted: `stop` came before the first step; what was measured and computed of the reference is kept.
+    """
     dtype = resolve_dtype(config.model)
     # What can be refused is refused before the hours of measuring, loading and the reference pass.
     losses.check_loss(config.loss)
     checkpoint.check_settings(engine.deepspeed_config(config, dtype, 1))
     with RunGuard(config, ranks) as guard:
-        return run_steps(config, prepare(config, ranks, guard), guard, stop)
+        return run_steps(config, prepare(config, ranks, guard, stop), guard, stop)
 
 
 def run_steps(config: Config, run: Prepared, guard: RunGuard, stop: StopRequest | None) -> bool:
@@ -220,6 +232,8 @@ def main(argv: list[str] | None = None) -> None:
     try:
         if not train(config, ranks, StopRequest()):
             code, message = EXIT_INTERRUPTED, "interrupted; a checkpoint is written, `--resume` continues"
+    except Interrupted as reason:
+        code, message = EXIT_INTERRUPTED, f"{reason}; `--resume` continues"
     except Exception as error:
         _leave(error, config, ranks)
     if ranks.is_main:
