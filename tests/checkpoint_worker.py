@@ -86,7 +86,7 @@ class Gloo:
 def warm_context() -> multiprocessing.context.ForkServerContext:
     """Processes that need not import torch again: forked from a server that has, and that has no threads."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["checkpoint_worker"])
+    context.set_forkserver_preload(["checkpoint_worker", "soak"])
     # The server looks for what it is to preload on PYTHONPATH only, and passes over what it does not find.
     here = Path(__file__).resolve().parent
     before = os.environ.get("PYTHONPATH")
