@@ -29,6 +29,7 @@ if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 
 import torch
+import torch._dynamo  # what every optimizer imports when it is made: seconds that each life would pay
 from checkpoint_worker import warm_context
 
 from bpo.checkpoint_files import STAGES, Alone, checkpoint_dirs, clean_leftovers, newest_valid_checkpoint
