@@ -29,11 +29,12 @@ def test_pairs_are_all_with_a_higher_score() -> None:
     assert preference_pairs([1.0, 1.0]) == []
 
 
-def test_row_is_prefixes_and_completions_without_padding(encoder: Encoder) -> None:
-    def group(name: str, prefix: list[int], *completions: list[int]) -> EncodedGroup:
-        scores = tuple(float(k == 0) for k in range(len(completions)))
-        return EncodedGroup(EncodedPrompt(name, tuple(prefix), {}), tuple(map(tuple, completions)), scores)
+def group(name: str, prefix: list[int], *completions: list[int]) -> EncodedGroup:
+    scores = tuple(float(k == 0) for k in range(len(completions)))
+    return EncodedGroup(EncodedPrompt(name, tuple(prefix), {}), tuple(map(tuple, completions)), scores)
 
+
+def test_row_is_prefixes_and_completions_without_padding(encoder: Encoder) -> None:
     groups = [group("a", [1, 2, 3], [10, 11], [20], [30, 31]), group("b", [4, 5], [40], [50, 51])]
     batch = collate_groups(groups, encoder.family, ["key-a", "key-b"])
     assert batch.input_ids_T.tolist() == [1, 2, 3, 10, 11, 20, 30, 31, 4, 5, 40, 50, 51]
@@ -49,6 +50,39 @@ def test_row_is_prefixes_and_completions_without_padding(encoder: Encoder) -> No
     assert batch.group_ids == ("a", "b") and batch.reference_keys == ("key-a", "key-b")
     assert batch.num_completions == 5
     assert batch.image_inputs == {}
+
+
+def test_separate_sequences_are_padded_rows_that_predict_in_themselves(tiny_llava_dir: Path, photo_root: Path) -> None:
+    family = encoder_of(tiny_llava_dir, photo_root, share_prefix="never").family
+    groups = [group("a", [1, 2, 3], [10, 11], [20]), group("b", [4, 5], [40], [50, 51])]
+    batch = collate_groups(groups, family)
+    assert batch.input_ids_T.view(4, 5).tolist() == [
+        [1, 2, 3, 10, 11],
+        [1, 2, 3, 20, 0],
+        [4, 5, 40, 0, 0],
+        [4, 5, 50, 51, 0],
+    ]
+    assert batch.sequence_inputs["attention_mask"].sum(1).tolist() == [5, 4, 3, 4]
+    assert batch.sequence_inputs["attention_mask"].tolist()[2] == [1, 1, 1, 0, 0]
+    assert batch.position_ids_XT.view(4, 5).tolist() == [[0, 1, 2, 3, 4]] * 4
+    assert batch.layout.prefix_spans == ((0, 3), (10, 12))
+    assert batch.layout.completion_spans == (((3, 5), (8, 9)), ((12, 13), (17, 19)))
+    assert batch.predictor_rows_N.tolist() == [2, 3, 7, 11, 16, 17]
+    assert batch.target_N.tolist() == [10, 11, 20, 40, 50, 51]
+    assert batch.completion_of_token_N.tolist() == [0, 0, 1, 2, 3, 3]
+    assert batch.pairs_P2.tolist() == [[0, 1], [2, 3]]
+    assert batch.feature_rows_F is None and batch.image_inputs == {}
+
+
+def test_images_of_separate_sequences_stand_once_and_their_features_in_every_row(
+    tiny_llava_dir: Path, photo_root: Path
+) -> None:
+    encoder = encoder_of(tiny_llava_dir, photo_root, share_prefix="never")
+    batch = collate_groups(encode_all(encoder, three_groups()), encoder.family, stand_in=encoder.stand_in())
+    assert batch.image_inputs["pixel_values"].shape[0] == 5  # one, two, one, the stand-in
+    assert batch.feature_rows_F is not None
+    assert batch.feature_rows_F.tolist() == [0, 0, 0, 1, 2, 1, 2, 3, 3, 4]  # rows: three, two, two, one
+    assert batch.layout.completion_spans[-1] == ()
 
 
 def test_images_of_all_groups_in_order(encoder: Encoder, encoded: list[EncodedGroup]) -> None:
