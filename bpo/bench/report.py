@@ -128,7 +128,8 @@ def judge(case: dict[str, Any], ratio: dict[str, Any] | None) -> list[Verdict]:
     """The targets for the lengths that they speak of, 576 + 44 + 100 tokens; none for others.
 
     Args:
-        case: `image_tokens`, `prompt_tokens`, `answer_tokens`, `completions`, `epochs`, `device` and `model`.
+        case: `image_tokens`, `prompt_tokens`, `answer_tokens`, `completions`, `epochs`, `device`, `device_name` and
+            `model`.
         ratio: From `ratios`, or None where TRL was not measured.
     """
     lengths = tuple(case.get(key) for key in ("image_tokens", "prompt_tokens", "answer_tokens"))
@@ -157,7 +158,7 @@ def _gpu_verdicts(where: str, case: dict[str, Any], ratio: dict[str, Any] | None
     """The targets of one H200 and the whole shape: measured on nothing else."""
     speed = f"{where}: pairs a second on an H200, llava-1.5-7b: >= 2 times TRL's"
     memory = f"{where}: peak memory above the weights there: <= 0.5 of TRL's"
-    if ratio is None or case["device"] != "cuda" or case["model"] != "llava-1.5-7b":
+    if ratio is None or "H200" not in case["device_name"] or case["model"] != "llava-1.5-7b":
         return [Verdict(speed, "not measured", None), Verdict(memory, "not measured", None)]
     speed_up = 1 / ratio["seconds"]["median"]
     return [

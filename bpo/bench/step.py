@@ -107,9 +107,8 @@ def machine() -> dict[str, Any]:
             ["git", "-C", str(root), *words], capture_output=True, text=True, check=False
         ).stdout.strip()
 
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name()
     return {
-        "device": name,
+        "device": _device_name(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "commit": git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "bpo", "kernels") else ""),
@@ -117,7 +116,9 @@ def machine() -> dict[str, Any]:
     }
 
 
-def _cpu_name() -> str:
+def _device_name() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:  # not Linux
@@ -192,7 +193,8 @@ def measure_case(case: StepCase, providers: list[str], repetitions: int, tokens:
 def prepare(chosen: argparse.Namespace, completions: int, workdir: Path) -> tuple[StepCase, dict[str, Any]]:
     """The case on disk, and what names it in the report."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    about: dict[str, Any] = {"model": chosen.model, "device": device.type, "completions": completions}
+    about: dict[str, Any] = {"model": chosen.model, "device": device.type, "device_name": _device_name()}
+    about["completions"] = completions
     if chosen.groups is None:
         lengths = Lengths(chosen.image_tokens, chosen.prompt_tokens, chosen.answer_tokens, completions)
         about |= asdict(lengths)

@@ -249,13 +249,16 @@ def test_ratios_and_verdicts() -> None:
     assert ratio["seconds"] == {"median": 0.4, "least": 0.25, "largest": 0.5}
     assert ratio["seconds_amortised"]["median"] == pytest.approx(0.5) and ratio["peak_bytes"] == pytest.approx(1 / 3)
     case = {"image_tokens": 576, "prompt_tokens": 44, "answer_tokens": 100, "epochs": 2, "device": "cpu", "model": "x"}
+    case["device_name"] = "EPYC"
     met = [verdict.met for verdict in judge({**case, "completions": 2}, ratio)]
     assert met == [True, True, True, None, None]
     assert [verdict.met for verdict in judge({**case, "completions": 3}, ratio)] == [False, False, True, None, None]
     assert {verdict.measured for verdict in judge({**case, "completions": 2}, None)} == {"not measured"}
     assert judge({**case, "completions": 2, "answer_tokens": 99}, ratio) == []
-    gpu = judge({**case, "completions": 2, "device": "cuda", "model": "llava-1.5-7b"}, ratio)
-    assert [(v.measured, v.met) for v in gpu[-2:]] == [("2.50", True), ("0.333", True)]
+    whole = {**case, "completions": 2, "device": "cuda", "model": "llava-1.5-7b"}
+    h200, other = (judge({**whole, "device_name": name}, ratio)[-2:] for name in ("NVIDIA H200", "NVIDIA A100"))
+    assert [(v.measured, v.met) for v in h200] == [("2.50", True), ("0.333", True)]
+    assert {v.met for v in other} == {None}, "the target is for one GPU"
 
 
 def test_options_that_make_no_sense_are_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
