@@ -115,6 +115,19 @@ def test_batches_of_separate_sequences_are_within_the_limit_with_their_padding(
     assert "both directions" in caplog.text and "windows of 24 tokens" in caplog.text
 
 
+def test_padded_rows_of_text_alone_leave_room_for_the_row_of_the_stand_in(tiny_llava_dir: Path, photo_root) -> None:
+    encoder = encoder_of(tiny_llava_dir, photo_root, share_prefix="never")
+    answers = group("x", "a", "b").completions
+    groups = [PreferenceGroup(name, (), (turn("What?"),), answers) for name in ("first", "second")]
+    dataset = GroupDataset(groups, encoder, max_words=9, types=(), keep_text_only=True)
+    measured: Any = tuple(dataset.measure(i) for i in range(2))
+    data = TrainingData(dataset, (0, 1), measured)
+    length = measured[0].longest_tokens
+    (tight,) = plan_training(config_of(2, 4 * length), data, Ranks(0, 1, 0))  # four rows and no fifth
+    (wide,) = plan_training(config_of(2, 6 * length), data, Ranks(0, 1, 0))
+    assert [len(step.micro_batches[0]) for step in (tight, wide)] == [2, 1]
+
+
 NUM_GROUPS = 12
 
 

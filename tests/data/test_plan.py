@@ -84,6 +84,16 @@ def test_padded_rows_stay_within_the_token_limit(shapes, world_size, max_tokens)
         assert sum(shapes[g][0] for g in one) * max(row_tokens[g] for g in one) <= max_tokens
 
 
+def test_levelling_never_makes_padding_outgrow_the_limit() -> None:
+    """Here a swap would level the two bins and pad one of them above 112 tokens."""
+    shapes = [(2, 16), (2, 20), (4, 6), (3, 6), (4, 10)]
+    num_tokens, row_tokens = [rows * length for rows, length in shapes], [length for _, length in shapes]
+    padded = split_into_micro_batches(range(5), num_tokens, 2, 112, row_tokens=row_tokens)
+    assert padded != split_into_micro_batches(range(5), num_tokens, 2, 112)
+    for one in (one for rank in padded for one in rank if len(one) > 1):
+        assert sum(shapes[g][0] for g in one) * max(row_tokens[g] for g in one) <= 112
+
+
 def test_a_group_above_the_limit_costs_one_micro_batch() -> None:
     assert split_into_micro_batches([0], [5000], 1, 100) == [[[0]]]
     assert split_into_micro_batches([0, 1, 2], [5000, 50, 50], 1, 100) == [[[0], [1, 2]]]
