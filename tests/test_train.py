@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from rank_changes import FROM_TWO
 from tiny import tiny_llava, tiny_qwen
 from train_matrix import RESUMED
 
@@ -130,6 +131,36 @@ def test_every_rank_writes_a_share_of_the_reference(matrix: Path) -> None:
     share = {str(one["name"])[:9]: one["num_entries"] for one in summary.shards}
     assert share.keys() == {"rank00000", "rank00001"} and min(share.values()) >= 4
     assert summary.num_entries == 16 and summary.num_duplicates == 0
+
+
+@pytest.fixture(scope="module")
+def rank_changes(matrix: Path) -> Path:
+    """Runs of two ranks continued by one and by four, and runs of one continued by two."""
+    for ranks in (1, 4, 2):
+        result = deepspeed("tests/rank_changes.py", str(matrix), ranks=ranks)
+        assert result.returncode == 0, result.stdout[-6000:]
+    return matrix
+
+
+def manifest(root: Path, case: str, step: int) -> dict:
+    return json.loads((root / case / "checkpoints" / f"step-{step:08d}" / "manifest.json").read_text())
+
+
+CHANGES = [(case, f"{case}_by_{ranks}") for case in FROM_TWO for ranks in (1, 4)]
+CHANGES += [("alone_zero2", "alone_zero2_by_2"), ("alone_zero3", "alone_zero3_by_2"), ("zero2", "zero2_by_zero3")]
+
+
+@pytest.mark.parametrize(("case", "continued"), CHANGES)
+def test_another_number_of_ranks_makes_the_same_steps(rank_changes: Path, case: str, continued: str) -> None:
+    """The state is exact; the order of sums is another, so losses agree to rounding (docs/checkpoints.md)."""
+    unbroken, other = metrics(rank_changes, case), metrics(rank_changes, continued)
+    assert [m["step"] for m in other] == list(range(1, 9))
+    tolerance = 2e-2 if case == "bfloat16" else 1e-4
+    assert losses(rank_changes, continued) == pytest.approx(losses(rank_changes, case), abs=tolerance)
+    # Shown to be the continued run, not two that never differed from the start.
+    assert unbroken[3]["loss"] == other[3]["loss"]
+    before, after = manifest(rank_changes, case, 8), manifest(rank_changes, continued, 8)
+    assert before["fingerprints"] == after["fingerprints"]  # of the plan: the same groups in the same steps
 
 
 def test_metrics_have_the_standard_names(matrix: Path) -> None:
