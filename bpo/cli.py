@@ -12,6 +12,7 @@ Bootstrapped Preference Optimization of multimodal language models (arXiv 2403.0
 commands:
   demo        build a small world and model, bootstrap, train, evaluate and report; minutes on two CPU cores
   bootstrap   make preference groups from annotations: weakened images and injected errors
+  merge       the groups of a bootstrapping job that was shared by several (bootstrap.num_shards)
   train       preference training in this process; `deepspeed bpo/train.py` starts it on several
   evaluate    hallucination measured by CHAIR and POPE
   export      a merged model directory, or a PEFT adapter, from a checkpoint
@@ -35,10 +36,24 @@ def _demo(argv: list[str]) -> int:
 def _bootstrap(argv: list[str]) -> int:
     from bpo.bootstrap.run import run_bootstrap
     from bpo.config_io import load_config
+    from bpo.interrupts import StopRequest
     from bpo.launch import ranks_from_environment, setup_logging
 
     setup_logging(ranks_from_environment())
-    run_bootstrap(load_config(argv, prog="bpo bootstrap", description="Make preference groups from annotations."))
+    config = load_config(argv, prog="bpo bootstrap", description="Make preference groups from annotations.")
+    with StopRequest() as stop:
+        run_bootstrap(config, stop=stop)
+    return 0
+
+
+def _merge(argv: list[str]) -> int:
+    from bpo.bootstrap.run import run_merge
+    from bpo.config_io import load_config
+    from bpo.launch import Ranks, setup_logging
+
+    setup_logging(Ranks())
+    summary = run_merge(load_config(argv, prog="bpo merge", description="Merge what all shards have finished."))
+    print(f"{summary.num_groups} groups of {summary.num_annotations} annotations: {summary.groups_path}")
     return 0
 
 
@@ -52,10 +67,13 @@ def _train(argv: list[str]) -> int:
 def _evaluate(argv: list[str]) -> int:
     from bpo.config_io import load_config
     from bpo.evaluation.run import run_evaluation
+    from bpo.interrupts import StopRequest
     from bpo.launch import ranks_from_environment, setup_logging
 
     setup_logging(ranks_from_environment())
-    run_evaluation(load_config(argv, prog="bpo evaluate", description="Measure hallucination by CHAIR and POPE."))
+    config = load_config(argv, prog="bpo evaluate", description="Measure hallucination by CHAIR and POPE.")
+    with StopRequest() as stop:
+        run_evaluation(config, stop=stop)
     return 0
 
 
@@ -139,6 +157,7 @@ def _doctor(argv: list[str]) -> int:
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "demo": _demo,
     "bootstrap": _bootstrap,
+    "merge": _merge,
     "train": _train,
     "evaluate": _evaluate,
     "export": _export,
@@ -164,8 +183,14 @@ def main(argv: list[str] | None = None) -> int:
     if arguments[0] not in COMMANDS:
         print(f"bpo: unknown command {arguments[0]!r}; the commands are {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
+    from bpo.interrupts import EXIT_INTERRUPTED, EXIT_NO_PROGRESS, Interrupted
+    from bpo.run_lock import NoProgressError
+
     try:
         return COMMANDS[arguments[0]](arguments[1:])
+    except (Interrupted, NoProgressError) as reason:
+        print(f"bpo {arguments[0]}: {reason}", file=sys.stderr)
+        return EXIT_INTERRUPTED if isinstance(reason, Interrupted) else EXIT_NO_PROGRESS
     except ValueError as error:  # bad input of a user: the message says what to do; a traceback would hide it
         print(f"bpo {arguments[0]}: error: {error}", file=sys.stderr)
         return 1

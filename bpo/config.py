@@ -43,13 +43,15 @@ class DataConfig:
     """Where the data lies and what fits.
 
     Attributes:
-        annotations: LLaVA conversation JSON (or JSONL) whose answers become the chosen side.
-        groups: Preference groups, JSONL (or the paper's released JSON): written by bootstrap, read by train.
+        annotations: File whose answers become the chosen side: LLaVA, ShareGPT, COCO captions, CSV (docs/data.md).
+        groups: Preference groups, JSONL (or the paper's release, TRL, RLHF-V ...): written by bootstrap, read by train.
         image_root: Folder that image paths are relative to; no path may leave it.
         max_length_tokens: Longest sequence, prefix and one completion; completions are cut to it, prompts never.
         max_completion_words: No negative is longer; a group with a longer completion is dropped, as in the paper.
         keep_lengths: Keep measured lengths beside the groups (GROUPS.lengths): a restart then opens no image whose file
             has the size and modification time that it had.
+        on_bad: What becomes of a record or image that cannot be used: `quarantine` lists it and goes on, `error` stops.
+        max_bad_share: Largest share of bad records with which a stage goes on.
         text_only: What becomes of groups without an image: `drop` lists them in dropped.jsonl (such a pair teaches no
             looking), `keep` trains on them among the others.
         num_workers: Processes that decode and preprocess images ahead of training; 0 does it in line.
@@ -62,6 +64,8 @@ class DataConfig:
     max_length_tokens: int = 2048
     max_completion_words: int = 350
     keep_lengths: bool = True
+    on_bad: Literal["quarantine", "error"] = "quarantine"
+    max_bad_share: float = 0.1
     text_only: Literal["drop", "keep"] = "drop"
     num_workers: int = 2
     prefetch_factor: int = 2
@@ -75,6 +79,7 @@ class DataConfig:
             self.max_completion_words > 0,
             f"data.max_completion_words is {self.max_completion_words}; it must be positive",
         )
+        check(0 <= self.max_bad_share <= 1, f"data.max_bad_share is {self.max_bad_share}; it must lie in [0, 1]")
         check(self.num_workers >= 0, f"data.num_workers is {self.num_workers}; it must be 0 or more")
         check(self.prefetch_factor >= 1, f"data.prefetch_factor is {self.prefetch_factor}; it must be at least 1")
 
@@ -269,6 +274,8 @@ class EvaluationConfig:
         max_new_tokens: Longest answer.
         batch_size: Answers generated at a time.
         limit: Score only the first so many images and questions; 0 takes all.
+        max_idle_restarts: Starts by SLURM that add no answer, after which the job gives up; 0 never does.
+        stall_timeout_s: Rank 0 gives up waiting for the other ranks when none answered a batch for so many seconds.
     """
 
     output: str = ""
@@ -280,8 +287,12 @@ class EvaluationConfig:
     max_new_tokens: int = 512
     batch_size: int = 16
     limit: int = 0
+    max_idle_restarts: int = 3
+    stall_timeout_s: float = 3600.0
 
     def __post_init__(self) -> None:
+        check(self.max_idle_restarts >= 0, "evaluation.max_idle_restarts must be 0 (no limit) or more")
+        check(self.stall_timeout_s > 0, "evaluation.stall_timeout_s must be positive")
         check(self.batch_size >= 1, f"evaluation.batch_size is {self.batch_size}; it must be at least 1")
         check(self.max_new_tokens >= 1, "evaluation.max_new_tokens must be at least 1")
 

@@ -216,6 +216,9 @@ class BootstrapConfig:
         seed: With the record's id it decides noise and sampling.
         limit: Use only the first so many annotations; 0 takes all.
         max_inject_records: Inject errors into only the first so many annotations; 0 takes all.
+        num_shards: Jobs that share the annotations, such as the tasks of an array; after more than one comes `bpo merge`.
+        shard_index: Which of them this is, from 0.
+        max_idle_restarts: Starts by SLURM that finish no batch, after which the job gives up; 0 never does.
         stall_timeout_s: Rank 0 gives up waiting for the other ranks when none finished a batch for so many seconds.
     """
 
@@ -230,6 +233,9 @@ class BootstrapConfig:
     seed: int = 0
     limit: int = 0
     max_inject_records: int = 0
+    num_shards: int = 1
+    shard_index: int = 0
+    max_idle_restarts: int = 3
     stall_timeout_s: float = 3600.0
 
     def __post_init__(self) -> None:
@@ -239,6 +245,12 @@ class BootstrapConfig:
         check(self.batch_size >= 1, f"bootstrap.batch_size is {self.batch_size}; it must be at least 1")
         check(self.limit >= 0, f"bootstrap.limit is {self.limit}; it must be 0 (all) or more")
         check(self.max_inject_records >= 0, "bootstrap.max_inject_records must be 0 (all) or more")
+        check(self.num_shards >= 1, f"bootstrap.num_shards is {self.num_shards}; it must be at least 1")
+        check(
+            0 <= self.shard_index < self.num_shards,
+            f"bootstrap.shard_index is {self.shard_index}; it must be 0 or more and below num_shards {self.num_shards}",
+        )
+        check(self.max_idle_restarts >= 0, "bootstrap.max_idle_restarts must be 0 (no limit) or more")
         check(self.stall_timeout_s > 0, "bootstrap.stall_timeout_s must be positive")
         if "weaken" in self.sources and self.vision.engine != "transformers":
             check(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import signal
-from types import FrameType
+from types import FrameType, TracebackType
 
 logger = logging.getLogger(__name__)
 
@@ -26,12 +26,24 @@ class Interrupted(Exception):
 
 
 class StopRequest:
-    """Remembers SIGTERM, SIGUSR1 or SIGUSR2. The handler only sets a flag, which the work reads at its boundaries."""
+    """Remembers SIGTERM, SIGUSR1 or SIGUSR2. The handler only sets a flag, which the work reads at its boundaries.
+
+    From its making on; as a context, until it is left.
+    """
 
     def __init__(self) -> None:
         self.received = False
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
-            signal.signal(number, self._remember)
+        signals = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+        self._before = {number: signal.signal(number, self._remember) for number in signals}
+
+    def __enter__(self) -> StopRequest:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         again = "already stopping" if self.received else "stopping at the next boundary"

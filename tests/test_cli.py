@@ -10,16 +10,19 @@ import pytest
 from bpo import __version__
 from bpo.cli import COMMANDS, main
 
-COMMAND_NAMES = "demo bootstrap train evaluate export refs plan bench doctor".split()
+COMMAND_NAMES = "demo bootstrap merge train evaluate export refs plan bench doctor".split()
 OPTIONS = {
     "demo": ["--output", "--seeds"],
     "bootstrap": ["--config", "--bootstrap.weaken.noise_step", "--bootstrap.inject.server.url", "--data.annotations"],
+    "merge": ["--config", "--data.annotations", "--data.groups"],
     "train": ["--config", "--train.lr", "--train.ds_config", "--loss.beta", "--lora.r", "--trainable.vision"],
     "evaluate": ["--config", "--evaluation.chair_instances", "--evaluation.pope_questions"],
     "export": ["--config", "--export.checkpoint", "--export.form"],
     "refs": ["inspect", "verify", "compact"],
+    "score": ["--policy", "--reference", "--limit"],
+    "view": ["--serve", "--out", "--scores"],
     "plan": ["--model", "--nodes", "--gpu-memory", "--groups-count", "--json"],
-    "bench": ["kernels", "step"],
+    "bench": ["kernels", "step", "bootstrap"],
     "doctor": ["bpo doctor"],
 }
 

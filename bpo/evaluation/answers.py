@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from bpo.evaluation.kept import KeptAnswers
 from bpo.records import ContentPart, Turn
 
 if TYPE_CHECKING:
@@ -32,23 +33,28 @@ def answer_requests(
     model: Any,
     encoder: Encoder,
     requests: Sequence[Request],
+    kept: KeptAnswers,
+    benchmark: str,
     *,
     max_new_tokens: int,
     batch_size: int,
     label: str = "answering",
     progress: bool = True,
-) -> list[str]:
-    """Greedy answers, one a request and in their order.
+) -> None:
+    """Gives this rank's greedy answers into `kept`, batch by batch; those that it has are not given again.
 
     Raises:
         ImageError: An image cannot be read; names it.
+        Interrupted: A signal came; every finished batch is kept.
     """
     from bpo.model.generate import generate_answers
 
-    answers: list[str] = []
-    with tqdm(total=len(requests), desc=label, unit="answer", disable=not progress) as bar:
-        for prompts in _encoded_batches(encoder, requests, batch_size):
-            answers += generate_answers(
+    batches = kept.batches(benchmark, len(requests), batch_size)
+    total = sum(map(len, batches))
+    with tqdm(total=total, desc=label, unit="answer", disable=not (progress and kept.ranks.is_main)) as bar:
+        for batch, prompts in zip(batches, _encoded_batches(encoder, requests, batches), strict=True):
+            kept.check_stop()
+            answers = generate_answers(
                 model,
                 encoder,
                 prompts,
@@ -57,21 +63,22 @@ def answer_requests(
                 top_p=1.0,
                 seeds=[0] * len(prompts),
             )
+            kept.put(benchmark, dict(zip(batch, answers, strict=True)))
             bar.update(len(prompts))
-    return answers
 
 
-def _encoded_batches(encoder: Encoder, requests: Sequence[Request], batch_size: int) -> Iterator[list[EncodedPrompt]]:
-    """Batches in order, the next one decoded in a thread while the model answers the last."""
+def _encoded_batches(
+    encoder: Encoder, requests: Sequence[Request], batches: Sequence[range]
+) -> Iterator[list[EncodedPrompt]]:
+    """The batches encoded, the next one in a thread while the model answers the last."""
 
-    def encode(start: int) -> list[EncodedPrompt]:
-        batch = requests[start : start + batch_size]
-        return [encoder.encode_prompt(request.id, (request.image,), request.prompt) for request in batch]
+    def encode(batch: range) -> list[EncodedPrompt]:
+        return [encoder.encode_prompt(r.id, (r.image,), r.prompt) for r in (requests[number] for number in batch)]
 
     with ThreadPoolExecutor(max_workers=1) as pool:
-        ahead = None
-        for start in range(0, len(requests), batch_size):
-            current = ahead or pool.submit(encode, start)
-            following = start + batch_size
-            ahead = pool.submit(encode, following) if following < len(requests) else None
+        ahead = pool.submit(encode, batches[0]) if batches else None
+        for following in (*batches[1:], None):
+            if ahead is None:
+                return
+            current, ahead = ahead, None if following is None else pool.submit(encode, following)
             yield current.result()

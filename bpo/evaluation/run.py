@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
+import shutil
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -15,7 +17,11 @@ from bpo.data.images import resolve_image_path
 from bpo.evaluation.answers import Request, answer_requests
 from bpo.evaluation.chair import ChairResult, DescriptionScore, score_descriptions
 from bpo.evaluation.files import CocoImages, read_coco, read_pope
+from bpo.evaluation.kept import KeptAnswers
 from bpo.evaluation.pope import PopeQuestion, PopeResult, says_yes, score_answers
+from bpo.interrupts import StopRequest
+from bpo.launch import ranks_from_environment, restart_count
+from bpo.run_lock import RestartCount
 
 if TYPE_CHECKING:
     from bpo.data.encode import Encoder
@@ -53,38 +59,72 @@ class EvaluationResult:
         return figures
 
 
-def run_evaluation(config: Config, progress: bool = True) -> dict[str, Any]:
+def run_evaluation(config: Config, progress: bool = True, stop: StopRequest | None = None) -> dict[str, Any]:
     """Loads the model, measures what `config.evaluation` names, writes `evaluation.output` and prints a table.
 
+    Several processes share the questions. A killed or interrupted job goes on with the answers that were given when it
+    is started again with the same model, questions and options: they lie in `OUTPUT.answers` until the end.
+
     Returns:
-        The object that was written: `model`, `evaluation` (the options), `metrics`, `chair`, `pope`, `seconds`.
+        The object that was written: `model`, `evaluation` (the options), `metrics`, `chair`, `pope`, `seconds`; on
+        ranks other than 0 an empty one.
 
     Raises:
         ValueError: Nothing to measure or nowhere to write, a file in the wrong form, or an unusable image; all of
             it found before the model is loaded, but for images that fail to decode.
+        TimeoutError: On rank 0, when the other ranks' answers stop coming.
+        Interrupted: `stop` came; every finished batch is kept.
+        NoProgressError: SLURM starts the job again and again, and no answer is added.
     """
     from bpo.data.encode import load_encoder
-    from bpo.launch import pick_device, ranks_from_environment
+    from bpo.launch import pick_device
     from bpo.model.load import load_model
 
     if not config.evaluation.output:
         raise ValueError("evaluation.output is empty; name a JSON file for the results")
-    world_size = ranks_from_environment().world_size
-    if world_size > 1:
-        raise ValueError(f"bpo evaluate runs as one process, not {world_size}; start it without a launcher")
     started = time.monotonic()
     benchmarks = read_benchmarks(config.evaluation)
     check_images(benchmarks, Path(config.data.image_root or "."))
+    output = Path(config.evaluation.output)
+    folder = output.with_name(output.name + ".answers")
+    ranks = ranks_from_environment()
+    kept = KeptAnswers(folder / _identity(config), ranks, stop)
+    if ranks.is_main and restart_count():
+        count = RestartCount(folder, progress="answer {}", option="evaluation.max_idle_restarts")
+        count.start(len(kept), config.evaluation.max_idle_restarts)
     encoder = load_encoder(config)
     model = load_model(config.model, pick_device())
-    result = evaluate_model(model, encoder, benchmarks, config.evaluation, progress=progress)
+    give_answers(model, encoder, benchmarks, config.evaluation, kept, progress=progress)
+    if not ranks.is_main:
+        return {}
+    result = score(benchmarks, kept, config.evaluation.stall_timeout_s)
     tree = result_to_json(result, benchmarks)
     tree = {"model": config.model.path, "evaluation": asdict(config.evaluation), **tree}
     tree["seconds"] = round(time.monotonic() - started, 3)
-    _write_json(Path(config.evaluation.output), tree)
+    _write_json(output, tree)
+    shutil.rmtree(folder)
     print(format_table(result))
     print(f"Every answer and metric: {config.evaluation.output}")
     return tree
+
+
+def _identity(config: Config) -> str:
+    """16 hexadecimal digits for what answers depend on: other ones lie in another folder, so that none is ever stale.
+
+    A file counts by name, size and time: hashing tens of gigabytes would take longer than many an evaluation.
+    """
+    options = config.evaluation
+    files = [Path(name) for name in (options.chair_instances, *options.pope_questions) if name]
+    model = Path(config.model.path)
+    files += sorted(path for path in model.iterdir() if path.is_file()) if model.is_dir() else []
+    parts = [
+        str(model),
+        config.model.dtype,
+        config.data.image_root,
+        [options.chair_prompt, options.max_new_tokens, options.limit, options.batch_size],
+        [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files],
+    ]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
 def read_benchmarks(options: EvaluationConfig) -> Benchmarks:
@@ -125,37 +165,61 @@ def check_images(benchmarks: Benchmarks, image_root: Path) -> None:
 def evaluate_model(
     model: Any, encoder: Encoder, benchmarks: Benchmarks, options: EvaluationConfig, *, progress: bool = True
 ) -> EvaluationResult:
-    """Generates greedily and scores.
+    """Generates greedily in this process and scores.
 
     Args:
         model: From `bpo.model.load.load_model`, in eval mode.
         encoder: Of the same model.
         benchmarks: From `read_benchmarks`.
     """
+    kept = KeptAnswers()
+    give_answers(model, encoder, benchmarks, options, kept, progress=progress)
+    return score(benchmarks, kept, 0.0)
 
-    def answers_to(requests: list[Request], label: str) -> list[str]:
-        return answer_requests(
-            model,
-            encoder,
-            requests,
-            max_new_tokens=options.max_new_tokens,
-            batch_size=options.batch_size,
-            label=label,
-            progress=progress,
-        )
 
+def give_answers(
+    model: Any,
+    encoder: Encoder,
+    benchmarks: Benchmarks,
+    options: EvaluationConfig,
+    kept: KeptAnswers,
+    *,
+    progress: bool = True,
+) -> None:
+    """This rank's share of all answers that `kept` lacks; raises as `answer_requests` does."""
+    describe, ask = [], []
+    if benchmarks.coco is not None:
+        images = benchmarks.coco.file_of_image
+        describe = [Request(f"image {i}", file, options.chair_prompt) for i, file in images.items()]
+    if benchmarks.questions:
+        ask = [Request(f"question {q.split} {q.question_id}", q.image, q.text) for q in benchmarks.questions]
+    for name, label, requests in (("chair", "CHAIR: describing", describe), ("pope", "POPE: answering", ask)):
+        if requests:
+            answer_requests(
+                model,
+                encoder,
+                requests,
+                kept,
+                name,
+                max_new_tokens=options.max_new_tokens,
+                batch_size=options.batch_size,
+                label=label,
+                progress=progress,
+            )
+
+
+def score(benchmarks: Benchmarks, kept: KeptAnswers, stall_timeout_s: float) -> EvaluationResult:
+    """Scores the answers, waiting for those of other ranks; raises as `KeptAnswers.all` does."""
     chair, pope = None, None
     if benchmarks.coco is not None:
         images = benchmarks.coco.file_of_image
-        requests = [Request(f"image {i}", file, options.chair_prompt) for i, file in images.items()]
-        texts = answers_to(requests, "CHAIR: describing")
-        pairs = list(zip(images, texts, strict=True))
+        pairs = list(zip(images, kept.all("chair", len(images), stall_timeout_s), strict=True))
         chair = score_descriptions(pairs, benchmarks.coco.present_of_image, benchmarks.coco.lexicon)
         if not chair.num_mentions:
             logger.warning("no description names any object: chair_i of 0 means nothing here; read the answers")
     if benchmarks.questions:
-        requests = [Request(f"question {q.split} {q.question_id}", q.image, q.text) for q in benchmarks.questions]
-        pope = score_answers(benchmarks.questions, answers_to(requests, "POPE: answering"))
+        answers = kept.all("pope", len(benchmarks.questions), stall_timeout_s)
+        pope = score_answers(benchmarks.questions, answers)
     return EvaluationResult(chair, pope)
 
 

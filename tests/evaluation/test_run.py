@@ -81,7 +81,7 @@ def test_one_benchmark_alone(tmp_path: Path, models: dict[str, Path]) -> None:
     assert result["pope"] is None and set(result["metrics"]) == {"chair_i", "chair_s", "recall"}
 
 
-def test_refusals_come_before_the_model_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refusals_come_before_the_model_is_loaded(tmp_path: Path) -> None:
     nowhere = tmp_path / "no_model"
     with pytest.raises(ValueError, match="evaluation.output is empty"):
         run_evaluation(config_for(tmp_path, nowhere, output=""))
@@ -92,10 +92,6 @@ def test_refusals_come_before_the_model_is_loaded(tmp_path: Path, monkeypatch: p
     config = config_for(tmp_path, nowhere)
     (tmp_path / "c.png").unlink()
     with pytest.raises(ImageError, match="'c.png' is missing"):
-        run_evaluation(config)
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="one process, not 2"):
         run_evaluation(config)
 
 

@@ -1,0 +1,109 @@
+"""Answers that a model has given, kept on disk as they come: a further start goes on, ranks share the work.
+
+    FOLDER/rank-00000.jsonl     one JSON line an answer: benchmark, number of the question, text
+
+Ranks meet only through these files. Each appends to its own and flushes it to disk after every batch; everybody reads
+all. A line that a kill cut short is no answer: its question is asked again. Answers are greedy, so one that is given
+twice is the same.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from bpo.interrupts import StopRequest
+from bpo.launch import Ranks
+
+logger = logging.getLogger(__name__)
+
+_POLL_S = 1.0
+
+
+class KeptAnswers:
+    """The answers to the numbered questions of some benchmarks.
+
+    Args:
+        folder: Where they are kept; None keeps them in memory, for a single process.
+        ranks: Who shares the questions.
+        stop: Asked before every batch.
+    """
+
+    def __init__(self, folder: Path | None = None, ranks: Ranks | None = None, stop: StopRequest | None = None):
+        self.folder, self.ranks, self.stop = folder, ranks or Ranks(), stop
+        self._answers: dict[tuple[str, int], str] = {}
+        self._offsets: dict[Path, int] = {}
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.poll()
+
+    def __len__(self) -> int:
+        return len(self._answers)
+
+    def batches(self, benchmark: str, num_questions: int, size: int) -> list[range]:
+        """This rank's batches of questions that are not all answered. A batch is the same for any number of ranks."""
+        starts = range(0, num_questions, size)[self.ranks.rank :: self.ranks.world_size]
+        batches = [range(start, min(start + size, num_questions)) for start in starts]
+        return [batch for batch in batches if any((benchmark, number) not in self._answers for number in batch)]
+
+    def check_stop(self) -> None:
+        """Raises Interrupted where a signal has come."""
+        if self.stop is not None:
+            self.stop.check(f"{len(self)} answers are kept")
+
+    def put(self, benchmark: str, answers: Mapping[int, str]) -> None:
+        """Keeps answers by the number of their question, and returns when they are on disk."""
+        self._answers |= {(benchmark, number): text for number, text in answers.items()}
+        if self.folder is None:
+            return
+        lines = "".join(json.dumps([benchmark, number, text]) + "\n" for number, text in answers.items())
+        with (self.folder / f"rank-{self.ranks.rank:05d}.jsonl").open("ab") as file:
+            # The end of a line that an earlier start did not finish; an empty line is no answer either.
+            file.write(b"\n" + lines.encode())
+            file.flush()
+            os.fsync(file.fileno())
+
+    def poll(self) -> int:
+        """Reads what all ranks have added; returns the number of new answers."""
+        before = len(self._answers)
+        for path in sorted(self.folder.glob("rank-*.jsonl")) if self.folder else ():
+            with path.open("rb") as file:
+                file.seek(self._offsets.get(path, 0))
+                content = file.read()
+            complete = content.rfind(b"\n") + 1
+            self._offsets[path] = self._offsets.get(path, 0) + complete
+            for line in filter(None, content[:complete].split(b"\n")):
+                try:
+                    benchmark, number, text = json.loads(line)
+                except ValueError:
+                    logger.warning("%s: a line was cut short; its question is asked again", path)
+                    continue
+                self._answers[benchmark, number] = text
+        return len(self._answers) - before
+
+    def all(self, benchmark: str, num_questions: int, stall_timeout_s: float) -> Sequence[str]:
+        """Every answer in the order of the questions; waits for those of other ranks.
+
+        Raises:
+            TimeoutError: none came for `stall_timeout_s` seconds.
+            Interrupted: a signal came meanwhile.
+        """
+        wanted = [(benchmark, number) for number in range(num_questions)]
+        last_news = time.monotonic()
+        while missing := sum(key not in self._answers for key in wanted):
+            if self.poll():
+                last_news = time.monotonic()
+                continue
+            if time.monotonic() - last_news > stall_timeout_s:
+                raise TimeoutError(
+                    f"{self.folder}: {missing} of {num_questions} answers are missing and none came for "
+                    f"{stall_timeout_s:.0f} s (evaluation.stall_timeout_s); look at the other ranks' logs, then start "
+                    "again: answers are kept"
+                )
+            self.check_stop()
+            time.sleep(min(_POLL_S, stall_timeout_s))
+        return [self._answers[key] for key in wanted]

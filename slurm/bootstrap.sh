@@ -1,0 +1,54 @@
+#!/usr/bin/env bash
+# Bootstrapping: an array whose tasks share the annotations, then a merge of their results into one file of groups.
+#
+#   slurm/bootstrap.sh [--array=0-31 --time=8:00:00 --] --config FILE [...]    submits the array, and the merge after it
+#   sbatch --array=0-31 slurm/bootstrap.sh --config FILE [...]                 the array alone; then: bpo merge --config ...
+#
+# Any number of tasks will do, and the next submission may have another: finished records are never done again. A task
+# may have several GPUs: give --ntasks-per-node and --gpus-per-node, both. A signal before the time limit, or a
+# preemption, requeues the task, which goes on.
+#
+#SBATCH --job-name=bpo-bootstrap
+#SBATCH --array=0-7
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=1
+#SBATCH --cpus-per-task=8
+#SBATCH --time=12:00:00
+#SBATCH --output=slurm-%x-%A_%a.out
+#SBATCH --open-mode=append
+#SBATCH --requeue
+# To every task, not to this shell: a batch of answers must end in this time.
+#SBATCH --signal=USR2@300
+
+set -euo pipefail
+
+root="${BPO_ROOT:-${SLURM_SUBMIT_DIR:-$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)}}"
+if [[ ! -f "$root/slurm/job.sh" ]]; then
+    echo "error: $root is not the root of the clone; submit from there, or set BPO_ROOT to it" >&2
+    exit 2
+fi
+# shellcheck source-path=SCRIPTDIR source=job.sh
+source "$root/slurm/job.sh"
+
+if ! inside_job; then
+    load_site
+    split_arguments "$@"
+    array=$(submit bootstrap.sh "${options[@]}" -- "${arguments[@]}")
+    merge=$(submit command.sh "--dependency=afterok:$array" --kill-on-invalid-dep=yes -- merge "${arguments[@]}")
+    echo "bootstrap $array, merge $merge"
+    exit
+fi
+enter_job
+arguments=("$@")
+if [[ -n "${SLURM_ARRAY_TASK_ID:-}" ]]; then
+    # shellcheck disable=SC2153 # set by Slurm
+    shard=$(((SLURM_ARRAY_TASK_ID - SLURM_ARRAY_TASK_MIN) / SLURM_ARRAY_TASK_STEP))
+    if ((shard >= SLURM_ARRAY_TASK_COUNT)); then
+        echo "error: --array must be a range such as 0-7; of the list given here no task can tell its place" >&2
+        exit 2
+    fi
+    arguments+=(--bootstrap.shard_index "$shard" --bootstrap.num_shards "$SLURM_ARRAY_TASK_COUNT")
+fi
+launch -m bpo.cli bootstrap "${arguments[@]}"
+finish "$code"

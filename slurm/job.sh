@@ -1,0 +1,140 @@
+# What the scripts of this folder share; they source it and have set `root`, the clone.
+# shellcheck shell=bash disable=SC2154
+#
+#   load_site         the site's settings
+#   split_arguments   sbatch's options from bpo's
+#   submit            hands a script of this folder to sbatch
+#   enter_job         the environment of a job
+#   launch            one task per GPU by srun, in the site's container
+#   finish            requeues a job that is to go on, and ends the script
+
+# What slurm/site.env may set.
+BPO_SBATCH_ARGS=()
+BPO_BOOTSTRAP_SBATCH_ARGS=()
+BPO_TRAIN_SBATCH_ARGS=()
+BPO_EVALUATE_SBATCH_ARGS=()
+BPO_COMMAND_SBATCH_ARGS=()
+BPO_SRUN_ARGS=()
+BPO_CONTAINER_ARGS=()
+
+# A start that lost a task this soon is not repeated: most likely the next one would, too.
+BPO_CRASH_REQUEUE_AFTER_S="${BPO_CRASH_REQUEUE_AFTER_S:-600}"
+
+inside_job() { [[ -n "${SLURM_JOB_ID:-}" ]]; }
+
+load_site() {
+    if [[ -f "$root/slurm/site.env" ]]; then
+        # Site files are written for interactive shells: they may use unset variables.
+        set +u
+        # shellcheck source=/dev/null
+        source "$root/slurm/site.env"
+        set -u
+    fi
+}
+
+# split_arguments [SBATCH_OPTION... --] [ARGUMENT...]: sets `options` and `arguments`.
+split_arguments() {
+    local position
+    options=() arguments=("$@")
+    for ((position = 1; position <= $#; position++)); do
+        if [[ "${!position}" == -- ]]; then
+            options=("${@:1:position-1}") arguments=("${@:position+1}")
+            break
+        fi
+    done
+}
+
+# submit SCRIPT [SBATCH_OPTION...] -- [ARGUMENT...]: prints the job's id. Options given here win over the site's, which
+# win over the script's own.
+submit() {
+    local script="$1" id
+    shift
+    split_arguments "$@"
+    case "$script" in
+        bootstrap.sh) options=("${BPO_BOOTSTRAP_SBATCH_ARGS[@]}" "${options[@]}") ;;
+        train.sh) options=("${BPO_TRAIN_SBATCH_ARGS[@]}" "${options[@]}") ;;
+        evaluate.sh) options=("${BPO_EVALUATE_SBATCH_ARGS[@]}" "${options[@]}") ;;
+        command.sh) options=("${BPO_COMMAND_SBATCH_ARGS[@]}" "${options[@]}") ;;
+    esac
+    id=$(BPO_ROOT="$root" sbatch --parsable "${BPO_SBATCH_ARGS[@]}" "${options[@]}" "$root/slurm/$script" \
+        "${arguments[@]}") || return
+    echo "${id%%;*}" # a federation adds `;cluster`
+}
+
+# The directory of the submission, the site's settings, the interpreter, the addresses.
+enter_job() {
+    cd "$SLURM_SUBMIT_DIR" || exit
+    # Left over from a shell in another job, from which this one was submitted.
+    unset RANK WORLD_SIZE LOCAL_RANK MASTER_PORT
+    load_site
+    if [[ "${BPO_CONTAINER:-none}" == none && -d "$root/.venv/bin" ]]; then
+        export PATH="$root/.venv/bin:$PATH" # ninja too, for the operations DeepSpeed compiles at first use
+    fi
+    # Quoted, because a node list such as gpu[01-04] is a pattern to the shell.
+    nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+    export MASTER_ADDR="${nodes%%$'\n'*}"
+    # Without it, the folder of the program comes first on sys.path and may hide installed packages.
+    export PYTHONSAFEPATH=1
+    export PYTHONUNBUFFERED=1
+    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}"
+    # Since SLURM 22.05 srun does not take this from sbatch.
+    export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"
+    restarts="${SLURM_RESTART_COUNT:-0}"
+    # How `scontrol requeue` is to be told of this job: of an array, the number alone may mean all of its tasks.
+    job="$SLURM_JOB_ID"
+    if [[ -n "${SLURM_ARRAY_JOB_ID:-}" ]]; then
+        job="${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}"
+    fi
+    echo "[$(date -Is)] job $job, restart $restarts, ${SLURM_NTASKS:-1} tasks on: ${nodes//$'\n'/ }"
+}
+
+# launch PYTHON_ARGUMENT...: one process per task, no launcher in between (one that gets the scheduler's signal dies and
+# orphans its workers). Sets `code`.
+#
+# --kill-on-bad-exit=0, because ranks that stop on a signal leave one after the other with code 75: the first would have
+# the others killed, and srun would report that. A rank that dies leaves the others --wait seconds, in which they name it.
+launch() {
+    local program=("${BPO_PYTHON:-python}" "$@")
+    local options=(--kill-on-bad-exit=0 --wait=120 --mpi=none)
+    case "${BPO_CONTAINER:-none}" in
+        none) ;;
+        pyxis)
+            options+=(--container-image="$BPO_CONTAINER_IMAGE" --container-workdir="$PWD")
+            options+=(--container-mounts="${BPO_CONTAINER_MOUNTS:-$PWD:$PWD}" "${BPO_CONTAINER_ARGS[@]}")
+            ;;
+        apptainer)
+            program=(apptainer exec --nv --pwd "$PWD" --bind "${BPO_CONTAINER_MOUNTS:-$PWD:$PWD}"
+                "${BPO_CONTAINER_ARGS[@]}" "$BPO_CONTAINER_IMAGE" "${program[@]}")
+            ;;
+        *)
+            echo "error: BPO_CONTAINER is $BPO_CONTAINER; slurm/site.env may set it to none, pyxis or apptainer" >&2
+            exit 2
+            ;;
+    esac
+    code=0
+    srun "${options[@]}" "${BPO_SRUN_ARGS[@]}" "${program[@]}" || code=$?
+}
+
+# finish CODE: what a further start would carry on is requeued; ends the script with CODE (see bpo/interrupts.py).
+finish() {
+    local code="$1" again=false why
+    case "$code" in
+        0) why="finished" ;;
+        74) why="its results cannot be written; make room, then start it again" ;;
+        75) why="stopped by a signal, what is done is kept" again=true ;;
+        138 | 140 | 143) why="ended by SIGUSR1, SIGUSR2 or SIGTERM before it could stop by itself" again=true ;;
+        93) why="restarts bring nothing new; see the log above" ;;
+        *)
+            why="failed; see the log above"
+            if ((code == 76 || code > 128)); then
+                why="a task was lost"
+                ((SECONDS < BPO_CRASH_REQUEUE_AFTER_S)) || again=true
+            fi
+            ;;
+    esac
+    echo "[$(date -Is)] job $job ended with code $code after $SECONDS s: $why"
+    if $again && ! scontrol requeue "$job"; then
+        echo "error: this cluster does not requeue job $job; submit it again, training with --train.resume true" >&2
+    fi
+    exit "$code"
+}

@@ -1,0 +1,180 @@
+"""Answers on disk: ranks share the questions, no answer is lost. Run: pytest tests/evaluation/test_kept.py"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from bpo.config import Config, DataConfig, EvaluationConfig, ModelConfig
+from bpo.evaluation import answers as answers_module
+from bpo.evaluation.kept import KeptAnswers
+from bpo.evaluation.run import run_evaluation
+from bpo.interrupts import Interrupted, StopRequest
+from bpo.launch import Ranks
+from bpo.model import generate
+from bpo.run_lock import NoProgressError
+
+
+@pytest.fixture
+def config(tmp_path: Path, tiny_llava_dir: Path) -> Config:
+    """Five images to describe and five questions about them, in batches of two: six batches."""
+    names = [f"{number}.png" for number in range(5)]
+    for number, name in enumerate(names):
+        Image.new("RGB", (40, 30), (50 * number, 90, 40)).save(tmp_path / name)
+    images = [{"id": number, "file_name": name} for number, name in enumerate(names)]
+    instances = {"images": images, "annotations": [], "categories": [{"id": 1, "name": "dog"}]}
+    (tmp_path / "instances.json").write_text(json.dumps(instances))
+    questions = [{"question_id": n, "image": name, "text": "A dog?", "label": "no"} for n, name in enumerate(names)]
+    (tmp_path / "pope_random.json").write_text("\n".join(map(json.dumps, questions)))
+    return Config(
+        model=ModelConfig(path=str(tiny_llava_dir), dtype="float32"),
+        data=DataConfig(image_root=str(tmp_path)),
+        evaluation=EvaluationConfig(
+            output=str(tmp_path / "results.json"),
+            chair_instances=str(tmp_path / "instances.json"),
+            pope_questions=[str(tmp_path / "pope_random.json")],
+            max_new_tokens=3,
+            batch_size=2,
+        ),
+    )
+
+
+@pytest.fixture
+def batches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many answers each call of the model gives."""
+    given: list[int] = []
+    real = generate.generate_answers
+
+    def counted(model: Any, encoder: Any, prompts: Any, **options: Any) -> list[str]:
+        given.append(len(prompts))
+        return real(model, encoder, prompts, **options)
+
+    monkeypatch.setattr(generate, "generate_answers", counted)
+    return given
+
+
+def signal_in_batch(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    put, calls = KeptAnswers.put, []
+
+    def put_and_signal(self: KeptAnswers, *arguments: Any) -> None:
+        put(self, *arguments)
+        calls.append(1)
+        if len(calls) == number:
+            os.kill(os.getpid(), signal.SIGUSR2)
+
+    monkeypatch.setattr(KeptAnswers, "put", put_and_signal)
+
+
+def results(config: Config) -> dict[str, Any]:
+    tree = json.loads(Path(config.evaluation.output).read_text())
+    return {name: tree[name] for name in ("metrics", "chair", "pope")}
+
+
+def folder(config: Config) -> Path:
+    return Path(config.evaluation.output + ".answers")
+
+
+def test_a_signal_ends_the_batch_and_a_restart_answers_the_rest_alone(
+    config: Config, batches: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_evaluation(config, progress=False)
+    whole = results(config)
+    Path(config.evaluation.output).unlink()
+    batches.clear()
+    signal_in_batch(monkeypatch, 4)
+    with StopRequest() as stop, pytest.raises(Interrupted, match="7 answers are kept"):
+        run_evaluation(config, progress=False, stop=stop)
+    assert batches == [2, 2, 1, 2] and not Path(config.evaluation.output).exists()
+    batches.clear()
+    run_evaluation(config, progress=False)
+    assert batches == [2, 1]
+    assert results(config) == whole and not folder(config).exists()
+
+
+def test_a_killed_job_asks_again_what_a_torn_line_held(config: Config, batches: list[int]) -> None:
+    run_evaluation(config, progress=False)
+    whole = results(config)
+
+    class Killed(BaseException):
+        pass
+
+    class KillAtThird(StopRequest):
+        checks = 0
+
+        def check(self, what: str) -> None:
+            self.checks += 1
+            if self.checks == 3:
+                raise Killed
+
+    with KillAtThird() as stop, pytest.raises(Killed):
+        run_evaluation(config, progress=False, stop=stop)
+    (part,) = folder(config).rglob("rank-*.jsonl")
+    part.write_bytes(part.read_bytes()[:-3])
+    batches.clear()
+    run_evaluation(config, progress=False)
+    assert batches == [2, 1, 2, 2, 1]  # the second batch, whose last answer is torn, and what never was asked
+    assert results(config) == whole
+
+
+def test_answers_to_another_prompt_lie_in_another_folder(config: Config) -> None:
+    with StopRequest() as stop, pytest.raises(Interrupted):
+        stop.received = True
+        run_evaluation(config, progress=False, stop=stop)
+    first = {path.name for path in folder(config).iterdir()}
+    config.evaluation.chair_prompt = "What is there?"
+    with StopRequest() as stop, pytest.raises(Interrupted):
+        stop.received = True
+        run_evaluation(config, progress=False, stop=stop)
+    assert len({path.name for path in folder(config).iterdir()} - first) == 1
+
+
+def test_ranks_share_the_questions(config: Config, batches: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    run_evaluation(config, progress=False)
+    whole = results(config)
+    ranks = threading.local()
+    monkeypatch.setattr("bpo.evaluation.run.ranks_from_environment", lambda: Ranks(getattr(ranks, "rank", 0), 2, 0))
+    batches.clear()
+    other = threading.Timer(1.0, lambda: (setattr(ranks, "rank", 1), run_evaluation(config, progress=False)))
+    other.start()
+    run_evaluation(config, progress=False)
+    other.join()
+    assert sorted(batches) == [1, 1, 2, 2, 2, 2]  # six batches, none twice
+    assert results(config) == whole
+
+
+def test_rank_0_gives_up_when_the_others_are_gone(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    config.evaluation.stall_timeout_s = 0.2
+    with pytest.raises(TimeoutError, match="2 of 5 answers are missing.*evaluation.stall_timeout_s"):
+        run_evaluation(config, progress=False)
+
+
+def test_restarts_that_add_no_answer_come_to_an_end(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(restarts: int) -> None:
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(restarts))
+        with StopRequest() as stop:
+            stop.received = True
+            run_evaluation(config, progress=False, stop=stop)
+
+    for restarts in range(4):
+        with pytest.raises(Interrupted):
+            start(restarts)
+    with pytest.raises(NoProgressError, match="3 restarts since answer 0.*evaluation.max_idle_restarts"):
+        start(4)
+
+
+def test_nothing_is_decoded_when_all_is_answered() -> None:
+    kept = KeptAnswers()
+    kept.put("pope", {0: "yes", 1: "no"})
+    answers_module.answer_requests(
+        None, None, [answers_module.Request("a", "gone.png", "?")] * 2, kept, "pope", max_new_tokens=1, batch_size=2
+    )
+    assert kept.all("pope", 2, 0.0) == ["yes", "no"]

@@ -1,0 +1,265 @@
+"""slurm/*.sh with stand-ins for Slurm's commands; tests/cluster runs them on a real cluster.
+
+Run: python -m pytest tests/test_slurm_scripts.py
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = sorted((ROOT / "slurm").glob("*.sh"))
+
+SRUN = """#!/usr/bin/env bash
+printf '%s\\n' "$@" >srun.args
+env -0 >srun.env
+exit "${SRUN_EXIT:-0}"
+"""
+# Answers only if the node list arrives as one word, as it does when it is quoted.
+SCONTROL = """#!/usr/bin/env bash
+case "$*" in
+    "show hostnames gpu[1-2]") printf 'gpu1\\ngpu2\\n' ;;
+    "requeue "*) echo "$2" >>"$SLURM_SUBMIT_DIR/requeued"; exit "${REQUEUE_EXIT:-0}" ;;
+    *) exit 1 ;;
+esac
+"""
+# Job numbers count from 11; one line a submission, arguments apart by `|`. Refuses what REFUSE names.
+SBATCH = """#!/usr/bin/env bash
+if [[ -n "${REFUSE:-}" && "$*" == *"$REFUSE"* ]]; then echo "sbatch: error: refused" >&2; exit 1; fi
+printf '%s|' "$@" >>sbatch.args; echo "$BPO_ROOT" >>sbatch.args
+echo "$((10 + $(wc -l <sbatch.args)));this-cluster"
+"""
+SCANCEL = """#!/usr/bin/env bash
+echo "$*" >>cancelled
+"""
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Path:
+    """The root of a clone whose path has a space, with a file in it that an unquoted `gpu[1-2]` would expand to."""
+    root = tmp_path / "my clone"
+    shutil.copytree(ROOT / "slurm", root / "slurm")
+    (root / "bin").mkdir()
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("sbatch", SBATCH), ("scancel", SCANCEL)):
+        (root / "bin" / name).write_text(text)
+        (root / "bin" / name).chmod(0o755)
+    (root / "gpu1").touch()
+    return root
+
+
+def run(script: Path, cwd: Path, clone: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    ours = ("SLURM_", "SBATCH_", "BPO_", "OMP_NUM_THREADS", "MASTER_", "RANK", "WORLD_SIZE", "LOCAL_RANK")
+    environ = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+    environ["PATH"] = f"{clone / 'bin'}:{os.environ['PATH']}"
+    command = ["bash", str(script), *arguments]
+    return subprocess.run(command, cwd=cwd, env={**environ, **environment}, capture_output=True, text=True, timeout=30)
+
+
+def in_job(clone: Path, script: str, *arguments: str, **slurm: str) -> subprocess.CompletedProcess[str]:
+    """As sbatch runs it: a copy from another folder."""
+    variables = {
+        "SLURM_JOB_ID": "7",
+        "SLURM_SUBMIT_DIR": str(clone),
+        "SLURM_JOB_NODELIST": "gpu[1-2]",
+        "SLURM_NTASKS": "16",
+        "SLURM_CPUS_PER_TASK": "8",
+    }
+    copy = clone.parent / "spooled"
+    shutil.copy(ROOT / "slurm" / script, copy)
+    return run(copy, Path("/"), clone, *arguments, **{**variables, **slurm})
+
+
+def array_task(number: int, first: int = 0, last: int = 3) -> dict[str, str]:
+    return {
+        "SLURM_ARRAY_JOB_ID": "7",
+        "SLURM_ARRAY_TASK_ID": str(number),
+        "SLURM_ARRAY_TASK_MIN": str(first),
+        "SLURM_ARRAY_TASK_STEP": "1",
+        "SLURM_ARRAY_TASK_COUNT": str(last - first + 1),
+    }
+
+
+def srun_arguments(clone: Path) -> list[str]:
+    return (clone / "srun.args").read_text().splitlines()
+
+
+def srun_environment(clone: Path) -> dict[str, str]:
+    return dict(entry.split("=", 1) for entry in (clone / "srun.env").read_text().split("\0") if "=" in entry)
+
+
+def submissions(clone: Path) -> list[list[str]]:
+    return [line.split("|") for line in (clone / "sbatch.args").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, ROOT / "slurm" / "site.env"], ids=lambda path: path.name)
+def test_every_script_is_valid_and_clean(script: Path) -> None:
+    subprocess.run(["bash", "-n", str(script)], check=True)
+    if shutil.which("shellcheck") is None:
+        pytest.skip("shellcheck is not installed; bash -n passed")
+    result = subprocess.run(["shellcheck", "-x", "-s", "bash", str(script)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
+
+
+def test_starts_one_program_per_task_and_tells_it_the_first_host(clone: Path) -> None:
+    result = in_job(clone, "train.sh", "--config", "my runs/a.yaml", RANK="3", MASTER_ADDR="stale")
+    assert result.returncode == 0, result.stderr
+    assert srun_arguments(clone)[-5:] == ["python", "-m", "bpo.train", "--config", "my runs/a.yaml"]
+    environ = srun_environment(clone)
+    assert environ["MASTER_ADDR"] == "gpu1" and "RANK" not in environ
+    assert environ["PYTHONSAFEPATH"] == "1"
+    assert environ["OMP_NUM_THREADS"] == environ["SRUN_CPUS_PER_TASK"] == "8"
+
+
+def test_no_rank_is_killed_because_another_left_first(clone: Path) -> None:
+    in_job(clone, "train.sh", "--config", "a.yaml")
+    assert {"--kill-on-bad-exit=0", "--wait=120"} <= set(srun_arguments(clone))
+
+
+def test_requeued_job_resumes_and_a_first_start_does_not(clone: Path) -> None:
+    in_job(clone, "train.sh", "--config", "a.yaml")
+    assert "--train.resume" not in srun_arguments(clone)
+    in_job(clone, "train.sh", "--config", "a.yaml", SLURM_RESTART_COUNT="1")
+    assert srun_arguments(clone)[-2:] == ["--train.resume", "true"]
+
+
+def test_site_settings_reach_the_tasks(clone: Path) -> None:
+    (clone / "slurm" / "site.env").write_text("export NCCL_SOCKET_IFNAME=ib0${NEVER_SET}\nBPO_SRUN_ARGS=(--exact)\n")
+    assert in_job(clone, "train.sh", "--config", "a.yaml").returncode == 0
+    assert srun_environment(clone)["NCCL_SOCKET_IFNAME"] == "ib0"
+    assert "--exact" in srun_arguments(clone)
+
+
+def test_the_shipped_site_file_changes_nothing(clone: Path) -> None:
+    in_job(clone, "train.sh", "--config", "a.yaml")
+    with_file = srun_arguments(clone)
+    (clone / "slurm" / "site.env").unlink()
+    in_job(clone, "train.sh", "--config", "a.yaml")
+    assert srun_arguments(clone) == with_file
+
+
+def test_containers(clone: Path) -> None:
+    site = clone / "slurm" / "site.env"
+    site.write_text(
+        'BPO_CONTAINER=pyxis\nBPO_CONTAINER_IMAGE="/images/my bpo.sqsh"\nBPO_CONTAINER_MOUNTS=/data:/data\n'
+    )
+    assert in_job(clone, "train.sh", "--config", "a b.yaml").returncode == 0
+    arguments = srun_arguments(clone)
+    assert "--container-image=/images/my bpo.sqsh" in arguments and "--container-mounts=/data:/data" in arguments
+    assert f"--container-workdir={clone}" in arguments and arguments[-5:][0] == "python"
+    site.write_text('BPO_CONTAINER=apptainer\nBPO_CONTAINER_IMAGE="/my bpo.sif"\nBPO_CONTAINER_ARGS=(--rocm)\n')
+    assert in_job(clone, "train.sh", "--config", "a b.yaml").returncode == 0
+    container = [
+        "apptainer",
+        "exec",
+        "--nv",
+        "--pwd",
+        str(clone),
+        "--bind",
+        f"{clone}:{clone}",
+        "--rocm",
+        "/my bpo.sif",
+    ]
+    assert srun_arguments(clone)[-14:] == [*container, "python", "-m", "bpo.train", "--config", "a b.yaml"]
+    site.write_text("BPO_CONTAINER=docker\n")
+    result = in_job(clone, "train.sh", "--config", "a.yaml")
+    assert result.returncode == 2 and "none, pyxis or apptainer" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("code", "requeued", "says"),
+    [
+        (0, False, "finished"),
+        (1, False, "failed"),
+        (74, False, "cannot be written"),
+        (75, True, "what is done is kept"),
+        (93, False, "restarts bring nothing new"),
+        (140, True, "before it could stop"),
+        (76, False, "a task was lost"),
+        (137, False, "a task was lost"),
+    ],
+)
+def test_what_each_exit_code_becomes(clone: Path, code: int, requeued: bool, says: str) -> None:
+    result = in_job(clone, "train.sh", "--config", "a.yaml", SRUN_EXIT=str(code))
+    assert result.returncode == code
+    assert (clone / "requeued").exists() == requeued
+    assert f"job 7 ended with code {code}" in result.stdout and says in result.stdout
+
+
+@pytest.mark.parametrize("code", ["76", "137"])
+def test_a_task_lost_after_a_while_is_requeued(clone: Path, code: str) -> None:
+    in_job(clone, "train.sh", "--config", "a.yaml", SRUN_EXIT=code, BPO_CRASH_REQUEUE_AFTER_S="0")
+    assert (clone / "requeued").read_text() == "7\n"
+
+
+def test_a_cluster_that_does_not_requeue_says_how_to_go_on(clone: Path) -> None:
+    result = in_job(clone, "train.sh", "--config", "a.yaml", SRUN_EXIT="75", REQUEUE_EXIT="1")
+    assert result.returncode == 75 and "submit it again, training with --train.resume true" in result.stderr
+
+
+def test_a_task_of_an_array_is_a_shard_and_is_requeued_alone(clone: Path) -> None:
+    result = in_job(clone, "bootstrap.sh", "--config", "a.yaml", SRUN_EXIT="75", **array_task(5, first=4, last=7))
+    assert result.returncode == 75
+    program = ["python", "-m", "bpo.cli", "bootstrap", "--config", "a.yaml"]
+    shard = ["--bootstrap.shard_index", "1", "--bootstrap.num_shards", "4"]
+    assert srun_arguments(clone)[-10:] == [*program, *shard]
+    assert (clone / "requeued").read_text() == "7_5\n"
+
+
+def test_an_array_with_gaps_is_refused(clone: Path) -> None:
+    variables = {**array_task(9), "SLURM_ARRAY_TASK_COUNT": "2"}
+    result = in_job(clone, "bootstrap.sh", "--config", "a.yaml", **variables)
+    assert result.returncode == 2 and "a range such as 0-7" in result.stderr
+
+
+@pytest.mark.parametrize("script", ["train.sh", "bootstrap.sh", "evaluate.sh", "command.sh"])
+def test_a_script_far_from_its_clone_says_what_to_do(clone: Path, script: str) -> None:
+    result = in_job(clone, script, SLURM_SUBMIT_DIR="/")
+    assert result.returncode == 2 and "submit from there, or set BPO_ROOT" in result.stderr
+
+
+def test_outside_of_a_job_a_script_submits_itself_with_the_options_of_the_site(clone: Path, tmp_path: Path) -> None:
+    site = "BPO_SBATCH_ARGS=(--account='my project')\nBPO_TRAIN_SBATCH_ARGS=(--nodes=2)\n"
+    (clone / "slurm" / "site.env").write_text(site)
+    here = tmp_path / "elsewhere"
+    here.mkdir()
+    result = run(clone / "slurm" / "train.sh", here, clone, "--nodes=4", "--", "--config", "my a.yaml")
+    assert (result.returncode, result.stdout) == (0, "11\n"), result.stderr
+    script = str(clone / "slurm" / "train.sh")
+    options = ["--parsable", "--account=my project", "--nodes=2", "--nodes=4"]
+    assert submissions(here) == [[*options, script, "--config", "my a.yaml", str(clone)]]
+
+
+def test_bootstrap_submits_its_merge(clone: Path) -> None:
+    (clone / "slurm" / "site.env").write_text("BPO_COMMAND_SBATCH_ARGS=(--partition=cpu)\n")
+    result = run(clone / "slurm" / "bootstrap.sh", clone, clone, "--array=0-31", "--", "--config", "a.yaml")
+    assert result.returncode == 0, result.stderr
+    array, merge = submissions(clone)
+    assert array[1:-1] == ["--array=0-31", str(clone / "slurm" / "bootstrap.sh"), "--config", "a.yaml"]
+    after = ["--partition=cpu", "--dependency=afterok:11", "--kill-on-invalid-dep=yes"]
+    assert merge[1:-1] == [*after, str(clone / "slurm" / "command.sh"), "merge", "--config", "a.yaml"]
+
+
+def test_pipeline_chains_its_jobs_over_one_folder(clone: Path) -> None:
+    result = run(clone / "slurm" / "pipeline.sh", clone, clone, "my out", "--qos=x", "--", "--config", "a.yaml")
+    assert result.returncode == 0, result.stderr
+    jobs = submissions(clone)
+    assert [Path(next(a for a in job if a.endswith(".sh"))).name for job in jobs] == [
+        f"{name}.sh" for name in ("bootstrap", "command", "train", "command", "evaluate")
+    ]
+    waits = [[argument for argument in job if argument.startswith("--dependency")] for job in jobs]
+    assert waits == [[], *([f"--dependency=afterok:{number}"] for number in (11, 12, 13, 14))]
+    assert all("--qos=x" in job for job in jobs) and all("my out/groups.jsonl" in job for job in jobs)
+    assert jobs[4][-3:-1] == ["--model.path", "my out/model"]
+    assert "11 12 13 14 15" in result.stdout and "my out/results.json" in result.stdout
+
+
+def test_a_refused_stage_takes_the_chain_back(clone: Path) -> None:
+    result = run(clone / "slurm" / "pipeline.sh", clone, clone, "out", "--config", "a.yaml", REFUSE="train.sh")
+    assert result.returncode != 0 and "have been cancelled" in result.stderr
+    assert (clone / "cancelled").read_text() == "11 12\n"
+    assert run(clone / "slurm" / "pipeline.sh", clone, clone, "--config", "a.yaml").returncode == 2
