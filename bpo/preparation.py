@@ -14,11 +14,13 @@ import torch
 from tqdm import tqdm
 
 from bpo.config import Config, TrainConfig
+from bpo.data.bad_records import BadRecords
 from bpo.data.encode import Dropped, Encoder
 from bpo.data.formats import read_groups
-from bpo.data.groups import GroupDataset, MeasuredGroup, iterate_micro_batches, write_dropped
+from bpo.data.groups import BAD_REASONS, GroupDataset, MeasuredGroup, iterate_micro_batches, write_dropped
 from bpo.data.lengths import MeasuredLengths, encoder_fingerprint, lengths_directory
 from bpo.data.plan import PlannedStep, plan_balance, plan_steps, split_into_micro_batches
+from bpo.data.problems import Problem
 from bpo.data.transfer import on_device
 from bpo.engine import TrainingEngine, barrier, from_rank_0, gather_from_ranks
 from bpo.interrupts import Interrupted, StopRequest
@@ -95,12 +97,14 @@ def measure_groups(
     """Encodes every group once, divided among the ranks; lists those that cannot be used in dropped.jsonl.
 
     Raises:
-        ValueError: no group is left.
+        ValueError: no group is left, or a group is bad and `data.on_bad` is error.
+        TooManyBadRecords: more are bad than `data.max_bad_share` allows.
         Interrupted: on all ranks, where any of them was asked to stop; measured lengths are kept (data.keep_lengths).
     """
     if not config.data.groups:
         raise ValueError("data.groups is empty; give the file that `bpo bootstrap` wrote")
-    groups = read_groups(Path(config.data.groups))
+    bad = BadRecords.of(config.data)
+    groups = read_groups(Path(config.data.groups), bad)
     dataset = GroupDataset(
         groups,
         encoder,
@@ -117,16 +121,33 @@ def measure_groups(
     )
     everyone = _gather_measured(results, gather, stop)
     by_index = [everyone[i % ranks.world_size][i // ranks.world_size] for i in range(len(dataset))]
-    dropped = [one for one in by_index if isinstance(one, Dropped)]
+    dropped = [Dropped(one.record_id or one.where, one.code, one.detail) for one in bad.problems]
+    dropped += [one for one in by_index if isinstance(one, Dropped)]
     usable = [(i, one) for i, one in enumerate(by_index) if isinstance(one, MeasuredGroup)]
     if ranks.is_main and dropped:
         path = Path(config.train.output_dir) / "dropped.jsonl"
         counts = ", ".join(f"{n} {reason}" for reason, n in sorted(write_dropped(dropped, path).items()))
-        logger.warning("%d of %d groups cannot be used (%s); listed in %s", len(dropped), len(dataset), counts, path)
+        total = len(dataset) + len(bad.problems)
+        logger.warning("%d of %d groups cannot be used (%s); listed in %s", len(dropped), total, counts, path)
+    judge_dropped(bad, by_index, config.data.groups)
     if not usable:
         first = f"; the first: {dropped[0].group_id}: {dropped[0].detail}" if dropped else ""
         raise ValueError(f"{config.data.groups}: no group can be trained on{first}")
     return TrainingData(dataset, tuple(i for i, _ in usable), tuple(one for _, one in usable))
+
+
+def judge_dropped(bad: BadRecords, measured: Sequence[MeasuredGroup | Dropped], file: str) -> None:
+    """Applies `data.on_bad` and `data.max_bad_share` to groups whose image or record is bad.
+
+    Raises:
+        RecordError: `bad.on_bad` is error, and a group is bad.
+        TooManyBadRecords: more are bad, in reading and measuring together, than allowed.
+    """
+    num_records = len(measured) + len(bad.problems)
+    for one in measured:
+        if isinstance(one, Dropped) and one.reason in BAD_REASONS:
+            bad.report(Problem(BAD_REASONS[one.reason], file, one.group_id, one.detail))
+    bad.check_share(num_records, file)
 
 
 def _gather_measured(

@@ -5,6 +5,7 @@ Shape letters: T packed tokens, N response tokens (predictor rows), G groups, C 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -43,12 +44,16 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Annotation:
-    """One image (or several), a prompt that ends with a user turn, and the dataset's answer."""
+    """One image (or several), a prompt that ends with a user turn, and the dataset's answer.
+
+    `extra` holds the file's fields that bpo does not read; they are handed on.
+    """
 
     id: str
     images: tuple[str, ...]
     prompt: tuple[Turn, ...]
     response: str
+    extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,19 +90,22 @@ class Completion:
     score: float
     type: str
     provenance: Provenance | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True, slots=True)
 class PreferenceGroup:
     """One prompt about one image (or several) and K >= 2 completions.
 
-    The preference pairs are all (i, j) with `score_i > score_j` (arXiv 2403.08730, released schema).
+    The preference pairs are all (i, j) with `score_i > score_j` (arXiv 2403.08730, released schema). `extra`, here and
+    in a completion, holds the file's fields that bpo does not read; they are handed on.
     """
 
     id: str
     images: tuple[str, ...]
     prompt: tuple[Turn, ...]
     completions: tuple[Completion, ...]
+    extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True, slots=True)

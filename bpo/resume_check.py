@@ -27,6 +27,8 @@ FREE = (
     "data.groups",
     "data.image_root",
     "data.keep_lengths",
+    "data.on_bad",
+    "data.max_bad_share",
     "data.num_workers",
     "data.prefetch_factor",
     "train.output_dir",

@@ -136,7 +136,7 @@ def build_group(annotation: Annotation, outcomes: Sequence[Outcome], max_words: 
     if not negatives:
         return None
     gt = Completion(annotation.response, 1.0, "gt", Provenance(source=PROVENANCE_SOURCES["annotation"]))
-    return PreferenceGroup(annotation.id, annotation.images, annotation.prompt, (gt, *negatives))
+    return PreferenceGroup(annotation.id, annotation.images, annotation.prompt, (gt, *negatives), annotation.extra)
 
 
 def _judge_together(

@@ -16,6 +16,9 @@ from bpo.data.encode import Dropped, EncodedGroup, EncodedPrompt, Encoder, Encod
 from bpo.data.images import ImageError, image_bytes_digest
 from bpo.records import GroupBatch, PreferenceGroup
 
+# Reasons of `Dropped` that mean bad data, and their codes among `bpo.data.problems.PROBLEMS`.
+BAD_REASONS = {"bad-image": "image-refused", "bad-record": "image-parts"}
+
 
 @dataclass(frozen=True, slots=True)
 class MeasuredGroup:

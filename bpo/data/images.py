@@ -7,16 +7,22 @@ is an `ImageError` that names the file and the fix.
 from __future__ import annotations
 
 import hashlib
+import io
 import logging
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from bpo.data.problems import RecordError
+
 logger = logging.getLogger(__name__)
 
 MAX_PIXELS = 89_478_485  # Pillow's own bound: 256 MiB of RGB
+ODD_SHAPE_RATIO = 100
 EXIF_ORIENTATION = 0x0112
+# A camera's JPEG with a preview in it is of a format of its own to Pillow.
+_JPEG_FAMILY = {"JPEG", "MPO"}
 _UPRIGHT_BY_ORIENTATION = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -28,8 +34,14 @@ _UPRIGHT_BY_ORIENTATION = {
 }
 
 
-class ImageError(ValueError):
+class ImageError(RecordError):
     """An image that cannot be used: the message names the file, what is wrong and what to do."""
+
+    def __init__(self, message: str, code: str = "image-refused"):
+        super().__init__(code, message)
+
+    def __reduce__(self) -> tuple[type[ImageError], tuple[str, str]]:  # type: ignore[override]
+        return type(self), (str(self), self.code)
 
 
 def resolve_image_path(root: Path, relative: str) -> Path:
@@ -40,27 +52,36 @@ def resolve_image_path(root: Path, relative: str) -> Path:
             not an existing regular file.
     """
     if not relative:
-        raise ImageError("an image path is empty; name a file relative to data.image_root")
+        raise ImageError("an image path is empty; name a file relative to data.image_root", "image-no-path")
     if "://" in relative or relative.startswith("data:"):
-        raise ImageError(f"image {relative[:120]!r} is a URL; download it and give its path under data.image_root")
+        raise ImageError(
+            f"image {relative[:120]!r} is a URL; download it (`bpo convert --fetch-urls`) and give its path under "
+            "data.image_root",
+            "image-url",
+        )
     if Path(relative).is_absolute():
-        raise ImageError(f"image {relative!r} is an absolute path; give it relative to data.image_root ({root})")
+        raise ImageError(
+            f"image {relative!r} is an absolute path; give it relative to data.image_root ({root})", "image-absolute"
+        )
     try:
         real_root = Path(root).resolve()
         path = (real_root / relative).resolve()
         is_file, exists = path.is_file(), path.exists()
     except (OSError, RuntimeError, ValueError) as error:  # link loop, name too long, NUL byte
-        raise ImageError(f"image {relative[:120]!r} is not a usable path ({error})") from error
+        raise ImageError(f"image {relative[:120]!r} is not a usable path ({error})", "image-bad-path") from error
     if not path.is_relative_to(real_root):
         raise ImageError(
             f"image {relative!r} leads out of data.image_root ({real_root}) to {path}; "
-            "copy the file below the root or choose a higher root"
+            "copy the file below the root or choose a higher root",
+            "image-outside",
         )
     if not exists:
         hint = "" if real_root.is_dir() else " (data.image_root itself is not a directory)"
-        raise ImageError(f"image {relative!r} is missing under data.image_root {real_root}{hint}")
+        raise ImageError(f"image {relative!r} is missing under data.image_root {real_root}{hint}", "image-missing")
     if not is_file:
-        raise ImageError(f"image {relative!r} is not a regular file ({path}); name the image inside it")
+        raise ImageError(
+            f"image {relative!r} is not a regular file ({path}); name the image inside it", "image-no-file"
+        )
     return path
 
 
@@ -79,22 +100,56 @@ def load_image(root: Path, relative: str) -> Image.Image:
         ImageError: The path is refused (see `resolve_image_path`), or the file is empty, truncated, not an
             image, or larger than `MAX_PIXELS` pixels.
     """
+    return decode_image(read_image_file(root, relative), relative)
+
+
+def read_image_file(root: Path, relative: str) -> Path:
+    """The path of an image that can be opened and is not empty.
+
+    Raises:
+        ImageError: See `resolve_image_path`; or the file is empty or may not be read.
+    """
     path = resolve_image_path(root, relative)
-    if path.stat().st_size == 0:
-        raise ImageError(f"image {relative!r} is empty (0 bytes); fetch it again or remove its record")
     try:
-        with Image.open(path) as image:
-            _check_size(image, relative)
+        with path.open("rb") as file:
+            is_empty = not file.read(1)
+    except OSError as error:
+        raise ImageError(
+            f"image {relative!r} cannot be read ({error.strerror}); check its permissions", "image-unreadable"
+        ) from error
+    if is_empty:
+        raise ImageError(f"image {relative!r} is empty (0 bytes); fetch it again or remove its record", "image-empty")
+    return path
+
+
+def decode_image(source: Path | bytes, name: str, notes: list[str] | None = None) -> Image.Image:
+    """The first frame as `load_image` gives it, from a file or from the bytes of one.
+
+    Args:
+        source: A path that was checked, or the file's content.
+        name: The image's name, for messages.
+        notes: Takes the codes of what is odd but no obstacle: `image-extension`, `image-shape`.
+
+    Raises:
+        ImageError: It is no image, truncated, or larger than `MAX_PIXELS` pixels.
+    """
+    if isinstance(source, bytes) and not source:
+        raise ImageError(f"image {name!r} is empty (0 bytes); fetch it again or remove its record", "image-empty")
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            _check_size(image, name)
+            if notes is not None:
+                notes += _oddities(image, name)
             image.load()
-            return _to_rgb(_upright(image, relative))
+            return _to_rgb(_upright(image, name))
     except ImageError:
         raise
     except Image.DecompressionBombError as error:
-        raise ImageError(f"image {relative!r} is too large ({error}); scale it down") from error
+        raise ImageError(f"image {name!r} is too large ({error}); scale it down", "image-too-large") from error
     except Exception as error:  # decoders meet hostile bytes and raise anything: OSError, SyntaxError, struct.error
         raise ImageError(
-            f"image {relative!r} cannot be decoded ({type(error).__name__}: {error}); "
-            "fetch it again or remove its record"
+            f"image {name!r} cannot be decoded ({type(error).__name__}: {error}); fetch it again or remove its record",
+            "image-undecodable",
         ) from error
 
 
@@ -111,7 +166,9 @@ def image_bytes_digest(root: Path, relative: str) -> str:
             while block := file.read(1 << 20):
                 digest.update(block)
     except OSError as error:
-        raise ImageError(f"image {relative!r} cannot be read ({error}); check its permissions") from error
+        raise ImageError(
+            f"image {relative!r} cannot be read ({error}); check its permissions", "image-unreadable"
+        ) from error
     return digest.hexdigest()
 
 
@@ -119,8 +176,19 @@ def _check_size(image: Image.Image, relative: str) -> None:
     if image.width * image.height > MAX_PIXELS:
         raise ImageError(
             f"image {relative!r} is too large: {image.width} x {image.height} is more than {MAX_PIXELS} pixels "
-            "(a decompression bomb?); scale it down"
+            "(a decompression bomb?); scale it down",
+            "image-too-large",
         )
+
+
+def _oddities(image: Image.Image, name: str) -> list[str]:
+    codes = []
+    by_name = Image.registered_extensions().get(Path(name).suffix.lower())
+    if by_name is not None and by_name != image.format and {by_name, image.format} - _JPEG_FAMILY:
+        codes.append("image-extension")
+    if max(image.size) >= ODD_SHAPE_RATIO * min(image.size):
+        codes.append("image-shape")
+    return codes
 
 
 def _upright(image: Image.Image, relative: str) -> Image.Image:

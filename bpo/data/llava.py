@@ -1,10 +1,13 @@
-"""LLaVA conversation records (`id`, `image`, `conversations` of `from` and `value`) as annotations."""
+"""Conversations as annotations: LLaVA's records (`image`, `conversations`) and ShareGPT's (`images`, `messages`)."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+from bpo.data.fields import extra_of, image_paths, text_of
 from bpo.data.markers import place_images
+from bpo.data.problems import RecordError
 from bpo.records import Annotation, Role
 
 ROLE_OF_SPEAKER: dict[str, Role] = {
@@ -12,19 +15,21 @@ ROLE_OF_SPEAKER: dict[str, Role] = {
     "user": "user",
     "gpt": "assistant",
     "assistant": "assistant",
+    "model": "assistant",
     "system": "system",
 }
 TEXT_ONLY = "text only"
 NO_ANSWER = "no answer"
 NOT_ALTERNATING = "turns do not alternate"
+KNOWN_KEYS = frozenset(("id", "image", "images", "conversations", "messages", "system"))
 
 
-def annotation_from_llava(obj: dict[str, Any], record_id: str, where: str) -> Annotation | str:
+def annotation_from_llava(obj: Mapping[str, Any], record_id: str, where: str) -> Annotation | str:
     """The annotation in one record, or the reason why there is none.
 
     The last `gpt` turn is the response; every turn before it is the prompt, answers of earlier turns included, and
     turns after it are left out. So a conversation of n answers gives one annotation, in its full context.
-    The `<image>` markers are read as `bpo.data.markers.place_images` says.
+    The `<image>` markers are read as `bpo.data.markers.place_images` says. Other fields are kept in `extra`.
 
     Args:
         obj: The record.
@@ -36,48 +41,70 @@ def annotation_from_llava(obj: dict[str, Any], record_id: str, where: str) -> An
         answer do not take turns, beginning with the user).
 
     Raises:
-        ValueError: The record has another shape; names `where`, the field and the fix.
+        RecordError: The record has another shape; names `where`, the field and the fix.
     """
-    images = _images(obj.get("image"), where)
-    turns = _turns(obj.get("conversations"), where)
+    images = conversation_images(obj, where)
+    turns = conversation_turns(obj, where)
     if not images:
         return TEXT_ONLY
     last = max((n for n, (role, _) in enumerate(turns) if role == "assistant"), default=-1)
     if last < 0 or not turns[last][1].strip():
         return NO_ANSWER
     prompt, response = turns[:last], turns[last][1]
+    if not ends_with_the_user(prompt):
+        return NOT_ALTERNATING
+    extra = extra_of(obj, KNOWN_KEYS)
+    return Annotation(record_id, images, place_images(prompt, len(images)), response.strip(), extra)
+
+
+def ends_with_the_user(prompt: list[tuple[Role, str]]) -> bool:
+    """Whether user and answer take turns, from the user to the user."""
     spoken = [role for role, _ in prompt if role != "system"]
     alternating = [("user", "assistant")[n % 2] for n in range(len(spoken))]
-    if spoken != alternating or len(spoken) % 2 == 0:
-        return NOT_ALTERNATING
-    return Annotation(record_id, images, place_images(prompt, len(images)), response.strip())
+    return spoken == alternating and len(spoken) % 2 == 1
 
 
-def _images(value: Any, where: str) -> tuple[str, ...]:
-    if value is None or value == "":
-        return ()
-    paths = [value] if isinstance(value, str) else value
-    if not isinstance(paths, list) or not all(isinstance(path, str) and path for path in paths):
-        raise ValueError(f"{where}: field 'image' is {value!r}; it must be a path or a list of paths")
-    return tuple(paths)
+def conversation_images(obj: Mapping[str, Any], where: str) -> tuple[str, ...]:
+    """The images of a record, under `image` (LLaVA) or `images` (ShareGPT).
+
+    Raises:
+        RecordError: They are no paths, or stand under both names.
+    """
+    if obj.get("image") is not None and obj.get("images") is not None:
+        raise RecordError("wrong-type", f"{where}: fields 'image' and 'images' are both present; keep one")
+    name = "image" if obj.get("image") is not None else "images"
+    value = obj.get(name)
+    return () if value is None or value == "" else image_paths(value, name, where)
 
 
-def _turns(value: Any, where: str) -> list[tuple[Role, str]]:
+def conversation_turns(obj: Mapping[str, Any], where: str) -> list[tuple[Role, str]]:
+    """(role, text) of every turn; a `system` field comes first.
+
+    Raises:
+        RecordError: The turns have another form.
+    """
+    name = "messages" if "messages" in obj else "conversations"
+    value = obj.get(name)
     if not isinstance(value, list):
-        raise ValueError(f"{where}: field 'conversations' must be a list of turns, each with 'from' and 'value'")
-    turns: list[tuple[Role, str]] = []
-    for number, turn in enumerate(value):
-        name = f"conversations[{number}]"
-        if not isinstance(turn, dict):
-            raise ValueError(f"{where}: {name} must be an object with 'from' and 'value'")
-        speaker, text = turn.get("from"), turn.get("value")
-        if speaker not in ROLE_OF_SPEAKER:
-            raise ValueError(f"{where}: {name}.from is {speaker!r}; it must be human, gpt or system")
-        if not isinstance(text, str):
-            raise ValueError(f"{where}: {name}.value is {type(text).__name__}, not text; quote it")
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise ValueError(f"{where}: {name}.value holds half a surrogate pair; remove it") from error
-        turns.append((ROLE_OF_SPEAKER[speaker], text))
+        raise RecordError(
+            "wrong-type", f"{where}: field '{name}' must be a list of turns, each with 'from' and 'value'"
+        )
+    turns = [conversation_turn(turn, f"{name}[{number}]", where) for number, turn in enumerate(value)]
+    if obj.get("system"):
+        turns.insert(0, ("system", text_of(obj["system"], "field 'system'", where)))
     return turns
+
+
+def conversation_turn(turn: Any, name: str, where: str) -> tuple[Role, str]:
+    """One turn: `from` and `value`, or `role` and `content`.
+
+    Raises:
+        RecordError: It has another form.
+    """
+    if not isinstance(turn, dict):
+        raise RecordError("wrong-type", f"{where}: {name} must be an object with 'from' and 'value'")
+    who, what = ("from", "value") if "from" in turn else ("role", "content")
+    speaker = turn.get(who)
+    if not isinstance(speaker, str) or speaker not in ROLE_OF_SPEAKER:
+        raise RecordError("unknown-role", f"{where}: {name}.{who} is {speaker!r}; it must be human, gpt or system")
+    return ROLE_OF_SPEAKER[speaker], text_of(turn.get(what), f"{name}.{what}", where)

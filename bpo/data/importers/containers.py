@@ -1,0 +1,238 @@
+"""The files that records come in: JSON list, JSONL, COCO JSON, CSV, TSV, parquet, tar shards. Each gives `Piece`s.
+
+All of them are streamed: none holds more than a batch of records, COCO besides the names of its images.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import tarfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bpo.data.importers.shards import tar_pieces
+from bpo.data.jsonfiles import Piece, json_pieces, open_file
+from bpo.data.jsonscan import Damage, JsonScanner
+
+MAX_CELL_CHARACTERS = 16 << 20
+PARQUET_ROWS = 64  # at a time: a row may hold images
+
+
+class UnknownFormat(ValueError):
+    """A file in no form that bpo understands; the message lists those, and what was missing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Container:
+    """Files of one kind.
+
+    Attributes:
+        kind: Key of `CONTAINERS`.
+        paths: The file, or the shards of a folder in the order of their names.
+    """
+
+    kind: str
+    paths: tuple[Path, ...]
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(path.stat().st_size for path in self.paths)
+
+    def pieces(self) -> Iterator[Piece]:
+        """Every record, not parsed. Raises: ValueError: a file cannot be read at all."""
+        index = done_bytes = 0
+        for path in self.paths:
+            for piece in CONTAINERS[self.kind](path):
+                yield Piece(
+                    piece.where,
+                    index,
+                    piece.from_list,
+                    piece.source,
+                    piece.damage,
+                    piece.is_torn,
+                    done_bytes + piece.end_bytes,
+                )
+                index += 1
+            done_bytes += path.stat().st_size
+
+
+def open_container(path: Path) -> Container:
+    """Finds out by its content what a file is; a folder stands for the parquet files or tar shards in it.
+
+    Raises:
+        ValueError: It cannot be read.
+        UnknownFormat: It is none of `CONTAINERS`.
+    """
+    path = Path(path)
+    if path.is_dir():
+        for suffix in (".parquet", ".tar"):
+            shards = tuple(sorted(path.rglob(f"*{suffix}")))
+            if shards:
+                return Container(_kind_of(shards[0]), shards)
+        raise UnknownFormat(f"{path}: a folder without .parquet or .tar files; name the file of records")
+    return Container(_kind_of(path), (path,))
+
+
+def _kind_of(path: Path) -> str:
+    with open_file(path) as file:
+        head = file.read(1024)
+    if head.startswith(b"PAR1"):
+        return "parquet"
+    text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
+    if text[:1] == b"[":
+        return "list"
+    if text[:1] == b"{":
+        return "coco" if _is_coco(path) else "jsonl"
+    if path.suffix.lower() in (".csv", ".tsv"):
+        return path.suffix.lower()[1:]
+    if path.suffix.lower() in (".json", ".jsonl", ".ndjson"):
+        return "jsonl"  # whose first line is damaged, or an empty file
+    if head and tarfile.is_tarfile(path):
+        return "tar"
+    packed = " (unpack it first)" if head[:2] in (b"\x1f\x8b", b"PK") else ""
+    raise UnknownFormat(
+        f"{path}: not a JSON list or JSONL, CSV, TSV, parquet or tar file, by its first bytes {head[:16]!r}{packed}"
+    )
+
+
+def _is_coco(path: Path) -> bool:
+    """Whether it is one object with COCO's lists, and not the first line of a JSONL file."""
+    try:
+        for key, element in _coco_lists(path, first_only=True):
+            if isinstance(element, dict) and (
+                key == "annotations" and "image_id" in element or key == "images" and "file_name" in element
+            ):
+                return True
+    except ValueError:  # JSONL reading says where and why
+        return False
+    return False
+
+
+def _coco_lists(path: Path, first_only: bool = False) -> Iterator[tuple[str, dict[str, Any] | Damage]]:
+    """(key, element) for the elements of the lists of a JSON object; damaged elements as `Damage`."""
+    with open_file(path) as file:
+        scanner = JsonScanner(file)
+        if scanner.peek() == "\ufeff":
+            scanner.expect("\ufeff")
+        scanner.expect("{")
+        while scanner.peek() != "}":
+            key = json.loads(scanner.value())
+            scanner.expect(":")
+            if scanner.peek() == "[":
+                scanner.expect("[")
+                for source, damage in scanner.elements():
+                    value = damage if damage is not None else _object_or_damage(source)
+                    if value is not None:
+                        yield key, value
+                    if first_only and value is None:
+                        return
+            else:
+                scanner.value()
+            if scanner.peek() == "}":
+                return
+            scanner.expect(",")
+
+
+def _object_or_damage(source: str) -> dict[str, Any] | Damage | None:
+    try:
+        value = json.loads(source)
+    except (ValueError, RecursionError) as error:
+        return Damage("not-json", f"not JSON ({error})")
+    return value if isinstance(value, dict) else None
+
+
+def _coco_pieces(path: Path) -> Iterator[Piece]:
+    """COCO captions: one record a caption, its image by name; other fields of the caption stay."""
+    names: dict[Any, Any] = {}
+    for key, image in _coco_lists(path):
+        if key == "images" and isinstance(image, dict) and isinstance(image.get("id"), (int, str)):
+            names[image["id"]] = image.get("file_name")
+    index = 0
+    for key, caption in _coco_lists(path):
+        if key != "annotations":
+            continue
+        where = f"{path}, annotations[{index}]"
+        if isinstance(caption, Damage):
+            yield Piece(where, index, True, {}, caption)
+        else:
+            image_id = caption.get("image_id")
+            known = isinstance(image_id, (int, str)) and image_id in names
+            damage = None if known else Damage("missing-field", f"no image has the id {image_id!r}; add it to 'images'")
+            yield Piece(where, index, True, {**caption, "image": names.get(image_id) if known else None}, damage)
+        index += 1
+
+
+def _table_pieces(path: Path, separator: str) -> Iterator[Piece]:
+    csv.field_size_limit(MAX_CELL_CHARACTERS)
+    with open_file(path) as raw, io.TextIOWrapper(raw, "utf-8-sig", "surrogateescape", newline="") as file:
+        rows = csv.reader(file, delimiter=separator, strict=True)
+        heading = [name.strip() for name in next(rows, [])]
+        if len(set(heading)) != len(heading) or "" in heading:
+            raise ValueError(f"{path}: the heading {heading} repeats a name or leaves one out; name every column once")
+        index = 0
+        while True:
+            where, damage = f"{path}, line {rows.line_num + 1}", None
+            try:
+                row = next(rows)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                row, damage = [], Damage("wrong-columns", f"not a row of a table ({error}); quote its cells")
+            if damage is None and not row:
+                continue  # a blank line
+            if damage is None and len(row) != len(heading):
+                damage = Damage("wrong-columns", f"{len(row)} cells under {len(heading)} headings; quote the separator")
+            if damage is None and not all(cell.isascii() or _is_utf8(cell) for cell in row):
+                damage = Damage("invalid-utf8", "a cell is not UTF-8; convert the file with iconv")
+            cells = {name: cell for name, cell in zip(heading, row, strict=False) if cell != ""}
+            yield Piece(where, index, False, cells, damage)
+            index += 1
+
+
+def _is_utf8(text: str) -> bool:
+    return not any("\udc80" <= character <= "\udcff" for character in text)
+
+
+def _parquet_pieces(path: Path) -> Iterator[Piece]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ValueError(f"{path}: parquet needs pyarrow; pip install 'bpo[hub]'") from error
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            index = 0
+            for batch in file.iter_batches(batch_size=PARQUET_ROWS):
+                for row in batch.to_pylist():
+                    # A null cell of a table is a field that is not there.
+                    cells = {name: _plain(value) for name, value in row.items() if value is not None}
+                    yield Piece(f"{path}, row {index}", index, False, cells)
+                    index += 1
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{path} is damaged parquet ({error}); fetch it again") from error
+
+
+def _plain(value: Any) -> Any:
+    """A cell as JSON can hold it; the bytes of images stay bytes."""
+    if value is None or isinstance(value, (str, int, float, bool, bytes)):
+        return value
+    if isinstance(value, dict):
+        return {key: _plain(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(one) for one in value]
+    return value.isoformat() if hasattr(value, "isoformat") else str(value)
+
+
+CONTAINERS: dict[str, Callable[[Path], Iterator[Piece]]] = {
+    "list": json_pieces,
+    "jsonl": json_pieces,
+    "coco": _coco_pieces,
+    "csv": lambda path: _table_pieces(path, ","),
+    "tsv": lambda path: _table_pieces(path, "\t"),
+    "parquet": _parquet_pieces,
+    "tar": tar_pieces,
+}
