@@ -128,7 +128,7 @@ class Encoder:
         turns = [("user", "?"), ("assistant", answer)]
         messages = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns]
         rendered = self.processor.apply_chat_template(messages, add_generation_prompt=False)
-        after = self.tokenizer(rendered.rpartition(answer)[2].lstrip(), add_special_tokens=False)["input_ids"]
+        after = self.tokenizer(rendered.partition(answer)[2].lstrip(), add_special_tokens=False)["input_ids"]
         never = {self.tokenizer.bos_token_id, self.image_token_id}
         is_control = bool(after) and after[0] in self._special_tokens.values() and after[0] not in never
         return after[0] if is_control else self.tokenizer.eos_token_id

@@ -141,6 +141,24 @@ def test_bos_stands_exactly_once(
     assert encoder.encode_completion("a") == (*tokenizer("a", add_special_tokens=False)["input_ids"], 257)
 
 
+@pytest.mark.parametrize(
+    ("template", "end"),
+    [
+        ("{% for m in messages %}{{ m['content'][0]['text'] }} <pad>{% endfor %}", "<pad>"),
+        ("{% for m in messages %}{{ m['content'][0]['text'] }} and <pad>{% endfor %}", "</s>"),
+        ("{% for m in messages if m['role'] == 'user' %}<pad>{{ m['content'][0]['text'] }}{% endfor %}", "</s>"),
+        ("{% for m in messages %}{{ m['content'][0]['text'] }}<s>{% endfor %}", "</s>"),
+    ],
+    ids=["a control token", "text", "a template without answers", "the next text's beginning"],
+)
+def test_what_the_template_writes_after_an_answer_ends_it(llava: Encoder, template: str, end: str) -> None:
+    processor = replace(llava.processor, chat_template=template)
+    encoder = Encoder(processor, llava.family.config, llava.image_root, 2048)
+    assert encoder.eos_token_id == llava.tokenizer.convert_tokens_to_ids(end)
+    assert set(encoder.end_token_ids) == {encoder.eos_token_id, llava.tokenizer.eos_token_id}
+    assert encoder.encode_completion("a")[-1] == encoder.eos_token_id
+
+
 def test_truncation_cuts_completions_and_never_the_prompt(tiny_llava_dir: Path, photo_root: Path) -> None:
     one = group("g", "abcdefghij", "xyz")
     whole = encoder_of(tiny_llava_dir, photo_root).encode_group(one)
