@@ -44,6 +44,7 @@ TEST_SHARE = 0.4
 # A 7B model is drawn, written once and read by both providers; the rest of the time belongs to the kernels.
 STEP_SHARE = 0.25
 STEP_NAME = "bpo bench step"
+ATTENTION_NAME = "attention over packed groups"
 TARGET_SHAPES = ("llava-1.5-7b", "qwen2.5-vl-7b")
 TARGET_ROWS = 2048
 
@@ -177,6 +178,16 @@ def run_step(quick: bool, seconds: float) -> tuple[Outcome, dict | None, list[Ve
     return outcome, content, [Verdict(**one) for case in cases for one in case["targets"]]
 
 
+def run_attention(device: str, quick: bool, seconds: float) -> tuple[Outcome, dict | None]:
+    """The backends of packed attention beside separate sequences: the outcome, and what was reported."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "attention.json"
+        command = [sys.executable, "-m", "benchmarks.attention", "--device", device, "--json", str(report)]
+        command += ["--seconds", f"{max(0.0, seconds - GRACE_SECONDS):.1f}", *(["--quick"] if quick else [])]
+        outcome = run_part(ATTENTION_NAME, command, seconds)
+        return outcome, json.loads(report.read_text()) if report.exists() else None
+
+
 def _of(results: list[Result], provider: str, **labels: str | int) -> list[Result]:
     return [
         result
@@ -285,6 +296,8 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     step, step_report, verdicts = run_step(options.quick, min(STEP_SHARE * options.seconds, time_left()))
     print(step.output_tail, f"{STEP_NAME}: {step.status} in {step.seconds:.0f} s", sep="\n", flush=True)
+    attention, attention_report = run_attention(options.device, options.quick, time_left())
+    print(f"{ATTENTION_NAME}: {attention.status} in {attention.seconds:.0f} s", flush=True)
     parts = benchmark_parts(options.quick)
     # Where the tests did not end in time, each benchmark runs those of its operation first.
     outcomes, results, not_run = run_benchmarks(parts, options.device, tests.status == "passed", time_left)
@@ -293,18 +306,20 @@ def main(argv: list[str] | None = None) -> int:
     report = {
         "date": now.strftime("%Y-%m-%d"),
         "machine": machine(device),
-        "parts": [asdict(outcome) for outcome in (tests, step, *outcomes)],
-        "not_run": [f"{part.name}: {part.status}" for part in (tests, step) if part.status != "passed"] + not_run,
+        "parts": [asdict(outcome) for outcome in (tests, step, attention, *outcomes)],
+        "not_run": [f"{part.name}: {part.status}" for part in (tests, step, attention) if part.status != "passed"]
+        + not_run,
         "targets": [asdict(verdict) for verdict in verdicts],
         "results": [asdict(result) for result in results],
         "step": step_report,
+        "attention": attention_report,
     }
     name = re.sub(r"[^a-z0-9]+", "-", str(report["machine"]["device"]).lower()).strip("-")
     path = (options.out or ROOT / "benchmarks" / "results") / f"gpu-{name}-{now:%Y%m%d}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=2) + "\n")
     print(markdown(report, results, verdicts), f"\n{path}: {time.monotonic() - begin:.0f} s in all", sep="\n")
-    return 1 if any(outcome.status == "failed" for outcome in (step, *outcomes)) else 0
+    return 1 if any(outcome.status == "failed" for outcome in (step, attention, *outcomes)) else 0
 
 
 if __name__ == "__main__":

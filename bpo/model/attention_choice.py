@@ -16,6 +16,7 @@ BackendName = Literal["flash", "flex", "sdpa"]
 FLASH_VERSION = (2, 8)
 FLASH_MAX_HEAD_SIZE = 256
 FLASH_MIN_CAPABILITY = (8, 0)
+FLEX_MIN_HEAD_SIZE = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +120,9 @@ def _why_not_flex(needs: Needs) -> str | None:
     """Why FlexAttention cannot serve, and the way out."""
     if needs.device.type != "cuda":
         return f"FlexAttention has no backward pass on {needs.device.type}: set it to sdpa"
+    if 0 < needs.head_size < FLEX_MIN_HEAD_SIZE:
+        least = FLEX_MIN_HEAD_SIZE
+        return f"FlexAttention's heads have at least {least} elements, this model's {needs.head_size}: set it to sdpa"
     if needs.dropout:
         return f"FlexAttention has no dropout and the model's attention_dropout is {needs.dropout}: set it to sdpa"
     if importlib.util.find_spec("triton") is None:

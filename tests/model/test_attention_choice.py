@@ -72,7 +72,11 @@ def test_flash_where_it_cannot_run_is_refused_and_auto_says_why(machine, has: di
 
 @pytest.mark.parametrize(
     ("needs", "message"),
-    [(Needs(CPU, torch.float32), "no backward pass on cpu"), (Needs(CUDA, torch.float32, dropout=0.1), "no dropout")],
+    [
+        (Needs(CPU, torch.float32), "no backward pass on cpu"),
+        (Needs(CUDA, torch.float32, dropout=0.1), "no dropout"),
+        (Needs(CUDA, torch.float32, head_size=8), "at least 16 elements, this model's 8"),
+    ],
 )
 def test_flex_where_it_cannot_run_is_refused(machine, needs: Needs, message: str) -> None:
     with pytest.raises(ValueError, match=message):

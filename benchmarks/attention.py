@@ -1,0 +1,244 @@
+"""Attention over packed groups, forward and backward, backend by backend, beside separate sequences.
+
+    python -m benchmarks.attention --count [--json FILE]       work and traffic of a layer, by arithmetic
+    python -m benchmarks.attention [--device cpu --quick] [--json FILE] [--seconds S]
+
+Every provider is compared with fp32 attention of each sequence alone before it is timed; what cannot run here stands in
+the report with its reason. Shape letters: B, H query heads, K key heads, T packed tokens, D head size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from bpo.model.attention import BACKENDS
+from bpo.model.attention_choice import BackendName, Needs, choose_backend
+from bpo.model.attention_flash import flash_plan
+from bpo.model.attention_flex import BLOCK, flex_plan
+from bpo.records import PackedLayout
+from bpo_kernels.bench_measure import interleaved_ms, machine, peak_extra_bytes
+
+# Query heads, key heads, head size.
+SHAPES = {"llava-1.5-7b": (32, 32, 128), "qwen2.5-vl-7b": (28, 4, 128), "tiny": (4, 2, 32)}
+# Tokens of the prefix (576 of an image and a prompt) and of each completion, over and over until a row is full.
+GROUPS = ((620, (90, 140)), (655, (60, 210, 120)), (612, (35, 48)), (700, (180, 150, 95)))
+TINY_GROUPS = ((120, (20, 30)), (131, (9, 40, 17)))
+TOLERANCE = {torch.bfloat16: 0.03, torch.float32: 1e-4}
+
+
+@dataclass
+class Line:
+    """A provider of a case: status ok, skipped or disagrees; times of one layer, forward and backward."""
+
+    shape: str
+    groups: int
+    tokens: int
+    provider: str
+    status: str
+    note: str = ""
+    median_ms: float | None = None
+    p20_ms: float | None = None
+    p80_ms: float | None = None
+    peak_mib: float | None = None
+
+
+def row_of(num_tokens: int, groups: Sequence[tuple[int, Sequence[int]]] = GROUPS) -> PackedLayout:
+    """As many groups as fit into `num_tokens`, the given ones over and over."""
+    prefixes, completions, end, number = [], [], 0, 0
+    while end + groups[number % len(groups)][0] + sum(groups[number % len(groups)][1]) <= num_tokens:
+        prefix, lengths = groups[number % len(groups)]
+        prefixes.append((end, end + prefix))
+        end += prefix
+        spans = []
+        for length in lengths:
+            spans.append((end, end + length))
+            end += length
+        completions.append(tuple(spans))
+        number += 1
+    return PackedLayout(tuple(prefixes), tuple(completions))
+
+
+def sequences_of(layout: PackedLayout) -> list[list[int]]:
+    """The rows of [prefix | completion] of each completion."""
+    return [
+        [*range(*prefix), *range(*span)]
+        for prefix, spans in zip(layout.prefix_spans, layout.completion_spans, strict=True)
+        for span in spans
+    ]
+
+
+def _tiles(queries: int, keys: int) -> int:
+    """Blocks that a causal kernel visits for a sequence, aligned bottom-right."""
+    last_keys = (min(keys, keys - queries + (row + 1) * BLOCK) for row in range(-(-queries // BLOCK)))
+    return sum(-(-last // BLOCK) for last in last_keys)
+
+
+def counted(layout: PackedLayout, shape: tuple[int, int, int], element_bytes: int = 2) -> dict[str, dict[str, float]]:
+    """GFLOP of the blocks that are visited, forward and backward (7 products of them), and what is moved besides.
+
+    Moved: MB that a layer reads and writes, both ways, other than queries, keys, values, output and their gradients.
+    """
+    heads, key_heads, size = shape
+    tokens = max(end for spans in (layout.prefix_spans, *layout.completion_spans) for _, end in spans)
+    alone = [len(rows) for rows in sequences_of(layout)]
+    plan = flash_plan(layout, torch.device("cpu"))
+    varlen = zip(plan.cu_seqlens_q_S1.diff().tolist(), plan.cu_seqlens_k_S1.diff().tolist(), strict=True)
+    mask = flex_plan(layout, torch.device("cpu"))
+    two_calls, mask_elements = 0, 0
+    for prefix, spans in zip(layout.prefix_spans, layout.completion_spans, strict=True):
+        of_prefix, of_spans = prefix[1] - prefix[0], spans[-1][1] - prefix[1]
+        two_calls += _tiles(of_prefix, of_prefix) + -(-of_spans // BLOCK) * -(-(of_prefix + of_spans) // BLOCK)
+        mask_elements += of_spans * (of_prefix + of_spans)
+    row = key_heads * size * element_bytes
+    # Forward: keys and values are read and written as copies; backward: their gradients are read and summed.
+    gathered = 2 * (2 * len(plan.rows_R) + len(plan.rows_R) + tokens) * row
+    # The output is joined from its pieces, and so are gradients; a mask is read for every head, both ways.
+    joined = 4 * tokens * heads * size * element_bytes + 2 * heads * mask_elements * element_bytes
+    blocks = {
+        "separate": (sum(_tiles(length, length) for length in alone), 0),
+        "sdpa": (two_calls, joined),
+        "flash": (sum(_tiles(queries, keys) for queries, keys in varlen), gathered),
+        "flex": (int(mask.kv_num_blocks.sum() + mask.full_kv_num_blocks.sum()), 0),
+    }
+    flops_of_block = 2 * BLOCK * BLOCK * size * heads
+    return {
+        name: {"gflop": 7 * count * flops_of_block / 1e9, "moved_mb": moved / 1e6, "blocks": count}
+        for name, (count, moved) in blocks.items()
+    }
+
+
+def alone_in_fp32(qkv: Sequence[torch.Tensor], layout: PackedLayout) -> torch.Tensor:
+    """[B, T, H, D] by one causal attention a completion; a prefix's output is that of its last completion."""
+    query, key, value = (one.float() for one in qkv)
+    output = torch.zeros_like(query)
+    for rows in sequences_of(layout):
+        output[:, :, rows] = F.scaled_dot_product_attention(
+            *(one[:, :, rows] for one in (query, key, value)), is_causal=True, enable_gqa=key.shape[1] != query.shape[1]
+        )
+    return output.transpose(1, 2)
+
+
+def separate(layout: PackedLayout, shape: tuple[int, int, int], device: torch.device, dtype: torch.dtype) -> Callable:
+    """The pass over padded rows of [prefix | completion], as without shared prefixes."""
+    heads, key_heads, size = shape
+    alone = sequences_of(layout)
+    longest = max(map(len, alone))
+    qkv = [
+        torch.randn(len(alone), count, longest, size, device=device, dtype=dtype, requires_grad=True)
+        for count in (heads, key_heads, key_heads)
+    ]
+    weight = torch.randn_like(qkv[0])
+
+    def step() -> None:
+        output = F.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=heads != key_heads)
+        torch.autograd.grad(output, qkv, weight)
+
+    return step
+
+
+def run_case(
+    name: str, layout: PackedLayout, device: torch.device, dtype: torch.dtype, sample_seconds: float
+) -> list[Line]:
+    """Every backend that runs here and agrees with fp32, and separate sequences, in turn."""
+    shape = SHAPES[name]
+    tokens = max(end for spans in (layout.prefix_spans, *layout.completion_spans) for _, end in spans)
+    generator = torch.Generator().manual_seed(0)
+    qkv = [
+        torch.randn(1, tokens, count, shape[2], generator=generator).to(device, dtype).transpose(1, 2).requires_grad_()
+        for count in (shape[0], shape[1], shape[1])
+    ]
+    weight = torch.randn(1, tokens, shape[0], shape[2], generator=generator).to(device, dtype)
+    truth = alone_in_fp32(qkv, layout)
+    wanted = [truth.detach(), *torch.autograd.grad(truth, qkv, weight.float())]
+    lines: list[Line] = []
+    steps: dict[str, Callable[[], Any]] = {"separate": separate(layout, shape, device, dtype)}
+
+    def line(provider: str, status: str, note: str = "", **figures: float) -> Line:
+        return Line(name, len(layout.prefix_spans), tokens, provider, status, note, **figures)
+
+    for backend in BACKENDS:
+        try:
+            choose_backend(backend, Needs(device, dtype, shape[2]))
+        except ValueError as error:  # which says why, and the report says it again
+            lines.append(line(backend, "skipped", str(error)))
+            continue
+        steps[backend] = packed_step(backend, qkv, weight, layout)
+        got = steps[backend]()
+        errors = [float((a.float() - b).abs().max() / b.abs().max()) for a, b in zip(got, wanted, strict=True)]
+        if max(errors) > TOLERANCE[dtype]:
+            lines.append(line(backend, "disagrees", f"relative errors of output, dq, dk, dv: {errors}"))
+            del steps[backend]
+    peaks = {provider: peak_extra_bytes(step, device) / 2**20 for provider, step in steps.items()}
+    for provider, samples in interleaved_ms(steps, device, sample_seconds).items():
+        ordered = sorted(samples)
+        p20, p80 = (ordered[round(share * (len(ordered) - 1))] for share in (0.2, 0.8))
+        median = statistics.median(ordered)
+        lines.append(line(provider, "ok", median_ms=median, p20_ms=p20, p80_ms=p80, peak_mib=peaks[provider]))
+    return lines
+
+
+def packed_step(
+    backend: BackendName, qkv: list[torch.Tensor], weight: torch.Tensor, layout: PackedLayout
+) -> Callable[[], list[torch.Tensor]]:
+    """One layer's pass; its plan is made before, as a batch makes it once for all layers."""
+    way = BACKENDS[backend]
+    plan = way.plan(layout, qkv[0].device)
+
+    def step() -> list[torch.Tensor]:
+        output = way.attend(*qkv, plan)
+        return [output.detach(), *torch.autograd.grad(output, qkv, weight)]
+
+    return step
+
+
+def _arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", action="store_true", help="only work and traffic, by arithmetic")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--quick", action="store_true", help="tiny shapes, few samples")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[8192], help="tokens of a packed row")
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["llava-1.5-7b", "qwen2.5-vl-7b"])
+    parser.add_argument("--sample-seconds", type=float, default=1.0, help="for each provider")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="no case begins after so long")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    arguments = parser.parse_args(argv)
+    if arguments.quick:
+        arguments.shapes, arguments.tokens, arguments.sample_seconds = ["tiny"], [512], 0.0
+    if arguments.device == "cuda" and not arguments.count and not torch.cuda.is_available():
+        parser.error("no CUDA GPU here: --device cpu --quick rehearses, --count computes work and traffic")
+    return arguments
+
+
+def main(argv: list[str] | None = None) -> None:
+    begin = time.monotonic()
+    arguments = _arguments(argv)
+    device = torch.device("cpu" if arguments.count else arguments.device)
+    report: dict[str, Any] = {"machine": machine(device), "results": [], "not_run": []}
+    for shape in arguments.shapes:
+        for tokens in arguments.tokens:
+            layout = row_of(tokens, TINY_GROUPS if shape == "tiny" else GROUPS)
+            if arguments.count:
+                report["results"].append({"shape": shape, "tokens": tokens} | counted(layout, SHAPES[shape]))
+            elif time.monotonic() - begin > arguments.seconds:
+                report["not_run"].append(f"attention {shape} T={tokens}: no time was left")
+            else:
+                dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+                lines = run_case(shape, layout, device, dtype, arguments.sample_seconds)
+                report["results"] += map(asdict, lines)
+            if arguments.json:  # after every case: a process that is stopped leaves what it had
+                arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(report, indent=1))
+
+
+if __name__ == "__main__":
+    main()

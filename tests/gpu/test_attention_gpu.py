@@ -1,0 +1,161 @@
+"""Attention over packed groups on a real GPU: flash-attn and compiled FlexAttention against separate sequences.
+
+    pytest -m gpu tests/gpu/test_attention_gpu.py
+
+Shape letters: T packed tokens, K key heads, D head size.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from bpo.config import ModelConfig
+from bpo.model.attention import packed_layout, shared_prefix_attention
+from bpo.model.attention_choice import BackendName, Needs, choose_backend
+from bpo.model.attention_flash import _GatherRows, flash_plan
+from bpo.model.load import load_model
+from bpo.model.policy import PolicyModel, model_inputs
+from bpo.records import PackedLayout
+from tests.attention_backends import each_sequence_alone, layout_of, num_compilations, num_tokens, random_qkv
+from tests.sample_groups import encoder_of, packed_batch, three_groups
+from tests.varlen_reference import flash_attn_varlen_func
+
+pytestmark = pytest.mark.gpu  # skipped by tests/conftest.py where there is no CUDA
+
+CUDA = torch.device("cuda")
+ROWS = {
+    "groups of 2 and 3": layout_of((620, (90, 140)), (655, (60, 210, 120)), (612, (35, 48, 1))),
+    "a stand-in image": layout_of((640, (100, 100)), (600, ())),
+    "one-token completions": layout_of((130, (1, 1, 1)), (127, (1, 2))),
+}
+# Query heads, key heads, head size.
+SHAPES = {"llava-1.5-7b": (32, 32, 128), "qwen2.5-vl-7b": (28, 4, 128)}
+
+
+def needed(backend: BackendName, dtype: torch.dtype = torch.bfloat16) -> BackendName:
+    try:
+        return choose_backend(backend, Needs(CUDA, dtype, 128)).backend
+    except ValueError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize("backend", ["flash", "flex", "sdpa"])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("layout", ROWS.values(), ids=ROWS)
+def test_values_and_gradients_equal_separate_sequences(
+    layout: PackedLayout, shape: tuple[int, int, int], backend: BackendName
+) -> None:
+    """Not further from fp32 than separate sequences in bf16 are, but for one more rounding."""
+    heads, key_heads, size = shape
+    options = {"heads": heads, "key_heads": key_heads, "head_size": size, "device": "cuda"}
+    packed, alone = (random_qkv(num_tokens(layout), dtype=torch.bfloat16, **options) for _ in range(2))
+    exact = [one.detach().float().requires_grad_() for one in packed]
+    results = []
+    weight = torch.randn(1, num_tokens(layout), heads, size, generator=torch.Generator().manual_seed(1)).to(CUDA)
+    for qkv, output in (
+        (packed, shared_prefix_attention(*packed, layout, backend=needed(backend))),
+        (alone, each_sequence_alone(*alone, layout)),
+        (exact, each_sequence_alone(*exact, layout)),
+    ):
+        gradients = torch.autograd.grad(output, qkv, weight.to(output.dtype))
+        results.append([output.detach().float(), *(one.float() for one in gradients)])
+    for name, ours, separate, true in zip(("output", "dq", "dk", "dv"), *results, strict=True):
+        allowed = 2 * float((separate - true).abs().max()) + 1e-2 * float(true.abs().max())
+        assert float((ours - true).abs().max()) <= allowed, name
+
+
+@pytest.mark.parametrize("with_graph", [False, True])
+def test_flex_compiles_once_for_rows_of_all_shapes(with_graph: bool) -> None:
+    needed("flex")
+    torch._dynamo.reset()
+    rows = [layout_of((100 + 37 * n, (20 + n, 31)), (64 * n, (n,) * n)) for n in range(1, 9)]
+    for layout in rows:
+        qkv = random_qkv(num_tokens(layout), key_heads=2, head_size=64, dtype=torch.bfloat16, device="cuda")
+        with torch.set_grad_enabled(with_graph):
+            output = shared_prefix_attention(*qkv, layout, backend="flex")
+        if with_graph:
+            output.sum().backward()
+    assert num_compilations() == 1
+
+
+def test_flash_attn_has_the_recorded_signature() -> None:
+    flash_attn = pytest.importorskip("flash_attn")
+    theirs = inspect.signature(flash_attn.flash_attn_varlen_func).parameters
+    assert list(theirs) == list(inspect.signature(flash_attn_varlen_func).parameters)
+
+
+def test_gradients_of_copies_are_rounded_once_and_the_same_every_time() -> None:
+    layout = layout_of((300, (2, 3, 4, 1)), (70, ()), (111, (5, 2)))
+    plan = flash_plan(layout, CUDA)
+    source = random_qkv(num_tokens(layout), dtype=torch.bfloat16, device="cuda")[0][0].transpose(0, 1)
+    gathered = _GatherRows.apply(source, plan)
+    gradient = torch.randn(gathered.shape, device=CUDA).bfloat16()
+    results = [torch.autograd.grad(gathered, source, gradient, retain_graph=True)[0] for _ in range(5)]
+    assert all(torch.equal(one, results[0]) for one in results)
+    exact = torch.zeros(source.shape, device=CUDA, dtype=torch.float64)
+    exact.index_add_(0, plan.rows_R.long(), gradient.double())
+    # One rounding to bf16, of a sum of up to four that is exact to fp32.
+    torch.testing.assert_close(results[0].double(), exact, atol=1e-6, rtol=2**-8)
+
+
+def test_plans_wait_for_nothing() -> None:
+    """A synchronisation in the making of a plan would leave the GPU without work once a batch."""
+    layout = ROWS["groups of 2 and 3"]
+    qkv = random_qkv(num_tokens(layout), head_size=64, dtype=torch.bfloat16, device="cuda")
+    backends = [one for one in ("flash", "flex", "sdpa") if _runs(one)]
+    for backend in backends:
+        shared_prefix_attention(*qkv, layout, backend=backend)  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for backend in backends:
+            shared_prefix_attention(*qkv, layout, backend=backend)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def _runs(backend: str) -> bool:
+    try:
+        choose_backend(backend, Needs(CUDA, torch.bfloat16, 64))
+    except ValueError:
+        return False
+    return True
+
+
+@pytest.fixture
+def wide_heads(tiny_llava_dir: Path, tmp_path: Path) -> Path:
+    """The tiny LLaVA with heads of 16 elements, FlexAttention's least: the same weights in half as many heads."""
+    directory = tmp_path / "llava"
+    shutil.copytree(tiny_llava_dir, directory)
+    config = json.loads((directory / "config.json").read_text())
+    config["text_config"] |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "full", "selective"])
+@pytest.mark.parametrize("backend", ["flash", "flex"])
+def test_a_whole_model_agrees_with_sdpa(
+    backend: BackendName, checkpointing: str, wide_heads: Path, photo_root: Path
+) -> None:
+    """Log-probs and the gradient's norm in bf16, through two layers."""
+    needed(backend)
+    batch = packed_batch(encoder_of(wide_heads, photo_root), three_groups())
+    results = []
+    for name in (backend, "sdpa"):
+        config = ModelConfig(
+            path=str(wide_heads), dtype="bfloat16", attention=name, gradient_checkpointing=checkpointing
+        )
+        policy = PolicyModel(load_model(config, CUDA, for_training=True)).to(CUDA)
+        with packed_layout(batch.layout):
+            logp_N = policy(**model_inputs(batch, CUDA, torch.bfloat16))
+            logp_N.sum().backward()
+        norm = torch.stack([p.grad.float().norm() for p in policy.parameters() if p.grad is not None]).norm()
+        results.append((logp_N.detach(), norm))
+    torch.testing.assert_close(results[0][0], results[1][0], atol=0.2, rtol=0.05)
+    torch.testing.assert_close(results[0][1], results[1][1], atol=0, rtol=0.05)
