@@ -5,6 +5,7 @@ The parameter `w` has 1000 elements, cut among the ranks; after step s its maste
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import multiprocessing
 import multiprocessing.forkserver
@@ -49,18 +50,21 @@ class Run:
 
     def __init__(self, output_dir: Path, job: Collectives | None = None, at_stage: Hook = no_hook, **options: Any):
         self.job = job or Alone()
-        self.step = 0
+        self.state = make_shard(0, self.job.rank, self.job.world_size)
         self.saver = CheckpointSaver(
             output_dir,
             self.job,
-            lambda: make_shard(self.step, self.job.rank, self.job.world_size),
+            lambda: dataclasses.replace(self.state),
             lambda step: {"step": step, "world_size": self.job.world_size, "config": {}},
             at_stage=at_stage,
             **options,
         )
 
     def to(self, step: int, *, due: bool = True, stop: bool = False) -> bool:
-        self.step = step
+        new = make_shard(step, self.job.rank, self.job.world_size)
+        self.state.optimizer_step = step
+        for name, tensor in new.tensors.items():  # in place, as an optimizer does
+            self.state.tensors[name].copy_(tensor)
         return self.saver.boundary(step, due=due, stop=stop)
 
     def save(self, step: int) -> None:
