@@ -111,10 +111,17 @@ def counted(layout: PackedLayout, shape: tuple[int, int, int], element_bytes: in
         "flex": (int(mask.kv_num_blocks.sum() + mask.full_kv_num_blocks.sum()), 0),
     }
     flops_of_block = 2 * BLOCK * BLOCK * size * heads
-    return {
+    result = {
         name: {"gflop": 7 * count * flops_of_block / 1e9, "moved_mb": moved / 1e6, "blocks": count}
         for name, (count, moved) in blocks.items()
     }
+    of_prefixes = sum(end - start for start, end in layout.prefix_spans)
+    # Were a prefix a sequence of its own, its first completion would need a copy of it too.
+    result["flash"] |= {
+        "gathered_rows": len(plan.rows_R),
+        "rows_if_prefixes_stood_alone": len(plan.rows_R) + of_prefixes,
+    }
+    return result
 
 
 def alone_in_fp32(qkv: Sequence[torch.Tensor], layout: PackedLayout) -> torch.Tensor:
