@@ -95,7 +95,7 @@ setup(
             "bootstrap/lexicon/*",
             "demo/assets/**",
             "demo/prompts/*",
-            "evaluation/assets/**",
+            "viewing/assets/*",
         ],
         "bpo_kernels": ["*.md"],
         "bpo_ds_configs": ["*.json", "*.md"],

@@ -50,6 +50,9 @@ LAYERS = {
     "train": 5,
     "doctor": 5,
     "bench": 6,
+    "charts": 0,
+    "scoring": 4,
+    "viewing": 4,
     "demo": 6,
     "cli": 7,
 }

@@ -20,7 +20,7 @@ from PIL import Image
 
 from bpo.data.jsonfiles import read_records
 from bpo.data.lexicon import ObjectLexicon
-from bpo.demo.charts import Bar, Line, bar_chart, legend_swatch, line_chart, thin_out
+from bpo.charts import Bar, Line, bar_chart, legend_swatch, line_chart, thin_out
 from bpo.evaluation.chair import DescriptionScore
 
 ASSETS = Path(__file__).resolve().parent / "assets"

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from bpo.demo.charts import thin_out
+from bpo.charts import thin_out
 from bpo.demo.report import (
     CURVES,
     Curves,

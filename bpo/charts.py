@@ -1,4 +1,4 @@
-"""Inline SVG charts: bars with their spread over seeds, and lines over training steps.
+"""Inline SVG charts: bars with their spread over seeds, lines over steps, counts by name, histograms.
 
 Colours come from the page's style sheet by class (`series-0`, `series-1`, ...), so that a chart follows light and dark
 schemes; lines also differ in dashes, never in colour alone.
@@ -7,7 +7,7 @@ schemes; lines also differ in dashes, never in colour alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup
@@ -120,6 +120,69 @@ def line_chart(title: str, lines: Sequence[Line], reference: float | None = None
     return _svg(f"{title} over training steps: {ends}", _LINE_HEIGHT, parts)
 
 
+def share_bars(title: str, counts: Sequence[tuple[str, int]]) -> Markup:
+    """Counts by name as horizontal bars, each with its count."""
+    most = max((count for _, count in counts), default=1)
+    span = _WIDTH - _LABEL_WIDTH - _VALUE_WIDTH
+    parts = []
+    for row, (label, count) in enumerate(counts):
+        top = row * _ROW_HEIGHT + 4
+        baseline = top + (_ROW_HEIGHT - 6) / 2 + 4
+        parts.append(
+            Markup(
+                '<text class="label" x="{}" y="{}" text-anchor="end">{}</text>'
+                '<rect class="bar" x="{}" y="{}" width="{:.1f}" height="{}" rx="3"/>'
+                '<text class="value" x="{:.1f}" y="{}">{:,}</text>'
+            ).format(
+                _LABEL_WIDTH - 8,
+                baseline,
+                _shortened(label),
+                _LABEL_WIDTH,
+                top,
+                span * count / most,
+                _ROW_HEIGHT - 6,
+                _LABEL_WIDTH + span * count / most + 6,
+                baseline,
+                count,
+            )
+        )
+    summary = "; ".join(f"{label} {count}" for label, count in counts)
+    return _svg(f"{title}: {summary}", _ROW_HEIGHT * len(counts) + 6, parts)
+
+
+def histogram(title: str, counts: Mapping[int, int], max_bins: int = 40) -> Markup:
+    """Counts of whole numbers in equal bins of a round width."""
+    low, high = min(counts, default=0), max(counts, default=0)
+    width = max(1, math.ceil(_nice_upper((high - low + 1) / max_bins)))
+    first = math.floor(low / width)
+    bins = [0] * (math.floor(high / width) - first + 1)
+    for value, count in counts.items():
+        bins[math.floor(value / width) - first] += count
+    most = max(bins, default=0) or 1
+    plot_width, plot_height = _WIDTH - _LEFT - _RIGHT, _LINE_HEIGHT - _TOP - _BOTTOM
+    each = plot_width / len(bins)
+    parts = []
+    for index, count in enumerate(bins):
+        height = plot_height * count / most
+        parts.append(
+            Markup('<rect class="bar" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}"/>').format(
+                _LEFT + index * each, _TOP + plot_height - height, max(0.5, each - 1), height
+            )
+        )
+    for index in sorted({0, len(bins) // 2, len(bins) - 1}):
+        x = _LEFT + (index + 0.5) * each
+        parts.append(
+            Markup('<text class="tick" x="{:.1f}" y="{}" text-anchor="middle">{}</text>').format(
+                x, _LINE_HEIGHT - 8, (first + index) * width
+            )
+        )
+    parts.append(
+        Markup('<text class="tick" x="{}" y="{}" text-anchor="end">{:,}</text>').format(_LEFT - 7, _TOP + 8, most)
+    )
+    total = sum(counts.values())
+    return _svg(f"{title}: {total} values from {low} to {high}, bins of {width}", _LINE_HEIGHT, parts)
+
+
 def legend_swatch(series: int) -> Markup:
     """A short piece of a line, as the legend shows it."""
     return Markup(
@@ -143,6 +206,10 @@ def _svg(label: str, height: float, parts: Sequence[Markup]) -> Markup:
     return Markup('<svg class="chart" role="img" aria-label="{}" viewBox="0 0 {} {}">{}</svg>').format(
         label, _WIDTH, height, Markup("").join(parts)
     )
+
+
+def _shortened(label: str, length: int = 22) -> str:
+    return label if len(label) <= length else label[: length - 1] + "\u2026"
 
 
 def _nice_upper(value: float) -> float:

@@ -1,0 +1,1 @@
+"""`bpo view`: a page on which people look at preference groups."""

@@ -1,0 +1,76 @@
+"""Per-token log-probs for people. Run: python -m pytest tests/test_scoring.py"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from bpo.config import Config, DataConfig, ModelConfig
+from bpo.data.encode import load_encoder
+from bpo.data.formats import read_groups
+from bpo.model.load import load_model
+from bpo.scoring import main, token_texts
+from tests.test_train import write_groups
+
+
+@pytest.fixture
+def trained(tiny_llava_dir: Path, tmp_path: Path) -> Path:
+    """The tiny model with another LM head."""
+    folder = shutil.copytree(tiny_llava_dir, tmp_path / "trained")
+    weights = load_file(folder / "model.safetensors")
+    (name,) = [name for name in weights if "lm_head" in name]
+    weights[name] = weights[name] * 1.5
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def score(root: Path, policy: Path, reference: Path, *more: str) -> list[dict[str, Any]]:
+    out = root / "scores.jsonl"
+    sides = ["--policy", str(policy), "--reference", str(reference), "--dtype", "float32"]
+    where = ["--image-root", str(root / "images"), "--out", str(out)]
+    assert main([str(root / "groups.jsonl"), *sides, *where, *more]) == 0
+    return [json.loads(line) for line in out.read_text().splitlines()]
+
+
+def test_scores_are_the_log_probs_of_each_model_alone(tiny_llava_dir: Path, trained: Path, tmp_path: Path) -> None:
+    write_groups(tmp_path, 3)
+    lines = score(tmp_path, trained, tiny_llava_dir, "--max-micro-batch-tokens", "200")
+    groups = read_groups(tmp_path / "groups.jsonl")
+    assert [line["id"] for line in lines] == [group.id for group in groups]
+    config = Config(
+        model=ModelConfig(path=str(trained), dtype="float32"), data=DataConfig(image_root=str(tmp_path / "images"))
+    )
+    encoder, model = load_encoder(config), load_model(config.model)
+    for group, line in zip(groups, lines, strict=True):
+        for completion, one in zip(group.completions, line["completions"], strict=True):
+            prompt = encoder.encode_prompt(group.id, group.images, group.prompt)
+            ids = encoder.encode_completion(completion.response)
+            whole = torch.tensor([[*prompt.prefix_ids, *ids]])
+            with torch.no_grad():
+                logits = model(input_ids=whole, **prompt.image_inputs).logits[0, len(prompt.prefix_ids) - 1 : -1]
+            expected = logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0]
+            torch.testing.assert_close(torch.tensor(one["policy"]), expected, atol=1e-4, rtol=0)
+            assert one["response"] == completion.response
+            assert max(abs(a - b) for a, b in zip(one["policy"], one["reference"], strict=True)) > 0.01
+            assert len(one["tokens"]) == len(ids) and "".join(one["tokens"][:-1]) == completion.response
+
+
+def test_a_model_beside_itself_has_no_log_ratio(tiny_llava_dir: Path, tmp_path: Path) -> None:
+    write_groups(tmp_path, 4)
+    lines = score(tmp_path, tiny_llava_dir, tiny_llava_dir, "--limit", "2")
+    assert len(lines) == 2
+    assert all(one["policy"] == one["reference"] for line in lines for one in line["completions"])
+
+
+def test_tokens_inside_a_character_add_nothing_until_it_is_whole(tiny_llava_dir: Path) -> None:
+    encoder = load_encoder(Config(model=ModelConfig(path=str(tiny_llava_dir))))
+    ids = encoder.encode_completion("日本 é!")
+    texts = token_texts(encoder, ids)
+    assert len(texts) == len(ids)
+    assert "".join(texts[:-1]) == "日本 é!"
