@@ -16,7 +16,7 @@ from bpo.bench.workers import Session
 from bpo.data.encode import load_encoder
 from bpo.engine import TrainingEngine
 from bpo.flops import model_flops
-from bpo.launch import Ranks
+from bpo.launch import Ranks, pick_device
 from bpo.model.load import load_model, resolve_dtype
 from bpo.model.policy import PolicyModel
 from bpo.model.trainable import prepare_trainable
@@ -53,7 +53,7 @@ def serve(case: StepCase, session: Session, provider: str) -> None:
     data = measure_groups(config, encoder, ranks, engine.gather_from_ranks)
     (step,) = plan_training(config, data, ranks)
     settings = engine.deepspeed_config(config, dtype, len(step.micro_batches[0]))
-    model = load_model(config.model, for_training=True)
+    model = load_model(config.model, pick_device(ranks), for_training=True)
     prepare_trainable(model, encoder.family, config)
     adapter = set_adapter(model, dtype)
     trainer = TrainingEngine(PolicyModel(model), encoder.family, config, settings, ranks)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import LlamaConfig
 
-from bpo.config import ModelConfig
+from bpo import preparation
+from bpo.config import Config, ModelConfig
 from bpo.config_io import load_config
 from bpo.model import attention_choice
-from bpo.model.attention_choice import Needs, choose_backend
+from bpo.model.attention_choice import Choice, Needs, choose_backend
 from bpo.model.load import choose_attention, load_model
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
@@ -113,3 +115,17 @@ def test_an_unknown_backend_is_refused(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit):
         load_config(["--model.attention", "xformers"], "test", "")
     assert "model.attention" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("choice", "said"), [(Choice("flash", "tested"), {"attention": "flash"}), (None, {"sequences": "separate"})]
+)
+def test_the_reference_store_remembers_the_backend(
+    choice: Choice | None, said: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preparation, "choose_attention", lambda config, device: choice)
+    monkeypatch.setattr(preparation, "model_fingerprint", lambda path, **fields: fields)
+    monkeypatch.setattr(preparation, "open_or_create", lambda directory, fingerprint: None)
+    engine, data = SimpleNamespace(device=CPU, dtype=torch.bfloat16), SimpleNamespace(separate_reason=None)
+    fingerprint = preparation._open_store(Config(), engine, data, tmp_path)
+    assert {name: fingerprint.get(name) for name in ("attention", "sequences") if name in fingerprint} == said
