@@ -11,6 +11,8 @@ Bootstrapped Preference Optimization of multimodal language models (arXiv 2403.0
 
 commands:
   demo        build a small world and model, bootstrap, train, evaluate and report; minutes on two CPU cores
+  check       `bpo check DATA`: every record and image of annotations or groups, before a long job does
+  convert     `bpo convert IN OUT`: annotations or groups from one form into another, such as TRL's parquet
   bootstrap   make preference groups from annotations: weakened images and injected errors
   merge       the groups of a bootstrapping job that was shared by several (bootstrap.num_shards)
   train       preference training in this process; `deepspeed bpo/train.py` starts it on several
@@ -29,6 +31,18 @@ commands:
 
 def _demo(argv: list[str]) -> int:
     from bpo.demo.run import main
+
+    return main(argv)
+
+
+def _check(argv: list[str]) -> int:
+    from bpo.data.check import main
+
+    return main(argv)
+
+
+def _convert(argv: list[str]) -> int:
+    from bpo.data.convert import main
 
     return main(argv)
 
@@ -156,6 +170,8 @@ def _doctor(argv: list[str]) -> int:
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "demo": _demo,
+    "check": _check,
+    "convert": _convert,
     "bootstrap": _bootstrap,
     "merge": _merge,
     "train": _train,

@@ -10,9 +10,11 @@ import pytest
 from bpo import __version__
 from bpo.cli import COMMANDS, main
 
-COMMAND_NAMES = "demo bootstrap merge train evaluate export refs plan bench doctor".split()
+COMMAND_NAMES = "demo check convert bootstrap merge train evaluate export refs plan bench doctor".split()
 OPTIONS = {
     "demo": ["--output", "--seeds"],
+    "check": ["DATA", "--no-images", "--image-root", "--quarantine", "--max-bad-share"],
+    "convert": ["IN", "OUT", "--to", "--images", "--on-bad", "--fetch-urls"],
     "bootstrap": ["--config", "--bootstrap.weaken.noise_step", "--bootstrap.inject.server.url", "--data.annotations"],
     "merge": ["--config", "--data.annotations", "--data.groups"],
     "train": ["--config", "--train.lr", "--train.ds_config", "--loss.beta", "--lora.r", "--trainable.vision"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 from bpo.data.markers import IMAGE_PART
 from bpo.data.problems import RecordError
 from bpo.records import ROLES, ContentPart, Turn
+
+RECORD_KEYS = frozenset(("id", "images", "image", "prompt", "completions", "response"))
 
 
 def required(obj: Mapping[str, Any], key: str, where: str) -> Any:
@@ -96,9 +99,39 @@ def score_of(value: Any, name: str, where: str) -> float:
     return float(value)
 
 
-def extra_of(obj: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
-    """The fields that bpo does not read: they stay with the record."""
-    return {key: value for key, value in obj.items() if key not in known}
+def extra_of(
+    obj: Mapping[str, Any], known: Collection[str], where: str, reserved: Collection[str] = RECORD_KEYS
+) -> dict[str, Any]:
+    """The fields that bpo does not read: they stay with the record.
+
+    One that bears a name of bpo's own record (`reserved`) is kept as `source_NAME`.
+
+    Raises:
+        RecordError: A field holds what no JSON file in UTF-8 can hold.
+    """
+    extra = {key: value for key, value in obj.items() if key not in known}
+    if not extra:
+        return extra
+    check_json(extra, "an unknown field", where)
+    for key in [key for key in extra if key in reserved]:
+        extra[f"source_{key}"] = extra.pop(key)
+    return extra
+
+
+def check_json(value: Any, name: str, where: str) -> None:
+    """Refuses what no JSON file in UTF-8 can hold.
+
+    Raises:
+        RecordError: Somewhere in the value is NaN, infinity, half a surrogate pair, or bytes.
+    """
+    try:
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RecordError("lone-surrogate", f"{where}: {name} holds half a surrogate pair; remove it") from error
+    except ValueError as error:
+        raise RecordError("nan", f"{where}: {name} holds NaN or infinity; remove it") from error
+    except (TypeError, RecursionError) as error:
+        raise RecordError("wrong-type", f"{where}: {name} cannot be written as JSON ({error}); remove it") from error
 
 
 def refuse_unknown(obj: Mapping[str, Any], known: Collection[str], where: str) -> None:

@@ -177,7 +177,7 @@ def parse_json(raw: bytes | str, where: str) -> Any:
         byte = ord(foreign.group()) - 0xDC00
         raise RecordError("invalid-utf8", f"{where}: byte 0x{byte:02x} is not UTF-8; convert the file with iconv")
     try:
-        return json.loads(text, parse_constant=_refuse_constant)
+        return _DECODER.decode(text)
     except RecursionError as error:
         raise RecordError("nested-too-deeply", f"{where}: the JSON is nested too deeply; flatten it") from error
     except ValueError as error:
@@ -191,3 +191,6 @@ class _NotANumber(ValueError):
 
 def _refuse_constant(name: str) -> NoReturn:
     raise _NotANumber(f"{name} is not a JSON number")
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)

@@ -53,7 +53,7 @@ def annotation_from_llava(obj: Mapping[str, Any], record_id: str, where: str) ->
     prompt, response = turns[:last], turns[last][1]
     if not ends_with_the_user(prompt):
         return NOT_ALTERNATING
-    extra = extra_of(obj, KNOWN_KEYS)
+    extra = extra_of(obj, KNOWN_KEYS, where)
     return Annotation(record_id, images, place_images(prompt, len(images)), response.strip(), extra)
 
 

@@ -96,14 +96,14 @@ def iterate_records(
     *,
     left_out: Callable[[str, str], None] | None = None,
     take_images: TakeImages | None = None,
-    seen_file: Callable[[Piece], None] | None = None,
+    seen_piece: Callable[[Piece], None] | None = None,
 ) -> Iterator[Annotation | PreferenceGroup]:
     """Every usable record in order, ids made unique; bad ones go to `bad`.
 
     Args:
         left_out: Called with reason and id of a record that holds nothing to learn from.
         take_images: See `TakeImages`.
-        seen_file: Called with every piece, for progress.
+        seen_piece: Called with every piece, for progress.
 
     Raises:
         RecordError: `bad.on_bad` is error, and a record is bad.
@@ -116,8 +116,8 @@ def iterate_records(
     last = ""
     for piece in source.container.pieces():
         num_records += 1
-        if seen_file is not None:
-            seen_file(piece)
+        if seen_piece is not None:
+            seen_piece(piece)
         record_id: str | None = None
         try:
             record_id, outcome = adapt(schema, piece, take_images)

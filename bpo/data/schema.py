@@ -8,6 +8,7 @@ from typing import Any
 
 from bpo.data.fields import (
     answer_of,
+    check_json,
     extra_of,
     id_text,
     image_paths,
@@ -65,7 +66,7 @@ def group_from_json(obj: Any, where: str) -> PreferenceGroup:
     where = f"{where} (id {group_id!r})"
     images = _images(obj, where)
     prompt = prompt_turns(required(obj, "prompt", where), len(images), where)
-    return PreferenceGroup(group_id, images, prompt, _completions(obj, where), extra_of(obj, GROUP_KEYS))
+    return PreferenceGroup(group_id, images, prompt, _completions(obj, where), extra_of(obj, GROUP_KEYS, where))
 
 
 def group_from_paper(obj: Mapping[str, Any], record_id: str, where: str) -> PreferenceGroup:
@@ -80,7 +81,7 @@ def group_from_paper(obj: Mapping[str, Any], record_id: str, where: str) -> Pref
         turns = place_images([("user", text_of(prompt, "prompt", where))], len(images))
     else:
         turns = prompt_turns(prompt, len(images), where)
-    return PreferenceGroup(record_id, images, turns, _completions(obj, where), extra_of(obj, GROUP_KEYS))
+    return PreferenceGroup(record_id, images, turns, _completions(obj, where), extra_of(obj, GROUP_KEYS, where))
 
 
 def annotation_to_json(annotation: Annotation) -> dict[str, Any]:
@@ -103,7 +104,7 @@ def annotation_from_json(obj: Mapping[str, Any], record_id: str, where: str) -> 
     response = text_of(required(obj, "response", where), "field 'response'", where)
     if not response.strip():
         return NO_ANSWER
-    return Annotation(record_id, images, prompt, response, extra_of(obj, ANNOTATION_KEYS))
+    return Annotation(record_id, images, prompt, response, extra_of(obj, ANNOTATION_KEYS, where))
 
 
 def completion_from_json(entry: Any, name: str, where: str) -> Completion:
@@ -120,7 +121,7 @@ def completion_from_json(entry: Any, name: str, where: str) -> Completion:
     provenance = entry.get("provenance")
     if provenance is not None:
         provenance = provenance_from_json(provenance, f"{name}.provenance", where)
-    return Completion(response, score, kind, provenance, extra_of(entry, COMPLETION_KEYS))
+    return Completion(response, score, kind, provenance, extra_of(entry, COMPLETION_KEYS, where, ()))
 
 
 def provenance_from_json(value: Any, name: str, where: str) -> Provenance:
@@ -128,6 +129,7 @@ def provenance_from_json(value: Any, name: str, where: str) -> Provenance:
     if not isinstance(value, dict) or not isinstance(value.get("source"), str):
         raise RecordError("wrong-type", f"{where}: {name} must be an object with a text 'source'")
     refuse_unknown(value, PROVENANCE_KEYS, where)
+    check_json(value, name, where)
     return Provenance(**value)
 
 

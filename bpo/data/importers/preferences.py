@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from bpo.data.fields import answer_of, extra_of, id_text, prompt_turns, required, score_of, text_of
+from bpo.data.fields import answer_of, check_json, extra_of, id_text, prompt_turns, required, score_of, text_of
 from bpo.data.jsonfiles import parse_json
 from bpo.data.llava import (
     KNOWN_KEYS,
@@ -63,7 +63,7 @@ def group_from_trl(obj: Mapping[str, Any], record_id: str, where: str) -> Prefer
     if GROUP_META in obj and obj[GROUP_META] is not None:
         return _pair_row(obj, images, turns, answers, where)
     completions = (Completion(answers[0], 1.0, "chosen"), Completion(answers[1], 0.0, "rejected"))
-    return PreferenceGroup(record_id, images, turns, completions, extra_of(obj, TRL_KEYS))
+    return PreferenceGroup(record_id, images, turns, completions, extra_of(obj, TRL_KEYS, where))
 
 
 def group_from_rlhf_v(obj: Mapping[str, Any], record_id: str, where: str) -> PreferenceGroup:
@@ -87,7 +87,7 @@ def group_from_rlhf_v(obj: Mapping[str, Any], record_id: str, where: str) -> Pre
         Completion(answer_of(required(source, name, where), f"field {name!r}", where), score, name)
         for name, score in (("chosen", 1.0), ("rejected", 0.0))
     )
-    extra = extra_of(obj, PAIR_KEYS) | (extra_of(source, PAIR_KEYS) if source is not obj else {})
+    extra = extra_of(obj, PAIR_KEYS, where) | (extra_of(source, PAIR_KEYS, where) if source is not obj else {})
     if obj.get("image") is not None and obj.get("image_path"):
         extra["image_path"] = obj["image_path"]  # where the publisher took it from
     return PreferenceGroup(record_id, images, place_images([("user", question)], len(images)), completions, extra)
@@ -111,7 +111,7 @@ def group_from_sharegpt(obj: Mapping[str, Any], record_id: str, where: str) -> P
         if role != "assistant":
             raise RecordError("unknown-role", f"{where}: {name} is a turn of {role!r}; it must be the model's")
         completions.append(Completion(answer_of(text, name, where), score, name))
-    extra = extra_of(obj, KNOWN_KEYS | {"chosen", "rejected"})
+    extra = extra_of(obj, KNOWN_KEYS | {"chosen", "rejected"}, where)
     return PreferenceGroup(record_id, images, place_images(turns, len(images)), tuple(completions), extra)
 
 
@@ -160,7 +160,7 @@ def _pair_row(
             )
         )
         indices.append(_whole(entry, "index", name, where))
-    extra = _object_in(meta, GROUP_META, where) | extra_of(obj, TRL_KEYS)
+    extra = _object_in(meta, GROUP_META, where) | extra_of(obj, TRL_KEYS, where)
     group = PreferenceGroup(id_text(meta.get("id"), where), images, turns, tuple(completions), extra)
     return PairRow(group, (indices[0], indices[1]), _whole(meta, "completions", GROUP_META, where))
 
@@ -177,6 +177,7 @@ def _object_in(meta: Mapping[str, Any], name: str, where: str) -> dict[str, Any]
     extra = meta.get("extra", {})
     if not isinstance(extra, dict):
         raise RecordError("wrong-type", f"{where}: {name}.extra must be an object")
+    check_json(extra, f"{name}.extra", where)
     return dict(extra)
 
 

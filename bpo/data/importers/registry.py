@@ -101,8 +101,9 @@ SCHEMAS: tuple[Schema, ...] = (
         "annotations",
         "bpo's annotations: id, images, prompt (turns), response",
         "annotations",
-        (("prompt",), ("response",), ("images",)),
+        (("prompt",), ("response",), ("images", "image")),
         annotation_from_json,
+        containers=frozenset({"jsonl", "list"}),
     ),
     Schema(
         "llava",

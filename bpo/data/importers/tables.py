@@ -37,7 +37,7 @@ def annotation_from_row(obj: Mapping[str, Any], record_id: str, where: str) -> A
         return NO_ANSWER
     question = text_of(obj[prompt], f"field {prompt!r}", where) if prompt else DEFAULT_PROMPT
     turn = Turn("user", (*(IMAGE_PART,) * len(images), ContentPart("text", question)))
-    extra = extra_of(obj, {"id", *(name for name in names.values() if name)})
+    extra = extra_of(obj, {"id", *(name for name in names.values() if name)}, where)
     return Annotation(record_id, images, (turn,), response.strip(), extra)
 
 

@@ -1,0 +1,186 @@
+"""`bpo convert IN OUT`: annotations or preference groups from one form into another; nothing of a record is lost."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from tqdm import tqdm
+
+from bpo.config import DataConfig
+from bpo.data.bad_records import BadRecords
+from bpo.data.exporters import write_jsonl, write_paper, write_trl_jsonl, write_trl_parquet
+from bpo.data.image_folder import ImageFolder
+from bpo.data.images import read_image_file
+from bpo.data.importers.registry import SCHEMAS, Source, open_source
+from bpo.data.problems import Problem, RecordError
+from bpo.data.reading import iterate_records
+from bpo.records import Annotation, PreferenceGroup
+
+Target = Literal["bpo", "trl", "paper"]
+TARGET_OF_SUFFIX: dict[str, Target] = {".jsonl": "bpo", ".parquet": "trl", ".json": "paper"}
+
+
+@dataclass
+class Conversion:
+    """What a conversion read and wrote.
+
+    Attributes:
+        num_read, num_written: Records, and rows of the output: TRL has one for each pair of a group.
+        left_out: Reason -> records that hold nothing to learn from.
+        num_images: Images written to the folder.
+        bad: The bad records.
+    """
+
+    schema: str = ""
+    num_read: int = 0
+    num_written: int = 0
+    left_out: Counter[str] = field(default_factory=Counter)
+    num_images: int = 0
+    bad: BadRecords = field(default_factory=BadRecords)
+
+
+def convert(
+    source_path: Path,
+    output: Path,
+    *,
+    schema: str = "",
+    target: Target | None = None,
+    image_root: Path = Path("."),
+    images: ImageFolder | None = None,
+    bad: BadRecords | None = None,
+    progress: bool = False,
+) -> Conversion:
+    """Reads `source_path`, writes `output` as one whole file.
+
+    Args:
+        schema: Name of the form of the records; found out where it is empty.
+        target: Form of the output; by default that of its suffix.
+        image_root: Where images lie that go into parquet.
+        images: Takes embedded images.
+
+    Raises:
+        ValueError: The form is unknown, the target does not hold such records, or a record is bad (see `BadRecords`).
+    """
+    target = target or TARGET_OF_SUFFIX.get(output.suffix)
+    if target is None:
+        raise ValueError(f"{output}: give a name in {', '.join(TARGET_OF_SUFFIX)}, or the form by --to")
+    if output.exists() and source_path.exists() and output.samefile(source_path):
+        raise ValueError(f"{output} is the input; name another file for the output")
+    source = open_source(source_path, schema)
+    if source.schema is None:
+        raise ValueError(f"{source_path}: there is no record in it")
+    if source.schema.gives == "annotations" and target != "bpo":
+        raise ValueError(
+            f"{source_path} holds annotations ({source.schema.name}), and {target} holds preference groups; write "
+            ".jsonl, or run bpo bootstrap first"
+        )
+    result = Conversion(source.schema.name, bad=bad or BadRecords())
+    images = images or ImageFolder(None)
+    if images.root is not None and image_root == Path("."):
+        image_root = images.root
+    records = _records(source, result, images, target, output, image_root, progress)
+    _write(records, output, target, image_root, result)
+    result.num_images = images.num_written
+    return result
+
+
+def _records(
+    source: Source,
+    result: Conversion,
+    images: ImageFolder,
+    target: Target,
+    output: Path,
+    image_root: Path,
+    progress: bool,
+) -> Iterator[Annotation | PreferenceGroup]:
+    def left_out(reason: str, record_id: str) -> None:
+        result.left_out[reason] += 1
+
+    embeds = target == "trl" and output.suffix == ".parquet"
+    with tqdm(unit="record", unit_scale=True, desc="converting", disable=not progress) as bar:
+        for record in iterate_records(
+            source,
+            result.bad,
+            left_out=left_out,
+            take_images=images.take,
+            seen_piece=lambda piece: bar.update(),
+        ):
+            try:
+                _check_target(record, target, image_root if embeds else None)
+            except RecordError as error:
+                result.bad.report(Problem(error.code, str(source.container.paths[0]), record.id, str(error)))
+                continue
+            result.num_read += 1
+            yield record
+
+
+def _check_target(record: Annotation | PreferenceGroup, target: Target, image_root: Path | None) -> None:
+    """Raises: RecordError: the target cannot hold the record, or an image that it embeds cannot be read."""
+    if image_root is not None:
+        for image in record.images:
+            read_image_file(image_root, image)
+    if target == "trl" and isinstance(record, PreferenceGroup) and len({c.score for c in record.completions}) < 2:
+        raise RecordError("no-preference", f"group {record.id!r}: all completions have one score; TRL holds only pairs")
+
+
+def _write(
+    records: Iterator[Annotation | PreferenceGroup], output: Path, target: Target, image_root: Path, result: Conversion
+) -> None:
+    if target == "bpo":
+        result.num_written = write_jsonl(records, output)
+        return
+    groups = (record for record in records if isinstance(record, PreferenceGroup))
+    if target == "paper":
+        result.num_written = write_paper(groups, output)
+    elif output.suffix == ".parquet":
+        result.num_written = write_trl_parquet(groups, output, image_root)
+    else:
+        result.num_written = write_trl_jsonl(groups, output, image_root)
+
+
+def main(argv: list[str]) -> int:
+    """The command."""
+    names = ", ".join(schema.name for schema in SCHEMAS)
+    parser = argparse.ArgumentParser(prog="bpo convert", description=__doc__)
+    parser.add_argument("input", type=Path, metavar="IN", help="a file, or a folder of parquet files or tar shards")
+    parser.add_argument("output", type=Path, metavar="OUT", help=".jsonl (bpo), .json (the paper's) or .parquet (TRL)")
+    parser.add_argument("--from", dest="schema", default="", help=f"form of the records, if not found out: {names}")
+    parser.add_argument("--to", choices=["bpo", "trl", "paper"], help="form of the output, if not its suffix's")
+    parser.add_argument("--image-root", type=Path, default=Path("."), help="folder that image paths are relative to")
+    parser.add_argument("--images", type=Path, help="folder that embedded images are written to")
+    parser.add_argument("--fetch-urls", action="store_true", help="download images named by URL into --images")
+    parser.add_argument(
+        "--on-bad", choices=["quarantine", "error"], default="error", help="what becomes of bad records"
+    )
+    share = DataConfig.max_bad_share
+    parser.add_argument("--max-bad-share", type=float, default=share, help=f"largest share of them (default {share})")
+    args = parser.parse_args(argv)
+    if args.fetch_urls and args.images is None:
+        raise ValueError("--fetch-urls needs --images, the folder that takes the downloads")
+    result = convert(
+        args.input,
+        args.output,
+        schema=args.schema,
+        target=args.to,
+        image_root=args.image_root,
+        images=ImageFolder(args.images, args.fetch_urls),
+        bad=BadRecords(args.on_bad, args.max_bad_share),
+        progress=True,
+    )
+    print(f"{args.output}: {result.num_written:,} rows of {result.num_read:,} records ({result.schema})")
+    for reason, count in result.left_out.most_common():
+        print(f"  left out: {count:,} ({reason})")
+    if result.num_images:
+        print(f"  {result.num_images:,} images written to {args.images}")
+    if result.bad.problems:
+        quarantine = args.output.with_name(f"{args.output.name}.quarantine.jsonl")
+        lines = [json.dumps(problem.to_json()) + "\n" for problem in result.bad.problems]
+        quarantine.write_text("".join(lines), encoding="ascii")
+        print(f"  bad: {len(lines):,}, listed in {quarantine}")
+    return 0

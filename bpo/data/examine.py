@@ -1,0 +1,168 @@
+"""Looks at records for `bpo check`: everything that reading, bootstrapping and training would find."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bpo.data.embedded import take_embedded
+from bpo.data.images import ImageError, decode_image, read_image_file
+from bpo.data.importers.preferences import PairRow
+from bpo.data.importers.registry import SCHEMAS, Outcome
+from bpo.data.jsonfiles import Piece
+from bpo.data.problems import PROBLEMS, Problem, RecordError
+from bpo.data.reading import adapt
+from bpo.records import Annotation
+
+_CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
+_DIRECTION = re.compile("[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+# What chat templates and processors of the known model families write, and what files write for an image.
+_SPECIAL = re.compile(
+    r"<\|[\w ]{1,40}\|>|</?s>|<(?:bos|eos|pad|unk|image|video|audio|img|IMG_CONTEXT|image_soft_token"
+    r"|fake_token_around_image|start_of_turn|end_of_turn|start_of_image|end_of_image|end_of_utterance)>|\[/?INST\]|<</?SYS>>"
+)
+# Images that several records share are opened once, while they stand near each other.
+_KEPT_IMAGES = 4096
+_EMBEDDED = "in the record"
+
+
+@dataclass(frozen=True, slots=True)
+class Examination:
+    """What to look for.
+
+    Attributes:
+        schema: Name of the schema of the records.
+        image_root: Folder of the images.
+        opens_images: Decode every image, too.
+        max_words: `data.max_completion_words`.
+    """
+
+    schema: str
+    image_root: Path
+    opens_images: bool
+    max_words: int
+
+
+@dataclass
+class Findings:
+    """What was found in some records, in their order.
+
+    Attributes:
+        ids: Their ids; None where it could not be read.
+        places: Where they stand.
+        problems: Index among these records -> problems.
+        is_pair: They are rows of groups, one pair each.
+    """
+
+    ids: list[str | None] = field(default_factory=list)
+    places: list[str] = field(default_factory=list)
+    problems: dict[int, list[Problem]] = field(default_factory=dict)
+    is_pair: bool = False
+
+
+def examine(pieces: Sequence[Piece], what: Examination) -> Findings:
+    """Parses and checks records; runs in worker processes."""
+    schema = next(schema for schema in SCHEMAS if schema.name == what.schema)
+    findings = Findings()
+    for index, piece in enumerate(pieces):
+        problems: list[Problem] = []
+        record_id: str | None = None
+        embedded: list[tuple[str, str]] = []
+
+        def put(name: str | None, content: bytes, where: str, embedded: list[tuple[str, str]] = embedded) -> str:
+            embedded.extend(_image_problems(name or _EMBEDDED, content) if what.opens_images else [])
+            return name or _EMBEDDED
+
+        def take(value: Mapping[str, Any], where: str, put: Any = put) -> Mapping[str, Any]:
+            return take_embedded(value, where, put)
+
+        has_embedded = isinstance(piece.source, dict)
+        try:
+            record_id, outcome = adapt(schema, piece, take if has_embedded else None)
+        except RecordError as error:
+            problems.append(Problem(error.code, piece.where, record_id, str(error)))
+        else:
+            found = [*_of_record(outcome, what.max_words), *embedded]
+            if what.opens_images and not _embedded_images(piece.source):
+                for image in _images_of(outcome):
+                    found += _checked_file(what.image_root, image)
+            problems += [Problem(code, piece.where, record_id, f"{piece.where}: {detail}") for code, detail in found]
+            if isinstance(outcome, PairRow):
+                record_id, findings.is_pair = outcome.group.id, True
+        findings.ids.append(record_id)
+        findings.places.append(piece.where)
+        if problems:
+            findings.problems[index] = problems
+    return findings
+
+
+def _of_record(outcome: Outcome, max_words: int) -> Iterator[tuple[str, str]]:
+    """(code, detail) of what is wrong in a record whose form is right."""
+    if isinstance(outcome, str):
+        yield outcome, PROBLEMS[outcome].meaning
+        return
+    record = outcome.group if isinstance(outcome, PairRow) else outcome
+    if isinstance(record, Annotation):
+        answers, extras = [record.response], [record.extra]
+    else:
+        answers = [completion.response for completion in record.completions]
+        extras = [record.extra, *(completion.extra for completion in record.completions)]
+        if len({completion.score for completion in record.completions}) < 2:
+            yield "no-preference", "all completions have one score"
+    if not record.images:
+        yield "text only", "there is no image"
+    for name in sorted({key for extra in extras for key in extra}):
+        yield "unknown-field", f"field {name!r} is kept and not read"
+    for answer in answers:
+        if len(answer) > 2 * max_words and (num_words := len(answer.split())) > max_words:
+            yield "too-many-words", f"{num_words} words, above {max_words}"
+            break
+    yield from _odd_texts([*answers, *(turn.text for turn in record.prompt)])
+
+
+def _odd_texts(texts: Sequence[str]) -> Iterator[tuple[str, str]]:
+    patterns = (("control-character", _CONTROL), ("direction-mark", _DIRECTION), ("special-token", _SPECIAL))
+    for code, pattern in patterns:
+        for text in texts:
+            if pattern is _DIRECTION and text.isascii() or pattern is _SPECIAL and "<" not in text and "[" not in text:
+                continue
+            if found := pattern.search(text):
+                yield code, f"{found.group()!r} at {found.start()} in {text[max(0, found.start() - 20) :][:60]!r}"
+                break
+
+
+def _images_of(outcome: Outcome) -> tuple[str, ...]:
+    if isinstance(outcome, str):
+        return ()
+    return outcome.group.images if isinstance(outcome, PairRow) else outcome.images
+
+
+def _embedded_images(source: Any) -> bool:
+    """Whether a record brings its images itself."""
+    if not isinstance(source, dict):
+        return False
+    images = source.get("images", source.get("image"))
+    images = images if isinstance(images, list) else [images]
+    return any(isinstance(one, (bytes, Mapping)) for one in images)
+
+
+@functools.lru_cache(maxsize=_KEPT_IMAGES)
+def _checked_file(root: Path, image: str) -> list[tuple[str, str]]:
+    try:
+        path = read_image_file(root, image)
+    except ImageError as error:
+        return [(error.code, str(error))]
+    return _image_problems(image, path)
+
+
+def _image_problems(name: str, source: Path | bytes) -> list[tuple[str, str]]:
+    notes: list[str] = []
+    try:
+        decode_image(source, name, notes)
+    except ImageError as error:
+        return [(error.code, str(error))]
+    return [(code, f"image {name!r}: {PROBLEMS[code].meaning}") for code in notes]
