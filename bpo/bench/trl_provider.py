@@ -110,6 +110,7 @@ def _arguments(case: StepCase, *, use_liger_kernel: bool) -> Any:
         max_length=case.max_length_tokens,
         max_grad_norm=1.0,
         bf16=case.dtype == "bfloat16",
+        use_cpu=not torch.cuda.is_available(),  # bf16 on a CPU has to be asked for
         gradient_checkpointing=case.gradient_checkpointing == "full",
         use_liger_kernel=use_liger_kernel,
         train_sampling_strategy="sequential",
