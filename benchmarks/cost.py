@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +46,9 @@ def straightness(sizes: list[int], seconds: list[float]) -> dict[str, float]:
 
 
 def step_costs(quick: bool) -> dict[str, Any]:
-    """Seconds of forward, backward and optimizer step, all sizes taking turns; the least of four rounds.
+    """CPU seconds of forward, backward and optimizer step, all sizes taking turns; the least of four rounds.
 
-    The least, because other work on the machine only adds.
+    Of this process alone, and the least, because other work on the machine only adds.
     """
     import torch
 
@@ -75,7 +76,7 @@ def step_costs(quick: bool) -> dict[str, Any]:
                 trainer.step(1.0)
 
             cases[str(size)] = step
-        seconds = interleaved_seconds(cases, 2 if quick else 4)
+        seconds = interleaved_seconds(cases, 2 if quick else 4, time.process_time)
         least = [min(seconds[str(size)]) for size in tokens]
         results[name] = {"tokens": tokens, "seconds": least, "all_seconds": seconds} | straightness(tokens, least)
     torch.distributed.destroy_process_group()

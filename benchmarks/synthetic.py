@@ -127,13 +127,15 @@ def random_batch(policy: PolicyModel, num_groups: int, prefix_tokens: int, respo
     return replace(batch, reference_logp_N=torch.full(batch.target_N.shape, -7.0))
 
 
-def interleaved_seconds(cases: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+def interleaved_seconds(
+    cases: dict[str, Callable[[], Any]], rounds: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
     """Seconds of each case in every round, after one that is not counted; cases take turns, so that drift hits all."""
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for number in range(rounds + 1):
         for name, run in cases.items():
-            started = time.perf_counter()
+            started = clock()
             run()
             if number:
-                seconds[name].append(time.perf_counter() - started)
+                seconds[name].append(clock() - started)
     return seconds
