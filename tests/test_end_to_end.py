@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 from tiny import tiny_llava, tiny_qwen
+from tiny_families import tiny_gemma3
 
 from bpo.cli import main as bpo
 
@@ -103,9 +104,9 @@ def train(arguments: list[str], cwd: Path) -> None:
     assert result.returncode == 0, result.stderr[-4000:]
 
 
-@pytest.mark.parametrize("family", ["llava", "qwen"])
+@pytest.mark.parametrize("family", ["llava", "qwen", "gemma3"])
 def test_odd_photographs_go_through_every_command(family: str, tmp_path: Path) -> None:
-    model = (tiny_llava if family == "llava" else tiny_qwen)(tmp_path / "model")
+    model = {"llava": tiny_llava, "qwen": tiny_qwen, "gemma3": tiny_gemma3}[family](tmp_path / "model")
     write_annotations(tmp_path)
     write_benchmarks(tmp_path)
     arguments = flags(tmp_path, model)
