@@ -76,7 +76,7 @@ def find_resumable(config: Config, job: JobRanks) -> Found | None:
         if job.rank == 0:
             logger.warning("--resume: no checkpoint in %s yet; starting at step 0", checkpoints_root(output_dir))
         return None
-    check_options(found[1], to_tree(config), job.world_size, config.train.accept_changes)
+    check_options(found[1], to_tree(config), job.world_size, config.train.accept_changes, aloud=job.rank == 0)
     return found
 
 
@@ -115,14 +115,14 @@ class RunDescription:
             "config": to_tree(self.config),
         }
 
-    def check(self, manifest: dict[str, Any]) -> None:
+    def check(self, manifest: dict[str, Any], *, aloud: bool) -> None:
         """Raises CheckpointError where data, plan or base weights are not the checkpoint's; warns of other versions."""
         accepted = self.config.train.accept_changes
-        check_content(manifest, DATA, self.fingerprints[DATA], accepted)
-        check_content(manifest, WEIGHTS, self.fingerprints[WEIGHTS], accepted)
-        check_content(manifest, PLAN, self.plan_of(manifest["step"]), accepted)
+        check_content(manifest, DATA, self.fingerprints[DATA], accepted, aloud=aloud)
+        check_content(manifest, WEIGHTS, self.fingerprints[WEIGHTS], accepted, aloud=aloud)
+        check_content(manifest, PLAN, self.plan_of(manifest["step"]), accepted, aloud=aloud)
         changed = [f"{k} {v} -> {versions().get(k)}" for k, v in manifest["versions"].items() if versions().get(k) != v]
-        if changed:
+        if changed and aloud:
             logger.warning(
                 "other versions than the checkpoint's: %s; losses may differ in rounding", ", ".join(changed)
             )

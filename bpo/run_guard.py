@@ -47,6 +47,7 @@ class RunGuard:
         except BaseException:
             self._release()
             raise
+        self.watchdog.moving = False  # until the first forward pass: imports, hashing and loading take what they take
         return self
 
     def _own_directory(self) -> str:
@@ -83,11 +84,19 @@ class RunGuard:
         return self.watchdog.unbounded(doing)
 
     def at_step(self, step: int) -> None:
-        """A step is finished."""
+        """So many steps are finished."""
+        self.watchdog.moving = True
         self.watchdog.beat(f"step {step + 1}", step)
 
     def in_forward(self) -> None:
+        """A forward pass begins, of the reference or of a step: from now on each rank must come to the next in time."""
+        self.watchdog.moving = True
         self.watchdog.beat(self.watchdog.own.doing)
+
+    def after_reference(self) -> None:
+        """No forward pass for a while: the checkpoint is loaded, the loader fills."""
+        self.watchdog.moving = False
+        self.watchdog.beat("starting the steps")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

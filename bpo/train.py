@@ -156,10 +156,11 @@ def prepare(config: Config, ranks: Ranks, guard: RunGuard, stop: StopRequest | N
     guard.watchdog.beat("the reference pass")
     with guard.progress_if_interrupted():
         store = fill_reference_store(config, trainer, data, stop)
+    guard.after_reference()
     description = checkpoint.RunDescription(config, data, steps, store.fingerprint, ranks.world_size)
     done = 0
     if found:
-        description.check(found[1])
+        description.check(found[1], aloud=ranks.is_main)
         with guard.phase("loading the checkpoint"):
             done = checkpoint.resume(trainer, found)
     saver = checkpoint.saver_of(trainer, config.train, description, guard)

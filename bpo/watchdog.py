@@ -65,12 +65,16 @@ def heartbeat_path(output_dir: Path, rank: int) -> Path:
     return output_dir / "heartbeats" / f"rank-{rank:05d}.json"
 
 
-def read_heartbeat(path: Path) -> Heartbeat | None:
-    """None while a rank has not written yet; files are replaced as a whole, so there is never half a one."""
+def read_heartbeat(path: Path, run: str) -> Heartbeat | None:
+    """A rank's newest heartbeat of this run; None where there is none, or none can be read: both are silence.
+
+    Files are replaced as a whole, so there is never half a one; NFS may say that the one just opened is stale.
+    """
     try:
-        return Heartbeat(**json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
         return None
+    return Heartbeat(**tree) if tree.get("run") == run else None
 
 
 def is_dead(heartbeat: Heartbeat) -> bool:
@@ -101,6 +105,7 @@ class Watchdog:
         self.interval_s = min(MAX_INTERVAL_S, timeout_s / 10)
         pid = os.getpid()
         self.own = Heartbeat(run, rank, os.uname().nodename, boot_id(), pid, process_start(pid))
+        self.moving = True  # False: nothing is expected of the main thread, as in `unbounded`
         self._unbounded = 0
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
@@ -153,7 +158,7 @@ class Watchdog:
         while not self._stopped.wait(self.interval_s):
             self._publish()
             now = time.monotonic()
-            if self.own.position != position or self._unbounded:
+            if self.own.position != position or self._unbounded or not self.moving:
                 position, moved_at = self.own.position, now
             if now - moved_at > self.timeout_s:
                 return self._fire(self._verdict(f"rank {self.own.rank} has not moved for {now - moved_at:.0f} s"))
@@ -162,7 +167,7 @@ class Watchdog:
             other = self._read(neighbour)
             if other is None:
                 if now - seen_at > self.timeout_s:
-                    return self._fire(f"rank {neighbour} never began")
+                    return self._fire(f"rank {neighbour} has not been heard of for {now - seen_at:.0f} s")
             elif other.ended or other.beats != seen:
                 seen, seen_at = other.beats, now
             elif is_dead(other):
@@ -172,8 +177,7 @@ class Watchdog:
         return None
 
     def _read(self, rank: int) -> Heartbeat | None:
-        found = read_heartbeat(heartbeat_path(self.output_dir, rank))
-        return found if found is not None and found.run == self.own.run else None
+        return read_heartbeat(heartbeat_path(self.output_dir, rank), self.own.run)
 
     def _everyone(self) -> list[Heartbeat]:
         return [one for one in map(self._read, range(self.world_size)) if one is not None]

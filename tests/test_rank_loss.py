@@ -24,7 +24,7 @@ from bpo.config_io import save_config
 from bpo.interrupts import EXIT_INTERRUPTED, EXIT_NO_PROGRESS, EXIT_RANK_LOST
 
 ROOT = Path(__file__).resolve().parent.parent
-TIMEOUT_S = 4.0
+TIMEOUT_S = 10.0
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 

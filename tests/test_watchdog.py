@@ -135,7 +135,7 @@ def test_a_rank_that_ends_as_it_should_is_not_missed(tmp_path: Path, other: subp
         other.communicate("end\n")
         time.sleep(1.5)
     dog.stop()
-    assert not ends and [read_heartbeat(heartbeat_path(tmp_path, r)).ended for r in (0, 1)] == [True, True]  # type: ignore[union-attr]
+    assert not ends and [read_heartbeat(heartbeat_path(tmp_path, r), "").ended for r in (0, 1)] == [True, True]  # type: ignore[union-attr]
 
 
 def test_a_rank_that_failed_is_the_culprit(tmp_path: Path) -> None:
@@ -153,14 +153,21 @@ def test_heartbeats_of_an_earlier_start_name_nobody(tmp_path: Path, capfd: pytes
     dog, _ = watch(tmp_path, 30.0, rank=1)
     dog.stop()
     path = heartbeat_path(tmp_path, 1)
-    old = {**json.loads(path.read_text()), "run": "old", "ended": False, "pid": 1, "started": "0"}
+    old = {
+        **json.loads(path.read_text()),
+        "run": "old",
+        "of": "another version",
+        "ended": False,
+        "pid": 1,
+        "started": "0",
+    }
     path.write_text(json.dumps(old))
     dog, ends = watch(tmp_path, 1.0)
     with dog.unbounded("starting"):
         time.sleep(0.7)
         assert not ends
         ends.wait()
-    assert ends == [EXIT_RANK_LOST] and "rank 1 never began" in capfd.readouterr().err
+    assert ends == [EXIT_RANK_LOST] and "rank 1 has not been heard of for 1 s" in capfd.readouterr().err
 
 
 def test_0_watches_nothing(tmp_path: Path) -> None:
