@@ -111,8 +111,7 @@ def flex_attend(
     """
     if dropout:
         raise ValueError(f"FlexAttention has no dropout, and the model asks for {dropout}; set model.attention to sdpa")
-    # The compiler does nothing under a dispatch mode such as selective checkpointing's, and FlexAttention would then
-    # hold all T x T scores; nor could the mode see into compiled code.
+    # Under a dispatch mode, such as a FLOP counter, the compiler does nothing and FlexAttention holds all T x T scores.
     with _disable_current_modes():
         output_BHTD = compiled_flex_attention()(
             query_BHTD,

@@ -12,6 +12,7 @@ import shutil
 import pytest
 import torch
 from torch.nn.attention.flex_attention import create_block_mask
+from torch.utils.flop_counter import FlopCounterMode
 
 from bpo.model.attention import shared_prefix_attention
 from bpo.model.attention_flex import BLOCK, flex_plan
@@ -84,6 +85,15 @@ def test_one_compilation_serves_rows_of_all_shapes_with_and_without_a_graph(monk
             if with_graph:
                 output.sum().backward()
     assert num_compilations() == 2
+
+
+def test_stays_compiled_under_a_dispatch_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    run_without_gpu(monkeypatch)
+    torch._dynamo.reset()
+    layout = ROWS["one block"]
+    with FlopCounterMode(display=False):
+        shared_prefix_attention(*random_qkv(num_tokens(layout)), layout, backend="flex")
+    assert num_compilations() == 1
 
 
 @pytest.mark.skipif(shutil.which("c++") is None and shutil.which("g++") is None, reason="inductor needs a C++ compiler")
