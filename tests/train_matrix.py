@@ -64,7 +64,7 @@ def cases(root: Path) -> dict[str, Config]:
         named[f"full_{mode}"] = replace(base_config(root, f"full_{mode}", mode), trainable=full)
     qwen = base_config(root, "qwen", "zero3")
     named["qwen"] = replace(qwen, model=replace(qwen.model, path=str(root / "qwen"), gradient_checkpointing=True))
-    half = base_config(root, "bfloat16", "zero3")
+    half = base_config(root, "bfloat16", "zero3", save_in_background=False)
     named["bfloat16"] = replace(half, model=replace(half.model, dtype="bfloat16"))
     dropout = base_config(root, "dropout", "zero3")
     named["dropout"] = replace(dropout, lora=LoraConfig(r=4, alpha=8, dropout=0.2))
