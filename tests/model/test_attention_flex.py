@@ -31,6 +31,7 @@ CPU = torch.device("cpu")
 ROWS = {
     **LAYOUTS,
     "edges on blocks": layout_of((BLOCK, (BLOCK, BLOCK)), (2 * BLOCK, (64, 64))),
+    "one pair in the last block": layout_of((BLOCK - 1, (1, 1))),
     "one block": layout_of((BLOCK - 3, (3,))),
     "many blocks": layout_of((400, (100, 37, 5)), (631, (90, 120)), (31, (7,)), (300, ())),
 }
