@@ -23,10 +23,10 @@ def private_bytes() -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) * 1024
 
 
-def timed(run: Callable[[], object]) -> tuple[float, object]:
-    started = time.perf_counter()
+def timed(run: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> tuple[float, object]:
+    started = clock()
     result = run()
-    return time.perf_counter() - started, result
+    return clock() - started, result
 
 
 def groups_part(num_groups: int, folder: Path) -> dict[str, float]:
@@ -50,18 +50,20 @@ def groups_part(num_groups: int, folder: Path) -> dict[str, float]:
 
 
 def plan_part(num_groups: int, folder: Path) -> dict[str, float]:
-    """Plans one epoch in steps of 128 groups on eight ranks, and divides a reference pass among them."""
+    """Plans one epoch in steps of 128 groups on eight ranks, and divides a reference pass among them; CPU seconds."""
     from bpo.data.plan import plan_balance, plan_steps, split_into_micro_batches
 
     rng = random.Random(0)
     num_tokens = [rng.randint(*TOKENS) for _ in range(num_groups)]
     before = private_bytes()
     plan_s, steps = timed(
-        lambda: plan_steps(num_tokens, groups_per_step=128, epochs=1, seed=0, world_size=WORLD_SIZE, max_tokens=8192)
+        lambda: plan_steps(num_tokens, groups_per_step=128, epochs=1, seed=0, world_size=WORLD_SIZE, max_tokens=8192),
+        time.process_time,
     )
     plan_bytes = private_bytes() - before
     divide_s, bins = timed(
-        lambda: split_into_micro_batches(range(num_groups), num_tokens, WORLD_SIZE, 4 * 8192, level=False)
+        lambda: split_into_micro_batches(range(num_groups), num_tokens, WORLD_SIZE, 4 * 8192, level=False),
+        time.process_time,
     )
     balance = plan_balance(steps, num_tokens)  # type: ignore[arg-type]
     return {
