@@ -196,6 +196,7 @@ def test_damaged_weights_are_not_exported(trained: Trained, tmp_path: Path) -> N
         trained.export(tmp_path / "merged", checkpoint=run)
 
 
+@pytest.mark.parametrize("trained", ["llava", "qwen2_5_vl"], indirect=True)
 def test_weights_of_another_model_or_of_part_of_it_are_refused(trained: Trained, tmp_path: Path) -> None:
     model = perturbed(trained.config)
     short = Config(model=trained.config.model, lora=replace(LORA, target=["q_proj"]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -83,8 +84,13 @@ def test_a_stand_in_image_runs_the_tower_and_changes_nothing(directory, encoder,
     assert {n for n, g in with_images.items() if g is None} == {n for n, g in gradients.items() if g is None}
 
 
-@pytest.mark.parametrize("language", ["lora", "full"])
-@pytest.mark.parametrize("checkpointing", ["none", "full", "selective"])
+# Every combination for two families, one for the others.
+FROZEN = [(name, "full", "lora") for name in FAMILIES]
+FROZEN += itertools.product(["llava", "qwen2_5_vl"], ["none", "selective"], ["lora", "full"])
+FROZEN += [(name, "full", "full") for name in ("llava", "qwen2_5_vl")]
+
+
+@pytest.mark.parametrize(("directory", "checkpointing", "language"), FROZEN, indirect=["directory"])
 def test_a_frozen_tower_builds_no_graph_and_keeps_nothing(directory, encoder, checkpointing: str, language) -> None:
     """Else every activation of the tower would be kept for a backward pass that trains nothing.
 

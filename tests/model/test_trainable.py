@@ -147,6 +147,7 @@ def test_adapters_only_where_asked(directory: Path) -> None:
     assert adapted == {"q_proj", "o_proj"}
 
 
+@pytest.mark.parametrize("directory", ["llava", "qwen3_vl", "idefics3"], indirect=True)
 @pytest.mark.parametrize("target", ["lm_head", "q_projection", "linear_1"])
 def test_wrong_target_lists_the_right_ones(directory: Path, target: str) -> None:
     with pytest.raises(ValueError, match=rf"lora.target names {target}; .*k_proj, .*q_proj"):
