@@ -20,6 +20,7 @@ import shutil
 import socket
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
@@ -125,6 +126,29 @@ class PrivateCluster:
             raise ClusterError(f"{' '.join(command)}: exit status {result.returncode}: {result.stderr}")
         return result.stdout.strip()
 
+    def state(self, job: str) -> str:
+        """PENDING, RUNNING, COMPLETED, FAILED, CANCELLED ...; of an array, its tasks' states in one line."""
+        shown = self.run("scontrol", "show", "job", job, "--oneliner")
+        return " ".join(sorted({part[9:] for part in shown.split() if part.startswith("JobState=")}))
+
+    def restarts(self, job: str) -> int:
+        shown = self.run("scontrol", "show", "job", job, "--oneliner")
+        return max(int(part[9:]) for part in shown.split() if part.startswith("Restarts="))
+
+    def wait_for(self, job: str, states: set[str], timeout_s: float) -> str:
+        """Waits until the job is in one of these states and returns which.
+
+        Raises:
+            TimeoutError: it is not in time; says in which state it is, and shows the queue.
+        """
+        end = time.monotonic() + timeout_s
+        while (state := self.state(job)) not in states:
+            if time.monotonic() > end:
+                queue = self.run("squeue", "-o", "%i %j %T %r %S")
+                raise TimeoutError(f"job {job} is {state} after {timeout_s:.0f} s, not {states}\n{queue}")
+            time.sleep(0.3)
+        return state
+
     def _configure(self) -> None:
         host = socket.gethostname().split(".")[0]
         ports = _free_ports(len(self.nodes) + 1)
@@ -171,7 +195,7 @@ class PrivateCluster:
             )
         self._daemons.append((program, daemon))
 
-    def _wait_until(self, condition, timeout_s: float) -> bool:
+    def _wait_until(self, condition: Callable[[], object], timeout_s: float) -> bool:
         end = time.monotonic() + timeout_s
         while not condition():
             dead = [name for name, daemon in self._daemons if daemon.poll() is not None]
