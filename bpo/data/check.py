@@ -201,7 +201,8 @@ def _one_line(text: str) -> str:
 def main(argv: list[str]) -> int:
     """The command; exit status 1 where more records are bad than --max-bad-share allows."""
     parser = argparse.ArgumentParser(prog="bpo check", description=__doc__)
-    parser.add_argument("data", type=Path, metavar="DATA", help="annotations or groups in any form that bpo reads; a folder of shards")
+    data_help = "annotations or groups in any form that bpo reads; a folder of shards"
+    parser.add_argument("data", type=Path, metavar="DATA", help=data_help)
     parser.add_argument("--image-root", type=Path, default=Path("."), help="folder that image paths are relative to")
     parser.add_argument("--no-images", action="store_true", help="do not open images")
     names = ", ".join(schema.name for schema in SCHEMAS)

@@ -79,7 +79,7 @@ def image_paths(value: Any, name: str, where: str) -> tuple[str, ...]:
         )
     if not isinstance(paths, list) or not all(isinstance(path, str) and path for path in paths):
         raise RecordError(
-            "wrong-type",
+            "image-no-path" if isinstance(paths, list) and "" in paths else "wrong-type",
             f"{where}: field {name!r} is {_short(value)}; name image paths relative to data.image_root, or write [] "
             "for none",
         )

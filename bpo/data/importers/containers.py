@@ -91,12 +91,19 @@ def _kind_of(path: Path) -> str:
         return path.suffix.lower()[1:]
     if path.suffix.lower() in (".json", ".jsonl", ".ndjson"):
         return "jsonl"  # whose first line is damaged, or an empty file
-    if head and tarfile.is_tarfile(path):
+    if head and _is_tar(path):
         return "tar"
     packed = " (unpack it first)" if head[:2] in (b"\x1f\x8b", b"PK") else ""
     raise UnknownFormat(
         f"{path}: not a JSON list or JSONL, CSV, TSV, parquet or tar file, by its first bytes {head[:16]!r}{packed}"
     )
+
+
+def _is_tar(path: Path) -> bool:
+    try:
+        return tarfile.is_tarfile(path)
+    except (EOFError, OSError):  # packed, and damaged: no tar file that could be read
+        return False
 
 
 def _is_coco(path: Path) -> bool:
