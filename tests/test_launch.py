@@ -7,7 +7,15 @@ import os
 
 import pytest
 
-from bpo.launch import Ranks, export_torch_environment, first_host, pick_device, ranks_from_environment, setup_logging
+from bpo.launch import (
+    Ranks,
+    export_torch_environment,
+    first_host,
+    pick_device,
+    ranks_from_environment,
+    restart_count,
+    setup_logging,
+)
 
 
 @pytest.mark.parametrize(
@@ -22,6 +30,17 @@ from bpo.launch import Ranks, export_torch_environment, first_host, pick_device,
             Ranks(1, 2, 1),
         ),
         ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_LOCALID": "0"}, Ranks(0, 1, 0)),
+        # mpirun in a batch script of Slurm, whose own variables tell of one task
+        (
+            {
+                "OMPI_COMM_WORLD_RANK": "3",
+                "OMPI_COMM_WORLD_SIZE": "4",
+                "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+                "SLURM_PROCID": "0",
+                "SLURM_STEP_NUM_TASKS": "2",
+            },
+            Ranks(3, 4, 1),
+        ),
         ({"SLURM_PROCID": "0"}, Ranks(0, 1, 0)),
     ],
 )
@@ -73,7 +92,9 @@ def test_unreadable_node_list_is_shown(nodelist: str) -> None:
 
 @pytest.fixture
 def clean_environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    names = "RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR MASTER_PORT SLURM_JOB_NODELIST SLURM_JOB_ID".split()
+    names = (
+        "RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR MASTER_PORT SLURM_JOB_NODELIST SLURM_STEP_NODELIST SLURM_JOB_ID".split()
+    )
     for name in names:
         monkeypatch.setenv(name, "")  # so that what the code sets is undone afterwards
         monkeypatch.delenv(name)
@@ -91,6 +112,20 @@ def test_srun_ranks_meet_at_the_first_host_and_a_port_of_their_job(clean_environ
         "MASTER_ADDR": "gpu03",
     }
     assert os.environ["MASTER_PORT"] == str(29500 + 3456)
+
+
+def test_a_step_on_a_part_of_the_nodes_meets_at_the_first_of_that_part(clean_environment: pytest.MonkeyPatch) -> None:
+    clean_environment.setenv("SLURM_JOB_NODELIST", "gpu[03-06]")
+    clean_environment.setenv("SLURM_STEP_NODELIST", "gpu[05-06]")
+    export_torch_environment(Ranks(1, 2, 0))
+    assert os.environ["MASTER_ADDR"] == "gpu05"
+
+
+def test_restarts_are_those_that_slurm_counts() -> None:
+    assert restart_count({}) == 0
+    assert restart_count({"SLURM_RESTART_COUNT": "2"}) == 2
+    with pytest.raises(ValueError, match="SLURM_RESTART_COUNT is 'two'"):
+        restart_count({"SLURM_RESTART_COUNT": "two"})
 
 
 def test_one_process_meets_itself_and_a_launcher_is_not_overruled(clean_environment: pytest.MonkeyPatch) -> None:
