@@ -146,7 +146,7 @@ def manifest(root: Path, case: str, step: int) -> dict:
     return json.loads((root / case / "checkpoints" / f"step-{step:08d}" / "manifest.json").read_text())
 
 
-CHANGES = [(case, f"{case}_by_{ranks}") for case in FROM_TWO for ranks in (1, 4)]
+CHANGES = [(case, f"{case}_by_{ranks}") for ranks, cases in FROM_TWO.items() for case in cases]
 CHANGES += [("alone_zero2", "alone_zero2_by_2"), ("alone_zero3", "alone_zero3_by_2"), ("zero2", "zero2_by_zero3")]
 
 
@@ -155,7 +155,7 @@ def test_another_number_of_ranks_makes_the_same_steps(rank_changes: Path, case: 
     """The state is exact; the order of sums is another, so losses agree to rounding (docs/checkpoints.md)."""
     unbroken, other = metrics(rank_changes, case), metrics(rank_changes, continued)
     assert [m["step"] for m in other] == list(range(1, 9))
-    tolerance = 2e-2 if case == "bfloat16" else 1e-4
+    tolerance = 5e-3 if case == "bfloat16" else 1e-5
     assert losses(rank_changes, continued) == pytest.approx(losses(rank_changes, case), abs=tolerance)
     # Shown to be the continued run, not two that never differed from the start.
     assert unbroken[3]["loss"] == other[3]["loss"]
