@@ -89,6 +89,7 @@ def flags(root: Path, model: Path) -> list[str]:
         "data.image_root": root / "images",
         "data.groups": root / "groups.jsonl",
         "train.output_dir": root / "run",
+        "data.max_bad_share": 0.5,
         "train.max_steps": 2,
         "bootstrap.weaken.max_new_tokens": 24,
         "bootstrap.inject.max_new_tokens": 24,

@@ -44,13 +44,16 @@ class BadRecords:
             raise RecordError(problem.code, problem.detail)
         self.problems.append(problem)
 
-    def check_share(self, num_records: int, what: str, num_bad: int | None = None) -> None:
+    def check_share(
+        self, num_records: int, what: str, num_bad: int | None = None, advice: str = "`bpo check` lists them all"
+    ) -> None:
         """Stops where too many are bad.
 
         Args:
             num_records: All records, the bad ones included.
             what: The file, for the message.
             num_bad: Bad records; by default those reported.
+            advice: What to do, for the message.
 
         Raises:
             TooManyBadRecords: Their share is above `max_bad_share`.
@@ -60,5 +63,5 @@ class BadRecords:
             first = f"; the first: {self.problems[0].detail}" if self.problems else ""
             raise TooManyBadRecords(
                 f"{what}: {count} of {num_records} records are bad, more than data.max_bad_share allows "
-                f"({self.max_bad_share:g}){first}; `bpo check` lists them all"
+                f"({self.max_bad_share:g}){first}; {advice}"
             )

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bpo.config import Config, EvaluationConfig
-from bpo.data.images import resolve_image_path
+from bpo.data.bad_records import BadRecords
+from bpo.data.images import ImageError, load_image
+from bpo.data.problems import Problem
 from bpo.evaluation.answers import Request, answer_requests
 from bpo.evaluation.chair import ChairResult, DescriptionScore, score_descriptions
 from bpo.evaluation.files import CocoImages, read_coco, read_pope
@@ -66,12 +68,13 @@ def run_evaluation(config: Config, progress: bool = True, stop: StopRequest | No
     is started again with the same model, questions and options: they lie in `OUTPUT.answers` until the end.
 
     Returns:
-        The object that was written: `model`, `evaluation` (the options), `metrics`, `chair`, `pope`, `seconds`; on
-        ranks other than 0 an empty one.
+        The object that was written: `model`, `evaluation` (the options), `metrics`, `chair`, `pope`, `bad_images`,
+        `seconds`; on ranks other than 0 an empty one.
 
     Raises:
-        ValueError: Nothing to measure or nowhere to write, a file in the wrong form, or an unusable image; all of
-            it found before the model is loaded, but for images that fail to decode.
+        ValueError: Nothing to measure or nowhere to write, a file in the wrong form, or an unusable image where
+            `data.on_bad` is error; all of it found before the model is loaded.
+        TooManyBadRecords: More images are unusable than `data.max_bad_share` allows.
         TimeoutError: On rank 0, when the other ranks' answers stop coming.
         Interrupted: `stop` came; every finished batch is kept.
         NoProgressError: SLURM starts the job again and again, and no answer is added.
@@ -84,7 +87,8 @@ def run_evaluation(config: Config, progress: bool = True, stop: StopRequest | No
         raise ValueError("evaluation.output is empty; name a JSON file for the results")
     started = time.monotonic()
     benchmarks = read_benchmarks(config.evaluation)
-    check_images(benchmarks, Path(config.data.image_root or "."))
+    bad = BadRecords.of(config.data)
+    benchmarks = with_usable_images(benchmarks, Path(config.data.image_root or "."), bad)
     output = Path(config.evaluation.output)
     folder = output.with_name(output.name + ".answers")
     ranks = ranks_from_environment()
@@ -100,6 +104,7 @@ def run_evaluation(config: Config, progress: bool = True, stop: StopRequest | No
     result = score(benchmarks, kept, config.evaluation.stall_timeout_s)
     tree = result_to_json(result, benchmarks)
     tree = {"model": config.model.path, "evaluation": asdict(config.evaluation), **tree}
+    tree["bad_images"] = [problem.to_json() for problem in bad.problems]
     tree["seconds"] = round(time.monotonic() - started, 3)
     _write_json(output, tree)
     shutil.rmtree(folder)
@@ -151,15 +156,33 @@ def read_benchmarks(options: EvaluationConfig) -> Benchmarks:
     return Benchmarks(coco, questions)
 
 
-def check_images(benchmarks: Benchmarks, image_root: Path) -> None:
-    """Finds a missing or forbidden image before anything is generated.
+def with_usable_images(benchmarks: Benchmarks, image_root: Path, bad: BadRecords) -> Benchmarks:
+    """The benchmarks without what is asked about unusable images; every image is decoded before anything is generated.
+
+    Scores over fewer images are not comparable: what is left out is warned of and stands in the results.
 
     Raises:
-        ImageError: Names the image.
+        RecordError: `bad.on_bad` is error, and an image is unusable.
+        TooManyBadRecords: More are than `bad.max_bad_share` allows.
     """
     files = [*(benchmarks.coco.file_of_image.values() if benchmarks.coco else ())]
-    for image in dict.fromkeys([*files, *(question.image for question in benchmarks.questions)]):
-        resolve_image_path(image_root, image)
+    images = dict.fromkeys([*files, *(question.image for question in benchmarks.questions)])
+    unusable = set()
+    for image in images:
+        try:
+            load_image(image_root, image)
+        except ImageError as error:
+            bad.report(Problem(error.code, str(image_root), image, str(error)))
+            unusable.add(image)
+    bad.check_share(len(images), "the benchmarks' images")
+    if not unusable:
+        return benchmarks
+    logger.warning("%d of %d images are unusable: scores are over the others alone", len(unusable), len(images))
+    coco = benchmarks.coco
+    if coco is not None:
+        kept = {image_id: file for image_id, file in coco.file_of_image.items() if file not in unusable}
+        coco = CocoImages(kept, {image_id: coco.present_of_image[image_id] for image_id in kept}, coco.lexicon)
+    return Benchmarks(coco, tuple(question for question in benchmarks.questions if question.image not in unusable))
 
 
 def evaluate_model(

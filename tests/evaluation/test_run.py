@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from bpo.config import Config, DataConfig, EvaluationConfig, ModelConfig
-from bpo.data.images import ImageError
+from bpo.data.bad_records import TooManyBadRecords
 from bpo.evaluation.chair import score_descriptions
 from bpo.data.lexicon import build_lexicon
 from bpo.evaluation.pope import PopeQuestion, score_answers
@@ -91,8 +91,21 @@ def test_refusals_come_before_the_model_is_loaded(tmp_path: Path) -> None:
         run_evaluation(config_for(tmp_path, nowhere, chair_instances="", chair_captions="c.json"))
     config = config_for(tmp_path, nowhere)
     (tmp_path / "c.png").unlink()
-    with pytest.raises(ImageError, match="'c.png' is missing"):
+    with pytest.raises(TooManyBadRecords, match="1 of 3 records are bad.*'c.png' is missing"):
         run_evaluation(config)
+    config.data.on_bad = "error"
+    with pytest.raises(ValueError, match="'c.png' is missing"):
+        run_evaluation(config)
+
+
+def test_a_benchmark_goes_on_without_few_unusable_images_and_says_so(tmp_path: Path, models: dict[str, Path]) -> None:
+    config = config_for(tmp_path, models["llava"])
+    config.data.max_bad_share = 0.5
+    (tmp_path / "b.png").write_bytes(b"no picture")
+    result = run_evaluation(config, progress=False)
+    assert [d["image"] for d in result["chair"]["descriptions"]] == ["a.png", "c.png"]
+    assert [a["question_id"] for a in result["pope"]["answers"]] == [0, 2, 0, 2]
+    assert [(entry["record"], entry["code"]) for entry in result["bad_images"]] == [("b.png", "image-undecodable")]
 
 
 def test_the_table_shows_percentages() -> None:

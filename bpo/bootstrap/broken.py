@@ -1,0 +1,45 @@
+"""Stops a job whose images are bad: at the first one, or above a ceiling, not after a night of generating."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from bpo.bootstrap.parts import Outcome
+from bpo.config import DataConfig
+from bpo.data.bad_records import BadRecords
+from bpo.data.problems import Problem
+
+
+class BrokenRecords:
+    """Counts the records that turn out to be broken, each once, over all sources and earlier starts of the job.
+
+    Args:
+        data: `on_bad` and `max_bad_share`.
+        num_usable: Annotations of the job.
+        bad: What was bad when they were read.
+        folder: Where outcomes are kept, for the message.
+        known: Outcomes of earlier starts: they count, and stop nothing by themselves.
+    """
+
+    def __init__(self, data: DataConfig, num_usable: int, bad: BadRecords, folder: Path, known: Iterable[Outcome] = ()):
+        self._data, self._num_read, self._folder = data, len(bad.problems), folder
+        self._num_records = num_usable + self._num_read
+        self._broken = {outcome.record_id for outcome in known if outcome.status == "broken"}
+
+    def check(self, outcomes: Iterable[Outcome]) -> None:
+        """Looks at outcomes before they are kept.
+
+        Raises:
+            RecordError: One is broken, and `data.on_bad` is error.
+            TooManyBadRecords: The job has more of them than `data.max_bad_share` allows.
+        """
+        bad = BadRecords.of(self._data)
+        for outcome in outcomes:
+            if outcome.status == "broken" and outcome.record_id not in self._broken:
+                bad.report(Problem("image-refused", str(self._folder), outcome.record_id, outcome.reason))
+                self._broken.add(outcome.record_id)
+        if bad.problems:
+            where = f"{self._data.annotations} with the images of {self._data.image_root}"
+            advice = f"repair them and remove {self._folder}, or raise the share"
+            bad.check_share(self._num_records, where, self._num_read + len(self._broken), advice)
