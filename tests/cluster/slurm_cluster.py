@@ -182,7 +182,8 @@ class PrivateCluster:
         # One line a node; `idle` alone, without the mark of one that does not answer.
         ready = ["idle"] * len(self.nodes)
         if not self._wait_until(
-            lambda: self.run("sinfo", "-h", "-N", "-o", "%T", check=False).split() == ready, START_TIMEOUT_S
+            lambda: self.run("sinfo", "-h", "-N", "-p", "all", "-o", "%T", check=False).split() == ready,
+            START_TIMEOUT_S,
         ):
             raise ClusterError(f"no cluster within {START_TIMEOUT_S:.0f} s\n{self.logs()}")
 
