@@ -73,7 +73,8 @@ EXTRAS = {
         "types-PyYAML>=6",
         "wheel>=0.45",
     ],
-    "hub": ["huggingface_hub>=1.0"],
+    # Parquet with embedded images, and the hub it comes from.
+    "hub": ["huggingface_hub>=1.0", "pyarrow>=18"],
     "vllm": ["vllm>=0.11"],
 }
 

@@ -10,7 +10,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
@@ -238,5 +238,5 @@ def main(argv: list[str]) -> int:
     if result.num_bad:
         print(f"The bad records: {quarantine}")
     if args.json:
-        args.json.write_text(json.dumps(asdict(result), indent=1) + "\n", encoding="utf-8")
+        args.json.write_text(json.dumps(vars(result), indent=1) + "\n", encoding="utf-8")
     return int(result.num_bad > args.max_bad_share * result.num_records)
