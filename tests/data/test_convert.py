@@ -144,6 +144,19 @@ def test_datasets_decodes_the_images_of_the_parquet_file(files: Path, monkeypatc
     assert [part["type"] for part in rows[3]["prompt"][1]["content"]] == ["text", "image", "text"]
 
 
+def test_trl_takes_the_rows_and_finds_each_images_place(files: Path) -> None:
+    pytest.importorskip("pyarrow", reason="parquet needs pyarrow: pip install 'bpo[hub]'")
+    datasets = pytest.importorskip("datasets", reason="needs datasets")
+    data_utils = pytest.importorskip("trl.data_utils", reason="needs trl: pip install 'bpo[bench]'")
+    convert(files / "groups.jsonl", files / "t.parquet", image_root=files)
+    row = datasets.Dataset.from_parquet(str(files / "t.parquet"), cache_dir=str(files / "cache"))[3]
+    assert data_utils.is_conversational(row)
+    turns = data_utils.prepare_multimodal_messages(row["prompt"], images=row["images"])
+    assert [part["type"] for part in turns[1]["content"]] == ["text", "image", "text"]
+    assert turns[1]["content"][1]["image"].getpixel((0, 0)) == (60, 0, 0)
+    assert data_utils.prepare_multimodal_messages(row["chosen"])[0]["content"][0]["text"] == "A bus."
+
+
 def test_damaged_parquet_is_refused(files: Path) -> None:
     pytest.importorskip("pyarrow", reason="parquet needs pyarrow: pip install 'bpo[hub]'")
     convert(files / "groups.jsonl", files / "t.parquet", image_root=files)
