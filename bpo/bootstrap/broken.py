@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from bpo.bootstrap.parts import Outcome
+from bpo.bootstrap.parts import Outcome, record_digest
 from bpo.config import DataConfig
 from bpo.data.bad_records import BadRecords
 from bpo.data.problems import Problem
@@ -19,13 +19,13 @@ class BrokenRecords:
         num_usable: Annotations of the job.
         bad: What was bad when they were read.
         folder: Where outcomes are kept, for the message.
-        known: Outcomes of earlier starts: they count, and stop nothing by themselves.
+        known: `record_digest` of those that earlier starts found: they count, and stop nothing by themselves.
     """
 
-    def __init__(self, data: DataConfig, num_usable: int, bad: BadRecords, folder: Path, known: Iterable[Outcome] = ()):
+    def __init__(self, data: DataConfig, num_usable: int, bad: BadRecords, folder: Path, known: Iterable[bytes] = ()):
         self._data, self._num_read, self._folder = data, len(bad.problems), folder
         self._num_records = num_usable + self._num_read
-        self._broken = {outcome.record_id for outcome in known if outcome.status == "broken"}
+        self._broken = set(known)
 
     def check(self, outcomes: Iterable[Outcome]) -> None:
         """Looks at outcomes before they are kept.
@@ -36,9 +36,10 @@ class BrokenRecords:
         """
         bad = BadRecords.of(self._data)
         for outcome in outcomes:
-            if outcome.status == "broken" and outcome.record_id not in self._broken:
+            digest = record_digest(outcome.record_id)
+            if outcome.status == "broken" and digest not in self._broken:
                 bad.report(Problem("image-refused", str(self._folder), outcome.record_id, outcome.reason))
-                self._broken.add(outcome.record_id)
+                self._broken.add(digest)
         if bad.problems:
             where = f"{self._data.annotations} with the images of {self._data.image_root}"
             advice = f"repair them and remove {self._folder}, or raise the share"

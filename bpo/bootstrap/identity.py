@@ -11,6 +11,7 @@ from typing import Any, Literal
 from bpo.bootstrap.inject import Mode, prompt_text
 from bpo.bootstrap.parts import write_atomically
 from bpo.config import Config
+from bpo.data.importers.registry import open_source
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf", ".pt")
 _SAMPLES_PER_FILE = 64
@@ -24,7 +25,7 @@ def job_identity(config: Config) -> dict[str, Any]:
     """Dotted option -> value for everything that decides an outcome; batch size, limits and ranks do not."""
     options = config.bootstrap
     identity: dict[str, Any] = {
-        "data.annotations (content)": _digest(Path(config.data.annotations).read_bytes()),
+        "data.annotations (content)": _content_digest(Path(config.data.annotations)),
         "data.max_completion_words": config.data.max_completion_words,
         "data.max_length_tokens": config.data.max_length_tokens,
         "model.path": config.model.path,
@@ -106,6 +107,16 @@ def _add_samples(digest: Any, file: Path) -> None:
 def _prompts_digest(mode: Literal["description", "qa", "auto"], prompt_dir: str) -> str:
     modes: tuple[Mode, ...] = ("description", "qa") if mode == "auto" else (mode,)
     return _digest("".join(prompt_text(each, prompt_dir) for each in modes).encode("utf-8"))
+
+
+def _content_digest(path: Path) -> str:
+    """SHA-256 of the bytes of every file that makes up an annotation file (a folder of shards, say), in order."""
+    digest = hashlib.sha256()
+    for part in open_source(path).container.paths:
+        with part.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 def _digest(content: bytes) -> str:

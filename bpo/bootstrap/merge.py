@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+from array import array
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from bpo.bootstrap.balance import surplus
+from bpo.bootstrap.balance import balance_rank, thresholds
 from bpo.bootstrap.changes import load_lexicon
-from bpo.bootstrap.parts import Outcome, write_atomically
+from bpo.bootstrap.parts import AtomicLines, Outcome, write_atomically
 from bpo.bootstrap.statistics import SourceStatistics
 from bpo.bootstrap.validate import REASONS, annotation_refusal, content_key
 from bpo.config import Config
+from bpo.data.bad_records import BadRecords
 from bpo.data.formats import group_to_json
 from bpo.records import Annotation, Completion, PreferenceGroup, Provenance
 
@@ -37,6 +39,8 @@ PROVENANCE_SOURCES = {
     "text-only": "no-image",
     "unweakened": "unweakened-image",
 }
+# Statistics look at about so many records, evenly spread: a million would take longer than writing them.
+STATISTICS_RECORDS = 100_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,55 +77,133 @@ def beside(groups: Path, what: str) -> Path:
     return groups.with_name(f"{groups.name}.{what}")
 
 
+class Outcomes(Protocol):
+    """Finds what became of a record under a source: a `PartReader`, or a dict."""
+
+    def get(self, key: tuple[str, str], /) -> Outcome | None: ...
+
+
+class Annotations(Protocol):
+    """Read twice, in order."""
+
+    def __iter__(self) -> Iterator[Annotation]: ...
+
+    def __len__(self) -> int: ...
+
+
 def merge(
     config: Config,
-    annotations: Sequence[Annotation],
-    outcomes: Mapping[tuple[str, str], Outcome],
+    annotations: Annotations,
+    outcomes: Outcomes,
     skipped: Mapping[str, Sequence[str]],
     seconds: Mapping[str, float],
+    bad: BadRecords,
 ) -> BootstrapSummary:
     """Writes groups, refused completions, quarantine and summary, each file at once, the groups last.
 
+    One record after the other: what is in memory does not grow with their number.
+
+    Args:
+        bad: Records of the annotation file that could not be read; they are listed with the broken ones.
+
     Raises:
         ValueError: No record has a usable negative; the lists are written all the same.
+        TooManyBadRecords: More records are bad than `data.max_bad_share` allows; so are they then.
     """
     groups_path = Path(config.data.groups)
-    groups, refused, quarantined = [], [], []
-    judged = _judge_together(config, annotations, outcomes)
-    statistics: dict[str, SourceStatistics] = {source: SourceStatistics() for source in config.bootstrap.sources}
-    lexicon = load_lexicon(config.bootstrap.validate.lexicon)
-    for annotation in annotations:
-        of_record = judged[annotation.id]
-        refused += _refusals(annotation, of_record, config.data.max_completion_words)
-        quarantined += _quarantine(annotation, of_record)
-        group = build_group(annotation, of_record, config.data.max_completion_words)
-        groups += [group] if group else []
-        for outcome in of_record if group else ():
+    names = ("", "refused.jsonl", "quarantine.jsonl")
+    files = groups, refused, quarantine = [AtomicLines(beside(groups_path, n) if n else groups_path) for n in names]
+    try:
+        made = _Made(config, len(annotations))
+        for problem in bad.problems:
+            entry: dict[str, Any] = {
+                "file": [],
+                "record": problem.record_id,
+                "source": "annotation",
+                "error": problem.detail,
+            }
+            made.count_quarantined(entry)
+            quarantine.write(entry)
+        for annotation, of_record in _judged(config, annotations, outcomes):
+            for refusal in _refusals(annotation, of_record, config.data.max_completion_words):
+                made.count_refused(refusal)
+                refused.write(refusal)
+            for entry in _quarantine(annotation, of_record):
+                made.count_quarantined(entry)
+                quarantine.write(entry)
+            made.num_broken += any(outcome.status == "broken" for outcome in of_record)
+            group = build_group(annotation, of_record, config.data.max_completion_words)
+            if group:
+                made.count_group(annotation, of_record)
+                groups.write(group_to_json(group))
+        summary = made.summary(skipped, seconds)
+        refused.commit()
+        quarantine.commit()
+        write_atomically(beside(groups_path, "summary.json"), json.dumps(asdict(summary), indent=2).encode() + b"\n")
+        made.check_any_group(summary)
+        made.check_share(bad)
+        groups.commit()
+        return summary
+    finally:
+        for file in files:
+            file.discard()
+
+
+class _Made:
+    """Counts what a merge writes."""
+
+    def __init__(self, config: Config, num_annotations: int):
+        self.config, self.num_annotations = config, num_annotations
+        self.num_groups = self.num_quarantined = self.num_broken = 0
+        self.kept: Counter[str] = Counter({source: 0 for source in config.bootstrap.sources})
+        self.refused: dict[str, dict[str, int]] = {}
+        self.first_error = ""
+        self._lexicon = load_lexicon(config.bootstrap.validate.lexicon)
+        self._every = max(1, -(-num_annotations // STATISTICS_RECORDS))
+        self._statistics = {source: SourceStatistics(self._every) for source in self.kept}
+
+    def count_refused(self, entry: Mapping[str, Any]) -> None:
+        by_reason = self.refused.setdefault(entry["source"], {})
+        by_reason[entry["reason"]] = by_reason.get(entry["reason"], 0) + 1
+
+    def count_quarantined(self, entry: Mapping[str, Any]) -> None:
+        self.num_quarantined += 1
+        self.first_error = self.first_error or f"; first error: {entry['error']}"
+
+    def count_group(self, annotation: Annotation, outcomes: Sequence[Outcome]) -> None:
+        self.num_groups += 1
+        for outcome in outcomes:
             if outcome.status == "kept":
-                statistics[outcome.source].add(annotation.response, outcome.text, lexicon)
-    summary = BootstrapSummary(
-        groups_path=str(groups_path),
-        num_annotations=len(annotations),
-        num_groups=len(groups),
-        kept=_count_kept(groups, config.bootstrap.sources),
-        refused=_count_refused(refused),
-        num_quarantined=len(quarantined),
-        num_without_negative=len(annotations) - len(groups),
-        skipped_annotations={reason: len(ids) for reason, ids in skipped.items()},
-        seconds={source: round(value, 3) for source, value in seconds.items()},
-        statistics={source: one.to_json() for source, one in statistics.items()},
-    )
-    _write_lines(beside(groups_path, "refused.jsonl"), refused)
-    _write_lines(beside(groups_path, "quarantine.jsonl"), quarantined)
-    write_atomically(beside(groups_path, "summary.json"), json.dumps(asdict(summary), indent=2).encode() + b"\n")
-    if not groups:
-        first = f"; first error: {quarantined[0]['error']}" if quarantined else ""
-        raise ValueError(
-            f"none of {len(annotations)} annotations got a usable negative (refused: {summary.refused}, "
-            f"quarantined: {len(quarantined)}{first}); read {beside(groups_path, 'refused.jsonl')}"
+                self.kept[outcome.source] += 1
+                if self.num_groups % self._every == 0:
+                    self._statistics[outcome.source].add(annotation.response, outcome.text, self._lexicon)
+
+    def summary(self, skipped: Mapping[str, Sequence[str]], seconds: Mapping[str, float]) -> BootstrapSummary:
+        return BootstrapSummary(
+            groups_path=self.config.data.groups,
+            num_annotations=self.num_annotations,
+            num_groups=self.num_groups,
+            kept=dict(self.kept),
+            refused=self.refused,
+            num_quarantined=self.num_quarantined,
+            num_without_negative=self.num_annotations - self.num_groups,
+            skipped_annotations={reason: len(ids) for reason, ids in skipped.items()},
+            seconds={source: round(value, 3) for source, value in seconds.items()},
+            statistics={source: one.to_json() for source, one in self._statistics.items()},
         )
-    _write_lines(groups_path, [group_to_json(group) for group in groups])
-    return summary
+
+    def check_share(self, bad: BadRecords) -> None:
+        num_bad = self.num_broken + len(bad.problems)
+        what = f"{self.config.data.annotations} (listed in {beside(Path(self.config.data.groups), 'quarantine.jsonl')})"
+        bad.check_share(self.num_annotations + len(bad.problems), what, num_bad)
+
+    def check_any_group(self, summary: BootstrapSummary) -> None:
+        if not self.num_groups:
+            raise ValueError(
+                f"none of {self.num_annotations} annotations got a usable negative (refused: {summary.refused}, "
+                f"quarantined: {self.num_quarantined}{self.first_error}); "
+                f"read {beside(Path(self.config.data.groups), 'refused.jsonl')}"
+            )
 
 
 def build_group(annotation: Annotation, outcomes: Sequence[Outcome], max_words: int) -> PreferenceGroup | None:
@@ -139,28 +221,39 @@ def build_group(annotation: Annotation, outcomes: Sequence[Outcome], max_words: 
     return PreferenceGroup(annotation.id, annotation.images, annotation.prompt, (gt, *negatives), annotation.extra)
 
 
-def _judge_together(
-    config: Config, annotations: Sequence[Annotation], outcomes: Mapping[tuple[str, str], Outcome]
-) -> dict[str, list[Outcome]]:
-    """The outcomes of each record, refused where only a look at the others shows why: duplicates, and a surplus."""
+def _judged(config: Config, annotations: Annotations, outcomes: Outcomes) -> Iterator[tuple[Annotation, list[Outcome]]]:
+    """Each record with its outcomes, refused where only a look at others shows why: duplicates, and a surplus."""
     options = config.bootstrap
-    judged: dict[str, list[Outcome]] = {}
-    kept: dict[str, list[str]] = {}
-    for annotation in annotations:
-        of_record = [outcomes[key] for s in options.sources if (key := (s, annotation.id)) in outcomes]
-        judged[annotation.id] = without_duplicates(of_record) if options.validate.refuse_duplicates else of_record
-        if build_group(annotation, judged[annotation.id], config.data.max_completion_words):
-            for outcome in judged[annotation.id]:
-                if outcome.status == "kept":
-                    kept.setdefault(outcome.source, []).append(annotation.id)
     detail = ", ".join(f"{source} {share:g}" for source, share in options.target_shares.items())
-    for source, ids in surplus(kept, options.target_shares, options.seed).items():
-        for record_id in ids:
-            judged[record_id] = [
-                replace(o, status="refused", reason="surplus", detail=detail) if o.source == source else o
-                for o in judged[record_id]
-            ]
-    return judged
+    left_out = _left_out(config, annotations, outcomes) if options.target_shares else {}
+    for annotation in annotations:
+        judged = []
+        for outcome in _of_record(config, annotation, outcomes):
+            threshold = left_out.get(outcome.source)
+            if outcome.status == "kept" and threshold is not None:
+                if balance_rank(options.seed, outcome.source, annotation.id) >= threshold:
+                    outcome = replace(outcome, status="refused", reason="surplus", detail=detail)
+            judged.append(outcome)
+        yield annotation, judged
+
+
+def _left_out(config: Config, annotations: Annotations, outcomes: Outcomes) -> dict[str, int]:
+    """`thresholds` of what the sources made, in a pass of its own."""
+    options = config.bootstrap
+    ranks = {source: array("Q") for source in options.target_shares}
+    for annotation in annotations:
+        of_record = _of_record(config, annotation, outcomes)
+        if build_group(annotation, of_record, config.data.max_completion_words):
+            for outcome in of_record:
+                if outcome.status == "kept" and outcome.source in ranks:
+                    ranks[outcome.source].append(balance_rank(options.seed, outcome.source, annotation.id))
+    return thresholds(ranks, options.target_shares)
+
+
+def _of_record(config: Config, annotation: Annotation, outcomes: Outcomes) -> list[Outcome]:
+    found = (outcomes.get((source, annotation.id)) for source in config.bootstrap.sources)
+    of_record = [outcome for outcome in found if outcome is not None]
+    return without_duplicates(of_record) if config.bootstrap.validate.refuse_duplicates else of_record
 
 
 def without_duplicates(outcomes: Sequence[Outcome]) -> list[Outcome]:
@@ -195,21 +288,3 @@ def _quarantine(annotation: Annotation, outcomes: Sequence[Outcome]) -> list[dic
         for o in outcomes
         if o.status in ("broken", "failed")
     ]
-
-
-def _count_kept(groups: Sequence[PreferenceGroup], sources: Sequence[str]) -> dict[str, int]:
-    types = Counter(completion.type for group in groups for completion in group.completions)
-    return {source: types[COMPLETION_TYPES[source]] for source in sources}
-
-
-def _count_refused(refused: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, int]]:
-    counts: dict[str, dict[str, int]] = {}
-    for entry in refused:
-        by_reason = counts.setdefault(entry["source"], {})
-        by_reason[entry["reason"]] = by_reason.get(entry["reason"], 0) + 1
-    return counts
-
-
-def _write_lines(path: Path, objects: Sequence[Mapping[str, Any]]) -> None:
-    lines = (json.dumps(obj, ensure_ascii=False) + "\n" for obj in objects)
-    write_atomically(path, "".join(lines).encode("utf-8", "surrogatepass"))

@@ -9,18 +9,23 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterable
+import sqlite3
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 from bpo.records import Provenance
 
 logger = logging.getLogger(__name__)
+
+DIGEST_BYTES = 16
 
 Status = Literal["kept", "refused", "failed", "broken"]
 
@@ -112,50 +117,136 @@ class PartWriter:
             logger.info("%s: no file locks here (%s)", self.path, error.strerror)
 
     def _drop_torn_line(self) -> None:
-        self._file.seek(0)
-        content = self._file.read()
-        complete = content.rfind(b"\n") + 1
-        if complete < len(content):
-            logger.warning("%s: dropping an unfinished last line (%d bytes)", self.path, len(content) - complete)
+        size = self._file.seek(0, os.SEEK_END)
+        complete = size
+        while complete:  # back to the last end of a line
+            start = max(0, complete - (1 << 16))
+            self._file.seek(start)
+            end = self._file.read(complete - start).rfind(b"\n")
+            if end >= 0:
+                complete = start + end + 1
+                break
+            complete = start
+        if complete < size:
+            logger.warning("%s: dropping an unfinished last line (%d bytes)", self.path, size - complete)
             self._file.truncate(complete)
         self._file.seek(0, os.SEEK_END)
 
 
 class PartReader:
-    """Reads the outcomes of all ranks; each `poll` reads only what is new.
+    """Finds the outcomes of all ranks; each `poll` reads only what is new.
 
-    Attributes:
-        outcomes: (source, record id) -> outcome. The first one stands: a second one could only be equal.
+    What is in memory does not grow with the outcomes: a temporary database knows where each stands, and its text is
+    read from the part when it is asked for. Of two outcomes with one key the first one found stands: a second one could
+    only be equal.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.outcomes: dict[tuple[str, str], Outcome] = {}
         self._offsets: dict[Path, int] = {}
+        self._parts: list[Path] = []
+        self._database = sqlite3.connect("")  # a temporary file of its own, removed when it is closed
+        self._database.execute("PRAGMA journal_mode = OFF")
+        self._database.execute("PRAGMA synchronous = OFF")
+        self._database.execute(
+            "CREATE TABLE outcome (source TEXT, id BLOB, status TEXT, reason TEXT, part INTEGER, start INTEGER, "
+            "PRIMARY KEY (source, id)) WITHOUT ROWID"
+        )
 
     def poll(self) -> int:
         """Reads complete new lines and returns the number of new outcomes."""
-        before = len(self.outcomes)
+        before = self._database.total_changes
         for path in sorted(self.folder.glob("rank-*.jsonl")):
-            offset = self._offsets.get(path, 0)
+            if path not in self._offsets:
+                self._offsets[path] = 0
+                self._parts.append(path)
             with path.open("rb") as file:
-                file.seek(offset)
-                content = file.read()
-            complete = content.rfind(b"\n") + 1
-            self._offsets[path] = offset + complete
-            for line in content[:complete].split(b"\n"):
-                if line.strip():
-                    self._add(line, path)
-        return len(self.outcomes) - before
+                file.seek(self._offsets[path])
+                rows = self._new_rows(file, path)
+                self._database.executemany("INSERT OR IGNORE INTO outcome VALUES (?, ?, ?, ?, ?, ?)", rows)
+        return self._database.total_changes - before
 
-    def _add(self, line: bytes, path: Path) -> None:
-        try:
-            outcome = Outcome.from_json(json.loads(line.decode("utf-8", "surrogatepass")))
-        except (ValueError, KeyError, TypeError) as error:
-            # A machine that lost power may leave zeros where a line was to stand.
-            logger.warning("%s: a line is not an outcome and is done again (%s)", path, error)
-            return
-        self.outcomes.setdefault(outcome.key, outcome)
+    def __len__(self) -> int:
+        return int(self._database.execute("SELECT COUNT(*) FROM outcome").fetchone()[0])
+
+    def __contains__(self, key: tuple[str, str]) -> bool:
+        """Whether (source, record id) has an outcome."""
+        return self.has(key[0], record_digest(key[1]))
+
+    def has(self, source: str, digest: bytes) -> bool:
+        found = self._database.execute("SELECT 1 FROM outcome WHERE source = ? AND id = ?", (source, digest))
+        return found.fetchone() is not None
+
+    def get(self, key: tuple[str, str]) -> Outcome | None:
+        """The outcome of (source, record id), read from its part."""
+        found = self._database.execute(
+            "SELECT part, start FROM outcome WHERE source = ? AND id = ?", (key[0], record_digest(key[1]))
+        ).fetchone()
+        if found is None:
+            return None
+        with self._parts[found[0]].open("rb") as file:
+            file.seek(found[1])
+            return _outcome_of(file.readline())
+
+    def broken(self) -> list[bytes]:
+        """`record_digest` of every record that cannot be used."""
+        return [row[0] for row in self._database.execute("SELECT DISTINCT id FROM outcome WHERE status = 'broken'")]
+
+    def counts(self) -> Counter[tuple[str, str, str]]:
+        """(source, status, reason) -> outcomes; the reason is that of a refusal, else empty."""
+        rows = self._database.execute("SELECT source, status, reason, COUNT(*) FROM outcome GROUP BY 1, 2, 3")
+        return Counter({(source, status, reason): count for source, status, reason, count in rows})
+
+    def _new_rows(self, file: BinaryIO, path: Path) -> Iterator[tuple[str, bytes, str, str, int, int]]:
+        part = self._parts.index(path)
+        for line in file:
+            if not line.endswith(b"\n"):
+                return  # its writer is not done with it
+            start = self._offsets[path]
+            self._offsets[path] += len(line)
+            if not line.strip():
+                continue
+            try:
+                outcome = _outcome_of(line)
+            except (ValueError, KeyError, TypeError) as error:
+                # A machine that lost power may leave zeros where a line was to stand.
+                logger.warning("%s: a line is not an outcome and is done again (%s)", path, error)
+                continue
+            reason = outcome.reason if outcome.status == "refused" else ""
+            yield outcome.source, record_digest(outcome.record_id), outcome.status, reason, part, start
+
+
+def _outcome_of(line: bytes) -> Outcome:
+    return Outcome.from_json(json.loads(line.decode("utf-8", "surrogatepass")))
+
+
+def record_digest(record_id: str) -> bytes:
+    """16 bytes that stand for an id."""
+    return hashlib.blake2b(record_id.encode("utf-8", "surrogatepass"), digest_size=DIGEST_BYTES).digest()
+
+
+class AtomicLines:
+    """JSON lines that appear under their name only when all of them are there."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        self._file = self._temporary.open("wb")
+
+    def write(self, obj: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps(obj, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
+
+    def commit(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        os.replace(self._temporary, self.path)
+
+    def discard(self) -> None:
+        """Leaves nothing behind; does nothing after `commit`."""
+        self._file.close()
+        self._temporary.unlink(missing_ok=True)
 
 
 def write_atomically(path: Path, content: bytes) -> None:

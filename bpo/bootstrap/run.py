@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,23 +20,22 @@ from typing import Any
 import torch
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from bpo.bootstrap.broken import BrokenRecords
 from bpo.bootstrap.engines import Engines, batch_size, needed_paths
 from bpo.bootstrap.identity import check_identity
 from bpo.bootstrap.merge import BootstrapSummary, beside, merge
 from bpo.bootstrap.parts import Outcome, PartReader, PartWriter
 from bpo.bootstrap.sources import ImageAnswers, InjectedErrors, NegativeSource
-from bpo.bootstrap.validate import annotation_refusal
+from bpo.bootstrap.spool import AnnotationSpool, Batches
 from bpo.config import Config
 from bpo.config_bootstrap import Source
-from bpo.data.formats import read_annotations
+from bpo.data.bad_records import BadRecords
+from bpo.data.formats import iterate_annotations
 from bpo.interrupts import StopRequest
 from bpo.launch import Ranks, ranks_from_environment, restart_count
-from bpo.records import Annotation
 from bpo.run_lock import RestartCount
 
 logger = logging.getLogger(__name__)
-
-Batches = Sequence[Sequence[Annotation]]
 
 _POLL_S = 2.0
 _WRITE_EVERY_S = 1.0
@@ -55,11 +54,15 @@ class Share:
         return self.shard * self.ranks.world_size + self.ranks.rank
 
     def of_worker(self, batches: Batches) -> Batches:
-        return batches[self.worker :: self.num_shards * self.ranks.world_size]
+        return self._every(batches, self.worker)
 
-    def of_shard(self, batches: Batches) -> Batches:
-        size = self.ranks.world_size
-        return [batch for i, batch in enumerate(batches) if i // size % self.num_shards == self.shard]
+    def of_shard(self, batches: Batches) -> list[Batches]:
+        """The batches of each worker of this shard."""
+        first = self.shard * self.ranks.world_size
+        return [self._every(batches, worker) for worker in range(first, first + self.ranks.world_size)]
+
+    def _every(self, batches: Batches, first: int) -> Batches:
+        return batches[first :: self.num_shards * self.ranks.world_size]
 
 
 def run_bootstrap(config: Config, progress: bool = True, stop: StopRequest | None = None) -> BootstrapSummary:
@@ -81,20 +84,23 @@ def run_bootstrap(config: Config, progress: bool = True, stop: StopRequest | Non
     ranks = ranks_from_environment()
     share = Share(config.bootstrap.shard_index, config.bootstrap.num_shards, ranks)
     _check_paths(config)
-    file = read_annotations(Path(config.data.annotations))
-    annotations = file.annotations[: config.bootstrap.limit or None]
+    skipped: dict[str, list[str]] = {}
+    bad = BadRecords.of(config.data)
+    annotations = _spooled(config, bad, skipped)
     folder = beside(Path(config.data.groups), "parts")
     check_identity(config, folder)
     work = plan_work(annotations, config)
     reader = PartReader(folder)
     reader.poll()
     seconds: dict[str, float] = {}
+    broken = BrokenRecords(config.data, len(annotations), bad, folder, reader.broken())
     with PartWriter(folder, share.worker) as writer:
         restarts = _count_restart(config, folder, share, work, reader)
-        for source, make in _sources(config, work, ranks):
+        for source, make in _sources(config, annotations.most_images, ranks):
             started = time.monotonic()
-            mine = share.of_worker(batches_of(work[source], batch_size(config, source)))
-            _run_source(make, source, mine, reader, writer, progress and ranks.is_main, stop)
+            mine = share.of_worker(work[source])
+            results = Results(reader, writer, broken)
+            _run_source(make, source, mine, results, progress and ranks.is_main, stop)
             seconds[source] = time.monotonic() - started
         if ranks.is_main:
             restarts.clear()
@@ -103,7 +109,7 @@ def run_bootstrap(config: Config, progress: bool = True, stop: StopRequest | Non
         return _rank_summary(config, len(annotations), reader, seconds)
     # Alone there is nobody to wait for.
     _wait_for_all(reader, work, config.bootstrap.stall_timeout_s if ranks.world_size > 1 else 0.0, stop)
-    return merge(config, annotations, reader.outcomes, file.skipped, seconds)
+    return merge(config, annotations, reader, skipped, seconds, bad)
 
 
 def run_merge(config: Config) -> BootstrapSummary:
@@ -117,53 +123,46 @@ def run_merge(config: Config) -> BootstrapSummary:
     folder = beside(Path(config.data.groups), "parts")
     if not folder.is_dir():
         raise ValueError(f"{folder} does not exist: there is nothing to merge; run `bpo bootstrap` first")
-    file = read_annotations(Path(config.data.annotations))
-    annotations = file.annotations[: config.bootstrap.limit or None]
+    skipped: dict[str, list[str]] = {}
+    bad = BadRecords.of(config.data)
+    annotations = _spooled(config, bad, skipped)
     check_identity(config, folder)
     reader = PartReader(folder)
     reader.poll()
-    wanted = _wanted(plan_work(annotations, config))
-    missing = wanted - reader.outcomes.keys()
-    if missing:
-        source, record_id = min(missing)
+    lacking = _Lacking(plan_work(annotations, config), reader)
+    if not lacking.all_there():
         raise ValueError(
-            f"{folder}: {len(missing)} of {len(wanted)} outcomes are missing (the first: {source} of record "
-            f"{record_id!r}); run `bpo bootstrap` again, with any number of shards: finished records are kept"
+            f"{folder}: {lacking.told()}; run `bpo bootstrap` again, with any number of shards: finished records are "
+            "kept"
         )
-    return merge(config, annotations, reader.outcomes, file.skipped, {})
+    return merge(config, annotations, reader, skipped, {}, bad)
+
+
+def _spooled(config: Config, bad: BadRecords, skipped: dict[str, list[str]]) -> AnnotationSpool:
+    annotations = iterate_annotations(Path(config.data.annotations), bad, skipped)
+    return AnnotationSpool(annotations, config.bootstrap.limit, config.data.max_completion_words)
 
 
 def _count_restart(
-    config: Config, folder: Path, share: Share, work: dict[str, list[Annotation]], reader: PartReader
+    config: Config, folder: Path, share: Share, work: dict[str, Batches], reader: PartReader
 ) -> RestartCount:
     """Counts a start by SLURM that finds this shard no further than the one before; see `RestartCount.start`."""
     name = f"restarts-{share.shard:05d}-of-{share.num_shards:05d}.json"
     restarts = RestartCount(folder, name, progress="outcome {}", option="bootstrap.max_idle_restarts")
     if share.ranks.is_main and restart_count():
-        shares = ((source, share.of_shard(batches_of(work[source], batch_size(config, source)))) for source in work)
-        done = sum((source, a.id) in reader.outcomes for source, batches in shares for batch in batches for a in batch)
+        shares = ((source, batches) for source in work for batches in share.of_shard(work[source]))
+        done = sum(reader.has(source, one) for source, batches in shares for one in batches.all_digests())
         restarts.start(done, config.bootstrap.max_idle_restarts)
     return restarts
 
 
-def plan_work(annotations: Sequence[Annotation], config: Config) -> dict[str, list[Annotation]]:
-    """Source -> the annotations it is to answer, longest first, without those that are refused themselves."""
-    max_words = config.data.max_completion_words
-    work: dict[str, list[Annotation]] = {}
-    for source in config.bootstrap.sources:
-        limit = config.bootstrap.max_inject_records if source == "inject" else 0
-        usable = [a for a in annotations[: limit or None] if not annotation_refusal(a.response, max_words=max_words)]
-        work[source] = sorted(usable, key=_length, reverse=True)
-    return work
-
-
-def batches_of(annotations: Sequence[Annotation], size: int) -> Batches:
-    return [annotations[start : start + size] for start in range(0, len(annotations), size)]
-
-
-def _length(annotation: Annotation) -> int:
-    """Characters of prompt and answer: records that take about as long stand together."""
-    return len(annotation.response) + sum(len(turn.text) for turn in annotation.prompt)
+def plan_work(annotations: AnnotationSpool, config: Config) -> dict[str, Batches]:
+    """Source -> the annotations it is to answer in batches, longest first, without those refused themselves."""
+    limits = {"inject": config.bootstrap.max_inject_records}
+    return {
+        source: Batches(annotations, annotations.longest_first(limits.get(source, 0)), batch_size(config, source))
+        for source in config.bootstrap.sources
+    }
 
 
 def _check_paths(config: Config) -> None:
@@ -172,58 +171,71 @@ def _check_paths(config: Config) -> None:
             raise ValueError(f"{name} is empty; `bpo bootstrap` needs it")
 
 
+@dataclass(frozen=True)
+class Results:
+    """Where finished outcomes go, and what is there already."""
+
+    reader: PartReader
+    writer: PartWriter
+    broken: BrokenRecords
+
+    def write_as_finished(self, outcomes: Iterable[Outcome], bar: Any) -> None:
+        """Writes at the end of a batch, or every second of a long one; what an error leaves behind is kept.
+
+        Raises:
+            RecordError, TooManyBadRecords: see `BrokenRecords.check`; the outcomes it looked at are not kept.
+        """
+        finished: list[Outcome] = []
+        written_s = time.monotonic()
+
+        def write() -> None:
+            new = [outcome for outcome in finished if outcome.key not in self.reader]
+            bar.update(len(finished))
+            finished.clear()
+            self.broken.check(new)
+            self.writer.append(new)
+
+        try:
+            for outcome in outcomes:
+                finished.append(outcome)
+                if time.monotonic() - written_s > _WRITE_EVERY_S:
+                    write()
+                    written_s = time.monotonic()
+        finally:
+            write()
+
+
 def _run_source(
     make: Callable[[], NegativeSource],
     source: str,
     batches: Batches,
-    reader: PartReader,
-    writer: PartWriter,
+    results: Results,
     progress: bool,
     stop: StopRequest | None,
 ) -> None:
     """Does this rank's unfinished batches; the model is loaded only where there is one."""
-    unfinished = [b for b in batches if any((source, a.id) not in reader.outcomes for a in b)]
+    reader = results.reader
+    done = [[reader.has(source, one) for one in batches.digests(number)] for number in range(len(batches))]
+    unfinished = [number for number, each in enumerate(done) if not all(each)]
     if not unfinished:
         return
     negatives = make()
-    if not negatives.whole_batches:
-        unfinished = [[a for a in b if (source, a.id) not in reader.outcomes] for b in unfinished]
-    total = sum(map(len, batches))
-    finished = total - sum(map(len, unfinished))
+    total = batches.num_records
+    finished = total - sum(len(done[n]) if negatives.whole_batches else done[n].count(False) for n in unfinished)
     with tqdm(total=total, initial=finished, desc=source, unit="record", disable=not progress) as bar:
-        for batch in unfinished:
+        for number in unfinished:
+            batch = batches[number]
+            if not negatives.whole_batches:
+                batch = [annotation for annotation in batch if (source, annotation.id) not in reader]
             if stop is not None:
                 stop.check(f"{finished} of this rank's {total} records of source `{source}` are done and kept")
             with _advice_on_memory(len(batch)):
-                _write_as_finished(negatives.outcomes(batch), reader, writer, bar)
+                results.write_as_finished(negatives.outcomes(batch), bar)
             finished += len(batch)
 
 
-def _write_as_finished(outcomes: Iterable[Outcome], reader: PartReader, writer: PartWriter, bar: Any) -> None:
-    """Writes outcomes at the end of a batch, or every second of a long one; what an error leaves behind is kept."""
-    finished: list[Outcome] = []
-    written_s = time.monotonic()
-
-    def write() -> None:
-        writer.append(outcome for outcome in finished if outcome.key not in reader.outcomes)
-        bar.update(len(finished))
-        finished.clear()
-
-    try:
-        for outcome in outcomes:
-            finished.append(outcome)
-            if time.monotonic() - written_s > _WRITE_EVERY_S:
-                write()
-                written_s = time.monotonic()
-    finally:
-        write()
-
-
-def _sources(
-    config: Config, work: dict[str, list[Annotation]], ranks: Ranks
-) -> Iterator[tuple[str, Callable[[], NegativeSource]]]:
+def _sources(config: Config, max_images: int, ranks: Ranks) -> Iterator[tuple[str, Callable[[], NegativeSource]]]:
     """Each source with what builds it, those of one model together; `inject`, perhaps of another LLM, comes last."""
-    max_images = max((len(a.images) for records in work.values() for a in records), default=1)
     engines = Engines(config, ranks, max_images)
 
     def image_answers(source: Source) -> Callable[[], NegativeSource]:
@@ -236,7 +248,7 @@ def _sources(
     for source in config.bootstrap.sources:
         if source != "inject":
             yield source, image_answers(source)
-    if "inject" in work:
+    if "inject" in config.bootstrap.sources:
         yield "inject", injected_errors
 
 
@@ -251,28 +263,50 @@ def _advice_on_memory(num_records: int) -> Iterator[None]:
         ) from error
 
 
-def _wanted(work: dict[str, list[Annotation]]) -> set[tuple[str, str]]:
-    return {(source, annotation.id) for source, records in work.items() for annotation in records}
+class _Lacking:
+    """Which outcomes of the work are not on disk; what was found once is not looked for again."""
+
+    def __init__(self, work: dict[str, Batches], reader: PartReader):
+        self._work, self._reader = work, reader
+        self._wanted = ((source, one) for source, batches in work.items() for one in batches.all_digests())
+        self._next = next(self._wanted, None)
+
+    def all_there(self) -> bool:
+        while self._next is not None and self._reader.has(*self._next):
+            self._next = next(self._wanted, None)
+        return self._next is None
+
+    def told(self) -> str:
+        """How many, and which comes first."""
+        missing: list[tuple[str, str]] = []
+        total = num_missing = 0
+        for source, batches in self._work.items():
+            for number in range(len(batches)):
+                lacks = [not self._reader.has(source, one) for one in batches.digests(number)]
+                total += len(lacks)
+                num_missing += sum(lacks)
+                if any(lacks) and not missing:
+                    missing.append((source, batches[number][lacks.index(True)].id))
+        first = f" (the first: {missing[0][0]} of record {missing[0][1]!r})" if missing else ""
+        return f"{num_missing} of {total} outcomes are missing{first}"
 
 
 def _wait_for_all(
-    reader: PartReader, work: dict[str, list[Annotation]], stall_timeout_s: float, stop: StopRequest | None
+    reader: PartReader, work: dict[str, Batches], stall_timeout_s: float, stop: StopRequest | None
 ) -> None:
     """Returns when every record of every source has an outcome on disk."""
-    wanted = _wanted(work)
+    lacking = _Lacking(work, reader)
     last_news = time.monotonic()
     while True:
         if reader.poll():
             last_news = time.monotonic()
-        missing = wanted - reader.outcomes.keys()
-        if not missing:
+        if lacking.all_there():
             return
         if time.monotonic() - last_news > stall_timeout_s:
-            source, record_id = min(missing)
             raise TimeoutError(
-                f"{reader.folder}: {len(missing)} of {len(wanted)} outcomes are missing (the first: {source} of record "
-                f"{record_id!r}) and none came for {stall_timeout_s:.0f} s (bootstrap.stall_timeout_s); look at the "
-                "other ranks' logs, then start again: finished records are kept"
+                f"{reader.folder}: {lacking.told()} and none came for {stall_timeout_s:.0f} s "
+                "(bootstrap.stall_timeout_s); look at the other ranks' logs, then start again: finished records are "
+                "kept"
             )
         if stop is not None:
             stop.check("this rank has done its share and waited for the others'")
@@ -284,13 +318,12 @@ def _rank_summary(
 ) -> BootstrapSummary:
     kept: dict[str, int] = {source: 0 for source in config.bootstrap.sources}
     refused: dict[str, dict[str, int]] = {}
-    quarantined: list[Outcome] = []
-    for outcome in reader.outcomes.values():
-        if outcome.status == "kept":
-            kept[outcome.source] = kept.get(outcome.source, 0) + 1
-        elif outcome.status == "refused":
-            reasons = refused.setdefault(outcome.source, {})
-            reasons[outcome.reason] = reasons.get(outcome.reason, 0) + 1
+    num_quarantined = 0
+    for (source, status, reason), count in reader.counts().items():
+        if status == "kept":
+            kept[source] = kept.get(source, 0) + count
+        elif status == "refused":
+            refused.setdefault(source, {})[reason] = count
         else:
-            quarantined.append(outcome)
-    return BootstrapSummary(config.data.groups, num_annotations, None, kept, refused, len(quarantined), 0, {}, seconds)
+            num_quarantined += count
+    return BootstrapSummary(config.data.groups, num_annotations, None, kept, refused, num_quarantined, 0, {}, seconds)

@@ -18,8 +18,13 @@ MOST_COMMON = 20
 
 @dataclass
 class SourceStatistics:
-    """Accumulates the kept negatives of one source."""
+    """Accumulates kept negatives of one source.
 
+    Attributes:
+        sampled_every: Of so many groups one is looked at.
+    """
+
+    sampled_every: int = 1
     words: Counter[int] = field(default_factory=Counter)
     similarity: list[int] = field(default_factory=lambda: [0] * SIMILARITY_BINS)
     changed: Counter[str] = field(default_factory=Counter)
@@ -37,6 +42,7 @@ class SourceStatistics:
     def to_json(self) -> dict[str, Any]:
         """`similarity_histogram[i]`: negatives that keep i/10 to (i + 1)/10 of the longer text's words in place."""
         return {
+            "sampled_every": self.sampled_every,
             "negatives": self.words.total(),
             "words": {f"p{percent}": percentile(self.words, percent) for percent in (5, 50, 95)},
             "similarity_histogram": self.similarity,

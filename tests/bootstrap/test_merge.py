@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
+from array import array
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bpo.bootstrap.balance import surplus
+from bpo.bootstrap.balance import thresholds
 from bpo.bootstrap.changes import load_lexicon
 from bpo.bootstrap.merge import merge
 from bpo.bootstrap.parts import Outcome
 from bpo.bootstrap.statistics import SourceStatistics, percentile
 from bpo.config import Config, DataConfig
 from bpo.config_bootstrap import BootstrapConfig, ValidateConfig
+from bpo.data.bad_records import BadRecords
 from bpo.data.formats import read_groups
 from bpo.records import Annotation, ContentPart, Provenance, Turn
 
@@ -32,7 +34,7 @@ def outcome(record: int, source: str, text: str) -> Outcome:
 
 def merged(folder: Path, records: int, outcomes: list[Outcome], **bootstrap: Any) -> tuple[Any, list[dict[str, Any]]]:
     config = Config(data=DataConfig(groups=str(folder / "groups.jsonl")), bootstrap=BootstrapConfig(**bootstrap))
-    summary = merge(config, annotations(records), {o.key: o for o in outcomes}, {}, {})
+    summary = merge(config, annotations(records), {o.key: o for o in outcomes}, {}, {}, BadRecords())
     refused = (folder / "groups.jsonl.refused.jsonl").read_text().splitlines()
     return summary, [json.loads(line) for line in refused]
 
@@ -62,10 +64,10 @@ def test_target_shares_leave_out_what_the_plentiful_source_has_too_many_of(tmp_p
 
 
 def test_surplus_of_sources_that_made_little_or_nothing() -> None:
-    kept = {"a": [f"{i}" for i in range(7)], "b": ["0"]}
-    assert len(surplus(kept, {"a": 3, "b": 1}, 0)["a"]) == 4
-    assert surplus(kept, {"a": 1, "c": 1}, 0) == {"a": frozenset(), "c": frozenset()}
-    assert surplus({}, {"a": 1}, 0) == {"a": frozenset()}
+    ranks = {"a": array("Q", range(7, 0, -1)), "b": array("Q", [5]), "c": array("Q")}
+    assert thresholds(ranks, {"a": 3, "b": 1}) == {"a": 4}  # ranks 1, 2 and 3 stay
+    assert thresholds(ranks, {"a": 1, "c": 1}) == {}
+    assert thresholds(ranks, {"c": 1}) == {}
 
 
 @pytest.mark.parametrize("shares", [{"crop": 1.0}, {"weaken": 0.0}])

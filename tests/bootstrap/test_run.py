@@ -16,7 +16,7 @@ import pytest
 
 from bpo.bootstrap import engines as engines_module
 from bpo.bootstrap import run as run_module
-from bpo.bootstrap.parts import PartWriter
+from bpo.bootstrap.parts import PartReader, PartWriter
 from bpo.bootstrap.run import run_bootstrap
 from bpo.bootstrap.server import ServerError
 from bpo.config import Config, DataConfig, ModelConfig
@@ -71,6 +71,12 @@ def lines(config: Config, name: str) -> list[dict[str, Any]]:
 
 def parts(config: Config) -> Path:
     return Path(config.data.groups + ".parts")
+
+
+def num_outcomes(config: Config) -> int:
+    reader = PartReader(parts(config))
+    reader.poll()
+    return len(reader)
 
 
 def test_groups_hold_the_annotation_and_its_negatives_with_provenance(make: MakeConfig, tiny_llava_dir: Path) -> None:
@@ -257,6 +263,7 @@ def test_a_broken_image_is_quarantined_and_the_job_goes_on(make: MakeConfig, pho
     (photos / "3.png").write_bytes(b"no picture")
     for folder, sources in (("both", ["weaken", "inject"]), ("text", ["inject"])):
         config = make(folder, sources=sources)
+        config.data.max_bad_share = 0.2
         summary = run_bootstrap(config, progress=False)
         (entry,) = lines(config, "groups.jsonl.quarantine.jsonl")
         assert (entry["file"], entry["record"], summary.num_quarantined) == (["3.png"], "photo-3", 1)
@@ -264,6 +271,21 @@ def test_a_broken_image_is_quarantined_and_the_job_goes_on(make: MakeConfig, pho
         assert all(group.id != "photo-3" for group in read_groups(Path(config.data.groups)))
     both = read_groups(Path(make("both").data.groups))
     assert both == tuple(g for g in read_groups(Path(whole.data.groups)) if g.id != "photo-3")
+
+
+def test_bad_images_stop_a_job_above_the_ceiling_or_at_the_first(make: MakeConfig, photos: Path) -> None:
+    for name in ("3.png", "5.png"):
+        (photos / name).write_bytes(b"no picture")
+    config = make("a", sources=["weaken"], batch_size=1)
+    with pytest.raises(ValueError, match=r"of 9 records are bad, more than data\.max_bad_share"):
+        run_bootstrap(config, progress=False)
+    kept = num_outcomes(config)
+    config.data.on_bad = "error"
+    with pytest.raises(ValueError, match=r"[35]\.png"):
+        run_bootstrap(config, progress=False)
+    config.data.on_bad, config.data.max_bad_share = "quarantine", 0.3
+    assert run_bootstrap(config, progress=False).num_quarantined == 2
+    assert 0 < kept < 9
 
 
 def test_limits(make: MakeConfig) -> None:

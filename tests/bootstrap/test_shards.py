@@ -55,7 +55,7 @@ def parts(config: Config) -> Path:
 def num_done(config: Config) -> int:
     reader = PartReader(parts(config))
     reader.poll()
-    return len(reader.outcomes)
+    return len(reader)
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, num_batches: int, number: signal.Signals) -> None:

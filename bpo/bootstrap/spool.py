@@ -1,0 +1,120 @@
+"""Annotations on disk: a job over millions of them holds a few bytes of each, and reads those it needs."""
+
+from __future__ import annotations
+
+import pickle
+import tempfile
+from array import array
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import overload
+
+import numpy as np
+
+from bpo.bootstrap.parts import DIGEST_BYTES, record_digest
+from bpo.bootstrap.validate import annotation_refusal
+from bpo.records import Annotation
+
+
+class AnnotationSpool:
+    """The annotations of one job in a temporary file, to be read again in order and by position.
+
+    In memory are 29 bytes a record. The file lies in the folder of temporary files (TMPDIR) without a name: no other
+    process can reach it, and it is gone with the object.
+
+    Args:
+        annotations: Read once, one at a time.
+        limit: Take only the first so many; 0 takes all.
+        max_words: `data.max_completion_words`, which decides what is refused whole.
+
+    Attributes:
+        most_images: Images of the record that has most.
+    """
+
+    def __init__(self, annotations: Iterable[Annotation], limit: int, max_words: int):
+        self._file = tempfile.TemporaryFile(prefix="bpo-annotations-")  # noqa: SIM115 it lives as long as this object
+        self._starts = array("Q")
+        self._lengths = array("I")
+        self._usable = array("B")
+        self._digests = bytearray()
+        self.most_images = 0
+        for annotation in islice(annotations, limit or None):
+            self._starts.append(self._file.tell())
+            pickle.dump(annotation, self._file, protocol=pickle.HIGHEST_PROTOCOL)
+            self._lengths.append(min(_length(annotation), 2**32 - 1))
+            self._usable.append(annotation_refusal(annotation.response, max_words=max_words) is None)
+            self._digests += record_digest(annotation.id)
+            self.most_images = max(self.most_images, len(annotation.images))
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __iter__(self) -> Iterator[Annotation]:
+        """All of them, in the file's order."""
+        return (self[position] for position in range(len(self)))
+
+    def __getitem__(self, position: int) -> Annotation:
+        self._file.seek(self._starts[position])
+        annotation: Annotation = pickle.load(self._file)
+        return annotation
+
+    def digest(self, position: int) -> bytes:
+        """`record_digest` of the id at a position, without reading the record."""
+        return bytes(self._digests[DIGEST_BYTES * position : DIGEST_BYTES * (position + 1)])
+
+    def longest_first(self, limit: int = 0) -> np.ndarray:
+        """Positions of the usable ones among the first `limit` (0: all), longest first; equal ones in order."""
+        end = limit or len(self)
+        lengths = np.array(self._lengths[:end], dtype=np.int64)
+        usable = np.array(self._usable[:end], dtype=bool)
+        order = np.argsort(-lengths, kind="stable")
+        return order[usable[order]].astype(np.uint32)
+
+
+class Batches:
+    """The work of one source, cut into batches that are read when they are asked for.
+
+    Args:
+        positions: Where in `spool` the records stand, in the order of the work.
+        size: Records in a batch; the last may have fewer.
+        numbers: Which of the batches these are; None: all.
+    """
+
+    def __init__(self, spool: AnnotationSpool, positions: np.ndarray, size: int, numbers: range | None = None):
+        self._spool, self._positions, self._size = spool, positions, size
+        self._numbers = range(-(-len(positions) // size)) if numbers is None else numbers
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    @overload
+    def __getitem__(self, index: int) -> list[Annotation]: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Batches: ...
+
+    def __getitem__(self, index: int | slice) -> list[Annotation] | Batches:
+        if isinstance(index, slice):
+            return Batches(self._spool, self._positions, self._size, self._numbers[index])
+        return [self._spool[position] for position in self._of(index)]
+
+    def digests(self, index: int) -> list[bytes]:
+        """`record_digest` of each record of a batch."""
+        return [self._spool.digest(position) for position in self._of(index)]
+
+    def all_digests(self) -> Iterator[bytes]:
+        """`record_digest` of every record, in the order of the work."""
+        return (one for index in range(len(self)) for one in self.digests(index))
+
+    @property
+    def num_records(self) -> int:
+        return sum(len(self._of(index)) for index in range(len(self)))
+
+    def _of(self, index: int) -> list[int]:
+        start = self._numbers[index] * self._size
+        return [int(position) for position in self._positions[start : start + self._size]]
+
+
+def _length(annotation: Annotation) -> int:
+    """Characters of prompt and answer: records that take about as long stand together."""
+    return len(annotation.response) + sum(len(turn.text) for turn in annotation.prompt)

@@ -1,0 +1,129 @@
+"""Work that stays on disk. Run: python -m pytest tests/bootstrap/test_spool.py"""
+
+from __future__ import annotations
+
+import tracemalloc
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from bpo.bootstrap.merge import merge
+from bpo.bootstrap.parts import AtomicLines, Outcome, PartReader, PartWriter, record_digest
+from bpo.bootstrap.spool import AnnotationSpool, Batches
+from bpo.config import Config, DataConfig
+from bpo.config_bootstrap import BootstrapConfig
+from bpo.data.bad_records import BadRecords
+from bpo.records import Annotation, ContentPart, Provenance, Turn
+
+PROMPT = (Turn("user", (ContentPart("image"), ContentPart("text", "Describe."))),)
+
+
+def annotation(number: int, words: int = 3) -> Annotation:
+    return Annotation(f"r{number}\udc80", (f"{number}.png",), PROMPT, f"{number} " + "dog " * words)
+
+
+def spool(*words: int, limit: int = 0) -> AnnotationSpool:
+    return AnnotationSpool((annotation(n, w) for n, w in enumerate(words)), limit, max_words=350)
+
+
+def test_annotations_come_back_in_order_and_by_position() -> None:
+    spooled = spool(3, 1, 2)
+    assert list(spooled) == list(spooled) == [annotation(0, 3), annotation(1, 1), annotation(2, 2)]
+    assert spooled[1] == annotation(1, 1) and len(spooled) == 3 and spooled.most_images == 1
+    assert spooled.digest(2) == record_digest(annotation(2).id)
+    assert len(spool(3, 1, 2, limit=2)) == 2
+
+
+def test_work_is_longest_first_without_what_is_refused() -> None:
+    spooled = spool(3, 400, 5, 3, 9)
+    assert spooled.longest_first().tolist() == [4, 2, 0, 3]
+    assert spooled.longest_first(limit=3).tolist() == [2, 0]
+
+
+def test_batches_are_dealt_out_and_read_when_asked_for() -> None:
+    batches = Batches(spooled := spool(*range(20, 9, -1)), spooled.longest_first(), size=3)
+    assert [len(batches[i]) for i in range(len(batches))] == [3, 3, 3, 2]
+    mine, others = batches[0::2], batches[1::2]
+    assert [a.id for i in range(2) for a in mine[i]] == [annotation(n).id for n in (0, 1, 2, 6, 7, 8)]
+    assert (mine.num_records, others.num_records, batches.num_records) == (6, 5, 11)
+    assert mine.digests(1) == [record_digest(a.id) for a in mine[1]]
+    assert len(list(others.all_digests())) == 5
+    assert batches[4:].num_records == 0
+
+
+def outcomes(count: int, source: str = "weaken") -> Iterator[Outcome]:
+    return (Outcome(annotation(n).id, source, "kept", f"{n} zebras", provenance=Provenance("x")) for n in range(count))
+
+
+def test_outcomes_are_found_where_they_stand(tmp_path: Path) -> None:
+    with PartWriter(tmp_path, 0) as writer:
+        writer.append(outcomes(5))
+    reader = PartReader(tmp_path)
+    assert reader.poll() == len(reader) == 5 and reader.poll() == 0
+    with PartWriter(tmp_path, 1) as writer:
+        writer.append([*outcomes(7), Outcome("bad", "inject", "broken", reason="no picture")])
+    assert reader.poll() == 3  # five were there
+    assert ("weaken", annotation(6).id) in reader and ("inject", annotation(6).id) not in reader
+    found = reader.get(("weaken", annotation(6).id))
+    assert found is not None and found.text == "6 zebras" and reader.get(("weaken", "nobody")) is None
+    assert reader.broken() == [record_digest("bad")]
+    assert reader.counts() == {("weaken", "kept", ""): 7, ("inject", "broken", ""): 1}
+
+
+def test_a_line_that_is_still_being_written_is_read_when_it_is_whole(tmp_path: Path) -> None:
+    whole = b"".join(outcome.to_line() for outcome in outcomes(2))
+    part = tmp_path / "rank-00000.jsonl"
+    part.write_bytes(whole[:-10])
+    reader = PartReader(tmp_path)
+    assert reader.poll() == 1
+    part.write_bytes(whole)
+    assert reader.poll() == 1 and reader.get(("weaken", annotation(1).id)) is not None
+
+
+@pytest.mark.parametrize("tail", [b"{", b"x" * 200_000])
+def test_a_torn_last_line_is_dropped_whatever_its_length(tmp_path: Path, tail: bytes) -> None:
+    whole = b"".join(outcome.to_line() for outcome in outcomes(2))
+    (tmp_path / "rank-00000.jsonl").write_bytes(whole + tail)
+    with PartWriter(tmp_path, 0):
+        pass
+    assert (tmp_path / "rank-00000.jsonl").read_bytes() == whole
+
+
+def test_lines_appear_when_all_are_there_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "lines.jsonl"
+    path.write_text("old\n")
+    for commits in (False, True):
+        lines = AtomicLines(path)
+        lines.write({"a": "\udc80é"})
+        assert path.read_text() == "old\n"
+        if commits:
+            lines.commit()
+        lines.discard()
+    assert path.read_bytes().decode("utf-8", "surrogatepass") == '{"a": "\udc80é"}\n'
+    assert [p.name for p in tmp_path.iterdir()] == ["lines.jsonl"]
+
+
+def peak_bytes(folder: Path, count: int) -> int:
+    """Most Python memory while `count` records are read, planned, indexed and merged."""
+    folder.mkdir()
+    with PartWriter(folder / "parts", 0) as writer:
+        writer.append(outcomes(count))
+    config = Config(data=DataConfig(groups=str(folder / "groups.jsonl")), bootstrap=BootstrapConfig(sources=["weaken"]))
+    tracemalloc.start()
+    spooled = AnnotationSpool((annotation(n, 30) for n in range(count)), 0, 350)
+    batches = Batches(spooled, spooled.longest_first(), 16)
+    reader = PartReader(folder / "parts")
+    reader.poll()
+    assert all(reader.has("weaken", one) for one in batches.all_digests())
+    summary = merge(config, spooled, reader, {}, {}, BadRecords())
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert summary.num_groups == count
+    return peak
+
+
+def test_memory_hardly_grows_with_the_records(tmp_path: Path) -> None:
+    peak_bytes(tmp_path / "warm", 10)
+    small, large = peak_bytes(tmp_path / "small", 200), peak_bytes(tmp_path / "large", 4000)
+    assert (large - small) / 3800 < 120, (small, large)  # bytes a record: positions, lengths, digests, their order
