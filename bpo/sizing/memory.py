@@ -173,8 +173,9 @@ def rank_memory(
     image = costs.vision.kept(load.patches) + costs.projector_kept_per_row * load.image_tokens
     body = costs.language.kept(load.tokens) + image
     transient = costs.language.backward(load.tokens) - costs.language.kept(load.tokens)
-    # ZeRO-1 holds whole gradients until its step, ZeRO-2 and 3 this rank's part of them.
-    gradients = 0.0 if zero.offload_optimizer else trained * size / (world_size if zero.stage >= 2 else 1)
+    # ZeRO-2 and 3 keep this rank's part of the gradients; ZeRO-1 adds up whole ones while a micro-batch is to come.
+    partitioned = zero.stage >= 2 or (zero.stage == 1 and not accumulates)
+    gradients = 0.0 if zero.offload_optimizer else trained * size / (world_size if partitioned else 1)
     before = gradients if accumulates or zero.stage == 3 else 0.0
     buffers = bucket if accumulates or zero.stage == 3 else 0.0
     # On a GPU the next micro-batch is copied while this one is computed.

@@ -157,11 +157,16 @@ def make_plan(
         settings = json.loads(find_ds_config(f"ds_configs/{name}.json").read_text(encoding="utf-8"))
         zero = Zero.from_settings(with_fitting_buckets(settings, shape.num_trained))
         candidates = [sizer.row(name, zero, mode, costs(mode)) for mode in CHECKPOINTING]
-        rows.append(min(candidates, key=lambda row: (row.time is None, row.time.total if row.time else -row.tokens)))
+        rows.append(min(candidates, key=_slowness))
     usable = [i for i, row in enumerate(rows) if row.time is not None and row.fits_host]
-    best = min(usable, key=lambda i: rows[i].time.total if rows[i].time else math.inf, default=None)  # type: ignore[union-attr]
+    best = min(usable, key=lambda i: _slowness(rows[i]), default=None)
     reference = 0 if best is None else sizer.reference_tokens(rows[best], costs("full"))
     return Plan(shape, group, machine, groups_per_step, tuple(rows), best, reference)
+
+
+def _slowness(row: Row) -> tuple[float, float]:
+    """Seconds of a step; of rows that do not fit, the one that lacks least comes first."""
+    return (math.inf, row.memory.peak) if row.time is None else (row.time.total, 0.0)
 
 
 @dataclass(frozen=True)
