@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import struct
-import zlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from PIL import Image, features
+from PIL import Image
 
 from bpo.data.bad_records import BadRecords, TooManyBadRecords
 from bpo.data.check import check_data
 from bpo.data.formats import read_annotations, read_groups
 from bpo.data.problems import PROBLEMS
+from tests.data.test_bad_images import BAD_IMAGES
 
 GT = {"response": "A bus.", "score": 1, "type": "gt"}
 OTHER = {"response": "A tram.", "score": 0, "type": "mllm-hal"}
@@ -296,103 +292,6 @@ def test_a_refusal_lists_what_is_understood_and_what_was_missing(root: Path) -> 
     text = str(caught.value)
     assert "trl: TRL: prompt, chosen, rejected, images; missing: 'rejected'" in text
     assert all(f"\n  {name}: " in text for name in ("groups", "paper", "rlaif-v", "rlhf-v", "llava", "table"))
-
-
-# Images
-
-
-def bomb(side: int) -> bytes:
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
-
-
-def encoded(size: tuple[int, int], form: str = "PNG") -> bytes:
-    buffer = io.BytesIO()
-    pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(buffer, form)
-    return buffer.getvalue()
-
-
-def put(name: str, content: bytes) -> Callable[[Path], str]:
-    def make(root: Path) -> str:
-        (root / name).write_bytes(content)
-        return name
-
-    return make
-
-
-def make_folder(root: Path) -> str:
-    (root / "folder.png").mkdir()
-    return "folder.png"
-
-
-def make_pipe(root: Path) -> str:
-    os.mkfifo(root / "pipe.png")
-    return "pipe.png"
-
-
-def make_link_out(root: Path) -> str:
-    (root / "link.png").symlink_to("/etc/passwd")
-    return "link.png"
-
-
-def make_loop(root: Path) -> str:
-    (root / "loop.png").symlink_to(root / "loop.png")
-    return "loop.png"
-
-
-BAD_IMAGES: list[tuple[str, Callable[[Path], str]]] = [
-    ("image-url", lambda root: "https://example.com/a.png"),
-    ("image-url", lambda root: "file:///etc/passwd"),
-    ("image-url", lambda root: "data:image/png;base64,AAAA"),
-    ("image-absolute", lambda root: "/etc/passwd"),
-    ("image-outside", lambda root: "../../etc/passwd"),
-    ("image-outside", make_link_out),
-    ("image-bad-path", lambda root: "nul\x00.png"),
-    ("image-bad-path", lambda root: "n" * 5000),
-    ("image-bad-path", make_loop),
-    ("image-missing", lambda root: "missing.png"),
-    ("image-no-file", make_folder),
-    ("image-no-file", make_pipe),
-    ("image-empty", put("zero.png", b"")),
-    ("image-too-large", put("bomb.png", bomb(30_000))),
-    ("image-undecodable", put("truncated.png", encoded((64, 64))[:3000])),
-    ("image-undecodable", put("truncated.jpg", encoded((64, 64), "JPEG")[:1000])),
-    ("image-undecodable", put("text.png", b"not a picture")),
-    ("image-undecodable", put("page.jpg", b"<html>404 Not Found</html>")),
-    ("image-extension", put("really_png.jpg", encoded((8, 8)))),
-    ("image-shape", put("needle.png", encoded((1, 1000)))),
-]
-
-
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-@pytest.mark.parametrize(("code", "make"), BAD_IMAGES)
-def test_a_bad_image_is_named_by_its_code(root: Path, code: str, make: Callable[[Path], str]) -> None:
-    path = root / "g.jsonl"
-    path.write_bytes(b"\n".join([*GOOD_LINES, line(group(images=[make(root)]))]) + b"\n")
-    assert check(path) == {code: 1}
-    assert check(path, opens_images=False) == {}
-
-
-@pytest.mark.parametrize("form", ["webp", "avif"])
-def test_webp_and_avif_are_read_where_pillow_has_them(root: Path, form: str) -> None:
-    if not features.check(form):
-        pytest.skip(f"this Pillow has no {form}")
-    (root / f"a.{form}").write_bytes(encoded((16, 16), form.upper()))
-    path = root / "g.jsonl"
-    path.write_bytes(line(group(images=[f"a.{form}"])))
-    assert check(path) == {}
-
-
-def test_the_first_page_of_several_counts(root: Path) -> None:
-    pages = [Image.new("RGB", (4, 4), colour) for colour in ((255, 0, 0), (0, 255, 0))]
-    pages[0].save(root / "pages.tif", save_all=True, append_images=pages[1:])
-    from bpo.data.images import load_image
-
-    assert load_image(root, "pages.tif").getpixel((0, 0)) == (255, 0, 0)
 
 
 # The policy of the stages

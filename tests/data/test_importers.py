@@ -90,6 +90,24 @@ def test_coco_captions_find_their_images_wherever_they_stand(tmp_path: Path) -> 
         assert [(p.code, "image has the id 5" in p.detail) for p in bad.problems] == [("missing-field", True)]
 
 
+def test_a_torn_captions_file_is_named_and_its_whole_captions_count(tmp_path: Path) -> None:
+    captions = [{"id": n, "image_id": 1, "caption": f"A bus {n}."} for n in range(3)]
+    text = json.dumps({"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": captions})
+    (tmp_path / "torn.json").write_text(text[:-20])
+    bad = BadRecords("quarantine")
+    with pytest.raises(ValueError, match="torn.json: not JSON"):
+        read_annotations(tmp_path / "torn.json", bad)
+    (tmp_path / "bad.json").write_text(text.replace('"A bus 1."', "A bus 1."))
+    assert [a.id for a in read_annotations(tmp_path / "bad.json", bad).annotations] == ["0", "2"]
+    assert [p.code for p in bad.problems] == ["not-json"]
+
+
+def test_a_table_without_a_heading_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('"')
+    with pytest.raises(ValueError, match="a.csv: no heading can be read"):
+        read_annotations(tmp_path / "a.csv")
+
+
 @pytest.mark.parametrize(("name", "separator"), [("a.csv", ","), ("a.tsv", "\t")])
 def test_tables_with_headings(tmp_path: Path, name: str, separator: str) -> None:
     rows = [

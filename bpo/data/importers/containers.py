@@ -154,6 +154,13 @@ def _object_or_damage(source: str) -> dict[str, Any] | Damage | None:
 
 def _coco_pieces(path: Path) -> Iterator[Piece]:
     """COCO captions: one record a caption, its image by name; other fields of the caption stay."""
+    try:
+        yield from _captions(path)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; fetch the file again") from error
+
+
+def _captions(path: Path) -> Iterator[Piece]:
     names: dict[Any, Any] = {}
     for key, image in _coco_lists(path):
         if key == "images" and isinstance(image, dict) and isinstance(image.get("id"), (int, str)):
@@ -177,7 +184,10 @@ def _table_pieces(path: Path, separator: str) -> Iterator[Piece]:
     csv.field_size_limit(MAX_CELL_CHARACTERS)
     with open_file(path) as raw, io.TextIOWrapper(raw, "utf-8-sig", "surrogateescape", newline="") as file:
         rows = csv.reader(file, delimiter=separator, strict=True)
-        heading = [name.strip() for name in next(rows, [])]
+        try:
+            heading = [name.strip() for name in next(rows, [])]
+        except csv.Error as error:
+            raise ValueError(f"{path}: no heading can be read ({error}); name the columns in the first line") from error
         if len(set(heading)) != len(heading) or "" in heading:
             raise ValueError(f"{path}: the heading {heading} repeats a name or leaves one out; name every column once")
         index = 0
