@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from bpo.data.jsonfiles import parse_json, read_records
-from bpo.evaluation.chair import present_objects
 from bpo.data.lexicon import ObjectLexicon, build_lexicon
+from bpo.evaluation.chair import present_objects
 from bpo.evaluation.pope import PopeQuestion
 
 POPE_SPLITS = ("random", "popular", "adversarial")

@@ -92,7 +92,7 @@ def run_evaluation(config: Config, progress: bool = True, stop: StopRequest | No
     output = Path(config.evaluation.output)
     folder = output.with_name(output.name + ".answers")
     ranks = ranks_from_environment()
-    kept = KeptAnswers(folder / _identity(config), ranks, stop)
+    kept = KeptAnswers(folder / _identity(config, benchmarks), ranks, stop)
     if ranks.is_main and restart_count():
         count = RestartCount(folder, progress="answer {}", option="evaluation.max_idle_restarts")
         count.start(len(kept), config.evaluation.max_idle_restarts)
@@ -113,21 +113,22 @@ def run_evaluation(config: Config, progress: bool = True, stop: StopRequest | No
     return tree
 
 
-def _identity(config: Config) -> str:
+def _identity(config: Config, benchmarks: Benchmarks) -> str:
     """16 hexadecimal digits for what answers depend on: other ones lie in another folder, so that none is ever stale.
 
-    A file counts by name, size and time: hashing tens of gigabytes would take longer than many an evaluation.
+    Of the model's files name, size and time count: hashing tens of gigabytes would take longer than many an evaluation.
     """
     options = config.evaluation
-    files = [Path(name) for name in (options.chair_instances, *options.pope_questions) if name]
     model = Path(config.model.path)
-    files += sorted(path for path in model.iterdir() if path.is_file()) if model.is_dir() else []
+    files = sorted(path for path in model.iterdir() if path.is_file()) if model.is_dir() else []
     parts = [
         str(model),
         config.model.dtype,
         config.data.image_root,
-        [options.chair_prompt, options.max_new_tokens, options.limit, options.batch_size],
-        [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files],
+        [options.chair_prompt, options.max_new_tokens, options.batch_size],
+        [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files],
+        list(benchmarks.coco.file_of_image.items()) if benchmarks.coco else None,
+        [asdict(question) for question in benchmarks.questions],
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 

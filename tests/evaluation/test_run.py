@@ -10,8 +10,8 @@ from PIL import Image
 
 from bpo.config import Config, DataConfig, EvaluationConfig, ModelConfig
 from bpo.data.bad_records import TooManyBadRecords
-from bpo.evaluation.chair import score_descriptions
 from bpo.data.lexicon import build_lexicon
+from bpo.evaluation.chair import score_descriptions
 from bpo.evaluation.pope import PopeQuestion, score_answers
 from bpo.evaluation.run import EvaluationResult, format_table, run_evaluation
 from tests.tiny import tiny_llava, tiny_qwen
