@@ -145,6 +145,7 @@ class PartReader:
         self.folder = folder
         self._offsets: dict[Path, int] = {}
         self._parts: list[Path] = []
+        self._open: tuple[int, BinaryIO] | None = None  # the part that was asked last
         self._database = sqlite3.connect("")  # a temporary file of its own, removed when it is closed
         self._database.execute("PRAGMA journal_mode = OFF")
         self._database.execute("PRAGMA synchronous = OFF")
@@ -184,9 +185,12 @@ class PartReader:
         ).fetchone()
         if found is None:
             return None
-        with self._parts[found[0]].open("rb") as file:
-            file.seek(found[1])
-            return _outcome_of(file.readline())
+        if self._open is None or self._open[0] != found[0]:
+            if self._open is not None:
+                self._open[1].close()
+            self._open = found[0], self._parts[found[0]].open("rb")
+        self._open[1].seek(found[1])
+        return _outcome_of(self._open[1].readline())
 
     def broken(self) -> list[bytes]:
         """`record_digest` of every record that cannot be used."""
