@@ -125,11 +125,15 @@ def _of_record(outcome: Outcome, max_words: int) -> Iterator[tuple[str, str]]:
 
 
 def _odd_texts(texts: Sequence[str]) -> Iterator[tuple[str, str]]:
-    patterns = (("control-character", _CONTROL), ("direction-mark", _DIRECTION), ("special-token", _SPECIAL))
-    for code, pattern in patterns:
-        for text in texts:
-            if pattern is _DIRECTION and text.isascii() or pattern is _SPECIAL and "<" not in text and "[" not in text:
-                continue
+    # Searching every character costs more than parsing did: ask first what the text could hold at all.
+    unprintable = [text for text in texts if not text.isprintable()]
+    bracketed = [text for text in texts if "<" in text or "[" in text]
+    for code, pattern, suspects in (
+        ("control-character", _CONTROL, unprintable),
+        ("direction-mark", _DIRECTION, unprintable),
+        ("special-token", _SPECIAL, bracketed),
+    ):
+        for text in suspects:
             if found := pattern.search(text):
                 yield code, f"{found.group()!r} at {found.start()} in {text[max(0, found.start() - 20) :][:60]!r}"
                 break
