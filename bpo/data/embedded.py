@@ -16,7 +16,8 @@ def take_embedded(value: Mapping[str, Any], where: str, put: PutImage) -> Mappin
     """The record with a path in place of every image that stands in it.
 
     Raises:
-        RecordError: Another field holds bytes, which no JSON can hold; or `put` refuses an image.
+        RecordError: An image has neither bytes nor a path, another field holds bytes, which no JSON can hold, or `put`
+            refuses an image.
     """
     changed = dict(value)
     for field in IMAGE_FIELDS:
@@ -37,6 +38,8 @@ def _with_paths(value: Any, where: str, put: PutImage) -> Any:
         path, content = value.get("path"), value.get("bytes")
         if isinstance(content, bytes):
             return put(path if isinstance(path, str) and path else None, content, where)
+        if content is not None or not isinstance(path, str):
+            raise RecordError("wrong-type", f"{where}: an image is an object with neither bytes nor a path; give one")
         return path
     return [_with_paths(one, where, put) for one in value] if isinstance(value, list) else value
 
