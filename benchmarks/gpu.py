@@ -45,6 +45,8 @@ TEST_SHARE = 0.4
 STEP_SHARE = 0.25
 STEP_NAME = "bpo bench step"
 ATTENTION_NAME = "attention over packed groups"
+MEMORY_NAME = "the memory model of bpo plan"
+MEMORY_SECONDS = 60.0
 TARGET_SHAPES = ("llava-1.5-7b", "qwen2.5-vl-7b")
 TARGET_ROWS = 2048
 
@@ -188,6 +190,15 @@ def run_attention(device: str, quick: bool, seconds: float) -> tuple[Outcome, di
         return outcome, json.loads(report.read_text()) if report.exists() else None
 
 
+def run_memory(quick: bool, seconds: float) -> tuple[Outcome, dict | None]:
+    """The memory model of `bpo plan` beside measured peaks: the outcome (failed above 10 %), and what was reported."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "memory.json"
+        command = [sys.executable, "benchmarks/memory_check.py", "--json", str(report)]
+        outcome = run_part(MEMORY_NAME, [*command, *(["--only", "llava-lora-zero2"] if quick else [])], seconds)
+        return outcome, json.loads(report.read_text()) if report.exists() else None
+
+
 def _of(results: list[Result], provider: str, **labels: str | int) -> list[Result]:
     return [
         result
@@ -298,6 +309,8 @@ def main(argv: list[str] | None = None) -> int:
     print(step.output_tail, f"{STEP_NAME}: {step.status} in {step.seconds:.0f} s", sep="\n", flush=True)
     attention, attention_report = run_attention(options.device, options.quick, time_left())
     print(f"{ATTENTION_NAME}: {attention.status} in {attention.seconds:.0f} s", flush=True)
+    memory, memory_report = run_memory(options.quick, min(MEMORY_SECONDS, time_left()))
+    print(f"{MEMORY_NAME}: {memory.status} in {memory.seconds:.0f} s", flush=True)
     parts = benchmark_parts(options.quick)
     # Where the tests did not end in time, each benchmark runs those of its operation first.
     outcomes, results, not_run = run_benchmarks(parts, options.device, tests.status == "passed", time_left)
@@ -306,20 +319,23 @@ def main(argv: list[str] | None = None) -> int:
     report = {
         "date": now.strftime("%Y-%m-%d"),
         "machine": machine(device),
-        "parts": [asdict(outcome) for outcome in (tests, step, attention, *outcomes)],
-        "not_run": [f"{part.name}: {part.status}" for part in (tests, step, attention) if part.status != "passed"]
+        "parts": [asdict(outcome) for outcome in (tests, step, attention, memory, *outcomes)],
+        "not_run": [
+            f"{part.name}: {part.status}" for part in (tests, step, attention, memory) if part.status != "passed"
+        ]
         + not_run,
         "targets": [asdict(verdict) for verdict in verdicts],
         "results": [asdict(result) for result in results],
         "step": step_report,
         "attention": attention_report,
+        "memory": memory_report,
     }
     name = re.sub(r"[^a-z0-9]+", "-", str(report["machine"]["device"]).lower()).strip("-")
     path = (options.out or ROOT / "benchmarks" / "results") / f"gpu-{name}-{now:%Y%m%d}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=2) + "\n")
     print(markdown(report, results, verdicts), f"\n{path}: {time.monotonic() - begin:.0f} s in all", sep="\n")
-    return 1 if any(outcome.status == "failed" for outcome in (step, attention, *outcomes)) else 0
+    return 1 if any(outcome.status == "failed" for outcome in (step, attention, memory, *outcomes)) else 0
 
 
 if __name__ == "__main__":

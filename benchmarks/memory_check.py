@@ -175,12 +175,13 @@ class _Meter:
         self.cuda = device.type == "cuda"
         known = [] if host_batch is None else host_batch.tensors()
         self.live = LiveBytes(known, device="cpu")
+        self.before = torch.cuda.memory_allocated() if self.cuda else 0  # what an earlier case has left
 
     def reset(self) -> None:
         torch.cuda.reset_peak_memory_stats() if self.cuda else self.live.reset_peak()
 
     def peak(self) -> float:
-        return float(torch.cuda.max_memory_allocated() if self.cuda else self.live.peak)
+        return float(torch.cuda.max_memory_allocated() - self.before if self.cuda else self.live.peak)
 
 
 def measure(case: Case, config: Config, dtype: torch.dtype, ranks: Ranks) -> tuple[dict[str, float], GroupBatch]:
@@ -265,6 +266,13 @@ def run(names: list[str], ranks: Ranks, work: Path) -> list[Outcome]:
     return outcomes
 
 
+def table(report: dict[str, Any]) -> str:
+    """A report as the table of docs/sizing.md."""
+    outcomes = [Outcome(Case(**one.pop("case")), **one) for one in report["outcomes"]]
+    head = "| case | forward | backward | update | error of the peak |"
+    return "\n".join([head, "|---|---|---|---|---|", *map(line, outcomes)])
+
+
 def line(outcome: Outcome) -> str:
     """One row of the table of docs/sizing.md: MB of each phase, measured / predicted."""
     cells = " | ".join(f"{outcome.measured[k] / 1e6:.1f} / {outcome.predicted[k] / 1e6:.1f}" for k in outcome.measured)
@@ -282,16 +290,21 @@ def about(ranks: Ranks) -> dict[str, Any]:
         "transformers": transformers.__version__,
         "deepspeed": deepspeed.__version__,
     }
-    return {"device": device, "ranks": ranks.world_size, "commit": commit.stdout.strip(), **versions}
+    python = {"python": platform.python_version()}
+    return {"device": device, "ranks": ranks.world_size, "commit": commit.stdout.strip(), **python, **versions}
 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure")
+    parser.add_argument("--table", type=Path, metavar="FILE", help="only print a report as Markdown")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help=", ".join(case.name for case in CASES))
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher gives it
     options = parser.parse_args(argv)
+    if options.table:
+        print(table(json.loads(options.table.read_text())))
+        return 0
     unknown = sorted(set(options.only) - {case.name for case in CASES})
     if unknown:
         parser.error(f"--only {', '.join(unknown)}: no such case")

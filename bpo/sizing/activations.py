@@ -98,10 +98,15 @@ def _register() -> str:
 
 def activation_costs(shape: ModelShape, checkpointing: str) -> ActivationCosts:
     """Traces `shape` with `model.gradient_checkpointing` set to none, full or selective."""
-    model, family = shape.build()
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    model, family = shape.meta_model
     name = _register()
     for config in (model.config.get_text_config(), model.config.vision_config):
         config._attn_implementation = name
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.gradient_checkpointing = False
     checkpoint_layers(model, checkpointing)
     model.train()
     language = model.get_submodule(family.language_module)
@@ -131,14 +136,17 @@ def activation_costs(shape: ModelShape, checkpointing: str) -> ActivationCosts:
 def _stack_costs(
     model: Any, owner: torch.nn.Module, attribute: str, num_layers: int, make: Callable[[int], Any]
 ) -> StackCosts:
-    """Coefficients of `num_layers` layers from traces of a few of them."""
-    traces = {(count, rows): _trace(model, owner, attribute, count, rows, make) for count in _LAYERS for rows in _ROWS}
+    """Coefficients of `num_layers` layers from traces of a few of them; of all of them where there are no more."""
+    few, more = _LAYERS if num_layers > _LAYERS[1] else (num_layers, num_layers)
+    traces = {
+        (count, rows): _trace(model, owner, attribute, count, rows, make) for count in {few, more} for rows in _ROWS
+    }
 
     def fit(index: int) -> Affine:
         at_rows = []
         for rows in _ROWS:
-            few, more = (traces[count, rows][index] for count in _LAYERS)
-            at_rows.append(few + (num_layers - _LAYERS[0]) * (more - few) / (_LAYERS[1] - _LAYERS[0]))
+            base, next_one = traces[few, rows][index], traces[more, rows][index]
+            at_rows.append(base + (num_layers - few) * (next_one - base) / max(1, more - few))
         per_row = (at_rows[1] - at_rows[0]) / (_ROWS[1] - _ROWS[0])
         return Affine(at_rows[0] - per_row * _ROWS[0], per_row)
 

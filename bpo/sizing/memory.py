@@ -97,8 +97,16 @@ class RankMemory:
 
 @dataclass(frozen=True)
 class HeadBytes:
-    """The LM head of one micro-batch: what its forward keeps, most in its forward, most in its backward beyond that."""
+    """The LM head of one micro-batch.
 
+    Attributes:
+        rows: Hidden states of the response rows.
+        kept: What the forward keeps, those rows included.
+        forward: Most in the forward.
+        backward: Most in the backward beyond what is kept.
+    """
+
+    rows: float
     kept: float
     forward: float
     backward: float
@@ -127,7 +135,7 @@ def head_bytes(shape: ModelShape, rows: float, dtype: torch.dtype, device: str) 
     if half and device == "cpu":
         extra = _half_on_cpu(plan.step, vocab, hidden)
         forward, backward = forward + extra, backward + (vocab * hidden * 4 if trained else 0)
-    return HeadBytes(float(kept), float(forward), float(backward))
+    return HeadBytes(float(rows_bytes), float(kept), float(forward), float(backward))
 
 
 def _half_on_cpu(step: int, vocab: int, hidden: int) -> int:
@@ -169,13 +177,13 @@ def rank_memory(
     elif zero.stage == 0:
         bucket = 0
     gathered = _gathered(shape, zero, world_size, size)
+    # ZeRO-3's step gathers the weights below the persistence threshold.
+    small = size * sum(t.numel for t in shape.tensors if t.numel < zero.persistence_threshold) if gathered else 0.0
     head = head_bytes(shape, load.responses, dtype, device)
     image = costs.vision.kept(load.patches) + costs.projector_kept_per_row * load.image_tokens
     body = costs.language.kept(load.tokens) + image
     transient = costs.language.backward(load.tokens) - costs.language.kept(load.tokens)
-    # ZeRO-2 and 3 keep this rank's part of the gradients; ZeRO-1 adds up whole ones while a micro-batch is to come.
-    partitioned = zero.stage >= 2 or (zero.stage == 1 and not accumulates)
-    gradients = 0.0 if zero.offload_optimizer else trained * size / (world_size if partitioned else 1)
+    gradients = _gradient_elements(zero, trained, world_size, accumulates) * size
     before = gradients if accumulates or zero.stage == 3 else 0.0
     buffers = bucket if accumulates or zero.stage == 3 else 0.0
     # On a GPU the next micro-batch is copied while this one is computed.
@@ -183,18 +191,19 @@ def rank_memory(
     resident = sum(states.values()) + gathered + images
 
     forward = max(costs.vision.forward(load.patches), image + costs.language.forward(load.tokens), body + head.forward)
-    backward = max(body + head.kept + max(head.backward, transient) + before, transient + head.kept + gradients)
+    # What the head kept is gone when the layers' backward begins; gradients have their place from the start.
+    backward = gradients + body + max(head.kept + head.backward, head.rows + transient)
     step = _step_bytes(zero, trained / world_size, size, device)
     phases = {
         "forward": resident + before + buffers + forward,
         "backward": resident + bucket + backward,
-        "step": resident - gathered + (bucket if zero.stage == 3 else 0.0) + max(gradients, 0.0) + step,
+        "step": resident - gathered + small + (bucket if zero.stage == 3 else 0.0) + gradients + step,
     }
     name = max(phases, key=lambda phase: phases[phase])
     of_head = {"forward": head.forward, "backward": head.kept + head.backward, "step": 0.0}[name]
     parts = {
         **states,
-        "gathered": gathered if name != "step" else 0.0,
+        "gathered": gathered if name != "step" else small,
         "gradients": gradients if name != "forward" else before,
         "buckets": float(bucket) if name != "step" or zero.stage == 3 else 0.0,
         "head": of_head,
@@ -217,9 +226,7 @@ def _states(shape: ModelShape, zero: Zero, world_size: int, size: int) -> dict[s
     """Weights and optimizer state on the device; DeepSpeed keeps a master copy of fp32 weights too."""
     trained = shape.num_trained
     if zero.stage == 3:
-        small = sum(t.numel for t in shape.tensors if t.numel < zero.persistence_threshold)
-        on_device = 0.0 if zero.offload_param else shape.num_parameters / world_size
-        weights = on_device * size + (small * size if world_size > 1 or zero.offload_param else 0)
+        weights = 0.0 if zero.offload_param else shape.num_parameters / world_size * size
     else:
         weights = float(shape.num_parameters * size)
     if zero.offload_optimizer:
@@ -237,9 +244,17 @@ def _gathered(shape: ModelShape, zero: Zero, world_size: int, size: int) -> floa
     """
     if zero.stage != 3 or (world_size == 1 and not zero.offload_param):
         return 0.0
-    large = [t.numel for t in shape.tensors if t.numel >= zero.persistence_threshold]
-    most = max(zero.max_live, max(large, default=0)) + zero.prefetch_bucket
-    return float(min(sum(large), most) * size)
+    most = max(zero.max_live, max(t.numel for t in shape.tensors)) + zero.prefetch_bucket
+    return float(min(shape.num_parameters, most) * size)
+
+
+def _gradient_elements(zero: Zero, trained: int, world_size: int, accumulates: bool) -> float:
+    """Elements of gradients that a rank holds: its part; under ZeRO-1 whole ones too while micro-batches add up."""
+    if zero.offload_optimizer:
+        return 0.0
+    if zero.stage == 0:
+        return float(trained)
+    return trained / world_size + (trained if zero.stage == 1 and accumulates else 0)
 
 
 def _step_bytes(zero: Zero, share: float, size: int, device: str) -> float:

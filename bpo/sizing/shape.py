@@ -39,7 +39,7 @@ class ModelShape:
         config: The transformers config.
         tensors: Every parameter, in the order of the modules.
         flops: Matrix products by part.
-        build: Makes the meta model anew, to trace it.
+        build: Makes the meta model anew.
     """
 
     name: str
@@ -65,6 +65,11 @@ class ModelShape:
         return {
             part: sum(t.numel for t in self.tensors if t.part == part and (t.trained or not trained)) for part in PARTS
         }
+
+    @functools.cached_property
+    def meta_model(self) -> tuple[Any, Family]:
+        """One model on the meta device, to trace; its attention and recomputation are whatever was traced last."""
+        return self.build()
 
     @property
     def trains_head(self) -> bool:

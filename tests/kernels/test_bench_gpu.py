@@ -158,12 +158,13 @@ def test_the_whole_script_over_tiny_shapes_on_a_cpu(gpu, monkeypatch, tmp_path, 
     (path,) = tmp_path.iterdir()
     assert path.name.startswith("gpu-cpu-") and path.suffix == ".json"
     report = json.loads(path.read_text())
-    assert set(report) == {"date", "machine", "parts", "not_run", "targets", "results", "step", "attention"}
-    assert [part["status"] for part in report["parts"]] == ["passed", "not run", "passed", "passed", "passed"]
+    assert set(report) == {"date", "machine", "parts", "not_run", "targets", "results", "step", "attention", "memory"}
+    assert [part["status"] for part in report["parts"]] == ["passed", "not run", "passed", "passed", "passed", "passed"]
     attention = {line["provider"]: line for line in report["attention"]["results"]}
     assert attention["sdpa"]["median_ms"] > 0 and attention["separate"]["median_ms"] > 0
     for name in ("flash", "flex"):  # with the reason
         assert attention[name]["status"] == "skipped" and f"model.attention is {name}, but" in attention[name]["note"]
+    assert [abs(one["error"]) < 0.1 for one in report["memory"]["outcomes"]] == [True]
     assert f"{gpu.STEP_NAME}: not run" in report["not_run"]
     assert {result["operation"] for result in report["results"]} == {"linear_logprob", "preference_loss"}
     assert all(result["median_ms"] > 0 for result in report["results"] if result["status"] == "ok")

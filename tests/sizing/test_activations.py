@@ -86,3 +86,9 @@ def test_costs_are_affine_in_rows(rows: int, monkeypatch: pytest.MonkeyPatch) ->
     other = activation_costs(shape(), "selective").language
     assert costs.backward(rows) == pytest.approx(other.backward(rows), rel=0.005)
     assert costs.kept(rows) == pytest.approx(other.kept(rows), rel=0.005)
+
+
+def test_a_model_of_few_layers_is_traced_whole() -> None:
+    kept = [activation_costs(shape(n, language="full"), "none").language.kept.per_row for n in (1, 2, 3, 4)]
+    steps = [b - a for a, b in zip(kept, kept[1:], strict=False)]
+    assert steps == pytest.approx([steps[0]] * 3)

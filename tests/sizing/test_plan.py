@@ -24,10 +24,10 @@ def best(report: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_the_recommendation_is_the_fastest_that_fits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    report = plan(tmp_path, "--model", "llava-1.5-7b", "--nodes", "2", "--gpu-memory", "40GB", "--groups-count", "9000")
+    report = plan(tmp_path, "--model", "llava-1.5-7b", "--nodes", "2", "--gpu-memory", "20GB", "--groups-count", "9000")
     fitting = [row for row in report["rows"] if row["fits_gpu"] and row["fits_host"]]
     assert best(report)["step_seconds"]["total"] == min(row["step_seconds"]["total"] for row in fitting)
-    assert all(row["gb"]["peak"] <= 40 for row in fitting)
+    assert all(row["gb"]["peak"] <= 20 for row in fitting)
     text = capsys.readouterr().out
     assert "computed, not measured" in text and "9,000 groups: " in text
     options = re.findall(r"--(?:train|model)\.\w+ \S+", text)
@@ -41,7 +41,7 @@ def test_the_recommendation_is_the_fastest_that_fits(tmp_path: Path, capsys: pyt
 def test_from_one_gpu_to_1024(tmp_path: Path) -> None:
     """More GPUs: states of ZeRO-3 shrink, an epoch is never slower, nothing breaks at either end."""
     peaks, pairs = [], []
-    for nodes, gpus in ((1, 1), (1, 8), (16, 8), (128, 8)):
+    for nodes, gpus in ((1, 1), (1, 8), (128, 8)):
         options = ("--model", "qwen2-vl-2b", "--language", "full", "--groups-per-step", "1024")
         report = plan(tmp_path, *options, "--nodes", str(nodes), "--gpus-per-node", str(gpus))
         zero3 = next(row for row in report["rows"] if row["ds_config"] == "zero3")
