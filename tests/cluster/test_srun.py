@@ -1,0 +1,47 @@
+"""What the scripts rely on in srun, and deepspeed's own way to it. Run: pytest tests/cluster/test_srun.py"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.slurm_cluster import PrivateCluster
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+BIN = Path(sys.executable).parent
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
+
+
+@pytest.mark.parametrize(("kill", "code"), [("0", 75), ("1", 143)])
+def test_ranks_that_leave_one_after_the_other_end_with_their_own_code(
+    cluster: PrivateCluster, kill: str, code: int
+) -> None:
+    """With --kill-on-bad-exit=1 the first to leave has the other killed, and a requeue would never come."""
+    program = ["bash", "-c", "sleep $((SLURM_PROCID * 2)); exit 75"]
+    srun = ["srun", "--nodes=2", "--ntasks-per-node=1", f"--kill-on-bad-exit={kill}", "--wait=60", *program]
+    result = subprocess.run(srun, env=cluster.environment, capture_output=True, text=True, timeout=60)
+    assert result.returncode == code, result.stderr
+
+
+def test_deepspeed_starts_ranks_by_srun(cluster: PrivateCluster, tmp_path: Path) -> None:
+    """It sets neither RANK nor MASTER_ADDR: SLURM's variables must do."""
+    (tmp_path / "hosts").write_text("".join(f"{node} slots=1\n" for node in cluster.nodes))
+    worker = ROOT / "tests" / "launch_worker.py"
+    (tmp_path / "job.sh").write_text(
+        "#!/usr/bin/env bash\n"
+        f'export DS_ACCELERATOR=cpu GLOO_SOCKET_IFNAME=lo PATH="{BIN}:$PATH"\n'
+        f'deepspeed --launcher slurm --no_ssh_check --master_addr unused --hostfile "{tmp_path}/hosts" '
+        f'"{worker}" "{tmp_path}" plain\n'
+    )
+    options = ["--nodes=2", "--ntasks-per-node=1", "--output", str(tmp_path / "log")]
+    job = cluster.run("sbatch", "--parsable", *options, str(tmp_path / "job.sh"))
+    state = cluster.wait_for(job, {"COMPLETED", "FAILED"}, 120)
+    assert state == "COMPLETED", (tmp_path / "log").read_text()[-3000:]
+    ranks = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("rank-*.json"))]
+    assert [(rank["rank"], rank["world_size"], rank["sum"]) for rank in ranks] == [(0, 2, 3.0), (1, 2, 3.0)]
+    assert {rank["master"] for rank in ranks} == {"127.0.0.2"}
