@@ -17,6 +17,7 @@ from bpo.config import Config, DataConfig, ModelConfig, TrainConfig
 from bpo.data import encode
 from bpo.data.encode import Encoder
 from bpo.data.groups import GroupDataset, MeasuredGroup
+from bpo.interrupts import Interrupted, StopRequest
 from bpo.launch import Ranks
 from bpo.model import reference_format
 from bpo.preparation import TrainingData, fill_reference_store, measure_groups, plan_training, training_batches
@@ -165,6 +166,9 @@ class EngineWithoutModel:
         self.computed += batch.group_ids
         return -batch.target_N.float()
 
+    def sum_over_ranks(self, values: list[float]) -> list[float]:
+        return values
+
 
 @pytest.fixture
 def decoded(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
@@ -219,9 +223,7 @@ def test_worker_processes_decode_and_give_the_same_batches(run: Config, decoded)
 
 def test_an_interrupted_reference_pass_is_completed(run: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was computed before the kill stays; a changed record is computed anew, and nothing else."""
-    monkeypatch.setattr(preparation, "from_rank_0", lambda make: make())
-    monkeypatch.setattr(preparation, "gather_from_ranks", lambda item: [item])
-    monkeypatch.setattr(preparation, "barrier", lambda: None)
+    no_collectives(monkeypatch)
     monkeypatch.setattr(reference_format, "COMMIT_EVERY_S", 0.0)
     run.train.reference_micro_batch_tokens = 90
     everyone = {f"g{i}" for i in range(NUM_GROUPS)}
@@ -248,3 +250,45 @@ def test_an_interrupted_reference_pass_is_completed(run: Config, monkeypatch: py
     groups = Path(run.data.groups)
     groups.write_text(groups.read_text().replace("yes 7", "certainly 7"))
     assert passed() == ["g7"]
+
+
+def no_collectives(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preparation, "from_rank_0", lambda make: make())
+    monkeypatch.setattr(preparation, "gather_from_ranks", lambda item: [item])
+    monkeypatch.setattr(preparation, "barrier", lambda: None)
+
+
+def test_a_signal_ends_the_reference_pass_after_its_micro_batch(run: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another rank got it: this one hears of it in the sum, and what both have done is stored."""
+    no_collectives(monkeypatch)
+    run.train.reference_micro_batch_tokens = 90
+    data = measure_groups(run, encode.load_encoder(run), Ranks(), lambda mine: [mine])
+    engine: Any = EngineWithoutModel()
+    others = iter([0.0, 0.0, 1.0])
+    engine.sum_over_ranks = lambda values: [values[0] + next(others)]
+    with StopRequest() as stop, pytest.raises(Interrupted, match="in the reference pass; 6 of 12 are to be done"):
+        fill_reference_store(run, engine, data, stop)
+    again: Any = EngineWithoutModel()
+    with StopRequest() as stop:
+        assert len(fill_reference_store(run, again, data, stop)) == NUM_GROUPS
+    assert len(engine.computed) == 6 and sorted(engine.computed + again.computed) == sorted(
+        f"g{i}" for i in range(NUM_GROUPS)
+    )
+
+
+def test_a_signal_ends_measuring_on_all_ranks_and_lengths_are_kept(run: Config, decoded: Counter[str]) -> None:
+    def gather(mine: Any) -> Any:
+        """The other rank has measured its share and got no signal."""
+        return [mine, ([], False)]
+
+    with StopRequest() as stop:
+        stop.received = True
+        with pytest.raises(Interrupted, match="while measuring; 1 groups measured"):
+            measure_groups(run, encode.load_encoder(run), Ranks(0, 2, 0), gather, stop)
+        with pytest.raises(Interrupted):  # this one measured all of its share; the other was stopped
+            stop.received = False
+            measure_groups(run, encode.load_encoder(run), Ranks(0, 2, 0), lambda mine: [mine, ([], True)], stop)
+    decoded.clear()
+    data = measure_groups(run, encode.load_encoder(run), Ranks(), lambda mine: [mine])
+    assert len(data.usable) == NUM_GROUPS
+    assert sum(decoded.values()) == NUM_GROUPS // 2  # rank 0's half was known
