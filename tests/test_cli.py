@@ -10,7 +10,7 @@ import pytest
 from bpo import __version__
 from bpo.cli import COMMANDS, main
 
-COMMAND_NAMES = "demo check convert bootstrap merge train evaluate export refs plan bench doctor".split()
+COMMAND_NAMES = "demo check convert bootstrap merge train evaluate export refs score view plan bench doctor".split()
 OPTIONS = {
     "demo": ["--output", "--seeds"],
     "check": ["DATA", "--no-images", "--image-root", "--quarantine", "--max-bad-share"],
