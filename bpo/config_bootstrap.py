@@ -174,7 +174,7 @@ class ValidateConfig:
         max_length_ratio: Most words against the annotation's, both counted with 8 words more.
         require_real_change: Refuse what changes style alone: no object, attribute, count, relation or unknown word.
         same_language: Refuse another script or, where function words tell, another language than the annotation's.
-        refuse_duplicates: Of a group's negatives with the same words keep only the first.
+        refuse_duplicates: Of a group's negatives with the same words keep the first alone.
         lexicon: Your own file of objects, attributes ... in place of bpo/bootstrap/lexicon/en.yaml, of the same form.
     """
 
@@ -216,7 +216,7 @@ class BootstrapConfig:
         seed: With the record's id it decides noise and sampling.
         limit: Use only the first so many annotations; 0 takes all.
         max_inject_records: Inject errors into only the first so many annotations; 0 takes all.
-        num_shards: Jobs that share the annotations, such as the tasks of an array; after more than one comes `bpo merge`.
+        num_shards: Jobs that share the annotations, such as tasks of an array; after more than one comes `bpo merge`.
         shard_index: Which of them this is, from 0.
         max_idle_restarts: Starts by SLURM that finish no batch, after which the job gives up; 0 never does.
         stall_timeout_s: Rank 0 gives up waiting for the other ranks when none finished a batch for so many seconds.

@@ -18,9 +18,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
+from bpo.charts import Bar, Line, bar_chart, legend_swatch, line_chart, thin_out
 from bpo.data.jsonfiles import read_records
 from bpo.data.lexicon import ObjectLexicon
-from bpo.charts import Bar, Line, bar_chart, legend_swatch, line_chart, thin_out
 from bpo.evaluation.chair import DescriptionScore
 
 ASSETS = Path(__file__).resolve().parent / "assets"
