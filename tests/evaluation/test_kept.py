@@ -123,6 +123,16 @@ def test_a_killed_job_asks_again_what_a_torn_line_held(config: Config, batches: 
     assert results(config) == whole
 
 
+def test_a_torn_line_takes_no_later_answer_with_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    KeptAnswers(tmp_path).put("pope", {0: "yes", 1: "no"})
+    (part,) = tmp_path.glob("rank-*.jsonl")
+    part.write_bytes(part.read_bytes()[:-3])
+    KeptAnswers(tmp_path).put("pope", {1: "no", 2: "perhaps"})
+    kept = KeptAnswers(tmp_path)
+    assert kept.all("pope", 3, 0.0) == ["yes", "no", "perhaps"]
+    assert "cut short" in caplog.text
+
+
 def test_answers_to_another_prompt_lie_in_another_folder(config: Config) -> None:
     with StopRequest() as stop, pytest.raises(Interrupted):
         stop.received = True

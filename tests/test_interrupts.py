@@ -1,0 +1,43 @@
+"""Signals, and what counts as progress when one has come. Run: python -m pytest tests/test_interrupts.py"""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from bpo.config import Config, TrainConfig
+from bpo.interrupts import Interrupted, StopRequest
+from bpo.launch import Ranks
+from bpo.run_guard import RunGuard
+from bpo.run_lock import RestartCount
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
+def test_a_signal_is_remembered_until_the_next_boundary(number: signal.Signals, caplog) -> None:
+    before = signal.getsignal(number)
+    with StopRequest() as stop:
+        stop.check("nothing is kept")
+        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), number)
+        with pytest.raises(Interrupted, match="stopped by a signal; 3 answers are kept"):
+            stop.check("3 answers are kept")
+    assert f"{number.name}: stopping at the next boundary" in caplog.text and "already stopping" in caplog.text
+    assert signal.getsignal(number) == before
+
+
+@pytest.mark.parametrize(
+    ("rank", "error", "counted"), [(0, Interrupted, False), (0, ValueError, True), (1, Interrupted, True)]
+)
+def test_an_interrupted_reference_pass_is_progress_and_a_failed_one_is_not(
+    tmp_path: Path, rank: int, error: type[Exception], counted: bool
+) -> None:
+    """Rank 0 alone keeps the count."""
+    count = RestartCount(tmp_path)
+    count.start(0, 3)
+    guard = RunGuard(Config(train=TrainConfig(output_dir=str(tmp_path))), Ranks(rank, 2, rank))
+    with pytest.raises(error), guard.progress_if_interrupted():
+        raise error("x")
+    assert count.path.exists() == counted
