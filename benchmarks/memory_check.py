@@ -227,15 +227,18 @@ def compare(case: Case, directory: Path, work: Path, ranks: Ranks) -> Outcome:
     """Measures one case and computes the same with the model of bpo/sizing."""
     config = make_config(case, directory, work)
     dtype = getattr(torch, case.dtype)
+    linear = torch.nn.functional.linear
     measured, batch = measure(case, config, dtype, ranks)
+    torch.nn.functional.linear = linear  # ZeRO-3 puts its own there and leaves it, for the cases after it too
     shape = shape_of(str(directory), config)
     settings = engine.with_fitting_buckets(json.loads(Path(config.train.ds_config).read_text()), shape.num_trained)
     load = Load(batch.work.tokens, batch.work.responses, batch.work.image_tokens, batch.work.patches)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    zero = Zero.from_settings(settings)
     predicted = rank_memory(
         shape,
-        activation_costs(shape, case.checkpointing),
-        Zero.from_settings(settings),
+        activation_costs(shape, case.checkpointing, gathers=zero.stage == 3, device=device),
+        zero,
         load,
         ranks.world_size,
         dtype,

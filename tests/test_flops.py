@@ -5,6 +5,7 @@ Shape letters: T packed tokens.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,7 @@ def forward_of_all_layers(policy: PolicyModel, work: Work) -> int:
     """With the last layer of a LLaVA's tower: it is computed, its output is not used, and it does not count."""
     model = policy.model
     chosen = getattr(model.config, "vision_feature_layer", None)
-    if chosen is None:
+    if chosen in (None, -1):
         return model_flops(model, family_of(model.config)).forward(work)
     assert chosen == -2
     model.config.vision_feature_layer = -1
@@ -81,10 +82,15 @@ def forward_of_all_layers(policy: PolicyModel, work: Work) -> int:
     return flops
 
 
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("family", ["llava", "qwen"])
-def test_equals_what_pytorch_counts(family: str, name: str, request: pytest.FixtureRequest, photo_root: Path) -> None:
-    directory = request.getfixturevalue(f"tiny_{family}_dir")
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [(family, name) for family in ("llava", "qwen2_5_vl") for name in CASES]
+    + [(family, "everything") for family in ("idefics3", "internvl", "llava_onevision", "qwen3_vl")],
+)
+def test_equals_what_pytorch_counts(
+    family: str, name: str, family_dir: Callable[[str], Path], photo_root: Path
+) -> None:
+    directory = family_dir(family)
     batch = packed_batch(encoder_of(directory, photo_root), three_groups())
     policy, flops = prepared(directory, CASES[name])
     work = executed_work(batch, batch.work)

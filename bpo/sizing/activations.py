@@ -87,6 +87,45 @@ def _attention(
     return joined_BATD.transpose(1, 2).contiguous(), None
 
 
+class _GatheredLinear(torch.autograd.Function):
+    """The linear layer that DeepSpeed puts in place of PyTorch's under ZeRO-3, to save the partitioned weight.
+
+    It keeps its input whether or not the weight learns, which an adapter's frozen base layer else would not.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        ctx.save_for_backward(x, weight, bias)
+        output = x.matmul(weight.t())
+        return output if bias is None else output.add_(bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return tuple(
+            torch.empty_like(saved) if needed else None
+            for saved, needed in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=True)
+        )
+
+
+def _gpu_dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
+    """GPUs keep a mask of bytes; elsewhere PyTorch keeps the noise in the dtype of `input`, as a meta tensor shows."""
+    return torch.native_dropout(input, p, training)[0]
+
+
+@contextlib.contextmanager
+def _operators_of(device: str, gathers: bool) -> Iterator[None]:
+    functional = torch.nn.functional
+    linear, dropout = functional.linear, functional.dropout
+    if gathers:
+        functional.linear = _GatheredLinear.apply
+    if device == "cuda":
+        functional.dropout = _gpu_dropout
+    try:
+        yield
+    finally:
+        functional.linear, functional.dropout = linear, dropout
+
+
 @cache
 def _register() -> str:
     from transformers import AttentionInterface, AttentionMaskInterface
@@ -96,8 +135,17 @@ def _register() -> str:
     return _ATTENTION
 
 
-def activation_costs(shape: ModelShape, checkpointing: str) -> ActivationCosts:
-    """Traces `shape` with `model.gradient_checkpointing` set to none, full or selective."""
+def activation_costs(
+    shape: ModelShape, checkpointing: str, *, gathers: bool = False, device: str = "cuda"
+) -> ActivationCosts:
+    """Traces `shape`.
+
+    Args:
+        shape: The model as it is trained.
+        checkpointing: `model.gradient_checkpointing`: none, full or selective.
+        gathers: Whether weights are partitioned, as under ZeRO-3.
+        device: Type of the device that training runs on.
+    """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     model, family = shape.meta_model
@@ -126,11 +174,12 @@ def activation_costs(shape: ModelShape, checkpointing: str) -> ActivationCosts:
         return embeds, lambda: language(**options).last_hidden_state
 
     layers = shape.text.num_hidden_layers
-    return ActivationCosts(
-        language=_stack_costs(model, language, "layers", layers, text_pass),
-        vision=_vision_costs(model, tower, shape),
-        projector_kept_per_row=_projector_kept(model, family, shape),
-    )
+    with _operators_of(device, gathers):
+        return ActivationCosts(
+            language=_stack_costs(model, language, "layers", layers, text_pass),
+            vision=_vision_costs(model, tower, shape),
+            projector_kept_per_row=_projector_kept(model, family, shape),
+        )
 
 
 def _stack_costs(

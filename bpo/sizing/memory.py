@@ -169,50 +169,59 @@ def rank_memory(
         accumulates: Whether a step has several micro-batches, so that gradients of one outlive it.
     """
     size = dtype.itemsize
+    by_phase = _parts_by_phase(shape, costs, zero, load, world_size, dtype, device, accumulates)
+    phases = {name: sum(parts.values()) for name, parts in by_phase.items()}
+    largest = max(phases, key=lambda name: phases[name])
+    overhead = CUDA_CONTEXT_BYTES + FRAGMENTATION * phases[largest] if device == "cuda" else 0.0
+    parts = {**by_phase[largest], "overhead": overhead}
+    return RankMemory(phases, parts, _host_bytes(shape, zero, world_size, size), phases[largest] + overhead)
+
+
+def _parts_by_phase(
+    shape: ModelShape,
+    costs: ActivationCosts,
+    zero: Zero,
+    load: Load,
+    world_size: int,
+    dtype: torch.dtype,
+    device: str,
+    accumulates: bool,
+) -> dict[str, dict[str, float]]:
+    """What is alive at the fullest moment of the forward pass, the backward pass and the optimizer's step."""
+    size = dtype.itemsize
     states = _states(shape, zero, world_size, size)
-    trained = shape.num_trained
-    bucket = min(zero.reduce_bucket, trained) * size
-    if zero.stage in (1, 2):
-        bucket *= 2 if zero.overlap_comm else 1
-    elif zero.stage == 0:
-        bucket = 0
     gathered = _gathered(shape, zero, world_size, size)
     # ZeRO-3's step gathers the weights below the persistence threshold.
     small = size * sum(t.numel for t in shape.tensors if t.numel < zero.persistence_threshold) if gathered else 0.0
+    bucket = float(min(zero.reduce_bucket, shape.num_trained) * size if zero.stage else 0)
+    if zero.stage in (1, 2) and zero.overlap_comm:
+        bucket *= 2
+    gradients = _gradient_elements(zero, shape.num_trained, world_size, accumulates) * size
+    stays = accumulates or zero.stage == 3  # gradients and buckets outlive a backward pass
     head = head_bytes(shape, load.responses, dtype, device)
-    image = costs.vision.kept(load.patches) + costs.projector_kept_per_row * load.image_tokens
-    body = costs.language.kept(load.tokens) + image
-    transient = costs.language.backward(load.tokens) - costs.language.kept(load.tokens)
-    gradients = _gradient_elements(zero, trained, world_size, accumulates) * size
-    before = gradients if accumulates or zero.stage == 3 else 0.0
-    buffers = bucket if accumulates or zero.stage == 3 else 0.0
     # On a GPU the next micro-batch is copied while this one is computed.
     images = load.patches * patch_elements(shape.config) * size * (2 if device == "cuda" else 1)
-    resident = sum(states.values()) + gathered + images
-
-    forward = max(costs.vision.forward(load.patches), image + costs.language.forward(load.tokens), body + head.forward)
+    tower = costs.vision.kept(load.patches) + costs.projector_kept_per_row * load.image_tokens
+    kept = costs.language.kept(load.tokens) + tower
+    layers = max(costs.vision.forward(load.patches), tower + costs.language.forward(load.tokens))
+    of_head = head.forward if kept + head.forward > layers else 0.0
     # What the head kept is gone when the layers' backward begins; gradients have their place from the start.
-    backward = gradients + body + max(head.kept + head.backward, head.rows + transient)
-    step = _step_bytes(zero, trained / world_size, size, device)
-    phases = {
-        "forward": resident + before + buffers + forward,
-        "backward": resident + bucket + backward,
-        "step": resident - gathered + small + (bucket if zero.stage == 3 else 0.0) + gradients + step,
+    transient = head.rows + costs.language.backward(load.tokens) - costs.language.kept(load.tokens)
+    head_last = head.kept + head.backward if head.kept + head.backward > transient else 0.0
+    step = _step_bytes(zero, shape.num_trained / world_size, size, device)
+
+    def phase(
+        gathered: float, gradients: float, buckets: float, activations: float, head: float, step: float
+    ) -> dict[str, float]:
+        fixed = {"gathered": gathered, "gradients": gradients, "buckets": buckets}
+        return {**states, **fixed, "activations": activations + images, "head": head, "step": step}
+
+    held, waiting = (gradients, bucket) if stays else (0.0, 0.0)
+    return {
+        "forward": phase(gathered, held, waiting, kept if of_head else layers, of_head, 0.0),
+        "backward": phase(gathered, gradients, bucket, kept + (0.0 if head_last else transient), head_last, 0.0),
+        "step": phase(small, gradients, bucket if zero.stage == 3 else 0.0, 0.0, 0.0, step),
     }
-    name = max(phases, key=lambda phase: phases[phase])
-    of_head = {"forward": head.forward, "backward": head.kept + head.backward, "step": 0.0}[name]
-    parts = {
-        **states,
-        "gathered": gathered if name != "step" else small,
-        "gradients": gradients if name != "forward" else before,
-        "buckets": float(bucket) if name != "step" or zero.stage == 3 else 0.0,
-        "head": of_head,
-        "step": step if name == "step" else 0.0,
-    }
-    parts["activations"] = max(0.0, phases[name] - sum(parts.values()))
-    overhead = CUDA_CONTEXT_BYTES + FRAGMENTATION * phases[name] if device == "cuda" else 0.0
-    parts["overhead"] = overhead
-    return RankMemory(phases, parts, _host_bytes(shape, zero, world_size, size), phases[name] + overhead)
 
 
 def patch_elements(config: Any) -> int:

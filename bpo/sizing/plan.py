@@ -150,17 +150,17 @@ def make_plan(
     shape = shape_of(model, config)
     dtype = torch.float32 if config.model.dtype == "float32" else torch.bfloat16
     groups_per_step = groups_per_step or max(config.train.groups_per_step, machine.world_size)
-    costs = functools.cache(lambda mode: activation_costs(shape, mode))
+    costs = functools.cache(lambda mode, gathers: activation_costs(shape, mode, gathers=gathers))
     sizer = _Sizer(shape, machine, gpu_memory, host_memory, group, groups_per_step, dtype, config.data.num_workers)
     rows = []
     for name in DS_CONFIGS:
         settings = json.loads(find_ds_config(f"ds_configs/{name}.json").read_text(encoding="utf-8"))
         zero = Zero.from_settings(with_fitting_buckets(settings, shape.num_trained))
-        candidates = [sizer.row(name, zero, mode, costs(mode)) for mode in CHECKPOINTING]
+        candidates = [sizer.row(name, zero, mode, costs(mode, zero.stage == 3)) for mode in CHECKPOINTING]
         rows.append(min(candidates, key=_slowness))
     usable = [i for i, row in enumerate(rows) if row.time is not None and row.fits_host]
     best = min(usable, key=lambda i: _slowness(rows[i]), default=None)
-    reference = 0 if best is None else sizer.reference_tokens(rows[best], costs("full"))
+    reference = 0 if best is None else sizer.reference_tokens(rows[best], costs("full", rows[best].zero.stage == 3))
     return Plan(shape, group, machine, groups_per_step, tuple(rows), best, reference)
 
 

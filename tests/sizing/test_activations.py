@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from bpo.config import Config, TrainableConfig
@@ -67,6 +69,22 @@ def test_selective_lies_between_and_adapters_keep_more_than_frozen_weights() -> 
     assert kept["full"] < kept["selective"] < kept["none"]
     frozen = activation_costs(shape(language="frozen"), "none").language.kept(100)
     assert frozen < kept["none"]
+
+
+def kept_per_token(**options: Any) -> float:
+    return activation_costs(shape(language="lora"), "none", **options).language.kept.per_row
+
+
+def test_dropout_keeps_bytes_on_a_gpu_and_noise_elsewhere() -> None:
+    """Of each of a layer's seven linears' inputs: one byte an element, or two in bf16."""
+    inputs = 6 * 96 + 320  # q, k, v, o, gate and up take the hidden size, down the MLP's
+    assert kept_per_token(device="cpu") - kept_per_token(device="cuda") == 5 * inputs
+
+
+def test_zero3_keeps_the_inputs_of_frozen_linears() -> None:
+    """q, k and v share one, gate and up another, o and down have their own."""
+    shared = 96 + 96 + 96 + 320
+    assert kept_per_token(gathers=True) - kept_per_token() == 5 * 2 * shared
 
 
 def test_a_frozen_tower_keeps_nothing_but_its_output() -> None:
