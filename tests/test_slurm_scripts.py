@@ -245,7 +245,8 @@ def test_bootstrap_submits_its_merge(clone: Path) -> None:
 
 
 def test_pipeline_chains_its_jobs_over_one_folder(clone: Path) -> None:
-    result = run(clone / "slurm" / "pipeline.sh", clone, clone, "my out", "--qos=x", "--", "--config", "a.yaml")
+    arguments = ["my out", "--qos=x", "--", "--config", "a.yaml", "--", "--data.image_root", "val 2014"]
+    result = run(clone / "slurm" / "pipeline.sh", clone, clone, *arguments)
     assert result.returncode == 0, result.stderr
     jobs = submissions(clone)
     assert [Path(next(a for a in job if a.endswith(".sh"))).name for job in jobs] == [
@@ -254,7 +255,8 @@ def test_pipeline_chains_its_jobs_over_one_folder(clone: Path) -> None:
     waits = [[argument for argument in job if argument.startswith("--dependency")] for job in jobs]
     assert waits == [[], *([f"--dependency=afterok:{number}"] for number in (11, 12, 13, 14))]
     assert all("--qos=x" in job for job in jobs) and all("my out/groups.jsonl" in job for job in jobs)
-    assert jobs[4][-3:-1] == ["--model.path", "my out/model"]
+    assert jobs[4][-5:-1] == ["--data.image_root", "val 2014", "--model.path", "my out/model"]
+    assert not any("val 2014" in job for job in jobs[:4])
     assert "11 12 13 14 15" in result.stdout and "my out/results.json" in result.stdout
 
 

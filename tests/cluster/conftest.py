@@ -16,7 +16,8 @@ from PIL import Image
 from tests.cluster.slurm_cluster import PrivateCluster, missing_programs
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-NUM_IMAGES = 16
+NUM_IMAGES, EPOCHS, GROUPS_PER_STEP = 16, 7, 4
+NUM_STEPS = EPOCHS * NUM_IMAGES // GROUPS_PER_STEP
 SITE = """\
 BPO_SBATCH_ARGS=(--ntasks-per-node=1 --gpus-per-node=1 --cpus-per-task=1)
 BPO_BOOTSTRAP_SBATCH_ARGS=(--array=0-1)
@@ -93,8 +94,8 @@ bootstrap:
 lora: {{r: 4, alpha: 8, dropout: 0.1}}
 train:
   ds_config: {ROOT}/ds_configs/zero3.json
-  epochs: 10
-  groups_per_step: 4
+  epochs: {EPOCHS}
+  groups_per_step: {GROUPS_PER_STEP}
   max_micro_batch_tokens: 400
   save_every_steps: 4
   hang_timeout_seconds: 60

@@ -23,7 +23,7 @@ import pytest
 from bpo.data.formats import read_groups
 from bpo.watchdog import heartbeat_path
 from tests.bootstrap.fake_server import completion, fake_server
-from tests.cluster.conftest import NUM_IMAGES
+from tests.cluster.conftest import NUM_IMAGES, NUM_STEPS
 from tests.cluster.slurm_cluster import PrivateCluster
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(600)]
@@ -118,7 +118,7 @@ def test_pipeline_goes_from_annotations_to_metrics(home: Path, chain: dict[str, 
     folder = home / "my results"
     groups = read_groups(folder / "groups.jsonl")
     assert [group.id for group in groups] == [f"r{number:02d}" for number in range(NUM_IMAGES)]
-    assert len(steps(folder / "run")) == 10 * NUM_IMAGES // 4
+    assert len(steps(folder / "run")) == NUM_STEPS
     assert (folder / "model" / "config.json").is_file()
     metrics = json.loads((folder / "results.json").read_text())["metrics"]
     assert {"chair_i", "pope_accuracy"} <= metrics.keys()
@@ -134,7 +134,9 @@ def test_array_and_evaluation_were_shared(home: Path, chain: dict[str, str]) -> 
 def test_training_ran_on_both_nodes_under_zero_3(home: Path, chain: dict[str, str]) -> None:
     text = log(home, chain["train"])
     assert "restart 0, 2 tasks on: 127.0.0.2 127.0.0.3" in text and "ended with code 0" in text
-    (newest,) = {path.parent for path in (home / "my results" / "run" / "checkpoints").rglob("step-*40/manifest.json")}
+    (newest,) = {
+        path.parent for path in (home / "my results" / "run" / "checkpoints").rglob(f"step-*{NUM_STEPS}/manifest.json")
+    }
     manifest = json.loads((newest / "manifest.json").read_text())
     assert manifest["world_size"] == 2 and manifest["config"]["train"]["ds_config"].endswith("zero3.json")
 
