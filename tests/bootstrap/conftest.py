@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +13,8 @@ import torch
 from PIL import Image
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from bpo.config import Config, DataConfig, ModelConfig
+from bpo.config_bootstrap import BootstrapConfig, InjectConfig, WeakenConfig
 from tests.tiny import byte_tokenizer
 
 CHAT_TEMPLATE = (
@@ -61,3 +65,34 @@ def photos(tmp_path: Path) -> Path:
         records.append({"id": f"photo-{index}", "image": f"{index}.png", "conversations": conversation})
     (tmp_path / "annotations.json").write_text(json.dumps(records))
     return tmp_path
+
+
+@pytest.fixture
+def make(photos: Path, tiny_llava_dir: Path, tiny_llm_dir: Path) -> Callable[..., Config]:
+    """A job over the photographs whose text-only LLM is another random model; `folder` is where its groups go."""
+
+    def build(folder: str, *, inject: dict[str, Any] | None = None, **bootstrap: Any) -> Config:
+        llm = {"llm": str(tiny_llm_dir), "dtype": "float32", "max_new_tokens": 12} if inject is None else inject
+        return Config(
+            model=ModelConfig(path=str(tiny_llava_dir), dtype="float32"),
+            data=DataConfig(
+                annotations=str(photos / "annotations.json"),
+                groups=str(photos / folder / "groups.jsonl"),
+                image_root=str(photos),
+            ),
+            bootstrap=BootstrapConfig(
+                inject=InjectConfig(**llm),
+                **{"batch_size": 4, "weaken": WeakenConfig(temperature=1.0, max_new_tokens=12), **bootstrap},
+            ),
+        )
+
+    return build
+
+
+@pytest.fixture(autouse=True)
+def keep_unfinished(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random models hardly ever end an answer; what they say is not the point of these tests."""
+    from bpo.bootstrap import sources
+
+    real = sources.refusal
+    monkeypatch.setattr(sources, "refusal", lambda *a, **k: real(*a, **{**k, "finished": True}))

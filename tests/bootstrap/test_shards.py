@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from bpo.bootstrap import sources
 from bpo.bootstrap.parts import PartReader, PartWriter
 from bpo.bootstrap.run import run_bootstrap, run_merge
 from bpo.cli import main as bpo
@@ -18,13 +17,6 @@ from bpo.interrupts import EXIT_INTERRUPTED, EXIT_NO_PROGRESS, Interrupted, Stop
 from bpo.run_lock import NoProgressError, RestartCount
 
 RESULTS = ("groups.jsonl", "groups.jsonl.refused.jsonl", "groups.jsonl.quarantine.jsonl")
-
-
-@pytest.fixture(autouse=True)
-def keep_unfinished(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Random models hardly ever end an answer; what they say is not the point of these tests."""
-    real = sources.refusal
-    monkeypatch.setattr(sources, "refusal", lambda *a, **k: real(*a, **{**k, "finished": True}))
 
 
 @pytest.fixture

@@ -1,0 +1,106 @@
+"""Whole bootstrapping jobs of every source and engine. Run: python -m pytest tests/bootstrap/test_run_engines.py"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bpo.bootstrap.run import run_bootstrap
+from bpo.bootstrap.server import ServerError
+from bpo.config import Config
+from bpo.config_bootstrap import ServerConfig, VisionConfig, WeakenConfig
+from bpo.data.formats import read_groups
+from tests.bootstrap.fake_server import completion, fake_server
+
+MakeConfig = Callable[..., Config]
+
+
+def quarantined(config: Config) -> list[dict[str, Any]]:
+    path = Path(config.data.groups + ".quarantine.jsonl")
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_server_injects_the_errors(make: MakeConfig) -> None:
+    def answer(body: dict[str, Any], number: int) -> tuple[int, dict[str, Any]]:
+        if number == 1:
+            return 500, {"error": "starting"}
+        asked = body["messages"][-1]["content"]
+        if "photo 4" in asked:
+            return 400, {"error": "context length"}
+        if "photo 6" in asked:
+            return completion("There are 6 things.")
+        return completion(f'Modified answer: "Wrong {body["seed"]}."')
+
+    with fake_server(answer) as (url, received):
+        options = {"server": ServerConfig(url=url, model="big"), "mode": "qa", "attempts": 2}
+        config = make("a", inject=options, sources=["inject"])
+        summary = run_bootstrap(config, progress=False)
+    groups = read_groups(Path(config.data.groups))
+    assert len(groups) == summary.kept["inject"] == 7
+    for group in groups:
+        negative = group.completions[1]
+        assert negative.response == f"Wrong {negative.provenance.seed}."
+        assert (negative.provenance.model, negative.provenance.mode) == ("big", "qa")
+    assert summary.refused == {"inject": {"unchanged": 1}}
+    (failed,) = quarantined(config)
+    assert failed["record"] == "photo-4" and "context length" in failed["error"] and url in failed["error"]
+    seeds_of_6 = {body["seed"] for body in received if "photo 6" in body["messages"][-1]["content"]}
+    assert len(seeds_of_6) == 2
+
+
+def test_every_source_of_the_multimodal_model_makes_negatives_of_its_own_type(make: MakeConfig) -> None:
+    sources = ["weaken", "crop", "mask", "regenerate", "text-only", "unweakened"]
+    config = make("a", sources=sources)
+    summary = run_bootstrap(config, progress=False)
+    groups = read_groups(Path(config.data.groups))
+    by_source = {c.provenance.source: c for group in groups for c in group.completions[1:]}
+    types = {source: completion.type for source, completion in by_source.items()}
+    assert types == {
+        "weakened-image": "mllm-hal",
+        "cropped-image": "mllm-crop",
+        "masked-image": "mllm-mask",
+        "regenerated-end": "mllm-cont",
+        "no-image": "mllm-blind",
+        "unweakened-image": "mllm-self",
+    }
+    assert set(summary.kept) == set(sources) and min(summary.kept.values()) > 0
+    for group in groups:
+        for negative in group.completions[1:]:
+            if negative.type == "mllm-cont":
+                kept = group.completions[0].response.split()[: negative.provenance.kept_words]
+                assert negative.response.startswith(" ".join(kept))
+
+
+def test_a_server_answers_weakened_pictures_and_a_killed_job_asks_only_for_the_rest(
+    make: MakeConfig, photos: Path
+) -> None:
+    def answer(body: dict[str, Any], number: int) -> tuple[int, dict[str, Any]]:
+        (picture,) = [part for part in body["messages"][0]["content"] if part["type"] == "image_url"]
+        assert picture["image_url"]["url"].startswith("data:image/png;base64,")
+        return completion(f"A zebra, number {body['seed']}.") if number != 5 else (403, {"error": "key expired"})
+
+    def job(url: str) -> Config:
+        server = ServerConfig(url=url, model="big", concurrency=1)
+        config = make(
+            "a",
+            sources=["weaken"],
+            vision=VisionConfig(engine="server", server=server),
+            weaken=WeakenConfig(space="pixel"),
+        )
+        config.model.path = ""  # the server has the weights
+        return config
+
+    with fake_server(answer) as (url, received):
+        with pytest.raises(ServerError, match="key expired"):
+            run_bootstrap(job(url), progress=False)
+        summary = run_bootstrap(job(url), progress=False)
+    assert len(received) == 9 + 1
+    seeds = [body["seed"] for number, body in enumerate(received) if number != 4]
+    assert len(set(seeds)) == 9
+    assert summary.kept == {"weaken": 9}
+    provenance = read_groups(Path(job(url).data.groups))[0].completions[1].provenance
+    assert (provenance.space, provenance.noise_step, provenance.model) == ("pixel", 900, "big")
