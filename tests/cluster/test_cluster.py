@@ -109,7 +109,7 @@ def chain(cluster: PrivateCluster, home: Path, limited: Limited) -> dict[str, st
         printed = script(home, cluster, "pipeline.sh", "my results", *options)
         jobs = dict(zip(CHAIN, re.findall(r"\d+", printed.split(";")[0]), strict=True))
         for name, job in jobs.items():
-            state = cluster.wait_for(job, {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT"}, 150)
+            state = cluster.wait_for(job, {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT"}, 300)
             assert state == "COMPLETED", f"{name}: {state}\n{log(home, job)[-3000:]}"
     return jobs
 
@@ -147,7 +147,7 @@ def train_again(home: Path, cluster: PrivateCluster, *more: str) -> str:
 
 
 def wait_for_step(home: Path, number: int) -> None:
-    wait_until(lambda: len(steps(home / "again")) >= number, 120, f"step {number}")
+    wait_until(lambda: len(steps(home / "again")) >= number, 240, f"step {number}")
 
 
 def test_killed_and_preempted_training_ends_with_the_losses_of_the_unbroken_one(
@@ -167,13 +167,13 @@ def test_killed_and_preempted_training_ends_with_the_losses_of_the_unbroken_one(
 
     before = len(steps(home / "again"))
     job = train_again(home, cluster, "--train.resume", "true")
-    wait_until(lambda: len(steps(home / "again")) > before, 120, "the resumed training")
+    wait_until(lambda: len(steps(home / "again")) > before, 240, "the resumed training")
     urgent = cluster.run(
         *("sbatch", "--parsable", "--partition=urgent", "--nodelist=127.0.0.3", "--cpus-per-task=4", "--wrap=sleep 1"),
         *("--output", str(home / "urgent.out")),
     )
     assert cluster.wait_for(urgent, {"COMPLETED"}, 60)
-    assert cluster.wait_for(job, {"COMPLETED", "FAILED", "CANCELLED"}, 120) == "COMPLETED", log(home, job)[-3000:]
+    assert cluster.wait_for(job, {"COMPLETED", "FAILED", "CANCELLED"}, 240) == "COMPLETED", log(home, job)[-3000:]
     text = log(home, job)
     assert cluster.restarts(job) == 1 and "restart 0" in text and "restart 1" in text  # one log
     assert "SIGTERM: stopping at the next boundary" in text and "stopped by a signal, what is done is kept" in text
@@ -184,7 +184,7 @@ def test_killed_and_preempted_training_ends_with_the_losses_of_the_unbroken_one(
 
 
 def test_bootstrapping_goes_on_after_its_time_limit(cluster: PrivateCluster, home: Path, limited: Limited) -> None:
-    assert cluster.wait_for(limited.merge, {"COMPLETED", "FAILED", "CANCELLED"}, 150) == "COMPLETED"
+    assert cluster.wait_for(limited.merge, {"COMPLETED", "FAILED", "CANCELLED"}, 240) == "COMPLETED"
     text = log(home, limited.array)
     assert cluster.restarts(limited.array) == 1, text
     assert "SIGUSR2: stopping at the next boundary" in text and "ended with code 75" in text
