@@ -28,6 +28,9 @@ def test_the_recommendation_is_the_fastest_that_fits(tmp_path: Path, capsys: pyt
     fitting = [row for row in report["rows"] if row["fits_gpu"] and row["fits_host"]]
     assert best(report)["step_seconds"]["total"] == min(row["step_seconds"]["total"] for row in fitting)
     assert all(row["gb"]["peak"] <= 20 for row in fitting)
+    # Whole weights leave room for a group only where layers are computed again; divided ones do less.
+    chosen = {row["ds_config"]: row["gradient_checkpointing"] for row in fitting}
+    assert (chosen["zero1"], chosen["zero3"]) == ("full", "selective")
     text = capsys.readouterr().out
     assert "computed, not measured" in text and "9,000 groups: " in text
     options = re.findall(r"--(?:train|model)\.\w+ \S+", text)
