@@ -152,6 +152,8 @@ def run(output: str, death: Death | None) -> None:
     for step in steps[done:]:
         if death is not None and death.steps and step.index == done + death.steps:
             threading.Timer(death.delay_s, die).start()
+        if death is not None and step.index == done + STEPS_PER_LIFE:
+            die()  # however fast the machine, the run does not end before its last kill
         watchdog.beat("step", step.index)
         loss = trainer.step(step.groups)
         writer.write(step.index + 1, {"loss": loss, "groups": list(step.groups)})  # type: ignore[dict-item]

@@ -102,7 +102,7 @@ def test_killed_then_frozen_then_stopped(root: Path) -> None:
         assert TIMEOUT_S - 1 < time.monotonic() - frozen < TIMEOUT_S + 20
     finally:
         job.kill()
-    assert f"continuing from {checkpoints}" in job.text(0) and "taken over from process" in job.text(0)
+    assert f"continuing from {checkpoints}" in job.text(0)
     ends = [one for one in job.text(0).splitlines() if "the job ends here" in one]
     assert ends and all(f"rank 1 on {os.uname().nodename} (process {job.ranks[1].pid})" in one for one in ends)
     assert all("last finished step" in one for one in ends)
