@@ -1,7 +1,7 @@
 """Reads the configuration from YAML and dotted flags, and writes the resolved one.
 
 `load_config(["--config", "FILE", "--train.lr", "1e-5"])` gives a `Config`. A key that does not exist is an error that
-names the nearest one that does.
+names the nearest one that does. What every command on data understands has the short name of `ALIASES`, too.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from bpo.config import Config
+
+ALIASES = {"--on-bad": "--data.on_bad", "--max-bad-share": "--data.max_bad_share"}
 
 
 def all_keys(node: type = Config, prefix: str = "") -> list[str]:
@@ -58,9 +60,11 @@ def load_config(argv: list[str], prog: str = "bpo", description: str = "") -> Co
     import yaml
     from jsonargparse import ArgumentParser
 
-    parser = ArgumentParser(prog=prog, description=description, exit_on_error=True)
+    short = "; ".join(f"{alias} is short for {flag}" for alias, flag in ALIASES.items())
+    parser = ArgumentParser(prog=prog, description=description, epilog=short, exit_on_error=True)
     parser.add_argument("--config", action="config", help="YAML file; later files and flags win.")
     parser.add_class_arguments(Config, as_group=False)
+    argv = ["=".join([ALIASES.get(name, name), *value]) for name, *value in (flag.split("=", 1) for flag in argv)]
     for flag, value in zip(argv, [*argv[1:], ""], strict=False):
         name = flag.split("=", 1)[0]
         if name == "--config":

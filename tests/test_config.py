@@ -151,6 +151,13 @@ def test_save_and_load_give_the_same_configuration(tmp_path: Path) -> None:
     assert to_tree(config)["lora"]["target"] == ["q_proj", "v_proj"]
 
 
+def test_bad_records_have_the_short_options_of_every_command() -> None:
+    data = load_config(["--on-bad", "error", "--max-bad-share=0.25"]).data
+    assert (data.on_bad, data.max_bad_share) == ("error", 0.25)
+    with pytest.raises(ValueError, match="data.max_bad_share is 2"):
+        load_config(["--max-bad-share", "2"])
+
+
 def test_help_documents_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as error:
         load_config(["--help"], prog="bpo train")

@@ -17,7 +17,7 @@ from typing import IO, Any
 from tqdm import tqdm
 
 from bpo.config import DataConfig
-from bpo.data.examine import Examination, Findings, examine
+from bpo.data.examine import Examination, Findings, examine, forget_images
 from bpo.data.importers.registry import SCHEMAS, Source, open_source
 from bpo.data.jsonfiles import Piece
 from bpo.data.problems import PROBLEMS, Problem
@@ -100,6 +100,7 @@ def check_data(
     result = CheckResult(str(path), source.schema.name, source.schema.gives)
     what = Examination(source.schema.name, image_root, opens_images, max_words)
     seen, last_id = SeenIds(), None
+    forget_images()
     with _Progress(source, progress) as bar:
         for batch, findings in _examined(_batches(source.container.pieces()), what, workers):
             for index, record_id in enumerate(findings.ids):

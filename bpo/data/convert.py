@@ -6,7 +6,7 @@ import argparse
 import json
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -16,7 +16,7 @@ from bpo.config import DataConfig
 from bpo.data.bad_records import BadRecords
 from bpo.data.exporters import write_jsonl, write_paper, write_trl_jsonl, write_trl_parquet
 from bpo.data.image_folder import ImageFolder
-from bpo.data.images import read_image_file
+from bpo.data.images import read_image_file, relative_image_path
 from bpo.data.importers.registry import SCHEMAS, Source, open_source
 from bpo.data.problems import Problem, RecordError
 from bpo.data.reading import iterate_records
@@ -51,7 +51,7 @@ def convert(
     *,
     schema: str = "",
     target: Target | None = None,
-    image_root: Path = Path("."),
+    image_root: Path | None = None,
     images: ImageFolder | None = None,
     bad: BadRecords | None = None,
     progress: bool = False,
@@ -61,7 +61,8 @@ def convert(
     Args:
         schema: Name of the form of the records; found out where it is empty.
         target: Form of the output; by default that of its suffix.
-        image_root: Where images lie that go into parquet.
+        image_root: Where images lie that go into parquet; absolute paths below it become relative to it. By default
+            the folder of `images`, or the current one, and only parquet's paths become relative.
         images: Takes embedded images.
 
     Raises:
@@ -82,42 +83,49 @@ def convert(
         )
     result = Conversion(source.schema.name, bad=bad or BadRecords())
     images = images or ImageFolder(None)
-    if images.root is not None and image_root == Path("."):
-        image_root = images.root
-    records = _records(source, result, images, target, output, image_root, progress)
-    _write(records, output, target, image_root, result)
+    root = image_root or images.root or Path(".")
+    embeds = target == "trl" and output.suffix == ".parquet"
+    records = _records(source, result, images, progress)
+    if embeds or image_root is not None:
+        records = (replace(one, images=tuple(relative_image_path(root, i) for i in one.images)) for one in records)
+    records = _fitting(records, source, result, target, root if embeds else None)
+    _write(records, output, target, root, result)
     result.num_images = images.num_written
     return result
 
 
 def _records(
-    source: Source,
-    result: Conversion,
-    images: ImageFolder,
-    target: Target,
-    output: Path,
-    image_root: Path,
-    progress: bool,
+    source: Source, result: Conversion, images: ImageFolder, progress: bool
 ) -> Iterator[Annotation | PreferenceGroup]:
     def left_out(reason: str, record_id: str) -> None:
         result.left_out[reason] += 1
 
-    embeds = target == "trl" and output.suffix == ".parquet"
     with tqdm(unit="record", unit_scale=True, desc="converting", disable=not progress) as bar:
-        for record in iterate_records(
+        yield from iterate_records(
             source,
             result.bad,
             left_out=left_out,
             take_images=images.take,
             seen_piece=lambda piece: bar.update(),
-        ):
-            try:
-                _check_target(record, target, image_root if embeds else None)
-            except RecordError as error:
-                result.bad.report(Problem(error.code, str(source.container.paths[0]), record.id, str(error)))
-                continue
-            result.num_read += 1
-            yield record
+        )
+
+
+def _fitting(
+    records: Iterator[Annotation | PreferenceGroup],
+    source: Source,
+    result: Conversion,
+    target: Target,
+    image_root: Path | None,
+) -> Iterator[Annotation | PreferenceGroup]:
+    """The records that the target can hold, counted; the others are bad."""
+    for record in records:
+        try:
+            _check_target(record, target, image_root)
+        except RecordError as error:
+            result.bad.report(Problem(error.code, str(source.container.paths[0]), record.id, str(error)))
+            continue
+        result.num_read += 1
+        yield record
 
 
 def _check_target(record: Annotation | PreferenceGroup, target: Target, image_root: Path | None) -> None:
@@ -152,7 +160,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("output", type=Path, metavar="OUT", help=".jsonl (bpo), .json (the paper's) or .parquet (TRL)")
     parser.add_argument("--from", dest="schema", default="", help=f"form of the records, if not found out: {names}")
     parser.add_argument("--to", choices=["bpo", "trl", "paper"], help="form of the output, if not its suffix's")
-    parser.add_argument("--image-root", type=Path, default=Path("."), help="folder that image paths are relative to")
+    root_help = "folder that image paths are relative to; absolute paths below it become relative"
+    parser.add_argument("--image-root", type=Path, help=root_help)
     parser.add_argument("--images", type=Path, help="folder that embedded images are written to")
     parser.add_argument("--fetch-urls", action="store_true", help="download images named by URL into --images")
     parser.add_argument(

@@ -27,7 +27,6 @@ _SPECIAL = re.compile(
 )
 # Images that several records share are opened once, while they stand near each other.
 _KEPT_IMAGES = 4096
-_EMBEDDED = "in the record"
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,25 +70,17 @@ def examine(pieces: Sequence[Piece], what: Examination) -> Findings:
     for index, piece in enumerate(pieces):
         problems: list[Problem] = []
         record_id: str | None = None
-        embedded: list[tuple[str, str]] = []
-
-        def put(name: str | None, content: bytes, where: str, embedded: list[tuple[str, str]] = embedded) -> str:
-            embedded.extend(_image_problems(name or _EMBEDDED, content) if what.opens_images else [])
-            return name or _EMBEDDED
-
-        def take(value: Mapping[str, Any], where: str, put: Any = put) -> Mapping[str, Any]:
-            return take_embedded(value, where, put)
-
-        has_embedded = isinstance(piece.source, dict)
+        embedded = _Embedded(what.opens_images)
+        is_row = isinstance(piece.source, dict)
         try:
-            record_id, outcome = adapt(schema, piece, take if has_embedded else None)
+            record_id, outcome = adapt(schema, piece, embedded.take if is_row else None)
         except RecordError as error:
             problems.append(Problem(error.code, piece.where, record_id, str(error)))
         else:
-            found = [*_of_record(outcome, what.max_words), *embedded]
-            if what.opens_images and not _embedded_images(piece.source):
+            found = [*_of_record(outcome, what.max_words), *embedded.found]
+            if what.opens_images:
                 for image in _images_of(outcome):
-                    found += _checked_file(what.image_root, image)
+                    found += _checked_file(what.image_root, image) if image not in embedded.names else []
             problems += [Problem(code, piece.where, record_id, f"{piece.where}: {detail}") for code, detail in found]
             if isinstance(outcome, PairRow):
                 record_id, findings.is_pair = outcome.group.id, True
@@ -98,6 +89,30 @@ def examine(pieces: Sequence[Piece], what: Examination) -> Findings:
         if problems:
             findings.problems[index] = problems
     return findings
+
+
+class _Embedded:
+    """The images that stand in one record: looked at, and not written anywhere.
+
+    Attributes:
+        names: What they are called from now on.
+        found: (code, detail) of what is wrong with them.
+    """
+
+    def __init__(self, opens_images: bool):
+        self._opens_images = opens_images
+        self.names: set[str] = set()
+        self.found: list[tuple[str, str]] = []
+
+    def take(self, record: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+        return take_embedded(record, where, self._put)
+
+    def _put(self, name: str | None, content: bytes, where: str) -> str:
+        name = name or "in the record"
+        self.names.add(name)
+        if self._opens_images:
+            self.found += _image_problems(name, content)
+        return name
 
 
 def _of_record(outcome: Outcome, max_words: int) -> Iterator[tuple[str, str]]:
@@ -145,13 +160,9 @@ def _images_of(outcome: Outcome) -> tuple[str, ...]:
     return outcome.group.images if isinstance(outcome, PairRow) else outcome.images
 
 
-def _embedded_images(source: Any) -> bool:
-    """Whether a record brings its images itself."""
-    if not isinstance(source, dict):
-        return False
-    images = source.get("images", source.get("image"))
-    images = images if isinstance(images, list) else [images]
-    return any(isinstance(one, (bytes, Mapping)) for one in images)
+def forget_images() -> None:
+    """What this process found in image files may have changed since."""
+    _checked_file.cache_clear()
 
 
 @functools.lru_cache(maxsize=_KEPT_IMAGES)

@@ -67,23 +67,30 @@ def id_text(value: Any, where: str) -> str:
 
 
 def image_paths(value: Any, name: str, where: str) -> tuple[str, ...]:
-    """One path, or a list of them, as paths; [] for none.
+    """One path, or a list of them, as paths; [] for none. `datasets` writes a path as `{"bytes": null, "path": ...}`.
 
     Raises:
         RecordError: It is anything else; an image that stands in the file itself is said to.
     """
-    paths = [value] if isinstance(value, str) else value
-    if isinstance(value, Mapping) or (isinstance(value, list) and any(isinstance(path, Mapping) for path in value)):
+    values = value if isinstance(value, list) else [value] if isinstance(value, (str, Mapping)) else [None]
+    paths = [_path_of(one) for one in values]
+    if any(isinstance(path, Mapping) for path in paths):
         raise RecordError(
             "image-embedded", f"{where}: field {name!r} holds an image itself; `bpo convert` writes it to a folder"
         )
-    if not isinstance(paths, list) or not all(isinstance(path, str) and path for path in paths):
+    if not all(isinstance(path, str) and path for path in paths):
         raise RecordError(
-            "image-no-path" if isinstance(paths, list) and "" in paths else "wrong-type",
+            "image-no-path" if "" in paths else "wrong-type",
             f"{where}: field {name!r} is {_short(value)}; name image paths relative to data.image_root, or write [] "
             "for none",
         )
     return tuple(text_of(path, f"a path in {name!r}", where) for path in paths)
+
+
+def _path_of(value: Any) -> Any:
+    """The path in an object that holds no image itself."""
+    is_path = isinstance(value, Mapping) and value.get("bytes") is None and isinstance(value.get("path"), str)
+    return value["path"] if is_path and value.keys() <= {"bytes", "path"} else value
 
 
 def score_of(value: Any, name: str, where: str) -> float:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bpo.data.bad_records import BadRecords
+from bpo.data.importers.arrow import HUB
 from bpo.data.importers.registry import Source, open_source
 from bpo.data.problems import RecordError
 from bpo.data.reading import iterate_records
@@ -100,6 +101,8 @@ def read_groups(path: Path, bad: BadRecords | None = None) -> tuple[PreferenceGr
 
 
 def _open(path: Path, wanted: str, otherwise: str) -> Source:
+    if str(path).startswith(HUB):
+        raise ValueError(f"{path} is no file; `bpo convert {path} FILE.jsonl --images DIR` makes one of it")
     source = open_source(path)
     if source.schema is not None and source.schema.gives != wanted:
         where = next(source.container.pieces()).where

@@ -45,10 +45,10 @@ class ImageError(RecordError):
 
 
 def resolve_image_path(root: Path, relative: str) -> Path:
-    """The real path of `relative` under `root`.
+    """The real path of `relative` under `root`; an absolute path must lie below the root, too.
 
     Raises:
-        ImageError: The path is empty, a URL or absolute, leaves the root (by `..` or a symbolic link), or is
+        ImageError: The path is empty or a URL, leaves the root (by its beginning, `..` or a symbolic link), or is
             not an existing regular file.
     """
     if not relative:
@@ -59,21 +59,25 @@ def resolve_image_path(root: Path, relative: str) -> Path:
             "data.image_root",
             "image-url",
         )
-    if Path(relative).is_absolute():
-        raise ImageError(
-            f"image {relative!r} is an absolute path; give it relative to data.image_root ({root})", "image-absolute"
-        )
     try:
         real_root = Path(root).resolve()
         path = (real_root / relative).resolve()
-        is_file, exists = path.is_file(), path.exists()
+        is_inside = path.is_relative_to(real_root)
+        # What lies outside is not looked at.
+        is_file, exists = is_inside and path.is_file(), is_inside and path.exists()
+    except PermissionError as error:  # of a folder on the way
+        raise ImageError(
+            f"image {relative!r} cannot be read ({error.strerror}); check its permissions", "image-unreadable"
+        ) from error
     except (OSError, RuntimeError, ValueError) as error:  # link loop, name too long, NUL byte
         raise ImageError(f"image {relative[:120]!r} is not a usable path ({error})", "image-bad-path") from error
-    if not path.is_relative_to(real_root):
+    if not is_inside:
+        is_absolute = Path(relative).is_absolute()
+        how = "is an absolute path outside" if is_absolute else "leads out of"
         raise ImageError(
-            f"image {relative!r} leads out of data.image_root ({real_root}) to {path}; "
-            "copy the file below the root or choose a higher root",
-            "image-outside",
+            f"image {relative!r} {how} data.image_root ({real_root}), to {path}; copy the file below the root or "
+            "choose a higher root",
+            "image-absolute" if is_absolute else "image-outside",
         )
     if not exists:
         hint = "" if real_root.is_dir() else " (data.image_root itself is not a directory)"
@@ -83,6 +87,16 @@ def resolve_image_path(root: Path, relative: str) -> Path:
             f"image {relative!r} is not a regular file ({path}); name the image inside it", "image-no-file"
         )
     return path
+
+
+def relative_image_path(root: Path, image: str) -> str:
+    """An absolute path that lies below the root as one relative to it; any other path as it is."""
+    path = Path(image)
+    if path.is_absolute() and ".." not in path.parts:  # behind a link, `..` is another folder than it seems
+        for base in (Path(root).absolute(), Path(root).resolve()):
+            if path.is_relative_to(base):
+                return str(path.relative_to(base))
+    return image
 
 
 def load_image(root: Path, relative: str) -> Image.Image:

@@ -68,7 +68,7 @@ _KINDS: tuple[tuple[str, Level, str, str], ...] = (
     # Images
     ("image-no-path", "bad", "an image path is empty", "name a file relative to the image root"),
     ("image-url", "bad", "an image is a URL", "`bpo convert --fetch-urls` downloads it"),
-    ("image-absolute", "bad", "an image path is absolute", "give it relative to the image root"),
+    ("image-absolute", "bad", "an absolute image path outside the image root", "choose a higher root"),
     ("image-outside", "bad", "an image path leads out of the image root", "copy the file below the root"),
     ("image-bad-path", "bad", "no file system takes the path", "rename the file"),
     ("image-missing", "bad", "there is no such file", "check the image root"),

@@ -160,6 +160,18 @@ def test_damaged_parquet_is_refused(files: Path) -> None:
         read_groups(files / "t.parquet")
 
 
+def test_absolute_paths_become_relative_where_the_root_is_named(files: Path) -> None:
+    whole = (files / "groups.jsonl").read_text().replace('"images": ["', f'"images": ["{files}/')
+    (files / "absolute.jsonl").write_text(whole)
+    convert(files / "absolute.jsonl", files / "same.json")
+    assert read_groups(files / "same.json") == read_groups(files / "absolute.jsonl")
+    convert(files / "absolute.jsonl", files / "moved.jsonl", image_root=files)
+    assert read_groups(files / "moved.jsonl") == read_groups(files / "groups.jsonl")
+    convert(files / "absolute.jsonl", files / "t.parquet", image_root=files)
+    convert(files / "t.parquet", files / "back.jsonl", images=ImageFolder(files / "images"))
+    assert read_groups(files / "back.jsonl") == read_groups(files / "groups.jsonl")
+
+
 def test_annotations_survive_and_go_nowhere_else(files: Path) -> None:
     turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A bus."}]
     record = {"id": 5, "image": "0.png", "conversations": turns, "response": "kept apart", "split": "train"}

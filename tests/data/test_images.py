@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bpo.data.images import MAX_PIXELS, ImageError, image_bytes_digest, load_image
+from bpo.data.images import MAX_PIXELS, ImageError, image_bytes_digest, load_image, relative_image_path
 
 
 def save(root: Path, name: str, image: Image.Image, **options: object) -> str:
@@ -200,3 +200,40 @@ def test_digest_is_of_the_files_bytes(tmp_path: Path) -> None:
     assert image_bytes_digest(tmp_path, name) == hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()
     with pytest.raises(ImageError):
         image_bytes_digest(tmp_path, "../a.png")
+
+
+def test_an_absolute_path_below_the_root_is_taken(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    (tmp_path / "link").symlink_to(root)
+    save(root, "a.png", Image.new("RGB", (4, 4)))
+    save(tmp_path, "b.png", Image.new("RGB", (4, 4)))
+    # The root may be a link, and so may the path's beginning.
+    for base in (root, tmp_path / "link"):
+        for path in (root / "a.png", tmp_path / "link" / "a.png"):
+            assert load_image(base, str(path)).size == (4, 4)
+            assert image_bytes_digest(base, str(path)) == image_bytes_digest(root, "a.png")
+    for outside in (tmp_path / "b.png", root / ".." / "b.png", tmp_path / "missing.png", Path("/etc/passwd")):
+        with pytest.raises(ImageError, match="is an absolute path outside") as caught:
+            load_image(root, str(outside))
+        assert caught.value.code == "image-absolute"
+
+
+def test_an_absolute_path_becomes_relative_only_where_that_names_the_same_file(tmp_path: Path) -> None:
+    (tmp_path / "root" / "inner").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "root")
+    assert relative_image_path(tmp_path / "root", f"{tmp_path}/root/inner/a.png") == "inner/a.png"
+    assert relative_image_path(tmp_path / "link", f"{tmp_path}/root/a.png") == "a.png"
+    assert relative_image_path(tmp_path / "link", f"{tmp_path}/link/a.png") == "a.png"
+    for other in (f"{tmp_path}/a.png", f"{tmp_path}/root/inner/../a.png", "a.png", "../a.png"):
+        assert relative_image_path(tmp_path / "root", other) == other
+
+
+def test_a_folder_that_may_not_be_entered_is_named_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Path) -> bool:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "is_file", refuse)
+    with pytest.raises(ImageError, match="check its permissions") as caught:
+        load_image(tmp_path, "closed/a.png")
+    assert caught.value.code == "image-unreadable"

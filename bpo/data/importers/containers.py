@@ -1,4 +1,4 @@
-"""The files that records come in: JSON list, JSONL, COCO JSON, CSV, TSV, parquet, tar shards. Each gives `Piece`s.
+"""What records come in: JSON list, JSONL, COCO JSON, CSV, TSV, parquet, datasets, tar shards. Each gives `Piece`s.
 
 All of them are streamed: none holds more than a batch of records, COCO besides the names of its images.
 """
@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bpo.data.importers.arrow import HUB, hub_pieces, parquet_pieces, saved_pieces
 from bpo.data.importers.shards import tar_pieces
 from bpo.data.jsonfiles import Piece, json_pieces, open_file
 from bpo.data.jsonscan import Damage, JsonScanner
 
 MAX_CELL_CHARACTERS = 16 << 20
-PARQUET_ROWS = 64  # at a time: a row may hold images
 
 
 class UnknownFormat(ValueError):
@@ -40,7 +40,7 @@ class Container:
 
     @property
     def size_bytes(self) -> int:
-        return sum(path.stat().st_size for path in self.paths)
+        return sum(map(_size_of, self.paths))
 
     def pieces(self) -> Iterator[Piece]:
         """Every record, not parsed. Raises: ValueError: a file cannot be read at all."""
@@ -57,24 +57,46 @@ class Container:
                     done_bytes + piece.end_bytes,
                 )
                 index += 1
-            done_bytes += path.stat().st_size
+            done_bytes += _size_of(path)
+
+
+def _size_of(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
 
 
 def open_container(path: Path) -> Container:
-    """Finds out by its content what a file is; a folder stands for the parquet files or tar shards in it.
+    """Finds out by its content what a file is.
+
+    A folder is a dataset that `datasets` saved, or stands for the parquet files or tar shards in it; `hub:OWNER/NAME`
+    is a dataset to stream.
 
     Raises:
         ValueError: It cannot be read.
         UnknownFormat: It is none of `CONTAINERS`.
     """
     path = Path(path)
+    if str(path).startswith(HUB):
+        return Container("hub", (path,))
     if path.is_dir():
+        if (path / "dataset_dict.json").is_file():
+            path = _only_split(path)
+        if (path / "state.json").is_file():
+            return Container("saved", (path,))
         for suffix in (".parquet", ".tar"):
             shards = tuple(sorted(path.rglob(f"*{suffix}")))
             if shards:
                 return Container(_kind_of(shards[0]), shards)
         raise UnknownFormat(f"{path}: a folder without .parquet or .tar files; name the file of records")
     return Container(_kind_of(path), (path,))
+
+
+def _only_split(path: Path) -> Path:
+    """The split of a saved `DatasetDict`. Raises: ValueError: there are several, and one is to be named."""
+    splits = sorted(state.parent.name for state in path.glob("*/state.json"))
+    if len(splits) != 1:
+        one = f"name one, such as {path / splits[0]}" if splits else "save it again"
+        raise ValueError(f"{path}: a saved dataset with the splits {', '.join(splits) or '(none)'}; {one}")
+    return path / splits[0]
 
 
 def _kind_of(path: Path) -> str:
@@ -214,42 +236,14 @@ def _is_utf8(text: str) -> bool:
     return not any("\udc80" <= character <= "\udcff" for character in text)
 
 
-def _parquet_pieces(path: Path) -> Iterator[Piece]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise ValueError(f"{path}: parquet needs pyarrow; pip install 'bpo[hub]'") from error
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            index = 0
-            for batch in file.iter_batches(batch_size=PARQUET_ROWS):
-                for row in batch.to_pylist():
-                    # A null cell of a table is a field that is not there.
-                    cells = {name: _plain(value) for name, value in row.items() if value is not None}
-                    yield Piece(f"{path}, row {index}", index, False, cells)
-                    index += 1
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path} is damaged parquet ({error}); fetch it again") from error
-
-
-def _plain(value: Any) -> Any:
-    """A cell as JSON can hold it; the bytes of images stay bytes."""
-    if value is None or isinstance(value, (str, int, float, bool, bytes)):
-        return value
-    if isinstance(value, dict):
-        return {key: _plain(one) for key, one in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(one) for one in value]
-    return value.isoformat() if hasattr(value, "isoformat") else str(value)
-
-
 CONTAINERS: dict[str, Callable[[Path], Iterator[Piece]]] = {
     "list": json_pieces,
     "jsonl": json_pieces,
     "coco": _coco_pieces,
     "csv": lambda path: _table_pieces(path, ","),
     "tsv": lambda path: _table_pieces(path, "\t"),
-    "parquet": _parquet_pieces,
+    "parquet": parquet_pieces,
+    "saved": saved_pieces,
+    "hub": hub_pieces,
     "tar": tar_pieces,
 }
