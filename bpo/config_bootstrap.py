@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Source = Literal["weaken", "inject", "crop", "mask", "regenerate", "text-only", "unweakened"]
+CacheKind = Literal["reserved", "dynamic", "static"]
 
 
 def check(condition: bool, message: str) -> None:
@@ -213,6 +214,8 @@ class BootstrapConfig:
         target_shares: Source -> share of the negatives that it is to have; what others made beyond that is left out by
             the seed. Empty keeps all.
         batch_size: Answers generated at a time.
+        cache: Where transformers keeps keys and values: `reserved` appends in place, `dynamic` copies them for every
+            token, `static` has one size, for which transformers compiles decoding on CUDA (without shared prefixes).
         seed: With the record's id it decides noise and sampling.
         limit: Use only the first so many annotations; 0 takes all.
         max_inject_records: Inject errors into only the first so many annotations; 0 takes all.
@@ -230,6 +233,7 @@ class BootstrapConfig:
     validate: ValidateConfig = field(default_factory=ValidateConfig)
     target_shares: dict[str, float] = field(default_factory=dict)
     batch_size: int = 16
+    cache: CacheKind = "reserved"
     seed: int = 0
     limit: int = 0
     max_inject_records: int = 0

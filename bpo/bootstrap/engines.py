@@ -41,7 +41,7 @@ class Engines:
 
     def text(self) -> TextGenerator:
         """The text-only LLM of `bootstrap.inject`: a server's, one of its own, or the multimodal model's."""
-        options = self.config.bootstrap.inject
+        options, cache = self.config.bootstrap.inject, self.config.bootstrap.cache
         if options.server.url:
             return ChatGenerator(ChatServer(options.server), options, options.server.model)
         if options.llm:
@@ -50,9 +50,10 @@ class Engines:
                 dtype = "auto" if options.dtype == "config" else options.dtype
                 engine = VllmEngine(options.llm, dtype, self._ranks.local_rank, max_images=0)
                 return ChatGenerator(engine, options, options.llm)
-            return load_causal_lm(options, pick_device(self._ranks))
+            return load_causal_lm(options, pick_device(self._ranks), cache)
         if self.config.bootstrap.vision.engine == "transformers":
-            return OwnLanguageModel(self._multimodal(), self._required_encoder(), options, self.config.model.path)
+            encoder, name = self._required_encoder(), self.config.model.path
+            return OwnLanguageModel(self._multimodal(), encoder, options, name, cache)
         return ChatGenerator(self._chat(), options, self._vision_name())
 
     def _vision_name(self) -> str:

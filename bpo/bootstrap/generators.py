@@ -7,24 +7,21 @@ A generator takes a batch of requests and gives a reply to each. `ChatGenerator`
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import takewhile
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 from bpo.bootstrap.inject import InjectionRequest, Message, as_plain_text
-from bpo.config_bootstrap import InjectConfig
-from bpo.data.encode import Encoder, EncodingError
-from bpo.model.generate import CachedPrefix, cache_prefix, generate_ids, generate_prompts
+from bpo.config_bootstrap import CacheKind, InjectConfig
+from bpo.data.encode import EncodedPrompt, Encoder, EncodingError
+from bpo.model.generate import generate_ids, generate_prompts
+from bpo.model.kv_cache import CachedPrefix, Prefixes, common_beginning
 from bpo.records import ContentPart, Turn
 
 logger = logging.getLogger(__name__)
-
-# Below this a cached prefix saves less than its bookkeeping.
-_MIN_PREFIX_TOKENS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +62,40 @@ class TextGenerator(Protocol):
         """
 
 
+class WorkedExamples:
+    """Instruction and examples, most of every request: they go through the model once, whoever asks.
+
+    Args:
+        encode: Token ids of a request.
+    """
+
+    def __init__(self, prefixes: Prefixes, encode: Callable[[InjectionRequest], Sequence[int]]):
+        self._prefixes, self._encode = prefixes, encode
+        self._ids: dict[tuple[Message, ...], tuple[int, ...]] = {}
+
+    def by_prefix(
+        self, requests: Sequence[InjectionRequest], prompts: Sequence[Sequence[int]]
+    ) -> list[tuple[CachedPrefix | None, list[int]]]:
+        """The requests' indices by what they begin with; `prompts` are their token ids."""
+        groups: dict[int, tuple[CachedPrefix | None, list[int]]] = {}
+        for index, (request, prompt) in enumerate(zip(requests, prompts, strict=True)):
+            prefix = self._prefixes.of(self._shared_ids(request))
+            if prefix is not None and not prefix.begins(prompt):
+                prefix = None
+            groups.setdefault(id(prefix), (prefix, []))[1].append(index)
+        return list(groups.values())
+
+    def _shared_ids(self, request: InjectionRequest) -> tuple[int, ...]:
+        examples = request.messages[:-1]
+        if examples not in self._ids:
+            # Two requests that differ from their first character on: what they share is the examples.
+            ends = (Message("user", text) for text in ("A", "0"))
+            self._ids[examples] = common_beginning(
+                [self._encode(replace(request, messages=(*examples, end))) for end in ends]
+            )
+        return self._ids[examples]
+
+
 class TransformersGenerator:
     """A causal LM in memory: batched, left-padded, sampled by each request's own seed.
 
@@ -75,35 +106,33 @@ class TransformersGenerator:
         model: From `AutoModelForCausalLM`, in eval mode.
         tokenizer: Its tokenizer.
         name: For the provenance of what it writes.
+        cache: Where keys and values are kept: see `bpo/model/kv_cache.py`.
     """
 
     whole_batches = True
 
-    def __init__(self, model: Any, tokenizer: Any, options: InjectConfig, name: str):
-        self.model, self.tokenizer, self.options, self.name = model, tokenizer, options, name
+    def __init__(self, model: Any, tokenizer: Any, options: InjectConfig, name: str, cache: CacheKind = "reserved"):
+        self.model, self.tokenizer, self.options, self.name, self.cache = model, tokenizer, options, name, cache
         self.special_tokens = tuple(tokenizer.all_special_tokens)
         self._eos_ids = _eos_ids(model, tokenizer)
         added = getattr(tokenizer, "added_tokens_decoder", {})
         self._control = {str(token): index for index, token in added.items() if token.special}
         self._control |= dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
         self._suppressed = sorted(set(self._control.values()) - set(self._eos_ids))
-        self._prefixes: dict[tuple[Message, ...], CachedPrefix | None] = {}
+        self._examples = WorkedExamples(Prefixes(model, enabled=cache != "static"), self.encode)
 
-    def replies(self, requests: Sequence[InjectionRequest]) -> list[tuple[int, Reply]]:
-        by_prefix: dict[int, tuple[CachedPrefix | None, list[int]]] = {}
-        for index, request in enumerate(requests):
-            prefix = self._prefix(request)
-            by_prefix.setdefault(id(prefix), (prefix, []))[1].append(index)
-        replies: list[tuple[int, Reply]] = []
-        for prefix, indices in by_prefix.values():
-            answers = self._generate([requests[index] for index in indices], prefix)
-            replies += zip(indices, answers, strict=True)
-        return replies
+    def replies(self, requests: Sequence[InjectionRequest]) -> Iterator[tuple[int, Reply]]:
+        prompts = [self.encode(request) for request in requests]
+        for prefix, indices in self._examples.by_prefix(requests, prompts):
+            answers = self._generate([requests[i] for i in indices], [prompts[i] for i in indices], prefix)
+            yield from zip(indices, answers, strict=True)
 
-    def _generate(self, requests: Sequence[InjectionRequest], prefix: CachedPrefix | None) -> list[Reply]:
+    def _generate(
+        self, requests: Sequence[InjectionRequest], prompts: Sequence[Sequence[int]], prefix: CachedPrefix | None
+    ) -> list[Reply]:
         answers = generate_ids(
             self.model,
-            [self.encode(request) for request in requests],
+            prompts,
             pad_token_id=self._eos_ids[0] if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id,
             eos_token_ids=self._eos_ids,
             suppressed_token_ids=self._suppressed,
@@ -112,22 +141,9 @@ class TransformersGenerator:
             top_p=self.options.top_p,
             seeds=[request.seed for request in requests],
             prefix=prefix,
+            cache=self.cache,
         )
         return [Reply(self.tokenizer.decode(ids, skip_special_tokens=True), ended) for ids, ended in answers]
-
-    def _prefix(self, request: InjectionRequest) -> CachedPrefix | None:
-        """Keys and values of what all requests with these examples begin with, where this one does."""
-        examples = request.messages[:-1]
-        if examples not in self._prefixes:
-            # Two requests that differ from their first character on: what they share is the examples.
-            one, other = (
-                self.encode(replace(request, messages=(*examples, Message("user", text)))) for text in ("A", "0")
-            )
-            shared = [a for a, b in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))]
-            worth_it = len(shared) >= _MIN_PREFIX_TOKENS
-            self._prefixes[examples] = cache_prefix(self.model, shared) if worth_it else None
-        prefix = self._prefixes[examples]
-        return prefix if prefix is not None and prefix.begins(self.encode(request)) else None
 
     def encode(self, request: InjectionRequest) -> list[int]:
         """Token ids of a request; a control token spelled in somebody's text loses its brackets."""
@@ -148,25 +164,33 @@ class OwnLanguageModel:
 
     whole_batches = True
 
-    def __init__(self, model: Any, encoder: Encoder, options: InjectConfig, name: str):
-        self.model, self.encoder, self.options, self.name = model, encoder, options, name
+    def __init__(self, model: Any, encoder: Encoder, options: InjectConfig, name: str, cache: CacheKind = "reserved"):
+        self.model, self.encoder, self.options, self.name, self.cache = model, encoder, options, name, cache
         self.special_tokens = tuple(encoder.tokenizer.all_special_tokens)
+        prefixes = Prefixes(model, encoder.family.generation_inputs, enabled=cache != "static")
+        self._examples = WorkedExamples(prefixes, lambda request: self._encode(request).prefix_ids)
 
-    def replies(self, requests: Sequence[InjectionRequest]) -> list[tuple[int, Reply]]:
-        prompts = [self.encoder.encode_prompt(r.record_id, (), _turns(r)) for r in requests]
-        for prompt in prompts:
-            if self.encoder.image_token_id in prompt.prefix_ids:
-                raise EncodingError(f"record {prompt.record_id!r}: a text-only prompt holds image tokens")
-        answers = generate_prompts(
-            self.model,
-            self.encoder,
-            prompts,
-            max_new_tokens=[request.max_new_tokens for request in requests],
-            temperature=self.options.temperature,
-            top_p=self.options.top_p,
-            seeds=[request.seed for request in requests],
-        )
-        return [(index, Reply(text, ended)) for index, (text, ended) in enumerate(answers)]
+    def replies(self, requests: Sequence[InjectionRequest]) -> Iterator[tuple[int, Reply]]:
+        prompts = [self._encode(request) for request in requests]
+        for prefix, indices in self._examples.by_prefix(requests, [prompt.prefix_ids for prompt in prompts]):
+            answers = generate_prompts(
+                self.model,
+                self.encoder,
+                [prompts[index] for index in indices],
+                max_new_tokens=[requests[index].max_new_tokens for index in indices],
+                temperature=self.options.temperature,
+                top_p=self.options.top_p,
+                seeds=[requests[index].seed for index in indices],
+                prefix=prefix,
+                cache=self.cache,
+            )
+            yield from ((index, Reply(text, ended)) for index, (text, ended) in zip(indices, answers, strict=True))
+
+    def _encode(self, request: InjectionRequest) -> EncodedPrompt:
+        prompt = self.encoder.encode_prompt(request.record_id, (), _turns(request))
+        if self.encoder.image_token_id in prompt.prefix_ids:
+            raise EncodingError(f"record {prompt.record_id!r}: a text-only prompt holds image tokens")
+        return prompt
 
 
 class ChatGenerator:
@@ -192,7 +216,7 @@ class ChatGenerator:
         }
 
 
-def load_causal_lm(options: InjectConfig, device: torch.device) -> TransformersGenerator:
+def load_causal_lm(options: InjectConfig, device: torch.device, cache: CacheKind = "reserved") -> TransformersGenerator:
     """Reads `options.llm` (a directory or hub id; `options.gguf_file` names a GGUF file in it) for generation.
 
     Raises:
@@ -211,7 +235,7 @@ def load_causal_lm(options: InjectConfig, device: torch.device) -> TransformersG
     tokenizer = AutoTokenizer.from_pretrained(options.llm, **gguf)
     model = AutoModelForCausalLM.from_pretrained(options.llm, dtype=dtype, **gguf, **_dense_weights(bool(gguf)))
     name = f"{options.llm}/{options.gguf_file}" if gguf else options.llm
-    return TransformersGenerator(model.to(device).eval(), tokenizer, options, name)
+    return TransformersGenerator(model.to(device).eval(), tokenizer, options, name, cache)
 
 
 def _dense_weights(is_gguf: bool) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from bpo.config import Config
 from bpo.data.encode import EncodedPrompt, Encoder, EncodingError
 from bpo.data.images import ImageError, load_image
 from bpo.model.generate import generate_prompts
+from bpo.model.kv_cache import CachedPrefix, Prefixes, common_beginning
 from bpo.records import ContentPart, Turn
 
 
@@ -56,6 +57,8 @@ class TransformersVision:
         self.model, self.encoder, self.config = model, encoder, config
         self.name = config.model.path
         self.special_tokens = special_tokens_of(encoder)
+        self._cache = config.bootstrap.cache
+        self._prefixes = Prefixes(model, encoder.family.generation_inputs, enabled=self._cache != "static")
 
     def replies(self, requests: Sequence[VisionRequest]) -> Iterator[tuple[int, Reply]]:
         options = self.config.bootstrap.weaken
@@ -75,9 +78,17 @@ class TransformersVision:
             top_p=options.top_p,
             seeds=[requests[index].weakening.seed for index in prompts],
             beginnings=list(beginnings.values()),
+            prefix=self._prefix(list(prompts.values())),
+            cache=self._cache,
         )
         for index, (text, ended) in zip(prompts, answers, strict=True):
             yield index, Reply(text, ended)
+
+    def _prefix(self, prompts: Sequence[EncodedPrompt]) -> CachedPrefix | None:
+        """What the batch begins with up to the first image: a system prompt, say. Of the batch alone."""
+        if len(prompts) < 2:
+            return None
+        return self._prefixes.of(common_beginning([p.prefix_ids for p in prompts], self.encoder.image_token_id))
 
     def _encode(self, request: VisionRequest) -> tuple[EncodedPrompt, tuple[int, ...]]:
         weakening = request.weakening

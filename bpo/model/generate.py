@@ -5,15 +5,12 @@ Shape letters: B records, T padded prompt tokens, V vocabulary.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import (
-    DynamicCache,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
@@ -23,10 +20,16 @@ from transformers import (
     TemperatureLogitsWarper,
     TopPLogitsWarper,
 )
-from transformers.cache_utils import DynamicLayer
+
+from bpo.config_bootstrap import CacheKind
+from bpo.model.kv_cache import CachedPrefix, reserved_cache
 
 if TYPE_CHECKING:
     from bpo.data.encode import EncodedPrompt, Encoder
+
+
+# Batches of nearly one length then have one shape, and what transformers compiles for a static cache is used again.
+_STATIC_MULTIPLE_TOKENS = 128
 
 
 class GumbelNoise(LogitsProcessor):
@@ -59,34 +62,12 @@ class TokenBudgets(StoppingCriteria):
         return input_ids.shape[1] - self.prompt_length_tokens >= self.budgets_B  # type: ignore[return-value]
 
 
-@dataclass(frozen=True, slots=True)
-class CachedPrefix:
-    """Tokens with which several prompts begin, and the keys and values a model computed for them once."""
-
-    ids: tuple[int, ...]
-    cache: DynamicCache
-
-    def begins(self, prompt: Sequence[int]) -> bool:
-        return len(prompt) > len(self.ids) and tuple(prompt[: len(self.ids)]) == self.ids
-
-    def repeated(self, num_records: int) -> DynamicCache:
-        cache = copy.deepcopy(self.cache)
-        cache.batch_repeat_interleave(num_records)
-        return cache
-
-
-@torch.inference_mode()
-def cache_prefix(model: Any, ids: Sequence[int]) -> CachedPrefix | None:
-    """Runs a text model over `ids` once; None where its state is no plain key-value cache (recurrent or windowed)."""
-    ids_1T = torch.tensor([list(ids)], device=model.device)
-    cache = model(input_ids=ids_1T, use_cache=True, logits_to_keep=1).past_key_values
-    plain = type(cache) is DynamicCache and all(type(layer) is DynamicLayer for layer in cache.layers)
-    return CachedPrefix(tuple(ids), cache) if plain else None
-
-
-def left_pad(sequences: Sequence[Sequence[int]], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids [B, T] that end together, and the mask [B, T] that is 0 on the padding."""
+def left_pad(
+    sequences: Sequence[Sequence[int]], pad_token_id: int, multiple: int = 1
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids [B, T] that end together, and the mask [B, T] that is 0 on the padding; T is a multiple of `multiple`."""
     length = max(len(ids) for ids in sequences)
+    length += -length % multiple
     ids_BT = torch.full((len(sequences), length), pad_token_id, dtype=torch.long)
     mask_BT = torch.zeros_like(ids_BT)
     for row, ids in enumerate(sequences):
@@ -120,7 +101,9 @@ def generate_ids(
     top_p: float,
     seeds: Sequence[int],
     model_inputs: dict[str, torch.Tensor] | None = None,
+    inputs_of_ids: Callable[[torch.Tensor], dict[str, torch.Tensor]] = lambda ids_BT: {},
     prefix: CachedPrefix | None = None,
+    cache: CacheKind = "reserved",
 ) -> list[tuple[list[int], bool]]:
     """Generates one batch.
 
@@ -133,7 +116,9 @@ def generate_ids(
         top_p: Smallest set of tokens with this probability, after temperature.
         seeds: One a record.
         model_inputs: Further inputs, such as the images of the whole batch.
-        prefix: What all prompts begin with, computed before; padding then stands behind it.
+        inputs_of_ids: Gives those that go by the padded ids [B, T], such as token types.
+        prefix: What all prompts begin with, computed before; padding then stands behind it. Not with a `static` cache.
+        cache: Where keys and values are kept: see `bpo/model/kv_cache.py`.
 
     Returns:
         For each record its new tokens without EOS, and whether it ended by EOS (not by its budget).
@@ -142,8 +127,10 @@ def generate_ids(
         raise ValueError(
             f"{len(prompts)} prompts, {len(seeds)} seeds and {len(max_new_tokens)} budgets; give one of each a record"
         )
-    ids_BT, mask_BT = left_pad(prompts, pad_token_id) if prefix is None else _pad_after(prefix, prompts, pad_token_id)
-    cached = {} if prefix is None else {"past_key_values": prefix.repeated(len(prompts))}
+    if prefix is None:
+        ids_BT, mask_BT = left_pad(prompts, pad_token_id, _STATIC_MULTIPLE_TOKENS if cache == "static" else 1)
+    else:
+        ids_BT, mask_BT = _pad_after(prefix, prompts, pad_token_id)
     config = GenerationConfig(
         do_sample=False,
         num_beams=1,
@@ -151,6 +138,7 @@ def generate_ids(
         eos_token_id=list(eos_token_ids),
         pad_token_id=pad_token_id,
         use_cache=True,
+        cache_implementation="static" if cache == "static" else None,
     )
     with _own_settings_aside(model, config):
         output_BT = model.generate(
@@ -159,8 +147,8 @@ def generate_ids(
             generation_config=config,
             logits_processor=_processors(suppressed_token_ids, temperature, top_p, seeds, model.device),
             stopping_criteria=StoppingCriteriaList([TokenBudgets(ids_BT.shape[1], max_new_tokens, model.device)]),
-            **cached,
-            **_to_model(model_inputs or {}, model),
+            **_cache_arguments(model, cache, prefix, len(prompts)),
+            **_to_model((model_inputs or {}) | inputs_of_ids(ids_BT), model),
         )
     new_ids = zip(output_BT[:, ids_BT.shape[1] :].tolist(), max_new_tokens, strict=True)
     return [_until_end(ids, set(eos_token_ids), budget) for ids, budget in new_ids]
@@ -178,6 +166,13 @@ def _own_settings_aside(model: Any, config: GenerationConfig) -> Iterator[None]:
         yield
     finally:
         model.generation_config = own_config
+
+
+def _cache_arguments(model: Any, cache: CacheKind, prefix: CachedPrefix | None, num_records: int) -> dict[str, Any]:
+    if prefix is not None:
+        assert cache != "static", "a prefix cannot be put in front of transformers' static cache"
+        return {"past_key_values": prefix.repeated(num_records)}
+    return {"past_key_values": reserved_cache(model)} if cache == "reserved" else {}
 
 
 def _processors(
@@ -219,15 +214,17 @@ def generate_prompts(
     top_p: float,
     seeds: Sequence[int],
     beginnings: Sequence[Sequence[int]] | None = None,
+    prefix: CachedPrefix | None = None,
+    cache: CacheKind = "reserved",
 ) -> list[tuple[str, bool]]:
     """`generate_answers` with a budget a record; also tells which answers ended by themselves.
 
     Args:
         beginnings: Tokens of each answer that its prompt ends with already; the answer holds them.
+        prefix, cache: See `generate_ids`.
     """
     if not prompts:
         return []
-    ids_BT, _ = left_pad([prompt.prefix_ids for prompt in prompts], encoder.pad_token_id)
     images = encoder.family.batch_image_inputs([p.image_inputs for p in prompts if p.image_inputs])
     answers = generate_ids(
         model,
@@ -239,7 +236,10 @@ def generate_prompts(
         temperature=temperature,
         top_p=top_p,
         seeds=seeds,
-        model_inputs=images | encoder.family.generation_inputs(ids_BT),
+        model_inputs=images,
+        inputs_of_ids=encoder.family.generation_inputs,
+        prefix=prefix,
+        cache=cache,
     )
     begun = beginnings or [()] * len(prompts)
     return [(encoder.decode([*first, *ids]), ended) for first, (ids, ended) in zip(begun, answers, strict=True)]

@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from bpo.bootstrap.clean import clean_rewriting
-from bpo.bootstrap.generators import OwnLanguageModel, TransformersGenerator, load_causal_lm
+from bpo.bootstrap.generators import OwnLanguageModel, TransformersGenerator, WorkedExamples, load_causal_lm
 from bpo.bootstrap.inject import InjectionRequest, Message, build_request
 from bpo.bootstrap.validate import refusal
 from bpo.config import Config, ModelConfig
 from bpo.config_bootstrap import InjectConfig
 from bpo.data.encode import load_encoder
+from bpo.model.kv_cache import Prefixes
 from bpo.model.load import load_model
 from bpo.records import Annotation, ContentPart, Turn
 from tests.bootstrap.replies import replies_of
@@ -88,8 +89,11 @@ def test_the_own_language_model_answers_without_an_image(family: str, request: p
     requests = [build_request(annotation, "description", 8, seed) for seed in (1, 2)]
     replies = replies_of(own, requests)
     assert [replies_of(own, [one])[0] for one in requests] == replies
-    assert seen[0].count("Modified") == 0 and "Description: A cat, spelled <image>." in seen[0]
-    assert seen[0].count("ASSISTANT: " if "llava" in family else "<|im_start|>assistant") == 5
+    examples, asked, *_ = seen
+    assert asked.startswith(examples) and len(examples) > len(asked) // 2  # first the worked examples alone, once
+    assert sum(one == examples for one in seen) == 1
+    assert asked.count("Modified") == 0 and "Description: A cat, spelled <image>." in asked
+    assert asked.count("ASSISTANT: " if "llava" in family else "<|im_start|>assistant") == 5
 
 
 @pytest.mark.slow
@@ -128,6 +132,6 @@ def test_a_cached_prefix_changes_nothing_but_the_work(
     tokens_with_cache = sum(seen_tokens)
     assert replies_of(llm, requests) == with_cache  # the cache was not written to
     seen_tokens.clear()
-    monkeypatch.setattr(llm, "_prefix", lambda request: None)
+    llm._examples = WorkedExamples(Prefixes(llm.model, enabled=False), llm.encode)
     assert replies_of(llm, requests) == with_cache
     assert tokens_with_cache < 0.7 * sum(seen_tokens)
