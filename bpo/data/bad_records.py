@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -10,6 +12,21 @@ from bpo.config import DataConfig
 from bpo.data.problems import Problem, RecordError
 
 logger = logging.getLogger(__name__)
+
+
+def share(text: str) -> float:
+    """A share of records on a command line.
+
+    Raises:
+        ArgumentTypeError: It does not lie in [0, 1].
+    """
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no share of records; write a number in [0, 1]")
+    return value
 
 
 class TooManyBadRecords(ValueError):

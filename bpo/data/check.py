@@ -17,6 +17,7 @@ from typing import IO, Any
 from tqdm import tqdm
 
 from bpo.config import DataConfig
+from bpo.data.bad_records import share
 from bpo.data.examine import Examination, Findings, examine, forget_images
 from bpo.data.importers.registry import SCHEMAS, Source, open_source
 from bpo.data.jsonfiles import Piece
@@ -210,11 +211,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--from", dest="schema", default="", help=f"form of the records, if not found out: {names}")
     parser.add_argument("--max-words", type=int, default=DataConfig.max_completion_words, help="longest completion")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes; default: one a core")
-    parser.add_argument("--max-bad-share", type=float, default=0.0, help="share of bad records that is no failure")
+    parser.add_argument("--max-bad-share", type=share, default=0.0, help="share of bad records that is no failure")
     parser.add_argument("--quarantine", type=Path, help="list of bad records; default: DATA.quarantine.jsonl")
     parser.add_argument("--json", type=Path, help="write counts and examples here, too")
     args = parser.parse_args(argv)
-    quarantine = args.quarantine or args.data.with_name(f"{args.data.name}.quarantine.jsonl")
+    named = args.data if args.data.name not in ("", "..") else args.data.resolve()
+    quarantine = args.quarantine or named.with_name(f"{named.name}.quarantine.jsonl")
     part = quarantine.with_name(f"{quarantine.name}.part")
     try:
         with part.open("w", encoding="ascii") as file:
@@ -239,5 +241,8 @@ def main(argv: list[str]) -> int:
     if result.num_bad:
         print(f"The bad records: {quarantine}")
     if args.json:
-        args.json.write_text(json.dumps(vars(result), indent=1) + "\n", encoding="utf-8")
+        try:
+            args.json.write_text(json.dumps(vars(result), indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise ValueError(f"{args.json}: {error.strerror}; name another place by --json") from error
     return int(result.num_bad > args.max_bad_share * result.num_records)

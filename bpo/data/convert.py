@@ -13,7 +13,7 @@ from typing import Literal
 from tqdm import tqdm
 
 from bpo.config import DataConfig
-from bpo.data.bad_records import BadRecords
+from bpo.data.bad_records import BadRecords, share
 from bpo.data.exporters import write_jsonl, write_paper, write_trl_jsonl, write_trl_parquet
 from bpo.data.image_folder import ImageFolder
 from bpo.data.images import read_image_file, relative_image_path
@@ -167,8 +167,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--on-bad", choices=["quarantine", "error"], default="error", help="what becomes of bad records"
     )
-    share = DataConfig.max_bad_share
-    parser.add_argument("--max-bad-share", type=float, default=share, help=f"largest share of them (default {share})")
+    ceiling = DataConfig.max_bad_share
+    share_help = f"largest share of them (default {ceiling})"
+    parser.add_argument("--max-bad-share", type=share, default=ceiling, help=share_help)
     args = parser.parse_args(argv)
     if args.fetch_urls and args.images is None:
         raise ValueError("--fetch-urls needs --images, the folder that takes the downloads")

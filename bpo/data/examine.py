@@ -126,8 +126,11 @@ def _of_record(outcome: Outcome, max_words: int) -> Iterator[tuple[str, str]]:
     else:
         answers = [completion.response for completion in record.completions]
         extras = [record.extra, *(completion.extra for completion in record.completions)]
-        if len({completion.score for completion in record.completions}) < 2:
+        scores = [completion.score for completion in record.completions]
+        if len(set(scores)) < 2:
             yield "no-preference", "all completions have one score"
+        elif len(set(zip(answers, scores, strict=True))) > len(set(answers)):
+            yield "same-text", "completions of different scores have one text"
     if not record.images:
         yield "text only", "there is no image"
     for name in sorted({key for extra in extras for key in extra}):

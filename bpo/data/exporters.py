@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
@@ -164,12 +164,19 @@ def _dump(tree: Any) -> bytes:
 
 @contextmanager
 def _whole_file(path: Path) -> Iterator[IO[bytes]]:
-    """A file that takes its name when it is complete; what an error leaves unfinished is removed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """A file that takes its name when it is complete; what an error leaves unfinished is removed.
+
+    Raises:
+        ValueError: It cannot be written.
+    """
     part = path.with_name(f".{path.name}.part")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with part.open("wb") as file:
             yield file
         part.replace(path)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written ({error}); check folder and space, or name another file") from error
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink(missing_ok=True)

@@ -53,7 +53,10 @@ class ImageFolder:
         if self.root is None:
             raise RecordError("image-embedded", f"{where}: the image stands in the record; name a folder by --images")
         decode_image(content, name or "embedded in the record")
-        self.root.mkdir(parents=True, exist_ok=True)
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"{self.root} cannot be made ({error.strerror}); name another folder") from error
         for relative in (*([name] if name and _is_plain(name) else []), _name_of(content)):
             try:
                 path = resolve_image_path(self.root, relative)
@@ -70,10 +73,13 @@ class ImageFolder:
     def _write(self, relative: str, content: bytes) -> Path:
         assert self.root is not None
         path = self.root / relative
-        path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f".{path.name}.{os.getpid()}.part")
-        part.write_bytes(content)
-        part.replace(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            part.write_bytes(content)
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
         self.num_written += 1
         return path
 

@@ -116,6 +116,9 @@ def open_file(path: Path) -> BinaryIO:
         ValueError: Names the file and the reason.
     """
     try:
+        # A pipe may never be written to, and is read but once.
+        if Path(path).exists() and not Path(path).is_file():
+            raise ValueError(f"{path} is no regular file; write its content to one")
         return Path(path).open("rb")
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror}); check the path") from error

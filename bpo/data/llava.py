@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
-from bpo.data.fields import extra_of, image_paths, text_of
+from bpo.data.fields import extra_of, image_paths, prompt_turns, text_of
 from bpo.data.markers import place_images
+from bpo.data.messages import content_text, without_nulls
 from bpo.data.problems import RecordError
-from bpo.records import Annotation, Role
+from bpo.records import Annotation, Role, Turn
 
 ROLE_OF_SPEAKER: dict[str, Role] = {
     "human": "user",
@@ -29,7 +30,8 @@ def annotation_from_llava(obj: Mapping[str, Any], record_id: str, where: str) ->
 
     The last `gpt` turn is the response; every turn before it is the prompt, answers of earlier turns included, and
     turns after it are left out. So a conversation of n answers gives one annotation, in its full context.
-    The `<image>` markers are read as `bpo.data.markers.place_images` says. Other fields are kept in `extra`.
+    The `<image>` markers are read as `bpo.data.markers.place_images` says. Other fields are kept in `extra`, those of
+    turns as `source_turns`.
 
     Args:
         obj: The record.
@@ -48,16 +50,28 @@ def annotation_from_llava(obj: Mapping[str, Any], record_id: str, where: str) ->
     if not images:
         return TEXT_ONLY
     last = max((n for n, (role, _) in enumerate(turns) if role == "assistant"), default=-1)
-    if last < 0 or not turns[last][1].strip():
+    prompt, response = turns[:last], content_text(turns[last][1], "the answer", where) if last >= 0 else ""
+    if not response.strip():
         return NO_ANSWER
-    prompt, response = turns[:last], turns[last][1]
     if not ends_with_the_user(prompt):
         return NOT_ALTERNATING
-    extra = extra_of(obj, KNOWN_KEYS, where)
-    return Annotation(record_id, images, place_images(prompt, len(images)), response.strip(), extra)
+    extra = conversation_extra(obj, KNOWN_KEYS, where)
+    return Annotation(record_id, images, prompt_of(prompt, len(images), where), response.strip(), extra)
 
 
-def ends_with_the_user(prompt: list[tuple[Role, str]]) -> bool:
+def prompt_of(turns: list[tuple[Role, Any]], num_images: int, where: str) -> tuple[Turn, ...]:
+    """The prompt: texts may hold `<image>`; parts say themselves where an image stands, and texts beside them do not.
+
+    Raises:
+        RecordError: A part is neither text nor image, or they are not as many as the images.
+    """
+    if all(isinstance(content, str) for _, content in turns):
+        return place_images(turns, num_images)
+    messages = [{"role": role, "content": content} for role, content in turns]
+    return prompt_turns(without_nulls(messages), num_images, where)
+
+
+def ends_with_the_user(prompt: list[tuple[Role, Any]]) -> bool:
     """Whether user and answer take turns, from the user to the user."""
     spoken = [role for role, _ in prompt if role != "system"]
     alternating = [("user", "assistant")[n % 2] for n in range(len(spoken))]
@@ -70,15 +84,15 @@ def conversation_images(obj: Mapping[str, Any], where: str) -> tuple[str, ...]:
     Raises:
         RecordError: They are no paths, or stand under both names.
     """
-    if obj.get("image") is not None and obj.get("images") is not None:
+    if obj.get("image") and obj.get("images"):
         raise RecordError("wrong-type", f"{where}: fields 'image' and 'images' are both present; keep one")
-    name = "image" if obj.get("image") is not None else "images"
+    name = "image" if obj.get("image") or obj.get("images") is None else "images"
     value = obj.get(name)
     return () if value is None or value == "" else image_paths(value, name, where)
 
 
-def conversation_turns(obj: Mapping[str, Any], where: str) -> list[tuple[Role, str]]:
-    """(role, text) of every turn; a `system` field comes first.
+def conversation_turns(obj: Mapping[str, Any], where: str) -> list[tuple[Role, Any]]:
+    """(role, text or list of parts) of every turn; a `system` field comes first.
 
     Raises:
         RecordError: The turns have another form.
@@ -95,8 +109,8 @@ def conversation_turns(obj: Mapping[str, Any], where: str) -> list[tuple[Role, s
     return turns
 
 
-def conversation_turn(turn: Any, name: str, where: str) -> tuple[Role, str]:
-    """One turn: `from` and `value`, or `role` and `content`.
+def conversation_turn(turn: Any, name: str, where: str) -> tuple[Role, Any]:
+    """One turn: `from` and `value`, or `role` and `content`, which may be a list of parts.
 
     Raises:
         RecordError: It has another form.
@@ -104,7 +118,32 @@ def conversation_turn(turn: Any, name: str, where: str) -> tuple[Role, str]:
     if not isinstance(turn, dict):
         raise RecordError("wrong-type", f"{where}: {name} must be an object with 'from' and 'value'")
     who, what = ("from", "value") if "from" in turn else ("role", "content")
-    speaker = turn.get(who)
+    speaker, content = turn.get(who), turn.get(what)
     if not isinstance(speaker, str) or speaker not in ROLE_OF_SPEAKER:
         raise RecordError("unknown-role", f"{where}: {name}.{who} is {speaker!r}; it must be human, gpt or system")
-    return ROLE_OF_SPEAKER[speaker], text_of(turn.get(what), f"{name}.{what}", where)
+    if isinstance(content, list) and what == "content":
+        return ROLE_OF_SPEAKER[speaker], content
+    return ROLE_OF_SPEAKER[speaker], text_of(content, f"{name}.{what}", where)
+
+
+def conversation_extra(obj: Mapping[str, Any], known: Collection[str], where: str) -> dict[str, Any]:
+    """The other fields of a conversation, and as `source_turns` those of its turns.
+
+    Raises:
+        RecordError: A field holds what no JSON file in UTF-8 can hold.
+    """
+    extra = extra_of(obj, known, where)
+    turns = obj["messages"] if "messages" in obj else obj["conversations"]
+    if any(len(turn) > 2 for turn in turns):
+        extras = [turn_extra(turn, where) for turn in turns]
+        if any(extras):
+            extra.setdefault("source_turns", extras)
+    return extra
+
+
+def turn_extra(turn: Any, where: str) -> dict[str, Any]:
+    """The fields of a turn beside its speaker and text; null ones come from tables and say nothing."""
+    if not isinstance(turn, dict):
+        return {}
+    known = ("from", "value") if "from" in turn else ("role", "content")
+    return {name: value for name, value in extra_of(turn, known, where, ()).items() if value is not None}

@@ -60,6 +60,7 @@ _KINDS: tuple[tuple[str, Level, str, str], ...] = (
     ),
     ("no-preference", "left out", "all completions have one score", "score them"),
     # Notes
+    ("same-text", "note", "completions of different scores have one text", "remove one: there is nothing to learn"),
     ("unknown-field", "note", "a field that bpo does not read; it is kept and handed on", "none needed"),
     ("repeated-id", "note", "an annotation's id was used before; the second x becomes x#2", "none needed"),
     ("control-character", "note", "a control character in a text", "remove it: the model would learn to write it"),

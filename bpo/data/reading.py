@@ -13,6 +13,7 @@ from bpo.data.fields import id_text
 from bpo.data.importers.preferences import PairRow, merge_rows
 from bpo.data.importers.registry import Outcome, Schema, Source
 from bpo.data.jsonfiles import Piece
+from bpo.data.messages import lift_images
 from bpo.data.problems import Problem, RecordError
 from bpo.records import Annotation, PreferenceGroup
 
@@ -82,7 +83,7 @@ def adapt(schema: Schema, piece: Piece, take_images: TakeImages | None = None) -
     Raises:
         RecordError: Names file, record, field and fix.
     """
-    value: Mapping[str, Any] = piece.parse()
+    value = lift_images(piece.parse(), piece.where)
     if take_images is not None:
         value = take_images(value, piece.where)
     record_id = record_id_of(schema, value, piece)

@@ -102,6 +102,7 @@ BAD_GROUPS: list[tuple[str, bytes]] = [
 LEFT_OUT_OR_NOTED = [
     ("too-many-words", line(answer(response="word " * 100_000))),
     ("no-preference", line(answer(score=1))),
+    ("same-text", line(group(completions=[GT, OTHER, OTHER | {"response": GT["response"]}]))),
     ("text only", line(group(images=[]))),
     ("unknown-field", line(group(split="train"))),
     ("unknown-field", line(answer(annotator="x"))),

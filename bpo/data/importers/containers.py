@@ -108,7 +108,11 @@ def _kind_of(path: Path) -> str:
     if text[:1] == b"[":
         return "list"
     if text[:1] == b"{":
-        return "coco" if _is_coco(path) else "jsonl"
+        if _is_coco(path):
+            return "coco"
+        if text.split(b"\n")[0].strip() == b"{":
+            raise UnknownFormat(f"{path}: a JSON object over several lines; write a list of objects, or one a line")
+        return "jsonl"
     if path.suffix.lower() in (".csv", ".tsv"):
         return path.suffix.lower()[1:]
     if path.suffix.lower() in (".json", ".jsonl", ".ndjson"):
@@ -117,7 +121,8 @@ def _kind_of(path: Path) -> str:
         return "tar"
     packed = " (unpack it first)" if head[:2] in (b"\x1f\x8b", b"PK") else ""
     raise UnknownFormat(
-        f"{path}: not a JSON list or JSONL, CSV, TSV, parquet or tar file, by its first bytes {head[:16]!r}{packed}"
+        f"{path}: not a JSON list or JSONL, CSV, TSV, parquet or tar file, by its first bytes {head[:16]!r}{packed}; "
+        "tables are known by their names, .csv and .tsv"
     )
 
 
@@ -208,6 +213,8 @@ def _table_pieces(path: Path, separator: str) -> Iterator[Piece]:
         rows = csv.reader(file, delimiter=separator, strict=True)
         try:
             heading = [name.strip() for name in next(rows, [])]
+            if heading[:1] == [""] and len(heading) > 1:
+                heading[0] = "Unnamed: 0"  # as pandas reads the index that it wrote
         except csv.Error as error:
             raise ValueError(f"{path}: no heading can be read ({error}); name the columns in the first line") from error
         if len(set(heading)) != len(heading) or "" in heading:

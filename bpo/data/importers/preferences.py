@@ -12,12 +12,16 @@ from bpo.data.jsonfiles import parse_json
 from bpo.data.llava import (
     KNOWN_KEYS,
     NOT_ALTERNATING,
+    conversation_extra,
     conversation_images,
     conversation_turn,
     conversation_turns,
     ends_with_the_user,
+    prompt_of,
+    turn_extra,
 )
 from bpo.data.markers import place_images
+from bpo.data.messages import content_text, without_nulls
 from bpo.data.problems import RecordError
 from bpo.data.schema import provenance_from_json
 from bpo.records import Completion, PreferenceGroup
@@ -40,30 +44,39 @@ class PairRow:
 def group_from_trl(obj: Mapping[str, Any], record_id: str, where: str) -> PreferenceGroup | PairRow:
     """One row of TRL's preference format: `prompt`, `chosen`, `rejected` (texts or messages) and `images`.
 
-    Without `prompt`, what `chosen` and `rejected` have in common before their last message is the prompt.
+    Where the answers are whole conversations, what they have in common before their last message is the prompt.
 
     Raises:
         RecordError: Names `where`, the field and the fix.
     """
     images = conversation_images(obj, where)
-    chosen, rejected = required(obj, "chosen", where), required(obj, "rejected", where)
-    prompt = obj.get("prompt")
-    if prompt is None:
-        if not isinstance(chosen, list) or not isinstance(rejected, list) or chosen[:-1] != rejected[:-1]:
-            raise RecordError(
-                "missing-field",
-                f"{where}: field 'prompt' is missing, and chosen and rejected begin differently; add it",
-            )
-        prompt, chosen, rejected = chosen[:-1], chosen[-1:], rejected[-1:]
+    prompt, chosen, rejected = _split_prompt(obj, where)
     if isinstance(prompt, str):
         turns = place_images([("user", text_of(prompt, "field 'prompt'", where))], len(images))
     else:
-        turns = prompt_turns(_without_nulls(prompt), len(images), where)
+        turns = prompt_turns(without_nulls(prompt), len(images), where)
     answers = [_last_answer(chosen, "chosen", where), _last_answer(rejected, "rejected", where)]
     if GROUP_META in obj and obj[GROUP_META] is not None:
         return _pair_row(obj, images, turns, answers, where)
     completions = (Completion(answers[0], 1.0, "chosen"), Completion(answers[1], 0.0, "rejected"))
     return PreferenceGroup(record_id, images, turns, completions, extra_of(obj, TRL_KEYS, where))
+
+
+def _split_prompt(obj: Mapping[str, Any], where: str) -> tuple[Any, Any, Any]:
+    """Prompt, chosen, rejected, of which the answers may repeat the prompt, or alone hold it."""
+    prompt = obj.get("prompt")
+    chosen, rejected = required(obj, "chosen", where), required(obj, "rejected", where)
+    if prompt is not None and not (isinstance(chosen, list) and len(chosen) > 1):
+        return prompt, chosen, rejected
+    if not isinstance(chosen, list) or not isinstance(rejected, list) or chosen[:-1] != rejected[:-1]:
+        raise RecordError(
+            "missing-field", f"{where}: field 'prompt' is missing, and chosen and rejected begin differently; add it"
+        )
+    begin = chosen[:-1]
+    last = begin[-1].get("content") if begin and isinstance(begin[-1], dict) else None
+    if prompt is not None and prompt not in (begin, last):
+        raise RecordError("wrong-type", f"{where}: chosen does not begin as the prompt does; leave one of them out")
+    return begin, chosen[-1:], rejected[-1:]
 
 
 def group_from_rlhf_v(obj: Mapping[str, Any], record_id: str, where: str) -> PreferenceGroup:
@@ -93,7 +106,7 @@ def group_from_rlhf_v(obj: Mapping[str, Any], record_id: str, where: str) -> Pre
     return PreferenceGroup(record_id, images, place_images([("user", question)], len(images)), completions, extra)
 
 
-def group_from_sharegpt(obj: Mapping[str, Any], record_id: str, where: str) -> PreferenceGroup | str:
+def group_from_sharegpt(obj: Mapping[str, Any], record_id: str, where: str) -> PreferenceGroup | PairRow | str:
     """A ShareGPT conversation with `chosen` and `rejected` turns, as LLaMA-Factory writes them.
 
     Returns:
@@ -102,17 +115,23 @@ def group_from_sharegpt(obj: Mapping[str, Any], record_id: str, where: str) -> P
     Raises:
         RecordError: Names `where`, the field and the fix.
     """
+    chosen = obj.get("chosen")
+    if isinstance(chosen, list) and (len(chosen) > 1 or obj.get("prompt") is not None):
+        return group_from_trl(obj, record_id, where)  # TRL's, with one of the conversations once more
     images, turns = conversation_images(obj, where), conversation_turns(obj, where)
     if not ends_with_the_user(turns):
         return NOT_ALTERNATING
     completions = []
     for name, score in (("chosen", 1.0), ("rejected", 0.0)):
-        role, text = conversation_turn(required(obj, name, where), name, where)
+        value = required(obj, name, where)
+        value = value[0] if isinstance(value, list) and len(value) == 1 else value
+        role, content = ("assistant", value) if isinstance(value, str) else conversation_turn(value, name, where)
         if role != "assistant":
             raise RecordError("unknown-role", f"{where}: {name} is a turn of {role!r}; it must be the model's")
-        completions.append(Completion(answer_of(text, name, where), score, name))
-    extra = extra_of(obj, KNOWN_KEYS | {"chosen", "rejected"}, where)
-    return PreferenceGroup(record_id, images, place_images(turns, len(images)), tuple(completions), extra)
+        text = answer_of(content_text(content, name, where), name, where)
+        completions.append(Completion(text, score, name, None, turn_extra(value, where)))
+    extra = conversation_extra(obj, KNOWN_KEYS | {"chosen", "rejected"}, where)
+    return PreferenceGroup(record_id, images, prompt_of(turns, len(images), where), tuple(completions), extra)
 
 
 def merge_rows(rows: Sequence[PairRow], where: str) -> PreferenceGroup:
@@ -191,33 +210,9 @@ def _whole(meta: Mapping[str, Any], key: str, name: str, where: str) -> int:
 def _last_answer(value: Any, name: str, where: str) -> str:
     """The text of an answer: plain, or in one message of the assistant's."""
     if isinstance(value, list):
-        turns = _without_nulls(value)
+        turns = without_nulls(value)
         message = turns[0] if len(turns) == 1 and isinstance(turns[0], dict) else {}
         if message.get("role") != "assistant":
             raise RecordError("turn-order", f"{where}: {name} must be one message of the assistant's")
-        value = message.get("content")
-        if isinstance(value, list):
-            parts = [p.get("text") if isinstance(p, dict) and p.get("type") == "text" else None for p in value]
-            value = "".join(text_of(part, f"{name}.content", where) for part in parts)
+        value = content_text(message.get("content"), f"{name}.content", where)
     return answer_of(value, name, where)
-
-
-def _without_nulls(messages: Any) -> Any:
-    """Messages without the null fields that a table writes where another row has a value."""
-    if not isinstance(messages, list):
-        return messages
-    cleaned = []
-    for message in messages:
-        if isinstance(message, dict):
-            message = {key: value for key, value in message.items() if value is not None}
-            content = message.get("content")
-            if isinstance(content, list):
-                parts = [
-                    {k: v for k, v in p.items() if v is not None and not (k == "text" and p.get("type") == "image")}
-                    if isinstance(p, dict)
-                    else p
-                    for p in content
-                ]
-                message["content"] = parts
-        cleaned.append(message)
-    return cleaned

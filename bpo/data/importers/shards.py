@@ -18,7 +18,8 @@ MAX_MEMBER_BYTES = 256 << 20
 def tar_pieces(path: Path) -> Iterator[Piece]:
     """One record a sample: the fields of KEY.json, the image as `{"bytes", "path"}`, KEY.txt as `txt`, and so on.
 
-    Several images (KEY.0.jpg, KEY.1.jpg) are a list in the order of the shard. Nothing is unpacked to disk.
+    Several images (KEY.0.jpg, KEY.1.jpg) are a list in the order of the shard. Hidden files, such as those that macOS
+    puts beside every other, are left out. Nothing is unpacked to disk.
     """
     index = 0
     sample = _Sample("")
@@ -27,7 +28,10 @@ def tar_pieces(path: Path) -> Iterator[Piece]:
             for member in tar:
                 if member.isdir():
                     continue
+                member.name = member.name.removeprefix("./")
                 folder, _, name = member.name.rpartition("/")
+                if name.startswith("."):
+                    continue
                 stem, _, suffix = name.partition(".")
                 key = f"{folder}/{stem}" if folder else stem
                 if key != sample.key:
@@ -35,7 +39,7 @@ def tar_pieces(path: Path) -> Iterator[Piece]:
                         yield sample.piece(path, index)
                         index += 1
                     sample = _Sample(key)
-                sample.add(member, suffix, tar.extractfile(member) if member.isfile() else None)
+                sample.add(member, suffix.lower(), tar.extractfile(member) if member.isfile() else None)
     except (tarfile.TarError, OSError, EOFError) as error:
         damage = Damage("torn-record", f"the shard is damaged or cut off after it ({error}); fetch it again")
         yield Piece(f"{path}, sample {sample.key!r}", index, False, {}, damage)
@@ -57,7 +61,7 @@ class _Sample:
             self.damage = Damage("wrong-type", f"member {member.name!r} is {what}; pack a regular file")
             return
         raw = file.read()
-        kind = suffix.rpartition(".")[2].lower()
+        kind = suffix.rpartition(".")[2]
         try:
             if kind in IMAGE_SUFFIXES:
                 self.images.append({"bytes": raw, "path": member.name})
