@@ -34,6 +34,17 @@ class EncodingError(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
+class EncodedImages:
+    """The images of one prompt as the model takes them, and what stands for each in the prompt."""
+
+    inputs: dict[str, torch.Tensor]
+    places: tuple[ImagePlace, ...]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+
+@dataclass(frozen=True, slots=True)
 class EncodedPrompt:
     """A prompt ready for the model, image placeholders expanded, ending where the answer begins."""
 
@@ -136,13 +147,13 @@ class Encoder:
     def encode_prompt(
         self,
         record_id: str,
-        images: Sequence[str],
+        images: Sequence[str] | EncodedImages,
         prompt: Sequence[Turn],
-        change: Callable[[Image.Image], Image.Image] | None = None,
     ) -> EncodedPrompt:
         """Applies the chat template with a generation prompt and expands each image placeholder.
 
-        With `change`, every picture goes through it before the image processor.
+        Args:
+            images: Paths, or what `encode_images` gave for them.
 
         Raises:
             EncodingError: images and image parts differ in number, or the template lost or added one.
@@ -151,7 +162,7 @@ class Encoder:
         expected = sum(turn.num_images for turn in prompt)
         if expected != len(images):
             raise EncodingError(f"record {record_id!r}: the prompt has {expected} image parts but {len(images)} images")
-        image_inputs, places = self._load_images(images, change)
+        encoded = images if isinstance(images, EncodedImages) else self.encode_images(images)
         pieces, literals = self._render(prompt)
         found = sum(piece.count(self._placeholder) for piece in pieces[::2])
         if found != expected:
@@ -160,37 +171,38 @@ class Encoder:
                 f"placeholders for {expected} images; use a processor whose template takes structured content"
             )
         # In the text and not in its tokens: what stands around an image may join the text before and after.
-        texts = iter([place.text for place in places])
+        texts = iter([place.text for place in encoded.places])
         for index in range(0, len(pieces), 2):
             parts = pieces[index].split(self._placeholder)
             pieces[index] = parts[0] + "".join(next(texts) + part for part in parts[1:])
-        runs = iter([run for place in places for run in place.runs])
+        runs = iter([run for place in encoded.places for run in place.runs])
         prefix_ids: list[int] = []
         for token in self._tokenize(pieces, literals):
             prefix_ids.extend([token] * next(runs) if token == self.image_token_id else [token])
-        return EncodedPrompt(record_id, tuple(prefix_ids), image_inputs)
+        return EncodedPrompt(record_id, tuple(prefix_ids), encoded.inputs)
 
-    def image_inputs(self, images: Sequence[str]) -> dict[str, torch.Tensor]:
-        """Decodes and preprocesses images: what the vision tower takes.
+    def encode_images(
+        self, images: Sequence[str], change: Callable[[Image.Image], Image.Image] | None = None
+    ) -> EncodedImages:
+        """Decodes and preprocesses the images of one prompt. Needs no tokenizer, and may run in any thread.
+
+        Args:
+            change: What every picture goes through before the image processor.
 
         Raises:
             ImageError: an image cannot be read, or the processor refuses its shape.
         """
-        return self._load_images(images)[0]
-
-    def _load_images(
-        self, images: Sequence[str], change: Callable[[Image.Image], Image.Image] | None = None
-    ) -> tuple[dict[str, torch.Tensor], list[ImagePlace]]:
         if not images:
-            return {}, []
+            return EncodedImages({}, ())
         pictures = [load_image(self.image_root, image) for image in images]
         if change is not None:
             pictures = [change(picture) for picture in pictures]
         try:
-            return self.family.preprocess(self.processor, pictures)
+            inputs, places = self.family.preprocess(self.processor, pictures)
         except ValueError as error:
             sizes = ", ".join(f"{p.width}x{p.height}" for p in pictures)
             raise ImageError(f"{', '.join(images)}: the image processor refuses it ({sizes} px): {error}") from error
+        return EncodedImages(inputs, tuple(places))
 
     def stand_in(self) -> EncodedPrompt:
         """A small black picture's image tokens and pixels, outside any prompt: see `collate_groups`."""

@@ -6,6 +6,7 @@ is an `ImageError` that names the file and the fix.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import logging
@@ -21,6 +22,8 @@ logger = logging.getLogger(__name__)
 MAX_PIXELS = 89_478_485  # Pillow's own bound: 256 MiB of RGB
 ODD_SHAPE_RATIO = 100
 EXIF_ORIENTATION = 0x0112
+# Pictures of pixels. Pillow would also run Ghostscript on EPS, and try rarer decoders that few have ever attacked.
+FORMATS = "JPEG PNG WEBP GIF TIFF BMP AVIF JPEG2000 PPM ICO DIB TGA PCX SGI QOI".split()
 # A camera's JPEG with a preview in it is of a format of its own to Pillow.
 _JPEG_FAMILY = {"JPEG", "MPO"}
 _UPRIGHT_BY_ORIENTATION = {
@@ -150,7 +153,7 @@ def decode_image(source: Path | bytes, name: str, notes: list[str] | None = None
     if isinstance(source, bytes) and not source:
         raise ImageError(f"image {name!r} is empty (0 bytes); fetch it again or remove its record", "image-empty")
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=_formats()) as image:
             _check_size(image, name)
             if notes is not None:
                 notes += _oddities(image, name)
@@ -165,6 +168,12 @@ def decode_image(source: Path | bytes, name: str, notes: list[str] | None = None
             f"image {name!r} cannot be decoded ({type(error).__name__}: {error}); fetch it again or remove its record",
             "image-undecodable",
         ) from error
+
+
+@functools.cache
+def _formats() -> list[str]:
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
 
 
 def image_bytes_digest(root: Path, relative: str) -> str:
@@ -236,4 +245,6 @@ def _to_8_bit(image: Image.Image) -> np.ndarray:
         low, high = 0.0, 65535.0  # 16-bit files arrive as I;16 or, from PGM, as I
     span = high - low
     scaled_HW = (grey_HW - low) * (255.0 / span if span > 0 else 0.0)
-    return np.rint(scaled_HW).astype(np.uint8)
+    scaled_HW = np.rint(scaled_HW).astype(np.uint8)
+    key = image.info.get("transparency")  # of a 16-bit PNG: the grey that is none
+    return np.where(grey_HW == key, np.uint8(255), scaled_HW) if isinstance(key, int) else scaled_HW

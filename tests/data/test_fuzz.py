@@ -50,7 +50,14 @@ KEYS = st.sampled_from(
 VALUES = st.recursive(
     SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=4), max_leaves=12
 )
-TURNS = st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant", 3]), "content": VALUES})
+PARTS = st.fixed_dictionaries(
+    {"type": st.sampled_from(["text", "image", "image_url", 3])},
+    optional={"text": SCALARS, "image": SCALARS | VALUES, "image_url": st.fixed_dictionaries({"url": SCALARS})},
+)
+CONTENTS = VALUES | st.lists(PARTS, max_size=3)
+TURNS = st.fixed_dictionaries(
+    {"role": st.sampled_from(["user", "assistant", "user", 3]), "content": CONTENTS}, optional={"at": VALUES}
+)
 SPOKEN = st.fixed_dictionaries({"from": st.sampled_from(["human", "gpt", None]), "value": SCALARS})
 COMPLETIONS = st.fixed_dictionaries({"response": SCALARS, "score": SCALARS, "type": SCALARS}, optional={"tag": VALUES})
 FIELDS: dict[str, Any] = {
@@ -59,6 +66,7 @@ FIELDS: dict[str, Any] = {
     "images": st.lists(st.sampled_from(TRAPS), max_size=2) | VALUES,
     "completions": st.lists(COMPLETIONS, max_size=3) | VALUES,
     "conversations": st.lists(SPOKEN, max_size=4) | VALUES,
+    "messages": st.lists(TURNS, max_size=4),
     "chosen": SCALARS | st.lists(TURNS, max_size=2),
     "rejected": SCALARS | st.lists(TURNS, max_size=2),
     "response": SCALARS,

@@ -237,3 +237,27 @@ def test_a_folder_that_may_not_be_entered_is_named_so(tmp_path: Path, monkeypatc
     with pytest.raises(ImageError, match="check its permissions") as caught:
         load_image(tmp_path, "closed/a.png")
     assert caught.value.code == "image-unreadable"
+
+
+def test_no_program_is_run_on_a_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from PIL import EpsImagePlugin
+
+    def run(*args: object, **kwargs: object) -> None:
+        raise AssertionError("Ghostscript was called")
+
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", run)
+    page = "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n%%EndComments\nshowpage\n%%EOF\n"
+    (tmp_path / "a.png").write_text(page)
+    with pytest.raises(ImageError, match="cannot identify"):
+        load_image(tmp_path, "a.png")
+
+
+def test_the_transparent_grey_of_a_16_bit_picture_is_white(tmp_path: Path) -> None:
+    save(tmp_path, "a.png", Image.fromarray(np.array([[777, 778]], dtype=np.uint16)))
+    content = (tmp_path / "a.png").read_bytes()
+    key = b"tRNS" + struct.pack(">H", 777)
+    header = 8 + 25
+    chunk = struct.pack(">I", 2) + key + struct.pack(">I", zlib.crc32(key))
+    (tmp_path / "a.png").write_bytes(content[:header] + chunk + content[header:])
+    loaded = load_image(tmp_path, "a.png")
+    assert (pixel(loaded, 0), pixel(loaded, 1)) == ((255, 255, 255), (3, 3, 3))
