@@ -63,7 +63,10 @@ class ImageFolder:
             except ImageError as error:
                 if error.code != "image-missing":
                     continue  # a folder, a link out of the root: the content's own name is free
-                path = self._write(relative, content)
+                try:
+                    path = self._write(relative, content)
+                except (FileExistsError, NotADirectoryError):
+                    continue  # a file stands where a folder of the name should
             if path.read_bytes() == content:
                 return relative
         raise ImageError(

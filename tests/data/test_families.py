@@ -192,7 +192,7 @@ def test_text_only_positions_count_on_in_all_channels(tiny_qwen_dir: Path) -> No
 
 
 def test_noise_is_standard_normal_and_repeats_with_its_generator(name: str, encoder: Encoder) -> None:
-    pixels = encoder.image_inputs(["odd.png"])["pixel_values"]
+    pixels = encoder.encode_images(["odd.png"]).inputs["pixel_values"]
     noise, again = (encoder.family.noise_like(pixels, torch.Generator().manual_seed(3)) for _ in range(2))
     assert noise.shape == pixels.shape and noise.dtype == torch.float32
     assert torch.equal(noise, again)

@@ -20,9 +20,9 @@ from bpo.data.image_folder import ImageFolder
 CAPTION = json.dumps({"image": "a.png", "caption": "A bus."})
 
 
-def png() -> bytes:
+def png(colour: int = 0) -> bytes:
     buffer = io.BytesIO()
-    Image.new("RGB", (4, 4)).save(buffer, "PNG")
+    Image.new("RGB", (4, 4), (colour, 0, 0)).save(buffer, "PNG")
     return buffer.getvalue()
 
 
@@ -78,6 +78,32 @@ def test_links_and_devices_in_a_shard_cost_their_sample(tmp_path: Path) -> None:
     members = [link, ("1.txt", b"x"), device, ("2.txt", b"x"), hard, ("3.txt", b"x"), ("4.png", png()), ("4.txt", b"y")]
     path = write_tar(tmp_path / "a.tar", *members)
     assert check_data(path).counts == {"wrong-type": 3} and check_data(path).num_records == 4
+
+
+@pytest.mark.timeout(20)
+def test_a_member_that_claims_a_terabyte_is_not_waited_for(tmp_path: Path) -> None:
+    header = tarfile.TarInfo("1.png")
+    header.size = 1 << 40
+    (tmp_path / "a.tar").write_bytes(header.tobuf() + png() + bytes(1024))
+    with pytest.raises(ValueError, match="sample '1': the shard is damaged"):
+        read_annotations(tmp_path / "a.tar")
+    whole = write_tar(tmp_path / "b.tar", ("0.png", png()), ("0.txt", b"A bus.")).read_bytes()
+    (tmp_path / "c.tar").write_bytes(whole[:2048] + (tmp_path / "a.tar").read_bytes())
+    assert check_data(tmp_path / "c.tar").counts == {"torn-record": 1}
+
+
+def test_names_that_bar_each_other_cost_no_image(tmp_path: Path) -> None:
+    names = ["a", "a/b.png", "d/e.png", "d", ".", "..", "d/", "https://x/y.png", "n" * 300]
+    members = []
+    for number, name in enumerate(names):
+        record = json.dumps({"image": name, "caption": "A bus."}).encode()
+        members += [(f"{number}.json", record), (f"{number}.png", png(number))]
+    path = write_tar(tmp_path / "a.tar", *members)
+    result = convert(path, tmp_path / "a.jsonl", images=ImageFolder(tmp_path / "images"))
+    images = [annotation.images[0] for annotation in read_annotations(tmp_path / "a.jsonl").annotations]
+    assert [(tmp_path / "images" / image).read_bytes() for image in images] == [png(n) for n in range(len(names))]
+    assert result.num_images == len(names) and images[::2][:2] == ["a", "d/e.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "a.tar", "images"]
 
 
 @pytest.mark.parametrize("place", ["folder.jsonl", "file/out.jsonl"])

@@ -24,8 +24,10 @@ def tar_pieces(path: Path) -> Iterator[Piece]:
     index = 0
     sample = _Sample("")
     try:
-        with tarfile.open(path, "r|*") as tar:
-            for member in tar:
+        # Not "r|*": a stream steps over a member of the size that its heading claims, be the file at its end or not.
+        with tarfile.open(path, "r:*") as tar:
+            while (member := tar.next()) is not None:
+                tar.members = []  # type: ignore[attr-defined]  # which grows otherwise
                 if member.isdir():
                     continue
                 member.name = member.name.removeprefix("./")
