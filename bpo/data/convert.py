@@ -122,7 +122,8 @@ def _fitting(
         try:
             _check_target(record, target, image_root)
         except RecordError as error:
-            result.bad.report(Problem(error.code, str(source.container.paths[0]), record.id, str(error)))
+            where = str(source.container.paths[0])
+            result.bad.report(Problem(error.code, where, record.id, f"{where} (id {record.id!r}): {error}"))
             continue
         result.num_read += 1
         yield record

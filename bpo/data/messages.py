@@ -39,17 +39,37 @@ def lift_images(record: Mapping[str, Any], where: str) -> Mapping[str, Any]:
 
 
 def without_nulls(messages: Any) -> Any:
-    """Messages without the null fields that a table writes where another row has a value."""
+    """Messages without what tables write into them: null fields where another row has a value, numbers of images.
+
+    A number (`index`) stays where the images do not stand in their order: then it says what nothing else does.
+    """
     if not isinstance(messages, list):
         return messages
     cleaned = []
+    images: list[dict[str, Any]] = []
     for message in messages:
         if isinstance(message, dict):
             message = {key: value for key, value in message.items() if value is not None}
             if isinstance(message.get("content"), list):
                 message["content"] = [_without_nulls(part) for part in message["content"]]
+                images += [
+                    part for part in message["content"] if isinstance(part, dict) and part.get("type") == "image"
+                ]
         cleaned.append(message)
+    if [part.get("index") for part in images] == list(range(len(images))):
+        for part in images:
+            del part["index"]
     return cleaned
+
+
+def turns_of_columns(value: Any) -> Any:
+    """A list of turns that a table holds as columns, `{"from": [...], "value": [...]}`, as `datasets` once wrote it."""
+    if not isinstance(value, dict) or not ({"from", "value"} <= value.keys() or {"role", "content"} <= value.keys()):
+        return value
+    columns = list(value.values())
+    if not all(isinstance(column, list) and len(column) == len(columns[0]) for column in columns):
+        return value
+    return [dict(zip(value, turn, strict=True)) for turn in zip(*columns, strict=True)]
 
 
 def content_text(content: Any, name: str, where: str) -> str:
@@ -64,12 +84,16 @@ def content_text(content: Any, name: str, where: str) -> str:
     return "".join(text_of(text, f"{name}, a part", where) for text in texts)
 
 
+def _is_image(part: Any) -> bool:
+    return isinstance(part, dict) and part.get("type") == "image"
+
+
 def _without_nulls(part: Any) -> Any:
     if not isinstance(part, dict):
         return part
     # TRL's collator writes the text of an image's place, too.
-    of_image = part.get("type") == "image"
-    return {key: value for key, value in part.items() if value is not None and not (of_image and key == "text")}
+    no_text = _is_image(part)
+    return {key: value for key, value in part.items() if value is not None and not (no_text and key == "text")}
 
 
 def _bare_message(message: Any, sources: list[Any]) -> Any:

@@ -160,3 +160,25 @@ def test_tables_as_they_are_written_elsewhere(tmp_path: Path) -> None:
     arguments = ["convert", str(tmp_path / "a.parquet"), str(convert_bad), "--on-bad", "quarantine"]
     assert main([*arguments, "--max-bad-share", "0.5"]) == 0
     assert [json.loads(line).get("day") for line in convert_bad.read_text().splitlines()] == ["1970-01-01", None]
+
+
+def test_turns_in_columns_and_numbered_images(tmp_path: Path) -> None:
+    # As `datasets` before 4 stored a Sequence of objects, and as HuggingFaceH4's llava-instruct-mix-vsft has its parts.
+    turns = {"from": ["human", "gpt"], "value": ["<image>What?", "A bus."]}
+    datasets.Dataset.from_list([{"image": "a.png", "conversations": turns}]).to_parquet(tmp_path / "a.parquet")
+    (annotation,) = read_annotations(tmp_path / "a.parquet").annotations
+    assert (annotation.prompt[0].text, annotation.response, annotation.extra) == ("What?", "A bus.", {})
+
+    def message(role: str, *parts: tuple[str, int | None, str | None]) -> dict[str, Any]:
+        return {"role": role, "content": [{"type": t, "index": i, "text": x} for t, i, x in parts]}
+
+    def write(*numbers: int) -> Path:
+        asked = message("user", *(("image", number, None) for number in numbers), ("text", None, "Which?"))
+        row = {"messages": [asked, message("assistant", ("text", None, "It."))], "images": ["a.png", "b.png"]}
+        datasets.Dataset.from_list([row]).to_parquet(tmp_path / "b.parquet")
+        return tmp_path / "b.parquet"
+
+    (annotation,) = read_annotations(write(0, 1)).annotations
+    assert [part.type for part in annotation.prompt[0].content] == ["image", "image", "text"]
+    with pytest.raises(ValueError, match="unknown key 'index'"):
+        read_annotations(write(1, 0))

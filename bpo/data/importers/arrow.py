@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bpo.data.jsonfiles import Piece
+from bpo.data.messages import MESSAGE_FIELDS, turns_of_columns
 
 ROWS = 64  # at a time: a row may hold images
 HUB = "hub:"
@@ -71,6 +72,8 @@ def _pieces(tables: Iterator[Any], source: str) -> Iterator[Piece]:
         for row in table.to_pylist():
             # A null cell of a table is a field that is not there.
             cells = {name: _plain(value) for name, value in row.items() if value is not None}
+            for name in cells.keys() & MESSAGE_FIELDS:
+                cells[name] = turns_of_columns(cells[name])
             yield Piece(f"{source}, row {index}", index, False, cells)
             index += 1
 
