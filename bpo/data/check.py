@@ -10,6 +10,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -236,7 +237,8 @@ def main(argv: list[str]) -> int:
             f"{quarantine} cannot be written ({error.strerror}); name another place by --quarantine"
         ) from error
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):  # of a folder that may not be entered
+            part.unlink(missing_ok=True)
     print(result.table())
     if result.num_bad:
         print(f"The bad records: {quarantine}")

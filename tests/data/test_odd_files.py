@@ -119,6 +119,8 @@ def test_an_output_that_cannot_be_written_is_one_line(
     assert sorted(tmp_path.rglob("*")) == before
     report = ["check", str(tmp_path / "a.json"), "--no-images", "--json", str(tmp_path / place)]
     assert main(report) == 1 and "name another place by --json" in capsys.readouterr().err
+    listed = ["check", str(tmp_path / "a.json"), "--no-images", "--quarantine", str(tmp_path / "file" / "q.jsonl")]
+    assert main(listed) == 1 and "name another place by --quarantine" in capsys.readouterr().err
     shard = write_tar(tmp_path / "a.tar", ("1.png", png()), ("1.txt", b"A bus."))
     arguments = ["convert", str(shard), str(tmp_path / "b.jsonl"), "--images", str(tmp_path / "file")]
     assert main(arguments) == 1 and "name another folder" in capsys.readouterr().err
