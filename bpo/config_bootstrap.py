@@ -221,8 +221,11 @@ class BootstrapConfig:
         max_inject_records: Inject errors into only the first so many annotations; 0 takes all.
         num_shards: Jobs that share the annotations, such as tasks of an array; after more than one comes `bpo merge`.
         shard_index: Which of them this is, from 0.
+        claim_timeout_s: The work of a rank that gave no sign of life for so many seconds goes to others.
+        num_workers: Threads that read and weaken the images of the next batch; 0: no batch is prepared ahead.
         max_idle_restarts: Starts by SLURM that finish no batch, after which the job gives up; 0 never does.
-        stall_timeout_s: Rank 0 gives up waiting for the other ranks when none finished a batch for so many seconds.
+        stall_timeout_s: Rank 0 gives up waiting for what living ranks have claimed when none finished a batch for so
+            many seconds.
     """
 
     sources: list[Source] = field(default_factory=lambda: ["weaken", "inject"])
@@ -239,6 +242,8 @@ class BootstrapConfig:
     max_inject_records: int = 0
     num_shards: int = 1
     shard_index: int = 0
+    claim_timeout_s: float = 120.0
+    num_workers: int = 4
     max_idle_restarts: int = 3
     stall_timeout_s: float = 3600.0
 
@@ -256,6 +261,8 @@ class BootstrapConfig:
         )
         check(self.max_idle_restarts >= 0, "bootstrap.max_idle_restarts must be 0 (no limit) or more")
         check(self.stall_timeout_s > 0, "bootstrap.stall_timeout_s must be positive")
+        check(self.claim_timeout_s > 0, "bootstrap.claim_timeout_s must be positive")
+        check(self.num_workers >= 0, "bootstrap.num_workers must be 0 (prepare no batch ahead) or more")
         if "weaken" in self.sources and self.vision.engine != "transformers":
             check(
                 self.weaken.space == "pixel",

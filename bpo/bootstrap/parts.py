@@ -14,9 +14,12 @@ import json
 import logging
 import os
 import sqlite3
+import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Literal
@@ -72,15 +75,20 @@ class Outcome:
         return cls(obj["id"], obj["source"], obj["status"], obj["text"], obj["reason"], provenance, obj["detail"])
 
 
+def part_name(worker: int) -> str:
+    """The file of a worker: a rank of a shard."""
+    return f"rank-{worker:05d}.jsonl"
+
+
 class PartWriter:
-    """Appends outcomes to one rank's file.
+    """Appends outcomes to one worker's file.
 
     Raises:
         ValueError: Another process has the file open for writing.
     """
 
-    def __init__(self, folder: Path, rank: int):
-        self.path = folder / f"rank-{rank:05d}.jsonl"
+    def __init__(self, folder: Path, worker: int):
+        self.path = folder / part_name(worker)
         folder.mkdir(parents=True, exist_ok=True)
         self._file = self.path.open("a+b")
         try:
@@ -145,6 +153,7 @@ class PartReader:
         self.folder = folder
         self._offsets: dict[Path, int] = {}
         self._parts: list[Path] = []
+        self._num_of: Counter[str] = Counter()
         self._open: tuple[int, BinaryIO] | None = None  # the part that was asked last
         self._database = sqlite3.connect("")  # a temporary file of its own, removed when it is closed
         self._database.execute("PRAGMA journal_mode = OFF")
@@ -154,18 +163,30 @@ class PartReader:
             "PRIMARY KEY (source, id)) WITHOUT ROWID"
         )
 
-    def poll(self) -> int:
-        """Reads complete new lines and returns the number of new outcomes."""
+    def poll(self, part: Path | None = None) -> int:
+        """Reads complete new lines, of all parts or of one, and returns the number of new outcomes."""
         before = self._database.total_changes
-        for path in sorted(self.folder.glob("rank-*.jsonl")):
+        for path in sorted(self.folder.glob("rank-*.jsonl")) if part is None else [part]:
             if path not in self._offsets:
                 self._offsets[path] = 0
                 self._parts.append(path)
             with path.open("rb") as file:
                 file.seek(self._offsets[path])
-                rows = self._new_rows(file, path)
-                self._database.executemany("INSERT OR IGNORE INTO outcome VALUES (?, ?, ?, ?, ?, ?)", rows)
+                for source, rows in groupby(self._new_rows(file, path), key=itemgetter(0)):
+                    known = self._database.total_changes
+                    self._database.executemany("INSERT OR IGNORE INTO outcome VALUES (?, ?, ?, ?, ?, ?)", rows)
+                    self._num_of[source] += self._database.total_changes - known
         return self._database.total_changes - before
+
+    def num_of(self, source: str) -> int:
+        """Outcomes of a source."""
+        return self._num_of[source]
+
+    def num_by(self, worker: int) -> int:
+        """Outcomes that stand in the part of a worker."""
+        numbers = [number for number, path in enumerate(self._parts) if path.name == part_name(worker)]
+        found = self._database.execute("SELECT COUNT(*) FROM outcome WHERE part = ?", (numbers or [-1])[:1])
+        return int(found.fetchone()[0])
 
     def __len__(self) -> int:
         return int(self._database.execute("SELECT COUNT(*) FROM outcome").fetchone()[0])
@@ -235,7 +256,7 @@ class AtomicLines:
     def __init__(self, path: Path):
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        self._temporary = _temporary_name(path)
         self._file = self._temporary.open("wb")
 
     def write(self, obj: Mapping[str, Any]) -> None:
@@ -256,9 +277,14 @@ class AtomicLines:
 def write_atomically(path: Path, content: bytes) -> None:
     """Puts a whole file in place of another at once: no reader ever sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _temporary_name(path)
     with temporary.open("wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def _temporary_name(path: Path) -> Path:
+    # Not by the number of the process: those of two machines may be equal.
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")

@@ -1,10 +1,10 @@
 """`bpo bootstrap`: annotations and images in, preference groups out; sharded over ranks and jobs, always resumable.
 
-Batches are made once from all records, longest first (memory runs short at once or never), and dealt to the workers in
-turn: the ranks of one job, or of all jobs that share the work (bootstrap.num_shards, an array of SLURM). A batch is
-always generated whole, so that with one batch size not even the rounding of batched matrix products depends on the
-number of workers or on where an earlier run was killed. They meet only through files: rank 0 merges when every record
-has an outcome; with several shards, `bpo merge` does.
+Batches are made once from all records, longest first (memory runs short at once or never). Workers claim them in that
+order: the ranks of one job, or of all jobs that share the work (bootstrap.num_shards, an array of SLURM). A slow worker
+does less, and the work of a dead one goes to others. A batch is always generated whole, so that with one batch size not
+even the rounding of batched matrix products depends on the number of workers or on where an earlier run was killed.
+Workers meet only through files: rank 0 merges when every record has an outcome; with several shards, `bpo merge` does.
 """
 
 from __future__ import annotations
@@ -14,25 +14,31 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm  # type: ignore[import-untyped]
 
+from bpo.bootstrap.ahead import Ahead
 from bpo.bootstrap.broken import BrokenRecords
-from bpo.bootstrap.engines import Engines, batch_size, needed_paths
+from bpo.bootstrap.claims import Claims
+from bpo.bootstrap.engines import Engines, needed_paths
 from bpo.bootstrap.identity import check_identity
 from bpo.bootstrap.merge import BootstrapSummary, beside, merge
 from bpo.bootstrap.parts import Outcome, PartReader, PartWriter
+from bpo.bootstrap.progress import ProgressBar
 from bpo.bootstrap.sources import ImageAnswers, InjectedErrors, NegativeSource
-from bpo.bootstrap.spool import AnnotationSpool, Batches
+from bpo.bootstrap.spool import AnnotationSpool
+from bpo.bootstrap.work import ClaimedBatch, SourceWork, is_finished, lacking, plan_work
 from bpo.config import Config
 from bpo.config_bootstrap import Source
 from bpo.data.bad_records import BadRecords
 from bpo.data.formats import iterate_annotations
 from bpo.interrupts import StopRequest
 from bpo.launch import Ranks, ranks_from_environment, restart_count
+from bpo.records import Annotation
 from bpo.run_lock import RestartCount
 
 logger = logging.getLogger(__name__)
@@ -43,7 +49,7 @@ _WRITE_EVERY_S = 1.0
 
 @dataclass(frozen=True)
 class Share:
-    """Which of all batches are whose: every rank of every shard is a worker."""
+    """Who of all workers this is: every rank of every shard is one."""
 
     shard: int
     num_shards: int
@@ -53,16 +59,15 @@ class Share:
     def worker(self) -> int:
         return self.shard * self.ranks.world_size + self.ranks.rank
 
-    def of_worker(self, batches: Batches) -> Batches:
-        return self._every(batches, self.worker)
-
-    def of_shard(self, batches: Batches) -> list[Batches]:
-        """The batches of each worker of this shard."""
+    @property
+    def workers_of_shard(self) -> range:
         first = self.shard * self.ranks.world_size
-        return [self._every(batches, worker) for worker in range(first, first + self.ranks.world_size)]
+        return range(first, first + self.ranks.world_size)
 
-    def _every(self, batches: Batches, first: int) -> Batches:
-        return batches[first :: self.num_shards * self.ranks.world_size]
+    @property
+    def merges(self) -> bool:
+        """Whether this worker waits for all others and merges; of several shards `bpo merge` does."""
+        return self.ranks.is_main and self.num_shards == 1
 
 
 def run_bootstrap(config: Config, progress: bool = True, stop: StopRequest | None = None) -> BootstrapSummary:
@@ -89,26 +94,30 @@ def run_bootstrap(config: Config, progress: bool = True, stop: StopRequest | Non
     annotations = _spooled(config, bad, skipped)
     folder = beside(Path(config.data.groups), "parts")
     check_identity(config, folder)
-    work = plan_work(annotations, config)
     reader = PartReader(folder)
     reader.poll()
+    work = plan_work(annotations, config, reader)
     seconds: dict[str, float] = {}
     broken = BrokenRecords(config.data, len(annotations), bad, folder, reader.broken())
-    with PartWriter(folder, share.worker) as writer:
+    claims = Claims(folder / "claims", f"worker-{share.worker:05d}", config.bootstrap.claim_timeout_s)
+    with PartWriter(folder, share.worker) as writer, claims, Ahead(config.bootstrap.num_workers) as ahead:
         restarts = _count_restart(config, folder, share, work, reader)
-        for source, make in _sources(config, annotations.most_images, ranks):
-            started = time.monotonic()
-            mine = share.of_worker(work[source])
-            results = Results(reader, writer, broken)
-            _run_source(make, source, mine, results, progress and ranks.is_main, stop)
-            seconds[source] = time.monotonic() - started
+        team = Team(Results(reader, writer, broken), claims, ahead, stop, progress and ranks.is_main)
+        patience = Patience(config.bootstrap.stall_timeout_s)
+        while True:
+            for source, make in _sources(config, annotations.most_images, ranks):
+                started = time.monotonic()
+                team.run_source(make, work[source])
+                seconds[source] = seconds.get(source, 0.0) + time.monotonic() - started
+            reader.poll()
+            if not share.merges or is_finished(work):
+                break
+            # Living workers have claimed the rest: it will be done, or be free again.
+            patience.wait(reader, work, stop)
         if ranks.is_main:
             restarts.clear()
-    if share.num_shards > 1 or not ranks.is_main:
-        reader.poll()
+    if not share.merges:
         return _rank_summary(config, len(annotations), reader, seconds)
-    # Alone there is nobody to wait for.
-    _wait_for_all(reader, work, config.bootstrap.stall_timeout_s if ranks.world_size > 1 else 0.0, stop)
     return merge(config, annotations, reader, skipped, seconds, bad)
 
 
@@ -129,10 +138,10 @@ def run_merge(config: Config) -> BootstrapSummary:
     check_identity(config, folder)
     reader = PartReader(folder)
     reader.poll()
-    lacking = _Lacking(plan_work(annotations, config), reader)
-    if not lacking.all_there():
+    work = plan_work(annotations, config, reader)
+    if not is_finished(work):
         raise ValueError(
-            f"{folder}: {lacking.told()}; run `bpo bootstrap` again, with any number of shards: finished records are "
+            f"{folder}: {lacking(work)}; run `bpo bootstrap` again, with any number of shards: finished records are "
             "kept"
         )
     return merge(config, annotations, reader, skipped, {}, bad)
@@ -144,25 +153,15 @@ def _spooled(config: Config, bad: BadRecords, skipped: dict[str, list[str]]) -> 
 
 
 def _count_restart(
-    config: Config, folder: Path, share: Share, work: dict[str, Batches], reader: PartReader
+    config: Config, folder: Path, share: Share, work: dict[str, SourceWork], reader: PartReader
 ) -> RestartCount:
     """Counts a start by SLURM that finds this shard no further than the one before; see `RestartCount.start`."""
     name = f"restarts-{share.shard:05d}-of-{share.num_shards:05d}.json"
     restarts = RestartCount(folder, name, progress="outcome {}", option="bootstrap.max_idle_restarts")
-    if share.ranks.is_main and restart_count():
-        shares = ((source, batches) for source in work for batches in share.of_shard(work[source]))
-        done = sum(reader.has(source, one) for source, batches in shares for one in batches.all_digests())
+    if share.ranks.is_main and restart_count() and not is_finished(work):
+        done = sum(reader.num_by(worker) for worker in share.workers_of_shard)
         restarts.start(done, config.bootstrap.max_idle_restarts)
     return restarts
-
-
-def plan_work(annotations: AnnotationSpool, config: Config) -> dict[str, Batches]:
-    """Source -> the annotations it is to answer in batches, longest first, without those refused themselves."""
-    limits = {"inject": config.bootstrap.max_inject_records}
-    return {
-        source: Batches(annotations, annotations.longest_first(limits.get(source, 0)), batch_size(config, source))
-        for source in config.bootstrap.sources
-    }
 
 
 def _check_paths(config: Config) -> None:
@@ -179,8 +178,10 @@ class Results:
     writer: PartWriter
     broken: BrokenRecords
 
-    def write_as_finished(self, outcomes: Iterable[Outcome], bar: Any) -> None:
-        """Writes at the end of a batch, or every second of a long one; what an error leaves behind is kept.
+    def write_as_finished(self, outcomes: Iterable[Outcome]) -> Iterator[int]:
+        """Writes at the end of a batch, or every second of a long one; gives how many each time.
+
+        What an error leaves behind is kept.
 
         Raises:
             RecordError, TooManyBadRecords: see `BrokenRecords.check`; the outcomes it looked at are not kept.
@@ -188,50 +189,63 @@ class Results:
         finished: list[Outcome] = []
         written_s = time.monotonic()
 
-        def write() -> None:
+        def write() -> int:
             new = [outcome for outcome in finished if outcome.key not in self.reader]
-            bar.update(len(finished))
             finished.clear()
             self.broken.check(new)
             self.writer.append(new)
+            self.reader.poll(self.writer.path)
+            return len(new)
 
         try:
             for outcome in outcomes:
                 finished.append(outcome)
                 if time.monotonic() - written_s > _WRITE_EVERY_S:
-                    write()
+                    yield write()
                     written_s = time.monotonic()
         finally:
-            write()
+            write_last = write()
+        yield write_last
 
 
-def _run_source(
-    make: Callable[[], NegativeSource],
-    source: str,
-    batches: Batches,
-    results: Results,
-    progress: bool,
-    stop: StopRequest | None,
-) -> None:
-    """Does this rank's unfinished batches; the model is loaded only where there is one."""
-    reader = results.reader
-    done = [[reader.has(source, one) for one in batches.digests(number)] for number in range(len(batches))]
-    unfinished = [number for number, each in enumerate(done) if not all(each)]
-    if not unfinished:
-        return
-    negatives = make()
-    total = batches.num_records
-    finished = total - sum(len(done[n]) if negatives.whole_batches else done[n].count(False) for n in unfinished)
-    with tqdm(total=total, initial=finished, desc=source, unit="record", disable=not progress) as bar:
-        for number in unfinished:
-            batch = batches[number]
+@dataclass(frozen=True)
+class Team:
+    """One worker among those of a job: does what it can claim, and shows how far all of them are."""
+
+    results: Results
+    claims: Claims
+    ahead: Ahead
+    stop: StopRequest | None
+    progress: bool
+
+    def run_source(self, make: Callable[[], NegativeSource], work: SourceWork) -> None:
+        """Does what is unfinished and free; the model is loaded only where there is such a batch."""
+        batches = work.claimed(self.claims)
+        first = next(batches, None)
+        if first is None:
+            return
+        negatives = make()
+        with ProgressBar(work, self.results.reader, self.progress) as bar:
+            for claimed, batch, prepared in self.ahead.of(self._batches(chain([first], batches), work, negatives)):
+                if self.stop is not None:
+                    done = f"{bar.num_done} of {work.num_records} records of source `{work.source}` are done and kept"
+                    self.stop.check(done)
+                with _advice_on_memory(len(batch)):
+                    for number in self.results.write_as_finished(negatives.outcomes(batch, prepared)):
+                        bar.add(number)
+                if claimed.ends:
+                    self.claims.release(claimed.ends)
+
+    def _batches(
+        self, claimed: Iterable[ClaimedBatch], work: SourceWork, negatives: NegativeSource
+    ) -> Iterator[tuple[ClaimedBatch, list[Annotation], list[Callable[[], Any]]]]:
+        """Each batch with what is to be prepared for it."""
+        for one in claimed:
+            batch = work.batches[one.number]
             if not negatives.whole_batches:
-                batch = [annotation for annotation in batch if (source, annotation.id) not in reader]
-            if stop is not None:
-                stop.check(f"{finished} of this rank's {total} records of source `{source}` are done and kept")
-            with _advice_on_memory(len(batch)):
-                results.write_as_finished(negatives.outcomes(batch), bar)
-            finished += len(batch)
+                has = work.has(one.number)
+                batch = [annotation for annotation, there in zip(batch, has, strict=True) if not there]
+            yield one, batch, [partial(negatives.prepare, annotation) for annotation in batch]
 
 
 def _sources(config: Config, max_images: int, ranks: Ranks) -> Iterator[tuple[str, Callable[[], NegativeSource]]]:
@@ -263,54 +277,31 @@ def _advice_on_memory(num_records: int) -> Iterator[None]:
         ) from error
 
 
-class _Lacking:
-    """Which outcomes of the work are not on disk; what was found once is not looked for again."""
+class Patience:
+    """Waits for outcomes of other workers, and gives up when none came for `stall_timeout_s`."""
 
-    def __init__(self, work: dict[str, Batches], reader: PartReader):
-        self._work, self._reader = work, reader
-        self._wanted = ((source, one) for source, batches in work.items() for one in batches.all_digests())
-        self._next = next(self._wanted, None)
+    def __init__(self, stall_timeout_s: float):
+        self._stall_timeout_s = stall_timeout_s
+        self._last_news_s = time.monotonic()
 
-    def all_there(self) -> bool:
-        while self._next is not None and self._reader.has(*self._next):
-            self._next = next(self._wanted, None)
-        return self._next is None
+    def wait(self, reader: PartReader, work: dict[str, SourceWork], stop: StopRequest | None) -> None:
+        """Returns after a moment.
 
-    def told(self) -> str:
-        """How many, and which comes first."""
-        missing: list[tuple[str, str]] = []
-        total = num_missing = 0
-        for source, batches in self._work.items():
-            for number in range(len(batches)):
-                lacks = [not self._reader.has(source, one) for one in batches.digests(number)]
-                total += len(lacks)
-                num_missing += sum(lacks)
-                if any(lacks) and not missing:
-                    missing.append((source, batches[number][lacks.index(True)].id))
-        first = f" (the first: {missing[0][0]} of record {missing[0][1]!r})" if missing else ""
-        return f"{num_missing} of {total} outcomes are missing{first}"
-
-
-def _wait_for_all(
-    reader: PartReader, work: dict[str, Batches], stall_timeout_s: float, stop: StopRequest | None
-) -> None:
-    """Returns when every record of every source has an outcome on disk."""
-    lacking = _Lacking(work, reader)
-    last_news = time.monotonic()
-    while True:
-        if reader.poll():
-            last_news = time.monotonic()
-        if lacking.all_there():
-            return
-        if time.monotonic() - last_news > stall_timeout_s:
-            raise TimeoutError(
-                f"{reader.folder}: {lacking.told()} and none came for {stall_timeout_s:.0f} s "
-                "(bootstrap.stall_timeout_s); look at the other ranks' logs, then start again: finished records are "
-                "kept"
-            )
+        Raises:
+            TimeoutError: There was no news for too long.
+            Interrupted: `stop` came.
+        """
         if stop is not None:
             stop.check("this rank has done its share and waited for the others'")
-        time.sleep(min(_POLL_S, stall_timeout_s))
+        time.sleep(min(_POLL_S, self._stall_timeout_s))
+        if reader.poll():
+            self._last_news_s = time.monotonic()
+        elif time.monotonic() - self._last_news_s > self._stall_timeout_s:
+            raise TimeoutError(
+                f"{reader.folder}: {lacking(work)} and none came for {self._stall_timeout_s:.0f} s "
+                "(bootstrap.stall_timeout_s) from the workers that claimed them; look at the other ranks' logs, then "
+                "start again: finished records are kept"
+            )
 
 
 def _rank_summary(

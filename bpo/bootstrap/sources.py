@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from bpo.bootstrap.clean import clean_rewriting
 from bpo.bootstrap.generators import Reply, TextGenerator
@@ -36,8 +37,24 @@ class NegativeSource(Protocol):
 
     whole_batches: bool
 
-    def outcomes(self, batch: Sequence[Annotation]) -> Iterable[Outcome]:
-        """One outcome an annotation, as they are finished; those before an error stand."""
+    def prepare(self, annotation: Annotation) -> Any:
+        """What takes time and no model, such as reading images. May run in any thread, and raises nothing."""
+
+    def outcomes(self, batch: Sequence[Annotation], prepared: Sequence[Any]) -> Iterable[Outcome]:
+        """One outcome an annotation, as they are finished; those before an error stand.
+
+        Args:
+            prepared: What `prepare` gave for each.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What the multimodal model is asked about one record, and what it needs for it, or why that cannot be had."""
+
+    request: VisionRequest
+    prepared: Any = None
+    error: str | None = None
 
 
 class ImageAnswers:
@@ -47,10 +64,23 @@ class ImageAnswers:
         self.source, self.config, self.generator = source, config, generator
         self.whole_batches = generator.whole_batches
 
-    def outcomes(self, batch: Sequence[Annotation]) -> Iterator[Outcome]:
-        requests = [self.request(annotation) for annotation in batch]
-        for index, reply in self.generator.replies(requests):
-            yield self._judge(batch[index], requests[index], reply)
+    def prepare(self, annotation: Annotation) -> Asked:
+        request = self.request(annotation)
+        try:
+            return Asked(request, self.generator.prepare(request))
+        except ImageError as error:
+            return Asked(request, error=str(error))
+
+    def outcomes(self, batch: Sequence[Annotation], prepared: Sequence[Asked]) -> Iterator[Outcome]:
+        asked: list[int] = []
+        for index, (annotation, one) in enumerate(zip(batch, prepared, strict=True)):
+            if one.error is None:
+                asked.append(index)
+            else:
+                yield Outcome(annotation.id, self.source, "broken", reason=one.error)
+        requests = [prepared[index].request for index in asked]
+        for position, reply in self.generator.replies(requests, [prepared[index].prepared for index in asked]):
+            yield self._judge(batch[asked[position]], requests[position], reply)
 
     def request(self, annotation: Annotation) -> VisionRequest:
         """What the model is asked for one record; depends on seed, record and options alone."""
@@ -111,10 +141,19 @@ class InjectedErrors:
         # The completion goes to the multimodal model in training, so its control tokens count as well.
         self._special_tokens = (*generator.special_tokens, *(special_tokens_of(encoder) if encoder else ()))
 
-    def outcomes(self, batch: Sequence[Annotation]) -> Iterator[Outcome]:
+    def prepare(self, annotation: Annotation) -> str | None:
+        """Why training could not read the record's images, where no other source looks at them in this job."""
+        root = Path(self.config.data.image_root or ".")
+        for image in annotation.images if self.checks_images else ():
+            try:
+                load_image(root, image)
+            except ImageError as error:
+                return str(error)
+        return None
+
+    def outcomes(self, batch: Sequence[Annotation], prepared: Sequence[str | None]) -> Iterator[Outcome]:
         pending: list[Annotation] = []
-        for annotation in batch:
-            error = self._image_error(annotation) if self.checks_images else None
+        for annotation, error in zip(batch, prepared, strict=True):
             if error:
                 yield Outcome(annotation.id, self.source, "broken", reason=error)
             else:
@@ -136,16 +175,6 @@ class InjectedErrors:
         seed = derive_seed(self.config.bootstrap.seed, annotation.id, self.source, attempt)
         options = self.config.bootstrap.inject
         return build_request(annotation, mode, options.max_new_tokens, seed, options.prompt_dir)
-
-    def _image_error(self, annotation: Annotation) -> str | None:
-        """Why training could not read the record's images; no other source looks at them in this job."""
-        root = Path(self.config.data.image_root or ".")
-        for image in annotation.images:
-            try:
-                load_image(root, image)
-            except ImageError as error:
-                return str(error)
-        return None
 
     def _judge(self, annotation: Annotation, mode: Mode, request: InjectionRequest, reply: Reply) -> Outcome:
         if reply.error:

@@ -7,7 +7,6 @@ import tempfile
 from array import array
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from typing import overload
 
 import numpy as np
 
@@ -77,42 +76,27 @@ class Batches:
     Args:
         positions: Where in `spool` the records stand, in the order of the work.
         size: Records in a batch; the last may have fewer.
-        numbers: Which of the batches these are; None: all.
     """
 
-    def __init__(self, spool: AnnotationSpool, positions: np.ndarray, size: int, numbers: range | None = None):
-        self._spool, self._positions, self._size = spool, positions, size
-        self._numbers = range(-(-len(positions) // size)) if numbers is None else numbers
+    def __init__(self, spool: AnnotationSpool, positions: np.ndarray, size: int):
+        self._spool, self._positions, self.size = spool, positions, size
 
     def __len__(self) -> int:
-        return len(self._numbers)
+        return -(-len(self._positions) // self.size)
 
-    @overload
-    def __getitem__(self, index: int) -> list[Annotation]: ...
+    def __getitem__(self, number: int) -> list[Annotation]:
+        return [self._spool[position] for position in self._of(number)]
 
-    @overload
-    def __getitem__(self, index: slice) -> Batches: ...
-
-    def __getitem__(self, index: int | slice) -> list[Annotation] | Batches:
-        if isinstance(index, slice):
-            return Batches(self._spool, self._positions, self._size, self._numbers[index])
-        return [self._spool[position] for position in self._of(index)]
-
-    def digests(self, index: int) -> list[bytes]:
+    def digests(self, number: int) -> list[bytes]:
         """`record_digest` of each record of a batch."""
-        return [self._spool.digest(position) for position in self._of(index)]
-
-    def all_digests(self) -> Iterator[bytes]:
-        """`record_digest` of every record, in the order of the work."""
-        return (one for index in range(len(self)) for one in self.digests(index))
+        return [self._spool.digest(position) for position in self._of(number)]
 
     @property
     def num_records(self) -> int:
-        return sum(len(self._of(index)) for index in range(len(self)))
+        return len(self._positions)
 
-    def _of(self, index: int) -> list[int]:
-        start = self._numbers[index] * self._size
-        return [int(position) for position in self._positions[start : start + self._size]]
+    def _of(self, number: int) -> list[int]:
+        return [int(position) for position in self._positions[number * self.size : (number + 1) * self.size]]
 
 
 def _length(annotation: Annotation) -> int:

@@ -12,10 +12,10 @@ from typing import Any, Protocol
 from PIL import Image
 
 from bpo.bootstrap.generators import ChatEngine, Reply
-from bpo.bootstrap.weaken import Weakening, picture_weakener, weaken_prompt
+from bpo.bootstrap.weaken import Weakening, picture_weakener, weaken_images
 from bpo.config import Config
-from bpo.data.encode import EncodedPrompt, Encoder, EncodingError
-from bpo.data.images import ImageError, load_image
+from bpo.data.encode import EncodedImages, EncodedPrompt, Encoder, EncodingError
+from bpo.data.images import load_image
 from bpo.model.generate import generate_prompts
 from bpo.model.kv_cache import CachedPrefix, Prefixes, common_beginning
 from bpo.records import ContentPart, Turn
@@ -38,13 +38,20 @@ class VisionRequest:
 
 
 class VisionGenerator(Protocol):
-    """A multimodal model."""
+    """A multimodal model. A request's images are prepared first, perhaps while the model still answers others."""
 
     name: str
     whole_batches: bool
     special_tokens: tuple[str, ...]
 
-    def replies(self, requests: Sequence[VisionRequest]) -> Iterable[tuple[int, Reply]]:
+    def prepare(self, request: VisionRequest) -> Any:
+        """Reads and weakens the images of a request, for `replies`. Touches no model, and may run in any thread.
+
+        Raises:
+            ImageError: an image cannot be read.
+        """
+
+    def replies(self, requests: Sequence[VisionRequest], prepared: Sequence[Any]) -> Iterable[tuple[int, Reply]]:
         """(index, reply) of every request, in any order; a broken record's reply has `error` and `is_broken`."""
 
 
@@ -60,14 +67,25 @@ class TransformersVision:
         self._cache = config.bootstrap.cache
         self._prefixes = Prefixes(model, encoder.family.generation_inputs, enabled=self._cache != "static")
 
-    def replies(self, requests: Sequence[VisionRequest]) -> Iterator[tuple[int, Reply]]:
+    def prepare(self, request: VisionRequest) -> EncodedImages:
+        weakening = request.weakening
+        picture = picture_weakener(weakening, self.config.bootstrap.weaken, self.encoder.processor.image_processor)
+        images = self.encoder.encode_images(_shown(request)[0], picture if weakening.changes_pictures else None)
+        if weakening.kind == "noise" and weakening.space == "normalised":
+            assert weakening.noise_step is not None
+            images = weaken_images(images, self.encoder.family, weakening.noise_step, weakening.seed)
+        return images
+
+    def replies(
+        self, requests: Sequence[VisionRequest], prepared: Sequence[EncodedImages]
+    ) -> Iterator[tuple[int, Reply]]:
         options = self.config.bootstrap.weaken
         prompts: dict[int, EncodedPrompt] = {}
         beginnings: dict[int, tuple[int, ...]] = {}
-        for index, request in enumerate(requests):
+        for index, (request, images) in enumerate(zip(requests, prepared, strict=True)):
             try:
-                prompts[index], beginnings[index] = self._encode(request)
-            except (ImageError, EncodingError) as error:
+                prompts[index], beginnings[index] = self._encode(request, images)
+            except EncodingError as error:
                 yield index, Reply("", error=str(error), is_broken=True)
         answers = generate_prompts(
             self.model,
@@ -90,16 +108,8 @@ class TransformersVision:
             return None
         return self._prefixes.of(common_beginning([p.prefix_ids for p in prompts], self.encoder.image_token_id))
 
-    def _encode(self, request: VisionRequest) -> tuple[EncodedPrompt, tuple[int, ...]]:
-        weakening = request.weakening
-        images, turns = _shown(request)
-        picture = picture_weakener(weakening, self.config.bootstrap.weaken, self.encoder.processor.image_processor)
-        prompt = self.encoder.encode_prompt(
-            request.record_id, images, turns, picture if weakening.changes_pictures else None
-        )
-        if weakening.kind == "noise" and weakening.space == "normalised":
-            assert weakening.noise_step is not None
-            prompt = weaken_prompt(prompt, self.encoder.family, weakening.noise_step, weakening.seed)
+    def _encode(self, request: VisionRequest, images: EncodedImages) -> tuple[EncodedPrompt, tuple[int, ...]]:
+        prompt = self.encoder.encode_prompt(request.record_id, images, _shown(request)[1])
         beginning = self.encoder.encode_completion(request.beginning)[:-1] if request.beginning else ()
         prompt = replace(prompt, prefix_ids=(*prompt.prefix_ids, *beginning))
         if len(prompt.prefix_ids) >= self.encoder.max_length_tokens:
@@ -126,25 +136,15 @@ class ChatVision:
         self.special_tokens = special_tokens_of(encoder) if encoder else ()
         self._image_processor = encoder.processor.image_processor if encoder else None
 
-    def replies(self, requests: Sequence[VisionRequest]) -> Iterator[tuple[int, Reply]]:
-        bodies: dict[int, tuple[str, dict[str, Any]]] = {}
-        for index, request in enumerate(requests):
-            try:
-                bodies[index] = (request.record_id, self.body(request))
-            except ImageError as error:
-                yield index, Reply("", error=str(error), is_broken=True)
-        sent = list(bodies)
-        for position, reply in self.engine.replies(list(bodies.values())):
-            index = sent[position]
-            text = reply.text if reply.error else requests[index].beginning + reply.text
-            yield index, replace(reply, text=text)
+    def replies(
+        self, requests: Sequence[VisionRequest], prepared: Sequence[dict[str, Any]]
+    ) -> Iterator[tuple[int, Reply]]:
+        bodies = [(request.record_id, body) for request, body in zip(requests, prepared, strict=True)]
+        for index, reply in self.engine.replies(bodies):
+            yield index, reply if reply.error else replace(reply, text=requests[index].beginning + reply.text)
 
-    def body(self, request: VisionRequest) -> dict[str, Any]:
-        """One request as the chat completions protocol has it, pictures as data URLs.
-
-        Raises:
-            ImageError: an image cannot be read.
-        """
+    def prepare(self, request: VisionRequest) -> dict[str, Any]:
+        """The request as the chat completions protocol has it, pictures as data URLs."""
         options = self.config.bootstrap.weaken
         images, turns = _shown(request)
         weaken = picture_weakener(request.weakening, options, self._image_processor)

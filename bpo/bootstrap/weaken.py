@@ -19,7 +19,7 @@ from PIL import Image
 from bpo.bootstrap.noise import diffuse
 from bpo.bootstrap.seeds import derive_seed
 from bpo.config_bootstrap import WeakenConfig
-from bpo.data.encode import EncodedPrompt
+from bpo.data.encode import EncodedImages
 from bpo.data.families import Family
 
 NO_NOISE = -1
@@ -64,17 +64,17 @@ def choose_weakening(source: str, options: WeakenConfig, seed: int) -> Weakening
     return Weakening("none", seed) if step == NO_NOISE else Weakening("noise", seed, step, options.space)
 
 
-def weaken_prompt(prompt: EncodedPrompt, family: Family, noise_step: int, seed: int) -> EncodedPrompt:
-    """The same prompt with its images noised to `noise_step`; unchanged for step -1 or without images.
+def weaken_images(images: EncodedImages, family: Family, noise_step: int, seed: int) -> EncodedImages:
+    """The same images noised to `noise_step`; unchanged for step -1 or where there are none.
 
     The noise is drawn on the CPU from a generator of `seed` alone, so every device weakens an image alike.
     """
-    if noise_step == NO_NOISE or not prompt.image_inputs:
-        return prompt
+    if noise_step == NO_NOISE or not images.places:
+        return images
     generator = torch.Generator().manual_seed(derive_seed(seed, "noise"))
-    pixels = prompt.image_inputs["pixel_values"].float()
+    pixels = images.inputs["pixel_values"].float()
     noised = diffuse(pixels, noise_step, family.noise_like(pixels, generator))
-    return replace(prompt, image_inputs={**prompt.image_inputs, "pixel_values": noised})
+    return replace(images, inputs={**images.inputs, "pixel_values": noised})
 
 
 class PictureWeakener:

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from bpo.bootstrap.weaken import weaken_prompt
+from bpo.bootstrap.weaken import weaken_images
 from bpo.config import Config, DataConfig, ModelConfig
-from bpo.data.encode import EncodedPrompt, Encoder, load_encoder
+from bpo.data.encode import Encoder, load_encoder
 from bpo.data.formats import read_groups
 from bpo.data.images import load_image
 from bpo.data.lexicon import ObjectLexicon
@@ -60,10 +60,10 @@ def _weakened_image(group: PreferenceGroup, completion: Completion, encoder: Enc
     """The normalised pixels after noise, mapped back to a picture."""
     provenance = completion.provenance
     assert provenance is not None and provenance.seed is not None and provenance.noise_step is not None
-    prompt = EncodedPrompt(group.id, (), encoder.image_inputs(group.images))
-    weakened = weaken_prompt(prompt, encoder.family, provenance.noise_step, provenance.seed)
+    images = encoder.encode_images(group.images)
+    weakened = weaken_images(images, encoder.family, provenance.noise_step, provenance.seed)
     processor = encoder.processor.image_processor
-    pixels_CHW = weakened.image_inputs["pixel_values"][0]
+    pixels_CHW = weakened.inputs["pixel_values"][0]
     mean, std = (pixels_CHW.new_tensor(v)[:, None, None] for v in (processor.image_mean, processor.image_std))
     bytes_HWC = ((pixels_CHW * std + mean).clamp(0, 1) * 255).byte().permute(1, 2, 0).numpy()
     return Image.fromarray(bytes_HWC)

@@ -65,7 +65,7 @@ class TokenBudgets(StoppingCriteria):
 def left_pad(
     sequences: Sequence[Sequence[int]], pad_token_id: int, multiple: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids [B, T] that end together, and the mask [B, T] that is 0 on the padding; T is a multiple of `multiple`."""
+    """Token ids [B, T] that end together, and the mask [B, T], 0 on the padding; T is divisible by `multiple`."""
     length = max(len(ids) for ids in sequences)
     length += -length % multiple
     ids_BT = torch.full((len(sequences), length), pad_token_id, dtype=torch.long)

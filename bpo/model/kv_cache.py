@@ -2,11 +2,11 @@
 
 Three kinds, an option of bootstrapping (`bootstrap.cache`):
 
-- `reserved`: buffers with room to spare. transformers' own growing cache copies everything it holds for every new token,
-  which reads and writes as many bytes as attention itself reads.
-- `dynamic`: transformers' own growing cache.
-- `static`: transformers' cache of one fixed size, which it compiles decoding for on CUDA. Attention then reads the whole
-  size in every step, filled or not.
+- `reserved`: buffers with room to spare, appended to in place.
+- `dynamic`: transformers' own growing cache. It copies all it holds for every new token: twice the bytes of memory
+  traffic that attention itself causes.
+- `static`: transformers' cache of one fixed size, for which it compiles decoding on CUDA. Attention reads all of it in
+  every step, filled or not.
 
 Shape letters: B records, H heads, T tokens, D head dimension.
 """
@@ -23,7 +23,7 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-# A new buffer has room for an eighth more tokens, and for these at least: every byte is copied about nine times at most.
+# A new buffer has room for an eighth more tokens, and for these at least: a byte is copied about nine times at most.
 _ROOM_TOKENS = 64
 # Below this a cached prefix saves less than its bookkeeping.
 MIN_PREFIX_TOKENS = 16

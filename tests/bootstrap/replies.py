@@ -10,7 +10,8 @@ from bpo.bootstrap.generators import Reply
 
 
 def replies_of(generator: Any, requests: Sequence[Any]) -> list[Reply]:
-    replies = dict(generator.replies(requests))
+    prepared = [[generator.prepare(request) for request in requests]] if hasattr(generator, "prepare") else []
+    replies = dict(generator.replies(requests, *prepared))
     assert sorted(replies) == list(range(len(requests)))
     return [replies[index] for index in range(len(requests))]
 

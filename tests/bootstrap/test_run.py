@@ -6,7 +6,6 @@ import json
 import shutil
 import subprocess
 import sys
-import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,35 +15,21 @@ import pytest
 
 from bpo.bootstrap import engines as engines_module
 from bpo.bootstrap import run as run_module
-from bpo.bootstrap.parts import PartReader, PartWriter
+from bpo.bootstrap.parts import PartWriter
 from bpo.bootstrap.run import run_bootstrap
 from bpo.config import Config
 from bpo.config_bootstrap import ServerConfig
 from bpo.data.formats import read_groups
+from bpo.interrupts import Interrupted, StopRequest
 from bpo.launch import Ranks
 from tests.bootstrap.fake_server import completion, fake_server
+from tests.bootstrap.jobs import RESULTS, num_outcomes, parts, results, stop_after
 
 MakeConfig = Callable[..., Config]
-RESULTS = ("groups.jsonl", "groups.jsonl.refused.jsonl", "groups.jsonl.quarantine.jsonl")
-
-
-def results(config: Config) -> dict[str, str]:
-    folder = Path(config.data.groups).parent
-    return {name: (folder / name).read_text() for name in RESULTS}
 
 
 def lines(config: Config, name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in results(config)[name].splitlines()]
-
-
-def parts(config: Config) -> Path:
-    return Path(config.data.groups + ".parts")
-
-
-def num_outcomes(config: Config) -> int:
-    reader = PartReader(parts(config))
-    reader.poll()
-    return len(reader)
 
 
 def test_groups_hold_the_annotation_and_its_negatives_with_provenance(make: MakeConfig, tiny_llava_dir: Path) -> None:
@@ -104,38 +89,6 @@ def as_rank(monkeypatch: pytest.MonkeyPatch, rank: int, world_size: int) -> None
     monkeypatch.setattr(run_module, "ranks_from_environment", lambda: Ranks(rank, world_size, rank))
 
 
-def test_two_ranks_share_the_work_and_give_the_same_files(make: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    one, two = make("one"), make("two")
-    run_bootstrap(one, progress=False)
-    as_rank(monkeypatch, 1, 2)
-    summary = run_bootstrap(two, progress=False)
-    assert summary.num_groups is None and not Path(two.data.groups).exists()
-    as_rank(monkeypatch, 0, 2)
-    run_bootstrap(two, progress=False)
-    assert results(two) == results(one)
-    shares = [sum(1 for _ in path.open()) for path in sorted(parts(two).glob("rank-*.jsonl"))]
-    assert sum(shares) == 18 and min(shares) > 0
-
-
-def test_rank_0_waits_for_the_others(make: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = make("a", sources=["weaken"])
-    ranks = threading.local()
-    monkeypatch.setattr(run_module, "ranks_from_environment", lambda: Ranks(getattr(ranks, "rank", 0), 2, 0))
-    monkeypatch.setattr(run_module, "_POLL_S", 0.05)
-    other = threading.Timer(1.0, lambda: (setattr(ranks, "rank", 1), run_bootstrap(config, progress=False)))
-    other.start()
-    summary = run_bootstrap(config, progress=False)
-    other.join()
-    assert summary.kept["weaken"] + sum(summary.refused.get("weaken", {}).values()) == 9
-
-
-def test_rank_0_gives_up_when_the_others_are_gone(make: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = make("a", stall_timeout_s=0.2)
-    as_rank(monkeypatch, 0, 2)
-    with pytest.raises(TimeoutError, match="of 18 outcomes are missing.*stall_timeout_s"):
-        run_bootstrap(config, progress=False)
-
-
 @pytest.mark.parametrize("cut_bytes", [1, 400, 10_000])
 def test_a_killed_job_goes_on_and_redoes_a_torn_line(make: MakeConfig, cut_bytes: int) -> None:
     whole, killed = make("whole"), make("killed")
@@ -158,7 +111,9 @@ def test_a_job_may_go_on_with_other_ranks_and_batches(make: MakeConfig, monkeypa
     run_bootstrap(whole, progress=False)
     for rank in (1, 2):
         as_rank(monkeypatch, rank, 3)
-        run_bootstrap(killed, progress=False)
+        with StopRequest() as stop, pytest.raises(Interrupted):
+            stop_after(monkeypatch, 1, stop)
+            run_bootstrap(killed, progress=False, stop=stop)
     done = {line for path in parts(killed).glob("rank-*.jsonl") for line in path.read_bytes().splitlines()}
     as_rank(monkeypatch, 0, 1)
     killed.bootstrap.batch_size = 3

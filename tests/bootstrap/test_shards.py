@@ -8,15 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from bpo.bootstrap.parts import PartReader, PartWriter
+from bpo.bootstrap.parts import PartWriter
 from bpo.bootstrap.run import run_bootstrap, run_merge
 from bpo.cli import main as bpo
 from bpo.config import Config, DataConfig, ModelConfig
 from bpo.config_bootstrap import BootstrapConfig, WeakenConfig
 from bpo.interrupts import EXIT_INTERRUPTED, EXIT_NO_PROGRESS, Interrupted, StopRequest
 from bpo.run_lock import NoProgressError, RestartCount
-
-RESULTS = ("groups.jsonl", "groups.jsonl.refused.jsonl", "groups.jsonl.quarantine.jsonl")
+from tests.bootstrap.jobs import num_lines, num_outcomes, parts, results, stop_after
 
 
 @pytest.fixture
@@ -35,22 +34,7 @@ def job(photos: Path, tiny_llava_dir: Path):
     return build
 
 
-def results(config: Config) -> dict[str, str]:
-    folder = Path(config.data.groups).parent
-    return {name: (folder / name).read_text() for name in RESULTS}
-
-
-def parts(config: Config) -> Path:
-    return Path(config.data.groups + ".parts")
-
-
-def num_done(config: Config) -> int:
-    reader = PartReader(parts(config))
-    reader.poll()
-    return len(reader)
-
-
-def stop_after(monkeypatch: pytest.MonkeyPatch, num_batches: int, number: signal.Signals) -> None:
+def signal_after(monkeypatch: pytest.MonkeyPatch, num_batches: int, number: signal.Signals) -> None:
     """The process gets a signal while its batch of this number is written."""
     append, written = PartWriter.append, []
 
@@ -63,36 +47,40 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, num_batches: int, number: signal
     monkeypatch.setattr(PartWriter, "append", append_and_signal)
 
 
+def one_batch(monkeypatch: pytest.MonkeyPatch, config: Config) -> None:
+    """A start that a signal ends after its first batch."""
+    with monkeypatch.context() as patch, StopRequest() as stop, pytest.raises(Interrupted):
+        stop_after(patch, 1, stop)
+        run_bootstrap(config, progress=False, stop=stop)
+
+
 def test_shards_in_any_order_and_a_merge_make_the_groups_of_one_job(job, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = job("whole")
     run_bootstrap(whole, progress=False)
     monkeypatch.setenv("WORLD_SIZE", "2")  # each shard has two ranks
-    for shard in (2, 0, 1):
-        for rank in ("1", "0"):
-            monkeypatch.setenv("RANK", rank)
-            shared = job("shared", num_shards=3, shard_index=shard)
-            summary = run_bootstrap(shared, progress=False)
-            assert summary.num_groups is None and not Path(shared.data.groups).exists()
-    # Five batches for six workers: the last has none.
-    shares = [len(path.read_text().splitlines()) for path in sorted(parts(shared).glob("rank-*.jsonl"))]
-    assert sorted(shares) == [0, 1, 2, 2, 2, 2]
+    for shard, rank in ((2, 1), (2, 0), (0, 1)):
+        monkeypatch.setenv("RANK", str(rank))
+        one_batch(monkeypatch, job("shared", num_shards=3, shard_index=shard))
+    summary = run_bootstrap(shared := job("shared", num_shards=3, shard_index=1), progress=False)
+    assert summary.num_groups is None and not Path(shared.data.groups).exists()
+    assert num_lines(shared) == [2, 3, 2, 2]  # ranks 1, 3, 4 and 5 of six: who is there does what is left
     monkeypatch.delenv("RANK")
     merged = run_merge(job("shared"))
     assert merged.num_groups == len(results(whole)["groups.jsonl"].splitlines())
     assert results(shared) == results(whole)
 
 
-def test_a_merge_names_what_is_missing(job) -> None:
+def test_a_merge_names_what_is_missing(job, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="nothing to merge; run `bpo bootstrap`"):
         run_merge(job("shared"))
-    run_bootstrap(job("shared", num_shards=2), progress=False)
-    with pytest.raises(ValueError, match=r"4 of 9 outcomes are missing \(the first: weaken of record"):
+    one_batch(monkeypatch, job("shared", num_shards=2))
+    with pytest.raises(ValueError, match=r"7 of 9 outcomes are missing \(the first: weaken of record"):
         run_merge(job("shared"))
     with pytest.raises(ValueError, match="bootstrap.seed was 0, is 1"):
         run_merge(job("shared", seed=1))
     # Another number of shards goes on all the same.
-    run_bootstrap(job("shared", num_shards=4, shard_index=1), progress=False)
-    with pytest.raises(ValueError, match="2 of 9 outcomes are missing"):
+    one_batch(monkeypatch, job("shared", num_shards=4, shard_index=1))
+    with pytest.raises(ValueError, match="5 of 9 outcomes are missing"):
         run_merge(job("shared"))
 
 
@@ -108,24 +96,24 @@ def test_a_signal_ends_the_batch_and_a_restart_goes_on(
 ) -> None:
     whole, stopped = job("whole"), job("stopped")
     run_bootstrap(whole, progress=False)
-    stop_after(monkeypatch, 2, number)
-    with StopRequest() as stop, pytest.raises(Interrupted, match="4 of this rank's 9 records"):
+    signal_after(monkeypatch, 2, number)
+    with StopRequest() as stop, pytest.raises(Interrupted, match="4 of 9 records of source `weaken` are done"):
         run_bootstrap(stopped, progress=False, stop=stop)
-    assert num_done(stopped) == 4 and not Path(stopped.data.groups).exists()
+    assert num_outcomes(stopped) == 4 and not Path(stopped.data.groups).exists()
     run_bootstrap(stopped, progress=False)
     assert results(stopped) == results(whole)
 
 
 def test_the_command_ends_with_the_codes_that_train_sh_knows(job, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     config = job("stopped")
-    stop_after(monkeypatch, 1, signal.SIGUSR1)
+    signal_after(monkeypatch, 1, signal.SIGUSR1)
     flags = ["--model.path", config.model.path, "--model.dtype", "float32", "--data.annotations"]
     flags += [config.data.annotations, "--data.groups", config.data.groups, "--data.image_root", config.data.image_root]
     flags += ["--bootstrap.sources", '["weaken"]', "--bootstrap.batch_size", "2"]
     flags += ["--bootstrap.weaken.max_new_tokens", "6"]
     before = signal.getsignal(signal.SIGTERM)
     assert bpo(["bootstrap", *flags]) == EXIT_INTERRUPTED
-    assert "2 of this rank's 9 records" in capsys.readouterr().err
+    assert "2 of 9 records of source `weaken`" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) == before
     RestartCount(parts(config), "restarts-00000-of-00001.json").start(2, 1)
     monkeypatch.setenv("SLURM_RESTART_COUNT", "4")
@@ -148,18 +136,20 @@ def test_restarts_that_finish_nothing_come_to_an_end(job, monkeypatch: pytest.Mo
     with pytest.raises(NoProgressError, match=r"3 restarts since outcome 0.*restarts-00000-of-00002"):
         start(4)
     monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
-    run_bootstrap(job("stuck", num_shards=2, shard_index=1), progress=False)
+    one_batch(monkeypatch, job("stuck", num_shards=2, shard_index=1))
     with pytest.raises(NoProgressError):  # what another shard has done is no progress of this one
         start(5)
+    run_bootstrap(job("stuck", num_shards=2, shard_index=1), progress=False)
+    start(6)  # nothing is left to do
 
 
 def test_progress_starts_the_count_anew(job, monkeypatch: pytest.MonkeyPatch) -> None:
     config = job("slow")
     for restarts in range(1, 5):  # one batch a start: more starts than max_idle_restarts allows without progress
         monkeypatch.setenv("SLURM_RESTART_COUNT", str(restarts))
-        stop_after(monkeypatch, 1, signal.SIGUSR1)
+        signal_after(monkeypatch, 1, signal.SIGUSR1)
         with StopRequest() as stop, pytest.raises(Interrupted):
             run_bootstrap(config, progress=False, stop=stop)
     monkeypatch.setenv("SLURM_RESTART_COUNT", "5")
     run_bootstrap(config, progress=False)
-    assert num_done(config) == 9 and not list(parts(config).glob("restarts-*"))
+    assert num_outcomes(config) == 9 and not list(parts(config).glob("restarts-*"))

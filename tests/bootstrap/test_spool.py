@@ -11,6 +11,7 @@ import pytest
 from bpo.bootstrap.merge import merge
 from bpo.bootstrap.parts import AtomicLines, Outcome, PartReader, PartWriter, record_digest
 from bpo.bootstrap.spool import AnnotationSpool, Batches
+from bpo.bootstrap.work import SourceWork
 from bpo.config import Config, DataConfig
 from bpo.config_bootstrap import BootstrapConfig
 from bpo.data.bad_records import BadRecords
@@ -41,15 +42,12 @@ def test_work_is_longest_first_without_what_is_refused() -> None:
     assert spooled.longest_first(limit=3).tolist() == [2, 0]
 
 
-def test_batches_are_dealt_out_and_read_when_asked_for() -> None:
+def test_batches_are_read_when_asked_for() -> None:
     batches = Batches(spooled := spool(*range(20, 9, -1)), spooled.longest_first(), size=3)
     assert [len(batches[i]) for i in range(len(batches))] == [3, 3, 3, 2]
-    mine, others = batches[0::2], batches[1::2]
-    assert [a.id for i in range(2) for a in mine[i]] == [annotation(n).id for n in (0, 1, 2, 6, 7, 8)]
-    assert (mine.num_records, others.num_records, batches.num_records) == (6, 5, 11)
-    assert mine.digests(1) == [record_digest(a.id) for a in mine[1]]
-    assert len(list(others.all_digests())) == 5
-    assert batches[4:].num_records == 0
+    assert [a.id for i in (0, 2) for a in batches[i]] == [annotation(n).id for n in (0, 1, 2, 6, 7, 8)]
+    assert batches.num_records == 11
+    assert batches.digests(3) == [record_digest(a.id) for a in batches[3]]
 
 
 def outcomes(count: int, source: str = "weaken") -> Iterator[Outcome]:
@@ -112,10 +110,9 @@ def peak_bytes(folder: Path, count: int) -> int:
     config = Config(data=DataConfig(groups=str(folder / "groups.jsonl")), bootstrap=BootstrapConfig(sources=["weaken"]))
     tracemalloc.start()
     spooled = AnnotationSpool((annotation(n, 30) for n in range(count)), 0, 350)
-    batches = Batches(spooled, spooled.longest_first(), 16)
     reader = PartReader(folder / "parts")
     reader.poll()
-    assert all(reader.has("weaken", one) for one in batches.all_digests())
+    assert SourceWork("weaken", Batches(spooled, spooled.longest_first(), 16), reader).is_finished()
     summary = merge(config, spooled, reader, {}, {}, BadRecords())
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()

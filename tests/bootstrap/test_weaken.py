@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 
 from bpo.bootstrap.noise import diffuse
+from bpo.bootstrap.sources import ImageAnswers
 from bpo.bootstrap.vision import ChatVision, TransformersVision, VisionRequest
-from bpo.bootstrap.weaken import MASK_CELLS, PictureWeakener, Weakening, choose_weakening, weaken_prompt
+from bpo.bootstrap.weaken import MASK_CELLS, PictureWeakener, Weakening, choose_weakening, weaken_images
 from bpo.config import Config, DataConfig, ModelConfig
 from bpo.config_bootstrap import BootstrapConfig, WeakenConfig
 from bpo.data.encode import load_encoder
@@ -27,7 +28,7 @@ OPTIONS = WeakenConfig(temperature=0.5, max_new_tokens=10)
 
 @pytest.fixture(params=["tiny_llava_dir", "tiny_qwen_dir"])
 def setting(request: pytest.FixtureRequest, photos: Path):
-    """(model as a vision generator, three annotations, their encoded prompts)"""
+    """(model as a vision generator, three annotations, their encoded images)"""
     path = str(request.getfixturevalue(request.param))
     config = Config(
         model=ModelConfig(path=path, dtype="float32"),
@@ -36,8 +37,8 @@ def setting(request: pytest.FixtureRequest, photos: Path):
     )
     encoder, model = load_encoder(config), load_model(config.model, torch.device("cpu"))
     annotations = read_annotations(photos / "annotations.json").annotations[:3]
-    prompts = [encoder.encode_prompt(a.id, a.images, a.prompt) for a in annotations]
-    return TransformersVision(model, encoder, config), annotations, prompts
+    images = [encoder.encode_images(a.images) for a in annotations]
+    return TransformersVision(model, encoder, config), annotations, images
 
 
 def answers(setting, kind: str, **weakening: object) -> list[str]:
@@ -54,21 +55,21 @@ def noised(setting, step: int, space: str = "normalised") -> list[str]:
 
 
 def test_pixels_are_noised_by_the_schedule_with_noise_of_the_seed(setting) -> None:
-    vision, _, (prompt, *_) = setting
-    clean = prompt.image_inputs["pixel_values"]
+    vision, _, (images, *_) = setting
+    clean = images.inputs["pixel_values"]
     first, again, other = (
-        weaken_prompt(prompt, vision.encoder.family, 900, seed).image_inputs["pixel_values"] for seed in (1, 1, 2)
+        weaken_images(images, vision.encoder.family, 900, seed).inputs["pixel_values"] for seed in (1, 1, 2)
     )
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     epsilon = (first - diffuse(clean, 900, torch.zeros_like(clean))) / 0.931051
     assert epsilon.mean().item() == pytest.approx(0, abs=0.1)
     assert epsilon.std().item() == pytest.approx(1, abs=0.1)
-    assert torch.equal(prompt.image_inputs["pixel_values"], clean)
+    assert torch.equal(images.inputs["pixel_values"], clean)
 
 
 def test_without_noise_the_clean_image_is_answered(setting) -> None:
-    assert weaken_prompt(setting[2][0], setting[0].encoder.family, -1, 5) is setting[2][0]
+    assert weaken_images(setting[2][0], setting[0].encoder.family, -1, 5) is setting[2][0]
     assert answers(setting, "none") != noised(setting, 999)
 
 
@@ -89,14 +90,14 @@ def test_a_model_that_ignores_images_answers_alike_at_every_step(setting) -> Non
 
 def test_the_clean_image_never_reaches_the_model(setting) -> None:
     """Contrast decoding would show the model both images; here each call gets the noised one alone."""
-    vision, _, prompts = setting
+    vision, _, images = setting
     seen: list[torch.Tensor] = []
     generate = vision.model.generate
     vision.model.generate = lambda **kwargs: seen.append(kwargs["pixel_values"]) or generate(**kwargs)
     noised(setting, 900)
-    weakened = [weaken_prompt(p, vision.encoder.family, 900, seed) for seed, p in enumerate(prompts)]
+    weakened = [weaken_images(one, vision.encoder.family, 900, seed) for seed, one in enumerate(images)]
     assert len(seen) == 1
-    assert torch.equal(seen[0], torch.cat([p.image_inputs["pixel_values"] for p in weakened]))
+    assert torch.equal(seen[0], torch.cat([one.inputs["pixel_values"] for one in weakened]))
 
 
 def test_no_image_reaches_the_model_for_a_text_only_answer(setting) -> None:
@@ -127,10 +128,10 @@ def test_an_answer_goes_on_from_its_beginning(setting) -> None:
 def test_an_unreadable_image_is_a_broken_record_and_the_others_are_answered(setting, photos: Path) -> None:
     (photos / "1.png").write_bytes(b"no picture")
     vision, annotations, _ = setting
-    requests = [VisionRequest(a.id, a.images, a.prompt, Weakening("none", 0)) for a in annotations]
-    replies = replies_of(vision, requests)
-    assert [reply.is_broken for reply in replies] == [False, True, False]
-    assert "1.png" in (replies[1].error or "")
+    source = ImageAnswers("unweakened", vision.config, vision)
+    found = list(source.outcomes(annotations, [source.prepare(annotation) for annotation in annotations]))
+    assert {o.record_id: o.status == "broken" for o in found} == {"photo-0": False, "photo-1": True, "photo-2": False}
+    assert "1.png" in next(o.reason for o in found if o.status == "broken")
 
 
 MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
@@ -152,23 +153,16 @@ def test_noise_in_either_space_is_the_same_where_nothing_is_clipped(tiny_llava_d
     encoder = load_encoder(config)
     side = encoder.processor.image_processor.crop_size["height"]
     grey_picture(side, side).save(tmp_path / "p.png")
-    turns = read_one_prompt()
-    prompt = encoder.encode_prompt("r", ("p.png",), turns)
-    normalised = weaken_prompt(prompt, encoder.family, 300, 3).image_inputs["pixel_values"]
+    clean = encoder.encode_images(["p.png"])
+    normalised = weaken_images(clean, encoder.family, 300, 3).inputs["pixel_values"]
     mean, std = encoder.processor.image_processor.image_mean, encoder.processor.image_processor.image_std
     change = PictureWeakener(Weakening("noise", 3, 300, "pixel"), replace(OPTIONS, pixel_side=0), mean, std)
-    pixel = encoder.encode_prompt("r", ("p.png",), turns, change).image_inputs["pixel_values"]
+    pixel = encoder.encode_images(["p.png"], change).inputs["pixel_values"]
     lowest, highest = ((limit - torch.tensor(mean)) / torch.tensor(std) for limit in (0.0, 1.0))
     inside = (normalised > lowest.reshape(3, 1, 1)) & (normalised < highest.reshape(3, 1, 1))
     assert inside.float().mean() > 0.8
     assert (pixel - normalised)[inside].abs().max() <= 0.51 / 255 / min(std)
-    assert (pixel != prompt.image_inputs["pixel_values"]).float().mean() > 0.8
-
-
-def read_one_prompt():
-    from bpo.records import ContentPart, Turn
-
-    return (Turn("user", (ContentPart("image"), ContentPart("text", "What is it?"))),)
+    assert (pixel != clean.inputs["pixel_values"]).float().mean() > 0.8
 
 
 def test_noise_of_a_picture_follows_its_seed_and_scales_it_down_first() -> None:
@@ -218,7 +212,7 @@ def test_a_chat_engine_is_sent_the_weakened_picture_itself(photos: Path) -> None
     chat = ChatVision(engine=None, config=config, name="big", encoder=None)  # type: ignore[arg-type]
     (annotation, *_) = read_annotations(photos / "annotations.json").annotations
     weakening = Weakening("noise", 5, 900, "pixel")
-    body = chat.body(VisionRequest("r", annotation.images, annotation.prompt, weakening, "It is"))
+    body = chat.prepare(VisionRequest("r", annotation.images, annotation.prompt, weakening, "It is"))
     parts = body["messages"][0]["content"]
     (url,) = [part["image_url"]["url"] for part in parts if part["type"] == "image_url"]
     sent = Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from bpo.bootstrap.weaken import weaken_prompt
+from bpo.bootstrap.weaken import weaken_images
 from bpo.config import Config, DataConfig, ModelConfig
 from bpo.data.encode import EncodedPrompt, Encoder, load_encoder
 from bpo.data.families import FAMILIES
@@ -83,7 +84,8 @@ def test_the_image_reaches_the_model(loaded: Loaded) -> None:
 
 def test_a_weakened_image_is_seen_and_answered(loaded: Loaded) -> None:
     prompt = loaded.prompts[1]
-    weakened = weaken_prompt(prompt, loaded.encoder.family, noise_step=900, seed=1)
+    images = weaken_images(loaded.encoder.encode_images(["1.png"]), loaded.encoder.family, noise_step=900, seed=1)
+    weakened = replace(prompt, image_inputs=images.inputs)
     clean = prompt.image_inputs
     assert {k: v.shape for k, v in weakened.image_inputs.items()} == {k: v.shape for k, v in clean.items()}
     assert all(torch.equal(weakened.image_inputs[k], clean[k]) for k in clean if k != "pixel_values")

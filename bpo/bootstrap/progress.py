@@ -1,0 +1,64 @@
+"""How far all workers of a job are, in answers per second with the time that is left."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from types import TracebackType
+
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from bpo.bootstrap.parts import PartReader
+from bpo.bootstrap.work import SourceWork
+
+logger = logging.getLogger(__name__)
+
+_LOOK_EVERY_S = 5.0
+# A log file keeps every line of a bar.
+_MIN_INTERVAL_S = 0.5 if sys.stderr.isatty() else 30.0
+
+
+class ProgressBar:
+    """A bar over the answers of one source by all workers, as a context; one line in the log at its end.
+
+    Attributes:
+        num_done: Outcomes of all workers that are known of.
+    """
+
+    def __init__(self, work: SourceWork, reader: PartReader, shown: bool):
+        self._work, self._reader = work, reader
+        self.num_done = work.num_done()
+        self._started_s, self._num_own, self._looked_s = time.monotonic(), 0, time.monotonic()
+        self._bar = tqdm(
+            total=work.num_records,
+            initial=self.num_done,
+            desc=work.source,
+            unit="answer",
+            mininterval=_MIN_INTERVAL_S,
+            disable=not shown,
+        )
+
+    def __enter__(self) -> ProgressBar:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.close()
+        seconds = time.monotonic() - self._started_s
+        logger.info(
+            "%s: %d answers by this rank in %.1f s, %.1f a second; %d of %d are there",
+            *(self._work.source, self._num_own, seconds, self._num_own / max(seconds, 1e-9)),
+            *(self.num_done, self._work.num_records),
+        )
+
+    def add(self, written: int) -> None:
+        """Counts what this worker has written, and every few seconds looks for what the others have."""
+        self._num_own += written
+        if time.monotonic() - self._looked_s > _LOOK_EVERY_S:
+            self._reader.poll()
+            self._looked_s = time.monotonic()
+        done = self._work.num_done()
+        self._bar.update(done - self.num_done)
+        self.num_done = done

@@ -1,0 +1,128 @@
+"""The work of a job: the batches of each source in pieces that workers claim, and what of them is not done yet."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from bpo.bootstrap.claims import Claims
+from bpo.bootstrap.engines import batch_size
+from bpo.bootstrap.parts import PartReader
+from bpo.bootstrap.spool import AnnotationSpool, Batches
+from bpo.config import Config
+
+# A piece is one batch, or several where there are more batches than this: a claim is a file.
+MAX_PIECES = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class ClaimedBatch:
+    """A batch to do. Attributes: ends: the claim to release when its outcomes are written, or None."""
+
+    number: int
+    ends: str | None = None
+
+
+class SourceWork:
+    """The batches of one source; finished ones are not looked up again."""
+
+    def __init__(self, source: str, batches: Batches, reader: PartReader):
+        self.source, self.batches, self._reader = source, batches, reader
+        self._per_piece = max(1, -(-len(batches) // MAX_PIECES))
+        self._open = list(range(-(-len(batches) // self._per_piece)))
+        self._mine: list[int] = []  # claimed here; done where no outcome is missing
+
+    @property
+    def num_records(self) -> int:
+        return self.batches.num_records
+
+    def num_done(self) -> int:
+        """Outcomes of the source that the reader has found."""
+        return min(self._reader.num_of(self.source), self.num_records)
+
+    def is_finished(self) -> bool:
+        """Whether every record has an outcome, as far as the reader has polled."""
+        for pieces in (self._mine, self._open):
+            while pieces and not self.unfinished(pieces[-1]):
+                pieces.pop()
+        return not self._mine and not self._open
+
+    def unfinished(self, piece: int) -> list[int]:
+        """Numbers of the piece's batches in which an outcome is missing."""
+        first = piece * self._per_piece
+        numbers = range(first, min(first + self._per_piece, len(self.batches)))
+        return [number for number in numbers if not all(self.has(number))]
+
+    def has(self, number: int) -> list[bool]:
+        """For each record of a batch whether it has an outcome."""
+        return [self._reader.has(self.source, digest) for digest in self.batches.digests(number)]
+
+    def claimed(self, claims: Claims) -> Iterator[ClaimedBatch]:
+        """Unfinished batches, the longest answers first, each in a piece that this worker has claimed.
+
+        Ends where nothing is left but what living workers have claimed.
+        """
+        while (piece := self._claim(claims)) is not None:
+            *numbers, last = self.unfinished(piece)
+            yield from (ClaimedBatch(number) for number in numbers)
+            yield ClaimedBatch(last, ends=self._name(piece))
+
+    def _claim(self, claims: Claims) -> int | None:
+        """The first unfinished piece that is free, now this worker's; None where there is none."""
+        others: list[int] = []
+        pieces = iter(self._open)
+        mine: int | None = None
+        for piece in pieces:
+            if not self.unfinished(piece):
+                continue
+            if not claims.take(self._name(piece)):
+                others.append(piece)
+                continue
+            # Its last owner may have finished it since the reader's last look.
+            self._reader.poll()
+            if self.unfinished(piece):
+                self._mine.append(mine := piece)
+                break
+            claims.release(self._name(piece))
+        self._open = [*others, *pieces]
+        return mine
+
+    def _name(self, piece: int) -> str:
+        # Another batch size cuts the work otherwise.
+        return f"{self.source}-{self.batches.size}x{self._per_piece}-{piece:06}"
+
+    def missing(self) -> tuple[int, str]:
+        """How many outcomes are missing, and the id of the first such record (empty: none)."""
+        count, first = 0, ""
+        for number in range(len(self.batches)):
+            has = self.has(number)
+            if not all(has):
+                count += has.count(False)
+                first = first or self.batches[number][has.index(False)].id
+        return count, first
+
+
+def plan_work(annotations: AnnotationSpool, config: Config, reader: PartReader) -> dict[str, SourceWork]:
+    """Source -> the annotations it is to answer in batches, longest first, without those refused themselves."""
+    limits = {"inject": config.bootstrap.max_inject_records}
+    return {
+        source: SourceWork(
+            source,
+            Batches(annotations, annotations.longest_first(limits.get(source, 0)), batch_size(config, source)),
+            reader,
+        )
+        for source in config.bootstrap.sources
+    }
+
+
+def is_finished(work: dict[str, SourceWork]) -> bool:
+    """Whether every record of every source has an outcome."""
+    return all(one.is_finished() for one in work.values())
+
+
+def lacking(work: dict[str, SourceWork]) -> str:
+    """How many outcomes are missing, and which comes first."""
+    missing = {source: one.missing() for source, one in work.items()}
+    total = sum(one.num_records for one in work.values())
+    first = next((f" (the first: {source} of record {record!r})" for source, (n, record) in missing.items() if n), "")
+    return f"{sum(count for count, _ in missing.values())} of {total} outcomes are missing{first}"

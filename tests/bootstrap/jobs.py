@@ -1,0 +1,46 @@
+"""What bootstrapping jobs left on disk, and how their tests stop them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bpo.bootstrap.parts import PartReader, PartWriter
+from bpo.config import Config
+from bpo.interrupts import StopRequest
+
+RESULTS = ("groups.jsonl", "groups.jsonl.refused.jsonl", "groups.jsonl.quarantine.jsonl")
+
+
+def results(config: Config) -> dict[str, str]:
+    folder = Path(config.data.groups).parent
+    return {name: (folder / name).read_text() for name in RESULTS}
+
+
+def parts(config: Config) -> Path:
+    return Path(config.data.groups + ".parts")
+
+
+def num_lines(config: Config) -> list[int]:
+    """Outcomes in each worker's part, those done twice counted twice."""
+    return [len(path.read_bytes().splitlines()) for path in sorted(parts(config).glob("rank-*.jsonl"))]
+
+
+def num_outcomes(config: Config) -> int:
+    reader = PartReader(parts(config))
+    reader.poll()
+    return len(reader)
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, num_batches: int, stop: StopRequest) -> None:
+    """A signal comes while the batch of this number is written."""
+    append, written = PartWriter.append, []
+
+    def append_and_stop(self: PartWriter, outcomes: Any) -> None:
+        append(self, outcomes)
+        written.append(1)
+        stop.received = stop.received or len(written) == num_batches
+
+    monkeypatch.setattr(PartWriter, "append", append_and_stop)
