@@ -7,7 +7,7 @@ schemes; lines also differ in dashes, never in colour alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup
@@ -16,6 +16,8 @@ _WIDTH = 440
 _ROW_HEIGHT = 26
 _LABEL_WIDTH = 150
 _VALUE_WIDTH = 62
+_LONGEST_LABEL = 220
+_CHARACTER_WIDTH = 8
 _LINE_HEIGHT = 210
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 10, 12, 26
 
@@ -123,31 +125,57 @@ def line_chart(title: str, lines: Sequence[Line], reference: float | None = None
 def share_bars(title: str, counts: Sequence[tuple[str, int]]) -> Markup:
     """Counts by name as horizontal bars, each with its count."""
     most = max((count for _, count in counts), default=1)
-    span = _WIDTH - _LABEL_WIDTH - _VALUE_WIDTH
+    left = _label_width(label for label, _ in counts)
+    span = _WIDTH - left - _VALUE_WIDTH
     parts = []
     for row, (label, count) in enumerate(counts):
         top = row * _ROW_HEIGHT + 4
         baseline = top + (_ROW_HEIGHT - 6) / 2 + 4
+        parts.append(_label(label, left, baseline))
         parts.append(
             Markup(
-                '<text class="label" x="{}" y="{}" text-anchor="end">{}</text>'
                 '<rect class="bar" x="{}" y="{}" width="{:.1f}" height="{}" rx="3"/>'
                 '<text class="value" x="{:.1f}" y="{}">{:,}</text>'
             ).format(
-                _LABEL_WIDTH - 8,
-                baseline,
-                _shortened(label),
-                _LABEL_WIDTH,
+                left,
                 top,
                 span * count / most,
                 _ROW_HEIGHT - 6,
-                _LABEL_WIDTH + span * count / most + 6,
+                left + span * count / most + 6,
                 baseline,
                 count,
             )
         )
     summary = "; ".join(f"{label} {count}" for label, count in counts)
     return _svg(f"{title}: {summary}", _ROW_HEIGHT * len(counts) + 6, parts)
+
+
+def range_bars(title: str, rows: Sequence[tuple[str, Sequence[int]]]) -> Markup:
+    """(low, middle, high) by name: a bar from low to high with a mark at the middle, and the three as text."""
+    most = _nice_upper(max((values[-1] for _, values in rows), default=1))
+    start = _label_width(label for label, _ in rows)
+    span = _WIDTH - start - 2 * _VALUE_WIDTH
+    parts = []
+    for row, (label, (low, middle, high)) in enumerate(rows):
+        top = row * _ROW_HEIGHT + 4
+        baseline = top + (_ROW_HEIGHT - 6) / 2 + 4
+        left, mark, right = (start + span * value / most for value in (low, middle, high))
+        parts.append(_label(label, start, baseline))
+        parts.append(
+            Markup(
+                '<line class="grid" x1="{}" x2="{}" y1="{}" y2="{}"/>'
+                '<rect class="bar range" x="{:.1f}" y="{}" width="{:.1f}" height="{}" rx="3"/>'
+                '<rect class="mark" x="{:.1f}" y="{}" width="3" height="{}"/>'
+                '<text class="value" x="{}" y="{}" text-anchor="end">{:,} \u00b7 {:,} \u00b7 {:,}</text>'
+            ).format(
+                *(start, start + span, baseline - 4, baseline - 4),
+                *(left, top + 3, max(3.0, right - left), _ROW_HEIGHT - 12),
+                *(mark - 1.5, top, _ROW_HEIGHT - 6),
+                *(_WIDTH - 2, baseline, low, middle, high),
+            )
+        )
+    summary = "; ".join(f"{label} {low}, {middle}, {high}" for label, (low, middle, high) in rows)
+    return _svg(f"{title}: {summary}", _ROW_HEIGHT * len(rows) + 6, parts)
 
 
 def histogram(title: str, counts: Mapping[int, int], max_bins: int = 40) -> Markup:
@@ -158,29 +186,38 @@ def histogram(title: str, counts: Mapping[int, int], max_bins: int = 40) -> Mark
     bins = [0] * (math.floor(high / width) - first + 1)
     for value, count in counts.items():
         bins[math.floor(value / width) - first] += count
-    most = max(bins, default=0) or 1
+    labels = {index: f"{(first + index) * width}" for index in (0, len(bins) // 2, len(bins) - 1)}
+    total = sum(counts.values())
+    return columns(f"{title}: {total} values from {low} to {high}, bins of {width}", bins, labels)
+
+
+def columns(title: str, values: Sequence[int], labels: Mapping[int, str]) -> Markup:
+    """Counts as upright bars, some of them labelled below; the largest is written beside the axis."""
+    most = max(values, default=0) or 1
     plot_width, plot_height = _WIDTH - _LEFT - _RIGHT, _LINE_HEIGHT - _TOP - _BOTTOM
-    each = plot_width / len(bins)
-    parts = []
-    for index, count in enumerate(bins):
-        height = plot_height * count / most
+    each = plot_width / max(1, len(values))
+    bottom = _TOP + plot_height
+    parts = [Markup('<line class="grid" x1="{0}" x2="{1}" y1="{2}" y2="{2}"/>').format(_LEFT, _WIDTH - _RIGHT, bottom)]
+    for index, value in enumerate(values):
+        # What is there is seen, however little it is.
+        height = max(1.5, plot_height * value / most) if value else 0
         parts.append(
             Markup('<rect class="bar" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}"/>').format(
-                _LEFT + index * each, _TOP + plot_height - height, max(0.5, each - 1), height
+                _LEFT + index * each, bottom - height, max(0.5, each - 1), height
             )
         )
-    for index in sorted({0, len(bins) // 2, len(bins) - 1}):
+    for index, label in labels.items():
         x = _LEFT + (index + 0.5) * each
+        anchor = "end" if x > _WIDTH - 60 else "middle"
         parts.append(
-            Markup('<text class="tick" x="{:.1f}" y="{}" text-anchor="middle">{}</text>').format(
-                x, _LINE_HEIGHT - 8, (first + index) * width
+            Markup('<text class="tick" x="{:.1f}" y="{}" text-anchor="{}">{}</text>').format(
+                _WIDTH - 2 if anchor == "end" else x, _LINE_HEIGHT - 8, anchor, label
             )
         )
     parts.append(
         Markup('<text class="tick" x="{}" y="{}" text-anchor="end">{:,}</text>').format(_LEFT - 7, _TOP + 8, most)
     )
-    total = sum(counts.values())
-    return _svg(f"{title}: {total} values from {low} to {high}, bins of {width}", _LINE_HEIGHT, parts)
+    return _svg(title, _LINE_HEIGHT, parts)
 
 
 def legend_swatch(series: int) -> Markup:
@@ -208,8 +245,18 @@ def _svg(label: str, height: float, parts: Sequence[Markup]) -> Markup:
     )
 
 
-def _shortened(label: str, length: int = 22) -> str:
-    return label if len(label) <= length else label[: length - 1] + "\u2026"
+def _label_width(labels: Iterable[str]) -> int:
+    """Room for the names of rows, to be shortened where the longest is longer still."""
+    return min(_LONGEST_LABEL, max(60, 12 + _CHARACTER_WIDTH * max(map(len, labels), default=0)))
+
+
+def _label(label: str, width: int, baseline: float) -> Markup:
+    """The name of a row that ends at `width`; of a long one the beginning, and all of it under the pointer."""
+    length = (width - 12) // _CHARACTER_WIDTH
+    whole = label if len(label) <= length else label[: length - 1] + "\u2026"
+    return Markup('<text class="label" x="{}" y="{}" text-anchor="end"><title>{}</title>{}</text>').format(
+        width - 8, baseline, label, whole
+    )
 
 
 def _nice_upper(value: float) -> float:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,26 +17,34 @@ import torch
 from tqdm import tqdm
 
 from bpo.config import Config, DataConfig, ModelConfig
+from bpo.data.bad_records import BadRecords
 from bpo.data.collate import collate_groups
 from bpo.data.encode import Dropped, EncodedGroup, Encoder, EncodingError, load_encoder
-from bpo.data.formats import read_groups
-from bpo.data.images import ImageError
+from bpo.data.problems import Problem, RecordError
 from bpo.launch import pick_device
 from bpo.model.attention import packed_layout
 from bpo.model.load import load_model
 from bpo.model.policy import PolicyModel, model_inputs
 from bpo.records import PreferenceGroup
+from bpo.viewing.reading import add_bad_options, bad_of, iterate_groups, sample, write_bad
 
 
 @torch.inference_mode()
 def score_groups(
-    config: Config, groups: Sequence[PreferenceGroup], max_tokens: int
+    config: Config, groups: Sequence[PreferenceGroup], max_tokens: int, bad: BadRecords
 ) -> Iterator[tuple[PreferenceGroup, EncodedGroup, list[list[float]]]]:
-    """(group, its tokens, log-probs of each distinct completion's tokens) of every group that can be encoded."""
+    """(group, its tokens, log-probs of each distinct completion's tokens) of every group that can be encoded.
+
+    Args:
+        bad: Takes groups whose images cannot be used.
+
+    Raises:
+        ValueError: Too many of them are bad.
+    """
     encoder = load_encoder(config)
     device = pick_device()
     policy = PolicyModel(load_model(config.model, device, for_training=True)).to(device).eval()
-    for batch in _batches(encoder, groups, max_tokens):
+    for batch in _batches(encoder, groups, max_tokens, bad):
         encoded = [one for _, one in batch]
         packed = collate_groups(encoded, encoder.family)
         with packed_layout(packed.layout):
@@ -52,16 +59,18 @@ def score_groups(
 
 
 def _batches(
-    encoder: Encoder, groups: Sequence[PreferenceGroup], max_tokens: int
+    encoder: Encoder, groups: Sequence[PreferenceGroup], max_tokens: int, bad: BadRecords
 ) -> Iterator[list[tuple[PreferenceGroup, EncodedGroup]]]:
-    """Groups in the file's order, as many together as fit; what cannot be encoded is named and left out."""
+    """Groups in the file's order, as many together as fit; what has no pair or is too long is named and left out."""
     batch: list[tuple[PreferenceGroup, EncodedGroup]] = []
     tokens = 0
     for group in tqdm(groups, desc="scoring", unit="group"):
         try:
             encoded = encoder.encode_group(group)
-        except (ImageError, EncodingError) as error:
-            tqdm.write(f"left out: {error}", file=sys.stderr)
+        except (RecordError, EncodingError) as error:
+            code = error.code if isinstance(error, RecordError) else "image-parts"
+            bad.report(Problem(code, group.id, group.id, str(error)))
+            bad.check_share(len(groups), "the groups to score", advice="is it the right --image-root?")
             continue
         if isinstance(encoded, Dropped):
             tqdm.write(f"left out: {group.id}: {encoded.detail}", file=sys.stderr)
@@ -78,27 +87,45 @@ def _batches(
 def write_scores(chosen: argparse.Namespace) -> int:
     """Writes one JSON line a group: `id` and, a completion, `response`, `tokens`, `policy`, `reference`.
 
+    Bad records are listed beside it.
+
     Returns:
         The number of groups written.
+
+    Raises:
+        ValueError: Too many records are bad, or the models cut texts into other tokens.
     """
-    groups = list(read_groups(chosen.data))
-    if chosen.limit and chosen.limit < len(groups):
-        groups = [groups[at] for at in sorted(random.Random(0).sample(range(len(groups)), chosen.limit))]
+    unread, unseen = bad_of(chosen), bad_of(chosen)
+    groups = list(sample(iterate_groups(chosen.data, unread), chosen.limit))
     data = DataConfig(image_root=str(chosen.image_root), max_length_tokens=chosen.max_length_tokens)
     sides = {
         name: Config(model=ModelConfig(path=str(path), dtype=chosen.dtype, attention="auto"), data=data)
         for name, path in (("reference", chosen.reference), ("policy", chosen.policy))
     }
+    max_tokens = chosen.max_micro_batch_tokens
     reference = {
-        group.id: values for group, _, values in score_groups(sides["reference"], groups, chosen.max_micro_batch_tokens)
+        group.id: (encoded.completion_ids, values)
+        for group, encoded, values in score_groups(sides["reference"], groups, max_tokens, unseen)
     }
+    listed = BadRecords("quarantine", 1.0, [*unread.problems, *unseen.problems])
+    write_bad(chosen.out.with_name(f"{chosen.out.name}.quarantine.jsonl"), listed)
     encoder = load_encoder(sides["policy"])
+    usable = [group for group in groups if group.id in reference]
     written = 0
     with chosen.out.open("w", encoding="utf-8") as file:
-        for group, encoded, values in score_groups(sides["policy"], groups, chosen.max_micro_batch_tokens):
-            line = _line(encoder, group, encoded, values, reference[group.id])
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        for group, encoded, values in score_groups(sides["policy"], usable, max_tokens, unseen):
+            ids, before = reference[group.id]
+            if ids != encoded.completion_ids:
+                raise ValueError(
+                    f"{chosen.policy} and {chosen.reference} cut group {group.id!r} into other tokens; give the model "
+                    "that the policy was trained from"
+                )
+            file.write(json.dumps(_line(encoder, group, encoded, values, before), ensure_ascii=False) + "\n")
             written += 1
+    if listed.problems:
+        print(
+            f"left out: {len(listed.problems):,} bad records, listed in {chosen.out}.quarantine.jsonl", file=sys.stderr
+        )
     return written
 
 
@@ -152,6 +179,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"], help="(default: %(default)s)")
     parser.add_argument("--max-length-tokens", type=int, default=2048, help="as in training (default: %(default)s)")
     parser.add_argument("--max-micro-batch-tokens", type=int, default=8192, help="(default: %(default)s)")
+    add_bad_options(parser)
     chosen = parser.parse_args(argv)
     try:
         print(f"{write_scores(chosen)} groups: {chosen.out}")

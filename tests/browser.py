@@ -32,6 +32,8 @@ FLAGS = (
     "--hide-scrollbars",
     "--remote-debugging-pipe",
 )
+# What the browser itself acts on, such as Escape in a dialog, it knows by number.
+VIRTUAL_KEYS = {"Tab": 9, "Enter": 13, "Escape": 27}
 
 
 class Tab:
@@ -87,8 +89,10 @@ class Tab:
 
     def press(self, key: str) -> None:
         for kind in ("keyDown", "keyUp"):
-            text = {"text": key} if len(key) == 1 and kind == "keyDown" else {}
-            self.call("Input.dispatchKeyEvent", type=kind, key=key, **text)
+            more: dict[str, Any] = {"windowsVirtualKeyCode": VIRTUAL_KEYS[key]} if key in VIRTUAL_KEYS else {}
+            if len(key) == 1 and kind == "keyDown":
+                more["text"] = key
+            self.call("Input.dispatchKeyEvent", type=kind, key=key, **more)
 
     def screenshot(self, path: Path) -> None:
         path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"]))

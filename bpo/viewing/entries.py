@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from bpo.data.lexicon import ObjectLexicon
 from bpo.records import Completion, PreferenceGroup, Turn
 from bpo.viewing.diff import diff_segments, plain_segments
 
-
-class ViewError(ValueError):
-    """A file that cannot be shown; the message names it, the line and the fix."""
+SCORES_ADVICE = "write the file with `bpo score`"
+REFUSED_ADVICE = "remove the line"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,47 +33,70 @@ class TokenScores:
         return [a - b for a, b in zip(self.policy, self.reference, strict=True)]
 
 
-@dataclass
-class Extras:
-    """What belongs to records beside their groups, by record id."""
+def token_scores(line: Mapping[str, Any]) -> dict[str, TokenScores]:
+    """Response -> scores, of one line that `bpo score` wrote.
 
-    refused: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    scores: dict[str, dict[str, TokenScores]] = field(default_factory=dict)
+    Raises:
+        KeyError, TypeError, ValueError: The line has another form.
+    """
+    _ = line["id"]
+    scores = {}
+    for one in line["completions"]:
+        tokens, policy, reference = (tuple(one[name]) for name in ("tokens", "policy", "reference"))
+        if not len(tokens) == len(policy) == len(reference):
+            raise ValueError("tokens, policy and reference differ in number")
+        if not all(isinstance(token, str) for token in tokens) or not isinstance(one["response"], str):
+            raise TypeError("a token or response is no text")
+        if not all(isinstance(value, (int, float)) and math.isfinite(value) for value in (*policy, *reference)):
+            raise TypeError("a log-prob is no finite number")
+        scores[one["response"]] = TokenScores(tokens, policy, reference)
+    return scores
+
+
+def check_refused(line: Mapping[str, Any]) -> None:
+    """Raises: KeyError, TypeError: A line of refused.jsonl has another form."""
+    for name in ("id", "source", "reason"):
+        if not isinstance(line[name], str):
+            raise TypeError(f"field {name!r} is no text")
 
 
 def entry_of(
-    group: PreferenceGroup, extras: Extras, lexicon: ObjectLexicon, pictures: Mapping[str, Any]
+    group: PreferenceGroup,
+    refused: Sequence[Mapping[str, Any]],
+    scores: Mapping[str, TokenScores],
+    lexicon: ObjectLexicon,
+    pictures: Mapping[str, Any],
 ) -> dict[str, Any]:
     """One group as the page's script reads it.
 
     Args:
-        pictures: `image` (path in the page's folder or None), `error`, `weakened` {completion index: {path, note}}.
+        refused: What was refused of this record.
+        scores: Response -> scores.
+        pictures: `images` [{path or None, name, error}], `weakened` {completion index: {paths, note}}.
     """
     best = max(group.completions, key=lambda completion: completion.score)
-    scores = extras.scores.get(group.id, {})
     completions = [_completion(c, best, lexicon, scores.get(c.response)) for c in group.completions]
+    for one in completions:
+        one["margin"] = _margin(one, completions)
     return {
         "id": group.id,
-        "files": list(group.images),
         "prompt": [{"role": turn.role, "text": turn_text(turn)} for turn in group.prompt],
         "completions": completions,
-        "refused": [_refused(one, best.response, lexicon) for one in extras.refused.get(group.id, ())],
-        "margin": _margin(completions),
+        "refused": [_refused(one, best.response, lexicon) for one in refused],
+        "note": "" if any(c.score < best.score for c in group.completions) else "no pair: all scores are equal",
         **pictures,
     }
 
 
-def refused_only(record_id: str, extras: Extras, lexicon: ObjectLexicon) -> dict[str, Any]:
+def refused_only(record_id: str, refused: Sequence[Mapping[str, Any]], lexicon: ObjectLexicon) -> dict[str, Any]:
     """A record of which nothing was kept."""
     return {
         "id": record_id,
-        "files": [],
         "prompt": [],
         "completions": [],
-        "refused": [_refused(one, "", lexicon) for one in extras.refused[record_id]],
-        "margin": None,
-        "image": None,
-        "error": "no group: everything of this record was refused",
+        "refused": [_refused(one, "", lexicon) for one in refused],
+        "note": "no group: everything of this record was refused",
+        "images": [],
         "weakened": {},
     }
 
@@ -89,14 +110,19 @@ def _completion(
     completion: Completion, best: Completion, lexicon: ObjectLexicon, scores: TokenScores | None
 ) -> dict[str, Any]:
     is_best = completion is best
+    provenance = completion.provenance.to_json() if completion.provenance else {}
+    # As text: a script's numbers have 53 bits.
+    provenance = {name: v if isinstance(v, str) else json.dumps(v) for name, v in provenance.items()}
     tree: dict[str, Any] = {
         "type": completion.type,
+        "source": provenance.pop("source", ""),
         "score": completion.score,
+        "best": completion.score == best.score,
         "words": len(completion.response.split()),
         "segments": plain_segments(completion.response, lexicon)
         if is_best
         else diff_segments(best.response, completion.response, lexicon),
-        "provenance": completion.provenance.to_json() if completion.provenance else {},
+        "provenance": provenance,
     }
     if scores is not None:
         ratios = scores.log_ratios
@@ -105,60 +131,20 @@ def _completion(
     return tree
 
 
-def _margin(completions: Iterable[Mapping[str, Any]]) -> float | None:
-    """Smallest log-ratio difference, better - worse, of a pair: negative where one is still the wrong way round."""
-    scored = [c for c in completions if "log_ratio" in c]
-    margins = [a["log_ratio"] - b["log_ratio"] for a in scored for b in scored if a["score"] > b["score"]]
-    return round(min(margins), 3) if margins else None
+def _margin(one: Mapping[str, Any], completions: Sequence[Mapping[str, Any]]) -> float | None:
+    """The least log-ratio difference, better - this one: negative where a pair is still the wrong way round."""
+    if "log_ratio" not in one:
+        return None
+    better = [c["log_ratio"] for c in completions if c["score"] > one["score"] and "log_ratio" in c]
+    return round(min(better) - one["log_ratio"], 3) if better else None
 
 
 def _refused(entry: Mapping[str, Any], annotation: str, lexicon: ObjectLexicon) -> dict[str, Any]:
     text = str(entry.get("text", ""))
-    segments = diff_segments(annotation, text, lexicon) if annotation else plain_segments(text, lexicon)
+    segments = diff_segments(annotation, text, lexicon) if annotation and text else plain_segments(text, lexicon)
     return {
-        "source": str(entry.get("source", "")),
-        "reason": str(entry.get("reason", "")),
+        "source": entry["source"],
+        "reason": entry["reason"],
         "detail": str(entry.get("detail", "")),
         "segments": segments,
     }
-
-
-def read_refused(path: Path) -> dict[str, list[dict[str, Any]]]:
-    """Record id -> entries of a refused.jsonl; empty where there is no such file."""
-    by_id: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    if path.exists():
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-            entry = _object(line, path, number)
-            by_id[str(entry.get("id", ""))].append(entry)
-    return dict(by_id)
-
-
-def read_scores(path: Path) -> dict[str, dict[str, TokenScores]]:
-    """Record id -> response -> scores, from the JSONL that `bpo score` writes.
-
-    Raises:
-        ViewError: a line has another form.
-    """
-    scores: dict[str, dict[str, TokenScores]] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        entry = _object(line, path, number)
-        try:
-            of_record = scores.setdefault(str(entry["id"]), {})
-            for one in entry["completions"]:
-                parts = tuple(tuple(one[name]) for name in ("tokens", "policy", "reference"))
-                if len({len(part) for part in parts}) != 1:
-                    raise ValueError("tokens, policy and reference differ in number")
-                of_record[one["response"]] = TokenScores(*parts)
-        except (KeyError, TypeError, ValueError) as error:
-            raise ViewError(f"{path}, line {number}: {error}; write the file with `bpo score`") from error
-    return scores
-
-
-def _object(line: str, path: Path, number: int) -> dict[str, Any]:
-    try:
-        entry = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ViewError(f"{path}, line {number}: not JSON ({error}); remove the line") from error
-    if not isinstance(entry, dict):
-        raise ViewError(f"{path}, line {number}: not an object; remove the line")
-    return entry

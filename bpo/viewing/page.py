@@ -1,4 +1,4 @@
-"""Writes the page: an index of all records, chunks that the browser loads as they are looked at, and statistics.
+"""Writes the page: an index of all records, chunks that the browser loads as they are looked at, texts to search.
 
 Everything lies in one folder and works from a file: data are scripts that call one function with JSON. The policy of
 the page lets no other script run, and its own script puts text into the page as text.
@@ -8,17 +8,22 @@ from __future__ import annotations
 
 import html
 import json
+import re
 import shutil
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+import unicodedata
+from collections.abc import Iterable, Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from bpo.charts import histogram, share_bars
+from bpo.viewing import plots
+from bpo.viewing.plots import Statistics
 
-CHUNK_RECORDS = 50
-ASSETS = ("view.css", "view.js")
+# A chunk is a page of records in the file's order; texts are found in larger files, for a search reads them all.
+CHUNK_RECORDS = 20
+TEXT_RECORDS = 1000
+ASSETS = ("view.css", "view.svg", "records.js", "view.js")
+# `file:` beside 'self': the origin of a page opened from a file is opaque, and nothing is 'self' to it.
 POLICY = (
     "default-src 'none'; script-src 'self' file:; style-src 'self' file:; img-src 'self' file:; base-uri 'none'; "
     "form-action 'none'"
@@ -39,31 +44,64 @@ class PageWriter:
     def __init__(self, folder: Path, title: str):
         self.folder, self.title = folder, title
         prepare_folder(folder)
+        self.statistics = Statistics()
+        self._names = {"types": _Names(), "sources": _Names(), "reasons": _Names()}
+        self._rows: list[list[Any]] = []
         self._chunk: list[Mapping[str, Any]] = []
-        self._index: list[list[Any]] = []
-        self._num_chunks = 0
+        self._texts: list[str] = []
 
     def add(self, entry: Mapping[str, Any]) -> None:
-        self._index.append(index_row(entry))
+        """Takes an entry of `entry_of` or `refused_only`."""
+        self._rows.append(self._row(entry))
+        self._count(entry)
         self._chunk.append(entry)
+        self._texts.append(searched_text(entry))
         if len(self._chunk) == CHUNK_RECORDS:
             self._write_chunk()
+        if len(self._texts) == TEXT_RECORDS:
+            self._write_texts()
 
-    def finish(self, statistics: Mapping[str, Any]) -> Path:
+    def finish(self) -> Path:
+        """Writes what is left, the index and index.html, whose path it returns; `statistics` may be filled before."""
         if self._chunk:
             self._write_chunk()
-        index = {"title": self.title, "chunk": CHUNK_RECORDS, "columns": INDEX_COLUMNS, "rows": self._index}
-        self._write_script("data/index.js", "bpoIndex", index)
-        for name in ASSETS:
-            shutil.copyfile(str(_asset(name)), self.folder / name)
+        if self._texts:
+            self._write_texts()
+        sizes = {"chunk": CHUNK_RECORDS, "textChunk": TEXT_RECORDS}
+        names = {kind: list(one.numbers) for kind, one in self._names.items()}
+        self._write_script("data/index.js", "bpoIndex", {**sizes, **names, "rows": self._rows})
         path = self.folder / "index.html"
-        path.write_text(render(self.title, self._index, statistics), encoding="utf-8")
+        path.write_text(render(self.title, self.statistics), encoding="utf-8")
         return path
 
+    def _row(self, entry: Mapping[str, Any]) -> list[Any]:
+        """What filters need of a record: id, [type, source, words, best, margin] of each completion, reasons."""
+        types, sources, reasons = self._names.values()
+        completions = [
+            [types.number(c["type"]), sources.number(c["source"]), c["words"], int(c["best"]), c["margin"]]
+            for c in entry["completions"]
+        ]
+        refused = sorted({reasons.number(f"{r['source']}: {r['reason']}") for r in entry["refused"]})
+        return [entry["id"], completions, refused]
+
+    def _count(self, entry: Mapping[str, Any]) -> None:
+        statistics = self.statistics
+        statistics.num_records += 1
+        statistics.completions.update(c["type"] for c in entry["completions"])
+        statistics.refused.update((r["source"], r["reason"]) for r in entry["refused"])
+        margins = [c["margin"] for c in entry["completions"] if c["margin"] is not None]
+        if margins:
+            statistics.margins[round(min(margins))] += 1
+
     def _write_chunk(self) -> None:
-        self._write_script(f"data/{self._num_chunks:05}.js", "bpoChunk", [self._num_chunks, self._chunk])
-        self._num_chunks += 1
+        number = (len(self._rows) - 1) // CHUNK_RECORDS
+        self._write_script(f"data/{number:05}.js", "bpoChunk", [number, self._chunk])
         self._chunk = []
+
+    def _write_texts(self) -> None:
+        number = (len(self._rows) - 1) // TEXT_RECORDS
+        self._write_script(f"data/text-{number:05}.js", "bpoTexts", [number, self._texts])
+        self._texts = []
 
     def _write_script(self, name: str, function: str, value: Any) -> None:
         # ASCII JSON is a script whatever it says, and no byte of it ends one.
@@ -71,19 +109,33 @@ class PageWriter:
         (self.folder / name).write_text(f"{function}({text});\n", encoding="ascii")
 
 
-INDEX_COLUMNS = ("id", "types", "reasons", "words", "margin")
+class _Names:
+    """Names by number: an index of many records says each name once."""
+
+    def __init__(self) -> None:
+        self.numbers: dict[str, int] = {}
+
+    def number(self, name: str) -> int:
+        return self.numbers.setdefault(name, len(self.numbers))
 
 
-def index_row(entry: Mapping[str, Any]) -> list[Any]:
-    """What filters need of a record before its chunk is loaded: `INDEX_COLUMNS`."""
-    types = [c["type"] for c in entry["completions"]]
-    reasons = sorted({f"{r['source']}: {r['reason']}" for r in entry["refused"]})
-    words = max((c["words"] for c in entry["completions"]), default=0)
-    return [entry["id"], types, reasons, words, entry["margin"]]
+def searched_text(entry: Mapping[str, Any]) -> str:
+    """Id, file names, prompt, completions and refused texts, as the page's search compares them."""
+
+    def said(one: Mapping[str, Any]) -> str:
+        return "".join(segment[1] for segment in one["segments"] if segment[0] in "=+~")
+
+    names: Iterable[str] = (entry["id"], *(image["name"] for image in entry["images"]))
+    texts = (
+        *(turn["text"] for turn in entry["prompt"]),
+        *map(said, entry["completions"]),
+        *map(said, entry["refused"]),
+    )
+    return unicodedata.normalize("NFC", "\n".join((*names, *texts)).lower())
 
 
 def prepare_folder(folder: Path) -> None:
-    """Empties a page's folder.
+    """Makes a folder ready for a page, and empties it of an older one.
 
     Raises:
         ValueError: it holds something that is no page.
@@ -91,53 +143,28 @@ def prepare_folder(folder: Path) -> None:
     if folder.exists() and any(folder.iterdir()):
         if not (folder / "view.js").exists():
             raise ValueError(f"{folder} holds something that is no page; give another folder with --out")
+        (folder / "index.html").unlink(missing_ok=True)  # until the new one is whole
         for name in ("data", "images"):
             shutil.rmtree(folder / name, ignore_errors=True)
-    (folder / "data").mkdir(parents=True, exist_ok=True)
+    for name in ("data", "images"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    for name in ASSETS:
+        shutil.copyfile(str(_asset(name)), folder / name)
 
 
-def render(title: str, rows: Sequence[Sequence[Any]], statistics: Mapping[str, Any]) -> str:
+def render(title: str, statistics: Statistics) -> str:
     """The HTML: head with its policy, statistics, and the empty places that the script fills."""
-    template = _asset("view.html").read_text(encoding="utf-8")
-    words = Counter(row[3] for row in rows)
-    types = Counter(kind for row in rows for kind in row[1])
-    reasons = Counter(reason for row in rows for reason in row[2])
-    margins = [row[4] for row in rows if row[4] is not None]
-    charts = [
-        _figure("Completions by type", share_bars("completions by type", types.most_common())),
-        _figure("Longest completion, words", histogram("words of the longest completion", words)),
-    ]
-    if reasons:
-        charts.append(_figure("Refused, by source and reason", share_bars("refusals", reasons.most_common(12))))
-    if margins:
-        rounded = Counter(round(value) for value in margins)
-        charts.append(_figure("Smallest margin of a pair, nats", histogram("margin", rounded)))
-    objects = [figure for source, one in statistics.items() for figure in _source_figures(source, one)]
     fill = {
         "policy": POLICY,
         "title": html.escape(title),
-        "count": f"{len(rows):,}",
-        "charts": "".join(charts),
-        "more": _folded("Objects", "".join(objects)) if objects else "",
+        "lead": plots.lead(statistics),
+        "charts": plots.overview(statistics),
+        "sources": plots.by_source(statistics),
+        "left_out": plots.left_out(statistics.problems),
     }
-    for name, value in fill.items():
-        template = template.replace("{{" + name + "}}", value)
-    return template
-
-
-def _source_figures(source: str, statistics: Mapping[str, Any]) -> Iterable[str]:
-    for name, title in (("objects_added", "objects added"), ("objects_dropped", "objects dropped")):
-        if statistics.get(name):
-            rows = list(statistics[name].items())[:10]
-            yield _figure(f"{source}: {title}", share_bars(f"{source}, {title}", rows))
-
-
-def _folded(title: str, charts: str) -> str:
-    return f'<details><summary>{html.escape(title)}</summary><div class="charts">{charts}</div></details>'
-
-
-def _figure(title: str, svg: str) -> str:
-    return f"<figure><figcaption>{html.escape(title)}</figcaption>{svg}</figure>"
+    template = _asset("view.html").read_text(encoding="utf-8")
+    # In one pass: a title may spell a place of the template.
+    return re.sub(r"\{\{(\w+)\}\}", lambda place: str(fill[place.group(1)]), template)
 
 
 def _asset(name: str) -> Any:

@@ -1,9 +1,7 @@
-"""Small JPEGs of a group's image and of its weakened versions, made again from the provenance; in worker processes."""
+"""Small JPEGs of a group's images and of their weakened versions, made again from the provenance."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,64 +20,62 @@ APPROXIMATION = "an approximation: the noise was added to normalised pixels; her
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
-    """One group's pictures: which to make, and under which names in the page's folder."""
+class Shown:
+    """A completion that saw weakened images: its index among the group's, what was done, what to say of it."""
 
-    number: int
-    images: tuple[str, ...]
-    weakenings: tuple[tuple[int, Weakening, str], ...]
+    index: int
+    weakening: Weakening
+    note: str
 
 
-def job_of(number: int, group: PreferenceGroup) -> Job:
-    """The weakenings that the provenance of the group's completions tells of: (completion index, weakening, note)."""
-    weakenings = []
+def weakenings_of(group: PreferenceGroup) -> list[Shown]:
+    """The weakenings that the provenance of the group's completions tells of."""
+    found = []
     for index, completion in enumerate(group.completions):
         provenance = completion.provenance
         kind = _KINDS.get(provenance.source) if provenance else None
-        if provenance is None or kind is None or provenance.seed is None:
+        if provenance is None or kind is None or not isinstance(provenance.seed, int):
             continue
-        if kind == "noise" and provenance.noise_step is None:
+        step = provenance.noise_step
+        if kind == "noise" and not (isinstance(step, int) and 0 <= step < 1000):
             continue
         note = APPROXIMATION if kind == "noise" and provenance.space != "pixel" else ""
         space = "pixel" if kind == "noise" else None
-        weakening = Weakening(kind, provenance.seed, provenance.noise_step, space)  # type: ignore[arg-type]
-        weakenings.append((index, weakening, note))
-    return Job(number, group.images, tuple(weakenings))
+        found.append(Shown(index, Weakening(kind, provenance.seed, step, space), note))  # type: ignore[arg-type]
+    return found
+
+
+def no_pictures(group: PreferenceGroup) -> dict[str, Any]:
+    """What `make_pictures` returns, without pictures."""
+    return {"images": [{"path": None, "name": name, "error": ""} for name in group.images], "weakened": {}}
 
 
 def make_pictures(
-    jobs: Iterable[Job], root: Path, folder: Path, options: WeakenConfig, workers: int
-) -> Iterator[dict[str, Any]]:
-    """For each job in order `image`, `error` and `weakened`, as `entry_of` takes them; files go to `folder`/images."""
-    (folder / "images").mkdir(parents=True, exist_ok=True)
-    if workers <= 1:
-        for job in jobs:
-            yield _make(job, root, folder, options)
-        return
-    with ProcessPoolExecutor(workers) as pool:
-        listed = list(jobs)
-        repeated = ([value] * len(listed) for value in (root, folder, options))
-        yield from pool.map(_make, listed, *repeated, chunksize=16)
-
-
-def _make(job: Job, root: Path, folder: Path, options: WeakenConfig) -> dict[str, Any]:
-    made: dict[str, Any] = {"image": None, "error": "", "weakened": {}}
-    if not job.images:
-        return made
-    try:
-        picture = load_image(root, job.images[0])
-    except ImageError as error:
-        return made | {"error": str(error)}
-    small = _small(picture)
-    made["image"] = _save(small, folder, f"images/{job.number:07}.jpg")
-    if len(job.images) > 1:
-        made["error"] = f"the first of {len(job.images)} images"
-    for index, weakening, note in job.weakenings:
-        # A crop shows a part, which must keep its detail; noise and masks look the same on the small picture.
-        source = picture if weakening.kind == "crop" else small
-        weak = picture_weakener(weakening, options, None)(source)
-        path = _save(_small(weak), folder, f"images/{job.number:07}-{index}.jpg")
-        made["weakened"][str(index)] = {"path": path, "note": note}
+    number: int, group: PreferenceGroup, root: Path, folder: Path, options: WeakenConfig
+) -> dict[str, Any]:
+    """`images` and `weakened`, as `entry_of` takes them; files go to `folder`/images and begin with `number`."""
+    made: dict[str, Any] = {"images": [], "weakened": {}}
+    pictures = []
+    for place, name in enumerate(group.images):
+        one: dict[str, Any] = {"path": None, "name": name, "error": ""}
+        try:
+            picture = load_image(root, name)
+        except ImageError as error:
+            one["error"] = str(error)
+        else:
+            one["path"] = _save(_small(picture), folder, f"images/{number:07}-{place}.jpg")
+            pictures.append(picture)
+        made["images"].append(one)
+    if not pictures or len(pictures) < len(group.images):
+        return made  # the noise of the second image depends on the first
+    for shown in weakenings_of(group):
+        weakener = picture_weakener(shown.weakening, options, None)
+        paths = []
+        for place, picture in enumerate(pictures):
+            # A crop shows a part, which must keep its detail; noise and masks look the same on the small picture.
+            source = picture if shown.weakening.kind == "crop" else _small(picture)
+            paths.append(_save(_small(weakener(source)), folder, f"images/{number:07}-{place}-{shown.index}.jpg"))
+        made["weakened"][str(shown.index)] = {"paths": paths, "note": shown.note}
     return made
 
 

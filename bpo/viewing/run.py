@@ -3,32 +3,27 @@
     bpo view groups.jsonl --image-root IMAGES --out page      # then open page/index.html; nothing else is needed
     bpo view groups.jsonl --image-root IMAGES --serve         # on 127.0.0.1, for instance over ssh -L
 
-Beside every image stand its weakened version, the prompt, the annotation and each negative with what it adds and drops.
-Refused negatives are read from groups.jsonl.refused.jsonl where that lies beside; `--scores FILE` (from `bpo score`)
-colours tokens by how training moved them.
+Beside every image stand its weakened version, the prompt, the annotation and each negative with what it adds, drops and
+changes. Refused negatives are read from groups.jsonl.refused.jsonl and the figures of each source from
+groups.jsonl.summary.json, where those lie beside; `--scores FILE` (from `bpo score`) colours tokens by how training
+moved them.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import random
+import signal
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
-from bpo.bootstrap.changes import load_lexicon
 from bpo.bootstrap.merge import beside
-from bpo.config_bootstrap import WeakenConfig
-from bpo.data.formats import read_groups
-from bpo.records import PreferenceGroup
-from bpo.viewing.entries import Extras, entry_of, read_refused, read_scores, refused_only
-from bpo.viewing.page import PageWriter
-from bpo.viewing.pictures import job_of, make_pictures
+from bpo.viewing.build import build_page
+from bpo.viewing.reading import add_bad_options
 from bpo.viewing.serve import server_of
 
 
@@ -36,7 +31,7 @@ def options(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="bpo view", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("data", type=Path, help="groups.jsonl, or the paper's released JSON")
+    parser.add_argument("data", type=Path, help="groups.jsonl, the paper's JSON, TRL's, RLHF-V's or RLAIF-V's pairs")
     parser.add_argument("--image-root", type=Path, default=Path("."), help="folder that image paths are relative to")
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--out", type=Path, help="folder of the page (default: DATA.page)")
@@ -47,69 +42,53 @@ def options(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--no-images", action="store_true", help="texts only")
     parser.add_argument("--lexicon", default="", help="objects to mark: a file as bpo/bootstrap/lexicon/en.yaml")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: %(default)s)")
-    return parser.parse_args(argv)
-
-
-def build_page(chosen: argparse.Namespace, folder: Path) -> Path:
-    """Writes the page of `chosen` into `folder`; returns its index.html.
-
-    Raises:
-        ValueError: a file has another form, or the folder holds something else.
-    """
-    groups = _sample(read_groups(chosen.data), chosen.limit)
-    lexicon = load_lexicon(chosen.lexicon).objects
-    extras = Extras(
-        refused=read_refused(beside(chosen.data, "refused.jsonl")),
-        scores=read_scores(chosen.scores) if chosen.scores else {},
-    )
-    writer = PageWriter(folder, chosen.data.name)
-    jobs = [job_of(number, group) for number, group in enumerate(groups)]
-    if chosen.no_images:
-        pictures: Any = ({"image": None, "error": "", "weakened": {}} for _ in jobs)
-    else:
-        pictures = make_pictures(jobs, chosen.image_root, folder, WeakenConfig(), chosen.workers)
-    for group, made in tqdm(zip(groups, pictures, strict=True), total=len(groups), desc="records", unit="record"):
-        writer.add(entry_of(group, extras, lexicon, made))
-    if not chosen.limit:
-        shown = {group.id for group in groups}
-        for record_id in extras.refused:
-            if record_id not in shown:
-                writer.add(refused_only(record_id, extras, lexicon))
-    return writer.finish(_statistics(beside(chosen.data, "summary.json")))
-
-
-def _sample(groups: tuple[PreferenceGroup, ...], limit: int) -> list[PreferenceGroup]:
-    """All groups, or `limit` of them drawn at random, always the same, in the file's order."""
-    if not limit or limit >= len(groups):
-        return list(groups)
-    return [groups[at] for at in sorted(random.Random(0).sample(range(len(groups)), limit))]
-
-
-def _statistics(summary: Path) -> dict[str, Any]:
-    if not summary.exists():
-        return {}
-    return json.loads(summary.read_text(encoding="utf-8")).get("statistics", {})
+    add_bad_options(parser)
+    chosen = parser.parse_args(argv)
+    for name in ("limit", "workers", "port"):
+        if getattr(chosen, name) < 0:
+            parser.error(f"--{name} is {getattr(chosen, name)}; it must be 0 or more")
+    return chosen
 
 
 def serve(chosen: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(prefix="bpo-view-") as temporary:
-        build_page(chosen, Path(temporary))
+        # The port first: building may take minutes.
         with server_of(Path(temporary), chosen.port) as server:
+            build_page(chosen, Path(temporary))
             port = server.server_address[1]
-            print(f"http://127.0.0.1:{port}/  (over ssh: ssh -L {port}:127.0.0.1:{port} HOST; ends with Ctrl-C)")
-            try:
-                server.serve_forever()
-            except KeyboardInterrupt:
-                print()
+            print(
+                f"http://127.0.0.1:{port}/  (over ssh: ssh -L {port}:127.0.0.1:{port} HOST; ends with Ctrl-C)",
+                flush=True,
+            )
+            server.serve_forever()
+
+
+@contextmanager
+def _ends_like_ctrl_c() -> Iterator[None]:
+    """A closed terminal or a scheduler's end removes the temporary folder, too."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def main(argv: list[str]) -> int:
     chosen = options(argv)
     try:
-        if chosen.serve:
-            serve(chosen)
-        else:
-            print(build_page(chosen, chosen.out or beside(chosen.data, "page")).resolve())
+        with _ends_like_ctrl_c():
+            if chosen.serve:
+                serve(chosen)
+            else:
+                print(build_page(chosen, chosen.out or beside(chosen.data, "page")).resolve())
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 0 if chosen.serve else 130
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

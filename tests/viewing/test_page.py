@@ -1,108 +1,25 @@
-"""The page of `bpo view`, its parts and in a browser. Run: python -m pytest tests/viewing/test_page.py"""
+"""The files of a page: what stands in them, whatever the data are. Run: python -m pytest tests/viewing/test_page.py"""
 
 from __future__ import annotations
 
-import http.client
 import json
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+import os
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
 
-from bpo.bootstrap.changes import load_lexicon
-from bpo.data.formats import group_to_json
-from bpo.records import Completion, ContentPart, PreferenceGroup, Provenance, Turn
-from bpo.viewing.diff import diff_segments, plain_segments
-from bpo.viewing.entries import ViewError, read_scores
+from bpo.charts import columns, range_bars, share_bars
 from bpo.viewing.run import main
-from bpo.viewing.serve import server_of
-from tests.browser import Tab, browser_tab, needs_browser
-
-HOSTILE = "</script><script>window.pwned=1</script><img src=x onerror=window.pwned=2>"
-OBJECTS = load_lexicon().objects
+from tests.viewing.sample_page import HOSTILE, entries, view, write_lines, write_pictures
 
 
-def group(number: int, annotation: str, negatives: dict[str, str], prompt: str = "Describe it.") -> PreferenceGroup:
-    sources = {"mllm-hal": "weakened-image", "llm-hal": "injected-errors"}
-    completions = [Completion(annotation, 1.0, "gt", Provenance("annotation"))]
-    for kind, text in negatives.items():
-        noise = 900 if kind == "mllm-hal" else None
-        completions.append(Completion(text, 0.0, kind, Provenance(sources[kind], noise_step=noise, seed=number)))
-    turn = Turn("user", (ContentPart("image"), ContentPart("text", prompt)))
-    return PreferenceGroup(f"r{number:03}", (f"{number % 3}.png",), (turn,), tuple(completions))
-
-
-def scored(completion: Completion, gain: float) -> dict[str, Any]:
-    """Every token `gain` nats likelier than the reference has it; of injected errors, twice that."""
-    tokens = completion.response.split(" ")
-    gain *= 2 if completion.type == "llm-hal" else 1
-    reference = [-1.0] * len(tokens)
-    return {
-        "response": completion.response,
-        "tokens": tokens,
-        "policy": [value + gain for value in reference],
-        "reference": reference,
-    }
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    """60 groups, one of them hostile, two refusals (one of a record without a group), scores of ten groups."""
-    for number in range(2):  # the third image is missing
-        pixels = np.full((90, 120, 3), 200 - 150 * number, dtype=np.uint8)
-        Image.fromarray(pixels).save(tmp_path / f"{number}.png")
-    negatives = [{"llm-hal": f"A zebra and {n} cats.", "mllm-hal": "A dog."} for n in range(59)]
-    groups = [group(n, f"A dog and {n} cats.", negatives[n]) for n in range(59)]
-    groups.append(group(59, f"A dog. {HOSTILE}", {"llm-hal": f"{HOSTILE} A cat."}, prompt=HOSTILE))
-    path = tmp_path / "groups.jsonl"
-    path.write_text("".join(json.dumps(group_to_json(one)) + "\n" for one in groups))
-    refused = [
-        {"id": "r001", "source": "inject", "reason": "unchanged", "detail": "it is the annotation", "text": HOSTILE},
-        {"id": "gone", "source": "weaken", "reason": "empty", "detail": "there is no text", "text": ""},
-    ]
-    (tmp_path / "groups.jsonl.refused.jsonl").write_text("".join(json.dumps(one) + "\n" for one in refused))
-    scores = [
-        {"id": one.id, "completions": [scored(c, n) for c in one.completions]} for n, one in enumerate(groups[:10])
-    ]
-    (tmp_path / "scores.jsonl").write_text("".join(json.dumps(one) + "\n" for one in scores))
-    return path
-
-
-@pytest.fixture
-def page(data: Path) -> Path:
-    arguments = ["--image-root", str(data.parent), "--out", str(data.parent / "page"), "--workers", "1"]
-    assert main([str(data), *arguments, "--scores", str(data.parent / "scores.jsonl")]) == 0
-    return data.parent / "page"
-
-
-def joined(segments: list[list[str]], ops: str) -> str:
-    return "".join(segment[1] for segment in segments if segment[0] in ops)
-
-
-def test_a_diff_tells_what_is_added_dropped_and_which_objects_are_named() -> None:
-    segments = diff_segments("A big dog sits.", "A big brown cat sits here.", OBJECTS)
-    assert [s[:2] for s in segments if s[0] == "-"] == [["-", "dog"]]
-    assert [s[1] for s in segments if s[0] == "+"] == ["brown ", "cat", "here"]
-    assert ["+", "cat", "cat"] in segments
-    assert plain_segments("Two dogs.", OBJECTS) == [["=", "Two "], ["=", "dogs", "dog"], ["=", "."]]
-
-
-texts = st.text(alphabet="ab .\n<&'-日é", max_size=40)
-
-
-@given(texts, texts)
-def test_a_diff_holds_both_texts(annotation: str, response: str) -> None:
-    segments = diff_segments(annotation, response, OBJECTS)
-    assert joined(segments, "=+") == response
-    dropped = "".join("".join(s[1].split()) for s in segments if s[0] in "=-")
-    assert dropped.casefold() == "".join(annotation.split()).casefold()
+def record(number: int, **more: Any) -> dict[str, Any]:
+    completions = [{"response": "A dog.", "score": 1, "type": "gt"}, {"response": "A cat.", "score": 0, "type": "x"}]
+    return {"id": f"g{number}", "images": ["0.png"], "prompt": "Describe.", "completions": completions, **more}
 
 
 def test_no_text_of_the_data_stands_in_the_html_and_none_ends_a_script(page: Path) -> None:
@@ -112,10 +29,160 @@ def test_no_text_of_the_data_stands_in_the_html_and_none_ends_a_script(page: Pat
 
 
 def test_weakened_pictures_are_made_from_the_provenance(page: Path) -> None:
-    names = ("0000000.jpg", "0000000-2.jpg")
+    names = ("0000000-0.jpg", "0000000-0-2.jpg")
     clean, weak = (np.asarray(Image.open(page / "images" / name)).astype(int) for name in names)
     assert clean.std() < 5 and weak.std() > 40
     assert clean.shape == weak.shape == (90, 120, 3)
+
+
+def test_a_provenance_of_any_values_is_shown(tmp_path: Path) -> None:
+    """Nothing says that a seed is a number; and one beyond 53 bits is shown to its last digit."""
+    write_pictures(tmp_path)
+    kinds = [{"seed": "7", "noise_step": "x"}, {"seed": 2**60 + 1, "noise_step": 5000}, {"seed": [1], "noise_step": 3}]
+    more = [{"response": "A.", "score": 0, "type": "x", "provenance": {"source": "weakened-image", **k}} for k in kinds]
+    groups = [record(0, completions=[*record(0)["completions"], *more])]
+    completions = entries(view(write_lines(tmp_path / "g.jsonl", groups)))[0]["completions"]
+    assert [c["provenance"]["seed"] for c in completions[2:]] == ["7", str(2**60 + 1), "[1]"]
+
+
+def test_every_image_of_a_record_is_shown_with_its_weakened_version(tmp_path: Path) -> None:
+    write_pictures(tmp_path)
+    noise = {"source": "weakened-image", "noise_step": 900, "seed": 1}
+    completions = [*record(0)["completions"], {"response": "B.", "score": 0, "type": "y", "provenance": noise}]
+    groups = [
+        record(0, images=["0.png", "1.png"], completions=completions),
+        record(1, images=["0.png", "no.png", "../x.png"]),
+    ]
+    first, second = entries(view(write_lines(tmp_path / "g.jsonl", groups)))
+    assert [image["path"] for image in first["images"]] == ["images/0000000-0.jpg", "images/0000000-1.jpg"]
+    paths = first["weakened"]["2"]["paths"]
+    one, two = (np.asarray(Image.open(tmp_path / "page" / path)).astype(int) for path in paths)
+    assert np.abs(one - two).mean() > 20
+    assert [bool(image["path"]) for image in second["images"]] == [True, False, False]
+    assert "missing" in second["images"][1]["error"] and "leads out" in second["images"][2]["error"]
+
+
+def test_forms_of_groups_that_are_easily_forgotten(tmp_path: Path) -> None:
+    write_pictures(tmp_path)
+    one = {"response": "A dog.", "score": 1, "type": "gt"}
+    turns = [
+        {"role": r, "content": t}
+        for r, t in (("system", "Be brief."), ("user", "Hi"), ("assistant", "Yes"), ("user", "?"))
+    ]
+    groups = [
+        record(0, images=[], prompt="No picture."),
+        record(1, completions=[one, {**one, "response": "A hound."}]),
+        record(2, completions=[one, {**one, "response": "A hound."}, {**one, "score": -2.5, "response": "A cat."}]),
+        record(3, prompt=turns),
+        record(4, completions=[one, *({**one, "score": -n, "response": f"{n} cats"} for n in range(1, 11))]),
+        record(5, completions=[{**one, "response": "w " * 5000}, {**one, "score": 0, "response": "v " * 5000}]),
+    ]
+    none, equal, positives, several, many, long = entries(view(write_lines(tmp_path / "g.jsonl", groups)))
+    assert none["images"] == [] and none["note"] == ""
+    assert equal["note"] == "no pair: all scores are equal"
+    assert [c["best"] for c in positives["completions"]] == [True, True, False]
+    assert [turn["role"] for turn in several["prompt"]] == ["system", "user", "assistant", "user"]
+    assert len(many["completions"]) == 11 and long["completions"][1]["words"] == 5000
+
+
+FORMS: dict[str, list[Any]] = {
+    "paper.json": [{"prompt": "<image>\nWhat?", "image": "0.png", "completions": record(0)["completions"]}],
+    "trl.jsonl": [{"prompt": "What?", "chosen": "A dog.", "rejected": "A cat.", "images": ["0.png"]}],
+    "rlhf-v.jsonl": [
+        {
+            "ds_name": "x",
+            "image": "0.png",
+            "text": json.dumps({"question": "What?", "chosen": "A dog.", "rejected": "A cat."}),
+        }
+    ],
+    "rlaif-v.jsonl": [{"question": "What?", "chosen": "A dog.", "rejected": "A cat.", "image": "0.png"}],
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_other_forms_of_groups_are_shown_as_they_are(tmp_path: Path, name: str) -> None:
+    write_pictures(tmp_path)
+    path = tmp_path / name
+    if path.suffix == ".json":
+        path.write_text(json.dumps(FORMS[name]))
+    else:
+        write_lines(path, FORMS[name])
+    (entry,) = entries(view(path))
+    assert entry["images"][0]["path"] and "What?" in entry["prompt"][0]["text"]
+    assert [["x", "dog"], ["~", "cat", "cat"]] == entry["completions"][1]["segments"][1:3]
+
+
+def test_annotations_are_refused_with_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write_lines(tmp_path / "a.jsonl", [{"id": "1", "images": ["0.png"], "prompt": "?", "response": "A dog."}])
+    assert main([str(data), "--out", str(tmp_path / "page")]) == 1
+    assert "run bpo bootstrap" in capsys.readouterr().err
+    (tmp_path / "empty.jsonl").write_text("")
+    assert main([str(tmp_path / "empty.jsonl"), "--out", str(tmp_path / "page")]) == 1
+    assert "no record" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- statistics
+
+SUMMARY = {
+    "kept": {"weaken": 30, "inject": 20},
+    "refused": {"inject": {"unchanged": 7, HOSTILE: 1}, "annotation": {"too-long": 2}},
+    "statistics": {
+        "weaken": {
+            "negatives": 30,
+            "words": {"p5": 4, "p50": 11, "p95": 23},
+            "similarity_histogram": [0, 0, 1, 2, 3, 4, 8, 7, 5, 0],
+            "kinds_of_change": {"object": 25, "count": 5},
+            "objects_added": {"zebra": 9, HOSTILE: 1},
+            "objects_dropped": {"dog": 8},
+        },
+        "inject": {"words": {"p5": None, "p50": None, "p95": None}, "objects_added": [], "similarity_histogram": "x"},
+    },
+}
+
+
+def test_the_figures_of_each_source_are_plotted_from_the_summary(data: Path) -> None:
+    (data.parent / "groups.jsonl.summary.json").write_text(json.dumps(SUMMARY))
+    page = (view(data, "--no-images") / "index.html").read_text()
+    blocks = {m[1]: m[2] for m in re.finditer(r'<details class="source"><summary><b>(.*?)</b>(.*?)</details>', page)}
+    assert list(blocks) == ["weaken (mllm-hal)", "inject (llm-hal)", "annotation"]
+    weaken = blocks["weaken (mllm-hal)"]
+    assert "30 kept" in weaken and "4 / 11 / 23 (p5 / p50 / p95)" in weaken
+    for title in ("Similarity to the annotation", "What changed", "Objects added", "Objects dropped"):
+        assert f"<figcaption>{title}" in weaken
+    assert "60 % or more: 8" in weaken and "object 25; count 5" in weaken and "zebra" in weaken
+    assert "20 kept · 8 refused (29 %)" in blocks["inject (llm-hal)"] and "too-long 2" in blocks["annotation"]
+    assert "<script>window" not in page and page.count("<script") == 3
+
+
+def test_without_a_summary_the_figures_are_counted(data: Path) -> None:
+    page = (view(data, "--no-images") / "index.html").read_text()
+    blocks = {m[1]: m[2] for m in re.finditer(r'<details class="source"><summary><b>(.*?)</b>(.*?)</details>', page)}
+    assert list(blocks) == ["llm-hal", "mllm-hal"]
+    assert "60 kept · 1 refused" in blocks["llm-hal"] and "zebra 59" in blocks["llm-hal"]
+    assert "gt 5, 5, 5; llm-hal 5, 5, 5; mllm-hal 2, 2, 2" in page  # words
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "{", '{"statistics": 3, "kept": [], "refused": {"a": 1}}', '{"kept": {"weaken": -1}}']
+)
+def test_a_summary_of_another_form_costs_the_summary_alone(data: Path, text: str) -> None:
+    (data.parent / "groups.jsonl.summary.json").write_text(text)
+    page = view(data, "--no-images")
+    assert len(entries(page)) == 61 and '<details class="source"' in (page / "index.html").read_text()
+
+
+def test_charts_of_nothing_and_of_hostile_names_are_whole() -> None:
+    for chart in (
+        columns("t", [], {}),
+        share_bars("t", []),
+        range_bars("t", []),
+        range_bars("t", [(HOSTILE, (0, 0, 0))]),
+    ):
+        assert chart.startswith("<svg") and chart.endswith("</svg>") and "<script>" not in chart
+    assert 'aria-label="t: a 1, 2, 3"' in range_bars("t", [("a", (1, 2, 3))])
+
+
+# ---------------------------------------------------------------- folders, names, samples
 
 
 def test_a_folder_that_holds_something_else_is_left_alone(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -127,162 +194,37 @@ def test_a_folder_that_holds_something_else_is_left_alone(data: Path, capsys: py
 
 
 def test_a_page_may_be_made_again_and_a_sample_is_the_same_each_time(data: Path) -> None:
-    out = data.parent / "page"
     ids = []
     for _ in range(2):
-        assert main([str(data), "--no-images", "--out", str(out), "--limit", "7"]) == 0
-        ids.append((out / "data" / "index.js").read_text())
-    assert ids[0] == ids[1] and ids[0].count('"r0') == 7
+        page = view(data, "--no-images", "--limit", "7")
+        ids.append([entry["id"] for entry in entries(page)])
+    assert ids[0] == ids[1] == sorted(ids[0]) and len(ids[0]) == 7
+    assert view(data, "--no-images", "--limit", "600") and len(entries(page)) == 60
 
 
-UNEVEN = {"id": "a", "completions": [{"response": "x", "tokens": ["x"], "policy": [], "reference": [0]}]}
+def test_a_building_that_was_broken_off_leaves_no_page_and_may_be_repeated(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = view(data, "--no-images")
+    with monkeypatch.context() as patch:
+        patch.setattr("bpo.viewing.page.PageWriter.finish", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert main([str(data), "--no-images", "--out", str(page)]) == 130
+        assert not (page / "index.html").exists()
+        assert main([str(data), "--no-images", "--out", str(data.parent / "new")]) == 130
+    assert main([str(data), "--no-images", "--out", str(data.parent / "new")]) == 0
 
 
-@pytest.mark.parametrize("line", ["{", "[]", '{"id": "a"}', json.dumps(UNEVEN)])
-def test_scores_of_another_form_are_refused_by_line(tmp_path: Path, line: str) -> None:
-    (tmp_path / "s.jsonl").write_text('{"id": "b", "completions": []}\n' + line + "\n")
-    with pytest.raises(ViewError, match=r"s\.jsonl, line 2"):
-        read_scores(tmp_path / "s.jsonl")
+@pytest.mark.parametrize("name", ["my groups é.jsonl", "{{charts}}<b>.jsonl", "a#b?c%20d.jsonl", "\udcff.jsonl"])
+def test_a_file_of_any_name(data: Path, name: str) -> None:
+    page = (view(data.rename(data.parent / name), "--no-images") / "index.html").read_text()
+    title = re.search(r"<title>(.*?)</title>", page)
+    shown = os.fsencode(name).decode("utf-8", "replace").replace("<", "&lt;").replace(">", "&gt;")
+    assert title and title[1] == shown
 
 
-@contextmanager
-def served(folder: Path) -> Iterator[int]:
-    with server_of(folder, 0) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        try:
-            yield server.server_address[1]
-        finally:
-            server.shutdown()
-            thread.join()
-
-
-def test_the_server_gives_its_own_files_to_its_own_machine_alone(page: Path) -> None:
-    def ask(port: int, path: str, host: str | None = None, method: str = "GET") -> Any:
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
-        connection.putrequest(method, path, skip_host=True)
-        connection.putheader("Host", host or f"127.0.0.1:{port}")
-        connection.endheaders()
-        answer = connection.getresponse()
-        return answer.status, answer.headers, answer.read()
-
-    with served(page) as port:
-        status, headers, body = ask(port, "/")
-        assert status == 200 and b"groups.jsonl" in body
-        assert "script-src 'self';" in headers["Content-Security-Policy"]
-        assert ask(port, "/data/index.js")[0] == 200
-        assert ask(port, "/", host="evil.example")[0] == 403
-        assert ask(port, "/data/")[0] == 404
-        assert ask(port, "/../groups.jsonl")[0] == 404
-        assert ask(port, "/%2e%2e/groups.jsonl")[0] == 404
-        assert ask(port, "/", method="POST")[0] == 501
-
-
-@pytest.fixture(scope="module")
-def tab() -> Iterator[Tab]:
-    with browser_tab() as tab:
-        yield tab
-
-
-def texts_of(tab: Tab, selector: str) -> list[str]:
-    return tab.run(f"[...document.querySelectorAll({selector!r})].map(e => e.textContent)")
-
-
-def shown(tab: Tab, count: int) -> None:
-    tab.until(f"document.querySelectorAll('article').length === {count}")
-
-
-@needs_browser
-def test_a_browser_shows_groups_pictures_diffs_and_runs_no_text(page: Path, tab: Tab, tmp_path: Path) -> None:
-    tab.events.clear()
-    tab.open(f"file://{page}/index.html")
-    shown(tab, 20)
-    assert texts_of(tab, "article h2")[0].startswith("r000")
-    assert texts_of(tab, "article:first-of-type del")[0] == "dog"
-    assert texts_of(tab, "article:first-of-type ins mark") == ["zebra"]
-    assert "missing" in texts_of(tab, "article:nth-of-type(3) .problem")[0]
-    images = "[...document.querySelectorAll('article:first-of-type img')]"
-    assert tab.run(f"{images}.length") == 2
-    tab.until(f"{images}.every(i => i.complete && i.naturalWidth > 0)")
-    assert "unchanged" in texts_of(tab, "article:nth-of-type(2) .refused")[0]
-    tab.press("n")
-    shown(tab, 20)
-    tab.press("n")
-    shown(tab, 20)
-    tab.press("n")
-    shown(tab, 1)  # the record without a group
-    tab.press("p")
-    tab.until("document.body.textContent.includes('onerror=window.pwned')")
-    assert tab.run("window.pwned") is None
-    assert tab.run("document.querySelectorAll('main script, main img[onerror]').length") == 0
-    assert tab.complaints() == []
-    tab.screenshot(tmp_path / "page.png")
-    assert len(np.unique(np.asarray(Image.open(tmp_path / "page.png").convert("RGB")).reshape(-1, 3), axis=0)) > 50
-
-
-@needs_browser
-def test_an_injected_script_would_be_stopped_by_the_policy(page: Path, tab: Tab) -> None:
-    """Were a text ever put in as markup, the policy of the page would not let it run."""
-    tab.events.clear()
-    tab.open(f"file://{page}/index.html")
-    shown(tab, 20)
-    tab.run("document.querySelector('main').insertAdjacentHTML('beforeend', '<img src=x onerror=window.pwned=3>'); 0")
-    tab.run("const s = document.createElement('script'); s.textContent = 'window.pwned=4'; document.body.append(s); 0")
-    tab.run("new Promise(done => setTimeout(done, 200))")
-    assert tab.run("window.pwned") is None
-    assert any("Content Security Policy" in text for text in tab.complaints())
-
-
-@needs_browser
-def test_filters_and_their_address(page: Path, tab: Tab) -> None:
-    tab.open(f"file://{page}/index.html#reason=inject%3A+unchanged")
-    shown(tab, 1)
-    assert texts_of(tab, "article h2")[0].startswith("r001")
-    for query, count in (
-        ("search=7+cats", 6),
-        ("type=mllm-hal&search=r05", 9),
-        ("max-words=4&search=dog", 0),
-        ("search=gone", 1),
-    ):
-        tab.run(f"location.hash = '{query}'; 0")
-        shown(tab, count)
-    tab.run("location.hash = 'order=margin'; 0")
-    tab.until("document.querySelector('article h2').textContent.startsWith('r009')")
-    tab.run("location.hash = 'max-margin=-1'; 0")
-    shown(tab, 9)
-
-
-@needs_browser
-def test_the_keyboard_does_everything(page: Path, tab: Tab) -> None:
-    tab.open(f"file://{page}/index.html")
-    shown(tab, 20)
-    for _ in range(3):
-        tab.press("j")
-    tab.press("k")
-    assert tab.run("document.activeElement.getAttribute('aria-label')") == "r001"
-    for _ in range(20):
-        tab.press("j")
-        tab.run("new Promise(done => setTimeout(done))")
-    tab.until("document.activeElement.getAttribute('aria-label') === 'r021'")
-    tab.press("t")
-    tab.until("document.querySelector('#ratios').checked")
-    tab.press("/")
-    assert tab.run("document.activeElement.id") == "search"
-    for key in "r003":
-        tab.press(key)
-    shown(tab, 1)
-    tab.press("Escape")
-    assert len(texts_of(tab, ".token.more")) == 2 * 5 + 2  # three nats a token
-    tab.press("Escape")
-    shown(tab, 20)
-    tab.press("r")
-    tab.until("location.hash.includes('order=random')")
-    first = texts_of(tab, "article h2")
-    assert first != sorted(first)
-    tab.run("location.reload(); 0")
-    tab.until("document.readyState === 'complete'")
-    shown(tab, 20)
-    assert texts_of(tab, "article h2") == first  # the sample has an address
-    tab.press("?")
-    assert tab.run("document.querySelector('#help').open")
-    tab.press("Escape")
+def test_processes_give_the_same_page(data: Path) -> None:
+    first = entries(view(data))
+    assert (
+        main([str(data), "--image-root", str(data.parent), "--out", str(data.parent / "page"), "--workers", "2"]) == 0
+    )
+    assert entries(data.parent / "page") == first

@@ -1,122 +1,206 @@
-// The page of `bpo view`. Data come as calls of bpoIndex and bpoChunk; texts of the data set only ever become text nodes.
+// The page of `bpo view`: filters, order, keys. Data come as calls of bpoIndex, bpoChunk and bpoTexts; records.js draws.
 "use strict";
 (() => {
   const PAGE = 20;
-  const FIELDS = ["search", "type", "reason", "min-words", "max-words", "max-margin", "order", "ratios"];
+  const KEPT_CHUNKS = 100;
+  const FIELDS = {
+    search: "", source: "", refused: "", "length-of": "longest", "min-words": "", "max-words": "", "min-margin": "",
+    "max-margin": "", order: "file",
+  };
+  const [TYPE, SOURCE, WORDS, BEST, MARGIN] = [0, 1, 2, 3, 4]; // of a completion in the index
+  const { element, article, highlight } = bpoRecords;
   const byId = (id) => document.getElementById(id);
-  const chunks = new Map(); // number -> array of records
-  const waiting = new Map(); // number -> functions to call when it is there
+  const chunks = new Map(); // number -> array of records, the last used last
+  const texts = new Map(); // number -> array of what a search looks at
+  const waiting = new Map(); // file name -> promise of its arrival
   let index = null;
   let found = [];
   let page = 0;
   let current = -1; // of the records on the page
-  let run = 0; // counts filterings: a search that another one overtook stops
+  let run = 0; // counts filterings: one that another overtook stops
   let seed = 1;
+
+  // ------------------------------------------------------------------ data
 
   window.bpoIndex = (value) => {
     index = value;
-    const column = Object.fromEntries(index.columns.map((name, at) => [name, at]));
-    index.rows = index.rows.map((row) => Object.fromEntries(index.columns.map((name) => [name, row[column[name]]])));
-    fill(byId("type"), index.rows.flatMap((row) => row.types));
-    fill(byId("reason"), index.rows.flatMap((row) => row.reasons));
-    byId("margin-label").hidden = !index.rows.some((row) => row.margin !== null);
-    byId("ratios").parentElement.hidden = byId("margin-label").hidden;
+    index.rows = value.rows.map(([id, completions, refused]) => {
+      const margins = completions.map((one) => one[MARGIN]).filter((one) => one !== null);
+      return {
+        id, completions, refused,
+        words: completions.reduce((most, one) => Math.max(most, one[WORDS]), 0),
+        margin: margins.length ? Math.min(...margins) : null,
+      };
+    });
+    fillSources();
+    fillRefused();
+    const scored = index.rows.some((row) => row.margin !== null);
+    for (const node of document.querySelectorAll(".scored")) node.hidden = !scored;
+    if (!scored) byId("order").querySelector("[value=margin]").remove();
     readHash();
-    filter();
+    filter(page);
   };
+
   window.bpoChunk = ([number, records]) => {
     chunks.set(number, records);
-    for (const done of waiting.get(number) || []) done();
-    waiting.delete(number);
+    for (const oldest of chunks.keys()) if (chunks.size > KEPT_CHUNKS) chunks.delete(oldest);
   };
+  window.bpoTexts = ([number, value]) => texts.set(number, value);
 
-  function fill(select, values) {
-    const counts = new Map();
-    for (const value of values) counts.set(value, (counts.get(value) || 0) + 1);
-    for (const [value, count] of [...counts].sort()) select.append(element("option", { value }, `${value} (${count})`));
+  function loadScript(name) {
+    if (!waiting.has(name)) {
+      waiting.set(name, new Promise((done, failed) => {
+        const script = element("script", { src: name });
+        const end = (settle) => () => { script.remove(); waiting.delete(name); settle(new Error(`${name} cannot be read`)); };
+        script.onload = end(done);
+        script.onerror = end(failed);
+        document.head.append(script);
+      }));
+    }
+    return waiting.get(name);
   }
-
-  function load(number) {
-    if (chunks.has(number)) return Promise.resolve();
-    return new Promise((done, failed) => {
-      if (waiting.has(number)) return waiting.get(number).push(done);
-      waiting.set(number, [done]);
-      const script = element("script", { src: `data/${String(number).padStart(5, "0")}.js` });
-      script.onerror = () => failed(new Error(`data/${number} cannot be read`));
-      script.onload = () => script.remove();
-      document.head.append(script);
-    });
+  const padded = (number) => String(number).padStart(5, "0");
+  const loadTexts = (number) => (texts.has(number) ? null : loadScript(`data/text-${padded(number)}.js`));
+  async function load(number) {
+    if (!chunks.has(number)) await loadScript(`data/${padded(number)}.js`);
+    const records = chunks.get(number);
+    chunks.delete(number);
+    chunks.set(number, records);
   }
-
   const chunkOf = (record) => Math.floor(record / index.chunk);
   const recordAt = (record) => chunks.get(chunkOf(record))[record % index.chunk];
-
-  function element(name, attributes, ...children) {
-    const node = document.createElement(name);
-    for (const [key, value] of Object.entries(attributes || {})) {
-      if (key === "class") node.className = value;
-      else if (value !== false && value !== null) node.setAttribute(key, value === true ? "" : value);
-    }
-    node.append(...children); // strings become text nodes
-    return node;
-  }
+  const loadAll = (records) => Promise.all([...new Set(records.map(chunkOf))].map(load));
 
   // ------------------------------------------------------------------ filters
 
-  const number = (id) => (byId(id).value === "" ? null : Number(byId(id).value));
+  function options(select, groups) {
+    for (const [label, entries] of groups) {
+      if (!entries.length) continue;
+      const made = entries.map(([value, text, count]) => element("option", { value }, `${text} (${count.toLocaleString("en")})`));
+      select.append(label ? element("optgroup", { label }, ...made) : made[0], ...(label ? [] : made.slice(1)));
+    }
+  }
 
-  async function filter() {
+  function fillSources() {
+    const counts = { type: new Map(), source: new Map() };
+    for (const row of index.rows) {
+      for (const [kind, at] of [["type", TYPE], ["source", SOURCE]]) {
+        for (const number of new Set(row.completions.map((one) => one[at]))) {
+          counts[kind].set(number, (counts[kind].get(number) || 0) + 1);
+        }
+      }
+    }
+    const entries = (kind, names) => [...counts[kind]]
+      .filter(([number]) => names[number])
+      .map(([number, count]) => [`${kind}:${names[number]}`, names[number], count])
+      .sort((a, b) => b[2] - a[2]);
+    options(byId("source"), [["type", entries("type", index.types)], ["provenance", entries("source", index.sources)]]);
+  }
+
+  const refusedBy = (reason) => reason.slice(0, reason.indexOf(": "));
+
+  function fillRefused() {
+    const reasons = new Map();
+    const bySource = new Map();
+    const total = { any: 0, none: 0 };
+    const count = (map, key) => map.set(key, (map.get(key) || 0) + 1);
+    for (const row of index.rows) {
+      total[row.refused.length ? "any" : "none"] += 1;
+      for (const number of row.refused) count(reasons, index.reasons[number]);
+      for (const source of new Set(row.refused.map((number) => refusedBy(index.reasons[number])))) count(bySource, source);
+    }
+    options(byId("refused"), [["", [["any", "with a refusal", total.any], ["none", "without", total.none]]]]);
+    for (const [source, number] of [...bySource].sort()) {
+      const own = [...reasons].filter(([reason]) => refusedBy(reason) === source).sort((a, b) => b[1] - a[1]);
+      const entries = own.map(([reason, many]) => [`reason:${reason}`, reason, many]);
+      options(byId("refused"), [[source, [[`source:${source}`, `${source}: any reason`, number], ...entries]]]);
+    }
+  }
+
+  const number = (id) => (byId(id).value === "" ? null : Number(byId(id).value));
+  const within = (value, least, most) => (least === null || value >= least) && (most === null || value <= most);
+
+  /** Whether a row passes, as the fields stand now. */
+  function passes() {
+    const [kind, name] = cut(byId("source").value);
+    const at = kind === "type" ? TYPE : SOURCE;
+    const wanted = kind ? (kind === "type" ? index.types : index.sources).indexOf(name) : null;
+    const of = byId("length-of").value;
+    const [least, most] = ["min-words", "max-words"].map(number);
+    const [low, high] = ["min-margin", "max-margin"].map(number);
+    const unbounded = low === null && high === null;
+    const ofSource = (one) => wanted === null || one[at] === wanted;
+    const ofLength = (one) => of !== "negative" || (least === null && most === null) || (!one[BEST] && within(one[WORDS], least, most));
+    const ofMargin = (one) => unbounded || (one[MARGIN] !== null && within(one[MARGIN], low, high));
+    const [refusedKind, refusedName] = cut(byId("refused").value);
+    const refusal = {
+      "": () => true,
+      any: (row) => row.refused.length > 0,
+      none: (row) => row.refused.length === 0,
+      source: (row) => row.refused.some((one) => refusedBy(index.reasons[one]) === refusedName),
+      reason: (row) => row.refused.some((one) => index.reasons[one] === refusedName),
+    }[refusedKind];
+    const anyCompletion = wanted === null && unbounded && (of !== "negative" || (least === null && most === null));
+    const ofWhole = {
+      longest: (row) => within(row.words, least, most),
+      best: (row) => (least === null && most === null) || row.completions.some((one) => one[BEST] && within(one[WORDS], least, most)),
+      negative: () => true,
+    }[of];
+    return (row) =>
+      refusal(row) && ofWhole(row) &&
+      (anyCompletion || row.completions.some((one) => ofSource(one) && ofLength(one) && ofMargin(one)));
+  }
+  function cut(value) {
+    const at = value.indexOf(":");
+    return at < 0 ? [value, ""] : [value.slice(0, at), value.slice(at + 1)];
+  }
+
+  const needle = () => byId("search").value.trim().normalize("NFC").toLowerCase();
+
+  async function filter(firstPage = 0) {
     const mine = ++run;
-    const [type, reason, order] = ["type", "reason", "order"].map((id) => byId(id).value);
-    const [least, most, margin] = ["min-words", "max-words", "max-margin"].map(number);
-    let rows = index.rows
-      .map((row, at) => at)
-      .filter((at) => {
-        const row = index.rows[at];
-        return (
-          (!type || row.types.includes(type)) &&
-          (!reason || row.reasons.includes(reason)) &&
-          (least === null || row.words >= least) &&
-          (most === null || row.words <= most) &&
-          (margin === null || (row.margin !== null && row.margin < margin))
-        );
-      });
-    const query = byId("search").value.trim().toLocaleLowerCase();
-    if (query) rows = await search(rows, query, mine);
+    byId("records").setAttribute("aria-busy", "true");
+    const pass = passes();
+    let rows = [];
+    index.rows.forEach((row, at) => { if (pass(row)) rows.push(at); });
+    try {
+      if (needle()) rows = await search(rows, needle(), mine);
+    } catch (error) {
+      status(error.message);
+      return;
+    }
     if (mine !== run) return;
-    found = sorted(rows, order);
-    page = 0;
+    found = sorted(rows, byId("order").value);
+    page = Math.max(0, Math.min(firstPage, Math.ceil(found.length / PAGE) - 1));
     current = -1;
     writeHash();
     await show();
   }
 
-  // Texts lie in the chunks, so the first search reads them all, a few at a time.
+  // The first search reads the texts of all records that pass the other filters; they stay in memory.
   async function search(rows, query, mine) {
     const hits = [];
-    for (let start = 0; start < rows.length && mine === run; start += 20 * index.chunk) {
-      const part = rows.slice(start, start + 20 * index.chunk);
-      await Promise.all([...new Set(part.map(chunkOf))].map(load));
-      for (const at of part) if (textOf(recordAt(at)).includes(query)) hits.push(at);
-      status(`searching ... ${Math.min(100, Math.round((100 * (start + part.length)) / rows.length))} %`);
-      await new Promise((done) => setTimeout(done));
+    const chunkOfText = (at) => Math.floor(at / index.textChunk);
+    let shown = performance.now();
+    for (let start = 0; start < rows.length && mine === run; ) {
+      const chunk = chunkOfText(rows[start]);
+      await loadTexts(chunk);
+      const list = texts.get(chunk);
+      for (; start < rows.length && chunkOfText(rows[start]) === chunk; start++) {
+        if (list[rows[start] % index.textChunk].includes(query)) hits.push(rows[start]);
+      }
+      if (performance.now() - shown > 100) {
+        shown = performance.now();
+        status(`searching ... ${Math.round((100 * start) / rows.length)} %`);
+        await new Promise((done) => setTimeout(done));
+      }
     }
     return hits;
   }
 
-  function textOf(record) {
-    if (record.haystack === undefined) {
-      const said = (one) => one.segments.map(([op, text]) => (op === "-" ? "" : text)).join("");
-      const texts = [record.id, ...record.prompt.map((turn) => turn.text)];
-      texts.push(...record.completions.map(said), ...record.refused.map(said));
-      record.haystack = texts.join("\n").toLocaleLowerCase();
-    }
-    return record.haystack;
-  }
-
   function sorted(rows, order) {
     const key = { margin: (at) => index.rows[at].margin ?? Infinity, words: (at) => -index.rows[at].words }[order];
-    if (key) return rows.sort((a, b) => key(a) - key(b) || a - b);
+    if (key) return rows.sort((a, b) => (key(a) === key(b) ? a - b : key(a) - key(b)));
     if (order !== "random") return rows;
     let state = seed;
     const draw = () => (state = (Math.imul(state, 1664525) + 1013904223) >>> 0) / 2 ** 32;
@@ -129,21 +213,23 @@
 
   function readHash() {
     const values = new URLSearchParams(location.hash.slice(1));
-    for (const id of FIELDS) {
-      if (id === "ratios") byId(id).checked = values.get(id) === "1";
-      else byId(id).value = values.get(id) ?? (id === "order" ? "file" : "");
+    for (const [id, otherwise] of Object.entries(FIELDS)) {
+      byId(id).value = values.get(id) ?? otherwise;
+      if (byId(id).tagName === "SELECT" && byId(id).selectedIndex < 0) byId(id).value = otherwise;
     }
+    byId("ratios").checked = values.get("ratios") === "1";
     seed = Number(values.get("seed")) || seed;
+    page = Math.max(0, (Number(values.get("page")) || 1) - 1);
   }
 
   function writeHash() {
     const values = new URLSearchParams();
-    for (const id of FIELDS) {
-      const value = id === "ratios" ? (byId(id).checked ? "1" : "") : byId(id).value;
-      if (value && !(id === "order" && value === "file")) values.set(id, value);
-    }
+    for (const [id, otherwise] of Object.entries(FIELDS)) if (byId(id).value !== otherwise) values.set(id, byId(id).value);
+    if (byId("ratios").checked) values.set("ratios", "1");
     if (byId("order").value === "random") values.set("seed", seed);
-    history.replaceState(null, "", values.size ? `#${values}` : location.pathname);
+    if (page) values.set("page", page + 1);
+    const hash = values.toString();
+    history.replaceState(null, "", hash ? `#${hash}` : location.pathname + location.search);
   }
 
   // ------------------------------------------------------------------ records
@@ -152,87 +238,33 @@
 
   async function show() {
     const mine = run;
+    const at = page;
     const records = found.slice(page * PAGE, (page + 1) * PAGE);
     try {
-      await Promise.all([...new Set(records.map(chunkOf))].map(load));
+      await loadAll(records);
     } catch (error) {
       status(error.message);
       return;
     }
-    if (mine !== run) return;
-    byId("records").replaceChildren(...records.map((at) => article(recordAt(at), at)));
+    if (mine !== run || at !== page) return;
+    byId("diff-legend").hidden = byId("ratios").checked;
+    byId("ratio-legend").hidden = !byId("ratios").checked;
+    byId("records").replaceChildren(...records.map((record) => (
+      article(recordAt(record), record, index.rows[record].margin, byId("ratios").checked)
+    )));
+    byId("records").setAttribute("aria-busy", "false");
+    highlight(needle());
     const last = Math.max(0, Math.ceil(found.length / PAGE) - 1);
     byId("previous").disabled = page === 0;
     byId("next").disabled = page >= last;
     const first = page * PAGE + 1;
+    const all = found.length === index.rows.length ? "" : ` that pass, of ${index.rows.length.toLocaleString("en")}`;
     status(
       found.length
-        ? `${first}\u2013${first + records.length - 1} of ${found.length.toLocaleString("en")} records`
+        ? `${first.toLocaleString("en")}\u2013${(first + records.length - 1).toLocaleString("en")} of ${found.length.toLocaleString("en")} records${all}`
         : "no record passes the filters",
     );
-  }
-
-  function article(record, at) {
-    const margin = record.margin === null ? "" : `margin ${record.margin.toFixed(2)} nats`;
-    const title = element("h2", {}, record.id, element("small", {}, `record ${at + 1}`), element("small", {}, margin));
-    const body = element("div", {});
-    for (const turn of record.prompt) body.append(element("p", { class: "prompt" }, element("b", {}, turn.role), ` ${turn.text}`));
-    for (const completion of record.completions) body.append(completionBlock(completion, completion.score === bestScore(record)));
-    for (const refused of record.refused) body.append(refusedBlock(refused));
-    return element("article", { tabindex: "-1", "aria-label": record.id }, title, pictures(record), body);
-  }
-
-  const bestScore = (record) => Math.max(...record.completions.map((c) => c.score));
-
-  function pictures(record) {
-    const box = element("div", { class: "pictures" });
-    if (record.image) box.append(figure(record.image, record.files[0], "the image"));
-    if (record.error) box.append(element("p", { class: "problem" }, record.error));
-    for (const [at, weak] of Object.entries(record.weakened)) {
-      const completion = record.completions[at];
-      const step = completion.provenance.noise_step === undefined ? "" : `, t = ${completion.provenance.noise_step}`;
-      box.append(figure(weak.path, `weakened for ${completion.type}${step}${weak.note ? ` (${weak.note})` : ""}`, "the weakened image"));
-    }
-    return box;
-  }
-
-  function figure(path, caption, alt) {
-    const picture = element("img", { src: path, alt, loading: "lazy", decoding: "async" });
-    return element("figure", {}, picture, element("figcaption", {}, caption));
-  }
-
-  function completionBlock(completion, isBest) {
-    const facts = [`score ${completion.score}`, `${completion.words} words`];
-    if (completion.log_ratio !== undefined) facts.push(`log-ratio ${completion.log_ratio.toFixed(2)}`);
-    for (const [name, value] of Object.entries(completion.provenance)) facts.push(`${name.replaceAll("_", " ")} ${value}`);
-    const head = element("header", {}, element("span", { class: "type" }, completion.type), element("span", { class: "facts" }, facts.join(" \u00b7 ")));
-    const coloured = byId("ratios").checked && completion.tokens;
-    const text = element("p", { class: "text" }, ...(coloured ? tokens(completion.tokens) : segments(completion.segments)));
-    return element("section", { class: isBest ? "completion best" : "completion" }, head, text);
-  }
-
-  function refusedBlock(refused) {
-    const head = element("header", {}, element("span", { class: "type" }, `refused: ${refused.source}`), element("span", { class: "facts" }, `${refused.reason} \u00b7 ${refused.detail}`));
-    return element("section", { class: "completion refused" }, head, element("p", { class: "text" }, ...segments(refused.segments)));
-  }
-
-  function segments(list) {
-    return list.map(([op, text, object]) => {
-      const inner = object ? element("mark", { title: `object: ${object}` }, text) : text;
-      if (op === "+") return element("ins", {}, inner);
-      if (op === "-") return element("del", {}, inner);
-      return object ? inner : document.createTextNode(text);
-    });
-  }
-
-  function tokens(list) {
-    return list.map(([text, ratio]) => {
-      const size = Math.min(1, Math.abs(ratio) / 2);
-      const kind = size < 0.05 ? "" : ratio > 0 ? " more" : " less";
-      const node = element("span", { class: `token${kind}${size > 0.6 ? " strong" : ""}`, title: `${ratio > 0 ? "+" : ""}${ratio} nats` }, text);
-      node.style.setProperty("--strength", size.toFixed(2));
-      return node;
-    });
+    loadAll(found.slice((page + 1) * PAGE, (page + 2) * PAGE)).catch(() => {}); // said when it is looked at
   }
 
   // ------------------------------------------------------------------ keys
@@ -242,6 +274,7 @@
     if (next < 0 || next * PAGE >= found.length) return false;
     page = next;
     current = -1;
+    writeHash();
     await show();
     scrollTo(0, byId("filters").offsetTop);
     return true;
@@ -268,25 +301,36 @@
     filter();
   }
 
+  function ratios(on) {
+    byId("ratios").checked = on && !byId("ratios").parentElement.hidden;
+    writeHash();
+    show();
+  }
+
+  // One after the other: a key held down must not overtake the page that it turned.
+  let moving = Promise.resolve();
+  const move = (action) => { moving = moving.then(action); };
+
   const keys = {
-    j: () => step(1),
-    k: () => step(-1),
-    n: () => turn(1),
-    p: () => turn(-1),
+    j: () => move(() => step(1)),
+    k: () => move(() => step(-1)),
+    n: () => move(() => turn(1)),
+    p: () => move(() => turn(-1)),
     r: sample,
-    t: () => { byId("ratios").checked = !byId("ratios").checked; writeHash(); show(); },
+    f: () => byId("source").focus(),
+    t: () => ratios(!byId("ratios").checked),
     s: () => { byId("statistics").open = !byId("statistics").open; },
     "/": () => byId("search").focus(),
     "?": () => byId("help").showModal(),
     Escape: () => byId("filters").reset(),
   };
   document.addEventListener("keydown", (event) => {
-    if (event.ctrlKey || event.metaKey || event.altKey || byId("help").open) return;
+    if (event.ctrlKey || event.metaKey || event.altKey || byId("help").open || index === null) return;
     if (/^(INPUT|SELECT|TEXTAREA)$/.test(event.target.tagName)) {
       if (event.key === "Escape") event.target.blur();
       return;
     }
-    if (!(event.key in keys)) return;
+    if (!Object.hasOwn(keys, event.key)) return;
     event.preventDefault();
     keys[event.key]();
   });
@@ -294,12 +338,14 @@
   let pause = 0;
   byId("filters").addEventListener("input", (event) => {
     clearTimeout(pause);
-    if (event.target.id === "ratios") { writeHash(); show(); return; }
-    pause = setTimeout(filter, event.target.id === "search" ? 200 : 0);
+    if (event.target.id === "ratios") ratios(event.target.checked);
+    else pause = setTimeout(filter, event.target.id === "search" ? 150 : 0);
   });
   byId("filters").addEventListener("submit", (event) => event.preventDefault());
   byId("filters").addEventListener("reset", () => setTimeout(filter));
-  byId("previous").addEventListener("click", () => turn(-1));
-  byId("next").addEventListener("click", () => turn(1));
-  window.addEventListener("hashchange", () => { readHash(); filter(); });
+  byId("sample").addEventListener("click", sample);
+  byId("keys").addEventListener("click", () => byId("help").showModal());
+  byId("previous").addEventListener("click", keys.p);
+  byId("next").addEventListener("click", keys.n);
+  window.addEventListener("hashchange", () => { readHash(); filter(page); });
 })();
