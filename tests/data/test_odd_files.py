@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from bpo.cli import main
+from bpo.data.bad_records import BadRecords
 from bpo.data.check import check_data
 from bpo.data.convert import convert
 from bpo.data.formats import read_annotations
@@ -58,6 +59,29 @@ def test_the_index_that_pandas_writes_is_kept(tmp_path: Path) -> None:
     (tmp_path / "b.csv").write_text("image,,caption\na.png,x,A bus.\n")
     with pytest.raises(ValueError, match="leaves one out"):
         read_annotations(tmp_path / "b.csv")
+
+
+@pytest.mark.parametrize(
+    ("name", "strays", "num_bad"),
+    [
+        ("a.tsv", {3: '"a stray mark'}, 1),
+        ("a.tsv", {3: '"a stray mark', 40: '"and another'}, 2),
+        ("a.tsv", {3: '"a stray mark', 40: 'the end of a quotation"'}, 1),
+        ("a.csv", {3: '"a stray mark', 40: 'the end of a quotation"'}, 1),
+        ("a.csv", {3: '"he said "hi" to me"', 40: '"two\nlines, and a comma, two"'}, 1),
+    ],
+)
+def test_a_stray_quotation_mark_costs_its_line_alone(
+    tmp_path: Path, name: str, strays: dict[int, str], num_bad: int
+) -> None:
+    separator = "\t" if name.endswith("tsv") else ","
+    rows = [f"{n}.png{separator}{strays.get(n, f'caption {n}')}" for n in range(100)]
+    (tmp_path / name).write_text(f"image{separator}caption\n" + "\n".join(rows) + "\n")
+    result = check_data(tmp_path / name, opens_images=False)
+    assert (result.num_bad, result.num_records, dict(result.counts)) == (num_bad, 100, {"wrong-columns": num_bad})
+    assert f"{tmp_path / name}, line 5: " in result.examples["wrong-columns"][0]
+    kept = [a.images[0] for a in read_annotations(tmp_path / name, BadRecords("quarantine")).annotations]
+    assert kept[:4] == ["0.png", "1.png", "2.png", "4.png"] and kept[-1] == "99.png"
 
 
 def test_a_shard_from_a_mac_or_made_of_a_folder(tmp_path: Path) -> None:

@@ -5,8 +5,6 @@ All of them are streamed: none holds more than a batch of records, COCO besides 
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import tarfile
 from collections.abc import Callable, Iterator
@@ -15,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from bpo.data.importers.arrow import HUB, hub_pieces, parquet_pieces, saved_pieces
+from bpo.data.importers.csvfiles import table_pieces
 from bpo.data.importers.shards import tar_pieces
 from bpo.data.jsonfiles import Piece, json_pieces, open_file
 from bpo.data.jsonscan import Damage, JsonScanner
-
-MAX_CELL_CHARACTERS = 16 << 20
 
 
 class UnknownFormat(ValueError):
@@ -207,48 +204,12 @@ def _captions(path: Path) -> Iterator[Piece]:
         index += 1
 
 
-def _table_pieces(path: Path, separator: str) -> Iterator[Piece]:
-    csv.field_size_limit(MAX_CELL_CHARACTERS)
-    with open_file(path) as raw, io.TextIOWrapper(raw, "utf-8-sig", "surrogateescape", newline="") as file:
-        rows = csv.reader(file, delimiter=separator, strict=True)
-        try:
-            heading = [name.strip() for name in next(rows, [])]
-            if heading[:1] == [""] and len(heading) > 1:
-                heading[0] = "Unnamed: 0"  # as pandas reads the index that it wrote
-        except csv.Error as error:
-            raise ValueError(f"{path}: no heading can be read ({error}); name the columns in the first line") from error
-        if len(set(heading)) != len(heading) or "" in heading:
-            raise ValueError(f"{path}: the heading {heading} repeats a name or leaves one out; name every column once")
-        index = 0
-        while True:
-            where, damage = f"{path}, line {rows.line_num + 1}", None
-            try:
-                row = next(rows)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                row, damage = [], Damage("wrong-columns", f"not a row of a table ({error}); quote its cells")
-            if damage is None and not row:
-                continue  # a blank line
-            if damage is None and len(row) != len(heading):
-                damage = Damage("wrong-columns", f"{len(row)} cells under {len(heading)} headings; quote the separator")
-            if damage is None and not all(cell.isascii() or _is_utf8(cell) for cell in row):
-                damage = Damage("invalid-utf8", "a cell is not UTF-8; convert the file with iconv")
-            cells = {name: cell for name, cell in zip(heading, row, strict=False) if cell != ""}
-            yield Piece(where, index, False, cells, damage)
-            index += 1
-
-
-def _is_utf8(text: str) -> bool:
-    return not any("\udc80" <= character <= "\udcff" for character in text)
-
-
 CONTAINERS: dict[str, Callable[[Path], Iterator[Piece]]] = {
     "list": json_pieces,
     "jsonl": json_pieces,
     "coco": _coco_pieces,
-    "csv": lambda path: _table_pieces(path, ","),
-    "tsv": lambda path: _table_pieces(path, "\t"),
+    "csv": lambda path: table_pieces(path, ","),
+    "tsv": lambda path: table_pieces(path, "\t"),
     "parquet": parquet_pieces,
     "saved": saved_pieces,
     "hub": hub_pieces,
