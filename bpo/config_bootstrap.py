@@ -166,9 +166,11 @@ class InjectConfig:
 
 @dataclass(kw_only=True)
 class ValidateConfig:
-    """When a negative is refused, beside what is always refused: empty, broken, cut off, or the annotation itself.
+    """When a negative is refused, beside what is always refused: empty, cut off, or the annotation itself.
 
     Attributes:
+        max_repeats: Times that a phrase of up to 8 words may stand in a row.
+        min_distinct_share: Least share of different words among 12 words or more; 0 asks for none.
         min_changed_words: Least number of words in which it differs from the annotation.
         max_changed_share: Largest share of words in which an injected error may differ; 1 sets no bound.
         min_length_ratio: Least words against the annotation's, both counted with 8 words more.
@@ -179,6 +181,8 @@ class ValidateConfig:
         lexicon: Your own file of objects, attributes ... in place of bpo/bootstrap/lexicon/en.yaml, of the same form.
     """
 
+    max_repeats: int = 3
+    min_distinct_share: float = 0.25
     min_changed_words: int = 1
     max_changed_share: float = 1.0
     min_length_ratio: float = 0.1
@@ -189,6 +193,8 @@ class ValidateConfig:
     lexicon: str = ""
 
     def __post_init__(self) -> None:
+        check(self.max_repeats >= 1, "bootstrap.validate.max_repeats must be 1 or more")
+        check(0 <= self.min_distinct_share < 1, "bootstrap.validate.min_distinct_share must lie in [0, 1)")
         check(self.min_changed_words >= 0, "bootstrap.validate.min_changed_words must be 0 or more")
         check(0 < self.max_changed_share <= 1, "bootstrap.validate.max_changed_share must lie in (0, 1]")
         check(

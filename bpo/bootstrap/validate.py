@@ -47,7 +47,7 @@ REASONS = {
 _FREE_WORDS = 8
 
 _MAX_LOOP_WORDS = 8
-_MAX_LOOP_REPEATS = 3
+_MIN_WORDS_FOR_DISTINCT = 12
 _CHARACTER_LOOP = re.compile(r"(\w{1,20}?)\1{7,}")
 
 
@@ -71,21 +71,27 @@ def has_placeholder(text: str, special_tokens: Iterable[str]) -> bool:
     return any(token and token.casefold() in folded for token in (*KNOWN_PLACEHOLDERS, *special_tokens))
 
 
-def is_degenerate(text: str) -> bool:
-    """Whether the text is broken: little but punctuation, or the same phrase over and over.
+def why_degenerate(text: str, options: ValidateConfig) -> str | None:
+    """In what a text is broken, or None: little but punctuation, or the same over and over.
 
     - fewer than half of the pieces between white space hold a letter or digit (", , a , a"), or
-    - a phrase of up to 8 words stands more than 3 times in a row, or
-    - fewer than a quarter of 12 or more words are distinct, or
+    - a phrase of up to 8 words stands more than `max_repeats` times in a row, or
+    - the share of distinct words among 12 or more is below `min_distinct_share`, or
     - a run of characters stands 8 times in a row within a word.
     """
     pieces = text.split()
     if 2 * sum(any(c.isalnum() for c in piece) for piece in pieces) < len(pieces):
-        return True
+        return "little but punctuation"
+    if _CHARACTER_LOOP.search(text):
+        return "characters in a loop"
     words = _words(text)
-    if len(words) >= 12 and 4 * len(set(words)) < len(words):
-        return True
-    return bool(_CHARACTER_LOOP.search(text)) or any(_loops(words, size) for size in range(1, _MAX_LOOP_WORDS + 1))
+    for size in range(1, _MAX_LOOP_WORDS + 1):
+        if (repeats := _most_repeats(words, size)) > options.max_repeats:
+            return f"a phrase of {size} words {repeats} times in a row; at most {options.max_repeats}"
+    distinct = len(set(words)) / max(len(words), 1)
+    if len(words) >= _MIN_WORDS_FOR_DISTINCT and distinct < options.min_distinct_share:
+        return f"{distinct:.2f} of the words differ; at least {options.min_distinct_share:g} must"
+    return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +123,7 @@ def refusal(
         options: Thresholds; None takes the defaults.
         is_rewriting: Whether the completion was made from the annotation; only then is how much changed bounded above.
     """
-    text = response.strip()
+    text, options = response.strip(), options or ValidateConfig()
     if not text:
         return Refusal("empty", REASONS["empty"])
     if not finished:
@@ -127,13 +133,13 @@ def refusal(
     if has_placeholder(text, special_tokens):
         return Refusal("placeholder", REASONS["placeholder"])
     # An annotation may be a table or a line of digits: what it does, the negative may do.
-    if is_degenerate(text) and not is_degenerate(annotation):
-        return Refusal("degenerate", REASONS["degenerate"])
+    if (broken := why_degenerate(text, options)) and not why_degenerate(annotation, options):
+        return Refusal("degenerate", broken)
     if text == annotation.strip():
         return Refusal("unchanged", REASONS["unchanged"])
     if content_key(text) == content_key(annotation):
         return Refusal("same-content", REASONS["same-content"])
-    return _compared(text, annotation, options or ValidateConfig(), is_rewriting)
+    return _compared(text, annotation, options, is_rewriting)
 
 
 def _compared(text: str, annotation: str, options: ValidateConfig, is_rewriting: bool) -> Refusal | None:
@@ -169,11 +175,11 @@ def _words(text: str) -> list[str]:
     return re.findall(r"\d+(?:[.,]\d+)*|[^\W_]+(?:['’][^\W_]+)*", text.casefold()) or text.casefold().split()
 
 
-def _loops(words: list[str], size: int) -> bool:
-    """Whether a phrase of `size` words stands more than `_MAX_LOOP_REPEATS` times in a row.
+def _most_repeats(words: list[str], size: int) -> int:
+    """How many times a phrase of `size` words stands in a row at most; 1 where none is repeated.
 
     words[i] == words[i + size] for (repeats - 1) * size positions in a row says just that.
     """
     equal = (a == b for a, b in zip(words, words[size:], strict=False))
     longest = max((sum(1 for _ in run) for same, run in groupby(equal) if same), default=0)
-    return longest >= _MAX_LOOP_REPEATS * size
+    return longest // size + 1

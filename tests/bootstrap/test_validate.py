@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bpo.bootstrap.validate import REASONS, annotation_refusal, is_degenerate, refusal
+from bpo.bootstrap.validate import REASONS, annotation_refusal, refusal, why_degenerate
 from bpo.config_bootstrap import ValidateConfig
 
 ANNOTATION = "A photo with a rock and a leaf."
@@ -55,7 +55,7 @@ def test_text_cut_off_by_its_budget_is_unfinished() -> None:
     "answer", ["3", "12:30", "$4.50", "No", "十二", "Да.", "a very, very, very big dog", "ha ha ha"]
 )
 def test_short_answers_are_not_degenerate(answer: str) -> None:
-    assert not is_degenerate(answer)
+    assert why_degenerate(answer, ValidateConfig()) is None
 
 
 def test_a_long_ordinary_description_is_not_degenerate() -> None:
@@ -64,13 +64,13 @@ def test_a_long_ordinary_description_is_not_degenerate() -> None:
         "the road, and a traffic light in front of the bus. A man in a black jacket is holding an umbrella, and a "
         "woman next to him is carrying a bag. In the background there is a shop with a red sign above the door. "
     )
-    assert not is_degenerate(text)
-    assert is_degenerate(text * 4)
+    assert why_degenerate(text, ValidateConfig()) is None
+    assert why_degenerate(text * 4, ValidateConfig()) == "0.17 of the words differ; at least 0.25 must"
 
 
 def test_a_negative_may_be_a_table_where_the_annotation_is_one() -> None:
     table = "| - | - |\n| a | 1 |"
-    assert is_degenerate(table)
+    assert why_degenerate(table, ValidateConfig())
     assert why("| - | - |\n| b | 2 |", table) is None
 
 
@@ -124,6 +124,12 @@ def test_thresholds_are_options() -> None:
     assert strict(styled, require_real_change=False) is None
     assert strict("Une photo avec le chat et la table.", same_language=False) is None
     assert strict("A photo.", min_length_ratio=0.9) == "length-ratio"
+    looped = "A big tree, a big tree, a small leaf and a small rock."
+    assert strict(looped) is None
+    assert strict(looped, max_repeats=1) == "degenerate"
+    assert strict(looped, min_distinct_share=0.6) == "degenerate"
+    assert strict("tree " * 12 + "and leaf", max_repeats=20, max_length_ratio=20) == "degenerate"
+    assert strict("tree " * 12 + "and leaf", max_repeats=20, max_length_ratio=20, min_distinct_share=0) is None
 
 
 def test_a_refusal_says_what_was_found() -> None:
@@ -131,3 +137,5 @@ def test_a_refusal_says_what_was_found() -> None:
     assert found is not None and found.detail == "added: the; dropped: a"
     long = refusal("one two three four", "five", max_words=3)
     assert long is not None and "4 words" in long.detail and long.reason in REASONS
+    loop = refusal("A red leaf, a red leaf, a red leaf, a red leaf.", "A leaf.", max_words=350)
+    assert loop is not None and loop.detail == "a phrase of 3 words 4 times in a row; at most 3"
