@@ -15,8 +15,10 @@ from typing import BinaryIO
 
 CHUNK_BYTES = 1 << 20
 MAX_RECORD_CHARACTERS = 64 << 20
+SKIPPED_CHARACTERS = 4 << 20  # in which the end of a damaged record is looked for by its brackets alone
 _SPACE = re.compile(r"[ \t\r\n]*")
 _STRING_OR_MARK = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\],"]', re.DOTALL)
+_OBJECT_BEHIND_COMMA = re.compile(r',[ \t\r\n]*(\{[ \t\r\n]*("(?:[^"\\]|\\.)*")[ \t\r\n]*:)')
 # The decoder names a place this near the end of what it was given when it ran out of text.
 _CUT_MARGIN = 16
 
@@ -44,6 +46,7 @@ class JsonScanner:
         self._decode = codecs.getincrementaldecoder("utf-8")("surrogateescape").decode
         self._find_end = json.JSONDecoder().raw_decode
         self._text, self._at, self._ended = "", 0, False
+        self._first = ""
         self.num_bytes = 0
 
     def peek(self) -> str:
@@ -82,12 +85,14 @@ class JsonScanner:
 
         Where the file ends too early the last element says so.
         """
+        self._first = ""
         if self.peek() == "]":
             self._at += 1
             return
         while True:
             source, damage = self._element()
             yield source, damage
+            self._first = self._first or source
             if damage is not None and damage.code in ("torn-record", "too-large"):
                 self._at, self._text, self._ended = 0, "", True  # nothing after it can be told apart
                 return
@@ -132,6 +137,7 @@ class JsonScanner:
         if self.peek() in (",", "]"):
             return "", Damage("not-json", "not JSON: nothing stands between two commas; remove one")
         depth, position = 0, self._at
+        end = 0
         while True:
             for match in _STRING_OR_MARK.finditer(self._text, position):
                 token = match.group()
@@ -141,14 +147,43 @@ class JsonScanner:
                 depth += (token in "{[") - (token in "}]")
                 # A closing bracket ends what it opened; a comma or a bracket of the list around ends anything else.
                 if depth < 0 or (depth == 0 and token in "}],"):
-                    start, self._at = self._at, match.start() if depth < 0 or token == "," else position
-                    return self._text[start : self._at], None
+                    end = match.start() if depth < 0 or token == "," else position
+                    break
             offset = position - self._at
-            if len(self._text) - self._at > MAX_RECORD_CHARACTERS or not self._more():
-                self.peek()
-                text = "nested too deeply or torn" if isinstance(error, RecursionError) else str(error)
-                return "", Damage("torn-record", f"not JSON ({text}); the file ends inside the record; fetch it again")
+            if end or len(self._text) - self._at > SKIPPED_CHARACTERS or not self._more():
+                end = self._next_record(end or len(self._text)) or end
+                if end:
+                    start, self._at = self._at, end
+                    return self._text[start:end], None
+                if len(self._text) - self._at > MAX_RECORD_CHARACTERS or not self._more():
+                    self.peek()
+                    text = "nested too deeply or torn" if isinstance(error, RecursionError) else str(error)
+                    message = f"not JSON ({text}); the file ends inside the record; fetch it again"
+                    return "", Damage("torn-record", message)
             position = self._at + offset
+
+    def _next_record(self, end: int) -> int:
+        """Where the next record seems to begin: the comma before an object with keys of the first one; 0 if nowhere.
+
+        Brackets find no end, or a wrong one, where a bracket or a quotation mark is missing.
+        """
+        try:
+            first = json.loads(self._first)
+        except (ValueError, RecursionError):
+            return 0
+        if not isinstance(first, dict):
+            return 0
+        position = self._at + 1
+        while match := _OBJECT_BEHIND_COMMA.search(self._text, position, end):
+            position = match.end()
+            if json.dumps(next(iter(first), ""), ensure_ascii=False) == match.group(2):
+                try:
+                    value, _ = self._find_end(self._text, match.start(1))
+                except (ValueError, RecursionError):
+                    continue
+                if 2 * len(value.keys() & first.keys()) > len(first):
+                    return match.start()
+        return 0
 
     def _skip_to_object(self) -> bool:
         """Steps to the next `{`; whether there is one."""

@@ -243,6 +243,42 @@ def test_damage_in_a_list_costs_the_damaged_record_alone(
     assert len(read_annotations(path, BadRecords("quarantine")).annotations) == num_good
 
 
+@pytest.mark.parametrize(
+    ("whole", "damaged"),
+    [
+        ('This 7."', "This 7."),
+        ('"This 7.', "This 7."),
+        ("This 7", 'This "7'),
+        ("]}", "}"),
+        ("]}", "]"),
+        ('"id"', 'id"'),
+        (', "conversations"', ""),
+    ],
+)
+@pytest.mark.parametrize("size", [100, 1 << 20])
+def test_a_missing_mark_or_bracket_costs_one_record(
+    root: Path, monkeypatch: pytest.MonkeyPatch, whole: str, damaged: str, size: int
+) -> None:
+    monkeypatch.setattr("bpo.data.jsonscan.CHUNK_BYTES", size)
+    records = [json.dumps(conversation("What?", f"This {n}.", id=str(n))) for n in range(100)]
+    for number in (7, 70):
+        records[number] = records[number].replace(whole.replace("7", str(number)), damaged.replace("7", str(number)))
+    path = root / "a.json"
+    path.write_text("[" + ",\n".join(records) + "]")
+    assert check(path) == {"not-json": 2}
+    ids = [annotation.id for annotation in read_annotations(path, BadRecords("quarantine")).annotations]
+    assert ids == [str(n) for n in range(100) if n not in (7, 70)]
+
+
+def test_objects_in_a_damaged_record_are_no_records(root: Path) -> None:
+    inner = [{"id": n, "box": [0, 0, 1, 1]} for n in range(3)]
+    records = [json.dumps(conversation("What?", "This.", id=str(n), objects=inner)) for n in range(9)]
+    path = root / "a.json"
+    path.write_text("[" + ", ".join(records).replace('"What?"', "What?", 4).replace("What?", '"What?"', 3) + "]")
+    result = check_data(path, image_root=root)
+    assert (result.num_records, result.num_bad) == (9, 1)
+
+
 def test_a_byte_in_a_list_that_is_no_utf8_costs_one_record(root: Path) -> None:
     records = [json.dumps(conversation("What?", answer, id=answer)) for answer in ("one", "caf?", "three")]
     path = root / "a.json"
