@@ -4,8 +4,9 @@
     bpo bench bootstrap --demo runs/demo/seed-0      # takes it from a demo that ran
     bpo bench bootstrap --json FILE
 
-Both sides are `bpo bootstrap`, from loading the model to groups on disk, with another `bootstrap.batch_size`. What they
-write must be equal, or nothing is reported and the exit status is 1. They run in turns; figures are medians.
+All sides are `bpo bootstrap`, from loading the model to groups on disk, with another `bootstrap.batch_size`; at the
+largest also with other caches of keys and values, and without preparing the next batch meanwhile. What they write must
+be equal, or nothing is reported and the exit status is 1. They run in turns; figures are medians.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import torch
 
 from bpo.bootstrap.run import run_bootstrap
 from bpo.config import Config
-from bpo.config_bootstrap import Source
+from bpo.config_bootstrap import CacheKind, Source
 from bpo.demo.base import build_base_model
 from bpo.demo.environment import quiet_libraries, use_one_thread
 from bpo.demo.files import World, build_world
@@ -34,6 +35,7 @@ from bpo.demo.recipe import Recipe
 from bpo_kernels.bench_measure import machine
 
 TARGET_RATIO = 8.0
+OTHER_CACHES: tuple[CacheKind, ...] = ("dynamic", "static")
 
 
 def demo_model(folder: Path) -> World:
@@ -45,10 +47,22 @@ def demo_model(folder: Path) -> World:
     return world
 
 
-def job(folder: Path, world: World, source: Source, records: int, batch_size: int, output: Path) -> Config:
+ONE_AT_A_TIME = "one at a time"
+
+
+def sides(batch_sizes: Sequence[int]) -> dict[str, dict[str, Any]]:
+    """Name -> options of bootstrapping. The first is what the others are compared with."""
+    named: dict[str, dict[str, Any]] = {ONE_AT_A_TIME: {"batch_size": 1}}
+    named |= {f"batch {size}": {"batch_size": size} for size in batch_sizes}
+    largest = max(batch_sizes)
+    named |= {f"batch {largest}, {cache} cache": {"batch_size": largest, "cache": cache} for cache in OTHER_CACHES}
+    return named | {f"batch {largest}, none ahead": {"batch_size": largest, "num_workers": 0}}
+
+
+def job(folder: Path, world: World, source: Source, records: int, options: dict[str, Any], output: Path) -> Config:
     config = Recipe().bootstrap(folder, world, seed=0)
-    options = replace(config.bootstrap, sources=[source], limit=records, batch_size=batch_size)
-    return replace(config, data=replace(config.data, groups=str(output / "groups.jsonl")), bootstrap=options)
+    bootstrap = replace(config.bootstrap, sources=[source], limit=records, **options)
+    return replace(config, data=replace(config.data, groups=str(output / "groups.jsonl")), bootstrap=bootstrap)
 
 
 def run_once(config: Config) -> tuple[float, str]:
@@ -61,26 +75,27 @@ def run_once(config: Config) -> tuple[float, str]:
 def measure(
     folder: Path, world: World, source: Source, records: int, batch_sizes: Sequence[int], rounds: int
 ) -> dict[str, Any]:
-    """Seconds and answers per second of each batch size, in turns; `ratios` to batch size 1.
+    """Seconds and answers per second of each side, in turns; `ratios` to one at a time.
 
     Raises:
-        ValueError: two batch sizes wrote different groups.
+        ValueError: two sides wrote different groups.
     """
-    seconds: dict[int, list[float]] = {size: [] for size in (1, *batch_sizes)}
-    groups: dict[int, str] = {}
+    seconds: dict[str, list[float]] = {name: [] for name in sides(batch_sizes)}
+    expected: str | None = None
     for _ in range(rounds):
-        for size in seconds:
+        for name, options in sides(batch_sizes).items():
             with tempfile.TemporaryDirectory() as output:
-                elapsed_s, groups[size] = run_once(job(folder, world, source, records, size, Path(output)))
-            seconds[size].append(elapsed_s)
-            if groups[size] != groups[1]:
-                raise ValueError(f"{source}: batch size {size} wrote other groups than batch size 1")
+                elapsed_s, groups = run_once(job(folder, world, source, records, options, Path(output)))
+            seconds[name].append(elapsed_s)
+            expected = groups if expected is None else expected
+            if groups != expected:
+                raise ValueError(f"{source}: `{name}` wrote other groups than `{ONE_AT_A_TIME}`")
     return {
         "source": source,
         "records": records,
-        "answers_per_second": {size: records / statistics.median(values) for size, values in seconds.items()},
+        "answers_per_second": {name: records / statistics.median(values) for name, values in seconds.items()},
         "seconds": seconds,
-        "ratios": {size: _ratios(seconds[1], seconds[size]) for size in batch_sizes},
+        "ratios": {name: _ratios(seconds[ONE_AT_A_TIME], values) for name, values in seconds.items()},
     }
 
 
@@ -91,12 +106,12 @@ def _ratios(one_at_a_time: Sequence[float], batched: Sequence[float]) -> dict[st
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
-    lines = [f"{'source':10} {'batch':>6} {'answers/s':>10} {'times faster':>24}"]
+    lines = [f"{'source':10} {'side':26} {'answers/s':>10} {'times faster':>18}"]
     for result in results:
-        for size, rate in result["answers_per_second"].items():
-            ratio = result["ratios"].get(size)
-            text = f"{ratio['median']:.1f} ({ratio['least']:.1f}-{ratio['most']:.1f})" if ratio else "1"
-            lines.append(f"{result['source']:10} {size:6} {rate:10.1f} {text:>24}")
+        for name, rate in result["answers_per_second"].items():
+            ratio = result["ratios"][name]
+            text = f"{ratio['median']:.1f} ({ratio['least']:.1f}-{ratio['most']:.1f})"
+            lines.append(f"{result['source']:10} {name:26} {rate:10.1f} {text:>18}")
     return "\n".join(lines)
 
 
