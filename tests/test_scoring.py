@@ -68,6 +68,48 @@ def test_a_model_beside_itself_has_no_log_ratio(tiny_llava_dir: Path, tmp_path: 
     assert all(one["policy"] == one["reference"] for line in lines for one in line["completions"])
 
 
+def test_bad_records_and_images_are_left_out_listed_and_bounded(
+    tiny_llava_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_groups(tmp_path, 4)
+    (tmp_path / "images" / "1.png").unlink()
+    groups = tmp_path / "groups.jsonl"
+    groups.write_text("{torn\n" + groups.read_text())
+    lines = score(tmp_path, tiny_llava_dir, tiny_llava_dir, "--max-bad-share", "0.25")
+    assert [line["id"] for line in lines] == ["g0", "g2", "g3"]
+    listed = [json.loads(line) for line in (tmp_path / "scores.jsonl.quarantine.jsonl").read_text().splitlines()]
+    assert [(one["code"], one["record"]) for one in listed] == [("not-json", None), ("image-missing", "g1")]
+    assert "left out: 2 bad records" in capsys.readouterr().err
+    sides = ["--policy", str(tiny_llava_dir), "--reference", str(tiny_llava_dir), "--out", str(tmp_path / "x.jsonl")]
+    arguments = [str(groups), *sides, "--image-root", str(tmp_path / "images")]
+    assert main([*arguments, "--max-bad-share", "0.22"]) == 1
+    assert "1 of 4 records are bad" in capsys.readouterr().err
+    assert main(arguments) == 1  # 0.1
+    assert "1 of 5 records are bad" in capsys.readouterr().err
+    assert main([*arguments, "--on-bad", "error"]) == 1
+    assert "line 1" in capsys.readouterr().err
+    groups.write_text(groups.read_text().removeprefix("{torn\n"))
+    assert main([*arguments, "--on-bad", "error"]) == 1
+    assert "'1.png' is missing" in capsys.readouterr().err
+    assert not (tmp_path / "x.jsonl").exists()
+
+
+def test_models_of_other_tokens_are_not_compared(
+    tiny_llava_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_groups(tmp_path, 1)
+    other = shutil.copytree(tiny_llava_dir, tmp_path / "other")
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"] = {
+        w: n ^ 1 if n > 7 else n for w, n in tokenizer["model"]["vocab"].items()
+    }  # pairs swap
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    where = ["--image-root", str(tmp_path / "images"), "--out", str(tmp_path / "s.jsonl"), "--dtype", "float32"]
+    sides = ["--policy", str(other), "--reference", str(tiny_llava_dir)]
+    assert main([str(tmp_path / "groups.jsonl"), *sides, *where]) == 1
+    assert "into other tokens" in capsys.readouterr().err
+
+
 def test_tokens_inside_a_character_add_nothing_until_it_is_whole(tiny_llava_dir: Path) -> None:
     encoder = load_encoder(Config(model=ModelConfig(path=str(tiny_llava_dir))))
     ids = encoder.encode_completion("日本 é!")

@@ -14,6 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from bpo.bootstrap.changes import load_lexicon
@@ -175,7 +176,7 @@ def in_order(worker: Worker, tasks: Iterable[Task], num_processes: int) -> Itera
             yield from worker(batch)
         return
     waiting: deque[Future[list[dict[str, Any]]]] = deque()
-    with ProcessPoolExecutor(num_processes, initializer=_leave_interrupts_to_the_parent) as pool:
+    with ProcessPoolExecutor(num_processes, initializer=_prepare_process) as pool:
         try:
             for batch in batches:
                 waiting.append(pool.submit(worker, batch))
@@ -188,5 +189,7 @@ def in_order(worker: Worker, tasks: Iterable[Task], num_processes: int) -> Itera
                 future.cancel()
 
 
-def _leave_interrupts_to_the_parent() -> None:
+def _prepare_process() -> None:
+    """Interrupts are the parent's; and a thread for each process, which share the cores."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)

@@ -55,7 +55,7 @@ def make_pictures(
 ) -> dict[str, Any]:
     """`images` and `weakened`, as `entry_of` takes them; files go to `folder`/images and begin with `number`."""
     made: dict[str, Any] = {"images": [], "weakened": {}}
-    pictures = []
+    pictures: list[tuple[Image.Image, Image.Image]] = []
     for place, name in enumerate(group.images):
         one: dict[str, Any] = {"path": None, "name": name, "error": ""}
         try:
@@ -63,17 +63,18 @@ def make_pictures(
         except ImageError as error:
             one["error"] = str(error)
         else:
-            one["path"] = _save(_small(picture), folder, f"images/{number:07}-{place}.jpg")
-            pictures.append(picture)
+            small = _small(picture)
+            one["path"] = _save(small, folder, f"images/{number:07}-{place}.jpg")
+            pictures.append((picture, small))
         made["images"].append(one)
     if not pictures or len(pictures) < len(group.images):
         return made  # the noise of the second image depends on the first
     for shown in weakenings_of(group):
         weakener = picture_weakener(shown.weakening, options, None)
         paths = []
-        for place, picture in enumerate(pictures):
+        for place, (picture, small) in enumerate(pictures):
             # A crop shows a part, which must keep its detail; noise and masks look the same on the small picture.
-            source = picture if shown.weakening.kind == "crop" else _small(picture)
+            source = picture if shown.weakening.kind == "crop" else small
             paths.append(_save(_small(weakener(source)), folder, f"images/{number:07}-{place}-{shown.index}.jpg"))
         made["weakened"][str(shown.index)] = {"paths": paths, "note": shown.note}
     return made

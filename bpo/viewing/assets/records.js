@@ -112,27 +112,31 @@ const bpoRecords = (() => {
     });
   }
 
-  // Marks what was searched for, where the browser can; a phrase is found across the marks of a diff.
+  // Marks what was searched for, where the browser can; a phrase is found across the marks of a diff, whose dropped
+  // words are no part of the text.
   function highlight(query) {
     if (!window.Highlight || !CSS.highlights) return;
     const ranges = [];
     for (const block of query ? document.querySelectorAll(".text, .prompt, article h2 bdi, figcaption bdi") : []) {
       const walker = document.createTreeWalker(block, NodeFilter.SHOW_TEXT);
       const parts = [];
-      while (walker.nextNode()) if (!walker.currentNode.parentElement.closest("del, .arrow")) parts.push(walker.currentNode);
-      const whole = parts.map((part) => part.data).join("").toLowerCase();
-      const place = (offset) => {
-        for (const part of parts) {
-          if (offset <= part.length) return [part, offset];
-          offset -= part.length;
-        }
-        return [parts[parts.length - 1], parts[parts.length - 1].length];
-      };
+      let length = 0;
+      while (walker.nextNode()) {
+        const node = walker.currentNode;
+        if (node.parentElement.closest("del, .arrow")) continue;
+        parts.push({ node, start: length });
+        length += node.length;
+      }
+      const whole = parts.map((part) => part.node.data).join("").toLowerCase();
       for (let at = whole.indexOf(query); at >= 0; at = whole.indexOf(query, at + query.length)) {
-        const range = document.createRange();
-        range.setStart(...place(at));
-        range.setEnd(...place(at + query.length));
-        ranges.push(range);
+        for (const { node, start } of parts) {
+          const [first, last] = [Math.max(0, at - start), Math.min(node.length, at + query.length - start)];
+          if (first >= last) continue;
+          const range = document.createRange();
+          range.setStart(node, first);
+          range.setEnd(node, last);
+          ranges.push(range);
+        }
       }
     }
     CSS.highlights.set("found", new Highlight(...ranges));
