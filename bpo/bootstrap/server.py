@@ -10,6 +10,7 @@ import http.client
 import json
 import logging
 import os
+import random
 import threading
 import time
 import urllib.error
@@ -26,6 +27,7 @@ logger = logging.getLogger(__name__)
 # A request that fails so often, others being answered between its failures, is at fault itself.
 MAX_TRIES = 6
 FIRST_PAUSE_S, MAX_PAUSE_S = 1.0, 60.0
+_BLOCK_BYTES, _MAX_ANSWER_BYTES = 1 << 16, 16 << 20
 # The server understood and refuses this one request (a prompt over its context length, say): others may pass.
 _REQUEST_REFUSED = (400, 413, 422)
 
@@ -113,7 +115,8 @@ class ChatServer:
             except _RefusedRequest as error:
                 return Reply("", error=f"{self.url}: {error}")
             except _TryAgain as error:
-                wait_s = min(MAX_PAUSE_S, pause_s if error.pause_s is None else error.pause_s)
+                # Not all at once: who failed together would come again together.
+                wait_s = min(MAX_PAUSE_S, pause_s * random.uniform(0.5, 1) if error.pause_s is None else error.pause_s)
                 own_failures += self._num_answers > answers_seen
                 answers_seen = self._num_answers
                 if own_failures >= MAX_TRIES:
@@ -157,13 +160,28 @@ class ChatServer:
             headers["Authorization"] = f"Bearer {key}"
         http_request = urllib.request.Request(self.url, data=data, headers=headers, method="POST")
         try:
+            deadline_s = time.monotonic() + self.options.timeout_s
             with urllib.request.urlopen(http_request, timeout=self.options.timeout_s) as response:
-                return _read_reply(response.read())
+                return _read_reply(_read_whole(response, deadline_s))
         except urllib.error.HTTPError as error:
             raise _classify(error) from error
         except (OSError, http.client.HTTPException) as error:
             # URLError, time-outs and dropped connections: the server may be starting, or busy.
             raise _TryAgain(f"no answer: {error}") from error
+
+
+def _read_whole(response: Any, deadline_s: float) -> bytes:
+    """The body; a server that sends it drop by drop is not waited for, nor is one that never ends."""
+    body = bytearray()
+    while block := response.read1(_BLOCK_BYTES):
+        body += block
+        if len(body) > _MAX_ANSWER_BYTES:
+            raise _TryAgain(f"an answer of more than {_MAX_ANSWER_BYTES >> 20} MiB")
+        if time.monotonic() > deadline_s:
+            raise _TryAgain("no whole answer within server.timeout_s")
+    if response.length:  # `read1` takes the end of the connection for the end of the body
+        raise _TryAgain(f"an answer that was cut off {response.length} bytes before its end")
+    return bytes(body)
 
 
 def _read_reply(raw: bytes) -> Reply:
@@ -172,7 +190,7 @@ def _read_reply(raw: bytes) -> Reply:
         text = choice["message"]["content"]
         if text is not None and not isinstance(text, str):
             raise TypeError("content is not text")
-    except (ValueError, KeyError, IndexError, TypeError) as error:
+    except (ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
         raise _TryAgain(f"an answer that is not a chat completion: {raw[:200]!r}") from error
     return Reply(text or "", finished=choice.get("finish_reason") != "length")
 

@@ -32,6 +32,7 @@ REASONS = {
     "unfinished": "generation ended at its budget, not by itself",
     "too-long": "longer than data.max_completion_words",
     "placeholder": "it spells an image placeholder or a control token",
+    "characters": "it holds a control character or half a surrogate pair",
     "degenerate": "broken text: loops, or little but punctuation",
     "unchanged": "it is the annotation",
     "same-content": "the annotation's words in another order, case or punctuation",
@@ -48,6 +49,7 @@ _FREE_WORDS = 8
 
 _MAX_LOOP_WORDS = 8
 _MIN_WORDS_FOR_DISTINCT = 12
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 _CHARACTER_LOOP = re.compile(r"(\w{1,20}?)\1{7,}")
 
 
@@ -132,6 +134,8 @@ def refusal(
         return Refusal("too-long", f"{num_words} words; data.max_completion_words is {max_words}")
     if has_placeholder(text, special_tokens):
         return Refusal("placeholder", REASONS["placeholder"])
+    if odd := _UNPRINTABLE.search(text):
+        return Refusal("characters", f"{odd.group()!r} at {odd.start()}")
     # An annotation may be a table or a line of digits: what it does, the negative may do.
     if (broken := why_degenerate(text, options)) and not why_degenerate(annotation, options):
         return Refusal("degenerate", broken)

@@ -5,15 +5,17 @@ from __future__ import annotations
 import contextlib
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import MappingProxyType
 from typing import Any
 
-# A body in place of JSON is sent as it is. The status CUT promises a whole answer and ends in the middle of it.
+# A body in place of JSON is sent as it is. The status CUT promises a whole answer and ends in the middle of it; DRIP
+# sends ten bytes a second.
 Answer = tuple[int, "dict[str, Any] | bytes"]
-CUT = -1
+CUT, DRIP = -1, -2
 
 
 def completion(text: str, finish_reason: str = "stop") -> Answer:
@@ -36,12 +38,17 @@ def fake_server(
                 number = len(received)
             status, reply = answer(body, number)
             content = reply if isinstance(reply, bytes) else json.dumps(reply).encode()
-            self.send_response(200 if status == CUT else status)
+            self.send_response(200 if status in (CUT, DRIP) else status)
             self.send_header("Content-Length", str(len(content)))
             for name, value in headers.items():
                 self.send_header(name, value)
             self.end_headers()
-            with contextlib.suppress(BrokenPipeError):  # the client gave up waiting, as a test wants it to
+            with contextlib.suppress(ConnectionError):  # the client gave up waiting, as a test wants it to
+                if status == DRIP:
+                    for byte in content:
+                        self.wfile.write(bytes([byte]))
+                        time.sleep(0.1)
+                    return
                 self.wfile.write(content[: len(content) // 2] if status == CUT else content)
 
         def log_message(self, *args: object) -> None:

@@ -13,7 +13,7 @@ from bpo.bootstrap.generators import ChatGenerator, Reply
 from bpo.bootstrap.inject import InjectionRequest, Message
 from bpo.bootstrap.server import MAX_TRIES, ChatServer, ServerError
 from bpo.config_bootstrap import InjectConfig, ServerConfig
-from tests.bootstrap.fake_server import CUT, Answer, completion, fake_server
+from tests.bootstrap.fake_server import CUT, DRIP, Answer, completion, fake_server
 from tests.bootstrap.replies import FakeClock, replies_of
 
 
@@ -51,6 +51,13 @@ FAULTS: dict[str, Answer] = {
     "no choices": (200, {"choices": []}),
     "no JSON": (200, b"<html>proxy error</html>"),
     "content is a number": (200, {"choices": [{"message": {"content": 7}}]}),
+    "null": (200, b"null"),
+    "no object": (200, b"[1, 2]"),
+    "choices by name": (200, {"choices": {"0": "A dog."}}),
+    "nested without end": (200, b'{"choices": ' + b"[" * 100_000),
+    "not UTF-8": (200, b'{"choices": "\xff\xfe"}'),
+    "empty": (200, b""),
+    "larger than any answer": (200, {**completion("A dog.")[1], "padding": "x" * (17 << 20)}),  # type: ignore[dict-item]
     "cut in the middle": (CUT, completion("A dog.")[1]),
 }
 
@@ -61,7 +68,15 @@ def test_what_may_pass_is_tried_again_with_growing_pauses(fault: str) -> None:
     with fake_server(lambda body, number: completion("A dog.") if number == 3 else FAULTS[fault]) as (url, received):
         assert replies_of(generator(url, clock), [request()]) == [Reply("A dog.")]
     assert len(received) == 3
-    assert clock.slept == [1.0, 2.0]
+    first, second = clock.slept
+    assert 0.5 <= first <= 1 <= second <= 2
+
+
+def test_who_failed_together_does_not_come_again_together() -> None:
+    clock = FakeClock()
+    with fake_server(lambda body, number: (503, {}) if number <= 8 else completion("ok")) as (url, _):
+        replies_of(generator(url, clock, concurrency=8), [request(str(i)) for i in range(8)])
+    assert len(set(clock.slept[:8])) == 8
 
 
 def test_a_server_that_stays_away_ends_the_job_after_its_patience() -> None:
@@ -69,7 +84,7 @@ def test_a_server_that_stays_away_ends_the_job_after_its_patience() -> None:
     with fake_server(lambda body, number: (503, {})) as (url, received):
         with pytest.raises(ServerError, match=rf"{url}/chat/completions.*'r1'.*503.*patience_s=100"):
             replies_of(generator(url, clock, patience_s=100), [request()])
-    assert 60 <= clock.now_s <= 100 and len(received) == len(clock.slept) + 1
+    assert 30 <= clock.now_s <= 100 and len(received) == len(clock.slept) + 1
     with pytest.raises(ServerError, match="'r1'"):  # nobody listens any more
         replies_of(generator(url, patience_s=100), [request()])
 
@@ -125,6 +140,14 @@ def test_a_server_that_hangs_is_given_up_and_asked_again() -> None:
     with fake_server(answer) as (url, _):
         assert replies_of(generator(url, timeout_s=0.2), [request()]) == [Reply("A dog.")]
         release.set()
+
+
+def test_a_server_that_answers_drop_by_drop_is_given_up_and_asked_again() -> None:
+    """Each byte comes in time, the answer never."""
+    with fake_server(lambda body, number: (DRIP if number == 1 else 200, completion("A dog.")[1])) as (url, received):
+        started_s = time.monotonic()
+        assert replies_of(generator(url, timeout_s=0.5), [request()]) == [Reply("A dog.")]
+        assert len(received) == 2 and 0.5 <= time.monotonic() - started_s < 5
 
 
 def test_a_wrong_model_or_key_stops_at_once() -> None:
