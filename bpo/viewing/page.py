@@ -70,6 +70,8 @@ class PageWriter:
         sizes = {"chunk": CHUNK_RECORDS, "textChunk": TEXT_RECORDS}
         names = {kind: list(one.numbers) for kind, one in self._names.items()}
         self._write_script("data/index.js", "bpoIndex", {**sizes, **names, "rows": self._rows})
+        figures = json.dumps(plots.to_json(self.statistics), indent=1)
+        (self.folder / "statistics.json").write_text(figures + "\n", encoding="ascii")
         path = self.folder / "index.html"
         path.write_text(render(self.title, self.statistics), encoding="utf-8")
         return path

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from markupsafe import Markup
 
@@ -39,6 +40,21 @@ class Statistics:
     sources: Sequence[SourceFigures] = ()
     origin: str = ""
     problems: Sequence[Problem] = ()
+
+
+def to_json(statistics: Statistics) -> dict[str, Any]:
+    """The figures behind the plots."""
+    return {
+        "records": statistics.num_records,
+        "completions": dict(statistics.completions),
+        "words": {
+            kind: dict(zip(("p5", "p50", "p95"), values, strict=True)) for kind, values in statistics.lengths.items()
+        },
+        "refused": [[source, reason, count] for (source, reason), count in statistics.refused.most_common()],
+        "smallest_margin_nats": dict(sorted(statistics.margins.items())),
+        "sources": [asdict(one) for one in statistics.sources],
+        "bad_records": len(statistics.problems),
+    }
 
 
 def lead(statistics: Statistics) -> Markup:

@@ -175,6 +175,20 @@ def test_the_keyboard_does_everything(opened: Tab) -> None:
     tab.until("!document.querySelector('#help').open")
 
 
+def test_a_new_page_begins_at_its_top_and_nothing_covers_what_has_the_focus(opened: Tab) -> None:
+    tab = opened
+    tab.run("scrollTo(0, document.body.scrollHeight); new Promise(done => setTimeout(done, 50))")
+    tab.press("n")
+    tab.until("location.hash === '#page=2' && document.querySelector('h2 bdi').textContent === 'r020'")
+    edges = "['#filters', 'article'].map(s => document.querySelector(s).getBoundingClientRect())"
+    tab.until(f"(([bar, first]) => first.top >= bar.bottom && first.top < innerHeight / 2)({edges})")
+    for _ in range(3):
+        tab.press("j")
+    tab.until("document.activeElement.getAttribute('aria-label') === 'r022'")
+    covered = "(([bar, one]) => one.top < bar.bottom)(['#filters', 'article:focus']"
+    assert not tab.run(f"{covered}.map(s => document.querySelector(s).getBoundingClientRect()))")
+
+
 def test_added_dropped_and_changed_differ_without_colour(tmp_path: Path, tab: Tab) -> None:
     one = {"response": "A big dog on the old sofa.", "score": 1, "type": "gt"}
     groups = [

@@ -155,7 +155,11 @@ def test_the_figures_of_each_source_are_plotted_from_the_summary(data: Path) -> 
 
 
 def test_without_a_summary_the_figures_are_counted(data: Path) -> None:
-    page = (view(data, "--no-images") / "index.html").read_text()
+    folder = view(data, "--no-images")
+    figures = json.loads((folder / "statistics.json").read_text())
+    assert figures["words"]["mllm-hal"] == {"p5": 2, "p50": 2, "p95": 2} and figures["completions"]["llm-hal"] == 60
+    assert figures["sources"][0]["added"]["zebra"] == 59
+    page = (folder / "index.html").read_text()
     blocks = {m[1]: m[2] for m in re.finditer(r'<details class="source"><summary><b>(.*?)</b>(.*?)</details>', page)}
     assert list(blocks) == ["llm-hal", "mllm-hal"]
     assert "60 kept · 1 refused" in blocks["llm-hal"] and "zebra 59" in blocks["llm-hal"]

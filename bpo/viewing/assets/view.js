@@ -276,7 +276,7 @@
     current = -1;
     writeHash();
     await show();
-    scrollTo(0, byId("filters").offsetTop);
+    document.querySelector("nav").scrollIntoView({ block: "start" });
     return true;
   }
 
@@ -334,6 +334,12 @@
     event.preventDefault();
     keys[event.key]();
   });
+
+  // The bar of filters stays on top: what is scrolled to must not lie under it.
+  new ResizeObserver(() => {
+    const height = getComputedStyle(byId("filters")).position === "sticky" ? byId("filters").offsetHeight : 0;
+    document.documentElement.style.setProperty("--bar", `${height}px`);
+  }).observe(byId("filters"));
 
   let pause = 0;
   byId("filters").addEventListener("input", (event) => {
