@@ -1,9 +1,11 @@
-"""What a bootstrapping job of many annotations costs beside its generation: to read, plan, look up, and merge.
+"""What a bootstrapping job of many annotations costs beside its generation, from a thousand to a million of them.
 
     python -m benchmarks.bootstrap_scale [--records 1000 1000000] [--json benchmarks/results/bootstrap-scale-cpu.json]
 
-A LLaVA JSON list of descriptions of about 60 words, and one finished negative a record in the part of a rank. Each
-number of records has a process of its own; resident memory is that process's most, beside what its imports took.
+A LLaVA JSON list of descriptions of about 60 words, rewritten by an LLM that takes no time: `job` is `bpo bootstrap`
+from beginning to end (read, plan, claim, ask, validate, write durably, merge) in one process. `again` is what a restart
+of the finished job does, by its parts: read, plan, index what is there, look every record up, merge. Both have their own
+process for each number of records; resident memory is its most, beside what its imports took.
 """
 
 from __future__ import annotations
@@ -14,20 +16,25 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from bpo.bootstrap.engines import Engines
+from bpo.bootstrap.generators import Reply
+from bpo.bootstrap.inject import InjectionRequest
 from bpo.bootstrap.merge import merge
-from bpo.bootstrap.parts import Outcome, PartReader, PartWriter
-from bpo.bootstrap.run import plan_work
+from bpo.bootstrap.parts import PartReader
+from bpo.bootstrap.run import run_bootstrap
+from bpo.bootstrap.sources import InjectedErrors
 from bpo.bootstrap.spool import AnnotationSpool
+from bpo.bootstrap.work import is_finished, plan_work
 from bpo.config import Config, DataConfig
-from bpo.config_bootstrap import BootstrapConfig
+from bpo.config_bootstrap import BootstrapConfig, InjectConfig, ServerConfig
 from bpo.data.bad_records import BadRecords
 from bpo.data.formats import iterate_annotations
-from bpo.records import Provenance
 from bpo_kernels.bench_measure import machine
 
 TEXT = "A man in a blue jacket rides a bicycle along a street with two parked cars and a red bus behind them. " * 3
@@ -41,12 +48,17 @@ def write_data(folder: Path, count: int) -> None:
             record = {"id": f"r{number:09}", "image": f"{number}.jpg", "conversations": turns}
             file.write(("," if number else "") + json.dumps(record))
         file.write("]")
-    provenance = Provenance("injected-errors", model="m", seed=1)
-    with PartWriter(folder / "groups.jsonl.parts", 0) as writer:
-        for first in range(0, count, 1000):
-            numbers = range(first, min(count, first + 1000))
-            texts = ((f"r{n:09}", f"{n}: {TEXT} A zebra.") for n in numbers)
-            writer.append(Outcome(name, "inject", "kept", text, provenance=provenance) for name, text in texts)
+
+
+class InstantRewriter:
+    """Stands for a text-only LLM: it writes a zebra into whatever it is given."""
+
+    name, whole_batches, special_tokens = "instant", False, ()
+
+    def replies(self, requests: Sequence[InjectionRequest]) -> Iterator[tuple[int, Reply]]:
+        for index, request in enumerate(requests):
+            description = request.messages[-1].content.partition("Description: ")[2]
+            yield index, Reply(f"{description} A zebra stands beside it.")
 
 
 def rss_mib() -> float:
@@ -55,10 +67,31 @@ def rss_mib() -> float:
     return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) / 1024
 
 
-def measure(folder: Path, count: int) -> dict[str, Any]:
-    data = DataConfig(annotations=str(folder / "annotations.json"), groups=str(folder / "groups.jsonl"))
-    config = Config(data=data, bootstrap=BootstrapConfig(sources=["inject"]))
-    figures: dict[str, Any] = {"records": count, "imports_mib": rss_mib()}
+def config_of(folder: Path) -> Config:
+    data = DataConfig(
+        annotations=str(folder / "annotations.json"), groups=str(folder / "groups.jsonl"), image_root=str(folder)
+    )
+    # No server is asked: the rewriter stands in its place.
+    inject = InjectConfig(mode="description", server=ServerConfig(url="http://127.0.0.1:9/v1", model="instant"))
+    return Config(data=data, bootstrap=BootstrapConfig(sources=["inject"], inject=inject))
+
+
+def measure_job(folder: Path, count: int) -> dict[str, Any]:
+    """The whole job. Images are not looked at, as where another source has looked at them."""
+    Engines.text = lambda self: InstantRewriter()  # type: ignore[method-assign]
+    InjectedErrors.prepare = lambda self, annotation: None  # type: ignore[method-assign]
+    imports_mib, started = rss_mib(), time.perf_counter()
+    summary = run_bootstrap(config_of(folder), progress=False)
+    assert summary.num_groups == count, summary
+    return {"job_s": time.perf_counter() - started, "job_mib": rss_mib() - imports_mib}
+
+
+def measure_again(folder: Path, count: int) -> dict[str, Any]:
+    """A restart of the finished job, by its parts."""
+    config = config_of(folder)
+    data = config.data
+    figures: dict[str, Any] = {}
+    imports_mib = rss_mib()
     at = time.perf_counter()
 
     def lap(name: str) -> None:
@@ -68,36 +101,42 @@ def measure(folder: Path, count: int) -> dict[str, Any]:
     bad = BadRecords.of(data)
     annotations = AnnotationSpool(iterate_annotations(Path(data.annotations), bad), 0, data.max_completion_words)
     lap("read")
-    work = plan_work(annotations, config)["inject"]
-    lap("plan")
     reader = PartReader(folder / "groups.jsonl.parts")
+    work = plan_work(annotations, config, reader)
+    lap("plan")
     reader.poll()
     lap("index")
-    assert all(reader.has("inject", one) for one in work.all_digests())
+    assert is_finished(work)
     lap("look_up")
     summary = merge(config, annotations, reader, {}, {}, bad)
     lap("merge")
     assert summary.num_groups == count
-    return figures | {"peak_mib": rss_mib()}
+    return figures | {"again_mib": rss_mib() - imports_mib}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--records", type=int, nargs="+", default=[1_000, 10_000, 100_000, 1_000_000])
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--measure", choices=["job", "again"], help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
-        print(json.dumps(measure(options.measure, options.records[0])))
+        function = {"job": measure_job, "again": measure_again}[options.measure]
+        print(json.dumps(function(options.folder, options.records[0])))
         return
     rows = []
     for count in options.records:
+        row: dict[str, Any] = {"records": count}
         with tempfile.TemporaryDirectory() as temporary:
             write_data(Path(temporary), count)
-            command = [sys.executable, "-m", "benchmarks.bootstrap_scale", "--measure", temporary]
-            done = subprocess.run([*command, "--records", str(count)], stdout=subprocess.PIPE, text=True, check=True)
-            row = json.loads(done.stdout)
-            rows.append(row)
+            for part in ("job", "again"):
+                command = [sys.executable, "-m", "benchmarks.bootstrap_scale", "--measure", part, "--folder", temporary]
+                done = subprocess.run(
+                    [*command, "--records", str(count)], stdout=subprocess.PIPE, text=True, check=True
+                )
+                row |= json.loads(done.stdout)
+        rows.append(row)
         cells = (
             f"{name} {value:.1f}" if isinstance(value, float) else f"{name} {value}" for name, value in row.items()
         )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import SequenceMatcher
 from functools import cache
 from importlib.resources import files
@@ -39,6 +39,7 @@ _SCRIPTS = (
     ("hangul", r"[\u1100-\u11ff\uac00-\ud7af]"),
     ("cjk", r"[\u3040-\u30ff\u3400-\u9fff]"),
 )
+_MAX_MEANINGS = 1 << 16
 _WORD_RE = re.compile(r"\d+(?:[.,]\d+)*|[^\W\d_]+(?:['’-][^\W\d_]+)*")
 
 
@@ -49,6 +50,7 @@ class ChangeLexicon:
     objects: ObjectLexicon
     kind_of_word: Mapping[str, Kind]
     style: frozenset[str]
+    _meanings: dict[str, str] = field(default_factory=dict, repr=False, compare=False)  # found before
 
     def kind(self, word: str) -> Kind | None:
         """What a word speaks of; None for a word whose change alone changes nothing."""
@@ -63,9 +65,14 @@ class ChangeLexicon:
 
     def meaning(self, word: str) -> str:
         """One spelling for all forms and names of a thing: `bikes` and `bicycle` are equal."""
-        return self.objects.canonical(word) or next(
-            (name for form in singular_forms(word) if (name := self.objects.canonical(form))), word
-        )
+        known = self._meanings.get(word)
+        if known is None:
+            if len(self._meanings) >= _MAX_MEANINGS:
+                self._meanings.clear()
+            forms = (word, *singular_forms(word))
+            known = next((name for form in forms if (name := self.objects.canonical(form))), word)
+            self._meanings[word] = known
+        return known
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,12 +169,16 @@ def language_of(text: str) -> tuple[str | None, str | None]:
 
     A language counts where at least 3 of its function words stand in the text, and more than of any other language.
     """
-    counts = {name: len(re.findall(pattern, text)) for name, pattern in _SCRIPTS}
+    # ASCII letters are all Latin: most texts need no search for the other scripts.
+    scripts = _SCRIPTS[:1] if text.isascii() else _SCRIPTS
+    counts = {name: len(re.findall(pattern, text)) for name, pattern in scripts}
     script = max(counts, key=lambda name: counts[name])
     if not counts[script] or script != "latin":
         return (script if counts[script] else None), None
-    words = words_of(text)
-    known = {name: sum(word in those for word in words) for name, those in _function_words().items()}
+    words = Counter(words_of(text))
+    known = {
+        name: sum(count for word, count in words.items() if word in those) for name, those in _function_words().items()
+    }
     best, second = sorted(known, key=lambda name: known[name], reverse=True)[:2]
     return script, (best if known[best] >= 3 and known[best] > known[second] else None)
 

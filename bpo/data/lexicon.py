@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import logging
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 
 logger = logging.getLogger(__name__)
 
 _WORD_RE = re.compile(r"[^\W_]+")
+_MAX_KNOWN_WORDS = 1 << 16
 
 # CHAIR's rules about two words of which one alone would name the wrong object ("baby" is a person, "seat" a chair).
 _ANIMALS = "animal bear bird cat cow cub dog elephant giraffe horse sheep zebra".split()
@@ -63,6 +66,15 @@ class ObjectLexicon:
 
     canonical_of_phrase: Mapping[tuple[str, ...], str | None]
     objects: tuple[str, ...]
+    _lengths_by_first: dict[str, tuple[int, ...]] = field(init=False, repr=False, compare=False)
+    _known_words: dict[str, str | None] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        lengths: dict[str, set[int]] = defaultdict(set)
+        for phrase in self.canonical_of_phrase:
+            lengths[phrase[0]].add(len(phrase))
+        by_first = {word: tuple(sorted(each, reverse=True)) for word, each in lengths.items() if max(each) > 1}
+        object.__setattr__(self, "_lengths_by_first", by_first)
 
     def canonical(self, name: str) -> str | None:
         """The canonical name of a category or synonym, or None."""
@@ -77,24 +89,35 @@ class ObjectLexicon:
         spans = [(m.group().lower(), m.start(), m.end()) for m in _WORD_RE.finditer(text)]
         words = [word for word, _, _ in spans]
         toilet_seat = "toilet" in words or "toilets" in words
-        longest = max(map(len, self.canonical_of_phrase), default=0)
         found: list[Mention] = []
         at = 0
         while at < len(words):
-            length, canonical = self._longest_phrase(words, at, longest)
+            length, canonical = self._longest_phrase(words, at)
             if canonical is not None and not (toilet_seat and words[at : at + length] in (["seat"], ["seats"])):
                 found.append(Mention(canonical, spans[at][1], spans[at + length - 1][2]))
             at += length
         return tuple(found)
 
-    def _longest_phrase(self, words: list[str], at: int, longest: int) -> tuple[int, str | None]:
-        for length in range(min(longest, len(words) - at), 0, -1):
+    def _longest_phrase(self, words: list[str], at: int) -> tuple[int, str | None]:
+        for length in self._lengths_by_first.get(words[at], ()):
+            if at + length > len(words):
+                continue
             *head, last = words[at : at + length]
             for form in (last, *singular_forms(last)):
                 phrase = (*head, form)
                 if phrase in self.canonical_of_phrase:
                     return length, self.canonical_of_phrase[phrase]
-        return 1, None
+        return 1, self._of_word(words[at])
+
+    def _of_word(self, word: str) -> str | None:
+        """The canonical name of a word by itself."""
+        if word not in self._known_words:
+            if len(self._known_words) >= _MAX_KNOWN_WORDS:
+                self._known_words.clear()
+            forms = ((form,) for form in (word, *singular_forms(word)))
+            named = (self.canonical_of_phrase[form] for form in forms if form in self.canonical_of_phrase)
+            self._known_words[word] = next(named, None)
+        return self._known_words[word]
 
 
 def build_lexicon(lines: Iterable[Iterable[str]]) -> ObjectLexicon:
@@ -127,6 +150,7 @@ def build_lexicon(lines: Iterable[Iterable[str]]) -> ObjectLexicon:
     return ObjectLexicon(phrases, tuple(objects))
 
 
+@lru_cache(maxsize=1 << 16)
 def singular_forms(word: str) -> tuple[str, ...]:
     """What `word` may be the plural of, likeliest first; the lexicon decides which of them is a name.
 
