@@ -127,12 +127,8 @@ def open_file(path: Path) -> BinaryIO:
 def _list_pieces(path: Path, file: BinaryIO) -> Iterator[Piece]:
     scanner = JsonScanner(file)
     scanner.expect("[")
-    index = -1
-    for index, (source, damage) in enumerate(scanner.elements()):
+    for index, (source, damage) in enumerate(scanner.elements(is_whole=True)):
         yield Piece(f"{path}, record {index}", index, True, source, damage, end_bytes=scanner.num_bytes)
-    if scanner.peek():
-        damage = Damage("not-json", "not JSON: something stands behind the end of the list; remove it")
-        yield Piece(f"{path}, end of file", index + 1, True, "", damage, end_bytes=scanner.num_bytes)
 
 
 def _line_pieces(path: Path, file: BinaryIO) -> Iterator[Piece]:

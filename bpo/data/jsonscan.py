@@ -10,11 +10,13 @@ import codecs
 import json
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 CHUNK_BYTES = 1 << 20
 MAX_RECORD_CHARACTERS = 64 << 20
+MAX_CANDIDATES = 1000  # objects that are looked at for the next record behind a damaged one
 SKIPPED_CHARACTERS = 4 << 20  # in which the end of a damaged record is looked for by its brackets alone
 _SPACE = re.compile(r"[ \t\r\n]*")
 _STRING_OR_MARK = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\],"]', re.DOTALL)
@@ -29,6 +31,10 @@ class Damage:
 
     code: str
     message: str
+
+
+def _after_space(text: str, position: int) -> int:
+    return _SPACE.match(text, position).end()  # type: ignore[union-attr]
 
 
 class JsonScanner:
@@ -46,13 +52,13 @@ class JsonScanner:
         self._decode = codecs.getincrementaldecoder("utf-8")("surrogateescape").decode
         self._find_end = json.JSONDecoder().raw_decode
         self._text, self._at, self._ended = "", 0, False
-        self._first = ""
+        self._first: dict[str, Any] = {}
         self.num_bytes = 0
 
     def peek(self) -> str:
         """The next character that is not white space, which stays; empty at the end."""
         while True:
-            self._at = _SPACE.match(self._text, self._at).end()  # type: ignore[union-attr]
+            self._at = _after_space(self._text, self._at)
             if self._at < len(self._text):
                 return self._text[self._at]
             if not self._more():
@@ -80,33 +86,39 @@ class JsonScanner:
             raise ValueError(damage.message)
         return source
 
-    def elements(self) -> Iterator[tuple[str, Damage | None]]:
+    def elements(self, is_whole: bool = False) -> Iterator[tuple[str, Damage | None]]:
         """The elements of a list whose `[` has been read, up to and with its `]`: source, or what damaged it.
 
         Where the file ends too early the last element says so.
+
+        Args:
+            is_whole: Nothing may follow the list; where objects like the first one do, its `]` was one too many.
         """
-        self._first = ""
+        self._first = {}
         if self.peek() == "]":
             self._at += 1
             return
         while True:
             source, damage = self._element()
             yield source, damage
-            self._first = self._first or source
             if damage is not None and damage.code in ("torn-record", "too-large"):
                 self._at, self._text, self._ended = 0, "", True  # nothing after it can be told apart
                 return
+            self._note_first(source)
             character = self.peek()
-            if character not in (",", "]"):
-                if character:
-                    yield "", Damage("not-json", "not JSON: a comma is missing after the record before; add it")
-                    if not self._skip_to_object():
-                        return
-                    continue
+            self._at += character in (",", "]") and bool(character)
+            if character == "," or (character == "]" and not (is_whole and self.peek())):
+                if character == "]":
+                    return
+                continue
+            if not character:
                 yield "", Damage("torn-record", "not JSON: the file ends before the list does; fetch it again")
                 return
-            self._at += 1
             if character == "]":
+                yield "", Damage("not-json", "not JSON: something stands behind the end of the list; remove it")
+            else:
+                yield "", Damage("not-json", "not JSON: a comma is missing after the record before; add it")
+            if not self._skip_to_record(character):
                 return
 
     def _element(self) -> tuple[str, Damage | None]:
@@ -136,65 +148,89 @@ class JsonScanner:
         """Steps over a value that is not JSON, by its brackets; hands out its source, for parsing to say what it is."""
         if self.peek() in (",", "]"):
             return "", Damage("not-json", "not JSON: nothing stands between two commas; remove one")
-        depth, position = 0, self._at
-        end = 0
+        depth = offset = end = 0  # from where the value begins
         while True:
-            for match in _STRING_OR_MARK.finditer(self._text, position):
+            for match in _STRING_OR_MARK.finditer(self._text, self._at + offset) if not end else ():
                 token = match.group()
                 if token == '"':
                     break  # its other end is not here yet
-                position = match.end()
+                offset = match.end() - self._at
                 depth += (token in "{[") - (token in "}]")
                 # A closing bracket ends what it opened; a comma or a bracket of the list around ends anything else.
                 if depth < 0 or (depth == 0 and token in "}],"):
-                    end = match.start() if depth < 0 or token == "," else position
+                    end = match.start() - self._at if depth < 0 or token == "," else offset
                     break
-            offset = position - self._at
-            if end or len(self._text) - self._at > SKIPPED_CHARACTERS or not self._more():
-                end = self._next_record(end or len(self._text)) or end
+            found = self._resume(end)
+            if found:
+                start, self._at = self._at, found
+                return self._text[start:found], None
+            limit = SKIPPED_CHARACTERS if end else MAX_RECORD_CHARACTERS
+            if len(self._text) - self._at > limit or not self._more():
                 if end:
-                    start, self._at = self._at, end
-                    return self._text[start:end], None
-                if len(self._text) - self._at > MAX_RECORD_CHARACTERS or not self._more():
-                    self.peek()
-                    text = "nested too deeply or torn" if isinstance(error, RecursionError) else str(error)
-                    message = f"not JSON ({text}); the file ends inside the record; fetch it again"
-                    return "", Damage("torn-record", message)
-            position = self._at + offset
+                    start, self._at = self._at, self._at + end
+                    return self._text[start : self._at], None
+                self.peek()
+                text = "nested too deeply or torn" if isinstance(error, RecursionError) else str(error)
+                return "", Damage("torn-record", f"not JSON ({text}); the file ends inside the record; fetch it again")
 
-    def _next_record(self, end: int) -> int:
-        """Where the next record seems to begin: the comma before an object with keys of the first one; 0 if nowhere.
+    def _resume(self, end: int) -> int:
+        """Where reading goes on behind a damaged value, or 0 if that is not known yet.
 
-        Brackets find no end, or a wrong one, where a bracket or a quotation mark is missing.
+        Args:
+            end: Where its brackets end, from its beginning; 0: they do not. Where a bracket or a quotation mark is
+                missing, that is wrong.
         """
-        try:
-            first = json.loads(self._first)
-        except (ValueError, RecursionError):
-            return 0
-        if not isinstance(first, dict):
-            return 0
-        position = self._at + 1
-        while match := _OBJECT_BEHIND_COMMA.search(self._text, position, end):
-            position = match.end()
-            if json.dumps(next(iter(first), ""), ensure_ascii=False) == match.group(2):
-                try:
-                    value, _ = self._find_end(self._text, match.start(1))
-                except (ValueError, RecursionError):
-                    continue
-                if 2 * len(value.keys() & first.keys()) > len(first):
-                    return match.start()
-        return 0
+        if not self._first:
+            return self._at + end if end else 0
+        match = self._next_record(self._at + 1)
+        if end and (match is None or match.start() > self._at + end):
+            key = json.dumps(next(iter(self._first)), ensure_ascii=False)
+            behind = _OBJECT_BEHIND_COMMA.match(self._text, _after_space(self._text, self._at + end))
+            if behind is not None and behind.group(2) == key:
+                return self._at + end
+        return match.start() if match is not None else 0
 
-    def _skip_to_object(self) -> bool:
-        """Steps to the next `{`; whether there is one."""
-        while True:
-            found = self._text.find("{", self._at)
-            if found >= 0:
-                self._at = found
+    def _next_record(self, position: int) -> re.Match[str] | None:
+        """The next comma before an object with more than half the keys of the first record, in the text at hand."""
+        for _ in range(MAX_CANDIDATES):
+            match = _OBJECT_BEHIND_COMMA.search(self._text, position)
+            if match is None:
+                return None
+            position = match.end()
+            try:
+                value, _ = self._find_end(self._text, match.start(1))
+            except (ValueError, RecursionError):
+                continue
+            if 2 * len(value.keys() & self._first.keys()) > len(self._first):
+                return match
+        return None
+
+    def _skip_to_record(self, character: str) -> bool:
+        """Steps to where a record seems to begin; whether there is such a place.
+
+        Args:
+            character: What stands here, or stood before.
+        """
+        while self._first and character != "{":
+            match = self._next_record(self._at)
+            if match is not None:
+                self._at = match.start(1)
                 return True
+            if len(self._text) - self._at > SKIPPED_CHARACTERS or not self._more():
+                break
+        found = self._text.find("{", self._at) if character != "]" else -1
+        while found < 0 and character != "]":
             self._at = len(self._text)
             if not self._more():
-                return False
+                break
+            found = self._text.find("{", self._at)
+        self._at = found if found >= 0 else len(self._text)
+        return found >= 0
+
+    def _note_first(self, source: str) -> None:
+        if not self._first and source.startswith("{"):
+            with suppress(ValueError, RecursionError):
+                self._first = json.loads(source)
 
     def _more(self) -> bool:
         """Appends a chunk, at least as long as what is kept, so that a long record is parsed a few times at most."""

@@ -253,6 +253,8 @@ def test_damage_in_a_list_costs_the_damaged_record_alone(
         ("]}", "]"),
         ('"id"', 'id"'),
         (', "conversations"', ""),
+        ("]}", "]]}"),
+        ('"conversations"', '"conversatio'),
     ],
 )
 @pytest.mark.parametrize("size", [100, 1 << 20])
@@ -268,6 +270,17 @@ def test_a_missing_mark_or_bracket_costs_one_record(
     assert check(path) == {"not-json": 2}
     ids = [annotation.id for annotation in read_annotations(path, BadRecords("quarantine")).annotations]
     assert ids == [str(n) for n in range(100) if n not in (7, 70)]
+
+
+@pytest.mark.parametrize("more", ["]", "}", "]}", '"', ", ", "} {"])
+def test_a_mark_or_bracket_too_many_costs_no_record(root: Path, more: str) -> None:
+    records = [json.dumps(conversation("What?", f"This {n}.", id=str(n))) for n in range(100)]
+    for number in (7, 70):
+        records[number] += more
+    path = root / "a.json"
+    path.write_text("[" + ",\n".join(records) + "]")
+    assert set(check(path)) == {"not-json"}
+    assert len(read_annotations(path, BadRecords("quarantine")).annotations) == 100
 
 
 def test_objects_in_a_damaged_record_are_no_records(root: Path) -> None:
