@@ -88,6 +88,14 @@ def _pad_after(
     return torch.cat([prefix_BT, rest_BT], dim=1), torch.cat([torch.ones_like(prefix_BT), mask_BT], dim=1)
 
 
+def _padded(
+    prompts: Sequence[Sequence[int]], pad_token_id: int, prefix: CachedPrefix | None, cache: CacheKind
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if prefix is not None:
+        return _pad_after(prefix, prompts, pad_token_id)
+    return left_pad(prompts, pad_token_id, _STATIC_MULTIPLE_TOKENS if cache == "static" else 1)
+
+
 @torch.inference_mode()
 def generate_ids(
     model: Any,
@@ -127,10 +135,7 @@ def generate_ids(
         raise ValueError(
             f"{len(prompts)} prompts, {len(seeds)} seeds and {len(max_new_tokens)} budgets; give one of each a record"
         )
-    if prefix is None:
-        ids_BT, mask_BT = left_pad(prompts, pad_token_id, _STATIC_MULTIPLE_TOKENS if cache == "static" else 1)
-    else:
-        ids_BT, mask_BT = _pad_after(prefix, prompts, pad_token_id)
+    ids_BT, mask_BT = _padded(prompts, pad_token_id, prefix, cache)
     config = GenerationConfig(
         do_sample=False,
         num_beams=1,

@@ -127,7 +127,8 @@ def test_pipeline_goes_from_annotations_to_metrics(home: Path, chain: dict[str, 
 def test_array_and_evaluation_were_shared(home: Path, chain: dict[str, str]) -> None:
     parts = sorted((home / "my results" / "groups.jsonl.parts").glob("rank-*.jsonl"))
     assert [path.name for path in parts] == ["rank-00000.jsonl", "rank-00001.jsonl"]
-    assert [len(path.read_text().splitlines()) for path in parts] == [NUM_IMAGES, NUM_IMAGES]
+    # Who comes first does more; nothing is done twice.
+    assert sum(len(path.read_text().splitlines()) for path in parts) == 2 * NUM_IMAGES
     assert "2 tasks on: 127.0.0.2 127.0.0.3" in log(home, chain["evaluate"])
 
 
@@ -188,7 +189,7 @@ def test_bootstrapping_goes_on_after_its_time_limit(cluster: PrivateCluster, hom
     text = log(home, limited.array)
     assert cluster.restarts(limited.array) == 1, text
     assert "SIGUSR2: stopping at the next boundary" in text and "ended with code 75" in text
-    kept = re.search(r"(\d+) of this rank's 96 records of source `inject` are done", text)
+    kept = re.search(r"(\d+) of 96 records of source `inject` are done", text)
     assert kept and int(kept.group(1)) % 8 == 0
     # No record was asked for twice but those that a validator refused: the second start did the others alone.
     answered = len((home / "limited" / "groups.jsonl.parts" / "rank-00000.jsonl").read_text().splitlines())
