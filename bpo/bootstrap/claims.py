@@ -8,12 +8,15 @@ for longer than that and then goes on: the work is done twice, and of two equal 
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import threading
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
+
+logger = logging.getLogger(__name__)
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
@@ -117,7 +120,10 @@ class Claims:
 
     def _show_life(self) -> None:
         while not self._leaving.wait(self._timeout_s / 4):
-            os.utime(self._sign)
+            try:
+                os.utime(self._sign)
+            except OSError as error:  # a file system that hangs for a moment; others may take this worker for dead
+                logger.warning("%s: no sign of life could be given (%s)", self._sign, error)
 
     def _path(self, piece: str) -> Path:
         return self._folder / f"{piece}.claim"
