@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import resource
 import subprocess
 import sys
 import tempfile
@@ -55,9 +56,9 @@ def write_data(folder: Path, num_groups: int) -> Path:
     return path
 
 
-def build(*arguments: str) -> tuple[float, float]:
-    """Seconds and the most MiB of `bpo view`."""
-    started = time.perf_counter()
+def build(*arguments: str) -> tuple[float, float, float]:
+    """Seconds, seconds of processors, and the most MiB of `bpo view`."""
+    started, used = time.perf_counter(), processor_s()
     process = psutil.Popen(
         [sys.executable, "-c", VIEW, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
@@ -70,7 +71,13 @@ def build(*arguments: str) -> tuple[float, float]:
         time.sleep(SAMPLE_S)
     if process.returncode:
         sys.exit(f"bpo view ended with {process.returncode}")
-    return time.perf_counter() - started, most / 2**20
+    return time.perf_counter() - started, processor_s() - used, most / 2**20
+
+
+def processor_s() -> float:
+    """Of all processes that this one started and that have ended, and of theirs."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def timed(tab: Tab, action: str, ready: str) -> float:
@@ -122,9 +129,9 @@ def main() -> None:
         page = Path(temporary) / "page"
         arguments = (str(data), "--image-root", temporary)
         figures: dict[str, Any] = {"groups": options.groups}
-        figures["build_s"], figures["build_mib"] = build(*arguments, "--out", str(page))
-        limited = build(*arguments, "--out", str(Path(temporary) / "sample"), "--limit", "200")
-        figures["limit_s"], figures["limit_mib"] = limited
+        for name, more in (("build", ("--out", str(page))), ("limit", ("--limit", "200", "--out", f"{page}-sample"))):
+            took = build(*arguments, *more)
+            figures |= {f"{name}_{unit}": value for unit, value in zip(("s", "cpu_s", "mib"), took, strict=True)}
         sizes = {name: sum(f.stat().st_size for f in (page / name).rglob("*")) / 2**20 for name in ("data", "images")}
         figures |= {f"{name}_mib": size for name, size in sizes.items()}
         figures["index_mib"] = (page / "data" / "index.js").stat().st_size / 2**20

@@ -15,6 +15,9 @@ from bpo.records import PreferenceGroup
 
 SIDE_PIXELS = 320
 JPEG_QUALITY = 82
+# Noise hardly compresses, and nobody looks for detail in it.
+NOISE_SIDE_PIXELS = 224
+NOISE_JPEG_QUALITY = 65
 _KINDS = {"weakened-image": "noise", "cropped-image": "crop", "masked-image": "mask"}
 APPROXIMATION = "an approximation: the noise was added to normalised pixels; here it is added to the picture"
 
@@ -73,19 +76,24 @@ def make_pictures(
         weakener = picture_weakener(shown.weakening, options, None)
         paths = []
         for place, (picture, small) in enumerate(pictures):
-            # A crop shows a part, which must keep its detail; noise and masks look the same on the small picture.
-            source = picture if shown.weakening.kind == "crop" else small
-            paths.append(_save(_small(weakener(source)), folder, f"images/{number:07}-{place}-{shown.index}.jpg"))
+            name = f"images/{number:07}-{place}-{shown.index}.jpg"
+            if shown.weakening.kind == "noise":
+                noised = weakener(_small(small, NOISE_SIDE_PIXELS))
+                paths.append(_save(noised, folder, name, NOISE_JPEG_QUALITY))
+            else:
+                # A crop shows a part, which must keep its detail; a mask looks the same on the small picture.
+                source = picture if shown.weakening.kind == "crop" else small
+                paths.append(_save(_small(weakener(source)), folder, name))
         made["weakened"][str(shown.index)] = {"paths": paths, "note": shown.note}
     return made
 
 
-def _small(picture: Image.Image) -> Image.Image:
+def _small(picture: Image.Image, side: int = SIDE_PIXELS) -> Image.Image:
     small = picture.copy()
-    small.thumbnail((SIDE_PIXELS, SIDE_PIXELS), Image.Resampling.BICUBIC, reducing_gap=2.0)
+    small.thumbnail((side, side), Image.Resampling.BICUBIC, reducing_gap=2.0)
     return small
 
 
-def _save(picture: Image.Image, folder: Path, name: str) -> str:
-    picture.save(folder / name, "JPEG", quality=JPEG_QUALITY)
+def _save(picture: Image.Image, folder: Path, name: str, quality: int = JPEG_QUALITY) -> str:
+    picture.save(folder / name, "JPEG", quality=quality)
     return name
