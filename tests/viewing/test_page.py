@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ import pytest
 from PIL import Image
 
 from bpo.charts import columns, range_bars, share_bars
+from bpo.viewing.build import BATCH_RECORDS, BATCHES_AHEAD, Task, Worker, in_order
 from bpo.viewing.run import main
-from tests.viewing.sample_page import HOSTILE, entries, view, write_lines, write_pictures
+from tests.viewing.sample_page import HOSTILE, entries, group, view, write_lines, write_pictures
 
 
 def record(number: int, **more: Any) -> dict[str, Any]:
@@ -232,3 +234,20 @@ def test_processes_give_the_same_page(data: Path) -> None:
         main([str(data), "--image-root", str(data.parent), "--out", str(data.parent / "page"), "--workers", "2"]) == 0
     )
     assert entries(data.parent / "page") == first
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_records_are_taken_a_few_at_a_time(tmp_path: Path, num_processes: int) -> None:
+    taken = 0
+
+    def tasks() -> Iterator[Task]:
+        nonlocal taken
+        for number in range(400):
+            taken += 1
+            yield Task(number, group(number, "A dog.", {"llm-hal": "A cat."}), [], [])
+
+    ahead = []
+    for number, entry in enumerate(in_order(Worker(None, tmp_path, ""), tasks(), num_processes)):
+        assert entry["id"] == f"r{number:03}"
+        ahead.append(taken - number)
+    assert len(ahead) == 400 and max(ahead) <= BATCH_RECORDS * (BATCHES_AHEAD * num_processes + 1)
