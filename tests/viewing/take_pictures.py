@@ -26,7 +26,7 @@ def main(page: Path, scored: Path, folder: Path) -> None:
     with browser_tab() as tab:
         opened = "document.querySelector('.source').open = true"
         take(tab, page, "", opened, folder / "view-statistics.png", 960)
-        take(tab, page, "#search=a+fork&refused=any", NO_STATISTICS, folder / "view-groups.png", 960)
+        take(tab, page, "#search=a+fork&refused=any", NO_STATISTICS, folder / "view-groups.png", 1000)
         take(tab, scored, "#order=margin&ratios=1", NO_STATISTICS, folder / "view-scores.png", 620)
 
 
