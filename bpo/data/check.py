@@ -10,7 +10,8 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import suppress
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -103,7 +104,7 @@ def check_data(
     what = Examination(source.schema.name, image_root, opens_images, max_words)
     seen, last_id = SeenIds(), None
     forget_images()
-    with _Progress(source, progress) as bar:
+    with _Progress(source, progress) as bar, _living_workers(path):
         for batch, findings in _examined(_batches(source.container.pieces()), what, workers):
             for index, record_id in enumerate(findings.ids):
                 problems = findings.problems.get(index, [])
@@ -174,6 +175,17 @@ def _examined(batches: Iterator[list[Piece]], what: Examination, workers: int) -
         while pending:
             last, future = pending.popleft()
             yield last, future.result()
+
+
+@contextmanager
+def _living_workers(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except BrokenProcessPool as error:
+        raise ValueError(
+            f"{path}: a worker process died, by lack of memory or in an image's decoder; try fewer --workers, or "
+            "--no-images"
+        ) from error
 
 
 class _Progress:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import io
 import json
+import threading
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from PIL import Image
 
@@ -79,6 +83,26 @@ def test_what_cannot_be_read_is_one_line_and_leaves_no_list(tmp_path: Path, caps
     assert main(["check", str(tmp_path / "a.json")]) == 1
     assert "bpo check: error: " in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_worker_that_dies_is_one_line(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    killer = threading.Thread(target=_kill_first_child, daemon=True)
+    killer.start()
+    assert main(["check", str(data), "--image-root", str(data.parent), "--workers", "2"]) == 1
+    killer.join()
+    assert "a worker process died" in capsys.readouterr().err
+    assert not Path(f"{data}.quarantine.jsonl").exists()
+
+
+def _kill_first_child() -> None:
+    """As the kernel does when memory runs out."""
+    while True:
+        for child in psutil.Process().children():
+            with suppress(psutil.Error):
+                if any("spawn_main" in part for part in child.cmdline()):
+                    child.kill()
+                    return
+        time.sleep(0.01)
 
 
 def test_a_form_can_be_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -47,6 +47,7 @@ class Family(abc.ABC):
         looks_ahead_in_images: Image tokens attend to later tokens of their image as well.
         repeats_features: The projector's output has one row [tokens, D] an entry of `pixel_values` and is next spread
             over the image tokens, so that features computed once can be repeated there.
+        begins_from_cache: Prompts with images may follow cached keys and values of what stands before the first image.
         separate_reason: Why completions cannot share their prefix's keys and values; None where they can.
     """
 
@@ -59,6 +60,7 @@ class Family(abc.ABC):
     smallest_options: dict[str, Any] = {}
     looks_ahead_in_images = False
     repeats_features = True
+    begins_from_cache = True
 
     def __init__(self, config: Any, share_prefix: str = "auto"):
         self.config = config
