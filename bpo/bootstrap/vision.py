@@ -65,7 +65,8 @@ class TransformersVision:
         self.name = config.model.path
         self.special_tokens = special_tokens_of(encoder)
         self._cache = config.bootstrap.cache
-        self._prefixes = Prefixes(model, encoder.family.generation_inputs, enabled=self._cache != "static")
+        enabled = encoder.family.begins_from_cache and self._cache != "static"
+        self._prefixes = Prefixes(model, encoder.family.generation_inputs, enabled)
 
     def prepare(self, request: VisionRequest) -> EncodedImages:
         weakening = request.weakening

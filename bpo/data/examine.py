@@ -75,7 +75,7 @@ def examine(pieces: Sequence[Piece], what: Examination) -> Findings:
         try:
             record_id, outcome = adapt(schema, piece, embedded.take if is_row else None)
         except RecordError as error:
-            problems.append(Problem(error.code, piece.where, record_id, str(error)))
+            problems.append(Problem(error.code, piece.where, error.record_id, str(error)))
         else:
             found = [*_of_record(outcome, what.max_words), *embedded.found]
             if what.opens_images:

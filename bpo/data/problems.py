@@ -91,7 +91,10 @@ class RecordError(ValueError):
 
     Attributes:
         code: One of `PROBLEMS`.
+        record_id: The record's id, where it was read before the error.
     """
+
+    record_id: str | None = None
 
     def __init__(self, code: str, message: str):
         super().__init__(message)

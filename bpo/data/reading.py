@@ -83,12 +83,17 @@ def adapt(schema: Schema, piece: Piece, take_images: TakeImages | None = None) -
     Raises:
         RecordError: Names file, record, field and fix.
     """
-    value = lift_images(piece.parse(), piece.where)
-    if take_images is not None:
-        value = take_images(value, piece.where)
+    value: Mapping[str, Any] = piece.parse()
     record_id = record_id_of(schema, value, piece)
     where = piece.where if schema.unique_ids else f"{piece.where} (id {record_id!r})"
-    return record_id, schema.adapt(value, record_id, where)
+    try:
+        value = lift_images(value, piece.where)
+        if take_images is not None:
+            value = take_images(value, piece.where)
+        return record_id, schema.adapt(value, record_id, where)
+    except RecordError as error:
+        error.record_id = record_id
+        raise
 
 
 def iterate_records(
@@ -139,7 +144,7 @@ def iterate_records(
                 message = f"{piece.where}: id {outcome.id!r} is used twice; give every group its own id"
                 raise RecordError("duplicate-id", message)
         except RecordError as error:
-            bad.report(Problem(error.code, piece.where, record_id, str(error)))
+            bad.report(Problem(error.code, piece.where, error.record_id or record_id, str(error)))
     if rows:
         yield from _finished(rows, last, seen, bad)
     bad.check_share(num_records, ", ".join(str(path) for path in source.container.paths[:3]))

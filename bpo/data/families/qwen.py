@@ -21,6 +21,8 @@ class Qwen2VL(Family):
     image_keys = ("pixel_values", "image_grid_thw")
     # One call of the tower gives the merged features of all images; they are divided by `image_grid_thw` after it.
     repeats_features = False
+    # transformers 5.17 gives positions from 0 on to an image behind cached tokens (5.23 does not).
+    begins_from_cache = False
 
     def num_image_tokens(self, outputs: dict[str, Any]) -> list[int]:
         merge = self.config.vision_config.spatial_merge_size
