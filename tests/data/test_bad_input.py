@@ -148,6 +148,18 @@ def test_a_bad_line_is_named_by_its_code(root: Path, code: str, bad: bytes) -> N
         assert listed == [] and len(read_groups(path)) == 3
 
 
+def test_a_bad_record_is_listed_by_its_id(root: Path) -> None:
+    path = root / "g.jsonl"
+    path.write_bytes(
+        b"\n".join([line(answer(response="")), line(group(id="worse", prompt=3)), b'{"id": "torn'] + GOOD_LINES)
+    )
+    quarantine, bad = io.StringIO(), BadRecords("quarantine")
+    check_data(path, image_root=root, quarantine=quarantine)
+    read_groups(path, bad)
+    named = [json.loads(entry)["record"] for entry in quarantine.getvalue().splitlines()]
+    assert named == ["bad", "worse", None] == [problem.record_id for problem in bad.problems]
+
+
 def test_the_kinds_are_many_and_their_codes_known() -> None:
     tested = {code for code, _ in [*BAD_GROUPS, *LEFT_OUT_OR_NOTED, *BAD_ANNOTATIONS]} | {
         code for code, _ in BAD_IMAGES
