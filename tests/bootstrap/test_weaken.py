@@ -21,6 +21,7 @@ from bpo.config_bootstrap import BootstrapConfig, WeakenConfig
 from bpo.data.encode import load_encoder
 from bpo.data.formats import read_annotations
 from bpo.model.load import load_model
+from bpo.records import ContentPart, Turn
 from tests.bootstrap.replies import replies_of
 
 OPTIONS = WeakenConfig(temperature=0.5, max_new_tokens=10)
@@ -111,6 +112,31 @@ def test_no_image_reaches_the_model_for_a_text_only_answer(setting) -> None:
 
     vision.model.generate = spy
     assert len(answers(setting, "no-image")) == 3
+
+
+def test_a_system_prompt_goes_through_the_model_once(setting) -> None:
+    """And what it costs in Qwen-VL: see `Family.begins_from_cache`."""
+    vision, annotations, _ = setting
+    system = Turn("system", (ContentPart("text", "You are a careful assistant who answers every question in verse."),))
+    requests = [
+        VisionRequest(a.id, a.images, (system, *a.prompt), Weakening("none", seed))
+        for seed, a in enumerate(annotations)
+    ]
+    held: list[int] = []
+    generate = vision.model.generate
+
+    def spy(**kwargs: object) -> object:
+        held.append(kwargs["past_key_values"].get_seq_length())
+        return generate(**kwargs)
+
+    vision.model.generate = spy
+    together = replies_of(vision, requests)
+    assert replies_of(vision, requests) == together
+    if vision.encoder.family.begins_from_cache:
+        assert held[0] == 0 and len(held) == 3 and held[1] == held[2] > 40  # the prompt, and two batches behind it
+    else:
+        assert held == [0, 0]
+    assert [replies_of(vision, [one])[0] for one in requests] == together
 
 
 def test_an_answer_goes_on_from_its_beginning(setting) -> None:
