@@ -24,7 +24,8 @@ class _Handler(SimpleHTTPRequestHandler):
 
     def send_head(self) -> Any:
         # A web page of another site may make its name point here; the browser then sends that name.
-        if (self.headers.get("Host") or "").rsplit(":", 1)[0] not in LOCAL_NAMES:
+        names = [host.rsplit(":", 1)[0] for host in self.headers.get_all("Host") or [""]]
+        if len(names) > 1 or names[0] not in LOCAL_NAMES:
             self.send_error(HTTPStatus.FORBIDDEN, "ask for 127.0.0.1")
             return None
         if "\0" in self.translate_path(self.path):

@@ -72,6 +72,15 @@ def test_other_names_of_this_machine_are_refused(port: int, host: str | None) ->
     assert ask(port, "/", host, "HEAD")[0] == 403
 
 
+@pytest.mark.parametrize("head", ["HTTP/1.1\r\nHost: 127.0.0.1\r\nHost: evil.example", "HTTP/1.0", ""])
+def test_a_request_of_two_names_or_none_is_refused(port: int, head: str) -> None:
+    with socket.create_connection(("127.0.0.1", port), timeout=5) as connection:
+        connection.sendall(f"GET / {head}\r\n\r\n".encode())
+        connection.shutdown(socket.SHUT_WR)
+        answer = b"".join(iter(lambda: connection.recv(4096), b""))
+    assert b"403" in answer and b"groups.jsonl" not in answer
+
+
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.1:8765", "localhost", "localhost:1"])
 def test_its_own_names_are_not(port: int, host: str) -> None:
     assert ask(port, "/", host)[0] == 200
