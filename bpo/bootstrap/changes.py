@@ -39,7 +39,8 @@ _SCRIPTS = (
     ("hangul", r"[\u1100-\u11ff\uac00-\ud7af]"),
     ("cjk", r"[\u3040-\u30ff\u3400-\u9fff]"),
 )
-_MAX_MEANINGS = 1 << 16
+_MAX_MEANINGS = 1 << 14
+_LONG_WORDS = 2000
 _WORD_RE = re.compile(r"\d+(?:[.,]\d+)*|[^\W\d_]+(?:['’-][^\W\d_]+)*")
 
 
@@ -65,6 +66,8 @@ class ChangeLexicon:
 
     def meaning(self, word: str) -> str:
         """One spelling for all forms and names of a thing: `bikes` and `bicycle` are equal."""
+        if word[:1].isdigit():
+            return self.objects.canonical(word) or word
         known = self._meanings.get(word)
         if known is None:
             if len(self._meanings) >= _MAX_MEANINGS:
@@ -110,9 +113,9 @@ def find_changes(annotation: str, response: str, lexicon: ChangeLexicon) -> Chan
     dropped: list[str] = []
     distance = 0
     # Aligned by meaning, so that another name of the same thing is no change.
-    matcher = SequenceMatcher(
-        None, [lexicon.meaning(w) for w in before], [lexicon.meaning(w) for w in after], autojunk=False
-    )
+    meanings = [lexicon.meaning(w) for w in before], [lexicon.meaning(w) for w in after]
+    # Without common words as anchors where texts are so long that comparing them all would take seconds.
+    matcher = SequenceMatcher(None, *meanings, autojunk=max(len(before), len(after)) > _LONG_WORDS)
     for tag, start, end, other_start, other_end in matcher.get_opcodes():
         if tag != "equal":
             dropped += before[start:end]

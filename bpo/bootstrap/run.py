@@ -26,6 +26,7 @@ from bpo.bootstrap.broken import BrokenRecords
 from bpo.bootstrap.claims import Claims
 from bpo.bootstrap.engines import Engines, needed_paths
 from bpo.bootstrap.identity import check_identity
+from bpo.bootstrap.inject import choose_mode
 from bpo.bootstrap.merge import BootstrapSummary, beside, merge
 from bpo.bootstrap.parts import Outcome, PartReader, PartWriter
 from bpo.bootstrap.progress import ProgressBar
@@ -149,7 +150,13 @@ def run_merge(config: Config) -> BootstrapSummary:
 
 def _spooled(config: Config, bad: BadRecords, skipped: dict[str, list[str]]) -> AnnotationSpool:
     annotations = iterate_annotations(Path(config.data.annotations), bad, skipped)
-    return AnnotationSpool(annotations, config.bootstrap.limit, config.data.max_completion_words)
+    mode = config.bootstrap.inject.mode
+    return AnnotationSpool(
+        annotations,
+        config.bootstrap.limit,
+        config.data.max_completion_words,
+        kind_of=lambda annotation: int(choose_mode(mode, annotation) == "qa"),
+    )
 
 
 def _count_restart(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 import tempfile
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 
 import numpy as np
@@ -18,23 +18,31 @@ from bpo.records import Annotation
 class AnnotationSpool:
     """The annotations of one job in a temporary file, to be read again in order and by position.
 
-    In memory are 29 bytes a record. The file lies in the folder of temporary files (TMPDIR) without a name: no other
+    In memory are 30 bytes a record. The file lies in the folder of temporary files (TMPDIR) without a name: no other
     process can reach it, and it is gone with the object.
 
     Args:
         annotations: Read once, one at a time.
         limit: Take only the first so many; 0 takes all.
         max_words: `data.max_completion_words`, which decides what is refused whole.
+        kind_of: Gives a small number; records of one kind can be made to stand together.
 
     Attributes:
         most_images: Images of the record that has most.
     """
 
-    def __init__(self, annotations: Iterable[Annotation], limit: int, max_words: int):
+    def __init__(
+        self,
+        annotations: Iterable[Annotation],
+        limit: int,
+        max_words: int,
+        kind_of: Callable[[Annotation], int] = lambda annotation: 0,
+    ):
         self._file = tempfile.TemporaryFile(prefix="bpo-annotations-")  # noqa: SIM115 it lives as long as this object
         self._starts = array("Q")
         self._lengths = array("I")
         self._usable = array("B")
+        self._kinds = array("B")
         self._digests = bytearray()
         self.most_images = 0
         for annotation in islice(annotations, limit or None):
@@ -42,6 +50,7 @@ class AnnotationSpool:
             pickle.dump(annotation, self._file, protocol=pickle.HIGHEST_PROTOCOL)
             self._lengths.append(min(_length(annotation), 2**32 - 1))
             self._usable.append(annotation_refusal(annotation.response, max_words=max_words) is None)
+            self._kinds.append(kind_of(annotation))
             self._digests += record_digest(annotation.id)
             self.most_images = max(self.most_images, len(annotation.images))
 
@@ -61,12 +70,16 @@ class AnnotationSpool:
         """`record_digest` of the id at a position, without reading the record."""
         return bytes(self._digests[DIGEST_BYTES * position : DIGEST_BYTES * (position + 1)])
 
-    def longest_first(self, limit: int = 0) -> np.ndarray:
-        """Positions of the usable ones among the first `limit` (0: all), longest first; equal ones in order."""
+    def longest_first(self, limit: int = 0, by_kind: bool = False) -> np.ndarray:
+        """Positions of the usable ones among the first `limit` (0: all), longest first; equal ones in order.
+
+        With `by_kind`, one kind after the other.
+        """
         end = limit or len(self)
         lengths = np.array(self._lengths[:end], dtype=np.int64)
         usable = np.array(self._usable[:end], dtype=bool)
-        order = np.argsort(-lengths, kind="stable")
+        kinds = np.array(self._kinds[:end] if by_kind else [], dtype=np.uint8)
+        order = np.lexsort((-lengths, kinds)) if by_kind else np.argsort(-lengths, kind="stable")
         return order[usable[order]].astype(np.uint32)
 
 

@@ -104,15 +104,13 @@ class SourceWork:
 
 def plan_work(annotations: AnnotationSpool, config: Config, reader: PartReader) -> dict[str, SourceWork]:
     """Source -> the annotations it is to answer in batches, longest first, without those refused themselves."""
-    limits = {"inject": config.bootstrap.max_inject_records}
-    return {
-        source: SourceWork(
-            source,
-            Batches(annotations, annotations.longest_first(limits.get(source, 0)), batch_size(config, source)),
-            reader,
-        )
-        for source in config.bootstrap.sources
-    }
+    work: dict[str, SourceWork] = {}
+    for source in config.bootstrap.sources:
+        is_text = source == "inject"
+        # Requests with other worked examples cannot be answered in one batch.
+        positions = annotations.longest_first(config.bootstrap.max_inject_records if is_text else 0, by_kind=is_text)
+        work[source] = SourceWork(source, Batches(annotations, positions, batch_size(config, source)), reader)
+    return work
 
 
 def is_finished(work: dict[str, SourceWork]) -> bool:

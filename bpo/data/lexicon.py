@@ -15,7 +15,7 @@ from functools import lru_cache
 logger = logging.getLogger(__name__)
 
 _WORD_RE = re.compile(r"[^\W_]+")
-_MAX_KNOWN_WORDS = 1 << 16
+_MAX_KNOWN_WORDS = 1 << 14
 
 # CHAIR's rules about two words of which one alone would name the wrong object ("baby" is a person, "seat" a chair).
 _ANIMALS = "animal bear bird cat cow cub dog elephant giraffe horse sheep zebra".split()
@@ -111,6 +111,8 @@ class ObjectLexicon:
 
     def _of_word(self, word: str) -> str | None:
         """The canonical name of a word by itself."""
+        if word[0].isdigit():  # numbers have no plural, and there is no end of them to remember
+            return self.canonical_of_phrase.get((word,))
         if word not in self._known_words:
             if len(self._known_words) >= _MAX_KNOWN_WORDS:
                 self._known_words.clear()
@@ -150,7 +152,7 @@ def build_lexicon(lines: Iterable[Iterable[str]]) -> ObjectLexicon:
     return ObjectLexicon(phrases, tuple(objects))
 
 
-@lru_cache(maxsize=1 << 16)
+@lru_cache(maxsize=1 << 14)
 def singular_forms(word: str) -> tuple[str, ...]:
     """What `word` may be the plural of, likeliest first; the lexicon decides which of them is a name.
 

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from bpo.bootstrap import claims as claims_module
+from bpo.bootstrap import engines as engines_module
 from bpo.bootstrap import run as run_module
 from bpo.bootstrap.claims import Claims
 from bpo.bootstrap.merge import BootstrapSummary
@@ -119,6 +120,18 @@ def test_pieces_cover_the_work_once_and_end_where_their_last_batch_does(
 def ranks_in_threads(monkeypatch: pytest.MonkeyPatch, world_size: int) -> Iterator[Callable[[int, Config], Future]]:
     """Starts a job as one of its ranks, each in a thread of its own."""
     here = threading.local()
+    # transformers changes things of the whole process while it loads a model: one after the other, as in processes.
+    loading = threading.Lock()
+
+    def one_at_a_time(load: Callable[..., Any]) -> Callable[..., Any]:
+        def locked(*arguments: Any) -> Any:
+            with loading:
+                return load(*arguments)
+
+        return locked
+
+    monkeypatch.setattr(engines_module, "load_model", one_at_a_time(engines_module.load_model))
+    monkeypatch.setattr(engines_module, "load_causal_lm", one_at_a_time(engines_module.load_causal_lm))
     monkeypatch.setattr(run_module, "ranks_from_environment", lambda: Ranks(here.rank, world_size, here.rank))
     monkeypatch.setattr(run_module, "_POLL_S", 0.05)
 

@@ -40,6 +40,15 @@ def test_work_is_longest_first_without_what_is_refused() -> None:
     spooled = spool(3, 400, 5, 3, 9)
     assert spooled.longest_first().tolist() == [4, 2, 0, 3]
     assert spooled.longest_first(limit=3).tolist() == [2, 0]
+    kinds = AnnotationSpool(spooled, 0, 350, kind_of=lambda annotation: int(annotation.id[1]) % 2)
+    assert kinds.longest_first(by_kind=True).tolist() == [4, 2, 0, 3]
+    assert AnnotationSpool(spooled, 0, 500, lambda a: int(a.id[1]) % 2).longest_first(by_kind=True).tolist() == [
+        4,
+        2,
+        0,
+        1,
+        3,
+    ]
 
 
 def test_batches_are_read_when_asked_for() -> None:
