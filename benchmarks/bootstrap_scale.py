@@ -4,8 +4,8 @@
 
 A LLaVA JSON list of descriptions of about 60 words, rewritten by an LLM that takes no time: `job` is `bpo bootstrap`
 from beginning to end (read, plan, claim, ask, validate, write durably, merge) in one process. `again` is what a restart
-of the finished job does, by its parts: read, plan, index what is there, look every record up, merge. Both have their own
-process for each number of records; resident memory is its most, beside what its imports took.
+of the finished job does, by its parts: read, plan, index what is there, look every record up, merge. Both have a
+process of their own for each number of records; resident memory is its most, beside what its imports took.
 """
 
 from __future__ import annotations
