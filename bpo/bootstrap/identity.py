@@ -110,12 +110,19 @@ def _prompts_digest(mode: Literal["description", "qa", "auto"], prompt_dir: str)
 
 
 def _content_digest(path: Path) -> str:
-    """SHA-256 of the bytes of every file that makes up an annotation file (a folder of shards, say), in order."""
+    """SHA-256 of the bytes of every file that makes up annotations (a folder of shards, say), in order.
+
+    Of a dataset on the hub its name counts.
+    """
     digest = hashlib.sha256()
     for part in open_source(path).container.paths:
-        with part.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
+        files = [part] if part.is_file() else sorted(one for one in part.rglob("*") if one.is_file())
+        if not files:
+            digest.update(str(part).encode("utf-8"))
+        for each in files:
+            with each.open("rb") as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
     return digest.hexdigest()
 
 

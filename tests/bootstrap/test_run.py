@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets import Dataset
 
 from bpo.bootstrap import engines as engines_module
 from bpo.bootstrap import run as run_module
@@ -164,6 +165,19 @@ def test_other_weights_at_the_same_path_are_refused(make: MakeConfig, tiny_llava
     weights.write_bytes(content)
     with pytest.raises(ValueError, match=r"model\.path \(weights\)"):
         run_bootstrap(config, progress=False)
+
+
+def test_annotations_may_be_a_folder_that_datasets_saved(make: MakeConfig, photos: Path) -> None:
+    records = json.loads((photos / "annotations.json").read_text())
+    of_list, of_folder = make("list", sources=["weaken"]), make("folder", sources=["weaken"])
+    Dataset.from_list(records).save_to_disk(photos / "saved")
+    of_folder.data.annotations = str(photos / "saved")
+    run_bootstrap(of_list, progress=False)
+    run_bootstrap(of_folder, progress=False)
+    assert results(of_folder) == results(of_list)
+    Dataset.from_list(records[:4]).save_to_disk(photos / "saved")
+    with pytest.raises(ValueError, match=r"data\.annotations \(content\)"):
+        run_bootstrap(of_folder, progress=False)
 
 
 def test_two_processes_cannot_write_one_part(tmp_path: Path) -> None:
