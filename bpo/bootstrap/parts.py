@@ -189,7 +189,7 @@ class PartReader:
         return int(found.fetchone()[0])
 
     def __len__(self) -> int:
-        return int(self._database.execute("SELECT COUNT(*) FROM outcome").fetchone()[0])
+        return self._num_of.total()
 
     def __contains__(self, key: tuple[str, str]) -> bool:
         """Whether (source, record id) has an outcome."""

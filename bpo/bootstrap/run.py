@@ -103,12 +103,12 @@ def run_bootstrap(config: Config, progress: bool = True, stop: StopRequest | Non
     claims = Claims(folder / "claims", f"worker-{share.worker:05d}", config.bootstrap.claim_timeout_s)
     with PartWriter(folder, share.worker) as writer, claims, Ahead(config.bootstrap.num_workers) as ahead:
         restarts = _count_restart(config, folder, share, work, reader)
-        team = Team(Results(reader, writer, broken), claims, ahead, stop, progress and ranks.is_main)
+        worker = Worker(Results(reader, writer, broken), claims, ahead, stop, progress and ranks.is_main)
         patience = Patience(config.bootstrap.stall_timeout_s)
         while True:
             for source, make in _sources(config, annotations.most_images, ranks):
                 started = time.monotonic()
-                team.run_source(make, work[source])
+                worker.run_source(make, work[source])
                 seconds[source] = seconds.get(source, 0.0) + time.monotonic() - started
             reader.poll()
             if not share.merges or is_finished(work):
@@ -216,7 +216,7 @@ class Results:
 
 
 @dataclass(frozen=True)
-class Team:
+class Worker:
     """One worker among those of a job: does what it can claim, and shows how far all of them are."""
 
     results: Results
@@ -289,7 +289,7 @@ class Patience:
 
     def __init__(self, stall_timeout_s: float):
         self._stall_timeout_s = stall_timeout_s
-        self._last_news_s = time.monotonic()
+        self._num_known, self._last_news_s = -1, 0.0
 
     def wait(self, reader: PartReader, work: dict[str, SourceWork], stop: StopRequest | None) -> None:
         """Returns after a moment.
@@ -300,15 +300,15 @@ class Patience:
         """
         if stop is not None:
             stop.check("this rank has done its share and waited for the others'")
-        time.sleep(min(_POLL_S, self._stall_timeout_s))
-        if reader.poll():
-            self._last_news_s = time.monotonic()
+        if self._num_known != len(reader):
+            self._num_known, self._last_news_s = len(reader), time.monotonic()
         elif time.monotonic() - self._last_news_s > self._stall_timeout_s:
             raise TimeoutError(
                 f"{reader.folder}: {lacking(work)} and none came for {self._stall_timeout_s:.0f} s "
                 "(bootstrap.stall_timeout_s) from the workers that claimed them; look at the other ranks' logs, then "
                 "start again: finished records are kept"
             )
+        time.sleep(min(_POLL_S, self._stall_timeout_s))
 
 
 def _rank_summary(
