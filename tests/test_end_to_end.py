@@ -19,6 +19,7 @@ from tiny import tiny_llava, tiny_qwen
 from tiny_families import tiny_gemma3
 
 from bpo.cli import main as bpo
+from tests.bootstrap.jobs import accept_random_text
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
@@ -106,7 +107,8 @@ def train(arguments: list[str], cwd: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen", "gemma3"])
-def test_odd_photographs_go_through_every_command(family: str, tmp_path: Path) -> None:
+def test_odd_photographs_go_through_every_command(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    accept_random_text(monkeypatch)
     model = {"llava": tiny_llava, "qwen": tiny_qwen, "gemma3": tiny_gemma3}[family](tmp_path / "model")
     write_annotations(tmp_path)
     write_benchmarks(tmp_path)

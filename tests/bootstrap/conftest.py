@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from bpo.bootstrap.validate import Refusal, refusal
 from bpo.config import Config, DataConfig, ModelConfig
 from bpo.config_bootstrap import BootstrapConfig, InjectConfig, WeakenConfig
+from tests.bootstrap.jobs import accept_random_text
 from tests.tiny import byte_tokenizer
 
 CHAT_TEMPLATE = (
@@ -91,12 +91,5 @@ def make(photos: Path, tiny_llava_dir: Path, tiny_llm_dir: Path) -> Callable[...
 
 
 @pytest.fixture(autouse=True)
-def keep_unfinished(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Random models hardly ever end an answer, and speak in any characters; that is not the point of these tests."""
-    from bpo.bootstrap import sources
-
-    def lenient(response: str, *arguments: Any, **options: Any) -> Refusal | None:
-        printable = "".join(c if c.isprintable() else "?" for c in response)
-        return refusal(printable, *arguments, **{**options, "finished": True})
-
-    monkeypatch.setattr(sources, "refusal", lenient)
+def keep_what_random_models_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    accept_random_text(monkeypatch)
