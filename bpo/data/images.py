@@ -10,6 +10,7 @@ import functools
 import hashlib
 import io
 import logging
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,9 @@ from PIL import Image
 from bpo.data.problems import RecordError
 
 logger = logging.getLogger(__name__)
+
+# Pillow warns of what `_check_size` refuses.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 MAX_PIXELS = 89_478_485  # Pillow's own bound: 256 MiB of RGB
 ODD_SHAPE_RATIO = 100
