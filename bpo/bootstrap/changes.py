@@ -88,8 +88,6 @@ class Changes:
         kinds: Of what they speak; empty where only the form changed.
         distance: Words to insert, delete or replace (of the alignment that difflib finds: never less than the least).
         share: `distance` over the words of the longer text, at most 1.
-        objects_added: Objects of the lexicon that only the negative names.
-        objects_dropped: Objects of the lexicon that only the annotation names.
     """
 
     added: tuple[str, ...]
@@ -97,8 +95,6 @@ class Changes:
     kinds: frozenset[Kind]
     distance: int
     share: float
-    objects_added: tuple[str, ...]
-    objects_dropped: tuple[str, ...]
 
 
 def words_of(text: str) -> list[str]:
@@ -125,17 +121,21 @@ def find_changes(annotation: str, response: str, lexicon: ChangeLexicon) -> Chan
     gone = Counter(map(lexicon.meaning, dropped))
     come = Counter(map(lexicon.meaning, added))
     differing = (gone - come) + (come - gone)
-    named_before = dict.fromkeys(mention.object for mention in lexicon.objects.mentions(annotation))
-    named_after = dict.fromkeys(mention.object for mention in lexicon.objects.mentions(response))
     return Changes(
         added=tuple(added),
         dropped=tuple(dropped),
         kinds=frozenset(kind for word in differing if (kind := lexicon.kind(word))),
         distance=distance,
         share=min(1.0, distance / max(len(before), len(after), 1)),
-        objects_added=tuple(name for name in named_after if name not in named_before),
-        objects_dropped=tuple(name for name in named_before if name not in named_after),
     )
+
+
+def changed_objects(annotation: str, response: str, lexicon: ChangeLexicon) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Objects of the lexicon that only the negative names, and those that only the annotation names."""
+    before, after = (
+        dict.fromkeys(mention.object for mention in lexicon.objects.mentions(text)) for text in (annotation, response)
+    )
+    return tuple(name for name in after if name not in before), tuple(name for name in before if name not in after)
 
 
 @cache

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from bpo.bootstrap.changes import ChangeLexicon, find_changes
+from bpo.bootstrap.changes import ChangeLexicon, changed_objects, find_changes
 
 SIMILARITY_BINS = 10
 MOST_COMMON = 20
@@ -36,8 +36,9 @@ class SourceStatistics:
         self.words[len(response.split())] += 1
         self.similarity[min(SIMILARITY_BINS - 1, int((1 - changes.share) * SIMILARITY_BINS))] += 1
         self.changed.update(changes.kinds)
-        self.objects_added.update(changes.objects_added)
-        self.objects_dropped.update(changes.objects_dropped)
+        added, dropped = changed_objects(annotation, response, lexicon)
+        self.objects_added.update(added)
+        self.objects_dropped.update(dropped)
 
     def to_json(self) -> dict[str, Any]:
         """`similarity_histogram[i]`: negatives that keep i/10 to (i + 1)/10 of the longer text's words in place."""
