@@ -228,7 +228,8 @@ class BootstrapConfig:
         num_shards: Jobs that share the annotations, such as tasks of an array; after more than one comes `bpo merge`.
         shard_index: Which of them this is, from 0.
         claim_timeout_s: The work of a rank that gave no sign of life for so many seconds goes to others.
-        num_workers: Threads that read and weaken the images of the next batch; 0: no batch is prepared ahead.
+        num_workers: Threads that read and weaken the images of the next batch; 0: none is prepared ahead. By default
+            1 beside a model in this process, which more of them would keep from its work, and 8 for a server or vLLM.
         max_idle_restarts: Starts by SLURM that finish no batch, after which the job gives up; 0 never does.
         stall_timeout_s: Rank 0 gives up waiting for what living ranks have claimed when none finished a batch for so
             many seconds.
@@ -249,7 +250,7 @@ class BootstrapConfig:
     num_shards: int = 1
     shard_index: int = 0
     claim_timeout_s: float = 120.0
-    num_workers: int = 4
+    num_workers: int | None = None
     max_idle_restarts: int = 3
     stall_timeout_s: float = 3600.0
 
@@ -268,7 +269,10 @@ class BootstrapConfig:
         check(self.max_idle_restarts >= 0, "bootstrap.max_idle_restarts must be 0 (no limit) or more")
         check(self.stall_timeout_s > 0, "bootstrap.stall_timeout_s must be positive")
         check(self.claim_timeout_s > 0, "bootstrap.claim_timeout_s must be positive")
-        check(self.num_workers >= 0, "bootstrap.num_workers must be 0 (prepare no batch ahead) or more")
+        check(
+            self.num_workers is None or self.num_workers >= 0,
+            "bootstrap.num_workers must be 0 (prepare no batch ahead) or more",
+        )
         if "weaken" in self.sources and self.vision.engine != "transformers":
             check(
                 self.weaken.space == "pixel",

@@ -108,6 +108,23 @@ def batch_size(config: Config, source: str) -> int:
     return max(options.batch_size, _VLLM_BATCH) if uses_vllm else options.batch_size
 
 
+def preparing_threads(config: Config) -> int:
+    """Threads that prepare images while answers are made.
+
+    PyTorch lets go of Python's lock in every operation and must wait to get it back: of several threads that want it
+    in between, a small model became slower by a sixth (`bpo bench bootstrap`).
+    """
+    options = config.bootstrap
+    if options.num_workers is not None:
+        return options.num_workers
+    vision_here = options.vision.engine == "transformers" and set(options.sources) != {"inject"}
+    text_here = "inject" in options.sources and not options.inject.server.url and options.inject.engine != "vllm"
+    if text_here and not options.inject.llm:
+        text_here = options.vision.engine == "transformers"
+    return _THREADS_BESIDE_A_MODEL if vision_here or text_here else _THREADS_ALONE
+
+
+_THREADS_BESIDE_A_MODEL, _THREADS_ALONE = 1, 8
 # A batch several times as long as what is in flight keeps a server busy to its end.
 _SERVER_BATCHES = 8
 # vLLM fills its own batches from what it is given at once.

@@ -24,7 +24,7 @@ import torch
 from bpo.bootstrap.ahead import Ahead
 from bpo.bootstrap.broken import BrokenRecords
 from bpo.bootstrap.claims import Claims
-from bpo.bootstrap.engines import Engines, needed_paths
+from bpo.bootstrap.engines import Engines, needed_paths, preparing_threads
 from bpo.bootstrap.identity import check_identity
 from bpo.bootstrap.inject import choose_mode
 from bpo.bootstrap.merge import BootstrapSummary, beside, merge
@@ -101,7 +101,7 @@ def run_bootstrap(config: Config, progress: bool = True, stop: StopRequest | Non
     seconds: dict[str, float] = {}
     broken = BrokenRecords(config.data, len(annotations), bad, folder, reader.broken())
     claims = Claims(folder / "claims", f"worker-{share.worker:05d}", config.bootstrap.claim_timeout_s)
-    with PartWriter(folder, share.worker) as writer, claims, Ahead(config.bootstrap.num_workers) as ahead:
+    with PartWriter(folder, share.worker) as writer, claims, Ahead(preparing_threads(config)) as ahead:
         restarts = _count_restart(config, folder, share, work, reader)
         worker = Worker(Results(reader, writer, broken), claims, ahead, stop, progress and ranks.is_main)
         patience = Patience(config.bootstrap.stall_timeout_s)

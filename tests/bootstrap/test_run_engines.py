@@ -9,14 +9,16 @@ from typing import Any
 
 import pytest
 
+from bpo.bootstrap.engines import preparing_threads
 from bpo.bootstrap.run import run_bootstrap
 from bpo.bootstrap.server import ServerError
 from bpo.config import Config
-from bpo.config_bootstrap import ServerConfig, VisionConfig, WeakenConfig
+from bpo.config_bootstrap import BootstrapConfig, InjectConfig, ServerConfig, VisionConfig, WeakenConfig
 from bpo.data.formats import read_groups
 from tests.bootstrap.fake_server import completion, fake_server
 
 MakeConfig = Callable[..., Config]
+SERVER = ServerConfig(url="http://127.0.0.1:8000/v1", model="m")
 
 
 def quarantined(config: Config) -> list[dict[str, Any]]:
@@ -104,3 +106,21 @@ def test_a_server_answers_weakened_pictures_and_a_killed_job_asks_only_for_the_r
     assert summary.kept == {"weaken": 9}
     provenance = read_groups(Path(job(url).data.groups))[0].completions[1].provenance
     assert (provenance.space, provenance.noise_step, provenance.model) == ("pixel", 900, "big")
+
+
+@pytest.mark.parametrize(
+    ("options", "threads"),
+    [
+        ({}, 1),
+        ({"sources": ["inject"]}, 1),
+        ({"sources": ["inject"], "inject": InjectConfig(llm="some-llm")}, 1),
+        ({"sources": ["inject"], "inject": InjectConfig(llm="some-llm", engine="vllm")}, 8),
+        ({"sources": ["inject"], "inject": InjectConfig(server=SERVER)}, 8),
+        ({"inject": InjectConfig(server=SERVER)}, 1),
+        ({"vision": VisionConfig(engine="vllm"), "weaken": WeakenConfig(space="pixel")}, 8),
+        ({"vision": VisionConfig(engine="server", server=SERVER), "weaken": WeakenConfig(space="pixel")}, 8),
+        ({"num_workers": 3}, 3),
+    ],
+)
+def test_threads_beside_a_model_in_this_process_are_few(options: dict[str, Any], threads: int) -> None:
+    assert preparing_threads(Config(bootstrap=BootstrapConfig(**options))) == threads
