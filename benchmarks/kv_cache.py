@@ -2,8 +2,8 @@
 
     python -m benchmarks.kv_cache [--json benchmarks/results/kv-cache-cpu.json]
 
-A random LLaMA of 8 layers, 512 wide (fp32, one thread), 64 new tokens behind prompts as long as a question with an image
-of LLaVA-1.5. The kinds take turns; their answers must be equal.
+A random LLaMA of 8 layers, 512 wide (fp32, one thread), 64 new tokens behind prompts as long as a question with one or
+two images of LLaVA-1.5. The kinds take turns; their answers must be equal.
 """
 
 from __future__ import annotations

@@ -120,7 +120,7 @@ def main(argv: list[str]) -> int:
         prog="bpo bench bootstrap", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--demo", type=Path, help="folder of a demo's seed; empty builds one for this run alone")
-    parser.add_argument("--records", type=int, default=512, help="annotations to answer (default: %(default)s)")
+    parser.add_argument("--records", type=int, default=1000, help="annotations to answer (default: %(default)s)")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[64, 256], help="beside 1 (default: %(default)s)")
     parser.add_argument("--sources", nargs="+", default=["weaken", "inject"], help="(default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="turns of all batch sizes (default: %(default)s)")
