@@ -36,6 +36,7 @@ class Job:
             probe.bind(("127.0.0.1", 0))
             port = str(probe.getsockname()[1])
         self.logs = [root / f"{name}.{rank}.log" for rank in (0, 1)]
+        self.started_s = time.time()
         self.ranks = []
         for rank, log in enumerate(self.logs):
             environment = {
@@ -53,8 +54,13 @@ class Job:
                 self.ranks.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file))
 
     def wait_for_step(self, metrics: Path, step: int) -> None:
+        """Until this job has written the step: the one before may have come further than its last checkpoint."""
         deadline = time.monotonic() + 200
-        while not (metrics.exists() and f'{{"step": {step},' in metrics.read_text()):
+        while not (
+            metrics.exists()
+            and metrics.stat().st_mtime > self.started_s
+            and f'{{"step": {step},' in metrics.read_text()
+        ):
             assert time.monotonic() < deadline and self.ranks[0].poll() is None, self.text(0)[-3000:]
             time.sleep(0.05)
 
