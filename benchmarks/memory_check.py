@@ -15,7 +15,6 @@ import argparse
 import gc
 import json
 import platform
-import subprocess
 import sys
 import tempfile
 from dataclasses import asdict, dataclass, replace
@@ -42,6 +41,7 @@ from bpo.sizing.live_bytes import LiveBytes  # noqa: E402
 from bpo.sizing.memory import Load, Zero, rank_memory  # noqa: E402
 from bpo.sizing.shape import shape_of  # noqa: E402
 from bpo.train import run_step  # noqa: E402
+from bpo_kernels.provenance import source_commit  # noqa: E402
 
 TOLERANCE = 0.10
 IMAGE_TOKEN = 1000
@@ -283,7 +283,6 @@ def line(outcome: Outcome) -> str:
 
 
 def about(ranks: Ranks) -> dict[str, Any]:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     import deepspeed
     import transformers
 
@@ -294,7 +293,8 @@ def about(ranks: Ranks) -> dict[str, Any]:
         "deepspeed": deepspeed.__version__,
     }
     python = {"python": platform.python_version()}
-    return {"device": device, "ranks": ranks.world_size, "commit": commit.stdout.strip(), **python, **versions}
+    commit = source_commit("bpo", "kernels", "benchmarks", "ds_configs")
+    return {"device": device, "ranks": ranks.world_size, "commit": commit, **python, **versions}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +22,9 @@ from bpo.model.load import load_model
 from bpo.model.policy import PolicyModel
 from bpo.model.trainable import prepare_trainable
 from bpo.records import GroupBatch
+from bpo.run_record import version_of
+from bpo_kernels.provenance import source_commit
 
-ROOT = Path(__file__).resolve().parent.parent
 IMAGE_TOKEN = 3
 IMAGE_TOKENS = 16
 VOCABULARY = 2048
@@ -33,10 +32,6 @@ VOCABULARY = 2048
 
 def machine_of_run() -> dict[str, Any]:
     """Hardware, versions and commit, as every committed figure needs them."""
-
-    def git(*words: str) -> str:
-        return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True).stdout.strip()
-
     names = [
         line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
     ]
@@ -48,9 +43,8 @@ def machine_of_run() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "memory_gib": round(pages / 2**30),
         "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "transformers", "deepspeed", "peft")},
-        "commit": git("rev-parse", "HEAD")
-        + ("+changes" if git("status", "--porcelain", "bpo", "kernels", "benchmarks", "ds_configs") else ""),
+        **{name: version_of(name) for name in ("torch", "transformers", "deepspeed", "peft")},
+        "commit": source_commit("bpo", "kernels", "benchmarks", "ds_configs"),
     }
 
 

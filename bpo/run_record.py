@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
-import subprocess
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import bpo
 from bpo.config import Config
 from bpo.config_io import save_config
+from bpo_kernels.provenance import source_commit
 
-PACKAGES = ("bpo", "torch", "transformers", "deepspeed", "peft")
+PACKAGES = ("torch", "transformers", "deepspeed", "peft")
 
 
 def versions() -> dict[str, str]:
-    return {name: version(name) for name in PACKAGES}
+    """Of bpo and of what decides its results; bpo's own is that of the sources, which need not be installed."""
+    return {"bpo": bpo.__version__, **{name: version_of(name) for name in PACKAGES}}
+
+
+def version_of(distribution: str) -> str:
+    """The installed version, without importing the package; "not installed" if there is no record of one."""
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def write_run_record(config: Config, output_dir: Path) -> None:
     """Writes config.yaml and versions.txt: first of all, so that even a failed run can be read."""
     save_config(config, output_dir / "config.yaml")
-    clone = Path(__file__).resolve().parents[1]
-    git = subprocess.run(["git", "-C", str(clone), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    lines = [f"commit: {git.stdout.strip() or 'not a git clone'}"]
+    lines = [f"commit: {source_commit('bpo', 'kernels', 'ds_configs')}"]
     lines += [f"{name}: {number}" for name, number in versions().items()]
     (output_dir / "versions.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from . import dispatch
 from .bench_cases import Case, make_inputs, needed_work, true_result
 from .bench_providers import DISTRIBUTIONS, OURS, PROVIDERS, Step, Unavailable, version_of
+from .provenance import source_commit
 
 ROOT = Path(__file__).resolve().parent.parent
 MIN_SAMPLES = 5
@@ -29,8 +29,10 @@ MIN_SAMPLES = 5
 TOLERANCES = {torch.float32: (1e-3, 1e-3), torch.float16: (2e-2, 1e-2), torch.bfloat16: (1e-1, 5e-2)}
 # Written before each sample, so that no provider finds the inputs in the L2 cache (50 MiB on an H100).
 _FLUSH_BYTES = 256 << 20
-# About 1 ms of an idle loop on the device, in which the host queues the whole step: times are the device's.
-_SLEEP_CYCLES = 2_000_000
+# An idle loop on the device, in which the host queues the whole step, so that times are the device's. It lasts half as
+# long again as the host needs, within these bounds: a step that waits for the device itself cannot be hidden at all.
+_SLEEP_MARGIN, _LEAST_SLEEP_MS, _MOST_SLEEP_MS = 1.5, 0.5, 20.0
+_CALIBRATION_CYCLES = 20_000_000
 
 
 @dataclass(frozen=True)
@@ -61,9 +63,6 @@ class Result:
 def machine(device: torch.device) -> dict[str, str | int]:
     """What a figure depends on: device, versions, commit."""
 
-    def git(*words: str) -> str:
-        return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True).stdout.strip()
-
     versions = {DISTRIBUTIONS[name]: version_of(name) or "not installed" for name in DISTRIBUTIONS}
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU {platform.machine()}",
@@ -72,7 +71,7 @@ def machine(device: torch.device) -> dict[str, str | int]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda or "",
         "python": platform.python_version(),
-        "commit": git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "kernels") else ""),
+        "commit": source_commit("kernels"),
         **versions,
     }
 
@@ -130,12 +129,43 @@ def _flush_buffer(device: torch.device) -> Tensor:
     return torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device)
 
 
-def sample_ms(step: Callable[[], object], device: torch.device) -> float:
-    """One run: device time with a cold L2 cache on CUDA, wall time on a CPU."""
+@functools.cache
+def _cycles_per_ms(device: torch.device) -> float:
+    """Cycles of `torch.cuda._sleep` that take one millisecond."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(_CALIBRATION_CYCLES)  # the clock rises under load
+    start.record()
+    torch.cuda._sleep(_CALIBRATION_CYCLES)
+    end.record()
+    torch.cuda.synchronize()
+    return _CALIBRATION_CYCLES / start.elapsed_time(end)
+
+
+def sleep_ms(queue_ms: float) -> float:
+    """How long the device idles before a step that the host queues in `queue_ms`."""
+    return min(_MOST_SLEEP_MS, max(_LEAST_SLEEP_MS, _SLEEP_MARGIN * queue_ms))
+
+
+def sleep_cycles(step: Callable[[], object], device: torch.device) -> int:
+    """Cycles that the device has to idle while the host queues `step`, which has run before; 0 on a CPU."""
+    if device.type != "cuda":
+        return 0
+    queue_ms = []
+    for _ in range(3):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        step()
+        queue_ms.append((time.perf_counter() - begin) * 1e3)
+    torch.cuda.synchronize()
+    return int(sleep_ms(statistics.median(queue_ms)) * _cycles_per_ms(device))
+
+
+def sample_ms(step: Callable[[], object], device: torch.device, idle_cycles: int) -> float:
+    """One run: device time with a cold L2 cache on CUDA, after `idle_cycles`; wall time on a CPU."""
     if device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         _flush_buffer(device).zero_()
-        torch.cuda._sleep(_SLEEP_CYCLES)
+        torch.cuda._sleep(idle_cycles)
         start.record()
         step()
         end.record()
@@ -149,21 +179,24 @@ def sample_ms(step: Callable[[], object], device: torch.device) -> float:
 def interleaved_ms(steps: dict[str, Step], device: torch.device, sample_seconds: float) -> dict[str, list[float]]:
     """Samples of every step in turn: a slow spell of the machine then strikes every provider alike."""
     samples: dict[str, list[float]] = {name: [] for name in steps}
-    for step in steps.values():
+    cycles = {}
+    for name, step in steps.items():
         step()
+        cycles[name] = sleep_cycles(step, device)
     deadline = time.monotonic() + sample_seconds * len(steps)
     while steps and (time.monotonic() < deadline or len(next(iter(samples.values()))) < MIN_SAMPLES):
         for name, step in steps.items():
-            samples[name].append(sample_ms(step, device))
+            samples[name].append(sample_ms(step, device, cycles[name]))
     return samples
 
 
 def _median_ms(step: Callable[[], object], device: torch.device) -> float:
     step()
-    samples = [sample_ms(step, device)]
+    cycles = sleep_cycles(step, device)
+    samples = [sample_ms(step, device, cycles)]
     # A half-precision GEMM takes some CPUs many seconds.
     while len(samples) < 2 * MIN_SAMPLES and sum(samples) < 1e3:
-        samples.append(sample_ms(step, device))
+        samples.append(sample_ms(step, device, cycles))
     return statistics.median(samples)
 
 

@@ -20,7 +20,6 @@ import json
 import os
 import platform
 import shlex
-import subprocess
 import sys
 import tempfile
 from dataclasses import asdict
@@ -33,6 +32,7 @@ from bpo.bench.case import StepCase, build_case
 from bpo.bench.report import OURS, THEIRS, Verdict, disagreements, figures, judge, ratios, table, verdict_table
 from bpo.bench.workers import PROVIDERS, ProviderError, Worker, started
 from bpo.bench.world import SHAPES, Lengths, write_groups, write_model
+from bpo_kernels.provenance import source_commit
 
 # Tokens of the chosen and rejected answer of a pair, by label.
 Tokens = dict[str, tuple[int, int]]
@@ -100,18 +100,11 @@ def _version(package: str) -> str | None:
 
 def machine() -> dict[str, Any]:
     """What the figures depend on: device, versions, commit."""
-    root = Path(__file__).resolve().parents[2]
-
-    def git(*words: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(root), *words], capture_output=True, text=True, check=False
-        ).stdout.strip()
-
     return {
         "device": _device_name(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
-        "commit": git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "bpo", "kernels") else ""),
+        "commit": source_commit("bpo", "kernels"),
         "versions": {package: _version(package) for package in PACKAGES},
     }
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
-from importlib.metadata import version
 
-from bpo.run_record import versions
+from bpo.run_record import version_of, versions
 
 
 def quiet_libraries() -> None:
@@ -30,4 +29,4 @@ def use_one_thread() -> None:
 
 
 def tested_versions() -> dict[str, str]:
-    return {"python": platform.python_version(), **versions(), "triton": version("triton")}
+    return {"python": platform.python_version(), **versions(), "triton": version_of("triton")}
