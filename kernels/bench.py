@@ -2,7 +2,7 @@
 
     python kernels/bench.py [linear_logprob logprob_gather preference_loss linear_preference_loss]
         [--shapes llava-1.5-7b qwen2.5-vl-7b llama-3-8b smollm] [--rows 2048] [--providers bpo eager]
-        [--logits random peaked] [--dtype bf16] [--json FILE] [--profile DIR]
+        [--variants frozen] [--logits random peaked] [--dtype bf16] [--json FILE] [--profile DIR]
 
 `bpo bench kernels` is the same. Runs from a clone, on CUDA (Triton) or on a CPU (the plain PyTorch path; times are
 then CPU times and say nothing of a GPU, peak bytes and FLOPs hold everywhere). Where an operation's tests fail nothing
@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 
 from bpo_kernels import bench_measure, dispatch
-from bpo_kernels.bench_cases import DTYPES, LOGITS, OPERATIONS, SHAPES, Case, gemm_flops, make_cases
+from bpo_kernels.bench_cases import DTYPES, LOGITS, OPERATIONS, SHAPES, VARIANTS, Case, gemm_flops, make_cases
 from bpo_kernels.bench_measure import ROOT, Result, machine
 from bpo_kernels.bench_providers import PROVIDER_NAMES
 
@@ -117,6 +117,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("operations", nargs="*", metavar="OP", help=f"default: {' '.join(OPERATIONS)}")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, help="default: smollm on a CPU, else LLaVA and Qwen")
     parser.add_argument("--rows", nargs="+", type=int, help="response tokens; default: 256 on a CPU, else 2048")
+    every_variant = tuple(dict.fromkeys(name for names in VARIANTS.values() for name in names))
+    parser.add_argument("--variants", nargs="+", choices=every_variant, help="default: all that the operation has")
     parser.add_argument("--providers", nargs="+", choices=PROVIDER_NAMES, help="default: all that the operation has")
     parser.add_argument(
         "--logits", nargs="+", choices=LOGITS, default=list(LOGITS), help="peaked: targets of mean probability 0.45"
@@ -172,7 +174,7 @@ def main(argv: list[str] | None = None) -> int:
     cases = [
         case
         for operation in operations
-        for case in make_cases(operation, shapes, rows, options.logits, dtype, device, budget_bytes)
+        for case in make_cases(operation, shapes, rows, options.logits, dtype, device, budget_bytes, options.variants)
     ]
     tests = "not run here" if options.without_tests else "passed"
 

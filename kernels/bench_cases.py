@@ -142,8 +142,12 @@ def make_cases(
     dtype: torch.dtype,
     device: torch.device,
     budget_bytes: int | None = None,
+    variants: list[str] | None = None,
 ) -> list[Case]:
-    """Every combination; preference_loss has neither head nor logits, so it comes once per number of rows."""
+    """Every combination; preference_loss has neither head nor logits, so it comes once per number of rows.
+
+    `variants` leaves out the others of an operation, None nothing.
+    """
     if operation == "preference_loss":
         shapes, logits, dtype = shapes[:1], ["random"], torch.float32
     return [
@@ -151,6 +155,7 @@ def make_cases(
         for shape in shapes
         for num_rows in rows
         for variant in VARIANTS[operation]
+        if variants is None or variant in variants
         for kind in logits
     ]
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.metadata
+import inspect
 from collections.abc import Callable
 from types import ModuleType
 
@@ -28,7 +29,9 @@ Builder = Callable[[Case, Inputs], Step]
 MODES = ("store", "fused", "recompute")
 OURS = ("bpo", *(f"bpo-{mode}" for mode in MODES))
 DISTRIBUTIONS = {"liger": "liger-kernel", "liger-dpo": "liger-kernel", "cce": "cut-cross-entropy"}
-DISTRIBUTIONS["quack"] = "quack-kernels"
+DISTRIBUTIONS |= {"quack": "quack-kernels", "trl-chunked": "trl"}
+# The columns of the vocabulary that TRL's trainers give its function at a time (trl 1.16, trainer/utils.py).
+TRL_CHUNK_COLUMNS = 32768
 
 
 class Unavailable(RuntimeError):
@@ -168,9 +171,38 @@ def _quack(case: Case, inputs: Inputs) -> Step:
         raise Unavailable(f"takes bf16 and fp16, not {case.dtype}")
     if case.num_rows % 8 or case.head.vocab % 8 or case.head.hidden_size % 8:
         raise Unavailable(f"needs N, V and H to be multiples of 8, here {case.num_rows} x {case.head}")
-    operation = _module("quack.linear_cross_entropy", "quack").chunked_linear_cross_entropy
-    arguments = (inputs.hidden_NH, inputs.weight_VH, inputs.target_N)
-    return _step(case, inputs, functools.partial(operation, *arguments, reduction="sum"))
+    module = _module("quack.linear_cross_entropy", "quack")
+    hidden_NH, weight_VH, target_N = inputs.hidden_NH, inputs.weight_VH, inputs.target_N
+    # Before 0.6.2 the chunked function computes the gradient of a frozen head too; QuACK's other function does not.
+    leaves_out = "need_dw" in inspect.signature(module.chunked_linear_cross_entropy_fwd).parameters
+    if case.trains_head or leaves_out:
+        chunked = functools.partial(module.chunked_linear_cross_entropy, hidden_NH, weight_VH, target_N)
+        return _step(case, inputs, functools.partial(chunked, reduction="sum"))
+    whole = functools.partial(module.linear_cross_entropy_func, hidden_NH, weight_VH, None, target_N)
+    return _step(case, inputs, functools.partial(whole, reduction="sum", inplace_backward=True))
+
+
+def _trl_chunked(case: Case, inputs: Inputs) -> Step:
+    """The log-prob function of TRL's trainers; for pairs, on policy and reference in turn, as DPOTrainer calls it."""
+    operation = _module("trl.kernels", "trl-chunked").ChunkedLogProbFunction
+
+    def logp_of(hidden_NH: Tensor) -> Tensor:
+        arguments = (hidden_NH, inputs.weight_VH, None, inputs.target_N, 1.0, TRL_CHUNK_COLUMNS)
+        return operation.apply(*arguments, None, 1.0, ("log_probs",))[0]
+
+    def forward() -> Tensor:
+        assert inputs.hidden_NH is not None
+        logp_N = logp_of(inputs.hidden_NH)
+        if inputs.pairs is None:
+            return -logp_N
+        reference_N = inputs.reference_N
+        if reference_N is None:
+            assert inputs.reference_NH is not None
+            with torch.no_grad():
+                reference_N = logp_of(inputs.reference_NH)
+        return pair_losses(logp_N, reference_N, inputs.pairs)
+
+    return _step(case, inputs, forward)
 
 
 def _padded(case: Case, rows_NH: Tensor, prompt_value: Tensor) -> Tensor:
@@ -218,10 +250,17 @@ PROVIDERS: dict[str, dict[str, Builder]] = {
         "torch-chunked": _torch_chunked,
         "liger": _liger,
         "cce": _cce,
+        "trl-chunked": _trl_chunked,
         "quack": _quack,
     },
     "logprob_gather": {"bpo": _ours, **_PYTORCH},
     "preference_loss": {"bpo": _ours, **_PYTORCH},
-    "linear_preference_loss": {"bpo": _ours, **_MODES, **_PYTORCH, "liger-dpo": _liger_dpo},
+    "linear_preference_loss": {
+        "bpo": _ours,
+        **_MODES,
+        **_PYTORCH,
+        "trl-chunked": _trl_chunked,
+        "liger-dpo": _liger_dpo,
+    },
 }
 PROVIDER_NAMES = tuple(dict.fromkeys(name for table in PROVIDERS.values() for name in table))

@@ -64,6 +64,7 @@ def serve(case: StepCase, session: Session, provider: str) -> None:
     outputs: list[Any] = []
     trainer.policy.register_forward_hook(lambda module, args, output: outputs.append(output))
     useful = model_flops(model, encoder.family)
+    meter.release()
     session.ready(
         adapter=adapter,
         kernels=chosen_implementation(torch.empty(0, device=trainer.device)),
@@ -84,6 +85,9 @@ def serve(case: StepCase, session: Session, provider: str) -> None:
             result["loss"] = flat[0] / case.num_pairs
             if command.kind == "plain":
                 result["pairs"] = _pairs(batches, outputs)
+        outputs.clear()
+        if not command.keep_cache:
+            meter.release()
         session.answer(result)
     engine.shut_down()
 

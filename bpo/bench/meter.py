@@ -59,6 +59,12 @@ class Meter:
         pixels = args[0] if args else kwargs["pixel_values"]
         self._images += grid.shape[0] if isinstance(grid, torch.Tensor) else pixels.shape[0]
 
+    def release(self) -> None:
+        """Gives the device memory that PyTorch keeps for later back, so that another process can have it."""
+        if self.device.type == "cuda":
+            gc.collect()
+            torch.cuda.empty_cache()
+
     @contextlib.contextmanager
     def measure(self, kind: str, result: dict[str, Any]) -> Iterator[None]:
         """Measures what runs inside and writes it into `result`: always `tokens` and `images`, and by `kind`

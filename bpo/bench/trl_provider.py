@@ -10,7 +10,7 @@ import torch
 
 from bpo.bench.case import StepCase, set_adapter
 from bpo.bench.meter import Meter
-from bpo.bench.workers import Session
+from bpo.bench.workers import Command, Session
 from bpo.data.families import family_of
 from bpo.launch import Ranks, pick_device
 from bpo.model.trainable import lora_config
@@ -52,6 +52,7 @@ def serve(case: StepCase, session: Session, provider: str) -> None:
     trainer.model.register_forward_hook(lambda module, args, output: logps.append(output.log_probs.detach()))
 
     trainer.add_callback(_on_command(case, session, meter, losses, logps))
+    meter.release()
     session.ready(adapter=adapter)
     with contextlib.suppress(_Stop):
         trainer.train()
@@ -69,7 +70,7 @@ def _on_command(
         def __init__(self) -> None:
             self.measuring = contextlib.ExitStack()
             self.result: dict[str, Any] = {}
-            self.kind = ""
+            self.command = Command("step")
 
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             command = session.receive()
@@ -79,17 +80,19 @@ def _on_command(
                 raise ValueError(f"TRL keeps no store of the reference for images; it cannot do {command.what!r}")
             losses.clear()
             logps.clear()
-            self.result, self.kind = {}, command.kind
+            self.result, self.command = {}, command
             self.measuring.enter_context(meter.measure(command.kind, self.result))
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             self.measuring.close()
             self.result["loss"] = float(losses[0])
-            if self.kind == "plain":
+            if self.command.kind == "plain":
                 self.result["pairs"] = _pairs(case, logps)
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
             if "grad_norm" in logs:  # once a step, right after `on_step_end`
+                if not self.command.keep_cache:
+                    meter.release()
                 session.answer({**self.result, "grad_norm": float(logs["grad_norm"])})
 
     return OnCommand()

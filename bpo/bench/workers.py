@@ -27,10 +27,15 @@ class ProviderError(RuntimeError):
 
 @dataclass(frozen=True)
 class Command:
-    """What the parent asks for: `step`, `reference` (the store's pass) or `stop`; and what is measured of it."""
+    """What the parent asks for: `step`, `reference` (the store's pass) or `stop`; and what is measured of it.
+
+    With `keep_cache` the provider keeps its cached device memory, because it is asked again at once; else it gives it
+    back before it answers, for another provider is measured next.
+    """
 
     what: str
     kind: str = "plain"
+    keep_cache: bool = False
 
 
 class Session:
@@ -67,14 +72,14 @@ class Worker:
     def wait_until_ready(self) -> None:
         self.facts = self._receive()
 
-    def ask(self, what: str, kind: str = "plain") -> dict[str, Any]:
+    def ask(self, what: str, kind: str = "plain", *, keep_cache: bool = False) -> dict[str, Any]:
         """Has the provider do one thing and returns what was measured.
 
         Raises:
             ProviderError: it failed, or its process ended.
         """
         try:
-            self._connection.send(Command(what, kind))
+            self._connection.send(Command(what, kind, keep_cache))
         except BrokenPipeError as error:
             raise self._ended() from error
         return self._receive()

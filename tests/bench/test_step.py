@@ -18,8 +18,8 @@ import torch
 from bpo.bench import step
 from bpo.bench.case import StepCase, build_case, set_adapter
 from bpo.bench.meter import Meter
-from bpo.bench.report import Figures, disagreements, judge, preference_loss, ratios, table
-from bpo.bench.step import DisagreementError, check_counted, check_installed, compare_first_steps, main
+from bpo.bench.report import Figures, anchor_of, disagreements, judge, preference_loss, ratios, table
+from bpo.bench.step import DisagreementError, check_installed, compare_first_steps, main, why_uncounted
 from bpo.bench.workers import ProviderError, started
 from bpo.bench.world import SHAPES, Lengths, byte_tokenizer, llava_config, write_groups, write_model
 from bpo.data.encode import Dropped, load_encoder
@@ -235,10 +235,46 @@ def test_providers_that_disagree_are_not_reported(
     assert "nothing is reported: they differ" in capsys.readouterr().err and not (tmp_path / "report.json").exists()
 
 
-def test_flops_that_the_counter_missed_are_noticed() -> None:
-    check_counted(101, 100)
-    with pytest.raises(DisagreementError, match="no formula"):
-        check_counted(90, 100)
+def test_flops_that_the_counter_missed_are_left_out_and_the_rest_is_reported() -> None:
+    assert why_uncounted(101, 100) is None
+    assert "no formula for an operator" in (why_uncounted(90, 100) or "")
+    uncounted, counted = Figures(None, 800, 1, 30, (1.0,)), Figures(100, 2880, 4, 90, (2.0,))
+    ratio = ratios(uncounted, uncounted, counted, 2)
+    assert ratio["flops"] is None and ratio["flops_amortised"] is None and ratio["seconds"]["median"] == 0.5
+    case = {"image_tokens": 576, "prompt_tokens": 44, "answer_tokens": 100, "epochs": 2, "completions": 2}
+    case |= {"device": "cuda", "model": "llava-1.5-7b"}
+    assert [verdict.met for verdict in judge(case, ratio)] == [None, None, True, True]
+    figures = {"bpo": vars(uncounted), "trl": vars(counted)}
+    shown = table({"case": case, "figures": figures, "refused": {}, "ratios": ratio})
+    assert "| bpo, one step | not counted |" in shown and "peak MiB above the weights" in shown
+
+
+def test_the_variant_with_ligers_layers_is_the_one_to_compare_with() -> None:
+    assert anchor_of(["bpo", "trl", "trl-liger"]) == "trl-liger"
+    assert anchor_of(["bpo", "trl"]) == "trl" and anchor_of(["bpo"]) is None
+
+
+def test_device_memory_is_given_back_between_providers_but_not_before_a_timed_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[tuple[str, str, bool]] = []
+
+    class Fake:
+        def ask(self, what: str, kind: str = "plain", *, keep_cache: bool = False) -> dict[str, Any]:
+            asked.append((what, kind, keep_cache))
+            return {"seconds": float(len(asked))}
+
+    assert step._seconds(Fake(), "step") == {"seconds": 1.0}  # type: ignore[arg-type]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert step._seconds(Fake(), "step") == {"seconds": 3.0}  # type: ignore[arg-type]
+    assert asked == [("step", "time", False), ("step", "time", True), ("step", "time", False)]
+    emptied = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(True))
+    model = torch.nn.ModuleDict({"language": torch.nn.Identity(), "tower": torch.nn.Identity()})
+    Meter(model, "language", "tower", CPU).release()
+    assert emptied == []
+    Meter(model, "language", "tower", torch.device("cuda")).release()
+    assert emptied == [True]
 
 
 def test_ratios_and_verdicts() -> None:
@@ -249,16 +285,16 @@ def test_ratios_and_verdicts() -> None:
     assert ratio["seconds"] == {"median": 0.4, "least": 0.25, "largest": 0.5}
     assert ratio["seconds_amortised"]["median"] == pytest.approx(0.5) and ratio["peak_bytes"] == pytest.approx(1 / 3)
     case = {"image_tokens": 576, "prompt_tokens": 44, "answer_tokens": 100, "epochs": 2, "device": "cpu", "model": "x"}
-    case["device_name"] = "EPYC"
     met = [verdict.met for verdict in judge({**case, "completions": 2}, ratio)]
     assert met == [True, True, True, None, None]
     assert [verdict.met for verdict in judge({**case, "completions": 3}, ratio)] == [False, False, True, None, None]
     assert {verdict.measured for verdict in judge({**case, "completions": 2}, None)} == {"not measured"}
     assert judge({**case, "completions": 2, "answer_tokens": 99}, ratio) == []
     whole = {**case, "completions": 2, "device": "cuda", "model": "llava-1.5-7b"}
-    h200, other = (judge({**whole, "device_name": name}, ratio)[-2:] for name in ("NVIDIA H200", "NVIDIA A100"))
-    assert [(v.measured, v.met) for v in h200] == [("2.50", True), ("0.333", True)]
-    assert {v.met for v in other} == {None}, "the target is for one GPU"
+    assert [(v.measured, v.met) for v in judge(whole, ratio)[-2:]] == [("2.50x", True), ("0.333x", True)]
+    smaller = judge({**whole, "model": "llava-1.5-7b-8th"}, ratio)[-2:]
+    assert {v.met for v in smaller} == {None}, "the target is for the whole shape"
+    assert all(v.predicted for v in smaller)
 
 
 def test_options_that_make_no_sense_are_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
