@@ -1,7 +1,8 @@
 """What this machine has, and what that means for a run: `bpo doctor`.
 
-Each check returns a `Finding`. `missing` marks what a run cannot do without, `warn` what it does slower or not at
-all. DeepSpeed is asked in a process of its own, because importing it configures logging and picks an accelerator.
+Each check returns a `Finding`. `missing` marks what a run cannot do without, or what stops it, such as a stale compile
+lock; `warn` what it does slower or not at all. DeepSpeed is asked in a process of its own, because importing it
+configures logging and picks an accelerator.
 """
 
 from __future__ import annotations
@@ -193,7 +194,8 @@ def check_ninja() -> Finding:
 
 
 def check_flash_attn() -> Finding:
-    version = version_of("flash-attn") or "not installed"
+    versions = [version for version in (version_of("flash-attn"), version_of("flash_attn_3")) if version is not None]
+    version = ", ".join(versions) or "not installed"
     if torch_error() is not None:
         return Finding("flash-attn", "warn", version, "not asked: PyTorch cannot be imported")
     import torch
@@ -202,7 +204,8 @@ def check_flash_attn() -> Finding:
 
     device = torch.device("cuda" if has_gpu() else "cpu")
     choice = choose_backend("auto", Needs(device, torch.bfloat16))
-    tower = "; towers: model.vision_attention=flash_attention_2" if choice.backend == "flash" else ""
+    towers = {"flash": "flash_attention_2", "flash3": "flash_attention_3"}.get(choice.backend)
+    tower = f"; towers: model.vision_attention={towers}" if towers else ""
     return Finding("flash-attn", "ok", version, f"packed groups attend by {choice.backend}: {choice.reason}{tower}")
 
 
@@ -251,6 +254,21 @@ def _operation_state(name: str, compatible: list[str], built: list[str]) -> str:
     if name in built:
         return "built"
     return "can be built" if name in compatible else "cannot be built"
+
+
+def check_compile_locks() -> list[Finding]:
+    """Locks that a killed compilation has left: whoever needs the operation would wait for them without end."""
+    name = "Compile lock"
+    if torch_error() is not None:
+        return [Finding(name, "warn", "not looked for", "PyTorch cannot be imported")]
+    from bpo.compile_locks import extensions_root, find_locks
+
+    root = extensions_root()
+    found = find_locks(root)
+    statuses: dict[str, Status] = {"held": "ok", "possible": "warn", "stale": "missing"}
+    if not found:
+        return [Finding(name, "ok", f"none in {root}", "no operation is being compiled, nor was one left half-way")]
+    return [Finding(name, statuses[lock.state], str(lock.path), lock.describe()) for lock in found]
 
 
 def check_slurm() -> Finding:
@@ -324,6 +342,7 @@ CHECKS: tuple[Callable[[], Finding | list[Finding]], ...] = (
     check_flash_attn,
     check_triton,
     check_deepspeed,
+    check_compile_locks,
     check_slurm,
     check_host,
     check_disk,
@@ -357,7 +376,7 @@ def main() -> int:
     findings = diagnose()
     print(render(findings, min(shutil.get_terminal_size((100, 24)).columns, 120)))
     missing = [finding.name for finding in findings if finding.status == "missing"]
-    print(f"\nMissing: {', '.join(missing)}." if missing else "\nNothing that a run needs is missing.")
+    print(f"\nMissing or in the way: {', '.join(missing)}." if missing else "\nNothing that a run needs is missing.")
     return 1 if missing else 0
 
 

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from bpo.compile_locks import named_compile_locks
 from bpo.config import Config, TrainConfig
 from bpo.data.families import Family
 from bpo.launch import Ranks, export_torch_environment, pick_device
@@ -100,8 +101,13 @@ def with_fitting_buckets(settings: dict[str, Any], num_gradients: int) -> dict[s
     return {**settings, "zero_optimization": {**zero, "reduce_bucket_size": num_gradients}}
 
 
+@named_compile_locks()
 def init_distributed(ranks: Ranks) -> None:
-    """Starts the process group: NCCL on GPUs, gloo on CPUs."""
+    """Starts the process group: NCCL on GPUs, gloo on CPUs.
+
+    Raises:
+        StaleCompileLockError: a killed process has left the lock of an operation that DeepSpeed compiles here.
+    """
     import deepspeed
 
     export_torch_environment(ranks)
@@ -143,8 +149,13 @@ def learning_rate_factor(step: int, total_steps: int, config: TrainConfig) -> fl
 
 
 class TrainingEngine:
-    """Policy, optimizer and ZeRO behind four calls: `forward`, `backward`, `step`, `reference_logp`."""
+    """Policy, optimizer and ZeRO behind four calls: `forward`, `backward`, `step`, `reference_logp`.
 
+    Raises:
+        StaleCompileLockError: a killed process has left the lock of an operation that DeepSpeed compiles here.
+    """
+
+    @named_compile_locks()
     def __init__(self, policy: PolicyModel, family: Family, config: Config, settings: dict[str, Any], ranks: Ranks):
         import deepspeed
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from bpo.compile_locks import named_compile_locks
 from bpo.config import Config, DataConfig, ModelConfig
 from bpo.data.bad_records import BadRecords
 from bpo.data.collate import collate_groups
@@ -84,6 +85,7 @@ def _batches(
         yield batch
 
 
+@named_compile_locks()
 def write_scores(chosen: argparse.Namespace) -> int:
     """Writes one JSON line a group: `id` and, a completion, `response`, `tokens`, `policy`, `reference`.
 

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from bpo import checkpoint, engine, losses
 from bpo.checkpoint_files import CheckpointError
 from bpo.checkpoint_save import CheckpointSaver, SaveFailedError
+from bpo.compile_locks import named_compile_locks
 from bpo.config import Config
 from bpo.config_io import load_config
 from bpo.data.encode import load_encoder
@@ -167,6 +168,7 @@ def prepare(config: Config, ranks: Ranks, guard: RunGuard, stop: StopRequest | N
     return Prepared(data, steps, trainer, store, saver, done, flops)
 
 
+@named_compile_locks()
 def train(config: Config, ranks: Ranks, stop: StopRequest | None = None) -> bool:
     """The whole run, inside a process group that `engine.init_distributed` started; False where `stop` cut it short.
 
@@ -228,9 +230,9 @@ def main(argv: list[str] | None = None) -> None:
     except ValueError as error:
         sys.exit(f"error: {error}")
     torch.manual_seed(config.train.seed)
-    engine.init_distributed(ranks)
     code, message = 0, "finished"
     try:
+        engine.init_distributed(ranks)
         if not train(config, ranks, StopRequest()):
             code, message = EXIT_INTERRUPTED, "interrupted; a checkpoint is written, `--resume` continues"
     except Interrupted as reason:

@@ -37,7 +37,7 @@ def test_exit_code_is_one_only_if_something_required_is_missing(
 ) -> None:
     monkeypatch.setattr(doctor, "CHECKS", (lambda: Finding("part", status, "detail", "consequence"),))
     assert doctor.main() == code
-    assert ("Missing: part." in capsys.readouterr().out) == bool(code)
+    assert ("Missing or in the way: part." in capsys.readouterr().out) == bool(code)
 
 
 def test_no_compiler_is_missing_and_the_way_out_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -100,12 +100,18 @@ def test_flash_attn_is_said_to_serve_what_it_serves(monkeypatch: pytest.MonkeyPa
     assert "attend by sdpa" in doctor.check_flash_attn().consequence
     monkeypatch.setattr(doctor, "has_gpu", lambda: True)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(attention_choice, "_flash_version", lambda: None)
+    monkeypatch.setattr("torch.backends.cuda.is_flash_attention_available", lambda: False)
+    versions: dict[str, str] = {}
+    monkeypatch.setattr(attention_choice, "_version", versions.get)
+    monkeypatch.setattr(attention_choice, "_is_installed", lambda module: module == "triton")
     assert "attend by flex" in doctor.check_flash_attn().consequence
     assert "pip install 'bpo[flash]'" in doctor.check_flash_attn().consequence
-    monkeypatch.setattr(attention_choice, "_flash_version", lambda: "2.8.3")
-    monkeypatch.setattr(attention_choice, "varlen_function", lambda: None)
-    assert "attend by flash" in doctor.check_flash_attn().consequence
+    monkeypatch.setattr("torch.backends.cuda.is_flash_attention_available", lambda: True)
+    assert "attend by varlen" in doctor.check_flash_attn().consequence
+    versions["flash-attn"] = "2.8.3"
+    monkeypatch.setattr(attention_choice, "flash_attn_2", lambda: None)
+    assert "attend by flash: " in doctor.check_flash_attn().consequence
+    assert "model.vision_attention=flash_attention_2" in doctor.check_flash_attn().consequence
 
 
 def test_triton_line_follows_the_dispatch_variable(monkeypatch: pytest.MonkeyPatch) -> None:

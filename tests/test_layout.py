@@ -23,6 +23,7 @@ LAYERS = {
     "config": 0,
     "config_bootstrap": 0,
     "config_io": 0,
+    "compile_locks": 0,
     "launch": 0,
     "run_record": 1,
     "interrupts": 0,

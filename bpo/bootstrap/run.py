@@ -33,6 +33,7 @@ from bpo.bootstrap.progress import ProgressBar
 from bpo.bootstrap.sources import ImageAnswers, InjectedErrors, NegativeSource
 from bpo.bootstrap.spool import AnnotationSpool
 from bpo.bootstrap.work import ClaimedBatch, SourceWork, is_finished, lacking, plan_work
+from bpo.compile_locks import named_compile_locks
 from bpo.config import Config
 from bpo.config_bootstrap import Source
 from bpo.data.bad_records import BadRecords
@@ -71,6 +72,7 @@ class Share:
         return self.ranks.is_main and self.num_shards == 1
 
 
+@named_compile_locks()
 def run_bootstrap(config: Config, progress: bool = True, stop: StopRequest | None = None) -> BootstrapSummary:
     """Makes the configured negatives for every annotation and writes `data.groups` with its lists and summary.
 

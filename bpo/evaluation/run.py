@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bpo.compile_locks import named_compile_locks
 from bpo.config import Config, EvaluationConfig
 from bpo.data.bad_records import BadRecords
 from bpo.data.images import ImageError, load_image
@@ -61,6 +62,7 @@ class EvaluationResult:
         return figures
 
 
+@named_compile_locks()
 def run_evaluation(config: Config, progress: bool = True, stop: StopRequest | None = None) -> dict[str, Any]:
     """Loads the model, measures what `config.evaluation` names, writes `evaluation.output` and prints a table.
 
