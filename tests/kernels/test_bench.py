@@ -7,12 +7,17 @@ from __future__ import annotations
 
 import functools
 import json
+import os
+import subprocess
+import sys
 from importlib.metadata import PackageNotFoundError
+from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from bpo_kernels import bench, bench_measure, bench_providers, dispatch
+from bpo_kernels import bench, bench_cases, bench_measure, bench_providers, dispatch
 from bpo_kernels.bench_cases import Case, make_inputs
 
 CPU = torch.device("cpu")
@@ -90,6 +95,79 @@ def test_a_library_that_fails_gets_a_line_and_ours_raises(monkeypatch):
     monkeypatch.setitem(table, "bpo", broken)
     with pytest.raises(AssertionError, match="tile_n"):
         measure(tiny_case("linear_logprob", "frozen"), ["bpo"])
+
+
+def fake_quack(monkeypatch, *, need_dw: bool, calls: list):
+    """QuACK as it is called: its chunked function computes both gradients before 0.6.2, where `need_dw` is missing."""
+
+    def chunked_fwd(x, weight, target, **options): ...
+
+    def newer_fwd(x, weight, target, need_dx=True, need_dw=True, **options): ...
+
+    def loss(name):
+        def run(x, weight, *rest, reduction, **options):
+            calls.append((name, options))
+            target = rest[-1]
+            return torch.nn.functional.cross_entropy(x.float() @ weight.float().t(), target, reduction=reduction)
+
+        return run
+
+    module = SimpleNamespace(
+        chunked_linear_cross_entropy_fwd=newer_fwd if need_dw else chunked_fwd,
+        chunked_linear_cross_entropy=loss("chunked"),
+        linear_cross_entropy_func=loss("whole"),
+    )
+    monkeypatch.setattr(bench_providers, "_module", lambda name, provider: module)
+    monkeypatch.setattr(bench_providers, "_need_cuda", lambda case, capability: None)
+
+
+@pytest.mark.parametrize(
+    ("need_dw", "variant", "called"),
+    [
+        (True, "frozen", "chunked"),
+        (True, "trained", "chunked"),
+        (False, "frozen", "whole"),
+        (False, "trained", "chunked"),
+    ],
+)
+def test_quack_computes_no_gradient_of_a_frozen_head_in_any_version(monkeypatch, need_dw, variant, called):
+    calls = []
+    fake_quack(monkeypatch, need_dw=need_dw, calls=calls)
+    monkeypatch.setitem(bench_cases.SHAPES, "tiny", bench_cases.Shape(64, 1032, 24))
+    case = Case("linear_logprob", variant, "tiny", 32, "peaked", torch.bfloat16, CPU)
+    (result,) = measure(case, ["quack"])
+    assert result.status == "ok", result.note
+    assert {name for name, _ in calls} == {called}
+    assert ("inplace_backward" in calls[0][1]) == (called == "whole")
+
+
+@pytest.mark.skipif(find_spec("trl") is None, reason="trl is not installed: pip install 'bpo[bench]'")
+@pytest.mark.parametrize(
+    ("operation", "variant"),
+    [
+        *(("linear_logprob", variant) for variant in ("forward", "frozen", "trained")),
+        *(("linear_preference_loss", variant) for variant in ("live-frozen", "live-trained", "stored-frozen")),
+    ],
+)
+def test_trls_chunked_log_prob_runs_on_a_cpu_and_agrees(operation, variant):
+    (result,) = measure(tiny_case(operation, variant, num_rows=512), ["trl-chunked"])
+    assert (result.status, result.note) == ("ok", "")
+    assert result.value_error < 1e-4 and result.gradient_error < 1e-4
+
+
+def test_the_device_idles_as_long_as_the_host_queues():
+    assert bench_measure.sleep_ms(0.0) == 0.5
+    assert bench_measure.sleep_ms(4.0) == 6.0
+    assert bench_measure.sleep_ms(1e3) == 20.0, "a step that waits for the device cannot be hidden"
+    assert bench_measure.sleep_cycles(lambda: pytest.fail("a CPU queues nothing"), CPU) == 0
+
+
+def test_only_the_variants_asked_for_are_run(tmp_path):
+    report = tmp_path / "report.json"
+    command = ["linear_logprob", "--shapes", "tiny", "--rows", "8", "--variants", "frozen", "--logits", "peaked"]
+    command += ["--providers", "eager", "--sample-seconds", "0", "--without-tests", "--device", "cpu"]
+    assert bench.main([*command, "--json", str(report)]) == 0
+    assert [result["variant"] for result in json.loads(report.read_text())["results"]] == ["frozen"]
 
 
 @pytest.mark.parametrize("provider", ["liger", "cce", "quack"])
@@ -178,3 +256,25 @@ def test_bad_arguments_are_refused(argv, message, capsys):
     with pytest.raises(SystemExit):
         bench.main(argv)
     assert message in capsys.readouterr().err
+
+
+def test_cases_before_the_kill_are_kept_and_the_rest_is_listed(tmp_path):
+    """The report is written after every case, so a process that is killed leaves what it had."""
+    report = tmp_path / "report.json"
+    command = [sys.executable, "kernels/bench.py", "preference_loss", "--rows", "64", "128", "--device", "cpu"]
+    command += ["--providers", "eager", "--sample-seconds", "0", "--without-tests", "--json", str(report)]
+    code = (
+        "import sys; sys.argv = sys.argv[1:]\n"
+        "from bpo_kernels import bench, bench_measure\n"
+        "measure = bench_measure.measure\n"
+        "def killed(case, **options):\n"
+        "    if case.num_rows == 128: import os; os._exit(9)\n"
+        "    return measure(case, **options)\n"
+        "bench_measure.measure = killed\n"
+        "bench.main(sys.argv[1:])"
+    )
+    outcome = subprocess.run([sys.executable, "-c", code, *command[1:]], cwd=bench.ROOT, env=os.environ)
+    assert outcome.returncode == 9
+    content = json.loads(report.read_text())
+    assert [result["num_rows"] for result in content["results"]] == [64]
+    assert content["not_run"] == ["preference_loss gradient N=128 random: not reached"]
