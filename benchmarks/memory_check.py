@@ -260,12 +260,16 @@ def run(names: list[str], ranks: Ranks, work: Path) -> list[Outcome]:
             config = AutoConfig.for_model(**arguments)
             AutoModelForImageTextToText.from_config(config).save_pretrained(work / name)
     engine.barrier()
+    chosen = [case for case in CASES if not names or case.name in names]
+    if chosen and torch.cuda.is_available():
+        # Not counted: the first products of the forward and of the backward pass allocate workspaces that cuBLAS keeps,
+        # which are as large as the peak of such a small model.
+        compare(chosen[0], work / chosen[0].model, work, ranks)
     outcomes = []
-    for case in CASES:
-        if not names or case.name in names:
-            outcomes.append(compare(case, work / case.model, work, ranks))
-            if ranks.is_main:
-                print(line(outcomes[-1]), flush=True)
+    for case in chosen:
+        outcomes.append(compare(case, work / case.model, work, ranks))
+        if ranks.is_main:
+            print(line(outcomes[-1]), flush=True)
     return outcomes
 
 
