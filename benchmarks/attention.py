@@ -3,8 +3,10 @@
     python -m benchmarks.attention --count [--json FILE]       work and traffic of a layer, by arithmetic
     python -m benchmarks.attention [--device cpu --quick] [--json FILE] [--seconds S]
 
-Every provider is compared with fp32 attention of each sequence alone before it is timed; what cannot run here stands in
-the report with its reason. Shape letters: B, H query heads, K key heads, T packed tokens, D head size.
+Every provider is compared with fp32 attention of each sequence alone before it is timed; what cannot run here is in the
+report with its reason. The target is judged by the backend that `model.attention: auto` takes on this device.
+
+Shape letters: B, H query heads, K key heads, T packed tokens, D head size.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -22,9 +25,9 @@ import torch
 import torch.nn.functional as F
 
 from bpo.model.attention import BACKENDS
-from bpo.model.attention_choice import BackendName, Needs, choose_backend
-from bpo.model.attention_flash import flash_plan
+from bpo.model.attention_choice import BackendName, Needs, choose_backend, obstacle
 from bpo.model.attention_flex import BLOCK, flex_plan
+from bpo.model.attention_varlen import varlen_plan
 from bpo.records import PackedLayout
 from bpo_kernels.bench_measure import interleaved_ms, machine, peak_extra_bytes
 
@@ -33,12 +36,14 @@ SHAPES = {"llava-1.5-7b": (32, 32, 128), "qwen2.5-vl-7b": (28, 4, 128), "tiny": 
 # Tokens of the prefix (576 of an image and a prompt) and of each completion, over and over until a row is full.
 GROUPS = ((620, (90, 140)), (655, (60, 210, 120)), (612, (35, 48)), (700, (180, 150, 95)))
 TINY_GROUPS = ((120, (20, 30)), (131, (9, 40, 17)))
+# The pass over separate sequences takes this many times as long as that over shared prefixes, at so many tokens.
+TARGET_RATIO, TARGET_TOKENS = 1.4, 8192
 TOLERANCE = {torch.bfloat16: 0.03, torch.float32: 1e-4}
 
 
 @dataclass
 class Line:
-    """A provider of a case: status ok, skipped or disagrees; times of one layer, forward and backward."""
+    """A provider of a case: status ok, skipped, failed or disagrees; times of one layer, forward and backward."""
 
     shape: str
     groups: int
@@ -89,11 +94,11 @@ def counted(layout: PackedLayout, shape: tuple[int, int, int], element_bytes: in
     Moved: MB that a layer reads and writes, both ways, other than queries, keys, values, output and their gradients.
     """
     heads, key_heads, size = shape
-    tokens = max(end for spans in (layout.prefix_spans, *layout.completion_spans) for _, end in spans)
+    tokens = num_tokens(layout)
     alone = [len(rows) for rows in sequences_of(layout)]
-    plan = flash_plan(layout, torch.device("cpu"))
+    plan = varlen_plan(layout, torch.device("cpu"))
     varlen = zip(plan.cu_seqlens_q_S1.diff().tolist(), plan.cu_seqlens_k_S1.diff().tolist(), strict=True)
-    mask = flex_plan(layout, torch.device("cpu"))
+    mask = flex_plan(layout, torch.device("cpu")).mask
     two_calls, mask_elements = 0, 0
     for prefix, spans in zip(layout.prefix_spans, layout.completion_spans, strict=True):
         of_prefix, of_spans = prefix[1] - prefix[0], spans[-1][1] - prefix[1]
@@ -107,7 +112,7 @@ def counted(layout: PackedLayout, shape: tuple[int, int, int], element_bytes: in
     blocks = {
         "separate": (sum(_tiles(length, length) for length in alone), 0),
         "sdpa": (two_calls, joined),
-        "flash": (sum(_tiles(queries, keys) for queries, keys in varlen), gathered),
+        "varlen": (sum(_tiles(queries, keys) for queries, keys in varlen), gathered),
         "flex": (int(mask.kv_num_blocks.sum() + mask.full_kv_num_blocks.sum()), 0),
     }
     flops_of_block = 2 * BLOCK * BLOCK * size * heads
@@ -117,20 +122,20 @@ def counted(layout: PackedLayout, shape: tuple[int, int, int], element_bytes: in
     }
     of_prefixes = sum(end - start for start, end in layout.prefix_spans)
     # Were a prefix a sequence of its own, its first completion would need a copy of it too.
-    result["flash"] |= {
+    result["varlen"] |= {  # flash-attn 2, 3 and PyTorch's varlen_attn alike
         "gathered_rows": len(plan.rows_R),
-        "rows_if_prefixes_stood_alone": len(plan.rows_R) + of_prefixes,
+        "rows_if_prefixes_were_sequences": len(plan.rows_R) + of_prefixes,
     }
     return result
 
 
 def alone_in_fp32(qkv: Sequence[torch.Tensor], layout: PackedLayout) -> torch.Tensor:
     """[B, T, H, D] by one causal attention a completion; a prefix's output is that of its last completion."""
-    query, key, value = (one.float() for one in qkv)
+    query, key, value = (x.float() for x in qkv)
     output = torch.zeros_like(query)
     for rows in sequences_of(layout):
         output[:, :, rows] = F.scaled_dot_product_attention(
-            *(one[:, :, rows] for one in (query, key, value)), is_causal=True, enable_gqa=key.shape[1] != query.shape[1]
+            *(x[:, :, rows] for x in (query, key, value)), is_causal=True, enable_gqa=key.shape[1] != query.shape[1]
         )
     return output.transpose(1, 2)
 
@@ -154,44 +159,91 @@ def separate(layout: PackedLayout, shape: tuple[int, int, int], device: torch.de
 
 
 def run_case(
-    name: str, layout: PackedLayout, device: torch.device, dtype: torch.dtype, sample_seconds: float
+    name: str, layout: PackedLayout, device: torch.device, dtype: torch.dtype, sample_seconds: float, deadline: float
 ) -> list[Line]:
-    """Every backend that runs here and agrees with fp32, and separate sequences, in turn."""
+    """Every backend that runs here and agrees with fp32, and separate sequences, in turn.
+
+    Args:
+        sample_seconds: Of each provider; less where `deadline` (of `time.monotonic`) is near.
+        deadline: No provider begins after it.
+    """
     shape = SHAPES[name]
-    tokens = max(end for spans in (layout.prefix_spans, *layout.completion_spans) for _, end in spans)
-    generator = torch.Generator().manual_seed(0)
-    qkv = [
-        torch.randn(1, tokens, count, shape[2], generator=generator).to(device, dtype).transpose(1, 2).requires_grad_()
-        for count in (shape[0], shape[1], shape[1])
-    ]
-    weight = torch.randn(1, tokens, shape[0], shape[2], generator=generator).to(device, dtype)
+    qkv, weight = case_inputs(shape, num_tokens(layout), device, dtype)
     truth = alone_in_fp32(qkv, layout)
     wanted = [truth.detach(), *torch.autograd.grad(truth, qkv, weight.float())]
     lines: list[Line] = []
     steps: dict[str, Callable[[], Any]] = {"separate": separate(layout, shape, device, dtype)}
+    peaks = {"separate": peak_extra_bytes(steps["separate"], device) / 2**20}
 
     def line(provider: str, status: str, note: str = "", **figures: float) -> Line:
-        return Line(name, len(layout.prefix_spans), tokens, provider, status, note, **figures)
+        return Line(name, len(layout.prefix_spans), num_tokens(layout), provider, status, note, **figures)
 
     for backend in BACKENDS:
-        try:
-            choose_backend(backend, Needs(device, dtype, shape[2]))
-        except ValueError as error:  # which says why, and the report says it again
-            lines.append(line(backend, "skipped", str(error)))
+        why_not = obstacle(backend, Needs(device, dtype, shape[2]))
+        if why_not is not None:
+            lines.append(line(backend, "skipped", f"model.attention is {backend}, but {why_not}"))
             continue
-        steps[backend] = packed_step(backend, qkv, weight, layout)
-        got = steps[backend]()
+        if time.monotonic() > deadline:
+            lines.append(line(backend, "skipped", "no time was left"))
+            continue
+        step = packed_step(backend, qkv, weight, layout)
+        try:
+            got = step()
+        except Exception as error:  # of a library or a compiler: its line says so, and the others still run
+            lines.append(line(backend, "failed", f"{type(error).__name__}: {error}"[:500]))
+            continue
         errors = [float((a.float() - b).abs().max() / b.abs().max()) for a, b in zip(got, wanted, strict=True)]
-        if max(errors) > TOLERANCE[dtype]:
+        if not max(errors) <= TOLERANCE[dtype]:
             lines.append(line(backend, "disagrees", f"relative errors of output, dq, dk, dv: {errors}"))
-            del steps[backend]
-    peaks = {provider: peak_extra_bytes(step, device) / 2**20 for provider, step in steps.items()}
+            continue
+        steps[backend], peaks[backend] = step, peak_extra_bytes(step, device) / 2**20
+    sample_seconds = max(0.0, min(sample_seconds, (deadline - time.monotonic()) / len(steps)))
     for provider, samples in interleaved_ms(steps, device, sample_seconds).items():
         ordered = sorted(samples)
         p20, p80 = (ordered[round(share * (len(ordered) - 1))] for share in (0.2, 0.8))
         median = statistics.median(ordered)
         lines.append(line(provider, "ok", median_ms=median, p20_ms=p20, p80_ms=p80, peak_mib=peaks[provider]))
     return lines
+
+
+def num_tokens(layout: PackedLayout) -> int:
+    return max(end for spans in (layout.prefix_spans, *layout.completion_spans) for _, end in spans)
+
+
+def case_inputs(
+    shape: tuple[int, int, int], tokens: int, device: torch.device, dtype: torch.dtype
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Queries, keys and values [1, heads, tokens, head size] as projections leave them, and the output's gradient."""
+    generator = torch.Generator().manual_seed(0)
+    qkv = [
+        torch.randn(1, tokens, count, shape[2], generator=generator).to(device, dtype).transpose(1, 2).requires_grad_()
+        for count in (shape[0], shape[1], shape[1])
+    ]
+    return qkv, torch.randn(1, tokens, shape[0], shape[2], generator=generator).to(device, dtype)
+
+
+def verdict(
+    name: str, tokens: int, layout: PackedLayout, lines: Sequence[Line], device: torch.device, dtype: torch.dtype
+) -> dict[str, Any]:
+    """The target for one shape, as an entry of `targets`: `met` is None where it was not measured.
+
+    Judged is the backend that `auto` takes; `layout` is what fits into a row of `tokens`. The prediction is the ratio
+    of visited blocks, as if every kernel computed them at the same rate.
+    """
+    backend = choose_backend("auto", Needs(device, dtype, SHAPES[name][2])).backend
+    work = counted(layout, SHAPES[name])
+    predicted = work["separate"]["blocks"] / work["varlen" if backend in ("flash3", "flash") else backend]["blocks"]
+    entry = {
+        "target": f"packed attention: >= {TARGET_RATIO}x separate sequences ({name}, {tokens:,} tokens, {backend})",
+        "predicted": f"{predicted:.2f}x (visited blocks)",
+        "measured": "not measured",
+        "met": None,
+    }
+    times = {line.provider: line.median_ms for line in lines if line.median_ms is not None}
+    if device.type != "cuda" or tokens != TARGET_TOKENS or not {"separate", backend} <= times.keys():
+        return entry
+    ratio = times["separate"] / times[backend]
+    return entry | {"measured": f"{ratio:.2f}x", "met": ratio >= TARGET_RATIO}
 
 
 def packed_step(
@@ -216,7 +268,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, nargs="+", default=[8192], help="tokens of a packed row")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["llava-1.5-7b", "qwen2.5-vl-7b"])
     parser.add_argument("--sample-seconds", type=float, default=1.0, help="for each provider")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="no case begins after so long")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="no provider begins after so long")
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args(argv)
     if arguments.quick:
@@ -226,26 +278,33 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status: 1 where a backend failed or disagreed, which its line explains."""
     begin = time.monotonic()
     arguments = _arguments(argv)
     device = torch.device("cpu" if arguments.count else arguments.device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     report: dict[str, Any] = {"machine": machine(device), "results": [], "not_run": []}
+    if not arguments.count:
+        report["targets"] = []
     for shape in arguments.shapes:
         for tokens in arguments.tokens:
             layout = row_of(tokens, TINY_GROUPS if shape == "tiny" else GROUPS)
             if arguments.count:
                 report["results"].append({"shape": shape, "tokens": tokens} | counted(layout, SHAPES[shape]))
-            elif time.monotonic() - begin > arguments.seconds:
-                report["not_run"].append(f"attention {shape} T={tokens}: no time was left")
             else:
-                dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-                lines = run_case(shape, layout, device, dtype, arguments.sample_seconds)
+                lines = []
+                if time.monotonic() - begin > arguments.seconds:
+                    report["not_run"].append(f"attention {shape} T={tokens}: no time was left")
+                else:
+                    lines = run_case(shape, layout, device, dtype, arguments.sample_seconds, begin + arguments.seconds)
                 report["results"] += map(asdict, lines)
+                report["targets"].append(verdict(shape, tokens, layout, lines, device, dtype))
             if arguments.json:  # after every case: a process that is stopped leaves what it had
                 arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(report, indent=1))
+    return int(any(line.get("status") in ("failed", "disagrees") for line in report["results"]))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -15,8 +15,9 @@ class ModelConfig:
     Attributes:
         path: Directory (or hub id) that `AutoModelForImageTextToText.from_pretrained` reads.
         dtype: Weights and activations: float32, bfloat16 or float16; `config` takes what the model's config says.
-        attention: How packed groups attend: `flash` (flash-attn, on CUDA in half precision), `flex` (FlexAttention, on
-            CUDA), `sdpa`; `auto` takes the first of these that the machine has, on CPU sdpa.
+        attention: How packed groups attend: `flash` (flash-attn 3 or 2, on CUDA in half precision), `varlen` (PyTorch's
+            copy of flash-attn 2, likewise), `flex` (FlexAttention, on CUDA), `sdpa`; `auto` takes the first of these
+            that the machine has, on CPU sdpa.
         vision_attention: Attention implementation of the vision tower, as transformers names it.
         gradient_checkpointing: What the backward pass computes again: `none`; `full`, whole layers, of which it keeps
             the inputs; `selective`, all but matrix products and attention. true means full, false none.
@@ -27,7 +28,7 @@ class ModelConfig:
 
     path: str = ""
     dtype: Literal["float32", "bfloat16", "float16", "config"] = "bfloat16"
-    attention: Literal["auto", "flash", "flex", "sdpa"] = "auto"
+    attention: Literal["auto", "flash", "varlen", "flex", "sdpa"] = "auto"
     vision_attention: str = "sdpa"
     gradient_checkpointing: Literal["none", "full", "selective"] | bool = "none"
     share_prefix: Literal["auto", "never"] = "auto"

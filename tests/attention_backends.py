@@ -1,21 +1,26 @@
-"""The three ways of computing packed attention, made to run without a GPU, and layouts to compare them on."""
+"""The backends of packed attention, made to run without a GPU, and layouts to compare them on."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 from torch.nn.attention import flex_attention
+from torch.utils._python_dispatch import _disable_current_modes
 
-from bpo.model import attention_flash, attention_flex
+from bpo.model import attention_flex, attention_kernels
+from bpo.model.attention_choice import BackendName
 from bpo.records import PackedLayout
-from tests.varlen_reference import flash_attn_varlen_func
+from tests.varlen_reference import flash_attn_3_varlen_func, flash_attn_varlen_func, install_operators
 
-BACKENDS = ("sdpa", "flash", "flex")
+VARLEN: tuple[BackendName, ...] = ("flash3", "flash", "varlen")
+BACKENDS: tuple[BackendName, ...] = ("sdpa", *VARLEN, "flex")
 
 
 def layout_of(*groups: tuple[int, Sequence[int]]) -> PackedLayout:
@@ -84,9 +89,20 @@ def num_compilations() -> int:
     return len(_debug_get_cache_entry_list(flex_attention.flex_attention.__code__))
 
 
+def _closed(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+    """The graph in eager PyTorch. Like compiled code it is closed to dispatch modes, in the backward pass too."""
+
+    def run(arguments: list[Any]) -> Any:
+        with _disable_current_modes():
+            return graph(*arguments)
+
+    run._boxed_call = True  # type: ignore[attr-defined]
+    return run
+
+
 @functools.cache
 def _traced_flex_attention() -> Callable[..., torch.Tensor]:
-    return torch.compile(flex_attention.flex_attention, dynamic=True, backend="aot_eager")
+    return torch.compile(flex_attention.flex_attention, dynamic=True, backend=aot_autograd(fw_compiler=_closed))
 
 
 def _any_device(*tensors: torch.Tensor) -> None:
@@ -94,11 +110,15 @@ def _any_device(*tensors: torch.Tensor) -> None:
 
 
 def run_without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lets `flash` and `flex` run on the CPU.
+    """Lets every backend run on the CPU.
 
-    flash-attn is the plain function of its contract. FlexAttention is traced by the compiler as on a GPU, but its graph
-    runs in eager PyTorch, whose backward pass works on the CPU once its device check is out of the way.
+    flash-attn's functions and the kernel under PyTorch's `varlen_attn` are replaced (tests/varlen_reference.py).
+    FlexAttention is traced by the compiler as on a GPU, but its graph runs in eager PyTorch, whose backward pass works
+    on the CPU once its device check is out of the way.
     """
-    monkeypatch.setattr(attention_flash, "varlen_function", lambda: flash_attn_varlen_func)
+    install_operators()
+    attention_kernels.torch_varlen_attn()  # imported before it is used, as `choose_backend` does
+    monkeypatch.setattr(attention_kernels, "flash_attn_2", lambda: flash_attn_varlen_func)
+    monkeypatch.setattr(attention_kernels, "flash_attn_3", lambda: flash_attn_3_varlen_func)
     monkeypatch.setattr(flex_attention, "_validate_device", _any_device)
     monkeypatch.setattr(attention_flex, "compiled_flex_attention", _traced_flex_attention)

@@ -1,4 +1,4 @@
-"""Attention over packed groups that share their prefixes: one interface, three ways to compute it.
+"""Attention over packed groups that share their prefixes: one interface, several backends.
 
 A completion attends to its own prefix and to itself, causally, and never to a sibling. The function is registered with
 transformers for the text model only; without a layout it is ordinary SDPA, so the same model also generates.
@@ -17,9 +17,11 @@ from typing import Any, NamedTuple
 import torch
 
 from bpo.model.attention_choice import BackendName, Choice
-from bpo.model.attention_flash import flash_attend, flash_plan
 from bpo.model.attention_flex import flex_attend, flex_plan
+from bpo.model.attention_flops import register_flop_formulas
+from bpo.model.attention_kernels import Kernel, attend_flash_2, attend_flash_3, attend_torch_varlen
 from bpo.model.attention_sdpa import sdpa_attend, sdpa_plan
+from bpo.model.attention_varlen import varlen_attend, varlen_plan
 from bpo.records import PackedLayout
 
 logger = logging.getLogger(__name__)
@@ -42,10 +44,17 @@ class Backend(NamedTuple):
     about: str
 
 
+def _varlen(registered_name: str, kernel: Kernel, library: str) -> Backend:
+    attend = functools.partial(varlen_attend, kernel=kernel)
+    return Backend(registered_name, varlen_plan, attend, f"{library}, one varlen call per layer")
+
+
 BACKENDS: dict[BackendName, Backend] = {
-    "flash": Backend("bpo_shared_prefix_varlen", flash_plan, flash_attend, "flash-attn, one varlen call a layer"),
-    "flex": Backend("bpo_shared_prefix_blocks", flex_plan, flex_attend, "FlexAttention, one compiled call a layer"),
-    "sdpa": Backend("bpo_shared_prefix", sdpa_plan, sdpa_attend, "PyTorch SDPA, two calls a group"),
+    "flash3": _varlen("bpo_shared_prefix_varlen_3", attend_flash_3, "flash-attn 3"),
+    "flash": _varlen("bpo_shared_prefix_varlen", attend_flash_2, "flash-attn 2"),
+    "varlen": _varlen("bpo_shared_prefix_torch_varlen", attend_torch_varlen, "PyTorch's varlen_attn"),
+    "flex": Backend("bpo_shared_prefix_blocks", flex_plan, flex_attend, "FlexAttention, one compiled call per layer"),
+    "sdpa": Backend("bpo_shared_prefix", sdpa_plan, sdpa_attend, "PyTorch SDPA, two calls per group"),
 }
 
 
@@ -96,7 +105,7 @@ def shared_prefix_attention(
         [B, T, H, D] in the dtype of `query_BHTD`.
 
     Raises:
-        ValueError: dropout with `flex`, which has none.
+        ValueError: dropout with `flash3`, `varlen` or `flex`, which have none.
     """
     return _attend(query_BHTD, key_BKTD, value_BKTD, _PackedBatch(layout), backend, scaling, dropout)
 
@@ -157,5 +166,6 @@ def register(choice: Choice) -> str:
     interface = functools.partial(_attention_interface, backend=choice.backend)
     AttentionInterface.register(backend.registered_name, interface)
     AttentionMaskInterface.register(backend.registered_name, _mask_interface)
+    register_flop_formulas()
     logger.info("attention over packed groups: %s (%s)", backend.about, choice.reason)
     return backend.registered_name

@@ -1,27 +1,33 @@
-"""Which way attention over packed groups is computed on a device, and why: `model.attention`."""
+"""Which backend computes attention over packed groups on a device, and why: `model.attention`."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 
-from bpo.model.attention_flash import varlen_function
+from bpo.model.attention_kernels import flash_attn_2, flash_attn_3, torch_varlen_attn
 
-BackendName = Literal["flash", "flex", "sdpa"]
+# `flash3` is what `model.attention: flash` takes where flash-attn 3 can run: results differ in rounding from those of
+# flash-attn 2, and the reference store remembers which one made them.
+BackendName = Literal["flash3", "flash", "varlen", "flex", "sdpa"]
 
 FLASH_VERSION = (2, 8)
 FLASH_MAX_HEAD_SIZE = 256
 FLASH_MIN_CAPABILITY = (8, 0)
+FLASH_3_CAPABILITY = (9, 0)
+# flash-attn pads heads itself; PyTorch's copy of it does so for SDPA alone.
+VARLEN_HEAD_MULTIPLE = 8
 FLEX_MIN_HEAD_SIZE = 16
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A backend, and why it is the one."""
+    """A backend, and the reason for it."""
 
     backend: BackendName
     reason: str
@@ -52,7 +58,9 @@ class Needs:
 
 
 def choose_backend(requested: str, needs: Needs) -> Choice:
-    """The backend for `model.attention`, or for `auto` the first that can run: flash on CUDA, then flex; sdpa on CPU.
+    """The backend for `model.attention`.
+
+    `auto` takes on CUDA the first that can run of flash (flash-attn 3, then 2), varlen, flex and sdpa, elsewhere sdpa.
 
     Raises:
         ValueError: the requested backend cannot run, with the reason and the way out.
@@ -62,57 +70,124 @@ def choose_backend(requested: str, needs: Needs) -> Choice:
     if requested == "auto":
         if needs.device.type != "cuda":
             return Choice("sdpa", f"on {needs.device.type}")
-        refused: list[str] = []
-        for name in ("flash", "flex"):
-            why_not = _OBSTACLES[name](needs)
-            if why_not is None:
-                return Choice(name, "; ".join([*refused, _about(name, needs)]))  # type: ignore[arg-type]
-            refused.append(f"not {name}: {why_not}")
-        return Choice("sdpa", "; ".join(refused))
-    why_not = _OBSTACLES[requested](needs)
-    if why_not is not None:
-        raise ValueError(f"model.attention is {requested}, but {why_not}; or set model.attention to auto")
-    return Choice(requested, f"model.attention is {requested}")  # type: ignore[arg-type]
+        candidates = [name for name in _OBSTACLES if name != "flash3" or _is_installed("flash_attn_interface")]
+    elif requested == "flash" and _is_installed("flash_attn_interface"):
+        candidates = ["flash3", "flash"]
+    else:
+        candidates = [requested]  # type: ignore[list-item]
+    refused: dict[str, str] = {}
+    for name in candidates:
+        why_not = _OBSTACLES[name](needs)
+        if why_not is None:
+            reasons = [f"not {other}: {why}" for other, why in refused.items()]
+            return Choice(name, "; ".join([*reasons, _about(name, requested, needs)]))
+        refused[name] = why_not
+    if requested == "auto":
+        return Choice("sdpa", "; ".join(f"not {name}: {why}" for name, why in refused.items()))
+    reasons = list(dict.fromkeys(refused.values()))
+    raise ValueError(f"model.attention is {requested}, but {'; '.join(reasons)}; or set model.attention to auto")
 
 
-def _about(name: str, needs: Needs) -> str:
-    version = f" {_flash_version()}" if name == "flash" else ""
-    return f"{name}{version} on {needs.device.type} in {_name(needs.dtype)}"
+def obstacle(backend: BackendName, needs: Needs) -> str | None:
+    """Why this one backend cannot serve, and the way out; None where it can."""
+    return None if backend == "sdpa" else _OBSTACLES[backend](needs)
+
+
+def _about(name: BackendName, requested: str, needs: Needs) -> str:
+    libraries = {
+        "flash3": f"flash-attn 3 ({_version('flash_attn_3') or 'of unknown version'})",
+        "flash": f"flash-attn {_version('flash-attn')}",
+        "varlen": f"varlen_attn of PyTorch {torch.__version__}",
+    }
+    what = libraries.get(name, name)
+    chosen = "" if requested == "auto" else f"model.attention is {requested}: "
+    return f"{chosen}{what} on {needs.device.type} in {_name(needs.dtype)}"
 
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _flash_version() -> str | None:
+def _is_installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
+def _version(package: str) -> str | None:
     try:
-        return importlib.metadata.version("flash-attn")
+        return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
 
 
-def _why_not_flash(needs: Needs) -> str | None:
-    """Why flash-attn cannot serve, and the way out."""
+def _why_not_flash_kernel(library: str, needs: Needs) -> str | None:
+    """What rules out every kernel of the flash-attention family, and the way out."""
     if needs.device.type != "cuda":
-        return f"flash-attn needs a CUDA GPU and this is {needs.device.type}: set it to sdpa"
+        return f"{library} needs a CUDA GPU and this is {needs.device.type}: set it to sdpa"
     if needs.dtype not in (torch.bfloat16, torch.float16):
-        return f"flash-attn computes in bfloat16 or float16 and model.dtype gives {_name(needs.dtype)}: set model.dtype"
+        return f"{library} computes in bfloat16 or float16 and model.dtype gives {_name(needs.dtype)}: set model.dtype"
     capability = torch.cuda.get_device_capability(needs.device)
     if capability < FLASH_MIN_CAPABILITY:
         has = ".".join(map(str, capability))
-        return f"flash-attn needs compute capability 8.0 and this GPU has {has}: set it to flex"
+        return f"{library} needs compute capability 8.0 and this GPU has {has}: set it to flex"
     if needs.head_size > FLASH_MAX_HEAD_SIZE:
         most = FLASH_MAX_HEAD_SIZE
-        return f"flash-attn's heads have at most {most} elements, this model's {needs.head_size}: set it to flex"
-    version = _flash_version()
+        return f"{library}'s heads have at most {most} elements, this model's {needs.head_size}: set it to flex"
+    return None
+
+
+def _why_not_flash_3(needs: Needs) -> str | None:
+    """Why flash-attn 3 cannot serve, and the way out."""
+    why_not = _why_not_flash_kernel("flash-attn", needs)
+    if why_not is not None:
+        return why_not
+    capability = torch.cuda.get_device_capability(needs.device)
+    if capability != FLASH_3_CAPABILITY:
+        has = ".".join(map(str, capability))
+        return f"flash-attn 3 needs compute capability 9.0 and this GPU has {has}: pip install 'bpo[flash]'"
+    if needs.dropout:
+        dropout = needs.dropout
+        return f"flash-attn 3 has no dropout and the model's attention_dropout is {dropout}: pip install 'bpo[flash]'"
+    if not _is_installed("flash_attn_interface"):
+        return "flash-attn 3 is not installed: build it from the folder hopper of flash-attn's sources"
+    return _why_not_imported(flash_attn_3, f"flash-attn 3 ({_version('flash_attn_3') or 'of unknown version'})")
+
+
+def _why_not_flash(needs: Needs) -> str | None:
+    """Why flash-attn 2 cannot serve, and the way out."""
+    why_not = _why_not_flash_kernel("flash-attn", needs)
+    if why_not is not None:
+        return why_not
+    version = _version("flash-attn")
     if version is None:
         return "flash-attn is not installed: pip install 'bpo[flash]'"
     if tuple(int(part) for part in version.split(".")[:2]) < FLASH_VERSION:
         return f"flash-attn is {version}: pip install 'bpo[flash]' for 2.8 or newer"
+    return _why_not_imported(flash_attn_2, f"flash-attn {version}")
+
+
+def _why_not_imported(look_up: Callable[[], Any], library: str) -> str | None:
     try:
-        varlen_function()
+        look_up()
     except ImportError as error:
-        return f"flash-attn {version} does not import ({error}): reinstall it for PyTorch {torch.__version__}"
+        return f"{library} does not import ({error}): reinstall it for PyTorch {torch.__version__}"
+    return None
+
+
+def _why_not_varlen(needs: Needs) -> str | None:
+    """Why PyTorch's varlen_attn cannot serve, and the way out."""
+    why_not = _why_not_flash_kernel("varlen_attn", needs)
+    if why_not is not None:
+        return why_not
+    if needs.head_size % VARLEN_HEAD_MULTIPLE:
+        return f"varlen_attn's heads have a multiple of 8 elements, this model's {needs.head_size}: set it to flex"
+    if needs.dropout:
+        return f"varlen_attn has no dropout and the model's attention_dropout is {needs.dropout}: set it to sdpa"
+    if not torch.backends.cuda.is_flash_attention_available():
+        return f"PyTorch {torch.__version__} was built without flash attention: set it to flex"
+    try:
+        torch_varlen_attn()
+    except ImportError as error:
+        return f"PyTorch {torch.__version__} has no varlen_attn ({error}): update to 2.11, or set it to flex"
     return None
 
 
@@ -125,9 +200,15 @@ def _why_not_flex(needs: Needs) -> str | None:
         return f"FlexAttention's heads have at least {least} elements, this model's {needs.head_size}: set it to sdpa"
     if needs.dropout:
         return f"FlexAttention has no dropout and the model's attention_dropout is {needs.dropout}: set it to sdpa"
-    if importlib.util.find_spec("triton") is None:
+    if not _is_installed("triton"):
         return "FlexAttention compiles to Triton, which is not installed: pip install triton"
     return None
 
 
-_OBSTACLES = {"flash": _why_not_flash, "flex": _why_not_flex}
+# In the order in which `auto` tries them.
+_OBSTACLES: dict[BackendName, Callable[[Needs], str | None]] = {
+    "flash3": _why_not_flash_3,
+    "flash": _why_not_flash,
+    "varlen": _why_not_varlen,
+    "flex": _why_not_flex,
+}

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils._python_dispatch import _disable_current_modes
 
+from bpo.model.attention_flops import count_compiled, sequence_pairs
 from bpo.model.packed_rows import Segment, segments_of, to_device
 from bpo.records import PackedLayout
 
@@ -20,6 +22,13 @@ BLOCK = 128
 
 # Without the variant for short queries, the choice of which is a guard on the length; packed rows are not short.
 _KERNEL_OPTIONS = {"FORCE_USE_FLEX_ATTENTION": True}
+
+
+class FlexPlan(NamedTuple):
+    """The block mask of a packed row, and the pairs of query and key per head by which its FLOPs count."""
+
+    mask: BlockMask
+    counted_pairs: int
 
 
 @cache
@@ -32,8 +41,8 @@ def compiled_flex_attention() -> Callable[..., torch.Tensor]:
     return torch.compile(flex_attention, dynamic=True)
 
 
-def flex_plan(layout: PackedLayout, device: torch.device) -> BlockMask:
-    """The block mask of `layout`: equal to `create_block_mask`'s, which would evaluate all T x T pairs.
+def flex_plan(layout: PackedLayout, device: torch.device) -> FlexPlan:
+    """The plan of `layout`. Its block mask is equal to `create_block_mask`'s, which would evaluate all T x T pairs.
 
     Pairs are counted on the CPU from the spans and copied in one transfer; nothing waits for the device.
     """
@@ -46,7 +55,7 @@ def flex_plan(layout: PackedLayout, device: torch.device) -> BlockMask:
     pairs_QQ = _visible_pairs(segments, num_blocks)
     moved = to_device(torch.cat([spans_3T.flatten(), pairs_QQ.flatten()]).to(torch.int32), device)
     # Cloned: each offset into a shared storage would be one more symbol of the compiled code.
-    prefix_start_T, prefix_end_T, start_T = (one.clone() for one in moved[: 3 * num_tokens].view(3, num_tokens))
+    prefix_start_T, prefix_end_T, start_T = (span_T.clone() for span_T in moved[: 3 * num_tokens].view(3, num_tokens))
     pairs_QQ = moved[3 * num_tokens :].view(num_blocks, num_blocks)
 
     def sees(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
@@ -65,7 +74,7 @@ def flex_plan(layout: PackedLayout, device: torch.device) -> BlockMask:
         if isinstance(tensor, torch.Tensor):
             # dynamic=True does not reach all of these: the first batch's number of blocks would be a constant.
             torch._dynamo.maybe_mark_dynamic(tensor, list(range(2, tensor.dim())))
-    return mask
+    return FlexPlan(mask, sequence_pairs(layout))
 
 
 def _visible_pairs(segments: list[Segment], num_blocks: int) -> torch.Tensor:
@@ -100,7 +109,7 @@ def flex_attend(
     query_BHTD: torch.Tensor,
     key_BKTD: torch.Tensor,
     value_BKTD: torch.Tensor,
-    plan: BlockMask,
+    plan: FlexPlan,
     scaling: float | None = None,
     dropout: float = 0.0,
 ) -> torch.Tensor:
@@ -117,9 +126,10 @@ def flex_attend(
             query_BHTD,
             key_BKTD,
             value_BKTD,
-            block_mask=plan,
+            block_mask=plan.mask,
             scale=scaling,
             enable_gqa=query_BHTD.shape[1] != key_BKTD.shape[1],
             kernel_options=_KERNEL_OPTIONS,
         )
+    output_BHTD = count_compiled(output_BHTD, plan.counted_pairs, query_BHTD.shape[-1], value_BKTD.shape[-1])
     return output_BHTD.transpose(1, 2)

@@ -1,4 +1,4 @@
-"""What the ways of computing attention over packed rows have in common: sequences of a row, copies to the device."""
+"""What the attention backends share: the segments and sequences of a packed row, copies to the device."""
 
 from __future__ import annotations
 
@@ -31,6 +31,35 @@ def segments_of(layout: PackedLayout) -> list[Segment]:
     return segments
 
 
+class CausalSequence(NamedTuple):
+    """Queries at rows [start, end) of a packed row, and the spans of rows that their keys come from, in order.
+
+    The mask is causal and aligned bottom-right: the last query sees all keys.
+    """
+
+    start: int
+    end: int
+    key_spans: tuple[tuple[int, int], ...]
+
+    @property
+    def num_queries(self) -> int:
+        return self.end - self.start
+
+    @property
+    def num_keys(self) -> int:
+        return sum(end - start for start, end in self.key_spans)
+
+
+def causal_sequences(layout: PackedLayout) -> list[CausalSequence]:
+    """The row as sequences: each prefix with its first completion, then each further completion after its prefix."""
+    sequences = []
+    for prefix, completions in zip(layout.prefix_spans, layout.completion_spans, strict=True):
+        whole = (prefix[0], completions[0][1] if completions else prefix[1])
+        sequences.append(CausalSequence(*whole, (whole,)))
+        sequences += [CausalSequence(*completion, (prefix, completion)) for completion in completions[1:]]
+    return sequences
+
+
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A copy that the host does not wait for: from page-locked memory on CUDA, else it would stand behind all work."""
+    """A copy that the host does not wait for; on CUDA it comes from page-locked memory."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

@@ -1,4 +1,4 @@
-"""Attention over packed groups on a real GPU: flash-attn and compiled FlexAttention against separate sequences.
+"""Attention over packed groups on a real GPU: every backend that can run there against separate sequences.
 
     pytest -m gpu tests/gpu/test_attention_gpu.py
 
@@ -10,21 +10,26 @@ from __future__ import annotations
 import inspect
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from bpo.config import ModelConfig
+from bpo.model import load
 from bpo.model.attention import packed_layout, shared_prefix_attention
-from bpo.model.attention_choice import BackendName, Needs, choose_backend
-from bpo.model.attention_flash import _GatherRows, flash_plan
-from bpo.model.load import load_model
+from bpo.model.attention_choice import BackendName, Choice, Needs, obstacle
+from bpo.model.attention_flops import register_flop_formulas, sequence_pairs
+from bpo.model.attention_kernels import attend_flash_2, attend_flash_3, attend_torch_varlen
+from bpo.model.attention_varlen import VarlenPlan, _GatherRows, varlen_plan
 from bpo.model.policy import PolicyModel, model_inputs
 from bpo.records import PackedLayout
-from tests.attention_backends import each_sequence_alone, layout_of, num_compilations, num_tokens, random_qkv
+from tests.attention_backends import VARLEN, each_sequence_alone, layout_of, num_compilations, num_tokens, random_qkv
 from tests.sample_groups import encoder_of, packed_batch, three_groups
-from tests.varlen_reference import flash_attn_varlen_func
+from tests.varlen_reference import flash_attn_3_varlen_func, flash_attn_varlen_func
 
 pytestmark = pytest.mark.gpu  # skipped by tests/conftest.py where there is no CUDA
 
@@ -38,14 +43,62 @@ ROWS = {
 SHAPES = {"llava-1.5-7b": (32, 32, 128), "qwen2.5-vl-7b": (28, 4, 128)}
 
 
+KERNELS = {"flash3": attend_flash_3, "flash": attend_flash_2, "varlen": attend_torch_varlen}
+
+
 def needed(backend: BackendName, dtype: torch.dtype = torch.bfloat16) -> BackendName:
-    try:
-        return choose_backend(backend, Needs(CUDA, dtype, 128)).backend
-    except ValueError as error:
-        pytest.skip(str(error))
+    why_not = obstacle(backend, Needs(CUDA, dtype, 128))
+    if why_not is not None:
+        pytest.skip(f"{backend}: {why_not}")
+    return backend
 
 
-@pytest.mark.parametrize("backend", ["flash", "flex", "sdpa"])
+@pytest.mark.parametrize("backend", VARLEN)
+@pytest.mark.parametrize(("heads", "key_heads"), [(8, 8), (8, 2), (7, 1)])
+def test_grouped_heads_and_masks_aligned_bottom_right(backend: BackendName, heads: int, key_heads: int) -> None:
+    """The kernels alone: sequences of as many queries as keys, of fewer and of one, values and gradients."""
+    needed(backend)
+    lengths = [(5, 5), (20, 150), (1, 90), (1, 1), (130, 300)]
+    starts = [
+        torch.tensor([0, *torch.tensor(lengths)[:, side].cumsum(0).tolist()], dtype=torch.int32, device=CUDA)
+        for side in (0, 1)
+    ]
+    unused = torch.empty(0, dtype=torch.int32, device=CUDA)
+    plan = VarlenPlan(*starts, max(q for q, _ in lengths), max(k for _, k in lengths), unused, unused, unused)
+    options = {"key_heads": key_heads, "head_size": 64, "dtype": torch.bfloat16, "device": "cuda"}
+    query = random_qkv(int(starts[0][-1]), heads, **options)[0]
+    inputs = [query, *random_qkv(int(starts[1][-1]), heads, **options)[1:]]
+    output = KERNELS[backend](*(x[0].transpose(0, 1) for x in inputs), plan, 0.2, 0.0)
+    exact = [x.detach().float().requires_grad_() for x in inputs]
+    pieces = []
+    of_queries, of_keys = ([pair[side] for pair in lengths] for side in (0, 1))
+    split = (exact[0].split(of_queries, 2), exact[1].split(of_keys, 2), exact[2].split(of_keys, 2))
+    for q, k, v in zip(*split, strict=True):
+        k, v = (x.repeat_interleave(heads // key_heads, 1) for x in (k, v))
+        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=CUDA).tril(k.shape[2] - q.shape[2])
+        pieces.append(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=0.2))
+    expected = torch.cat(pieces, 2)[0].transpose(0, 1)
+    weight = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1)).to(CUDA)
+    ours = [output, *torch.autograd.grad(output, inputs, weight.bfloat16())]
+    theirs = [expected, *torch.autograd.grad(expected, exact, weight.bfloat16().float())]
+    for name, a, b in zip(("output", "dq", "dk", "dv"), ours, theirs, strict=True):
+        assert float((a.float() - b).abs().max()) <= 2e-2 * float(b.abs().max()), name
+
+
+@pytest.mark.parametrize("backend", [*VARLEN, "flex"])
+@pytest.mark.parametrize("key_heads", [4, 2])
+def test_flops_are_counted_by_formula(backend: BackendName, key_heads: int) -> None:
+    layout = ROWS["groups of 2 and 3"]
+    needed(backend)
+    qkv = random_qkv(num_tokens(layout), 4, key_heads, torch.bfloat16, "cuda", 64)
+    shared_prefix_attention(*qkv, layout, backend=backend).sum().backward()  # compiles
+    register_flop_formulas()
+    with FlopCounterMode(display=False) as counter:
+        shared_prefix_attention(*qkv, layout, backend=backend).sum().backward()
+    assert counter.get_total_flops() == 7 * 2 * sequence_pairs(layout) * 4 * 64
+
+
+@pytest.mark.parametrize("backend", [*VARLEN, "flex", "sdpa"])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("layout", ROWS.values(), ids=ROWS)
 def test_values_and_gradients_equal_separate_sequences(
@@ -55,7 +108,7 @@ def test_values_and_gradients_equal_separate_sequences(
     heads, key_heads, size = shape
     options = {"heads": heads, "key_heads": key_heads, "head_size": size, "device": "cuda"}
     packed, alone = (random_qkv(num_tokens(layout), dtype=torch.bfloat16, **options) for _ in range(2))
-    exact = [one.detach().float().requires_grad_() for one in packed]
+    exact = [x.detach().float().requires_grad_() for x in packed]
     results = []
     weight = torch.randn(1, num_tokens(layout), heads, size, generator=torch.Generator().manual_seed(1)).to(CUDA)
     for qkv, output in (
@@ -64,7 +117,7 @@ def test_values_and_gradients_equal_separate_sequences(
         (exact, each_sequence_alone(*exact, layout)),
     ):
         gradients = torch.autograd.grad(output, qkv, weight.to(output.dtype))
-        results.append([output.detach().float(), *(one.float() for one in gradients)])
+        results.append([output.detach().float(), *(x.float() for x in gradients)])
     for name, ours, separate, true in zip(("output", "dq", "dk", "dv"), *results, strict=True):
         allowed = 2 * float((separate - true).abs().max()) + 1e-2 * float(true.abs().max())
         assert float((ours - true).abs().max()) <= allowed, name
@@ -84,20 +137,22 @@ def test_flex_compiles_once_for_rows_of_all_shapes(with_graph: bool) -> None:
     assert num_compilations() == 1
 
 
-def test_flash_attn_has_the_recorded_signature() -> None:
-    flash_attn = pytest.importorskip("flash_attn")
-    theirs = inspect.signature(flash_attn.flash_attn_varlen_func).parameters
-    assert list(theirs) == list(inspect.signature(flash_attn_varlen_func).parameters)
+@pytest.mark.parametrize(
+    ("module", "stand_in"), [("flash_attn", flash_attn_varlen_func), ("flash_attn_interface", flash_attn_3_varlen_func)]
+)
+def test_flash_attn_has_the_recorded_signature(module: str, stand_in: Callable) -> None:
+    theirs = inspect.signature(pytest.importorskip(module).flash_attn_varlen_func).parameters
+    assert list(theirs) == list(inspect.signature(stand_in).parameters)
 
 
 def test_gradients_of_copies_are_rounded_once_and_the_same_every_time() -> None:
     layout = layout_of((300, (2, 3, 4, 1)), (70, ()), (111, (5, 2)))
-    plan = flash_plan(layout, CUDA)
+    plan = varlen_plan(layout, CUDA)
     source = random_qkv(num_tokens(layout), dtype=torch.bfloat16, device="cuda")[0][0].transpose(0, 1)
     gathered = _GatherRows.apply(source, plan)
     gradient = torch.randn(gathered.shape, device=CUDA).bfloat16()
     results = [torch.autograd.grad(gathered, source, gradient, retain_graph=True)[0] for _ in range(5)]
-    assert all(torch.equal(one, results[0]) for one in results)
+    assert all(torch.equal(result, results[0]) for result in results)
     exact = torch.zeros(source.shape, device=CUDA, dtype=torch.float64)
     exact.index_add_(0, plan.rows_R.long(), gradient.double())
     # One rounding to bf16, of a sum of up to four that is exact to fp32.
@@ -108,7 +163,8 @@ def test_plans_wait_for_nothing() -> None:
     """A synchronisation in the making of a plan would leave the GPU without work once a batch."""
     layout = ROWS["groups of 2 and 3"]
     qkv = random_qkv(num_tokens(layout), head_size=64, dtype=torch.bfloat16, device="cuda")
-    backends = [one for one in ("flash", "flex", "sdpa") if _runs(one)]
+    every: tuple[BackendName, ...] = (*VARLEN, "flex", "sdpa")
+    backends = [name for name in every if obstacle(name, Needs(CUDA, torch.bfloat16, 64)) is None]
     for backend in backends:
         shared_prefix_attention(*qkv, layout, backend=backend)  # compiles
     torch.cuda.set_sync_debug_mode("error")
@@ -117,14 +173,6 @@ def test_plans_wait_for_nothing() -> None:
             shared_prefix_attention(*qkv, layout, backend=backend)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-
-
-def _runs(backend: str) -> bool:
-    try:
-        choose_backend(backend, Needs(CUDA, torch.bfloat16, 64))
-    except ValueError:
-        return False
-    return True
 
 
 @pytest.fixture
@@ -139,19 +187,18 @@ def wide_heads(tiny_llava_dir: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "full", "selective"])
-@pytest.mark.parametrize("backend", ["flash", "flex"])
+@pytest.mark.parametrize("backend", [*VARLEN, "flex"])
 def test_a_whole_model_agrees_with_sdpa(
-    backend: BackendName, checkpointing: str, wide_heads: Path, photo_root: Path
+    backend: BackendName, checkpointing: str, wide_heads: Path, photo_root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Log-probs and the gradient's norm in bf16, through two layers."""
     needed(backend)
     batch = packed_batch(encoder_of(wide_heads, photo_root), three_groups())
     results = []
     for name in (backend, "sdpa"):
-        config = ModelConfig(
-            path=str(wide_heads), dtype="bfloat16", attention=name, gradient_checkpointing=checkpointing
-        )
-        policy = PolicyModel(load_model(config, CUDA, for_training=True)).to(CUDA)
+        monkeypatch.setattr(load, "choose_attention", lambda config, device, name=name: Choice(name, "tested"))
+        config = ModelConfig(path=str(wide_heads), dtype="bfloat16", gradient_checkpointing=checkpointing)
+        policy = PolicyModel(load.load_model(config, CUDA, for_training=True)).to(CUDA)
         with packed_layout(batch.layout):
             logp_N = policy(**model_inputs(batch, CUDA, torch.bfloat16))
             logp_N.sum().backward()

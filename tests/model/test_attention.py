@@ -100,8 +100,8 @@ def test_plans_are_made_once_a_batch_and_go_with_it(backend: BackendName, monkey
 
     def counted(layout: PackedLayout, device: torch.device) -> Any:
         plan = original.plan(layout, device)
-        tensors = {"sdpa": lambda: plan[0].sees_CPC, "flash": lambda: plan.rows_R, "flex": lambda: plan.kv_indices}
-        made.append(weakref.ref(tensors[backend]()))
+        tensors = {"sdpa": lambda: plan[0].sees_CPC, "flex": lambda: plan.mask.kv_indices}
+        made.append(weakref.ref(tensors.get(backend, lambda: plan.rows_R)()))
         return plan
 
     monkeypatch.setitem(attention.BACKENDS, backend, original._replace(plan=counted))
@@ -121,9 +121,10 @@ def test_what_attention_would_leave_out_is_refused(option: dict[str, Any]) -> No
         _interface("sdpa", random_qkv(7), **option)
 
 
-def test_flex_refuses_dropout() -> None:
+@pytest.mark.parametrize("backend", ["flash3", "varlen", "flex"])
+def test_backends_without_dropout_refuse_it(backend: BackendName) -> None:
     with pytest.raises(ValueError, match="no dropout"):
-        shared_prefix_attention(*random_qkv(7), LAYOUTS["one completion"], dropout=0.1, backend="flex")
+        shared_prefix_attention(*random_qkv(7), LAYOUTS["one completion"], dropout=0.1, backend=backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

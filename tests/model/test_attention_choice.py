@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +15,7 @@ from bpo import preparation
 from bpo.config import Config, ModelConfig
 from bpo.config_io import load_config
 from bpo.model import attention_choice
-from bpo.model.attention_choice import Choice, Needs, choose_backend
+from bpo.model.attention_choice import Choice, Needs, choose_backend, obstacle
 from bpo.model.load import choose_attention, load_model
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
@@ -22,33 +24,80 @@ BF16 = Needs(CUDA, torch.bfloat16, head_size=128)
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch):
-    """A machine with the given compute capability and flash-attn version (None: not installed)."""
+    """A machine with the given compute capability and libraries; a version of None is not installed."""
+    find_spec = attention_choice.importlib.util.find_spec
 
-    def make(capability: tuple[int, int] = (9, 0), flash: str | None = "2.8.3", error: str = "") -> None:
-        def look_up() -> None:
-            if error:
-                raise ImportError(error)
+    def make(
+        capability: tuple[int, int] = (9, 0),
+        flash: str | None = "2.8.3",
+        flash3: str | None = None,
+        error: str = "",
+        varlen: bool = True,
+        varlen_error: str = "",
+    ) -> None:
+        def fail_with(text: str) -> None:
+            if text:
+                raise ImportError(text)
 
+        versions = {"flash-attn": flash, "flash_attn_3": flash3}
+        installed = {"triton": True, "flash_attn_interface": flash3 is not None}
         monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
-        monkeypatch.setattr(attention_choice, "_flash_version", lambda: flash)
-        monkeypatch.setattr(attention_choice, "varlen_function", look_up)
-        found = attention_choice.importlib.util.find_spec
-        monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if name == "triton" else found(name))
+        monkeypatch.setattr("torch.backends.cuda.is_flash_attention_available", lambda: varlen)
+        monkeypatch.setattr(attention_choice, "_version", versions.get)
+        for look_up in ("flash_attn_2", "flash_attn_3"):
+            monkeypatch.setattr(attention_choice, look_up, lambda: fail_with(error))
+        monkeypatch.setattr(attention_choice, "torch_varlen_attn", lambda: fail_with(varlen_error))
+        monkeypatch.setattr(
+            "importlib.util.find_spec",
+            lambda name: (object() if installed[name] else None) if name in installed else find_spec(name),
+        )
 
     make()
     return make
 
 
-def test_auto_takes_flash_then_flex_and_sdpa_on_cpu(machine) -> None:
-    assert choose_backend("auto", BF16).backend == "flash"
-    assert "2.8.3" in choose_backend("auto", BF16).reason
+def test_auto_takes_flash_then_varlen_then_flex_and_sdpa_on_cpu(machine) -> None:
+    assert choose_backend("auto", BF16) == Choice("flash", "flash-attn 2.8.3 on cuda in bfloat16")
+    machine(flash3="3.0.0")
+    assert choose_backend("auto", BF16) == Choice("flash3", "flash-attn 3 (3.0.0) on cuda in bfloat16")
     machine(flash=None)
     choice = choose_backend("auto", BF16)
-    assert choice.backend == "flex" and "pip install 'bpo[flash]'" in choice.reason
+    assert choice.backend == "varlen" and "pip install 'bpo[flash]'" in choice.reason
+    assert f"varlen_attn of PyTorch {torch.__version__}" in choice.reason
+    machine(flash=None, varlen=False)
+    choice = choose_backend("auto", BF16)
+    assert choice.backend == "flex" and "not varlen: PyTorch" in choice.reason
     choice = choose_backend("auto", Needs(CPU, torch.bfloat16))
     assert choice.backend == "sdpa" and "cpu" in choice.reason
     choice = choose_backend("auto", Needs(CUDA, torch.float32, dropout=0.1))
     assert choice.backend == "sdpa" and "float32" in choice.reason and "no dropout" in choice.reason
+
+
+@pytest.mark.parametrize("requested", ["auto", "flash"])
+@pytest.mark.parametrize(
+    ("has", "dropout", "message"),
+    [
+        ({"capability": (8, 0)}, 0.0, r"not flash3: flash-attn 3 needs compute capability 9\.0 and this GPU has 8\.0"),
+        ({"capability": (10, 0)}, 0.0, r"this GPU has 10\.0"),
+        ({}, 0.1, "not flash3: flash-attn 3 has no dropout and the model's attention_dropout is 0.1"),
+    ],
+)
+def test_flash_attn_2_serves_what_3_cannot(machine, requested: str, has: dict, dropout: float, message: str) -> None:
+    machine(flash3="3.0.0", **has)
+    choice = choose_backend(requested, replace(BF16, dropout=dropout))
+    assert choice.backend == "flash" and re.search(message, choice.reason) and "flash-attn 2.8.3" in choice.reason
+    machine(flash3="3.0.0", flash=None, **has)
+    with pytest.raises(ValueError, match="flash-attn 3 .*; flash-attn is not installed: pip install"):
+        choose_backend("flash", replace(BF16, dropout=dropout))
+
+
+def test_flash_takes_version_3_where_it_runs_and_version_2_where_3_is_broken(machine) -> None:
+    machine(flash3="3.0.0", flash=None)
+    assert choose_backend("flash", BF16).backend == "flash3"
+    machine(flash3="3.0.0", error="undefined symbol")
+    message = r"flash-attn 3 \(3.0.0\) does not import \(undefined symbol\).*; flash-attn 2.8.3 does not import"
+    with pytest.raises(ValueError, match=message):
+        choose_backend("flash", BF16)
 
 
 @pytest.mark.parametrize(
@@ -67,9 +116,29 @@ def test_flash_where_it_cannot_run_is_refused_and_auto_says_why(machine, has: di
     machine(**has)
     with pytest.raises(ValueError, match=message):
         choose_backend("flash", needs)
+    assert re.search(message, obstacle("flash", needs))
     if needs.device == CUDA:
         choice = choose_backend("auto", needs)
-        assert choice.backend == "flex" and choice.reason.startswith("not flash")
+        assert choice.backend in ("varlen", "flex") and choice.reason.startswith("not flash")
+
+
+@pytest.mark.parametrize(
+    ("has", "needs", "message"),
+    [
+        ({"varlen": False}, BF16, "was built without flash attention: set it to flex"),
+        ({"varlen_error": "cannot import name"}, BF16, "has no varlen_attn .* update to 2.11, or set it to flex"),
+        ({"capability": (7, 5)}, BF16, r"varlen_attn needs compute capability 8\.0 and this GPU has 7\.5"),
+        ({}, Needs(CUDA, torch.float32), "varlen_attn computes in bfloat16 or float16"),
+        ({}, Needs(CUDA, torch.bfloat16, head_size=320), "at most 256 elements, this model's 320"),
+        ({}, Needs(CUDA, torch.bfloat16, head_size=36), "a multiple of 8 elements, this model's 36"),
+        ({}, Needs(CUDA, torch.bfloat16, dropout=0.1), "varlen_attn has no dropout"),
+        ({}, Needs(CPU, torch.bfloat16), "varlen_attn needs a CUDA GPU and this is cpu: set it to sdpa"),
+    ],
+)
+def test_varlen_where_it_cannot_run_is_refused(machine, has: dict, needs: Needs, message: str) -> None:
+    machine(**has)
+    with pytest.raises(ValueError, match=f"model.attention is varlen, but .*{message}"):
+        choose_backend("varlen", needs)
 
 
 @pytest.mark.parametrize(
@@ -87,6 +156,7 @@ def test_flex_where_it_cannot_run_is_refused(machine, needs: Needs, message: str
 
 def test_sdpa_runs_everywhere(machine) -> None:
     for device in (CPU, CUDA):
+        assert obstacle("sdpa", Needs(device, torch.float32)) is None
         assert choose_backend("sdpa", Needs(device, torch.float32)).backend == "sdpa"
 
 

@@ -55,7 +55,7 @@ def as_sets(num_blocks: torch.Tensor, indices: torch.Tensor) -> list[set[int]]:
 
 @pytest.mark.parametrize("layout", ROWS.values(), ids=ROWS)
 def test_block_mask_equals_that_of_all_pairs(layout: PackedLayout) -> None:
-    plan, sees, length = flex_plan(layout, CPU), visible_pairs(layout), num_tokens(layout)
+    plan, sees, length = flex_plan(layout, CPU).mask, visible_pairs(layout), num_tokens(layout)
     rows = torch.arange(length)
     assert torch.equal(plan.mask_mod(0, 0, rows[:, None], rows[None, :]), sees)
     expected = create_block_mask(lambda b, h, q, k: sees[q, k], None, None, length, length, device="cpu")
@@ -68,7 +68,7 @@ def test_block_mask_equals_that_of_all_pairs(layout: PackedLayout) -> None:
 
 
 def test_blocks_between_groups_are_left_out() -> None:
-    plan = flex_plan(ROWS["many blocks"], CPU)
+    plan = flex_plan(ROWS["many blocks"], CPU).mask
     computed = int(plan.kv_num_blocks.sum() + plan.full_kv_num_blocks.sum())
     assert computed < 0.4 * plan.kv_indices.shape[-1] ** 2
     assert int(plan.full_kv_num_blocks.sum()) > 0.3 * computed  # without a mask to evaluate

@@ -1,8 +1,8 @@
-"""flash-attn over a packed row: one variable-length call a layer.
+"""Variable-length attention over a packed row: one call per layer.
 
 Each completion is a sequence whose queries are its own tokens and whose keys are its prefix and its own tokens, under a
-causal mask aligned bottom-right. A prefix and its first completion lie side by side in the row and are one ordinary
-causal sequence, so that a group of n completions needs n copies of its prefix's keys and not n + 1.
+causal mask aligned bottom-right. A prefix and its first completion are adjacent in the row and form one ordinary causal
+sequence, so that a group of n completions needs n copies of its prefix's keys and not n + 1.
 
 Shape letters: B batch (always 1), H query heads, K key heads, T packed tokens, D head size, S sequences, R gathered
 rows of keys, F = K * D.
@@ -13,22 +13,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from bpo.model.packed_rows import to_device
+from bpo.model.packed_rows import causal_sequences, to_device
 from bpo.records import PackedLayout
-
-
-@cache
-def varlen_function() -> Callable[..., torch.Tensor]:
-    """flash-attn's function, and the one place that looks it up: whatever replaces it must keep its contract."""
-    from flash_attn import flash_attn_varlen_func
-
-    return flash_attn_varlen_func
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +28,7 @@ class VarlenPlan:
 
     cu_seqlens_q_S1, cu_seqlens_k_S1: first query and first gathered key of each sequence, and the ends.
     max_seqlen_q, max_seqlen_k: tokens of the longest.
-    rows_R: the packed token whose key and value stand at each gathered place.
+    rows_R: the packed token whose key and value are at each gathered place.
     places_R, place_starts_T: the places of each packed token, token by token.
     """
 
@@ -55,15 +46,12 @@ class VarlenPlan:
         return len(self.rows_R) != len(self.place_starts_T)
 
 
-def flash_plan(layout: PackedLayout, device: torch.device) -> VarlenPlan:
+def varlen_plan(layout: PackedLayout, device: torch.device) -> VarlenPlan:
     """The plan of `layout`, made on the CPU and copied in one transfer; nothing waits for the device."""
-    query_lengths, key_spans = [], []
-    for prefix, completions in zip(layout.prefix_spans, layout.completion_spans, strict=True):
-        end_of_first = completions[0][1] if completions else prefix[1]
-        query_lengths += [end_of_first - prefix[0], *(end - start for start, end in completions[1:])]
-        key_spans += [((prefix[0], end_of_first),), *((prefix, completion) for completion in completions[1:])]
-    key_lengths = [sum(end - start for start, end in spans) for spans in key_spans]
-    rows_R = torch.cat([torch.arange(*span) for spans in key_spans for span in spans])
+    sequences = causal_sequences(layout)
+    query_lengths = [sequence.num_queries for sequence in sequences]
+    key_lengths = [sequence.num_keys for sequence in sequences]
+    rows_R = torch.cat([torch.arange(*span) for sequence in sequences for span in sequence.key_spans])
     num_places_T = torch.bincount(rows_R)
     parts = (
         torch.tensor([0, *itertools.accumulate(query_lengths)]),
@@ -98,33 +86,22 @@ class _GatherRows(torch.autograd.Function):
         return gradient_TF.unflatten(1, gradient_RKD.shape[1:]), None
 
 
-def flash_attend(
+def varlen_attend(
     query_BHTD: torch.Tensor,
     key_BKTD: torch.Tensor,
     value_BKTD: torch.Tensor,
     plan: VarlenPlan,
     scaling: float | None = None,
     dropout: float = 0.0,
+    *,
+    kernel: Callable[..., torch.Tensor],
 ) -> torch.Tensor:
     """Attention of every group's prefix and completions, [B, T, H, D] in the dtype of `query_BHTD`.
 
-    flash-attn's backward pass adds the gradient of the queries with atomics, unless
-    `torch.use_deterministic_algorithms` is on.
+    Args:
+        kernel: One of `bpo.model.attention_kernels`.
     """
-    query_THD, key_TKD, value_TKD = (one[0].transpose(0, 1) for one in (query_BHTD, key_BKTD, value_BKTD))
+    query_THD, key_TKD, value_TKD = (tensor[0].transpose(0, 1) for tensor in (query_BHTD, key_BKTD, value_BKTD))
     if plan.repeats:
         key_TKD, value_TKD = _GatherRows.apply(key_TKD, plan), _GatherRows.apply(value_TKD, plan)
-    output_THD = varlen_function()(
-        query_THD,
-        key_TKD,
-        value_TKD,
-        cu_seqlens_q=plan.cu_seqlens_q_S1,
-        cu_seqlens_k=plan.cu_seqlens_k_S1,
-        max_seqlen_q=plan.max_seqlen_q,
-        max_seqlen_k=plan.max_seqlen_k,
-        dropout_p=dropout,
-        softmax_scale=scaling,
-        causal=True,
-        deterministic=torch.are_deterministic_algorithms_enabled(),
-    )
-    return output_THD[None]
+    return kernel(query_THD, key_TKD, value_TKD, plan, scaling, dropout)[None]
