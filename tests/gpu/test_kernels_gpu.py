@@ -7,9 +7,11 @@ Legend: N rows (response tokens), H hidden size, V vocabulary.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,7 @@ import torch
 
 from bpo_kernels import dispatch
 from bpo_kernels.bench_cases import OPERATIONS, Case, make_inputs, true_result
-from bpo_kernels.bench_measure import TOLERANCES, disagreement
+from bpo_kernels.bench_measure import TOLERANCES, disagreement, sample_ms, sleep_cycles
 from bpo_kernels.bench_providers import OURS, PROVIDERS
 
 pytestmark = pytest.mark.gpu  # skipped by tests/conftest.py where there is no CUDA
@@ -30,8 +32,14 @@ HEADS = {"llava-1.5-7b": (4096, 32064), "qwen2.5-vl-7b": (3584, 152064)}
 OTHER_HEADS = {"llama-3-8b": (4096, 128256), "smollm": (576, 49152), "ragged": (1000, 31), "odd": (33, 4099)}
 
 
+@pytest.mark.timeout(600)
 def test_operation_tests_pass_on_the_gpu():
+    """In parallel workers where there are any: nearly all of the time is compilation. `benchmarks/gpu.py` has them as a
+    part of their own and leaves this test out."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(str(KERNEL_TESTS / f) for f in FILES)]
+    workers = min(12, len(os.sched_getaffinity(0)))
+    if workers > 1 and importlib.util.find_spec("xdist") is not None and "PYTEST_XDIST_WORKER" not in os.environ:
+        command += ["-n", str(workers), "--dist", "worksteal"]
     environment = os.environ | {"BPO_KERNELS": "triton", "KERNEL_TEST_DEVICE": "cuda"}
     environment.pop("TRITON_INTERPRET", None)
     result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=KERNEL_TESTS.parent.parent)
@@ -88,6 +96,22 @@ def test_the_same_bits_twice(provider, variant):
     step = PROVIDERS[case.operation][provider](case, make_inputs(case))
     first = [tensor.clone() for tensor in step()]
     assert all(torch.equal(once, again) for once, again in zip(first, step(), strict=True))
+
+
+def test_times_are_the_devices_and_not_the_hosts():
+    """Between its two kernels the host of this step does something else for 3 ms."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    small = torch.zeros(16, device=device)
+
+    def step() -> None:
+        small.add_(1.0)
+        time.sleep(0.003)
+        small.add_(1.0)
+
+    step()
+    cycles = sleep_cycles(step, device)
+    assert sample_ms(step, device, 1) > 2.5
+    assert min(sample_ms(step, device, cycles) for _ in range(5)) < 0.5
 
 
 def test_frozen_head_over_chunks_stays_within_the_budget():

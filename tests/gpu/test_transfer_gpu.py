@@ -26,6 +26,7 @@ def test_batches_arrive_whole_while_the_gpu_is_busy(tiny_llava_dir: Path, photo_
         for _ in range(20):
             square = torch.nn.functional.normalize(square @ square)
         received.append((moved.image_inputs["pixel_values"] + 0.0, moved.input_ids_T + 0))
-    for one, (values, ids) in zip(sent, received, strict=True):
-        assert torch.equal(values.cpu(), one.image_inputs["pixel_values"].to(torch.bfloat16))
-        assert torch.equal(ids.cpu(), one.input_ids_T)
+    assert len(received) == len(sent)
+    for host_batch, (values, ids) in zip(sent, received, strict=True):
+        assert torch.equal(values.cpu(), host_batch.image_inputs["pixel_values"].to(torch.bfloat16))
+        assert torch.equal(ids.cpu(), host_batch.input_ids_T)
