@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
-from . import fused_logprob, linear_logprob, logprob_gather, preference_loss
+from . import fused_logprob, logprob_gather, logprob_rows, preference_loss
 from .checks import IGNORED_TARGET
 
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # CUDA compute capabilities, and AMD's names.
 ARCHITECTURES: tuple[int | str, ...] = (80, 90, 100, "gfx942")
 
@@ -57,38 +58,57 @@ def _logprob_gather_cases() -> list[Case]:
     return cases
 
 
-def _linear_logprob_cases() -> list[Case]:
+# D wanted, bias and cap, statistics, vocabulary.
+_STREAMED = (
+    (True, False, False, 152064),
+    (False, False, False, 152064),
+    (True, True, True, 152064),
+    (True, True, True, 31),
+)
+
+
+def _logprob_rows_cases() -> list[Case]:
+    """Rows in registers for LLaVA's and SmolLM's vocabulary, streamed ones for Qwen's and for heads with options."""
     cases = []
-    for dtype in ("bf16", "fp16", "fp32"):
-        for with_dlogits, capped, statistics, vocab in (
-            (True, False, False, 32064),
-            (False, False, False, 32064),
-            (True, True, True, 31),
-        ):
-            signature = {
-                "logits_ptr": "*fp32",
-                "target_ptr": "*i64",
-                "logp_ptr": "*fp32",
-                "dlogits_ptr": f"*{dtype}",
-                "V": "i32",
-                "softcap": "fp32",
-                "scale": "fp32",
-            }
-            constants: dict[str, Any] = {
+    pointers = {"logits_ptr": "*fp32", "target_ptr": "*i64", "logp_ptr": "*fp32"}
+    # (dtype, vocabularies of whole rows, options of streamed ones): the precision of D changes little but its stores.
+    for dtype, vocabs, wanted in (
+        ("bf16", (32064, 49152, 31), _STREAMED),
+        ("fp16", (49152,), ()),
+        ("fp32", (32064,), _STREAMED[:1]),
+    ):
+        for vocab in vocabs:
+            for with_dlogits in (True, False):
+                config = logprob_rows.row_config(vocab, DTYPES[dtype], plain=True)
+                signature = pointers | {"V": "i32", "scale": "fp32"}
+                constants = {"IGNORED": IGNORED_TARGET, "WITH_DLOGITS": with_dlogits}
+                constants |= {"BLOCK_V": config.BLOCK_V, "REST_V": config.REST_V}
+                _add_optional(signature, constants, {"dlogits_ptr": f"*{dtype}" if with_dlogits else None})
+                label = f"logprob_row {dtype} V={vocab}" + " +D" * with_dlogits
+                launch = (signature, constants, config.num_warps, vocab % 16 == 0)
+                cases.append(Case(label, logprob_rows.logprob_row_kernel, *launch))
+        for with_dlogits, capped, statistics, vocab in wanted:
+            config = logprob_rows.row_config(vocab, DTYPES[dtype], plain=not (capped or statistics))
+            signature = pointers | {"N": "i32", "V": "i32", "softcap": "fp32", "scale": "fp32"}
+            constants = {
                 "IGNORED": IGNORED_TARGET,
                 "HAS_BIAS": capped,
                 "HAS_SOFTCAP": capped,
                 "WITH_STATISTICS": statistics,
                 "WITH_DLOGITS": with_dlogits,
-                "BLOCK_V": logprob_gather.block_v(vocab),
+                "BLOCK_V": config.BLOCK_V,
             }
-            optional = {"bias_ptr": f"*{dtype}" if capped else None}
-            optional |= {"entropy_ptr": "*fp32" if statistics else None, "argmax_ptr": "*i64" if statistics else None}
+            optional = {
+                "dlogits_ptr": f"*{dtype}" if with_dlogits else None,
+                "bias_ptr": f"*{dtype}" if capped else None,
+                "entropy_ptr": "*fp32" if statistics else None,
+                "argmax_ptr": "*i64" if statistics else None,
+            }
             _add_optional(signature, constants, optional)
             options = (with_dlogits, " +D"), (capped, " +bias+cap"), (statistics, " +statistics")
             label = f"logprob_rows {dtype} V={vocab}" + "".join(text for asked, text in options if asked)
-            kernel, warps = linear_logprob.logprob_rows_kernel, logprob_gather.NUM_WARPS
-            cases.append(Case(label, kernel, signature, constants, warps, aligned=vocab % 16 == 0))
+            launch = (signature, constants, config.num_warps, vocab % 16 == 0)
+            cases.append(Case(label, logprob_rows.logprob_rows_kernel, *launch))
     return cases
 
 
@@ -132,11 +152,10 @@ def _fused_logprob_cases() -> list[Case]:
     )
     wanted = [("bf16", n, o) for n in (2048, 64) for o in (full, bare, counted, unaligned)]
     wanted += [("fp16", 2048, bare), ("fp32", 2048, full), ("fp32", 2048, bare)]
-    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     for arch in ARCHITECTURES:
         for dtype, num_rows, (capped, statistics, addresses) in wanted:
             descriptors = not addresses
-            config = fused_logprob.gemm_config(dtypes[dtype], num_rows, arch, descriptors=descriptors, capped=capped)
+            config = fused_logprob.gemm_config(DTYPES[dtype], num_rows, arch, descriptors=descriptors, capped=capped)
             pointers = {"hidden_ptr": f"*{dtype}", "weight_ptr": f"*{dtype}", "target_ptr": "*i64"}
             signature: dict[str, Any] = pointers | dict.fromkeys(("max_ptr", "sum_ptr", "target_logit_ptr"), "*fp32")
             signature |= {"N": "i32", "V": "i32", "H": "i32", "softcap": "fp32", "scale": "fp32"}
@@ -186,4 +205,4 @@ def _add_optional(signature: dict[str, Any], constants: dict[str, Any], types: d
 
 def all_cases() -> list[Case]:
     """Every kernel in every configuration that the host wrappers launch."""
-    return _logprob_gather_cases() + _linear_logprob_cases() + _fused_logprob_cases() + _preference_loss_cases()
+    return _logprob_gather_cases() + _logprob_rows_cases() + _fused_logprob_cases() + _preference_loss_cases()

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .checks import HALVES, logits_budget, statistics_dtype
+from .chunks import SecondStream, overlapping_chunks, overlaps, run_chunks
 
 # Fewer rows than this in a GEMM leave a GPU idle; where D would leave no room for them it is computed again instead.
 _MIN_CHUNK_ROWS = 256
@@ -45,12 +46,13 @@ class RowOutputs:
 class Rows:
     """One implementation: of the pass over given logits, and of the pass that never has them.
 
-    from_logits(logits_nV, target_n, head, dlogits_nV, statistics): log-probs from fp32 logits (which it may destroy); D
-        goes to `dlogits_nV` where that is given, which may be `logits_nV` itself.
+    from_logits(logits_nV, target_n, head, dlogits_nV, dtype, statistics): log-probs from fp32 logits (which it may
+        destroy); D goes to `dlogits_nV` where that is given, which may be `logits_nV` itself. `dtype` is that of the
+        hidden states, and of D. The log-probs are the same with and without D.
     fused(hidden_NH, weight_VH, target_N, head, statistics, budget_bytes): log-probs without logits.
     """
 
-    from_logits: Callable[[Tensor, Tensor, Head, Tensor | None, bool], RowOutputs]
+    from_logits: Callable[[Tensor, Tensor, Head, Tensor | None, torch.dtype, bool], RowOutputs]
     fused: Callable[[Tensor, Tensor, Tensor, Head, bool, int], RowOutputs]
 
 
@@ -102,8 +104,11 @@ def plan_head(
         largest = (budget_bytes - kept_bytes) // logits_row
     else:
         largest = budget_bytes // (logits_row + (dlogits_row if gradient else 0))
+    overlap = overlaps(dtype, device)
+    if overlap:
+        largest //= 2  # the logits of two chunks are alive together
     # Spread evenly over the chunks: a last chunk of three rows would waste a GEMM.
-    num_chunks = max(1, -(-num_rows // max(1, largest)))
+    num_chunks = max(1, -(-num_rows // max(1, largest)), overlapping_chunks(num_rows) if overlap else 1)
     step = max(1, -(-num_rows // num_chunks))
     return HeadPlan(mode, step, mode == "store" and needs_hidden and not needs_head, keeps_dlogits)
 
@@ -185,28 +190,51 @@ def head_forward(
     unit_grad_NH = hidden_NH.new_empty(num_policy, hidden_size) if plan.keeps_hidden_grad else None
     # The logits of a single chunk in full precision become D where they lie.
     in_place = plan.step >= num_rows and num_policy == num_rows and hidden_NH.dtype not in HALVES
-    kept_NV = hidden_NH.new_empty(num_policy, weight_VH.shape[0]) if plan.keeps_dlogits and not in_place else None
+    keeps_beside = plan.keeps_dlogits and not in_place
+    kept_NV = hidden_NH.new_empty(num_policy, weight_VH.shape[0]) if keeps_beside else None
+    needs_d = plan.keeps_hidden_grad or plan.keeps_dlogits
     parts: list[RowOutputs] = []
-    for start in range(0, num_rows, plan.step):
-        target_n = target_N[start : start + plan.step]
-        logits_nV = logits_fp32(hidden_NH[start : start + plan.step], weight_VH)
-        # Rows before `split` are the policy's and may need D; those after it are the reference's and do not.
-        needs_d = plan.keeps_hidden_grad or plan.keeps_dlogits
-        split = min(max(num_policy - start, 0), target_n.shape[0]) if needs_d else 0
-        if split:
-            policy_rows = slice(start, start + split)
-            own_nV = logits_nV[:split]
-            dlogits_nV = _place_of_d(own_nV, hidden_NH.dtype) if kept_NV is None else kept_NV[policy_rows]
-            parts.append(rows.from_logits(own_nV, target_n[:split], head, dlogits_nV, statistics))
-            if unit_grad_NH is not None:
-                matmul(dlogits_nV, weight_VH, out=unit_grad_NH[policy_rows])
-            elif in_place:
-                kept_NV = dlogits_nV
-        if split < target_n.shape[0]:
-            parts.append(rows.from_logits(logits_nV[split:], target_n[split:], head, None, statistics))
-        # Before the next chunk's logits: two chunks at a time would be twice the budget.
-        logits_nV = own_nV = dlogits_nV = None
+
+    def policy_rows(chunk: slice) -> slice:
+        """Rows of the chunk that need D; those after them are the reference's and do not."""
+        return slice(chunk.start, max(chunk.start, min(chunk.stop, num_policy)) if needs_d else chunk.start)
+
+    def logits(chunk: slice) -> tuple[Tensor, Tensor | None]:
+        logits_nV = logits_fp32(hidden_NH[chunk], weight_VH)
+        own = policy_rows(chunk)
+        if own.start == own.stop:
+            return logits_nV, None
+        place_nV = _place_of_d(logits_nV[: own.stop - own.start], hidden_NH.dtype) if kept_NV is None else kept_NV[own]
+        return logits_nV, place_nV
+
+    def outputs(chunk: slice, made: tuple[Tensor, Tensor | None]) -> Tensor | None:
+        (logits_nV, dlogits_nV), target_n = made, target_N[chunk]
+        split = 0 if dlogits_nV is None else dlogits_nV.shape[0]
+        for part, place_nV in ((slice(0, split), dlogits_nV), (slice(split, target_n.shape[0]), None)):
+            if part.start < part.stop:
+                own = (logits_nV[part], target_n[part], head, place_nV, hidden_NH.dtype, statistics)
+                parts.append(rows.from_logits(*own))
+        return dlogits_nV
+
+    def finish(chunk: slice, dlogits_nV: Tensor | None) -> None:
+        nonlocal kept_NV
+        if dlogits_nV is None:
+            return
+        if unit_grad_NH is not None:
+            matmul(dlogits_nV, weight_VH, out=unit_grad_NH[policy_rows(chunk)])
+        elif in_place:
+            kept_NV = dlogits_nV
+
+    run_chunks(_chunks(num_rows, plan.step), logits, outputs, finish, _second_stream(hidden_NH))
     return _joined(parts, hidden_NH, statistics), unit_grad_NH, kept_NV
+
+
+def _chunks(num_rows: int, step: int) -> list[slice]:
+    return [slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step)]
+
+
+def _second_stream(hidden_NH: Tensor) -> SecondStream | None:
+    return SecondStream(hidden_NH.device) if overlaps(hidden_NH.dtype, hidden_NH.device) else None
 
 
 def head_backward(
@@ -231,17 +259,25 @@ def head_backward(
         return (unit_grad_NH * grad_logp_N[:, None]).to(dtype), None, None
     gemm_weight_VH = weight_VH.to(dtype)
     grad_hidden_NH = torch.empty_like(hidden_NH) if needs_hidden else None
-    grad_weight_VH = grad_bias_V = None
+    grad_weight_VH: Tensor | None = None
+    grad_bias_V: Tensor | None = None
     step = step if kept_NV is None else max(1, num_rows)
-    for start in range(0, num_rows, step):
-        chunk = slice(start, start + step)
+
+    def logits(chunk: slice) -> tuple[Tensor | None, Tensor]:
+        if kept_NV is not None:
+            return None, kept_NV
+        logits_nV = logits_fp32(hidden_NH[chunk], gemm_weight_VH)
+        return logits_nV, _place_of_d(logits_nV, dtype)
+
+    def derivative(chunk: slice, made: tuple[Tensor | None, Tensor]) -> Tensor:
+        logits_nV, dlogits_nV = made
+        if logits_nV is not None:
+            rows.from_logits(logits_nV, target_N[chunk], head, dlogits_nV, dtype, False)
+        return dlogits_nV
+
+    def finish(chunk: slice, dlogits_nV: Tensor) -> None:
+        nonlocal grad_weight_VH, grad_bias_V
         coefficient_n1 = grad_logp_N[chunk, None]
-        dlogits_nV = kept_NV
-        if dlogits_nV is None:
-            logits_nV = logits_fp32(hidden_NH[chunk], gemm_weight_VH)
-            dlogits_nV = _place_of_d(logits_nV, dtype)
-            rows.from_logits(logits_nV, target_N[chunk], head, dlogits_nV, False)
-            del logits_nV
         if grad_hidden_NH is not None:
             grad_hidden_NH[chunk] = matmul(dlogits_nV, gemm_weight_VH) * coefficient_n1
         if needs_weight:
@@ -254,17 +290,15 @@ def head_backward(
         if needs_bias:
             part_V = matmul_fp32(coefficient_n1.t().to(dtype), dlogits_nV)[0]
             grad_bias_V = part_V if grad_bias_V is None else grad_bias_V + part_V
-        dlogits_nV = None  # before the next chunk's logits
-    if needs_weight and grad_weight_VH is None:
-        grad_weight_VH = torch.zeros_like(weight_VH)
-    if needs_bias and grad_bias_V is None:
-        grad_bias_V = hidden_NH.new_zeros(weight_VH.shape[0])
-    bias_dtype = dtype if head.bias_V is None else head.bias_V.dtype
-    return (
-        grad_hidden_NH,
-        None if grad_weight_VH is None else grad_weight_VH.to(weight_VH.dtype),
-        None if grad_bias_V is None else grad_bias_V.to(bias_dtype),
-    )
+
+    run_chunks(_chunks(num_rows, step), logits, derivative, finish, _second_stream(hidden_NH))
+    if needs_weight:
+        grad_weight_VH = torch.zeros_like(weight_VH) if grad_weight_VH is None else grad_weight_VH.to(weight_VH.dtype)
+    if needs_bias:
+        bias_dtype = dtype if head.bias_V is None else head.bias_V.dtype
+        grad_bias_V = hidden_NH.new_zeros(weight_VH.shape[0]) if grad_bias_V is None else grad_bias_V
+        grad_bias_V = grad_bias_V.to(bias_dtype)
+    return grad_hidden_NH, grad_weight_VH, grad_bias_V
 
 
 def _add_weight_gradient(total_VH: Tensor | None, dlogits_nV: Tensor, scaled_nH: Tensor) -> Tensor:

@@ -1,10 +1,10 @@
 """Log-probs of the targets from hidden states: the vendor's GEMM per chunk of rows, and one Triton kernel per chunk.
 
-Legend: N rows (response tokens), n rows of one chunk, H hidden size, V vocabulary.
+Legend: N rows (response tokens), H hidden size, V vocabulary.
 
-The kernel reads the fp32 logits of a chunk, writes log-probs and, where a gradient is needed, D = onehot - softmax
-(times the slopes of cap and scale), which is all that backward needs. Chunks, modes and GEMMs are in head.py, the pass
-without logits in fused_logprob.py.
+The kernel (logprob_rows.py) reads the fp32 logits of a chunk, writes log-probs and, where a gradient is needed,
+D = onehot - softmax (times the slopes of cap and scale), which is all that backward needs. Chunks, modes and GEMMs are
+in head.py, the pass without logits in fused_logprob.py.
 """
 
 from __future__ import annotations
@@ -13,122 +13,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .checks import HALVES, IGNORED_TARGET, align, autocast_hidden, check_linear_logprob, check_triton_dtype
-from .fused_logprob import finish_logits, fused_rows
-from .head import Head, HeadPlan, RowOutputs, Rows, head_backward, head_forward, plan_head
-from .logprob_gather import NUM_WARPS, block_v
-
-
-@triton.jit
-def online_moment_update(max_so_far, sum_so_far, moment_so_far, z):
-    """One tile of logits into the running maximum, sum of exponentials and sum of exponential times logit."""
-    new_max = tl.maximum(max_so_far, tl.max(z, 0))
-    anchor = tl.where(new_max == -float("inf"), 0.0, new_max)
-    # While all logits so far are -inf there is nothing to rescale: -inf times 0 would be NaN.
-    shift = tl.where(max_so_far == -float("inf"), 0.0, max_so_far - anchor)
-    exponential = tl.exp(z - anchor)
-    moment = tl.sum(tl.where(exponential > 0.0, exponential * (z - anchor), 0.0), 0)
-    moment += tl.exp(shift) * (moment_so_far + shift * sum_so_far)
-    return new_max, tl.exp(shift) * sum_so_far + tl.sum(exponential, 0), moment
-
-
-@triton.jit
-def logprob_rows_kernel(
-    logits_ptr,
-    bias_ptr,
-    target_ptr,
-    logp_ptr,
-    entropy_ptr,
-    argmax_ptr,
-    dlogits_ptr,
-    V,
-    softcap,
-    scale,
-    IGNORED: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    WITH_STATISTICS: tl.constexpr,
-    WITH_DLOGITS: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    logits_row = logits_ptr + row * V
-    row_max = tl.full([], -float("inf"), tl.float32)
-    row_sum = tl.full([], 0.0, tl.float32)
-    moment = tl.full([], 0.0, tl.float32)
-    highest = tl.full([], 0, tl.int32)
-    for start in range(0, V, BLOCK_V):
-        column = start + tl.arange(0, BLOCK_V)
-        inside = column < V
-        z = tl.load(logits_row + column, mask=inside, other=0.0).to(tl.float32)
-        z = finish_logits(z, column, inside, bias_ptr, softcap, scale, HAS_BIAS, HAS_SOFTCAP)
-        if WITH_STATISTICS:
-            highest = tl.where(tl.max(z, 0) > row_max, tl.argmax(z, 0) + start, highest)
-        row_max, row_sum, moment = online_moment_update(row_max, row_sum, moment, z)
-
-    target = tl.load(target_ptr + row).to(tl.int64)
-    in_range = (target >= 0) & (target < V)
-    ignored = target == IGNORED
-    own = tl.load(logits_row + target, mask=in_range, other=0.0).to(tl.float32)
-    own = finish_logits(own, target, in_range, bias_ptr, softcap, scale, HAS_BIAS, HAS_SOFTCAP)
-    log_sum = tl.log(row_sum)
-    logp = tl.where(in_range, own - row_max - log_sum, float("nan"))
-    tl.store(logp_ptr + row, tl.where(ignored, 0.0, logp))
-    if WITH_STATISTICS:
-        tl.store(entropy_ptr + row, tl.where(ignored, 0.0, log_sum - moment / row_sum))
-        tl.store(argmax_ptr + row, tl.where(ignored, -1, highest).to(tl.int64))
-
-    if WITH_DLOGITS:
-        # dlogits may be the logits' own memory: a tile is read whole before it is written.
-        dlogits_row = dlogits_ptr + row * V
-        inverse_sum = 1.0 / row_sum
-        for start in range(0, V, BLOCK_V):
-            column = start + tl.arange(0, BLOCK_V)
-            inside = column < V
-            z = tl.load(logits_row + column, mask=inside, other=0.0).to(tl.float32)
-            z = finish_logits(z, column, inside, bias_ptr, softcap, scale, HAS_BIAS, HAS_SOFTCAP)
-            dlogits = (tl.where(column == target, 1.0, 0.0) - tl.exp(z - row_max) * inverse_sum) * scale
-            if HAS_SOFTCAP:
-                dlogits *= 1.0 - (z / softcap) * (z / softcap)
-            dlogits = tl.where(ignored, 0.0, dlogits)
-            tl.store(dlogits_row + column, dlogits.to(dlogits_ptr.dtype.element_ty), mask=inside)
-
-
-def rows_from_logits(
-    logits_nV: Tensor, target_n: Tensor, head: Head, dlogits_nV: Tensor | None, statistics: bool
-) -> RowOutputs:
-    """One launch over the fp32 logits of a chunk; see `head.Rows`."""
-    num_rows, vocab = logits_nV.shape
-    logp_n = torch.empty(num_rows, dtype=torch.float32, device=logits_nV.device)
-    entropy_n = torch.empty_like(logp_n) if statistics else None
-    argmax_n = torch.empty_like(logp_n, dtype=torch.int64) if statistics else None
-    with torch.cuda.device_of(logits_nV):
-        logprob_rows_kernel[(num_rows,)](
-            logits_nV,
-            head.bias_V,
-            align(target_n),
-            logp_n,
-            entropy_n,
-            argmax_n,
-            dlogits_nV,
-            vocab,
-            head.softcap or 1.0,
-            head.scale,
-            IGNORED=IGNORED_TARGET,
-            HAS_BIAS=head.bias_V is not None,
-            HAS_SOFTCAP=head.softcap is not None,
-            WITH_STATISTICS=statistics,
-            WITH_DLOGITS=dlogits_nV is not None,
-            BLOCK_V=block_v(vocab),
-            num_warps=NUM_WARPS,
-        )
-    return RowOutputs(logp_n, entropy_n, argmax_n)
-
+from .checks import HALVES, autocast_hidden, check_linear_logprob, check_triton_dtype
+from .fused_logprob import fused_rows
+from .head import Head, HeadPlan, Rows, head_backward, head_forward, plan_head
+from .logprob_rows import rows_from_logits
 
 ROWS = Rows(rows_from_logits, fused_rows)
 

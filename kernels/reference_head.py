@@ -122,7 +122,7 @@ def _finish_logits(logits_nV: Tensor, head: Head, bias_V: Tensor | None) -> None
 
 
 def _from_logits(
-    logits_nV: Tensor, target_n: Tensor, head: Head, dlogits_nV: Tensor | None, statistics: bool
+    logits_nV: Tensor, target_n: Tensor, head: Head, dlogits_nV: Tensor | None, dtype: torch.dtype, statistics: bool
 ) -> RowOutputs:
     _finish_logits(logits_nV, head, head.bias_V)
     slope_nV = None

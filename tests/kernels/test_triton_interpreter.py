@@ -23,6 +23,7 @@ HERE = Path(__file__).parent
 FILES = (
     "test_logprob_gather.py",
     "test_linear_logprob.py",
+    "test_logprob_rows.py",
     "test_preference_loss.py",
     "test_linear_preference_loss.py",
 )

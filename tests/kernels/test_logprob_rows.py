@@ -1,0 +1,122 @@
+"""Both kernels over given logits: rows in registers, and rows that are streamed.
+
+    TRITON_INTERPRET=1 BPO_KERNELS=triton pytest tests/kernels/test_logprob_rows.py
+
+tests/kernels/test_triton_interpreter.py runs them so. Through the public operations, test_linear_logprob.py does.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bpo_kernels.head import Head
+
+IN_REGISTERS = [1, 31, 128, 1031, 32064]
+STREAMED = 50_001
+OUT_OF_RANGE = 1 << 40
+# The interpreter rounds to bf16 by cutting off.
+BF16_STEP = 2**-7
+
+
+@pytest.fixture(autouse=True)
+def _on_triton(on_triton):
+    if not on_triton:
+        pytest.skip("the plain path has no such kernels: BPO_KERNELS=triton")
+
+
+@pytest.fixture
+def rows():
+    from bpo_kernels import logprob_rows
+
+    return logprob_rows
+
+
+def true_result(logits_NV, target_N, scale=1.0):
+    """Log-probs and D in fp64; 0 for rows that are left out."""
+    z_NV = logits_NV.double() * scale
+    counted_N = target_N != -100
+    index_N1 = target_N.clamp(min=0, max=logits_NV.shape[1] - 1)[:, None]
+    logp_N = z_NV.log_softmax(1).gather(1, index_N1)[:, 0].where(counted_N, 0.0)
+    onehot_NV = torch.zeros_like(z_NV).scatter_(1, index_N1, 1.0)
+    dlogits_NV = (onehot_NV - z_NV.softmax(1)) * scale
+    return logp_N, dlogits_NV.where(counted_N[:, None], 0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("scale", [1.0, -0.25])
+@pytest.mark.parametrize("vocab", [*IN_REGISTERS, STREAMED])
+def test_log_probs_and_their_derivative(rows, device, vocab, scale, dtype):
+    """More rows than are in flight; a row that is left out, of which not even NaN comes through."""
+    num_rows = 5
+    logits_NV = 8 * torch.randn(num_rows, vocab, device=device)
+    target_N = torch.randint(vocab, (num_rows,), device=device)
+    target_N[1] = -100
+    true_logp_N, true_NV = true_result(logits_NV, target_N, scale)
+    logits_NV[1] = torch.nan
+    # As head.py calls it: D of full precision takes the logits' own memory.
+    given_NV = logits_NV.clone()
+    place_NV = given_NV if dtype is torch.float32 else torch.full_like(logits_NV, torch.nan, dtype=dtype)
+    outputs = rows.rows_from_logits(given_NV, target_N, Head(scale=scale), place_NV, dtype, False)
+    torch.testing.assert_close(outputs.logp_n.double(), true_logp_N, atol=2e-6, rtol=2e-6)
+    tolerance = 1e-6 if dtype is torch.float32 else BF16_STEP
+    torch.testing.assert_close(place_NV.double(), true_NV, atol=1e-7, rtol=tolerance)
+    without = rows.rows_from_logits(logits_NV, target_N, Head(scale=scale), None, dtype, False)
+    assert torch.equal(without.logp_n, outputs.logp_n)
+
+
+@pytest.mark.parametrize("vocab", [1031, STREAMED])
+def test_a_target_outside_the_vocabulary_is_nan_and_its_derivative_that_of_no_target(rows, device, vocab):
+    """Also where its low 32 bits look like a token."""
+    logits_NV = torch.randn(2, vocab, device=device)
+    target_N = torch.tensor([vocab, OUT_OF_RANGE + 3], device=device)
+    place_NV = torch.empty_like(logits_NV, dtype=torch.bfloat16)
+    outputs = rows.rows_from_logits(logits_NV, target_N, Head(), place_NV, torch.bfloat16, False)
+    assert outputs.logp_n.isnan().all()
+    expected_NV = -logits_NV.double().softmax(1)
+    torch.testing.assert_close(place_NV.double(), expected_NV, atol=1e-7, rtol=BF16_STEP)
+
+
+@pytest.mark.parametrize("options", ["bias and cap", "statistics"])
+def test_streamed_rows_with_options(rows, device, options):
+    """The vocabulary ends inside a tile; the row's maximum, or a whole tile of -inf, may lie in any."""
+    vocab = 10_007
+    logits_NV = 3 * torch.randn(4, vocab, device=device)
+    logits_NV[0, 4096:8192] = -torch.inf
+    logits_NV[1, :4096] = -torch.inf
+    logits_NV[2, vocab - 1] = 4000.0
+    logits_NV[3, 5:9] = 100.0  # the first of equal ones is the argmax
+    target_N = torch.tensor([3, 9000, 0, 7], device=device)
+    bias_V, softcap = (torch.randn(vocab, device=device), 30.0) if options == "bias and cap" else (None, None)
+    z_NV = logits_NV.double() if bias_V is None else softcap * torch.tanh((logits_NV + bias_V).double() / softcap)
+    place_NV = torch.empty_like(logits_NV)
+    statistics = options == "statistics"
+    outputs = rows.rows_from_logits(logits_NV, target_N, Head(bias_V, softcap), place_NV, torch.float32, statistics)
+    expected_NV = z_NV.log_softmax(1)
+    torch.testing.assert_close(outputs.logp_n.double(), expected_NV[range(4), target_N], atol=3e-6, rtol=3e-6)
+    onehot_NV = torch.zeros_like(z_NV).scatter_(1, target_N[:, None], 1.0)
+    slope_NV = 1.0 if softcap is None else 1 - (z_NV / softcap) ** 2
+    torch.testing.assert_close(place_NV.double(), (onehot_NV - expected_NV.exp()) * slope_NV, atol=1e-6, rtol=1e-5)
+    if statistics:
+        entropy_N = -(expected_NV.exp() * expected_NV).nan_to_num().sum(1)
+        torch.testing.assert_close(outputs.entropy_n.double(), entropy_N, atol=3e-6, rtol=3e-6)
+        assert torch.equal(outputs.argmax_n, logits_NV.argmax(1))
+        assert outputs.argmax_n[3] == 5
+
+
+@pytest.mark.parametrize(
+    ("vocab", "dtype", "plain", "expected"),
+    [
+        (32064, torch.bfloat16, True, (16384, 16384, 16)),
+        (49152, torch.bfloat16, True, (32768, 16384, 16)),
+        (32768, torch.float32, True, (32768, 0, 16)),
+        (49152, torch.float32, True, (8192, None, 32)),
+        (49153, torch.bfloat16, True, (8192, None, 32)),
+        (152064, torch.bfloat16, True, (8192, None, 32)),
+        (32064, torch.bfloat16, False, (4096, None, 16)),
+        (1, torch.bfloat16, True, (1, 0, 4)),
+    ],
+)
+def test_a_row_stays_in_registers_where_it_fits(rows, vocab, dtype, plain, expected):
+    config = rows.row_config(vocab, dtype, plain=plain)
+    assert (config.BLOCK_V, config.REST_V, config.num_warps) == expected
