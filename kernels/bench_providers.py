@@ -9,10 +9,12 @@ the values (negative log-probs [N] or losses [P], or their sum or mean as one nu
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.metadata
 import inspect
+import sys
 from collections.abc import Callable
 from types import ModuleType
 
@@ -182,9 +184,24 @@ def _quack(case: Case, inputs: Inputs) -> Step:
     return _step(case, inputs, functools.partial(whole, reduction="sum", inplace_backward=True))
 
 
+def _provide_trl_utils() -> None:
+    """Lets the backward pass of TRL's function run where pandas or datasets is missing.
+
+    It imports a context that gathers a ZeRO-3 weight from a module that needs both; here the weight is whole.
+    """
+    name = "trl.trainer.utils"
+    try:
+        importlib.import_module(name)
+    except ImportError:
+        utils = ModuleType(name)
+        utils.__dict__["maybe_gather_lm_head_ctx"] = lambda *weights: contextlib.nullcontext()
+        sys.modules[name] = utils
+
+
 def _trl_chunked(case: Case, inputs: Inputs) -> Step:
     """The log-prob function of TRL's trainers; for pairs, on policy and reference in turn, as DPOTrainer calls it."""
     operation = _module("trl.kernels", "trl-chunked").ChunkedLogProbFunction
+    _provide_trl_utils()
 
     def logp_of(hidden_NH: Tensor) -> Tensor:
         arguments = (hidden_NH, inputs.weight_VH, None, inputs.target_N, 1.0, TRL_CHUNK_COLUMNS)

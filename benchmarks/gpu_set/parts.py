@@ -25,6 +25,8 @@ GPU_TEST_WORKERS = 4
 # A benchmark stops by itself before it is stopped; a case in progress gets this long to end.
 GRACE_SECONDS = 15.0
 INSTALL = "pip install --constraint constraints.txt 'bpo[bench]'"
+# What TRL's trainers import.
+_TRL = ("trl", "datasets", "pyarrow", "pandas")
 _PLAIN = ("bpo", "eager")
 _HEAD = ("bpo", "bpo-fused", "eager", "liger", "cce", "trl-chunked")
 # It runs the operation tests, which are a part of their own here.
@@ -76,7 +78,7 @@ class Part:
     Attributes:
         estimate_s, limit_s: On a GPU: how long it takes by estimate, and how long it may take.
         needs: Parts that must not have failed; `PART:OPERATION` asks for the tests of one operation only.
-        package: An import without which it is skipped.
+        packages: Imports without which it is skipped.
         writes: "json", a report of its own, or "lines", the outcomes of tests.
     """
 
@@ -86,15 +88,14 @@ class Part:
     estimate_s: float
     limit_s: float
     needs: tuple[str, ...] = ()
-    package: str | None = None
+    packages: tuple[str, ...] = ()
     writes: str = "json"
     environment: tuple[tuple[str, str], ...] = ()
 
     def why_skipped(self) -> str | None:
         """The reason why this machine cannot run it, or None."""
-        if self.package is None or importlib.util.find_spec(self.package) is not None:
-            return None
-        return f"{self.package} is not installed: {INSTALL}"
+        missing = [name for name in self.packages if importlib.util.find_spec(name) is None]
+        return f"not installed: {', '.join(missing)}; {INSTALL}" if missing else None
 
 
 def _workers(setting: Setting, most: int) -> list[str]:
@@ -185,9 +186,9 @@ _INTERPRETER = (("TRITON_INTERPRET", "1"), ("BPO_KERNELS", "triton"))
 def _bench_part(
     name: str, title: str, operation: str, estimate_s: float, limit_s: float, options: str = "", **rest: Any
 ) -> Part:
-    package = "quack" if name == "quack" else None
+    packages = ("quack",) if name == "quack" else ()
     command = _bench(operation, *options.split(), **rest)
-    return Part(name, title, command, estimate_s, limit_s, (f"operation-tests:{operation}",), package)
+    return Part(name, title, command, estimate_s, limit_s, (f"operation-tests:{operation}",), packages)
 
 
 def build_parts(setting: Setting) -> list[Part]:
@@ -231,7 +232,7 @@ def _target_parts() -> list[Part]:
             providers=_PLAIN,
         ),
         Part("attention", "attention over packed groups", _attention, 50, 80),
-        Part("step", "a training step beside TRL's", _step(2, "trl-liger"), 100, 140, package="trl"),
+        Part("step", "a training step beside TRL's", _step(2, "trl-liger"), 100, 140, packages=_TRL),
         Part("memory", "the memory model of bpo plan", _memory, 45, 70),
     ]
 
@@ -246,7 +247,7 @@ def _other_parts() -> list[Part]:
     liger = f"--variants live-frozen {peaked}"
     head, loss, gather = "linear_logprob", "linear_preference_loss", "logprob_gather"
     return [
-        Part("step-trl", "the step beside TRL without Liger", _step(2, "trl"), 90, 140, package="trl"),
+        Part("step-trl", "the step beside TRL without Liger", _step(2, "trl"), 90, 140, packages=_TRL),
         _bench_part("head-variants", "LM head, forward and trained", head, 60, 90, other_variants, **few),
         _bench_part("head-llama", "LM head of Llama 3", head, 50, 90, frozen, **few | {"shapes": every[-1:]}),
         _bench_part(
@@ -281,6 +282,6 @@ def _other_parts() -> list[Part]:
             **few | {"shapes": every},
         ),
         _bench_part("head-loss-rows", "LM head and loss, other rows", loss, 60, 120, peaked, rows=(128, 8192), **plain),
-        Part("step-3", "the step of groups of three", _step(3, "trl-liger"), 110, 160, package="trl"),
+        Part("step-3", "the step of groups of three", _step(3, "trl-liger"), 110, 160, packages=_TRL),
         _bench_part("quack", "LM head beside QuACK", head, 90, 170, frozen, providers=("bpo", "quack")),
     ]

@@ -29,13 +29,14 @@ PROVIDER_NAMES = {
 def render(report: dict[str, Any]) -> str:
     """The whole page."""
     results = kernel_results(report)
+    timing = "Device times with a cold L2 cache" if report["device"] == "cuda" else "CPU times"
     sections = [
         _head(report),
         f"## Targets\n\n{targets_table(judge(report))}",
-        _kernels("LM head", results, "linear_logprob"),
-        _kernels("LM head and preference loss", results, "linear_preference_loss"),
-        _kernels("Log-probs from logits", results, "logprob_gather"),
-        _kernels("Preference loss", results, "preference_loss"),
+        _kernels("LM head", results, "linear_logprob", timing),
+        _kernels("LM head and preference loss", results, "linear_preference_loss", timing),
+        _kernels("Log-probs from logits", results, "logprob_gather", timing),
+        _kernels("Preference loss", results, "preference_loss", timing),
         _attention(report),
         _steps(report),
         _memory(report),
@@ -77,7 +78,7 @@ def _percent(value: float | None) -> str:
     return "" if value is None else f"{value:.0%}"
 
 
-def _kernels(title: str, results: list[Result], operation: str) -> str:
+def _kernels(title: str, results: list[Result], operation: str, timing: str) -> str:
     """All cases of an operation, provider by provider; `bpo is faster` is another provider's time for bpo's as 1."""
     lines = [result for result in results if result.operation == operation]
     if not lines:
@@ -85,19 +86,21 @@ def _kernels(title: str, results: list[Result], operation: str) -> str:
     has_head = operation.startswith("linear_")
     share = "of GEMM roofline" if has_head else "of copy bandwidth"
     head = ["shape", "variant", "N", "logits", "provider", "ms (p20-p80)", share, "peak MiB", "bpo is faster"]
-    rows = []
+    rows, skipped = [], {}
     for line in lines:
-        start = [line.shape, line.variant, f"{line.num_rows:,}", line.logits]
-        start += [PROVIDER_NAMES.get(line.provider, line.provider)]
-        if line.status != "ok":
+        provider = PROVIDER_NAMES.get(line.provider, line.provider)
+        start = [line.shape, line.variant, f"{line.num_rows:,}", line.logits, provider]
+        if line.status == "skipped":
+            skipped[f"- {provider} was skipped: {line.note}"] = True
+        elif line.status != "ok":
             rows.append([*start, f"{line.status}: {line.note}", "", "", ""])
-            continue
-        ours = timed(lines, "bpo", **case_of(line))
-        faster = f"{line.median_ms / ours[0].median_ms:.2f}x" if ours and line.provider != "bpo" else ""
-        figures = [_range(line), _percent(line.gemm_share if has_head else line.copy_share)]
-        rows.append([*start, *figures, f"{line.peak_bytes / MIB:,.1f}", faster])
-    note = "Device times with a cold L2 cache; peak memory is above the inputs."
-    return f"## {title}\n\n{note}\n\n{table(head, rows)}"
+        else:
+            ours = timed(lines, "bpo", **case_of(line))
+            faster = f"{line.median_ms / ours[0].median_ms:.2f}x" if ours and line.provider != "bpo" else ""
+            figures = [_range(line), _percent(line.gemm_share if has_head else line.copy_share)]
+            rows.append([*start, *figures, f"{line.peak_bytes / MIB:,.1f}", faster])
+    note = f"{timing}; peak memory is above the inputs."
+    return "\n".join([f"## {title}", "", note, "", table(head, rows), *([""] if skipped else []), *skipped])
 
 
 def _attention(report: dict[str, Any]) -> str:

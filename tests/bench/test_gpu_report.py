@@ -167,7 +167,7 @@ def test_the_page_says_where_the_figures_come_from_and_shows_each_section() -> N
         "| step, 2 completions: made up | 2.2x | 2.50x | yes |",
         "| llava-1.5-7b | frozen | 2,048 | peaked | **bpo** | 2.000 (1.800-2.200) | 87% | 3.0 |  |",
         "| llava-1.5-7b | frozen | 2,048 | peaked | TRL's chunked log-prob | 3.000 (2.700-3.300) |  | 3.0 | 1.50x |",
-        "| peaked | QuACK | skipped: quack is missing |",
+        "- QuACK was skipped: quack is missing",
         "| llava-1.5-7b | 7,430 | 8 | flex | 2.000 (2.000-2.000) | 5.0 | 1.50x |",
         "| flash | skipped: flash-attn is missing |",
         "| TRL, Liger | 2,000.00 |",

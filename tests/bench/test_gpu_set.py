@@ -132,7 +132,7 @@ def test_what_is_not_installed_is_skipped_with_the_way_to_get_it(monkeypatch: py
     skipped = {part.name: why_not(part, CUDA, {}, 500.0) for part in build_parts(CUDA) if part.why_skipped()}
     assert set(skipped) == {"step", "step-trl", "step-3", "quack"}
     status, reason = skipped["step"] or ("", "")
-    assert status == "skipped" and reason.startswith("trl is not installed: pip install")
+    assert status == "skipped" and reason.startswith("not installed: trl, datasets, pyarrow, pandas; pip install")
 
 
 def test_the_step_is_beside_ligers_layers_where_they_are_installed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -155,6 +155,14 @@ def test_trls_chunked_log_prob_runs_on_a_cpu_and_agrees(operation, variant):
     assert result.value_error < 1e-4 and result.gradient_error < 1e-4
 
 
+@pytest.mark.skipif(find_spec("trl") is None, reason="trl is not installed: pip install 'bpo[bench]'")
+def test_trls_chunked_log_prob_needs_neither_pandas_nor_datasets(monkeypatch):
+    monkeypatch.setitem(sys.modules, "trl.trainer.utils", None)  # its import fails, as without pandas
+    (result,) = measure(tiny_case("linear_logprob", "trained"), ["trl-chunked"])
+    assert (result.status, result.note) == ("ok", "")
+    assert not hasattr(sys.modules["trl.trainer.utils"], "add_fused_lm_head"), "the module itself was imported"
+
+
 def test_the_device_idles_as_long_as_the_host_queues():
     assert bench_measure.sleep_ms(0.0) == 0.5
     assert bench_measure.sleep_ms(4.0) == 6.0
