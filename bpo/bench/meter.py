@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import math
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode
+
+from bpo.model.attention_flops import backward_flops, forward_flops, register_flop_formulas
 
 KINDS = ("plain", "flops", "memory", "time")
 
 
 def _attention_forward(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any) -> int:
-    return sdpa_flop_count(query, key, value)
+    return forward_flops(math.prod(query[:-1]) * key[-2], query[-1], value[-1])
 
 
 def _attention_backward(
     grad_out: Sequence[int], query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any
 ) -> int:
-    return sdpa_backward_flop_count(grad_out, query, key, value)
+    return backward_flops(math.prod(query[:-1]) * key[-2], query[-1], value[-1])
 
 
 # PyTorch counts the attention kernels of GPUs and leaves out the one of CPUs. As there, a causal kernel counts in full.
@@ -84,6 +87,7 @@ class Meter:
 
     @contextlib.contextmanager
     def _flops(self, result: dict[str, Any]) -> Iterator[None]:
+        register_flop_formulas()
         with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
             yield
         result["flops"] = counter.get_total_flops()

@@ -14,6 +14,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from bpo.bench.meter import Meter
 from bpo.config import ModelConfig
 from bpo.data.families import family_of
 from bpo.flops import model_flops
@@ -30,6 +31,9 @@ CPU = torch.device("cpu")
 COMPILED = (*VARLEN, "flex")
 # A prefix with its first completion as a square, each further completion with its prefix's keys and its own.
 PAIRS = {"one completion": 7 * 7, "three unequal groups": 8**2 + 1 * 6 + 3 * 8 + 3**2 + 4 * 5 + 10**2 + 1 * 10}
+
+# A prefix's square and all completions of a group against all its rows, of the three unequal groups.
+SDPA_PAIRS = 5**2 + 7 * 12 + 1 + 6 * 7 + 9**2 + 2 * 11
 
 
 @pytest.fixture(autouse=True)
@@ -58,11 +62,10 @@ def test_backends_count_the_same_by_formula(backend: BackendName, name: str, key
 
 
 def test_sdpa_counts_its_two_calls() -> None:
-    """A prefix's square and all completions of a group against all its rows; as plain products, four backward."""
-    pairs = 5**2 + 7 * 12 + 1 + 6 * 7 + 9**2 + 2 * 11
+    """As plain products, of which the backward pass has four: it keeps the scores."""
     with sdpa_kernel(SDPBackend.MATH):
-        assert counted(LAYOUTS["three unequal groups"], "sdpa", 4, backward=False) == 2 * pairs * 4 * 2 * 16
-        assert counted(LAYOUTS["three unequal groups"], "sdpa", 4, backward=True) == 6 * pairs * 4 * 2 * 16
+        assert counted(LAYOUTS["three unequal groups"], "sdpa", 4, backward=False) == 2 * SDPA_PAIRS * 4 * 2 * 16
+        assert counted(LAYOUTS["three unequal groups"], "sdpa", 4, backward=True) == 6 * SDPA_PAIRS * 4 * 2 * 16
 
 
 def test_pytorchs_own_formula_of_varlen_attn_says_the_same() -> None:
@@ -86,6 +89,16 @@ def test_sdpa_kernels_of_gpus_count_grouped_heads(grouped: bool) -> None:
         backward = getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}_attention_backward")
         assert flop_registry[forward](query, key, key, out_val=None) == 2 * (3 * 7 * 4 * 2 * 16)
         assert flop_registry[backward](query, query, key, key, out_val=None) == 5 * (3 * 7 * 4 * 2 * 16)
+
+
+def test_the_meter_of_bpo_bench_counts_sdpa_with_grouped_heads() -> None:
+    """On a CPU, for which PyTorch has no formula, by the same convention: each call's queries with all its keys."""
+    model = torch.nn.ModuleDict({"language": torch.nn.Identity(), "vision": torch.nn.Identity()})
+    qkv = random_qkv(num_tokens(LAYOUTS["three unequal groups"]), key_heads=2, head_size=16, dtype=torch.float32)
+    result: dict[str, int] = {}
+    with Meter(model, "language", "vision", CPU).measure("flops", result):
+        shared_prefix_attention(*qkv, LAYOUTS["three unequal groups"]).sum().backward()
+    assert result["flops"] == 7 * SDPA_PAIRS * 4 * 2 * 16
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
