@@ -1,6 +1,6 @@
 """Packs what a GPU machine without a network lacks; run it on a machine with one, under the same version of Python.
 
-    python3.12 benchmarks/offline/pack.py [--image FILE]    .wheels/: what bpo and its tests need, about 8 MiB
+    python3.12 benchmarks/offline/pack.py [--image FILE]    .wheels/: what bpo and its tests need, about 10 MiB
     python3.12 benchmarks/offline/pack.py --quack           .wheels-quack/: QuACK and NVIDIA's CuTe DSL, about 50 MiB,
                                                             for a run of its own; xz takes about 8 minutes
 
@@ -106,7 +106,7 @@ def pack_wheels(image_file: Path) -> None:
     pip(sys.executable, "wheel", "--quiet", "--no-deps", "--wheel-dir", str(WHEELS), deepspeed)
     with tempfile.TemporaryDirectory() as folder:
         wanted = [name for name in resolve(Path(folder), image, pins) if name != deepspeed]
-    pip(sys.executable, "download", "--quiet", "--no-deps", "--only-binary=:all:", "--dest", str(WHEELS), *wanted)
+    pip(sys.executable, "download", "--quiet", "--no-deps", "--only-binary=:all:", "--dest", str(WHEELS), "pip", *wanted)
     stamp.write(WHEELS)
     wheels = sorted(WHEELS.glob("*.whl"))
     total = sum(path.stat().st_size for path in wheels) / 2**20

@@ -36,7 +36,10 @@ import sys
 print("import site;", "; ".join(f"site.addsitedir({p!r})" for p in sys.path if p.endswith(("site-packages", "dist-packages"))))
 P
 if [[ ${#wheels[@]} -gt 0 ]]; then
-    "$python" -m pip --disable-pip-version-check install --quiet --no-index --no-deps --no-compile --no-cache-dir \
+    pip=("$root"/.wheels/pip-*.whl)  # a wheel of pip runs as it is: the interpreter need not have one
+    pip=("${pip[@]/%//pip}")
+    [[ ${#pip[@]} -gt 0 ]] || pip=(-m pip)
+    "$python" "${pip[@]}" --disable-pip-version-check install --quiet --no-index --no-deps --no-compile --no-cache-dir \
         --ignore-installed "${wheels[@]}" || die "the wheels cannot be installed; were they packed for another Python?"
 fi
 
