@@ -113,30 +113,47 @@ def _logprob_rows_cases() -> list[Case]:
 
 
 def _preference_loss_cases() -> list[Case]:
+    """Completions in pieces of 4 Mi tokens; the losses of few pairs, which add up tokens, and of many."""
+    sizes = preference_loss.sizes
+    tiles = {"PIECE": sizes.piece_tokens(4 << 20), "COLUMNS": sizes.COLUMNS}
+    batch = {"completion_ptr": "*i64", "starts_ptr": "*i64", "K": "i32"}
+    pairs = {"pairs_ptr": "*i64", "starts_ptr": "*i64", "K": "i32", "P": "i32", "beta": "fp32", "slope": "fp32"}
+    pairs |= dict.fromkeys(("loss_ptr", "chosen_ptr", "rejected_ptr", "derivative_ptr"), "*fp32")
+    grads = {"grad_loss_ptr": "*fp32", "grad_stride": "i32", "derivative_ptr": "*fp32", "K": "i32", "P": "i32"}
+    units = {"units_ptr": "*i64", "peaks_ptr": "*fp32"}
     cases = []
-    common = {"completion_ptr": "*i64", "pairs_ptr": "*i64", "N": "i32"}
+
+    def add(name: str, signature: dict[str, str], constants: dict[str, Any], optional: dict[str, str | None]) -> None:
+        signature, constants = dict(signature), dict(constants)
+        _add_optional(signature, constants, optional)
+        kernel = getattr(preference_loss.kernels, f"{name.split()[0]}_kernel")
+        cases.append(Case(name, kernel, signature, constants, sizes.NUM_WARPS))
+
     for has_weight in (True, False):
-        weight_type = {"weight_ptr": "*fp32"} if has_weight else {}
-        weight_constant: dict[str, Any] = {"HAS_WEIGHT": has_weight} | ({} if has_weight else {"weight_ptr": None})
-        # The offsets of contiguous completions come with the weights: one case with everything, one with nothing.
-        starts_type = {"starts_ptr": "*i64"} if has_weight else {}
-        starts_constant = {"HAS_STARTS": has_weight} | ({} if has_weight else {"starts_ptr": None})
-        label = "+weight+starts" if has_weight else ""
-        outputs = ("policy_ptr", "reference_ptr", "loss_ptr", "chosen_ptr", "rejected_ptr", "derivative_ptr")
+        weight, label = {"weight_ptr": "*fp32" if has_weight else None}, " +weight" * has_weight
+        tokens = dict.fromkeys(("policy_ptr", "reference_ptr"), "*fp32")
+        weighted = {"HAS_WEIGHT": has_weight}
+        constants = weighted | tiles | {"ROWS": sizes.SUM_ROWS}
+        add(f"preference_loss_sums{label}", batch | tokens | {"sums_ptr": "*fp32"}, constants, weight)
         for loss_type in ("sigmoid", "hinge", "ipo"):
-            signature = (
-                common | weight_type | starts_type | dict.fromkeys(outputs, "*fp32") | {"beta": "fp32", "slope": "fp32"}
-            )
-            constants = weight_constant | starts_constant | {"LOSS_TYPE": loss_type, "BLOCK_N": preference_loss.BLOCK_N}
-            name = f"preference_loss_fwd {loss_type} {label}".strip()
-            kernel = preference_loss.preference_loss_fwd_kernel
-            cases.append(Case(name, kernel, signature, constants, preference_loss.NUM_WARPS))
-        signature = common | weight_type | {"P": "i32"}
-        signature |= dict.fromkeys(("grad_loss_ptr", "derivative_ptr", "grad_policy_ptr"), "*fp32")
-        blocks = {"BLOCK_N": preference_loss.BACKWARD_BLOCK_N, "BLOCK_P": preference_loss.BACKWARD_BLOCK_P}
-        kernel = preference_loss.preference_loss_bwd_kernel
-        name = f"preference_loss_bwd {label}".strip()
-        cases.append(Case(name, kernel, signature, weight_constant | blocks, preference_loss.NUM_WARPS))
+            constants = weighted | {"LOSS_TYPE": loss_type, "BLOCK_N": sizes.BLOCK_N}
+            add(f"preference_loss_direct {loss_type}{label}", pairs | tokens, constants, weight)
+        for direct in (True, False):
+            signature = batch | grads | {"bits": "i32", "grad_policy_ptr": "*fp32"}
+            constants = weighted | tiles | {"ROWS": sizes.GRAD_ROWS, "DIRECT": direct}
+            constants["BLOCK_P"] = sizes.DIRECT_PAIRS
+            which = {"pairs_ptr": "*i64", "peak_ptr": None, "units_ptr": None}
+            if not direct:
+                which = {"pairs_ptr": "*i64", "peak_ptr": "*fp32", "units_ptr": "*i64"}
+            add(f"preference_loss_bwd{' direct' * direct}{label}", signature, constants, which | weight)
+    for loss_type in ("sigmoid", "hinge", "ipo"):
+        constants = {"PIECE": tiles["PIECE"], "ROWS": sizes.PAIR_ROWS, "COLUMNS": sizes.PAIR_COLUMNS}
+        constants |= {"LOSS_TYPE": loss_type}
+        add(f"preference_loss_pairs {loss_type}", pairs | {"sums_ptr": "*fp32"}, constants, {})
+    peak = grads | units | {"num_programs": "i32"}
+    add("preference_loss_peak", peak, {"BLOCK": sizes.PEAK_BLOCK}, {})
+    scatter = grads | units | {"pairs_ptr": "*i64", "num_peaks": "i32", "bits": "i32"}
+    add("preference_loss_scatter", scatter, {"BLOCK_P": sizes.BLOCK_P, "MAX_PEAKS": sizes.MAX_PEAKS}, {})
     return cases
 
 

@@ -133,6 +133,7 @@ def _backward(
     completion_of_token_N: Tensor,
     pairs_P2: Tensor,
     token_weight_N: Tensor | None,
+    completion_starts_K1: Tensor | None,
     logp_N: Tensor,
     derivative_P: Tensor,
     unit_grad_NH: Tensor,
@@ -146,11 +147,13 @@ def _backward(
     needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden states, weight and bias; empty where not needed."""
-    coefficient_N = torch.zeros_like(logp_N) if grad_logp_N is None else grad_logp_N
     if grad_losses_P is not None:
-        coefficient_N = coefficient_N + pairs_module.backward(
-            grad_losses_P, derivative_P, logp_N, completion_of_token_N, pairs_P2, token_weight_N
-        )
+        batch = (completion_of_token_N, pairs_P2, token_weight_N, completion_starts_K1)
+        coefficient_N = pairs_module.backward(grad_losses_P, derivative_P, logp_N, *batch)
+        if grad_logp_N is not None:
+            coefficient_N += grad_logp_N
+    else:
+        coefficient_N = grad_logp_N if grad_logp_N is not None else torch.zeros_like(logp_N)
     unit_grad = unit_grad_NH if keeps_hidden_grad else None
     kept = kept_NV if kept_NV.shape[0] else None
     needs = (needs_hidden, needs_weight, needs_bias)
@@ -176,6 +179,7 @@ def _(
     completion_of_token_N: Tensor,
     pairs_P2: Tensor,
     token_weight_N: Tensor | None,
+    completion_starts_K1: Tensor | None,
     logp_N: Tensor,
     derivative_P: Tensor,
     unit_grad_NH: Tensor,
@@ -198,14 +202,13 @@ def _(
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden_NH, weight_VH, target_N, bias_V = inputs[:4]
-    completion_of_token_N, pairs_P2, token_weight_N = inputs[7:10]
+    batch = inputs[7:11]  # completions of the tokens, pairs, weights, offsets
     ctx.softcap, ctx.scale = inputs[11:13]
     ctx.step, ctx.keeps_hidden_grad = inputs[17:19]
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1], output[2], *output[4:])
-    saved = (hidden_NH, weight_VH, target_N, bias_V, completion_of_token_N, pairs_P2, token_weight_N)
     # The weight itself, never a view of it: ZeRO-3 gathers the parameter again before the backward.
-    ctx.save_for_backward(*saved, *output[3:])
+    ctx.save_for_backward(hidden_NH, weight_VH, target_N, bias_V, *batch, *output[3:])
 
 
 def _gradient(ctx: Any, grad_losses_P: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -256,7 +259,7 @@ def _(
     *others: Any,
     out_shape: Any = None,
 ) -> int:
-    kept, (keeps_hidden_grad, needs_hidden, needs_weight, _) = others[8], others[-4:]
+    kept, (keeps_hidden_grad, needs_hidden, needs_weight, _) = others[9], others[-4:]
     gemms = 0 if keeps_hidden_grad else (kept[0] == 0) + needs_hidden + needs_weight
     return gemm_flops(hidden, weight[0], gemms)
 

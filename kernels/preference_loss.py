@@ -1,140 +1,72 @@
-"""The preference loss of every pair from token log-probs: one launch forward, one launch backward, no atomics.
+"""The preference loss of every pair from token log-probs: work and bytes linear in tokens + pairs, no float atomics.
 
-Legend: N tokens, K completions, P pairs.
+Legend: N tokens, K completions, P pairs, M sides of pairs.
 
-Forward: one program per pair adds up the tokens of its two completions: those between their offsets where the
-completions are contiguous, else all tokens are walked, and blocks that hold none of them cost only the read of their
-completion numbers. A token has the same place in its block in every pair, so that a completion's reward is the same
-number in all of them. Backward: one program per block of tokens adds up the pairs of each completion that occurs in it.
+| | launches forward | backward |
+|---|---|---|
+| up to DIRECT_TOKENS tokens and DIRECT_PAIRS pairs | 1: each pair adds up its tokens | 1: its pairs, its tokens |
+| more tokens, up to DIRECT_PAIRS pairs | 2: the sum of every piece of a completion; the losses | 1 |
+| more pairs | 2 | 3: the largest gradient of a margin; the coefficient of every completion; its tokens |
+
+`completion_starts_K1` says where each completion's tokens are. Without it the tokens are sorted first, forward and
+backward: about 20 launches of PyTorch each way, a radix sort of N integers, copies of the [N] tensors.
+
+The same input gives the same bits, and the order of the pairs changes none of a gradient: README.md says why.
+`preference_sizes.moved_bytes` is what the kernels load and store.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
+import torch.nn.functional as F
 from torch import Tensor
 
+from . import preference_kernels as kernels
+from . import preference_sizes as sizes
 from .checks import align, check_preference_loss, check_preference_options, check_triton_dtype
 
-BLOCK_N = 1024
-BACKWARD_BLOCK_N = 256
-BACKWARD_BLOCK_P = 256
-NUM_WARPS = 4
+
+@dataclass(frozen=True)
+class _Batch:
+    """Completions that lie one after the other.
+
+    order_N: where the tokens were before they were sorted; None where they lay so already.
+    """
+
+    completion_N: Tensor
+    pairs_P2: Tensor
+    starts_K1: Tensor
+    order_N: Tensor | None
+
+    @property
+    def num_completions(self) -> int:
+        return self.starts_K1.shape[0] - 1
+
+    def sorted(self, values_N: Tensor | None) -> Tensor | None:
+        if values_N is None:
+            return None
+        return values_N.contiguous() if self.order_N is None else values_N[self.order_N]
 
 
-@triton.jit
-def pair_loss(margin, beta, slope, LOSS_TYPE: tl.constexpr):
-    """Loss of a margin and its derivative by the margin; `slope` holds the label smoothing."""
-    x = beta * margin
-    if LOSS_TYPE == "hinge":
-        loss = tl.maximum(1.0 - x, 0.0)
-        derivative = tl.where(x < 1.0, -beta, 0.0)
-    elif LOSS_TYPE == "ipo":
-        difference = margin - 0.5 / beta
-        loss = difference * difference
-        derivative = 2.0 * difference
-    else:
-        small = tl.exp(-tl.abs(x))
-        # log(1 + small) keeps its digits where 1 + small has lost them.
-        rounded = 1.0 + small
-        lost = rounded - 1.0
-        log1p = tl.where(lost == 0.0, small, tl.log(rounded) * (small / tl.where(lost == 0.0, 1.0, lost)))
-        loss = slope * x + tl.maximum(-x, 0.0) + log1p
-        derivative = beta * (slope - tl.where(x > 0.0, small, 1.0) / rounded)
-    return loss, derivative
+def _batch(completion_N: Tensor, pairs_P2: Tensor, starts_K1: Tensor | None) -> _Batch:
+    """The completions as they lie; or, without offsets, sorted: those of the pairs, then the tokens of no pair.
 
-
-@triton.jit
-def preference_loss_fwd_kernel(
-    policy_ptr,
-    reference_ptr,
-    completion_ptr,
-    pairs_ptr,
-    weight_ptr,
-    starts_ptr,
-    loss_ptr,
-    chosen_ptr,
-    rejected_ptr,
-    derivative_ptr,
-    N,
-    beta,
-    slope,
-    LOSS_TYPE: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    HAS_STARTS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    pair = tl.program_id(0).to(tl.int64)
-    chosen = tl.load(pairs_ptr + 2 * pair)
-    rejected = tl.load(pairs_ptr + 2 * pair + 1)
-    chosen_sum = tl.zeros([BLOCK_N], tl.float32)
-    rejected_sum = tl.zeros([BLOCK_N], tl.float32)
-    first, last = 0, N
-    if HAS_STARTS:
-        first = tl.minimum(tl.load(starts_ptr + chosen), tl.load(starts_ptr + rejected)).to(tl.int32)
-        last = tl.maximum(tl.load(starts_ptr + chosen + 1), tl.load(starts_ptr + rejected + 1)).to(tl.int32)
-    for start in range(first // BLOCK_N * BLOCK_N, last, BLOCK_N):
-        token = start + tl.arange(0, BLOCK_N).to(tl.int64)
-        inside = token < N
-        completion = tl.load(completion_ptr + token, mask=inside, other=-1)
-        is_chosen = inside & (completion == chosen)
-        is_rejected = inside & (completion == rejected)
-        wanted = is_chosen | is_rejected
-        if tl.max(wanted.to(tl.int32), 0) > 0:
-            policy = tl.load(policy_ptr + token, mask=wanted, other=0.0).to(tl.float32)
-            ratio = policy - tl.load(reference_ptr + token, mask=wanted, other=0.0).to(tl.float32)
-            if HAS_WEIGHT:
-                ratio *= tl.load(weight_ptr + token, mask=wanted, other=0.0).to(tl.float32)
-            chosen_sum += tl.where(is_chosen, ratio, 0.0)
-            rejected_sum += tl.where(is_rejected, ratio, 0.0)
-    chosen_ratio = tl.sum(chosen_sum, 0)
-    rejected_ratio = tl.sum(rejected_sum, 0)
-    loss, derivative = pair_loss(chosen_ratio - rejected_ratio, beta, slope, LOSS_TYPE)
-    tl.store(loss_ptr + pair, loss)
-    tl.store(chosen_ptr + pair, beta * chosen_ratio)
-    tl.store(rejected_ptr + pair, beta * rejected_ratio)
-    tl.store(derivative_ptr + pair, derivative)
-
-
-@triton.jit
-def preference_loss_bwd_kernel(
-    grad_loss_ptr,
-    derivative_ptr,
-    completion_ptr,
-    pairs_ptr,
-    weight_ptr,
-    grad_policy_ptr,
-    N,
-    P,
-    HAS_WEIGHT: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-):
-    token = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside = token < N
-    completion = tl.load(completion_ptr + token, mask=inside, other=-1).to(tl.int32)
-    lowest = tl.min(tl.where(inside, completion, 2147483647), 0)
-    highest = tl.max(completion, 0)
-    grad = tl.zeros([BLOCK_N], tl.float32)
-    for start in range(0, P, BLOCK_P):
-        pair = start + tl.arange(0, BLOCK_P).to(tl.int64)
-        exists = pair < P
-        chosen = tl.load(pairs_ptr + 2 * pair, mask=exists, other=-2).to(tl.int32)
-        rejected = tl.load(pairs_ptr + 2 * pair + 1, mask=exists, other=-2).to(tl.int32)
-        touches = ((chosen >= lowest) & (chosen <= highest)) | ((rejected >= lowest) & (rejected <= highest))
-        if tl.max(touches.to(tl.int32), 0) > 0:
-            grad_margin = tl.load(grad_loss_ptr + pair, mask=exists, other=0.0)
-            grad_margin *= tl.load(derivative_ptr + pair, mask=exists, other=0.0)
-            # Contiguous completions of some hundred tokens: one or two of them occur in a block.
-            for one in range(lowest, highest + 1):
-                of_pairs = tl.where(chosen == one, grad_margin, 0.0) - tl.where(rejected == one, grad_margin, 0.0)
-                grad += tl.where(completion == one, tl.sum(of_pairs, 0), 0.0)
-    if HAS_WEIGHT:
-        grad *= tl.load(weight_ptr + token, mask=inside, other=0.0).to(tl.float32)
-    tl.store(grad_policy_ptr + token, grad.to(grad_policy_ptr.dtype.element_ty), mask=inside)
+    K is not known then, and the indices may be any: a completion's new one is its place among the sides of all pairs.
+    """
+    completion_N, pairs_P2 = completion_N.contiguous(), pairs_P2.contiguous()
+    if starts_K1 is not None:
+        return _Batch(align(completion_N), align(pairs_P2), align(starts_K1.contiguous()), None)
+    sides_M = pairs_P2.to(completion_N.dtype).flatten().sort().values
+    place_N = torch.searchsorted(sides_M, completion_N, out_int32=True)
+    # place_N is M where no side is as large: -1 is no completion's index.
+    is_named_N = F.pad(sides_M, (0, 1), value=-1)[place_N] == completion_N
+    sorted_N, order_N = place_N.where(is_named_N, sides_M.shape[0]).sort(stable=True)
+    bounds = torch.arange(sides_M.shape[0] + 2, dtype=torch.int32, device=sides_M.device)
+    starts_K1 = torch.searchsorted(sorted_N, bounds)
+    return _Batch(sorted_N, torch.searchsorted(sides_M, pairs_P2.to(sides_M.dtype)), starts_K1, order_N)
 
 
 @torch.library.custom_op("bpo_kernels::preference_loss_fwd", mutates_args=())
@@ -150,30 +82,96 @@ def forward(
     loss_type: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Losses, chosen rewards, rejected rewards and the derivatives of the losses by the margins, all [P] fp32."""
-    num_pairs = pairs_P2.shape[0]
+    num_tokens, num_pairs = policy_logp_N.shape[0], pairs_P2.shape[0]
     rows = [torch.empty(num_pairs, dtype=torch.float32, device=policy_logp_N.device) for _ in range(4)]
+    if num_pairs == 0:
+        return rows[0], rows[1], rows[2], rows[3]
     # See reference._pair_losses: both smoothed losses are one log-sigmoid plus a line.
     slope = label_smoothing if loss_type == "sigmoid" else -label_smoothing / (1 - 2 * label_smoothing)
-    if num_pairs:
-        with torch.cuda.device_of(policy_logp_N):
-            preference_loss_fwd_kernel[(num_pairs,)](
-                policy_logp_N.contiguous(),
-                reference_logp_N.contiguous(),
-                align(completion_of_token_N.contiguous()),
-                align(pairs_P2.contiguous()),
-                None if token_weight_N is None else token_weight_N.contiguous(),
-                None if completion_starts_K1 is None else align(completion_starts_K1.contiguous()),
-                *rows,
-                policy_logp_N.shape[0],
-                beta,
-                slope,
-                LOSS_TYPE="sigmoid" if loss_type == "robust" else loss_type,
-                HAS_WEIGHT=token_weight_N is not None,
-                HAS_STARTS=completion_starts_K1 is not None,
-                BLOCK_N=BLOCK_N,
-                num_warps=NUM_WARPS,
-            )
+    loss_options = (beta, slope, "sigmoid" if loss_type == "robust" else loss_type)
+    batch = _batch(completion_of_token_N, pairs_P2, completion_starts_K1)
+    tokens = [batch.sorted(values_N) for values_N in (policy_logp_N, reference_logp_N, token_weight_N)]
+    with torch.cuda.device_of(policy_logp_N):
+        if sizes.is_direct(num_tokens, num_pairs):
+            _launch_direct(batch, *tokens, rows, *loss_options)
+        else:
+            _launch_sums_and_pairs(batch, *tokens, rows, *loss_options)
     return rows[0], rows[1], rows[2], rows[3]
+
+
+def _launch_direct(
+    batch: _Batch,
+    policy_N: Tensor,
+    reference_N: Tensor,
+    weight_N: Tensor | None,
+    rows: list[Tensor],
+    beta: float,
+    slope: float,
+    loss_type: str,
+) -> None:
+    kernels.preference_loss_direct_kernel[(batch.pairs_P2.shape[0],)](
+        policy_N,
+        reference_N,
+        batch.pairs_P2,
+        weight_N,
+        batch.starts_K1,
+        *rows,
+        batch.num_completions,
+        batch.pairs_P2.shape[0],
+        beta,
+        slope,
+        LOSS_TYPE=loss_type,
+        HAS_WEIGHT=weight_N is not None,
+        BLOCK_N=sizes.BLOCK_N,
+        num_warps=sizes.NUM_WARPS,
+    )
+
+
+def _launch_sums_and_pairs(
+    batch: _Batch,
+    policy_N: Tensor,
+    reference_N: Tensor,
+    weight_N: Tensor | None,
+    rows: list[Tensor],
+    beta: float,
+    slope: float,
+    loss_type: str,
+) -> None:
+    num_tokens, num_pairs = policy_N.shape[0], batch.pairs_P2.shape[0]
+    piece = sizes.piece_tokens(num_tokens)
+    num_completions, blocks = batch.num_completions, sizes.num_blocks(num_tokens)
+    sums = torch.empty(num_completions + blocks, dtype=torch.float32, device=policy_N.device)
+    programs = sizes.cdiv(num_completions, sizes.SUM_ROWS) + blocks
+    if programs:
+        kernels.preference_loss_sums_kernel[(programs,)](
+            policy_N,
+            reference_N,
+            batch.completion_N,
+            weight_N,
+            batch.starts_K1,
+            sums,
+            num_completions,
+            HAS_WEIGHT=weight_N is not None,
+            PIECE=piece,
+            ROWS=sizes.SUM_ROWS,
+            COLUMNS=sizes.COLUMNS,
+            num_warps=sizes.NUM_WARPS,
+        )
+    kernels.preference_loss_pairs_kernel[(sizes.cdiv(num_pairs, sizes.PAIR_ROWS),)](
+        batch.pairs_P2,
+        batch.starts_K1,
+        sums,
+        *rows,
+        num_completions,
+        num_pairs,
+        beta,
+        slope,
+        LOSS_TYPE=loss_type,
+        PIECE=piece,
+        ROWS=sizes.PAIR_ROWS,
+        COLUMNS=sizes.PAIR_COLUMNS,
+        num_warps=sizes.NUM_WARPS,
+    )
 
 
 @forward.register_fake
@@ -202,26 +200,74 @@ def backward(
     completion_of_token_N: Tensor,
     pairs_P2: Tensor,
     token_weight_N: Tensor | None,
+    completion_starts_K1: Tensor | None,
 ) -> Tensor:
-    num_tokens = policy_logp_N.shape[0]
+    """Gradient of the policy's log-probs [N], in their dtype."""
+    num_tokens, num_pairs = policy_logp_N.shape[0], pairs_P2.shape[0]
     grad_policy_N = torch.empty(num_tokens, dtype=policy_logp_N.dtype, device=policy_logp_N.device)
-    if num_tokens:
-        with torch.cuda.device_of(policy_logp_N):
-            preference_loss_bwd_kernel[(triton.cdiv(num_tokens, BACKWARD_BLOCK_N),)](
-                grad_losses_P.contiguous(),
-                derivative_P,
-                align(completion_of_token_N.contiguous()),
-                align(pairs_P2.contiguous()),
-                None if token_weight_N is None else token_weight_N.contiguous(),
-                grad_policy_N,
-                num_tokens,
-                pairs_P2.shape[0],
-                HAS_WEIGHT=token_weight_N is not None,
-                BLOCK_N=BACKWARD_BLOCK_N,
-                BLOCK_P=BACKWARD_BLOCK_P,
-                num_warps=NUM_WARPS,
-            )
-    return grad_policy_N
+    if num_tokens == 0 or num_pairs == 0:
+        return grad_policy_N.zero_()
+    batch = _batch(completion_of_token_N, pairs_P2, completion_starts_K1)
+    weight_N = batch.sorted(token_weight_N)
+    programs = sizes.cdiv(batch.num_completions, sizes.GRAD_ROWS) + sizes.num_blocks(num_tokens)
+    direct, bits = num_pairs <= sizes.DIRECT_PAIRS, sizes.fixed_point_bits(num_pairs)
+    # A mean's gradient is one number with stride 0: it is read as it is, not copied P times.
+    grads = (grad_losses_P, grad_losses_P.stride(0), derivative_P)
+    with torch.cuda.device_of(policy_logp_N):
+        peak, units_K = (None, None) if direct else _launch_coefficients(batch, *grads, bits)
+        kernels.preference_loss_bwd_kernel[(programs,)](
+            *grads,
+            batch.completion_N,
+            batch.pairs_P2,
+            weight_N,
+            batch.starts_K1,
+            peak,
+            units_K,
+            grad_policy_N,
+            batch.num_completions,
+            num_pairs,
+            bits,
+            DIRECT=direct,
+            HAS_WEIGHT=weight_N is not None,
+            PIECE=sizes.piece_tokens(num_tokens),
+            ROWS=sizes.GRAD_ROWS,
+            COLUMNS=sizes.COLUMNS,
+            BLOCK_P=sizes.DIRECT_PAIRS,
+            num_warps=sizes.NUM_WARPS,
+        )
+    if batch.order_N is None:
+        return grad_policy_N
+    unsorted_N = torch.empty_like(grad_policy_N)
+    unsorted_N[batch.order_N] = grad_policy_N
+    return unsorted_N
+
+
+def _launch_coefficients(
+    batch: _Batch, grad_losses_P: Tensor, grad_stride: int, derivative_P: Tensor, bits: int
+) -> tuple[Tensor, Tensor]:
+    """Largest gradient of a margin, first of several numbers; each completion's coefficient [K] in units of it."""
+    num_pairs, num_completions = batch.pairs_P2.shape[0], batch.num_completions
+    programs = sizes.num_peaks(num_pairs, num_completions)
+    peaks = torch.empty(programs + 1, dtype=torch.float32, device=derivative_P.device)
+    units_K = torch.empty(num_completions, dtype=torch.int64, device=derivative_P.device)
+    grads = (grad_losses_P, grad_stride, derivative_P)
+    kernels.preference_loss_peak_kernel[(programs,)](
+        *grads, peaks, units_K, num_completions, num_pairs, programs, BLOCK=sizes.PEAK_BLOCK, num_warps=sizes.NUM_WARPS
+    )
+    kernels.preference_loss_scatter_kernel[(sizes.cdiv(num_pairs, sizes.BLOCK_P),)](
+        *grads,
+        batch.pairs_P2,
+        peaks,
+        units_K,
+        num_completions,
+        num_pairs,
+        programs,
+        bits,
+        BLOCK_P=sizes.BLOCK_P,
+        MAX_PEAKS=sizes.MAX_PEAKS,
+        num_warps=sizes.NUM_WARPS,
+    )
+    return peaks, units_K
 
 
 @backward.register_fake
@@ -232,14 +278,15 @@ def _(
     completion_of_token_N: Tensor,
     pairs_P2: Tensor,
     token_weight_N: Tensor | None,
+    completion_starts_K1: Tensor | None,
 ) -> Tensor:
     return policy_logp_N.new_empty(policy_logp_N.shape)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    policy_logp_N, _, completion_of_token_N, pairs_P2, token_weight_N = inputs[:5]
+    policy_logp_N, _, *constants = inputs[:6]
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(output[3], policy_logp_N, completion_of_token_N, pairs_P2, token_weight_N)
+    ctx.save_for_backward(output[3], policy_logp_N, *constants)
 
 
 def _gradient(ctx: Any, grad_losses_P: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:

@@ -124,7 +124,7 @@ def preference_loss(
         loss_type: sigmoid, hinge, ipo or robust. IPO on mean log-probs: give weights 1 / length.
         token_weight_N: [N] weight of each token's log-ratio, a constant; None for 1.
         num_completions: K. None: the highest index + 1, which on CUDA waits for the device.
-        completion_starts_K1: [K + 1] offsets of completions that stand in order: Triton then reads a pair's alone.
+        completion_starts_K1: [K + 1] offsets of completions that lie in order; without them Triton sorts the tokens.
 
     Returns:
         losses [P], and the rewards `beta * r` of the chosen [P] and rejected [P] sides, detached; all fp32

@@ -15,6 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from bpo_kernels import preference_sizes
+
 # The rounding that is allowed beyond the error of the same computation in eager PyTorch, relative to the largest true
 # value: (of a log-prob, of a gradient). Log-probs are fp32 whatever the inputs; a half-precision gradient is rounded
 # once as D, once as its product, once after its coefficient.
@@ -46,6 +48,15 @@ def fresh_memory_is_nan() -> Iterator[None]:
     assert torch.utils.deterministic.fill_uninitialized_memory
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=["few", "many"])
+def path(request, monkeypatch) -> str:
+    """`many`: the kernels for many tokens and pairs, with pieces of 64 tokens, at any size."""
+    if request.param == "many":
+        for name, value in {"DIRECT_TOKENS": 0, "DIRECT_PAIRS": 0, "MIN_PIECE": 64}.items():
+            monkeypatch.setattr(preference_sizes, name, value)
+    return request.param
 
 
 def _run(
