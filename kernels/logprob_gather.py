@@ -2,8 +2,9 @@
 
 Legend: N rows, V vocabulary.
 
-One program per row walks the vocabulary in tiles with a running maximum and sum of exponentials. Both are kept for
-the backward: their logarithm alone would lose the digits of the probabilities where logits are in the thousands.
+One program per row walks the vocabulary in tiles. Each lane of the tile keeps a maximum and a sum of exponentials of
+its own, so that the lanes are reduced once per row and not once per tile. Maximum and log-sum of the row are kept apart
+for the backward: added up, they would lose the digits of the probabilities where logits are in the thousands.
 """
 
 from __future__ import annotations
@@ -19,14 +20,20 @@ from .checks import IGNORED_TARGET, align, check_logprob_gather, check_triton_dt
 
 MAX_BLOCK_V = 4096
 NUM_WARPS = 8
+LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 
 @triton.jit
-def online_softmax_update(max_so_far, sum_so_far, z):
-    """One tile of logits into the running maximum and sum; a tile of -inf alone adds nothing (and no NaN)."""
-    new_max = tl.maximum(max_so_far, tl.max(z, 0))
-    anchor = tl.where(new_max == -float("inf"), 0.0, new_max)
-    return new_max, sum_so_far * tl.exp(max_so_far - anchor) + tl.sum(tl.exp(z - anchor), 0)
+def lane_softmax_update(max_so_far, sum_so_far, z):
+    """One tile of logits into each lane's maximum and sum of exponentials, by one exponential per logit.
+
+    A lane's maximum starts at the lowest finite number, not at -inf: the difference to a logit of -inf is then infinite
+    and adds exp(-inf) = 0, where -inf minus -inf would be NaN.
+    """
+    smaller = tl.exp(-tl.abs(z - max_so_far))
+    is_new = z > max_so_far
+    new_sum = tl.where(is_new, sum_so_far * smaller + 1.0, sum_so_far + smaller)
+    return tl.where(is_new, z, max_so_far), new_sum
 
 
 @triton.jit
@@ -44,13 +51,14 @@ def logprob_gather_fwd_kernel(
 ):
     row = tl.program_id(0).to(tl.int64)
     logits_row = logits_ptr + row * stride_n
-    row_max = tl.full([], -float("inf"), tl.float32)
-    row_sum = tl.full([], 0.0, tl.float32)
+    lane_max = tl.full([BLOCK_V], LOWEST, tl.float32)
+    lane_sum = tl.zeros([BLOCK_V], tl.float32)
     for start in range(0, V, BLOCK_V):
         column = start + tl.arange(0, BLOCK_V).to(tl.int64)
         z = tl.load(logits_row + column * stride_v, mask=column < V, other=-float("inf")).to(tl.float32)
-        row_max, row_sum = online_softmax_update(row_max, row_sum, z)
-    log_sum = tl.log(row_sum)
+        lane_max, lane_sum = lane_softmax_update(lane_max, lane_sum, z)
+    row_max = tl.max(lane_max, 0)
+    log_sum = tl.log(tl.sum(lane_sum * tl.exp(lane_max - row_max), 0))
     target = tl.load(target_ptr + row).to(tl.int64)
     in_range = (target >= 0) & (target < V)
     target_logit = tl.load(logits_row + target * stride_v, mask=in_range, other=float("nan")).to(tl.float32)

@@ -74,6 +74,42 @@ def test_masked_vocabulary_entries_have_no_probability(device):
     assert (grad_NV[:, :4500] == 0).all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_whose_maximum_moves_with_every_tile(assert_as_exact_as_eager, device, dtype):
+    """Rising, falling and alternating over three tiles, around 5,000: each lane rescales its sum, or never does."""
+    rising_V = torch.linspace(-20, 20, 9001, device=device)
+    logits_NV = torch.stack([rising_V, rising_V.flip(0), rising_V.where(rising_V > 0, rising_V.flip(0)), 0 * rising_V])
+    logits_NV = torch.cat([logits_NV, logits_NV + 5000]).to(dtype)
+    target_N = torch.tensor([9000, 0, 4500, 17] * 2, device=device)
+    assert_as_exact_as_eager(
+        lambda logits: dispatch.logprob_gather(logits, target_N),
+        lambda logits: eager(logits, target_N),
+        [logits_NV.requires_grad_()],
+        torch.ones(8, device=device),
+    )
+
+
+@pytest.mark.parametrize("vocab", [5, 300, 9000])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_lowest_numbers_and_infinities_as_masks(device, dtype, vocab):
+    """A mask of the dtype's lowest number is a logit like any other; rows without a finite maximum are NaN, alone."""
+    logits_NV = torch.randn(6, vocab, device=device).to(dtype)
+    lowest = torch.finfo(dtype).min
+    logits_NV[0, 1:] = lowest
+    logits_NV[1] = lowest
+    logits_NV[2, :-1] = -float("inf")
+    logits_NV[3] = -float("inf")
+    logits_NV[4, 2] = float("inf")
+    logits_NV[5, 3] = float("nan")
+    target_N = torch.tensor([0, 1, vocab - 1, 0, 2, 0], device=device)
+    leaf_NV = logits_NV.requires_grad_()
+    logp_N = dispatch.logprob_gather(leaf_NV, target_N)
+    assert logp_N.tolist()[:3] == pytest.approx([0.0, -math.log(vocab), 0.0], rel=1e-6)
+    assert logp_N[3:].isnan().all()
+    (grad_NV,) = torch.autograd.grad(logp_N[:3].sum(), leaf_NV)
+    assert grad_NV[:3].isfinite().all()
+
+
 def test_strided_logits_unaligned_targets_and_expanded_gradient(device):
     storage = torch.randn(400, 9, device=device)
     logits_NV = storage.t()[1:, 3:303].requires_grad_()
