@@ -7,7 +7,13 @@ Shape letters: T packed tokens, Q blocks.
 
 from __future__ import annotations
 
+import importlib.util
+import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,6 +34,7 @@ from tests.attention_backends import (
 )
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).resolve().parents[2]
 ROWS = {
     **LAYOUTS,
     "edges on blocks": layout_of((BLOCK, (BLOCK, BLOCK)), (2 * BLOCK, (64, 64))),
@@ -106,3 +113,20 @@ def test_compiled_for_real_one_kernel_serves_rows_of_all_shapes() -> None:
         output = shared_prefix_attention(*qkv, layout, backend="flex")
         torch.testing.assert_close(output, each_sequence_alone(*qkv, layout), atol=2e-6, rtol=0)
     assert num_compilations() == 1
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="Inductor lowers to Triton, which is not installed"
+)
+def test_both_passes_lower_and_compile_for_a_gpu_with_sizes_as_symbols(tmp_path: Path) -> None:
+    """Inductor's Triton kernels for an H100 and grouped heads, compiled to cubins; they are not launched."""
+    command = [sys.executable, "tests/flex_lowering.py", "28", "4", "--compile"]
+    paths = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
+    environment = {**os.environ, "PYTHONPATH": paths, "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    kernels = {report["pass"]: report for report in map(json.loads, done.stdout.splitlines())}
+    assert set(kernels) == {"forward", "backward"}
+    for report in kernels.values():
+        assert report["cubin_bytes"] > 0 and 0 < report["shared_bytes"] <= 227 << 10
+        assert report["signature"]["ks0"] == "i32"  # the length of the row, an argument and not a constant
