@@ -101,6 +101,19 @@ def pair_loss_run(loss_type: str, with_starts: bool, num_rows: int, device: torc
     return lambda module: _gradients(module.preference_loss(*arguments, **options)[0], [policy_N])
 
 
+def many_pairs_run(device: torch.device) -> Run:
+    """More pairs than the kernels of a training step take: sums and coefficients per completion, launched apart."""
+    num_pairs, tokens = 150, 4
+    completion_N = torch.arange(2 * num_pairs, device=device).repeat_interleave(tokens)
+    policy_N = (-torch.rand(completion_N.shape[0], device=device)).requires_grad_()
+    reference_N = -torch.rand(completion_N.shape[0], device=device)
+    pairs_P2 = torch.arange(2 * num_pairs, device=device).view(num_pairs, 2)
+    starts_K1 = torch.arange(2 * num_pairs + 1, device=device) * tokens
+    arguments = (policy_N, reference_N, completion_N, pairs_P2, 0.1)
+    options: dict[str, Any] = {"num_completions": 2 * num_pairs, "completion_starts_K1": starts_K1}
+    return lambda module: _gradients(module.preference_loss(*arguments, **options)[0], [policy_N])
+
+
 def head_loss_run(live: bool, sizes: tuple[int, int, int], device: torch.device) -> Run:
     num_rows, hidden, vocab = sizes
     dtype = torch.bfloat16
@@ -132,6 +145,7 @@ def launches(device: torch.device) -> list[tuple[str, str, torch.dtype, Callable
         name = f"{loss_type}, with offsets"
         add("preference_loss", name, full, pair_loss_run, loss_type, True, 4 * num_rows, device)
     add("preference_loss", "sigmoid, any order", full, pair_loss_run, "sigmoid", False, 4 * num_rows, device)
+    add("preference_loss", "sigmoid, many pairs", full, many_pairs_run, device)
     for live in (False, True):
         name = f"{'live' if live else 'stored'} reference, bf16"
         add("linear_preference_loss", name, half, head_loss_run, live, short, device)

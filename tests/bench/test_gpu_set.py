@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -324,10 +325,11 @@ def test_a_failing_launch_is_one_line_and_the_rest_is_launched(tmp_path: Path, m
     right = dispatch.preference_loss
 
     def broken(*args: Any, **options: Any) -> Any:
-        if options["loss_type"] == "hinge":
+        loss_type = options.get("loss_type")
+        if loss_type == "hinge":
             raise RuntimeError("out of resources:\n shared memory")
         losses_P, *rewards = right(*args, **options)
-        return (losses_P + (options["loss_type"] == "ipo"), *rewards)
+        return (losses_P + (loss_type == "ipo"), *rewards)
 
     monkeypatch.setattr(dispatch, "preference_loss", broken)
     monkeypatch.setenv("BPO_KERNELS", "reference")
@@ -337,6 +339,25 @@ def test_a_failing_launch_is_one_line_and_the_rest_is_launched(tmp_path: Path, m
     failed = {line["name"]: line["note"] for line in lines if line["status"] == "failed"}
     assert failed["hinge, with offsets"] == "RuntimeError: out of resources: shared memory"
     assert failed["ipo, with offsets"] == "off by 1 (at most 0.001)" and len(failed) == 2 < len(lines) - 5
+
+
+@pytest.mark.skipif(why_no_interpreter() is not None, reason=why_no_interpreter() or "")
+def test_every_kernel_is_launched_by_the_smoke_part() -> None:
+    code = (
+        "import sys\nfrom triton.runtime.interpreter import InterpretedFunction\nlaunched = set()\n"
+        "right = InterpretedFunction.__getitem__\n"
+        "def recording(self, grid):\n    launched.add(self.fn.__name__)\n    return right(self, grid)\n"
+        "InterpretedFunction.__getitem__ = recording\n"
+        "from benchmarks.gpu_set import smoke\nstatus = smoke.main(['--device', 'cpu'])\n"
+        "print('launched', *launched)\nsys.exit(status)"
+    )
+    environment = os.environ | {"TRITON_INTERPRET": "1", "BPO_KERNELS": "triton", "PYTHONPATH": str(gpu.ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    launched = set(done.stdout.splitlines()[-1].split()[1:])
+    sources = [path.read_text() for path in (gpu.ROOT / "kernels").glob("*.py")]
+    kernels = {name for text in sources for name in re.findall(r"^def (\w+_kernel)\(", text, re.MULTILINE)}
+    assert len(kernels) > 8 and kernels <= launched, f"never launched: {sorted(kernels - launched)}"
 
 
 def test_parts_of_a_stopped_benchmark_keep_what_it_had(tmp_path: Path, run: Any) -> None:
