@@ -151,39 +151,39 @@ def why_uncounted(counted: int, useful: int) -> str | None:
     )
 
 
-def compare_first_steps(workers: dict[str, Worker], case: StepCase, tokens: Tokens) -> dict[str, Any]:
-    """Runs the first step of every provider; returns losses, gradient norms and log-probs by provider.
-
-    Raises:
-        DisagreementError: lists where two providers differ by more than rounding.
-    """
-    first = {provider: worker.ask("step") for provider, worker in workers.items()}
-    for provider, worker in workers.items():
-        if worker.facts["adapter"] != workers[OURS].facts["adapter"]:
-            raise DisagreementError(f"{OURS} and {provider} have different adapters")
-        found = disagreements(first[OURS], first[provider], case.dtype, case.beta, tokens)
-        if found:
-            raise DisagreementError(f"{OURS} and {provider} do not compute the same:\n  " + "\n  ".join(found))
-    return first
-
-
-def _wait_for(workers: dict[str, Worker]) -> dict[str, str]:
-    """Waits until every provider can step; returns those that refuse, with the reason.
+def first_steps(workers: dict[str, Worker]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Runs the first step of every provider: losses, gradient norms and log-probs; and who refuses, with the reason.
 
     Raises:
         ProviderError: bpo or TRL itself fails: without them there is nothing to compare.
     """
+    first: dict[str, Any] = {}
     refused: dict[str, str] = {}
     for provider, worker in workers.items():
         try:
             worker.wait_until_ready()
-            if provider not in (OURS, THEIRS):
-                worker.ask("step", "time")  # layers that cannot run on this device fail here
+            first[provider] = worker.ask("step")  # layers that cannot run on this device fail here
         except ProviderError as error:
             if provider in (OURS, THEIRS):
                 raise
             refused[provider] = str(error).splitlines()[0]
-    return refused
+    return first, refused
+
+
+def compare_first_steps(
+    first: dict[str, Any], facts: dict[str, dict[str, Any]], case: StepCase, tokens: Tokens
+) -> None:
+    """Compares what every provider computed in its first step, and its adapter, with bpo's.
+
+    Raises:
+        DisagreementError: lists where two providers differ by more than rounding.
+    """
+    for provider in first:
+        if facts[provider]["adapter"] != facts[OURS]["adapter"]:
+            raise DisagreementError(f"{OURS} and {provider} have different adapters")
+        found = disagreements(first[OURS], first[provider], case.dtype, case.beta, tokens)
+        if found:
+            raise DisagreementError(f"{OURS} and {provider} do not compute the same:\n  " + "\n  ".join(found))
 
 
 def _seconds(worker: Worker, what: str) -> dict[str, Any]:
@@ -197,9 +197,9 @@ def measure_case(case: StepCase, providers: list[str], repetitions: int, tokens:
     """First steps compared, then every figure of every provider; providers that refuse are listed with their reason."""
     notes: list[str] = []
     with started(providers, case) as workers:
-        refused = _wait_for(workers)
-        running = {provider: worker for provider, worker in workers.items() if provider not in refused}
-        first = compare_first_steps(running, case, tokens)
+        first, refused = first_steps(workers)
+        running = {provider: workers[provider] for provider in first}
+        compare_first_steps(first, {provider: worker.facts for provider, worker in running.items()}, case, tokens)
         measured = {provider: measure_provider(worker, "step") for provider, worker in running.items()}
         measured[f"{OURS}-reference"] = measure_provider(running[OURS], "reference")
         why = why_uncounted(measured[OURS]["flops"]["flops"], running[OURS].facts["useful_flops"])

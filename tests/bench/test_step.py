@@ -214,18 +214,17 @@ def test_a_loss_that_its_log_probs_do_not_give_is_named_though_both_agree() -> N
 def test_providers_that_disagree_are_not_reported(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    class Fake:
-        def __init__(self, adapter: str, **changes: float):
-            self.facts, self.changes = {"adapter": adapter}, changes
-
-        def ask(self, what: str) -> dict[str, Any]:
-            return first_step(**self.changes)
-
     settings, tokens = SimpleNamespace(dtype="float32", beta=0.1), {"0:0>1": (100, 100)}
-    compare_first_steps({"bpo": Fake("a"), "trl": Fake("a")}, settings, tokens)  # type: ignore[arg-type]
-    for other, message in ((Fake("b"), "different adapters"), (Fake("a", grad_norm=9), "norms")):
+
+    def compare(adapter: str, **changes: float) -> None:
+        first = {"bpo": first_step(), "trl-liger": first_step(**changes)}
+        facts = {"bpo": {"adapter": "a"}, "trl-liger": {"adapter": adapter}}
+        compare_first_steps(first, facts, settings, tokens)  # type: ignore[arg-type]
+
+    compare("a")
+    for adapter, changes, message in (("b", {}, "different adapters"), ("a", {"grad_norm": 9.0}, "norms")):
         with pytest.raises(DisagreementError, match=message):
-            compare_first_steps({"bpo": Fake("a"), "trl": other}, settings, tokens)  # type: ignore[arg-type]
+            compare(adapter, **changes)
 
     def refuse(*args: Any) -> None:
         raise DisagreementError("they differ")
@@ -233,6 +232,28 @@ def test_providers_that_disagree_are_not_reported(
     monkeypatch.setattr(step, "run_case", refuse)
     assert main(["--providers", "bpo", "--json", str(tmp_path / "report.json")]) == 1
     assert "nothing is reported: they differ" in capsys.readouterr().err and not (tmp_path / "report.json").exists()
+
+
+def test_the_first_step_is_the_first_and_only_variants_of_trl_may_refuse() -> None:
+    """A step before the one that is compared would have changed the adapter already."""
+
+    class Fake:
+        def __init__(self, fails: bool = False):
+            self.fails, self.asked = fails, 0
+
+        def wait_until_ready(self) -> None: ...
+
+        def ask(self, what: str) -> dict[str, Any]:
+            self.asked += 1
+            if self.fails:
+                raise ProviderError("no active drivers\nmore")
+            return {"step": self.asked}
+
+    workers = {"bpo": Fake(), "trl": Fake(), "trl-liger": Fake(fails=True)}
+    first, refused = step.first_steps(workers)  # type: ignore[arg-type]
+    assert first == {"bpo": {"step": 1}, "trl": {"step": 1}} and refused == {"trl-liger": "no active drivers"}
+    with pytest.raises(ProviderError):
+        step.first_steps({"bpo": Fake(), "trl": Fake(fails=True)})  # type: ignore[arg-type]
 
 
 def test_flops_that_the_counter_missed_are_left_out_and_the_rest_is_reported() -> None:
