@@ -17,23 +17,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .checks import IGNORED_TARGET, align, check_logprob_gather, check_triton_dtype
+from .online_softmax import LOWEST, lane_softmax_update
 
 MAX_BLOCK_V = 4096
 NUM_WARPS = 8
-LOWEST = tl.constexpr(-3.4028234663852886e38)
-
-
-@triton.jit
-def lane_softmax_update(max_so_far, sum_so_far, z):
-    """One tile of logits into each lane's maximum and sum of exponentials, by one exponential per logit.
-
-    A lane's maximum starts at the lowest finite number, not at -inf: the difference to a logit of -inf is then infinite
-    and adds exp(-inf) = 0, where -inf minus -inf would be NaN.
-    """
-    smaller = tl.exp(-tl.abs(z - max_so_far))
-    is_new = z > max_so_far
-    new_sum = tl.where(is_new, sum_so_far * smaller + 1.0, sum_so_far + smaller)
-    return tl.where(is_new, z, max_so_far), new_sum
 
 
 @triton.jit

@@ -29,6 +29,7 @@ from torch import Tensor
 from .checks import HALVES, IGNORED_TARGET, align
 from .fused_logprob import finish_logits
 from .head import Head, RowOutputs
+from .online_softmax import LOWEST, lane_moment_update, lane_softmax_update
 
 # 512 threads with 96 entries each leave room for the rest in the 128 registers that a thread of such a block has.
 # Unpacked fp32 entries of D take more of them.
@@ -41,28 +42,6 @@ STREAMED_WARPS = 16 if torch.version.hip else 32
 TILE_V, OPTIONS_TILE_V, MIN_TILE_V = 8192, 4096, 128
 # Where there is no device to ask: few rows in flight, so that Triton's interpreter walks several rows per program.
 _INTERPRETER_ROWS_IN_FLIGHT = 3
-# The lowest fp32 number. As first maximum of a lane it gives neither inf - inf nor 0 * inf, as -inf would.
-LOWEST = tl.constexpr(-3.4028234663852886e38)
-
-
-@triton.jit
-def lane_softmax_update(lane_max, lane_sum, z):
-    """One more logit per lane into the running maxima and sums of exponentials: one exponential, no reduction."""
-    difference = z - lane_max
-    small = tl.exp(-tl.abs(difference))
-    lane_sum = tl.where(difference > 0.0, lane_sum * small + 1.0, lane_sum + small)
-    return tl.maximum(lane_max, z), lane_sum
-
-
-@triton.jit
-def lane_moment_update(lane_max, lane_sum, lane_moment, z):
-    """The running sum of exponential times (logit - maximum), from the maxima and sums before `z` is added to them."""
-    difference = z - lane_max
-    small = tl.exp(-tl.abs(difference))
-    # A small of 0 leaves nothing of the other summand, whose factor may be infinite.
-    risen = tl.where(small > 0.0, small * (lane_moment - difference * lane_sum), 0.0)
-    added = lane_moment + tl.where(small > 0.0, small * difference, 0.0)
-    return tl.where(difference > 0.0, risen, added)
 
 
 @triton.jit

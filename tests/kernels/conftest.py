@@ -9,7 +9,9 @@ BPO_KERNELS=triton in Triton's interpreter, and tests/gpu/test_kernels_gpu.py wi
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -57,6 +59,38 @@ def path(request, monkeypatch) -> str:
         for name, value in {"DIRECT_TOKENS": 0, "DIRECT_PAIRS": 0, "MIN_PIECE": 64}.items():
             monkeypatch.setattr(preference_sizes, name, value)
     return request.param
+
+
+@pytest.fixture
+def traffic(monkeypatch) -> Counter:
+    """`bytes` that Triton's interpreter loads and stores from now on (an atomic addition is both), and `launches`."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("counted in Triton's interpreter: TRITON_INTERPRET=1 BPO_KERNELS=triton")
+    from triton.runtime import interpreter
+
+    moved: Counter = Counter()
+
+    def count(name: str, pointer: int, mask: int, times: int = 1) -> None:
+        original = getattr(interpreter.InterpreterBuilder, name)
+
+        def call(self: Any, *arguments: Any) -> Any:
+            itemsize = arguments[pointer].get_element_ty().primitive_bitwidth // 8
+            moved["bytes"] += times * int(arguments[mask].data.sum()) * itemsize
+            return original(self, *arguments)
+
+        monkeypatch.setattr(interpreter.InterpreterBuilder, name, call)
+
+    count("create_masked_load", 0, 1)
+    count("create_masked_store", 0, 2)
+    count("create_atomic_rmw", 1, 3, times=2)
+    run = interpreter.GridExecutor.__call__
+
+    def launch(self: Any, *arguments: Any, **options: Any) -> Any:
+        moved["launches"] += 1
+        return run(self, *arguments, **options)
+
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", launch)
+    return moved
 
 
 def _run(

@@ -120,3 +120,27 @@ def test_streamed_rows_with_options(rows, device, options):
 def test_a_row_stays_in_registers_where_it_fits(rows, vocab, dtype, plain, expected):
     config = rows.row_config(vocab, dtype, plain=plain)
     assert (config.BLOCK_V, config.REST_V, config.num_warps) == expected
+
+
+@pytest.mark.parametrize("ignored", [False, True], ids=["all rows", "one left out"])
+@pytest.mark.parametrize(("vocab", "reads"), [(1031, 1), (32064, 1), (STREAMED, 2)])
+def test_a_row_in_registers_is_read_once(rows, traffic, device, vocab, reads, ignored):
+    """6 bytes per logit with half-precision D, 4 without; a streamed row is read again from the L2 to write D."""
+    logits_NV = torch.randn(5, vocab, device=device)
+    target_N = torch.randint(vocab, (5,), device=device)
+    counted_N = torch.ones(5, dtype=torch.bool)
+    if ignored:
+        target_N[2] = -100
+        counted_N[2] = reads == 1  # a streamed row that is left out is not read at all
+    place_NV = torch.empty_like(logits_NV, dtype=torch.bfloat16)
+    own_bytes = 4 * int((target_N != -100).sum())
+    traffic.clear()
+    rows.rows_from_logits(logits_NV, target_N, Head(), None, torch.bfloat16, False)
+    num_read = int(counted_N.sum())
+    assert traffic["bytes"] == rows.moved_bytes(5, vocab, None) - (5 - num_read) * 4 * vocab + own_bytes
+    traffic.clear()
+    rows.rows_from_logits(logits_NV, target_N, Head(), place_NV, torch.bfloat16, False)
+    own_stores = own_bytes // 2 if reads == 1 else 0
+    again = (reads - 1) * num_read * 4 * vocab
+    expected = rows.moved_bytes(5, vocab, 2) - (5 - num_read) * 4 * vocab + own_bytes + own_stores + again
+    assert traffic["bytes"] == expected and traffic["launches"] == 1

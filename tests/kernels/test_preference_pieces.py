@@ -8,7 +8,6 @@ Legend: N tokens, K completions, P pairs.
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -178,37 +177,11 @@ def test_a_pair_outside_the_completions_writes_nowhere(device, path, on_triton):
 
 
 @pytest.fixture
-def count_traffic(monkeypatch) -> Callable[..., tuple[Counter, Counter]]:
-    """Bytes that Triton's interpreter loads and stores in a call, and its launches."""
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("counted in Triton's interpreter: TRITON_INTERPRET=1 BPO_KERNELS=triton")
-    from triton.runtime import interpreter
-
-    moved: Counter = Counter()
-
-    def counted(name: str, pointer: int, mask: int, times: int = 1) -> None:
-        original = getattr(interpreter.InterpreterBuilder, name)
-
-        def call(self: Any, *arguments: Any) -> Any:
-            itemsize = arguments[pointer].get_element_ty().primitive_bitwidth // 8
-            moved["bytes"] += times * int(arguments[mask].data.sum()) * itemsize
-            return original(self, *arguments)
-
-        monkeypatch.setattr(interpreter.InterpreterBuilder, name, call)
-
-    counted("create_masked_load", 0, 1)
-    counted("create_masked_store", 0, 2)
-    counted("create_atomic_rmw", 1, 3, times=2)
-    run = interpreter.GridExecutor.__call__
-
-    def launch(self: Any, *arguments: Any, **options: Any) -> Any:
-        moved["launches"] += 1
-        return run(self, *arguments, **options)
-
-    monkeypatch.setattr(interpreter.GridExecutor, "__call__", launch)
+def count_traffic(traffic) -> Callable[..., tuple[Counter, Counter]]:
+    """What the forward and the backward of a call move."""
 
     def measure(batch: dict[str, Tensor], pairs_P2: Tensor, weight_N: Tensor | None = None) -> tuple[Counter, Counter]:
-        moved.clear()
+        traffic.clear()
         policy_N = batch["policy"].detach().requires_grad_()
         losses_P, _, _ = dispatch.preference_loss(
             policy_N,
@@ -219,10 +192,10 @@ def count_traffic(monkeypatch) -> Callable[..., tuple[Counter, Counter]]:
             token_weight_N=weight_N,
             completion_starts_K1=batch["starts"],
         )
-        forward = Counter(moved)
-        moved.clear()
+        forward = Counter(traffic)
+        traffic.clear()
         losses_P.mean().backward()
-        return forward, Counter(moved)
+        return forward, Counter(traffic)
 
     return measure
 
