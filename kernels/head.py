@@ -260,7 +260,7 @@ def head_backward(
     gemm_weight_VH = weight_VH.to(dtype)
     grad_hidden_NH = torch.empty_like(hidden_NH) if needs_hidden else None
     grad_weight_VH: Tensor | None = None
-    grad_bias_V: Tensor | None = None
+    grad_bias_V = hidden_NH.new_zeros(weight_VH.shape[0], dtype=statistics_dtype(dtype)) if needs_bias else None
     step = step if kept_NV is None else max(1, num_rows)
 
     def logits(chunk: slice) -> tuple[Tensor | None, Tensor]:
@@ -276,7 +276,7 @@ def head_backward(
         return dlogits_nV
 
     def finish(chunk: slice, dlogits_nV: Tensor) -> None:
-        nonlocal grad_weight_VH, grad_bias_V
+        nonlocal grad_weight_VH
         coefficient_n1 = grad_logp_N[chunk, None]
         if grad_hidden_NH is not None:
             grad_hidden_NH[chunk] = matmul(dlogits_nV, gemm_weight_VH) * coefficient_n1
@@ -287,17 +287,14 @@ def head_backward(
                 grad_weight_VH = matmul(dlogits_nV.t(), scaled_nH)
             else:
                 grad_weight_VH = _add_weight_gradient(grad_weight_VH, dlogits_nV, scaled_nH)
-        if needs_bias:
-            part_V = matmul_fp32(coefficient_n1.t().to(dtype), dlogits_nV)[0]
-            grad_bias_V = part_V if grad_bias_V is None else grad_bias_V + part_V
+        if grad_bias_V is not None:
+            grad_bias_V.add_(matmul_fp32(coefficient_n1.t().to(dtype), dlogits_nV)[0])
 
     run_chunks(_chunks(num_rows, step), logits, derivative, finish, _second_stream(hidden_NH))
     if needs_weight:
         grad_weight_VH = torch.zeros_like(weight_VH) if grad_weight_VH is None else grad_weight_VH.to(weight_VH.dtype)
-    if needs_bias:
-        bias_dtype = dtype if head.bias_V is None else head.bias_V.dtype
-        grad_bias_V = hidden_NH.new_zeros(weight_VH.shape[0]) if grad_bias_V is None else grad_bias_V
-        grad_bias_V = grad_bias_V.to(bias_dtype)
+    if grad_bias_V is not None and head.bias_V is not None:
+        grad_bias_V = grad_bias_V.to(head.bias_V.dtype)
     return grad_hidden_NH, grad_weight_VH, grad_bias_V
 
 
