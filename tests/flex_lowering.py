@@ -41,7 +41,7 @@ from triton.runtime import driver
 
 from bpo.model import attention_flex
 from bpo_kernels.aot import _nvidia_usage
-from tests.attention_backends import layout_of
+from tests.attention_backends import layout_of, num_tokens
 
 CAPABILITY, TARGET = (9, 0), GPUTarget("cuda", 90, 32)
 H100 = SimpleNamespace(
@@ -59,6 +59,7 @@ H100 = SimpleNamespace(
     L2_cache_size=50 << 20,
     gcnArchName="",
 )
+LAYOUT = layout_of((62, (9, 140)), (65, (6, 21, 12)))
 Graph = tuple[torch.fx.GraphModule, Sequence[Any]]
 
 
@@ -85,11 +86,9 @@ def traced_graphs(heads: int, key_heads: int) -> dict[str, Graph]:
     compiled = torch.compile(flex_attention.flex_attention, dynamic=True, backend=backend)
     flex_attention._validate_device = lambda *tensors: None  # it refuses gradients on the CPU
     attention_flex.compiled_flex_attention = lambda: compiled
-    layout = layout_of((62, (9, 140)), (65, (6, 21, 12)))
-    plan = attention_flex.flex_plan(layout, torch.device("cpu"))
-    num_tokens = plan.mask.seq_lengths[0]
+    plan = attention_flex.flex_plan(LAYOUT, torch.device("cpu"))
     qkv = [
-        torch.randn(1, num_tokens, count, 128, dtype=torch.bfloat16).transpose(1, 2).requires_grad_()
+        torch.randn(1, num_tokens(LAYOUT), count, 128, dtype=torch.bfloat16).transpose(1, 2).requires_grad_()
         for count in (heads, key_heads, key_heads)
     ]
     attention_flex.flex_attend(*qkv, plan).sum().backward()
@@ -210,7 +209,9 @@ def main(argv: list[str]) -> None:
         for name, (graph, inputs) in graphs.items():
             code = lowered(graph, inputs, is_backward=name == "backward")
             for kernel, (function, options) in kernels_of(code, Path(folder)).items():
-                report = {"pass": name, "kernel": kernel, "signature": options["triton_meta"]["signature"]}
+                source = (Path(folder) / f"{kernel}.py").read_text(encoding="utf-8")
+                is_fixed = re.search(rf"\b{num_tokens(LAYOUT)}\b", source) is not None
+                report: dict[str, Any] = {"pass": name, "kernel": kernel, "length_is_a_constant": is_fixed}
                 if "--compile" in argv:
                     report |= compiled_kernel(function, options)
                 print(json.dumps(report), flush=True)

@@ -21,7 +21,7 @@ from bpo.flops import model_flops
 from bpo.model import load
 from bpo.model.attention import packed_layout, shared_prefix_attention
 from bpo.model.attention_choice import BackendName, Choice
-from bpo.model.attention_flops import register_flop_formulas, sequence_pairs
+from bpo.model.attention_flops import _pairs, register_flop_formulas, sequence_pairs
 from bpo.model.policy import PolicyModel, model_inputs
 from bpo.records import PackedLayout
 from tests.attention_backends import BACKENDS, LAYOUTS, VARLEN, num_tokens, random_qkv, run_without_gpu
@@ -89,6 +89,12 @@ def test_sdpa_kernels_of_gpus_count_grouped_heads(grouped: bool) -> None:
         backward = getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}_attention_backward")
         assert flop_registry[forward](query, key, key, out_val=None) == 2 * (3 * 7 * 4 * 2 * 16)
         assert flop_registry[backward](query, query, key, key, out_val=None) == 5 * (3 * 7 * 4 * 2 * 16)
+
+
+def test_dense_batches_count_each_query_head_with_all_keys() -> None:
+    """The towers' calls: tokens before heads in flash-attn, after them in SDPA; key heads are shared."""
+    assert _pairs(torch.empty(2, 3, 4, 16), torch.empty(2, 7, 2, 16), None, None, -3) == 2 * 4 * 3 * 7
+    assert _pairs(torch.empty(2, 4, 3, 16), torch.empty(2, 2, 7, 16), None, None, -2) == 2 * 4 * 3 * 7
 
 
 def test_the_meter_of_bpo_bench_counts_sdpa_with_grouped_heads() -> None:
