@@ -60,8 +60,8 @@ PEERS = [
     "cut-cross-entropy>=25.1.1; sys_platform == 'linux'",
     "trl>=1.16; python_version >= '3.11'",
 ]
-# Brings NVIDIA's compiler for CuTe, which exists for Linux alone. With CuTe DSL 4.8.1, Python 3.12 and torch 2.11, both
-# 0.6.0 and 0.6.5 import; the benchmark calls either.
+# Brings NVIDIA's compiler for CuTe, which exists for Linux alone. 0.6.5 imports only from a folder named site-packages,
+# 0.6.0 from any; the benchmark calls either.
 QUACK = ["quack-kernels>=0.6; sys_platform == 'linux' and platform_machine in 'x86_64 aarch64'"]
 
 TEST = [

@@ -13,6 +13,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -106,6 +107,26 @@ def test_run_finds_wheels_launcher_sources_and_commit_and_leaves_nothing(checkou
     assert (seen["HF_HUB_OFFLINE"], seen["PYTHONUNBUFFERED"]) == ("1", "1")
     assert seen["TORCH_EXTENSIONS_DIR"].startswith(str(checkout.parent / "temporary"))
     assert list((checkout.parent / "temporary").iterdir()) == []
+
+
+def test_run_takes_the_newest_quack_that_imports(checkout: Path, programs: Path, tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    for version, text in (("0.9.0", "import not_there\n"), ("0.10.0", "raise TypeError('no key')\n"), ("0.8.1", "")):
+        package = tree / f"quack-{version}" / "quack"
+        package.mkdir(parents=True)
+        (package / "__init__.py").write_text(text)
+        (package / "linear_cross_entropy.py").write_text(f"import cutlass\nprint('{version}', cutlass.__file__)\n")
+    (tree / "common").mkdir()
+    (tree / "common" / "cutlass.py").touch()
+    (checkout / ".wheels-quack").mkdir()
+    with tarfile.open(checkout / ".wheels-quack" / "quack.tar.xz", "w:xz") as archive:
+        archive.add(tree, arcname=".")
+    for name in ("mkdir", "sort", "tail"):
+        (programs / name).symlink_to(str(shutil.which(name)))
+    result = offline(checkout, programs, "-m", "quack.linear_cross_entropy")
+    assert "quack-0.10.0 does not import here: TypeError: no key" in result.stderr
+    assert "quack-0.9.0 does not import here: ModuleNotFoundError" in result.stderr
+    assert "0.8.1 " in result.stdout and "/site-packages/" in result.stdout, result.stderr
 
 
 def test_run_takes_another_module(checkout: Path, programs: Path) -> None:

@@ -48,10 +48,12 @@ export PATH="$work/venv/bin:$programs:$PATH"
 export PYTHONPATH="$root/checkout" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TORCH_EXTENSIONS_DIR="$work/extensions"
 
 if [[ -e $quack ]]; then
-    mkdir "$work/quack"
-    "$python" -c 'import sys, tarfile; tarfile.open(sys.argv[1]).extractall(sys.argv[2], filter="tar")' "$quack" "$work/quack"
-    printf 'import site; site.addsitedir(%s)\n' "'$work/quack/common'" >"$site/cute.pth"
-    mapfile -t versions < <(printf '%s\n' "$work"/quack/quack-* | sort --version-sort --reverse)
+    # QuACK 0.6.5 takes code for a library's, which it need not look into, by this name in its path, and else fails.
+    unpacked=$work/quack/site-packages
+    mkdir -p "$unpacked"
+    "$python" -c 'import sys, tarfile; tarfile.open(sys.argv[1]).extractall(sys.argv[2], filter="tar")' "$quack" "$unpacked"
+    printf 'import site; site.addsitedir(%s)\n' "'$unpacked/common'" >"$site/cute.pth"
+    mapfile -t versions < <(printf '%s\n' "$unpacked"/quack-* | sort --version-sort --reverse)
     for version in "${versions[@]}"; do
         echo "$version" >"$site/quack.pth"
         "$python" -c 'import quack.linear_cross_entropy' 2>"$work/quack.log" && break
