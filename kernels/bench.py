@@ -26,7 +26,17 @@ from pathlib import Path
 import torch
 
 from bpo_kernels import bench_measure, dispatch
-from bpo_kernels.bench_cases import DTYPES, LOGITS, OPERATIONS, SHAPES, VARIANTS, Case, gemm_flops, make_cases
+from bpo_kernels.bench_cases import (
+    DTYPES,
+    LOGITS,
+    OPERATIONS,
+    SHAPES,
+    TEST_FILES,
+    VARIANTS,
+    Case,
+    gemm_flops,
+    make_cases,
+)
 from bpo_kernels.bench_measure import ROOT, Result, machine
 from bpo_kernels.bench_providers import PROVIDER_NAMES
 
@@ -36,12 +46,13 @@ HEADER = f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}"
 
 
 def tests_pass(operation: str, device: torch.device) -> bool:
-    """Runs tests/kernels/test_OPERATION.py on `device` and prints its output where it fails."""
-    path = ROOT / "tests" / "kernels" / f"test_{operation}.py"
-    if not path.exists():
-        print(f"{path} is missing: run the benchmark from a clone of the repository", file=sys.stderr)
-        return False
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(path)]
+    """Runs the tests of an operation on `device` and prints their output where they fail."""
+    paths = [ROOT / "tests" / "kernels" / name for name in TEST_FILES[operation]]
+    for path in paths:
+        if not path.exists():
+            print(f"{path} is missing: run the benchmark from a clone of the repository", file=sys.stderr)
+            return False
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *map(str, paths)]
     environment = os.environ | {"KERNEL_TEST_DEVICE": device.type}
     if device.type == "cuda":
         environment["BPO_KERNELS"] = dispatch.chosen_implementation(torch.empty(0, device=device))

@@ -14,6 +14,7 @@ import functools
 import importlib
 import importlib.metadata
 import inspect
+import os
 import sys
 from collections.abc import Callable
 from types import ModuleType
@@ -22,14 +23,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import dispatch
+from . import chunks, dispatch
 from .bench_cases import BETA, Case, Inputs, objective_weight, pair_losses
 
 Step = Callable[[], list[Tensor]]
 Builder = Callable[[Case, Inputs], Step]
 
 MODES = ("store", "fused", "recompute")
-OURS = ("bpo", *(f"bpo-{mode}" for mode in MODES))
+OURS = ("bpo", *(f"bpo-{mode}" for mode in MODES), "bpo-overlap")
 DISTRIBUTIONS = {"liger": "liger-kernel", "liger-dpo": "liger-kernel", "cce": "cut-cross-entropy"}
 DISTRIBUTIONS |= {"quack": "quack-kernels", "trl-chunked": "trl"}
 # The columns of the vocabulary that TRL's trainers give its function at a time (trl 1.16, trainer/utils.py).
@@ -106,6 +107,26 @@ def _ours(case: Case, inputs: Inputs, mode: str = "auto") -> Step:
         return outputs[0] if case.has_pairs else -outputs
 
     return _step(case, inputs, forward)
+
+
+def _overlapped(case: Case, inputs: Inputs) -> Step:
+    """What `auto` takes, with the row kernels on a second stream where the rows are enough for several chunks."""
+    _need_cuda(case)
+    if not chunks.can_overlap(case.dtype, case.device):
+        raise Unavailable(f"chunks overlap in half precision, not in {case.dtype}")
+    step = _ours(case, inputs)
+
+    def switched_on() -> list[Tensor]:
+        earlier = os.environ.get(chunks.ENVIRONMENT_VARIABLE)
+        os.environ[chunks.ENVIRONMENT_VARIABLE] = "1"
+        try:
+            return step()
+        finally:
+            del os.environ[chunks.ENVIRONMENT_VARIABLE]
+            if earlier is not None:
+                os.environ[chunks.ENVIRONMENT_VARIABLE] = earlier
+
+    return switched_on
 
 
 def _eager_nll(logits_NV: Tensor, target_N: Tensor) -> Tensor:
@@ -259,6 +280,7 @@ def _liger_dpo(case: Case, inputs: Inputs) -> Step:
 
 _PYTORCH: dict[str, Builder] = {"eager": _eager, "compile": _compiled}
 _MODES: dict[str, Builder] = {f"bpo-{mode}": functools.partial(_ours, mode=mode) for mode in MODES}
+_MODES["bpo-overlap"] = _overlapped
 PROVIDERS: dict[str, dict[str, Builder]] = {
     "linear_logprob": {
         "bpo": _ours,

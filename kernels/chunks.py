@@ -28,8 +28,13 @@ Logits = TypeVar("Logits")
 Made = TypeVar("Made")
 
 
+def can_overlap(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the switch means anything here: there is nothing to win where fp32 GEMMs take so long."""
+    return device.type == "cuda" and dtype in HALVES
+
+
 def overlaps(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether chunks overlap on `device`; fp32 GEMMs take so long that there is nothing to win.
+    """Whether chunks overlap: where they can and BPO_KERNELS_OVERLAP is 1.
 
     Raises:
         ValueError: BPO_KERNELS_OVERLAP is neither 0 nor 1.
@@ -37,7 +42,7 @@ def overlaps(dtype: torch.dtype, device: torch.device) -> bool:
     switch = os.environ.get(ENVIRONMENT_VARIABLE) or "0"
     if switch not in ("0", "1"):
         raise ValueError(f"{ENVIRONMENT_VARIABLE} is {switch!r}: set it to 1, or to 0 for one stream")
-    return switch == "1" and device.type == "cuda" and dtype in HALVES
+    return switch == "1" and can_overlap(dtype, device)
 
 
 def overlapping_chunks(num_rows: int) -> int:

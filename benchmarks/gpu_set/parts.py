@@ -15,7 +15,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-OPERATIONS = ("linear_logprob", "linear_preference_loss", "logprob_gather", "preference_loss")
+from bpo_kernels.bench_cases import TEST_FILES
+
 TARGET_SHAPES = ("llava-1.5-7b", "qwen2.5-vl-7b")
 TARGET_ROWS = 2048
 GATHER_ROWS = 8192
@@ -28,7 +29,7 @@ INSTALL = "pip install --constraint constraints.txt 'bpo[bench]'"
 # What TRL's trainers import.
 _TRL = ("trl", "datasets", "pyarrow", "pandas")
 _PLAIN = ("bpo", "eager")
-_HEAD = ("bpo", "bpo-fused", "eager", "liger", "cce", "trl-chunked")
+_HEAD = ("bpo", "bpo-overlap", "bpo-fused", "eager", "liger", "cce", "trl-chunked")
 # It runs the operation tests, which are a part of their own here.
 _REPEATED_TEST = "tests/gpu/test_kernels_gpu.py::test_operation_tests_pass_on_the_gpu"
 
@@ -116,7 +117,7 @@ def _smoke(setting: Setting, place: Place) -> list[str]:
 
 
 def _operation_tests(setting: Setting, place: Place) -> list[str]:
-    files = [f"tests/kernels/test_{operation}.py" for operation in OPERATIONS]
+    files = [f"tests/kernels/{name}" for names in TEST_FILES.values() for name in names]
     return _pytest(setting, OPERATION_TEST_WORKERS, *files)
 
 

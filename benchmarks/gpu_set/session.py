@@ -15,6 +15,7 @@ from benchmarks.gpu_set import recorder
 from benchmarks.gpu_set.parts import Part, Place, Setting
 from benchmarks.gpu_set.process import Caches, Ended, run_process
 from benchmarks.gpu_set.results import keep
+from bpo_kernels.bench_cases import TEST_FILES
 
 # Kept for ending the last part and for the report, so that the whole ends before --seconds.
 RESERVE_SECONDS = 12.0
@@ -43,9 +44,10 @@ def unmet(part: Part, records: dict[str, dict[str, Any]]) -> str | None:
             continue
         if not operation and record["status"] == "failed":
             return f"{name} failed"
-        for file, found in (record["report"] or {}).items() if operation else ():
-            if Path(file).stem == f"test_{operation}" and found["failed"]:
-                return f"{found['failed']} tests of {operation} fail"
+        files = (record["report"] or {}).items() if operation else ()
+        failed = sum(found["failed"] for file, found in files if Path(file).name in TEST_FILES[operation])
+        if failed:
+            return f"{failed} tests of {operation} fail"
     return None
 
 

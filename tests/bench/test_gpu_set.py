@@ -21,9 +21,10 @@ import torch
 
 from benchmarks import gpu
 from benchmarks.gpu_set import recorder, results, session
-from benchmarks.gpu_set.parts import OPERATIONS, Part, Place, Setting, build_parts, why_no_interpreter
+from benchmarks.gpu_set.parts import Part, Place, Setting, build_parts, why_no_interpreter
 from benchmarks.gpu_set.process import Caches
 from benchmarks.gpu_set.session import Clock, run_parts, unmet, why_not
+from bpo_kernels.bench_cases import OPERATIONS, TEST_FILES
 
 CUDA, REHEARSAL = Setting("cuda", False), Setting("cpu", True)
 TARGET_PARTS = ("head", "head-loss", "gather", "pair-loss", "attention", "step", "memory")
@@ -39,7 +40,9 @@ def part(name: str, code: str = "", **fields: Any) -> Part:
 
 
 def record_of_tests(**failed: int) -> dict[str, Any]:
-    files = {f"tests/kernels/test_{name}.py": {"failed": failed.get(name, 0)} for name in OPERATIONS}
+    """`failed`: how many tests fail by the stem of their file."""
+    names = [name for names in TEST_FILES.values() for name in names]
+    files = {f"tests/kernels/{name}": {"failed": failed.get(name.removesuffix(".py"), 0)} for name in names}
     return {"status": "failed" if failed else "passed", "report": files}
 
 
@@ -110,9 +113,9 @@ def test_workers_are_as_many_as_the_cores_allow(tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_red_file_holds_up_only_the_benchmarks_of_its_operation() -> None:
-    records = {"operation-tests": record_of_tests(logprob_gather=3)}
+    records = {"operation-tests": record_of_tests(test_logprob_gather=3, test_preference_pieces=1)}
     held_up = {part.name: reason for part in build_parts(CUDA) if (reason := unmet(part, records))}
-    assert set(held_up) == {"gather", "gather-rows"}
+    assert set(held_up) == {"gather", "gather-rows", "pair-loss"}
     assert held_up["gather"] == "3 tests of logprob_gather fail"
     assert why_not(build_parts(CUDA)[5], CUDA, records, 500.0) == ("not run", held_up["gather"])
 

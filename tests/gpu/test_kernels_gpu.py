@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from bpo_kernels import dispatch
-from bpo_kernels.bench_cases import OPERATIONS, Case, make_inputs, true_result
+from bpo_kernels.bench_cases import TEST_FILES, Case, make_inputs, true_result
 from bpo_kernels.bench_measure import TOLERANCES, disagreement, sample_ms, sleep_cycles
 from bpo_kernels.bench_providers import OURS, PROVIDERS
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.gpu  # skipped by tests/conftest.py where there is no C
 
 KERNEL_TESTS = Path(__file__).parent.parent / "kernels"
 # The files that kernels/bench.py runs before it times an operation.
-FILES = tuple(f"test_{operation}.py" for operation in OPERATIONS)
+FILES = tuple(name for names in TEST_FILES.values() for name in names)
 # H, V of the LM heads that are benchmarked.
 HEADS = {"llava-1.5-7b": (4096, 32064), "qwen2.5-vl-7b": (3584, 152064)}
 OTHER_HEADS = {"llama-3-8b": (4096, 128256), "smollm": (576, 49152), "ragged": (1000, 31), "odd": (33, 4099)}

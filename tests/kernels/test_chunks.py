@@ -5,6 +5,8 @@ tests/gpu/test_chunks_gpu.py runs the same on real streams.
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
@@ -118,3 +120,22 @@ def test_the_switch_is_off_until_it_is_set_and_knows_its_words(monkeypatch):
     monkeypatch.setenv("BPO_KERNELS_OVERLAP", "yes")
     with pytest.raises(ValueError, match="BPO_KERNELS_OVERLAP is 'yes': set it to 1"):
         chunks.overlaps(torch.bfloat16, CUDA)
+
+
+def test_the_benchmark_times_the_switch_and_puts_it_back(monkeypatch):
+    from bpo_kernels import bench_providers
+    from bpo_kernels.bench_cases import Case
+
+    seen: list[str | None] = []
+    monkeypatch.setattr(bench_providers, "_need_cuda", lambda case: None)
+    monkeypatch.setattr(bench_providers.chunks, "can_overlap", lambda dtype, device: True)
+    monkeypatch.setattr(bench_providers, "_ours", lambda *_: lambda: seen.append(os.environ.get("BPO_KERNELS_OVERLAP")))
+    case = Case("linear_logprob", "frozen", "tiny", 8, "random", torch.bfloat16, CPU)
+    step = bench_providers.PROVIDERS["linear_logprob"]["bpo-overlap"](case, None)
+    for before in (None, "0"):
+        if before is None:
+            monkeypatch.delenv("BPO_KERNELS_OVERLAP", raising=False)
+        else:
+            monkeypatch.setenv("BPO_KERNELS_OVERLAP", before)
+        step()
+        assert seen.pop() == "1" and os.environ.get("BPO_KERNELS_OVERLAP") == before
