@@ -16,7 +16,9 @@ from .checks import IGNORED_TARGET
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # CUDA compute capabilities, and AMD's names.
-ARCHITECTURES: tuple[int | str, ...] = (80, 90, 100, "gfx942")
+NVIDIA: tuple[int | str, ...] = (80, 90, 100)
+AMD: tuple[int | str, ...] = ("gfx942",)
+ARCHITECTURES = (*NVIDIA, *AMD)
 
 
 @dataclass(frozen=True)
@@ -58,58 +60,60 @@ def _logprob_gather_cases() -> list[Case]:
     return cases
 
 
-# D wanted, bias and cap, statistics, vocabulary.
-_STREAMED = (
-    (True, False, False, 152064),
-    (False, False, False, 152064),
-    (True, True, True, 152064),
-    (True, True, True, 31),
-)
+_ROW_POINTERS = {"logits_ptr": "*fp32", "target_ptr": "*i64", "logp_ptr": "*fp32"}
+
+
+def _row_case(dtype: str, vocab: int, with_dlogits: bool) -> Case:
+    config = logprob_rows.row_config(vocab, DTYPES[dtype], plain=True, amd=False)
+    signature = _ROW_POINTERS | {"V": "i32", "scale": "fp32"}
+    constants = {"IGNORED": IGNORED_TARGET, "WITH_DLOGITS": with_dlogits}
+    constants |= {"BLOCK_V": config.BLOCK_V, "REST_V": config.REST_V}
+    _add_optional(signature, constants, {"dlogits_ptr": f"*{dtype}" if with_dlogits else None})
+    label = f"logprob_row {dtype} V={vocab}" + " +D" * with_dlogits
+    launch = (signature, constants, config.num_warps, vocab % 16 == 0, None, NVIDIA)
+    return Case(label, logprob_rows.logprob_row_kernel, *launch)
+
+
+def _streamed_case(
+    dtype: str, vocab: int, with_dlogits: bool, capped: bool, statistics: bool, archs: tuple[int | str, ...]
+) -> Case:
+    plain = not (capped or statistics)
+    config = logprob_rows.row_config(vocab, DTYPES[dtype], plain=plain, amd=archs != NVIDIA)
+    signature = _ROW_POINTERS | {"N": "i32", "V": "i32", "softcap": "fp32", "scale": "fp32"}
+    constants = {
+        "IGNORED": IGNORED_TARGET,
+        "HAS_BIAS": capped,
+        "HAS_SOFTCAP": capped,
+        "WITH_STATISTICS": statistics,
+        "WITH_DLOGITS": with_dlogits,
+        "BLOCK_V": config.BLOCK_V,
+    }
+    optional = {
+        "dlogits_ptr": f"*{dtype}" if with_dlogits else None,
+        "bias_ptr": f"*{dtype}" if capped else None,
+        "entropy_ptr": "*fp32" if statistics else None,
+        "argmax_ptr": "*i64" if statistics else None,
+    }
+    _add_optional(signature, constants, optional)
+    options = (with_dlogits, " +D"), (capped, " +bias+cap"), (statistics, " +statistics")
+    label = f"logprob_rows {dtype} V={vocab}" + "".join(text for asked, text in options if asked)
+    launch = (signature, constants, config.num_warps, vocab % 16 == 0, None, archs)
+    return Case(label, logprob_rows.logprob_rows_kernel, *launch)
 
 
 def _logprob_rows_cases() -> list[Case]:
-    """Rows in registers for LLaVA's and SmolLM's vocabulary, streamed ones for Qwen's and for heads with options."""
-    cases = []
-    pointers = {"logits_ptr": "*fp32", "target_ptr": "*i64", "logp_ptr": "*fp32"}
-    # (dtype, vocabularies of whole rows, options of streamed ones): the precision of D changes little but its stores.
-    for dtype, vocabs, wanted in (
-        ("bf16", (32064, 49152, 31), _STREAMED),
-        ("fp16", (49152,), ()),
-        ("fp32", (32064,), _STREAMED[:1]),
-    ):
-        for vocab in vocabs:
-            for with_dlogits in (True, False):
-                config = logprob_rows.row_config(vocab, DTYPES[dtype], plain=True)
-                signature = pointers | {"V": "i32", "scale": "fp32"}
-                constants = {"IGNORED": IGNORED_TARGET, "WITH_DLOGITS": with_dlogits}
-                constants |= {"BLOCK_V": config.BLOCK_V, "REST_V": config.REST_V}
-                _add_optional(signature, constants, {"dlogits_ptr": f"*{dtype}" if with_dlogits else None})
-                label = f"logprob_row {dtype} V={vocab}" + " +D" * with_dlogits
-                launch = (signature, constants, config.num_warps, vocab % 16 == 0)
-                cases.append(Case(label, logprob_rows.logprob_row_kernel, *launch))
-        for with_dlogits, capped, statistics, vocab in wanted:
-            config = logprob_rows.row_config(vocab, DTYPES[dtype], plain=not (capped or statistics))
-            signature = pointers | {"N": "i32", "V": "i32", "softcap": "fp32", "scale": "fp32"}
-            constants = {
-                "IGNORED": IGNORED_TARGET,
-                "HAS_BIAS": capped,
-                "HAS_SOFTCAP": capped,
-                "WITH_STATISTICS": statistics,
-                "WITH_DLOGITS": with_dlogits,
-                "BLOCK_V": config.BLOCK_V,
-            }
-            optional = {
-                "dlogits_ptr": f"*{dtype}" if with_dlogits else None,
-                "bias_ptr": f"*{dtype}" if capped else None,
-                "entropy_ptr": "*fp32" if statistics else None,
-                "argmax_ptr": "*i64" if statistics else None,
-            }
-            _add_optional(signature, constants, optional)
-            options = (with_dlogits, " +D"), (capped, " +bias+cap"), (statistics, " +statistics")
-            label = f"logprob_rows {dtype} V={vocab}" + "".join(text for asked, text in options if asked)
-            launch = (signature, constants, config.num_warps, vocab % 16 == 0)
-            cases.append(Case(label, logprob_rows.logprob_rows_kernel, *launch))
-    return cases
+    """Rows in registers for LLaVA's and SmolLM's vocabulary; streamed ones for Qwen's, heads with options, and AMD."""
+    whole = [("bf16", 32064), ("bf16", 49152), ("bf16", 31), ("fp16", 49152), ("fp32", 32064)]
+    cases = [_row_case(dtype, vocab, with_dlogits) for dtype, vocab in whole for with_dlogits in (True, False)]
+    # dtype, vocabulary; D wanted, bias and cap, statistics
+    streamed = [
+        ("bf16", 152064, True, False, False),
+        ("bf16", 152064, False, False, False),
+        ("bf16", 152064, True, True, True),
+        ("bf16", 31, True, True, True),
+        ("fp32", 152064, True, False, False),
+    ]
+    return cases + [_streamed_case(*wanted, archs) for archs in (NVIDIA, AMD) for wanted in streamed]
 
 
 def _preference_loss_cases() -> list[Case]:

@@ -37,8 +37,6 @@ REGISTER_VOCAB, REGISTER_VOCAB_FP32 = 49152, 32768
 # Entries per thread: of a row in registers, as long as there are warps for it; of a tile.
 REGISTER_ENTRIES = 64
 STREAMED_ENTRIES = 8
-# AMD's blocks have 1,024 threads at most, of 64 lanes a warp.
-STREAMED_WARPS = 16 if torch.version.hip else 32
 TILE_V, OPTIONS_TILE_V, MIN_TILE_V = 8192, 4096, 128
 # Where there is no device to ask: few rows in flight, so that Triton's interpreter walks several rows per program.
 _INTERPRETER_ROWS_IN_FLIGHT = 3
@@ -201,14 +199,21 @@ class RowConfig:
     num_warps: int
 
 
-def row_config(vocab: int, dtype: torch.dtype, *, plain: bool) -> RowConfig:
-    """In registers where a row and its D (of `dtype`) fit and the head is plain: no bias, cap or statistics."""
-    if plain and vocab <= (REGISTER_VOCAB if dtype in HALVES else REGISTER_VOCAB_FP32):
+ON_AMD = torch.version.hip is not None
+
+
+def row_config(vocab: int, dtype: torch.dtype, *, plain: bool, amd: bool = ON_AMD) -> RowConfig:
+    """In registers where a row and its D (of `dtype`) fit and the head is plain: no bias, cap or statistics.
+
+    On AMD every row is streamed: a barrier does not wait for stores to memory, as `logprob_row_kernel` needs it to.
+    """
+    if plain and not amd and vocab <= (REGISTER_VOCAB if dtype in HALVES else REGISTER_VOCAB_FP32):
         block = triton.next_power_of_2(vocab + 1) // 2
         rest = triton.next_power_of_2(vocab - block) if vocab > block else 0
         return RowConfig(block, rest, _warps(block + rest, REGISTER_ENTRIES, 16))
     tile = min(TILE_V if plain else OPTIONS_TILE_V, max(MIN_TILE_V, triton.next_power_of_2(vocab)))
-    return RowConfig(tile, None, _warps(tile, STREAMED_ENTRIES, STREAMED_WARPS))
+    # A block has 1,024 threads at most, on AMD 64 of them per warp.
+    return RowConfig(tile, None, _warps(tile, STREAMED_ENTRIES, 16 if amd else 32))
 
 
 def _warps(entries: int, per_thread: int, most: int) -> int:

@@ -15,6 +15,7 @@ import pytest
 import bpo_kernels
 
 aot = pytest.importorskip("bpo_kernels.aot")
+NVIDIA = (80, 90, 100)
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
 
@@ -51,22 +52,40 @@ def test_every_kernel_of_the_package_has_a_case(cases):
 
 
 @pytest.mark.parametrize(
-    "name",
+    ("name", "archs"),
     [
-        "logprob_gather_fwd bf16 V=32064",
-        "logprob_gather_bwd bf16 V=32064",
-        "logprob_row bf16 V=32064 +D",
-        "logprob_rows bf16 V=152064 +D",
+        ("logprob_gather_fwd bf16 V=32064", None),
+        ("logprob_gather_bwd bf16 V=32064", None),
+        ("logprob_rows bf16 V=152064 +D", NVIDIA),
     ],
 )
-def test_aligned_rows_are_read_sixteen_bytes_at_a_time(cases, name):
-    ptx = aot.compile_case(cases[name, None], 90).assembly
+def test_aligned_rows_are_read_sixteen_bytes_at_a_time(cases, name, archs):
+    ptx = aot.compile_case(cases[name, archs], 90).assembly
     assert re.search(r"ld\.global\S*\.v4\.b32", ptx), "no 16-byte load"
 
 
-def test_the_report_sees_a_spill(cases):
+@pytest.fixture(scope="module")
+def row_in_registers(cases):
+    return cases["logprob_row bf16 V=32064 +D", NVIDIA]
+
+
+def test_a_row_in_registers_is_read_sixteen_bytes_at_a_time_and_once(row_in_registers):
+    ptx = aot.compile_case(row_in_registers, 90).assembly
+    # 32,768 entries by 512 threads, four at a time; what is not among them is target and target logit.
+    assert len(re.findall(r"ld\.global\S*\.v4\.b32", ptx)) == 32768 // 512 // 4
+
+
+@pytest.mark.parametrize("arch", NVIDIA)
+def test_the_targets_entry_of_d_is_stored_after_a_barrier(row_in_registers, arch):
+    """Another thread has stored something else there before."""
+    found = re.findall(r"st\.global\.(\w+)|(bar\.sync)", aot.compile_case(row_in_registers, arch).assembly)
+    order = [store or barrier for store, barrier in found]
+    assert order[-3:] == ["v4", "bar.sync", "b16"]
+
+
+def test_the_report_sees_a_spill(row_in_registers):
     """The check is not blind: a row of 64 entries per thread does not fit 64 registers."""
-    usage = aot.compile_case(cases["logprob_row bf16 V=32064 +D", None], 90, max_registers=64)
+    usage = aot.compile_case(row_in_registers, 90, max_registers=64)
     assert usage.spilled_bytes > 0
 
 
