@@ -106,7 +106,9 @@ def pack_wheels(image_file: Path) -> None:
     pip(sys.executable, "wheel", "--quiet", "--no-deps", "--wheel-dir", str(WHEELS), deepspeed)
     with tempfile.TemporaryDirectory() as folder:
         wanted = [name for name in resolve(Path(folder), image, pins) if name != deepspeed]
-    pip(sys.executable, "download", "--quiet", "--no-deps", "--only-binary=:all:", "--dest", str(WHEELS), "pip", *wanted)
+    pip(
+        sys.executable, "download", "--quiet", "--no-deps", "--only-binary=:all:", "--dest", str(WHEELS), "pip", *wanted
+    )
     stamp.write(WHEELS)
     wheels = sorted(WHEELS.glob("*.whl"))
     total = sum(path.stat().st_size for path in wheels) / 2**20

@@ -146,7 +146,7 @@ def test_damaged_files_are_read_to_their_end(tmp_path: Path, data: st.DataObject
         patch.setattr(jsonscan, "CHUNK_BYTES", size)
         pieces = list(json_pieces(path))
         # A brace more may join records, a quotation mark more may hide them; never is anything read twice.
-        assert len(pieces) <= 16 and pieces[-1].end_bytes <= len(content)
+        assert len(pieces) <= 16 and all(piece.end_bytes <= len(content) for piece in pieces)
         try:
             result = check_data(path, opens_images=False)
         except ValueError as error:
