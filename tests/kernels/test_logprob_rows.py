@@ -7,6 +7,8 @@ tests/kernels/test_triton_interpreter.py runs them so. Through the public operat
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -147,3 +149,11 @@ def test_a_row_in_registers_is_read_once(rows, traffic, device, vocab, reads, ig
     again = (reads - 1) * num_read * 4 * vocab
     expected = rows.moved_bytes(5, vocab, 2) - (5 - num_read) * 4 * vocab + own_bytes + own_stores + again
     assert traffic["bytes"] == expected and traffic["launches"] == 1
+
+
+def test_no_more_rows_are_in_flight_than_the_l2_holds(rows, monkeypatch):
+    """50 MiB of an H100: 86 rows of Qwen's vocabulary in fp32; a row that fills the cache alone still runs."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(L2_cache_size=50 << 20))
+    in_flight = rows._rows_in_flight.__wrapped__  # what it found for a device is kept
+    assert in_flight(torch.device("cuda"), 4 * 152064) == 86
+    assert in_flight(torch.device("cuda"), 100 << 20) == 1
