@@ -5,7 +5,9 @@ Run: python -m pytest tests/test_environment.py
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -109,6 +111,26 @@ def test_moved_checkout_starts_over(checkout: Path) -> None:
     assert again.returncode == 0 and "starting over" in again.stdout
 
 
+def test_extra_is_installed_once_and_its_failure_is_a_warning(checkout: Path) -> None:
+    build(checkout)
+    num_calls = len(pip_calls(checkout))
+    command = ["bash", ".ci/venv"]
+
+    def with_extra() -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            command, cwd=checkout, capture_output=True, text=True, env={**os.environ, "EXTRA": "torch"}
+        )
+
+    (checkout / "pip-fails").touch()  # as without a network
+    failed = with_extra()
+    assert failed.returncode == 0 and "warning: the extra 'torch' could not be installed" in failed.stderr
+    (checkout / "pip-fails").unlink()
+    assert with_extra().stderr == ""
+    [*_, call] = pip_calls(checkout)
+    assert "-c constraints.txt" in call and "--no-build-isolation" in call and call.endswith("-e .[torch]")
+    assert with_extra().returncode == 0 and len(pip_calls(checkout)) == num_calls + 2
+
+
 def test_extra_index_reaches_torch_alone(checkout: Path) -> None:
     assert make(checkout, ".venv", "PYTHON=./standin", "TORCH_INDEX=https://cpu.example").returncode == 0
     assert [call.split()[-1] for call in pip_calls(checkout) if "https://cpu.example" in call] == ["torch"]
@@ -136,3 +158,14 @@ def test_another_python_than_that_of_the_environment_is_refused(checkout: Path) 
     write_program(checkout / "other", '#!/usr/bin/env bash\n[[ "$2" == *print* ]] && echo 3.13; exit 0\n')
     result = make(checkout, ".venv", "PYTHON=./other")
     assert result.returncode != 0 and "run 'make clean' first" in result.stderr
+
+
+def test_floors_of_setup_are_the_versions_that_were_tested(repo_root: Path) -> None:
+    """`make floor` writes the report; a floor that is raised or lowered has to be tested again."""
+    report = json.loads((repo_root / "benchmarks" / "results" / "floor.json").read_text())
+    assert report["failed"] == 0 and report["passed"] > 2000
+    setup = (repo_root / "setup.py").read_text()
+    for name in ("torch", "transformers", "triton"):
+        [floor] = re.findall(rf'"{name}>=([\d.]+)', setup)
+        tested = ".".join(report["versions"][name].split("+")[0].split(".")[: floor.count(".") + 1])
+        assert tested == floor, f"setup.py allows {name} {floor}, and {tested} was tested"
