@@ -31,8 +31,8 @@ from bpo.bootstrap.run import run_bootstrap
 from bpo.bootstrap.sources import InjectedErrors
 from bpo.bootstrap.spool import AnnotationSpool
 from bpo.bootstrap.work import is_finished, plan_work
-from bpo.config import Config, DataConfig
-from bpo.config_bootstrap import BootstrapConfig, InjectConfig, ServerConfig
+from bpo.config.bootstrap import BootstrapConfig, InjectConfig, ServerConfig
+from bpo.config.training import Config, DataConfig
 from bpo.data.bad_records import BadRecords
 from bpo.data.formats import iterate_annotations
 from bpo_kernels.bench_measure import machine

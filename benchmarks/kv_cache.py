@@ -19,7 +19,7 @@ from typing import Any, get_args
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from bpo.config_bootstrap import CacheKind
+from bpo.config.bootstrap import CacheKind
 from bpo.model.generate import generate_ids
 from bpo_kernels.bench_measure import machine
 

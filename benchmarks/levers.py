@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bpo.config import Config, TrainableConfig
+from bpo.config.training import Config, TrainableConfig
 from bpo.data.work import attended_pairs
 from bpo.flops import ModelFlops
 from bpo.records import Work

@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 from bpo import engine  # noqa: E402
-from bpo.config import Config, LoraConfig, ModelConfig, TrainableConfig, TrainConfig  # noqa: E402
+from bpo.config.training import Config, LoraConfig, ModelConfig, TrainableConfig, TrainConfig  # noqa: E402
 from bpo.data.collate import collate_groups  # noqa: E402
 from bpo.data.encode import EncodedGroup, EncodedPrompt  # noqa: E402
 from bpo.data.families import family_of  # noqa: E402

@@ -32,7 +32,7 @@ from benchmarks.synthetic import (
     trainer_of,
 )
 from bpo import engine
-from bpo.config import Config, DataConfig
+from bpo.config.training import Config, DataConfig
 from bpo.data.encode import load_encoder
 from bpo.launch import Ranks
 from bpo.model.attention import packed_layout

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from bpo.config import Config, DataConfig, LoraConfig, ModelConfig, TrainableConfig, TrainConfig
+from bpo.config.training import Config, DataConfig, LoraConfig, ModelConfig, TrainableConfig, TrainConfig
 from bpo.data.collate import collate_groups
 from bpo.data.encode import EncodedGroup, EncodedPrompt
 from bpo.data.families import family_of

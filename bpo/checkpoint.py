@@ -25,8 +25,8 @@ from bpo.checkpoint_files import (
 )
 from bpo.checkpoint_save import CheckpointSaver
 from bpo.checkpoint_shards import KINDS, MASTER, Fragment, Shard, ShardSet
-from bpo.config import Config, TrainConfig
-from bpo.config_io import to_tree
+from bpo.config.io import to_tree
+from bpo.config.training import Config, TrainConfig
 from bpo.data.plan import PlannedStep
 from bpo.engine import JobRanks, TrainingEngine
 from bpo.preparation import TrainingData

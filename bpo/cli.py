@@ -49,7 +49,7 @@ def _convert(argv: list[str]) -> int:
 
 def _bootstrap(argv: list[str]) -> int:
     from bpo.bootstrap.run import run_bootstrap
-    from bpo.config_io import load_config
+    from bpo.config.io import load_config
     from bpo.interrupts import StopRequest
     from bpo.launch import ranks_from_environment, setup_logging
 
@@ -62,7 +62,7 @@ def _bootstrap(argv: list[str]) -> int:
 
 def _merge(argv: list[str]) -> int:
     from bpo.bootstrap.run import run_merge
-    from bpo.config_io import load_config
+    from bpo.config.io import load_config
     from bpo.launch import Ranks, setup_logging
 
     setup_logging(Ranks())
@@ -79,7 +79,7 @@ def _train(argv: list[str]) -> int:
 
 
 def _evaluate(argv: list[str]) -> int:
-    from bpo.config_io import load_config
+    from bpo.config.io import load_config
     from bpo.evaluation.run import run_evaluation
     from bpo.interrupts import StopRequest
     from bpo.launch import ranks_from_environment, setup_logging
@@ -92,7 +92,7 @@ def _evaluate(argv: list[str]) -> int:
 
 
 def _export(argv: list[str]) -> int:
-    from bpo.config_io import load_config
+    from bpo.config.io import load_config
     from bpo.export import run_export
     from bpo.launch import Ranks, setup_logging
 

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from bpo.compile_locks import named_compile_locks
-from bpo.config import Config, TrainConfig
+from bpo.config.training import Config, TrainConfig
 from bpo.data.families import Family
 from bpo.launch import Ranks, export_torch_environment, pick_device
 from bpo.model.attention import packed_layout

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from bpo.checkpoint_files import MANIFEST, CheckpointError, verify_checkpoint
 from bpo.checkpoint_shards import ShardSet
-from bpo.config import Config, LoraConfig, ModelConfig, TrainableConfig
+from bpo.config.training import Config, LoraConfig, ModelConfig, TrainableConfig
 from bpo.data.families import Family, family_of
 from bpo.model.load import load_model
 from bpo.model.trainable import lora_config

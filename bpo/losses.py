@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from bpo.config import LossConfig
+from bpo.config.training import LossConfig
 from bpo.model.logprob_head import PreferenceTerms
 from bpo_kernels.checks import LOSS_TYPES
 from bpo_kernels.dispatch import preference_loss

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from bpo.config import Config, TrainConfig
+from bpo.config.training import Config, TrainConfig
 from bpo.data.bad_records import BadRecords
 from bpo.data.encode import Dropped, Encoder
 from bpo.data.formats import read_groups

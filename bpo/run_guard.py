@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any
 
 from bpo.checkpoint_files import CheckpointError, clean_leftovers
-from bpo.config import Config
+from bpo.config.training import Config
 from bpo.engine import from_rank_0
 from bpo.interrupts import EXIT_RANK_LOST, Interrupted
 from bpo.launch import Ranks

@@ -6,8 +6,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import bpo
-from bpo.config import Config
-from bpo.config_io import save_config
+from bpo.config.io import save_config
+from bpo.config.training import Config
 from bpo_kernels.provenance import source_commit
 
 PACKAGES = ("torch", "transformers", "deepspeed", "peft")

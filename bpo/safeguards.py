@@ -8,7 +8,7 @@ import math
 
 import torch
 
-from bpo.config import Config
+from bpo.config.training import Config
 from bpo.data.plan import PlannedStep
 from bpo.engine import TrainingEngine, gather_from_ranks
 from bpo.losses import LossInputs, loss_at_reference

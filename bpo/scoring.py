@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from bpo.compile_locks import named_compile_locks
-from bpo.config import Config, DataConfig, ModelConfig
+from bpo.config.training import Config, DataConfig, ModelConfig
 from bpo.data.bad_records import BadRecords
 from bpo.data.collate import collate_groups
 from bpo.data.encode import Dropped, EncodedGroup, Encoder, EncodingError, load_encoder

@@ -24,8 +24,8 @@ from bpo import checkpoint, engine, losses
 from bpo.checkpoint_files import CheckpointError
 from bpo.checkpoint_save import CheckpointSaver, SaveFailedError
 from bpo.compile_locks import named_compile_locks
-from bpo.config import Config
-from bpo.config_io import load_config
+from bpo.config.io import load_config
+from bpo.config.training import Config
 from bpo.data.encode import load_encoder
 from bpo.data.plan import PlannedStep
 from bpo.flops import ModelFlops, model_flops

@@ -17,7 +17,7 @@ import torch
 from deepspeed.utils import safe_get_full_grad
 
 from bpo import engine
-from bpo.config import Config, DataConfig, LossConfig, ModelConfig, TrainableConfig, TrainConfig
+from bpo.config.training import Config, DataConfig, LossConfig, ModelConfig, TrainableConfig, TrainConfig
 from bpo.data.encode import load_encoder
 from bpo.launch import Ranks, ranks_from_environment, setup_logging
 from bpo.metrics import step_metrics

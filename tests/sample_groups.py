@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from bpo.config import Config, DataConfig, ModelConfig
+from bpo.config.training import Config, DataConfig, ModelConfig
 from bpo.data.collate import collate_groups
 from bpo.data.encode import EncodedGroup, Encoder, load_encoder
 from bpo.records import Completion, ContentPart, GroupBatch, PreferenceGroup, Turn

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bpo.config import Config, DataConfig, ModelConfig, TrainConfig
+from bpo.config.training import Config, DataConfig, ModelConfig, TrainConfig
 from bpo.data.bad_records import TooManyBadRecords
 from bpo.data.formats import group_to_json
 from bpo.launch import Ranks

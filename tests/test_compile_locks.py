@@ -24,7 +24,7 @@ from torch.utils.file_baton import FileBaton
 from bpo import compile_locks, doctor, engine
 from bpo.bootstrap import run as bootstrap
 from bpo.compile_locks import StaleCompileLockError, extensions_root, find_locks, inspect_lock, named_compile_locks
-from bpo.config import Config, EvaluationConfig
+from bpo.config.training import Config, EvaluationConfig
 from bpo.evaluation import run as evaluation
 from bpo.launch import Ranks
 

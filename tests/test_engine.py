@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bpo.config import Config, TrainConfig
+from bpo.config.training import Config, TrainConfig
 from bpo.engine import (
     _CONFIG_OWNED,
     deepspeed_config,

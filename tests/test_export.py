@@ -17,8 +17,8 @@ from transformers import AutoConfig
 
 from bpo.checkpoint_files import commit, seal_file, step_dir
 from bpo.checkpoint_shards import KINDS, Fragment, Shard, shard_name
-from bpo.config import Config, ExportConfig, LoraConfig, ModelConfig, TrainableConfig
-from bpo.config_io import to_tree
+from bpo.config.io import to_tree
+from bpo.config.training import Config, ExportConfig, LoraConfig, ModelConfig, TrainableConfig
 from bpo.data.encode import Encoder
 from bpo.data.families import FAMILIES, family_of
 from bpo.export import find_checkpoint, run_export

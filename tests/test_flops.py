@@ -15,7 +15,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from bpo.config import Config, LoraConfig, ModelConfig, TrainableConfig
+from bpo.config.training import Config, LoraConfig, ModelConfig, TrainableConfig
 from bpo.data.collate import collate_groups
 from bpo.data.families import family_of
 from bpo.data.work import attended_pairs, image_rows

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bpo.config import Config, TrainConfig
+from bpo.config.training import Config, TrainConfig
 from bpo.interrupts import Interrupted, StopRequest
 from bpo.launch import Ranks
 from bpo.run_guard import RunGuard

@@ -10,7 +10,7 @@ import math
 import pytest
 import torch
 
-from bpo.config import LossConfig
+from bpo.config.training import LossConfig
 from bpo.losses import LOSSES, LossInputs, LossOutput, chosen_nll, get_loss, loss_at_reference, register_loss
 
 COMPLETION_OF_TOKEN = torch.tensor([0, 0, 0, 1, 1, 2])

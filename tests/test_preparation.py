@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from bpo import preparation
-from bpo.config import Config, DataConfig, ModelConfig, TrainConfig
+from bpo.config.training import Config, DataConfig, ModelConfig, TrainConfig
 from bpo.data import encode
 from bpo.data.encode import Encoder
 from bpo.data.groups import GroupDataset, MeasuredGroup

@@ -24,7 +24,7 @@ root, folder = Path(sys.argv[1]), Path(sys.argv[2])
 sys.path[:0] = [str(root), str(root / "benchmarks")]
 import torch
 from bpo.bench import step
-from bpo.config import Config
+from bpo.config.training import Config
 from bpo.launch import Ranks
 from bpo.run_record import write_run_record
 from bpo_kernels import bench_measure

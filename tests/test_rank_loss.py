@@ -20,7 +20,7 @@ from tiny import tiny_llava
 from train_matrix import base_config
 
 from bpo.checkpoint_files import newest_valid_checkpoint
-from bpo.config_io import save_config
+from bpo.config.io import save_config
 from bpo.interrupts import EXIT_INTERRUPTED, EXIT_NO_PROGRESS, EXIT_RANK_LOST
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bpo.config_io import load_config
+from bpo.config.io import load_config
 
 RECIPES = sorted((Path(__file__).resolve().parent.parent / "bpo" / "recipes").glob("*.yaml"))
 

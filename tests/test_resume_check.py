@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from bpo.checkpoint_files import CheckpointError
-from bpo.config import Config
-from bpo.config_io import all_keys, to_tree
+from bpo.config.io import all_keys, to_tree
+from bpo.config.training import Config
 from bpo.resume_check import FREE, ROUNDING, check_content, check_options, flatten
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from bpo.config import Config, DataConfig, ModelConfig
+from bpo.config.training import Config, DataConfig, ModelConfig
 from bpo.data.encode import load_encoder
 from bpo.data.formats import read_groups
 from bpo.model.load import load_model

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from bpo import engine
-from bpo.config import Config, DataConfig, LoraConfig, LossConfig, ModelConfig, TrainableConfig, TrainConfig
+from bpo.config.training import Config, DataConfig, LoraConfig, LossConfig, ModelConfig, TrainableConfig, TrainConfig
 from bpo.launch import Ranks, ranks_from_environment, setup_logging
 from bpo.safeguards import NonFiniteError
 from bpo.train import train

@@ -26,8 +26,8 @@ from typing import Any
 import torch
 
 from bpo.bootstrap.run import run_bootstrap
-from bpo.config import Config
-from bpo.config_bootstrap import CacheKind, Source
+from bpo.config.bootstrap import CacheKind, Source
+from bpo.config.training import Config
 from bpo.demo.base import build_base_model
 from bpo.demo.environment import quiet_libraries, use_one_thread
 from bpo.demo.files import World, build_world

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from bpo.config import Config, DataConfig, LoraConfig, LossConfig, ModelConfig, TrainableConfig, TrainConfig
+from bpo.config.training import Config, DataConfig, LoraConfig, LossConfig, ModelConfig, TrainableConfig, TrainConfig
 from bpo.data.collate import preference_pairs
 from bpo.data.encode import Dropped, Encoder, load_encoder
 from bpo.data.formats import group_to_json, read_groups

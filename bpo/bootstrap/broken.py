@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from bpo.bootstrap.parts import Outcome, record_digest
-from bpo.config import DataConfig
+from bpo.config.training import DataConfig
 from bpo.data.bad_records import BadRecords
 from bpo.data.problems import Problem
 

@@ -12,7 +12,7 @@ from bpo.bootstrap.generators import ChatEngine, ChatGenerator, OwnLanguageModel
 from bpo.bootstrap.server import ChatServer
 from bpo.bootstrap.vision import ChatVision, TransformersVision, VisionGenerator
 from bpo.bootstrap.vllm_engine import VllmEngine
-from bpo.config import Config
+from bpo.config.training import Config
 from bpo.data.encode import Encoder, load_encoder
 from bpo.launch import Ranks, pick_device
 from bpo.model.load import load_model

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 
 from bpo.bootstrap.inject import InjectionRequest, Message, as_plain_text
-from bpo.config_bootstrap import CacheKind, InjectConfig
+from bpo.config.bootstrap import CacheKind, InjectConfig
 from bpo.data.encode import EncodedPrompt, Encoder, EncodingError
 from bpo.model.generate import generate_ids, generate_prompts
 from bpo.model.kv_cache import CachedPrefix, Prefixes, common_beginning

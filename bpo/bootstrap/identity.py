@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from bpo.bootstrap.inject import Mode, prompt_text
 from bpo.bootstrap.parts import write_atomically
-from bpo.config import Config
+from bpo.config.training import Config
 from bpo.data.importers.registry import open_source
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf", ".pt")

@@ -15,7 +15,7 @@ from bpo.bootstrap.changes import load_lexicon
 from bpo.bootstrap.parts import AtomicLines, Outcome, write_atomically
 from bpo.bootstrap.statistics import SourceStatistics
 from bpo.bootstrap.validate import REASONS, annotation_refusal, content_key
-from bpo.config import Config
+from bpo.config.training import Config
 from bpo.data.bad_records import BadRecords
 from bpo.data.formats import group_to_json
 from bpo.records import Annotation, Completion, PreferenceGroup, Provenance

@@ -34,8 +34,8 @@ from bpo.bootstrap.sources import ImageAnswers, InjectedErrors, NegativeSource
 from bpo.bootstrap.spool import AnnotationSpool
 from bpo.bootstrap.work import ClaimedBatch, SourceWork, is_finished, lacking, plan_work
 from bpo.compile_locks import named_compile_locks
-from bpo.config import Config
-from bpo.config_bootstrap import Source
+from bpo.config.bootstrap import Source
+from bpo.config.training import Config
 from bpo.data.bad_records import BadRecords
 from bpo.data.formats import iterate_annotations
 from bpo.interrupts import StopRequest

@@ -20,7 +20,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from typing import Any, Protocol
 
 from bpo.bootstrap.generators import Reply
-from bpo.config_bootstrap import ServerConfig
+from bpo.config.bootstrap import ServerConfig
 
 logger = logging.getLogger(__name__)
 

@@ -20,8 +20,8 @@ from bpo.bootstrap.seeds import derive_seed
 from bpo.bootstrap.validate import Refusal, refusal
 from bpo.bootstrap.vision import VisionGenerator, VisionRequest, special_tokens_of
 from bpo.bootstrap.weaken import choose_weakening
-from bpo.config import Config
-from bpo.config_bootstrap import RegenerateConfig, Source
+from bpo.config.bootstrap import RegenerateConfig, Source
+from bpo.config.training import Config
 from bpo.data.encode import Encoder
 from bpo.data.images import ImageError, load_image
 from bpo.records import Annotation, Provenance

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from bpo.bootstrap.changes import find_changes, language_of, load_lexicon
-from bpo.config_bootstrap import ValidateConfig
+from bpo.config.bootstrap import ValidateConfig
 
 # Spellings of image places in common model families, beside the special tokens of the model in use.
 KNOWN_PLACEHOLDERS = (

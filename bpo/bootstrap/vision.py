@@ -13,7 +13,7 @@ from PIL import Image
 
 from bpo.bootstrap.generators import ChatEngine, Reply
 from bpo.bootstrap.weaken import Weakening, picture_weakener, weaken_images
-from bpo.config import Config
+from bpo.config.training import Config
 from bpo.data.encode import EncodedImages, EncodedPrompt, Encoder, EncodingError
 from bpo.data.images import load_image
 from bpo.model.generate import generate_prompts

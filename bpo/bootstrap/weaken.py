@@ -18,7 +18,7 @@ from PIL import Image
 
 from bpo.bootstrap.noise import diffuse
 from bpo.bootstrap.seeds import derive_seed
-from bpo.config_bootstrap import WeakenConfig
+from bpo.config.bootstrap import WeakenConfig
 from bpo.data.encode import EncodedImages
 from bpo.data.families import Family
 

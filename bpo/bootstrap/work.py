@@ -9,7 +9,7 @@ from bpo.bootstrap.claims import Claims
 from bpo.bootstrap.engines import batch_size
 from bpo.bootstrap.parts import PartReader
 from bpo.bootstrap.spool import AnnotationSpool, Batches
-from bpo.config import Config
+from bpo.config.training import Config
 
 # A piece is one batch, or several where there are more batches than this: a claim is a file.
 MAX_PIECES = 4096

@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from bpo.config import DataConfig
+from bpo.config.training import DataConfig
 from bpo.data.problems import Problem, RecordError
 
 logger = logging.getLogger(__name__)

@@ -18,7 +18,7 @@ from typing import IO, Any
 
 from tqdm import tqdm
 
-from bpo.config import DataConfig
+from bpo.config.training import DataConfig
 from bpo.data.bad_records import share
 from bpo.data.examine import Examination, Findings, examine, forget_images
 from bpo.data.importers.registry import SCHEMAS, Source, open_source

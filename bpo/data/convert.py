@@ -12,7 +12,7 @@ from typing import Literal
 
 from tqdm import tqdm
 
-from bpo.config import DataConfig
+from bpo.config.training import DataConfig
 from bpo.data.bad_records import BadRecords, share
 from bpo.data.exporters import write_jsonl, write_paper, write_trl_jsonl, write_trl_parquet
 from bpo.data.image_folder import ImageFolder

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from bpo.config import Config
+from bpo.config.training import Config
 from bpo.data.families import Family, ImagePlace, family_of
 from bpo.data.images import ImageError, load_image
 from bpo.data.processor import Processor, load_processor

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from bpo.bootstrap.weaken import weaken_images
-from bpo.config import Config, DataConfig, ModelConfig
+from bpo.config.training import Config, DataConfig, ModelConfig
 from bpo.data.encode import Encoder, load_encoder
 from bpo.data.formats import read_groups
 from bpo.data.images import load_image

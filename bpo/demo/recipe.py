@@ -5,8 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from bpo.config import Config, DataConfig, EvaluationConfig, LossConfig, ModelConfig, TrainableConfig, TrainConfig
-from bpo.config_bootstrap import BootstrapConfig, InjectConfig, ValidateConfig, WeakenConfig
+from bpo.config.bootstrap import BootstrapConfig, InjectConfig, ValidateConfig, WeakenConfig
+from bpo.config.training import (
+    Config,
+    DataConfig,
+    EvaluationConfig,
+    LossConfig,
+    ModelConfig,
+    TrainableConfig,
+    TrainConfig,
+)
 from bpo.demo.base import BaseConfig
 from bpo.demo.files import World
 from bpo.demo.rewriting import prompt_dir

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from bpo.config import Config, ExportConfig
+from bpo.config.training import Config, ExportConfig
 from bpo.demo.files import World
 from bpo.demo.gallery import evaluation_examples, training_examples
 from bpo.demo.recipe import BASE, VARIANTS, Recipe, Variant
@@ -100,7 +100,7 @@ def train_variant(config: Config, recipe: Recipe) -> None:
 
 def evaluate(model_dir: Path, recipe: Recipe, world: World) -> Figures:
     """CHAIR and POPE on the unbiased scenes; every answer is kept beside the model as evaluation.json."""
-    from bpo.config import DataConfig, ModelConfig
+    from bpo.config.training import DataConfig, ModelConfig
     from bpo.data.encode import load_encoder
     from bpo.evaluation.run import evaluate_model, read_benchmarks, result_to_json
     from bpo.model.load import load_model

@@ -13,8 +13,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 import bpo
-from bpo.config import Config
-from bpo.config_io import save_config
+from bpo.config.io import save_config
+from bpo.config.training import Config
 
 
 class TrainingFailed(RuntimeError):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bpo.compile_locks import named_compile_locks
-from bpo.config import Config, EvaluationConfig
+from bpo.config.training import Config, EvaluationConfig
 from bpo.data.bad_records import BadRecords
 from bpo.data.images import ImageError, load_image
 from bpo.data.problems import Problem

@@ -21,7 +21,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from bpo.config_bootstrap import CacheKind
+from bpo.config.bootstrap import CacheKind
 from bpo.model.kv_cache import CachedPrefix, reserved_cache
 
 if TYPE_CHECKING:

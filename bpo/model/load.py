@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from bpo.config import ModelConfig
+from bpo.config.training import ModelConfig
 from bpo.data.families import family_of
 from bpo.model import attention
 from bpo.model.attention_choice import Choice, Needs, choose_backend

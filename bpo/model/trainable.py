@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from bpo.config import Config, LoraConfig, TrainableConfig
+from bpo.config.training import Config, LoraConfig, TrainableConfig
 from bpo.data.families import Family
 
 logger = logging.getLogger(__name__)

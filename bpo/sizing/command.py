@@ -9,8 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from bpo.config import Config
-from bpo.config_io import load_config
+from bpo.config.io import load_config
+from bpo.config.training import Config
 from bpo.data.formats import read_groups
 from bpo.sizing.hardware import ACCELERATORS, accelerator
 from bpo.sizing.memory import GB

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from bpo.config import Config
+from bpo.config.training import Config
 from bpo.data.work import attended_pairs, has_class_token
 from bpo.engine import find_ds_config, with_fitting_buckets
 from bpo.records import Work

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from bpo.config import Config
+from bpo.config.training import Config
 from bpo.data.families import Family, family_of
 from bpo.flops import ModelFlops, model_flops, part_of
 from bpo.model.trainable import prepare_trainable

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from bpo.bootstrap.changes import load_lexicon
 from bpo.bootstrap.merge import beside
-from bpo.config_bootstrap import WeakenConfig
+from bpo.config.bootstrap import WeakenConfig
 from bpo.data.bad_records import BadRecords
 from bpo.records import PreferenceGroup
 from bpo.viewing.entries import REFUSED_ADVICE, SCORES_ADVICE, check_refused, entry_of, refused_only, token_scores

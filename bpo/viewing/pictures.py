@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image
 
 from bpo.bootstrap.weaken import Weakening, picture_weakener
-from bpo.config_bootstrap import WeakenConfig
+from bpo.config.bootstrap import WeakenConfig
 from bpo.data.images import ImageError, load_image
 from bpo.records import PreferenceGroup
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from bpo.config import DataConfig
+from bpo.config.training import DataConfig
 from bpo.data.bad_records import BadRecords
 from bpo.data.importers.registry import open_source
 from bpo.data.problems import Problem

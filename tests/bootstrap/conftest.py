@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from bpo.config import Config, DataConfig, ModelConfig
-from bpo.config_bootstrap import BootstrapConfig, InjectConfig, WeakenConfig
+from bpo.config.bootstrap import BootstrapConfig, InjectConfig, WeakenConfig
+from bpo.config.training import Config, DataConfig, ModelConfig
 from tests.bootstrap.jobs import accept_random_text
 from tests.tiny import byte_tokenizer
 

@@ -10,7 +10,7 @@ import pytest
 from bpo.bootstrap import sources
 from bpo.bootstrap.parts import PartReader, PartWriter
 from bpo.bootstrap.validate import Refusal, refusal
-from bpo.config import Config
+from bpo.config.training import Config
 from bpo.interrupts import StopRequest
 
 RESULTS = ("groups.jsonl", "groups.jsonl.refused.jsonl", "groups.jsonl.quarantine.jsonl")

@@ -24,7 +24,7 @@ from bpo.bootstrap.run import run_bootstrap
 from bpo.bootstrap.sources import ImageAnswers
 from bpo.bootstrap.spool import AnnotationSpool, Batches
 from bpo.bootstrap.work import SourceWork
-from bpo.config import Config
+from bpo.config.training import Config
 from bpo.data.formats import read_groups
 from bpo.launch import Ranks
 from bpo.records import Annotation, ContentPart, Turn

@@ -13,8 +13,8 @@ from bpo.bootstrap.clean import clean_rewriting
 from bpo.bootstrap.generators import OwnLanguageModel, TransformersGenerator, WorkedExamples, load_causal_lm
 from bpo.bootstrap.inject import InjectionRequest, Message, build_request
 from bpo.bootstrap.validate import refusal
-from bpo.config import Config, ModelConfig
-from bpo.config_bootstrap import InjectConfig
+from bpo.config.bootstrap import InjectConfig
+from bpo.config.training import Config, ModelConfig
 from bpo.data.encode import load_encoder
 from bpo.model.kv_cache import Prefixes
 from bpo.model.load import load_model

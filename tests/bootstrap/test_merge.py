@@ -15,8 +15,8 @@ from bpo.bootstrap.changes import load_lexicon
 from bpo.bootstrap.merge import merge
 from bpo.bootstrap.parts import Outcome
 from bpo.bootstrap.statistics import SourceStatistics, percentile
-from bpo.config import Config, DataConfig
-from bpo.config_bootstrap import BootstrapConfig, ValidateConfig
+from bpo.config.bootstrap import BootstrapConfig, ValidateConfig
+from bpo.config.training import Config, DataConfig
 from bpo.data.bad_records import BadRecords
 from bpo.data.formats import read_groups
 from bpo.records import Annotation, ContentPart, Provenance, Turn

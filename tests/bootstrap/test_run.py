@@ -18,8 +18,8 @@ from bpo.bootstrap import engines as engines_module
 from bpo.bootstrap import run as run_module
 from bpo.bootstrap.parts import PartWriter
 from bpo.bootstrap.run import run_bootstrap
-from bpo.config import Config
-from bpo.config_bootstrap import ServerConfig
+from bpo.config.bootstrap import ServerConfig
+from bpo.config.training import Config
 from bpo.data.formats import read_groups
 from bpo.interrupts import Interrupted, StopRequest
 from bpo.launch import Ranks

@@ -12,8 +12,8 @@ import pytest
 from bpo.bootstrap.engines import preparing_threads
 from bpo.bootstrap.run import run_bootstrap
 from bpo.bootstrap.server import ServerError
-from bpo.config import Config
-from bpo.config_bootstrap import BootstrapConfig, InjectConfig, ServerConfig, VisionConfig, WeakenConfig
+from bpo.config.bootstrap import BootstrapConfig, InjectConfig, ServerConfig, VisionConfig, WeakenConfig
+from bpo.config.training import Config
 from bpo.data.formats import read_groups
 from tests.bootstrap.fake_server import completion, fake_server
 

@@ -12,7 +12,7 @@ import pytest
 from bpo.bootstrap.generators import ChatGenerator, Reply
 from bpo.bootstrap.inject import InjectionRequest, Message
 from bpo.bootstrap.server import MAX_TRIES, ChatServer, ServerError
-from bpo.config_bootstrap import InjectConfig, ServerConfig
+from bpo.config.bootstrap import InjectConfig, ServerConfig
 from tests.bootstrap.fake_server import CUT, DRIP, Answer, completion, fake_server
 from tests.bootstrap.replies import FakeClock, replies_of
 

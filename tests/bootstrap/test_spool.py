@@ -12,8 +12,8 @@ from bpo.bootstrap.merge import merge
 from bpo.bootstrap.parts import AtomicLines, Outcome, PartReader, PartWriter, record_digest
 from bpo.bootstrap.spool import AnnotationSpool, Batches
 from bpo.bootstrap.work import SourceWork
-from bpo.config import Config, DataConfig
-from bpo.config_bootstrap import BootstrapConfig
+from bpo.config.bootstrap import BootstrapConfig
+from bpo.config.training import Config, DataConfig
 from bpo.data.bad_records import BadRecords
 from bpo.records import Annotation, ContentPart, Provenance, Turn
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from bpo.bootstrap.validate import REASONS, annotation_refusal, refusal, why_degenerate
-from bpo.config_bootstrap import ValidateConfig
+from bpo.config.bootstrap import ValidateConfig
 
 ANNOTATION = "A photo with a rock and a leaf."
 

@@ -16,8 +16,8 @@ from bpo.bootstrap.noise import diffuse
 from bpo.bootstrap.sources import ImageAnswers
 from bpo.bootstrap.vision import ChatVision, TransformersVision, VisionRequest
 from bpo.bootstrap.weaken import MASK_CELLS, PictureWeakener, Weakening, choose_weakening, weaken_images
-from bpo.config import Config, DataConfig, ModelConfig
-from bpo.config_bootstrap import BootstrapConfig, WeakenConfig
+from bpo.config.bootstrap import BootstrapConfig, WeakenConfig
+from bpo.config.training import Config, DataConfig, ModelConfig
 from bpo.data.encode import load_encoder
 from bpo.data.formats import read_annotations
 from bpo.model.load import load_model

@@ -67,7 +67,7 @@ def test_llava_ids_are_those_of_its_own_processor(
 def test_as_many_image_tokens_as_the_tower_gives_features(
     encoder: Encoder, photo: str, request: pytest.FixtureRequest, tiny_llava_dir: Path, tiny_qwen_dir: Path
 ) -> None:
-    from bpo.config import ModelConfig
+    from bpo.config.training import ModelConfig
     from bpo.model.load import load_model
 
     directory = tiny_llava_dir if encoder.family.config.model_type == "llava" else tiny_qwen_dir

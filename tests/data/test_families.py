@@ -34,7 +34,7 @@ from transformers import (
 from transformers.models.smolvlm import processing_smolvlm
 from transformers.processing_utils import ProcessorMixin
 
-from bpo.config import ModelConfig
+from bpo.config.training import ModelConfig
 from bpo.data.encode import Encoder
 from bpo.data.families import FAMILIES, family_of
 from bpo.model.load import load_model

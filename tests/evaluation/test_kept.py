@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from bpo.config import Config, DataConfig, EvaluationConfig, ModelConfig
+from bpo.config.training import Config, DataConfig, EvaluationConfig, ModelConfig
 from bpo.evaluation import answers as answers_module
 from bpo.evaluation.kept import KeptAnswers
 from bpo.evaluation.run import run_evaluation

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from bpo.config import Config, DataConfig, EvaluationConfig, ModelConfig
+from bpo.config.training import Config, DataConfig, EvaluationConfig, ModelConfig
 from bpo.data.bad_records import TooManyBadRecords
 from bpo.data.lexicon import build_lexicon
 from bpo.evaluation.chair import score_descriptions

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from bpo.config import ModelConfig
+from bpo.config.training import ModelConfig
 from bpo.model import load
 from bpo.model.attention import packed_layout, shared_prefix_attention
 from bpo.model.attention_choice import BackendName, Choice, Needs, obstacle

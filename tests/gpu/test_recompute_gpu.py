@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bpo.config import ModelConfig
+from bpo.config.training import ModelConfig
 from bpo.model import recompute
 from bpo.model.attention import packed_layout
 from bpo.model.load import load_model

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from bpo.config import ModelConfig
+from bpo.config.training import ModelConfig
 from bpo.data.collate import collate_groups
 from bpo.model import attention, load
 from bpo.model.attention import packed_layout, register, shared_prefix_attention

@@ -12,8 +12,8 @@ import torch
 from transformers import LlamaConfig
 
 from bpo import preparation
-from bpo.config import Config, ModelConfig
-from bpo.config_io import load_config
+from bpo.config.io import load_config
+from bpo.config.training import Config, ModelConfig
 from bpo.model import attention_choice
 from bpo.model.attention_choice import Choice, Needs, choose_backend, obstacle
 from bpo.model.load import choose_attention, load_model

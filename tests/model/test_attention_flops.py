@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from bpo.bench.meter import Meter
-from bpo.config import ModelConfig
+from bpo.config.training import ModelConfig
 from bpo.data.families import family_of
 from bpo.flops import model_flops
 from bpo.model import load

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from bpo.bootstrap.weaken import weaken_images
-from bpo.config import Config, DataConfig, ModelConfig
+from bpo.config.training import Config, DataConfig, ModelConfig
 from bpo.data.encode import EncodedPrompt, Encoder, load_encoder
 from bpo.data.families import FAMILIES
 from bpo.model.generate import GumbelNoise, generate_answers, generate_ids, left_pad

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from transformers import DynamicCache, LogitsProcessorList
 
-from bpo.config import Config, DataConfig, ModelConfig
+from bpo.config.training import Config, DataConfig, ModelConfig
 from bpo.data.encode import Encoder, load_encoder
 from bpo.data.families import FAMILIES
 from bpo.data.families.gemma import Gemma3

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from bpo.config import ModelConfig
+from bpo.config.training import ModelConfig
 from bpo.model import attention
 from bpo.model.load import load_model, resolve_dtype
 

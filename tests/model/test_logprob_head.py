@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bpo.config import ModelConfig
+from bpo.config.training import ModelConfig
 from bpo.model.load import load_model
 from bpo.model.logprob_head import LogProbHead, install_logprob_head
 from tests.tiny import tiny_llava

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from bpo.config import Config, LoraConfig, ModelConfig, TrainableConfig
+from bpo.config.training import Config, LoraConfig, ModelConfig, TrainableConfig
 from bpo.data.collate import collate_groups
 from bpo.data.encode import EncodedGroup, Encoder
 from bpo.data.families import FAMILIES

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from bpo.config import ModelConfig
+from bpo.config.training import ModelConfig
 from bpo.data.collate import collate_groups
 from bpo.data.encode import EncodedGroup, Encoder
 from bpo.data.families import FAMILIES

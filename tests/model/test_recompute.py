@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from bpo.config import Config, LoraConfig, ModelConfig, TrainableConfig
+from bpo.config.training import Config, LoraConfig, ModelConfig, TrainableConfig
 from bpo.data.encode import Encoder
 from bpo.model import recompute
 from bpo.model.attention import packed_layout

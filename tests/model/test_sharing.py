@@ -20,7 +20,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from bpo.config import ModelConfig
+from bpo.config.training import ModelConfig
 from bpo.data.collate import collate_groups
 from bpo.model.load import load_model
 from bpo.model.policy import PolicyModel

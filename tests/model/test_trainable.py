@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from bpo.config import Config, LoraConfig, ModelConfig, TrainableConfig, TrainConfig
+from bpo.config.training import Config, LoraConfig, ModelConfig, TrainableConfig, TrainConfig
 from bpo.data.families import FAMILIES, Family, family_of
 from bpo.model.load import load_model
 from bpo.model.logprob_head import install_logprob_head

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from bpo.config import Config, TrainableConfig
+from bpo.config.training import Config, TrainableConfig
 from bpo.sizing.activations import activation_costs
 from bpo.sizing.shape import ModelShape, shape_of
 

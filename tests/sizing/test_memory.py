@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from bpo.config import Config, TrainableConfig
+from bpo.config.training import Config, TrainableConfig
 from bpo.engine import find_ds_config, with_fitting_buckets
 from bpo.launch import Ranks
 from bpo.sizing.activations import ActivationCosts, activation_costs

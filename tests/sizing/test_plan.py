@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from bpo.config_io import load_config
+from bpo.config.io import load_config
 from bpo.sizing.command import main, parse_bytes
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForImageTextToText
 
-from bpo.config import Config, LoraConfig, ModelConfig, TrainableConfig
+from bpo.config.training import Config, LoraConfig, ModelConfig, TrainableConfig
 from bpo.data.families import family_of
 from bpo.model.load import load_model
 from bpo.model.trainable import prepare_trainable

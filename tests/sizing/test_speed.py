@@ -6,7 +6,7 @@ import functools
 
 import pytest
 
-from bpo.config import Config, TrainableConfig
+from bpo.config.training import Config, TrainableConfig
 from bpo.records import Work
 from bpo.sizing.hardware import ACCELERATORS, accelerator
 from bpo.sizing.memory import Zero

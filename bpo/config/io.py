@@ -11,7 +11,7 @@ from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from bpo.config import Config
+from bpo.config.training import Config
 
 ALIASES = {"--on-bad": "--data.on_bad", "--max-bad-share": "--data.max_bad_share"}
 

@@ -1,4 +1,4 @@
-"""Options, files and flags. Run: python -m pytest tests/test_config.py"""
+"""Options, files and flags. Run: python -m pytest tests/config/test_io.py"""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import yaml
 
-from bpo import config as config_module
-from bpo import config_bootstrap as config_bootstrap_module
-from bpo.config import Config, DataConfig, LoraConfig, LossConfig, TrainConfig
-from bpo.config_io import all_keys, load_config, save_config, to_tree
+from bpo.config import bootstrap as config_bootstrap_module
+from bpo.config import training as config_module
+from bpo.config.io import all_keys, load_config, save_config, to_tree
+from bpo.config.training import Config, DataConfig, LoraConfig, LossConfig, TrainConfig
 
 
 def sections(node: type = Config) -> Iterator[type]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from bpo.config_bootstrap import BootstrapConfig, check
+from bpo.config.bootstrap import BootstrapConfig, check
 
 
 @dataclass(kw_only=True)

@@ -1,0 +1,1 @@
+"""Every option of bpo, its default and its range check; reading and writing them."""
