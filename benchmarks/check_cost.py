@@ -29,7 +29,7 @@ WORDS = (
 SAMPLE_S = 0.05
 READ_ALL = """
 import sys
-from bpo.data.formats import iterate_annotations
+from bpo.formats.files import iterate_annotations
 print(sum(1 for _ in iterate_annotations(sys.argv[1])))
 """
 

@@ -31,7 +31,7 @@ def timed(run: Callable[[], object], clock: Callable[[], float] = time.perf_coun
 
 def groups_part(num_groups: int, folder: Path) -> dict[str, float]:
     """Reads groups.jsonl: two completions of about 20 words."""
-    from bpo.data.formats import read_groups
+    from bpo.formats.files import read_groups
 
     rng = random.Random(0)
     path = folder / "groups.jsonl"

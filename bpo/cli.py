@@ -36,13 +36,13 @@ def _demo(argv: list[str]) -> int:
 
 
 def _check(argv: list[str]) -> int:
-    from bpo.data.check import main
+    from bpo.formats.check import main
 
     return main(argv)
 
 
 def _convert(argv: list[str]) -> int:
-    from bpo.data.convert import main
+    from bpo.formats.convert import main
 
     return main(argv)
 

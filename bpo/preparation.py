@@ -14,15 +14,15 @@ import torch
 from tqdm import tqdm
 
 from bpo.config.training import Config, TrainConfig
-from bpo.data.bad_records import BadRecords
 from bpo.data.encode import Dropped, Encoder
-from bpo.data.formats import read_groups
 from bpo.data.groups import BAD_REASONS, GroupDataset, MeasuredGroup, iterate_micro_batches, write_dropped
 from bpo.data.lengths import MeasuredLengths, encoder_fingerprint, lengths_directory
 from bpo.data.plan import PlannedStep, plan_balance, plan_steps, split_into_micro_batches
-from bpo.data.problems import Problem
 from bpo.data.transfer import on_device
 from bpo.engine import TrainingEngine, barrier, from_rank_0, gather_from_ranks
+from bpo.formats.bad_records import BadRecords
+from bpo.formats.files import read_groups
+from bpo.formats.problems import Problem
 from bpo.interrupts import Interrupted, StopRequest
 from bpo.launch import Ranks
 from bpo.model.load import choose_attention

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from bpo.config.training import Config, DataConfig, ModelConfig, TrainConfig
-from bpo.data.bad_records import TooManyBadRecords
-from bpo.data.formats import group_to_json
+from bpo.formats.bad_records import TooManyBadRecords
+from bpo.formats.files import group_to_json
 from bpo.launch import Ranks
 from bpo.preparation import TrainingData, measure_groups
 from tests.sample_groups import encoder_of, group

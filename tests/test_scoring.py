@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from bpo.config.training import Config, DataConfig, ModelConfig
 from bpo.data.encode import load_encoder
-from bpo.data.formats import read_groups
+from bpo.formats.files import read_groups
 from bpo.model.load import load_model
 from bpo.scoring import main, token_texts
 from tests.test_train import write_groups

@@ -15,8 +15,8 @@ import torch
 from bpo.config.training import Config, DataConfig, LoraConfig, LossConfig, ModelConfig, TrainableConfig, TrainConfig
 from bpo.data.collate import preference_pairs
 from bpo.data.encode import Dropped, Encoder, load_encoder
-from bpo.data.formats import group_to_json, read_groups
 from bpo.data.groups import GroupDataset
+from bpo.formats.files import group_to_json, read_groups
 from bpo.records import Completion, PreferenceGroup
 
 # Standard deviation of the adapter's B, which training starts at zero: with B = 0 policy and reference are the same,

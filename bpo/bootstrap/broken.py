@@ -7,8 +7,8 @@ from pathlib import Path
 
 from bpo.bootstrap.parts import Outcome, record_digest
 from bpo.config.training import DataConfig
-from bpo.data.bad_records import BadRecords
-from bpo.data.problems import Problem
+from bpo.formats.bad_records import BadRecords
+from bpo.formats.problems import Problem
 
 
 class BrokenRecords:

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import yaml
 
-from bpo.data.lexicon import ObjectLexicon, build_lexicon, singular_forms
+from bpo.formats.lexicon import ObjectLexicon, build_lexicon, singular_forms
 
 Kind = Literal["object", "attribute", "count", "relation", "polarity", "other"]
 _LISTS: dict[str, Kind] = {

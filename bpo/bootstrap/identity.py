@@ -11,7 +11,7 @@ from typing import Any, Literal
 from bpo.bootstrap.inject import Mode, prompt_text
 from bpo.bootstrap.parts import write_atomically
 from bpo.config.training import Config
-from bpo.data.importers.registry import open_source
+from bpo.formats.importers.registry import open_source
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf", ".pt")
 _SAMPLES_PER_FILE = 64

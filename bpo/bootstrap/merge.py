@@ -16,8 +16,8 @@ from bpo.bootstrap.parts import AtomicLines, Outcome, write_atomically
 from bpo.bootstrap.statistics import SourceStatistics
 from bpo.bootstrap.validate import REASONS, annotation_refusal, content_key
 from bpo.config.training import Config
-from bpo.data.bad_records import BadRecords
-from bpo.data.formats import group_to_json
+from bpo.formats.bad_records import BadRecords
+from bpo.formats.files import group_to_json
 from bpo.records import Annotation, Completion, PreferenceGroup, Provenance
 
 COMPLETION_TYPES = {

@@ -36,8 +36,8 @@ from bpo.bootstrap.work import ClaimedBatch, SourceWork, is_finished, lacking, p
 from bpo.compile_locks import named_compile_locks
 from bpo.config.bootstrap import Source
 from bpo.config.training import Config
-from bpo.data.bad_records import BadRecords
-from bpo.data.formats import iterate_annotations
+from bpo.formats.bad_records import BadRecords
+from bpo.formats.files import iterate_annotations
 from bpo.interrupts import StopRequest
 from bpo.launch import Ranks, ranks_from_environment, restart_count
 from bpo.records import Annotation

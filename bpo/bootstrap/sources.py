@@ -23,7 +23,7 @@ from bpo.bootstrap.weaken import choose_weakening
 from bpo.config.bootstrap import RegenerateConfig, Source
 from bpo.config.training import Config
 from bpo.data.encode import Encoder
-from bpo.data.images import ImageError, load_image
+from bpo.formats.images import ImageError, load_image
 from bpo.records import Annotation, Provenance
 
 

@@ -15,7 +15,7 @@ from bpo.bootstrap.generators import ChatEngine, Reply
 from bpo.bootstrap.weaken import Weakening, picture_weakener, weaken_images
 from bpo.config.training import Config
 from bpo.data.encode import EncodedImages, EncodedPrompt, Encoder, EncodingError
-from bpo.data.images import load_image
+from bpo.formats.images import load_image
 from bpo.model.generate import generate_prompts
 from bpo.model.kv_cache import CachedPrefix, Prefixes, common_beginning
 from bpo.records import ContentPart, Turn

@@ -1,1 +1,1 @@
-"""From files to packed batches."""
+"""From records to packed batches."""

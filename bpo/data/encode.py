@@ -17,8 +17,8 @@ from PIL import Image
 
 from bpo.config.training import Config
 from bpo.data.families import Family, ImagePlace, family_of
-from bpo.data.images import ImageError, load_image
 from bpo.data.processor import Processor, load_processor
+from bpo.formats.images import ImageError, load_image
 from bpo.records import Completion, PreferenceGroup, Turn
 
 # Private-use characters stand for a piece of somebody's text while the chat template is rendered.

@@ -13,10 +13,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from bpo.data.collate import collate_groups, preference_pairs, reference_key
 from bpo.data.encode import Dropped, EncodedGroup, EncodedPrompt, Encoder, EncodingError, keep_types
-from bpo.data.images import ImageError, image_bytes_digest
+from bpo.formats.images import ImageError, image_bytes_digest
 from bpo.records import GroupBatch, PreferenceGroup
 
-# Reasons of `Dropped` that mean bad data, and their codes among `bpo.data.problems.PROBLEMS`.
+# Reasons of `Dropped` that mean bad data, and their codes among `bpo.formats.problems.PROBLEMS`.
 BAD_REASONS = {"bad-image": "image-refused", "bad-record": "image-parts"}
 
 

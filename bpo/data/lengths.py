@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from bpo.data.encode import Dropped, Encoder
-from bpo.data.formats import group_to_json
 from bpo.data.groups import GroupDataset, MeasuredGroup
-from bpo.data.images import ImageError, resolve_image_path
+from bpo.formats.files import group_to_json
+from bpo.formats.images import ImageError, resolve_image_path
 from bpo.records import PreferenceGroup
 
 logger = logging.getLogger(__name__)

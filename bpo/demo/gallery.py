@@ -11,11 +11,11 @@ from PIL import Image
 from bpo.bootstrap.weaken import weaken_images
 from bpo.config.training import Config, DataConfig, ModelConfig
 from bpo.data.encode import Encoder, load_encoder
-from bpo.data.formats import read_groups
-from bpo.data.images import load_image
-from bpo.data.lexicon import ObjectLexicon
 from bpo.demo.report import EvaluationExample, MarkedAnswer, TrainingExample, mark_answer
 from bpo.evaluation.files import read_synonyms
+from bpo.formats.files import read_groups
+from bpo.formats.images import load_image
+from bpo.formats.lexicon import ObjectLexicon
 from bpo.records import Completion, PreferenceGroup
 
 if TYPE_CHECKING:

@@ -19,9 +19,9 @@ from markupsafe import Markup
 from PIL import Image
 
 from bpo.charts import Bar, Line, bar_chart, legend_swatch, line_chart, thin_out
-from bpo.data.jsonfiles import read_records
-from bpo.data.lexicon import ObjectLexicon
 from bpo.evaluation.chair import DescriptionScore
+from bpo.formats.jsonfiles import read_records
+from bpo.formats.lexicon import ObjectLexicon
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 MAX_CURVE_POINTS = 60

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from bpo.data.lexicon import Mention, ObjectLexicon
+from bpo.formats.lexicon import Mention, ObjectLexicon
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bpo.data.jsonfiles import parse_json, read_records
-from bpo.data.lexicon import ObjectLexicon, build_lexicon
 from bpo.evaluation.chair import present_objects
 from bpo.evaluation.pope import PopeQuestion
+from bpo.formats.jsonfiles import parse_json, read_records
+from bpo.formats.lexicon import ObjectLexicon, build_lexicon
 
 POPE_SPLITS = ("random", "popular", "adversarial")
 _LABELS = {"yes": True, "no": False}

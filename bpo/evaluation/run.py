@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 from bpo.compile_locks import named_compile_locks
 from bpo.config.training import Config, EvaluationConfig
-from bpo.data.bad_records import BadRecords
-from bpo.data.images import ImageError, load_image
-from bpo.data.problems import Problem
 from bpo.evaluation.answers import Request, answer_requests
 from bpo.evaluation.chair import ChairResult, DescriptionScore, score_descriptions
 from bpo.evaluation.files import CocoImages, read_coco, read_pope
 from bpo.evaluation.kept import KeptAnswers
 from bpo.evaluation.pope import PopeQuestion, PopeResult, says_yes, score_answers
+from bpo.formats.bad_records import BadRecords
+from bpo.formats.images import ImageError, load_image
+from bpo.formats.problems import Problem
 from bpo.interrupts import StopRequest
 from bpo.launch import ranks_from_environment, restart_count
 from bpo.run_lock import RestartCount

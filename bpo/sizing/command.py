@@ -11,7 +11,7 @@ from typing import Any
 
 from bpo.config.io import load_config
 from bpo.config.training import Config
-from bpo.data.formats import read_groups
+from bpo.formats.files import read_groups
 from bpo.sizing.hardware import ACCELERATORS, accelerator
 from bpo.sizing.memory import GB
 from bpo.sizing.plan import GroupShape, Plan, Row, make_plan, row_gb, typical_image

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from bpo.bootstrap.changes import load_lexicon
 from bpo.bootstrap.merge import beside
 from bpo.config.bootstrap import WeakenConfig
-from bpo.data.bad_records import BadRecords
+from bpo.formats.bad_records import BadRecords
 from bpo.records import PreferenceGroup
 from bpo.viewing.entries import REFUSED_ADVICE, SCORES_ADVICE, check_refused, entry_of, refused_only, token_scores
 from bpo.viewing.page import PageWriter

@@ -12,7 +12,7 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 from difflib import SequenceMatcher
 
-from bpo.data.lexicon import Mention, ObjectLexicon
+from bpo.formats.lexicon import Mention, ObjectLexicon
 
 Segment = list[str]
 

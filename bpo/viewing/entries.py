@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bpo.data.lexicon import ObjectLexicon
+from bpo.formats.lexicon import ObjectLexicon
 from bpo.records import Completion, PreferenceGroup, Turn
 from bpo.viewing.diff import diff_segments, plain_segments
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from bpo.bootstrap.weaken import Weakening, picture_weakener
 from bpo.config.bootstrap import WeakenConfig
-from bpo.data.images import ImageError, load_image
+from bpo.formats.images import ImageError, load_image
 from bpo.records import PreferenceGroup
 
 SIDE_PIXELS = 320

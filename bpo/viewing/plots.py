@@ -10,7 +10,7 @@ from typing import Any
 from markupsafe import Markup
 
 from bpo.charts import columns, histogram, range_bars, share_bars
-from bpo.data.problems import Problem
+from bpo.formats.problems import Problem
 from bpo.viewing.summary import SourceFigures
 
 MOST_ROWS = 10

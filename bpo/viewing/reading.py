@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from bpo.config.training import DataConfig
-from bpo.data.bad_records import BadRecords
-from bpo.data.importers.registry import open_source
-from bpo.data.problems import Problem
-from bpo.data.reading import iterate_records
+from bpo.formats.bad_records import BadRecords
+from bpo.formats.importers.registry import open_source
+from bpo.formats.problems import Problem
+from bpo.formats.reading import iterate_records
 from bpo.records import PreferenceGroup
 
 Entry = dict[str, Any]

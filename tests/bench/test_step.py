@@ -24,7 +24,7 @@ from bpo.bench.workers import ProviderError, started
 from bpo.bench.world import SHAPES, Lengths, byte_tokenizer, llava_config, write_groups, write_model
 from bpo.data.encode import Dropped, load_encoder
 from bpo.data.families import family_of
-from bpo.data.formats import group_to_json, read_groups
+from bpo.formats.files import group_to_json, read_groups
 from bpo.model.load import load_model
 from bpo.model.trainable import lora_config, prepare_trainable
 from tests.sample_groups import group

@@ -25,7 +25,7 @@ from bpo.bootstrap.sources import ImageAnswers
 from bpo.bootstrap.spool import AnnotationSpool, Batches
 from bpo.bootstrap.work import SourceWork
 from bpo.config.training import Config
-from bpo.data.formats import read_groups
+from bpo.formats.files import read_groups
 from bpo.launch import Ranks
 from bpo.records import Annotation, ContentPart, Turn
 from tests.bootstrap.jobs import num_lines, num_outcomes, parts, results

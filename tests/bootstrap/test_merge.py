@@ -17,8 +17,8 @@ from bpo.bootstrap.parts import Outcome
 from bpo.bootstrap.statistics import SourceStatistics, percentile
 from bpo.config.bootstrap import BootstrapConfig, ValidateConfig
 from bpo.config.training import Config, DataConfig
-from bpo.data.bad_records import BadRecords
-from bpo.data.formats import read_groups
+from bpo.formats.bad_records import BadRecords
+from bpo.formats.files import read_groups
 from bpo.records import Annotation, ContentPart, Provenance, Turn
 
 PROMPT = (Turn("user", (ContentPart("image"), ContentPart("text", "Describe."))),)

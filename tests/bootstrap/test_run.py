@@ -20,7 +20,7 @@ from bpo.bootstrap.parts import PartWriter
 from bpo.bootstrap.run import run_bootstrap
 from bpo.config.bootstrap import ServerConfig
 from bpo.config.training import Config
-from bpo.data.formats import read_groups
+from bpo.formats.files import read_groups
 from bpo.interrupts import Interrupted, StopRequest
 from bpo.launch import Ranks
 from tests.bootstrap.fake_server import completion, fake_server

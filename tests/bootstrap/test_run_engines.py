@@ -14,7 +14,7 @@ from bpo.bootstrap.run import run_bootstrap
 from bpo.bootstrap.server import ServerError
 from bpo.config.bootstrap import BootstrapConfig, InjectConfig, ServerConfig, VisionConfig, WeakenConfig
 from bpo.config.training import Config
-from bpo.data.formats import read_groups
+from bpo.formats.files import read_groups
 from tests.bootstrap.fake_server import completion, fake_server
 
 MakeConfig = Callable[..., Config]

@@ -14,7 +14,7 @@ from bpo.bootstrap.spool import AnnotationSpool, Batches
 from bpo.bootstrap.work import SourceWork
 from bpo.config.bootstrap import BootstrapConfig
 from bpo.config.training import Config, DataConfig
-from bpo.data.bad_records import BadRecords
+from bpo.formats.bad_records import BadRecords
 from bpo.records import Annotation, ContentPart, Provenance, Turn
 
 PROMPT = (Turn("user", (ContentPart("image"), ContentPart("text", "Describe."))),)

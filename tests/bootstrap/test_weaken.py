@@ -19,7 +19,7 @@ from bpo.bootstrap.weaken import MASK_CELLS, PictureWeakener, Weakening, choose_
 from bpo.config.bootstrap import BootstrapConfig, WeakenConfig
 from bpo.config.training import Config, DataConfig, ModelConfig
 from bpo.data.encode import load_encoder
-from bpo.data.formats import read_annotations
+from bpo.formats.files import read_annotations
 from bpo.model.load import load_model
 from bpo.records import ContentPart, Turn
 from tests.bootstrap.replies import replies_of

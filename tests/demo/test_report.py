@@ -19,7 +19,6 @@ import pytest
 from PIL import Image, ImageDraw
 
 from bpo.charts import thin_out
-from bpo.data.lexicon import build_lexicon
 from bpo.demo.report import (
     CURVES,
     Curves,
@@ -33,6 +32,7 @@ from bpo.demo.report import (
     read_curves,
     write_report,
 )
+from bpo.formats.lexicon import build_lexicon
 
 LEXICON = build_lexicon([["rock", "stone"], ["leaf"], ["tree"], ["cup", "mug"], ["bed"]])
 PRESENT = frozenset({"rock", "leaf"})

@@ -6,8 +6,8 @@ import logging
 
 import pytest
 
-from bpo.data.lexicon import ObjectLexicon, build_lexicon, singular_forms
 from bpo.evaluation.chair import present_objects, score_descriptions
+from bpo.formats.lexicon import ObjectLexicon, build_lexicon, singular_forms
 
 COCO_LINES = [
     "person, girl, boy, man, woman, child, baby, passenger",

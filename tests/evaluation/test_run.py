@@ -9,11 +9,11 @@ import pytest
 from PIL import Image
 
 from bpo.config.training import Config, DataConfig, EvaluationConfig, ModelConfig
-from bpo.data.bad_records import TooManyBadRecords
-from bpo.data.lexicon import build_lexicon
 from bpo.evaluation.chair import score_descriptions
 from bpo.evaluation.pope import PopeQuestion, score_answers
 from bpo.evaluation.run import EvaluationResult, format_table, run_evaluation
+from bpo.formats.bad_records import TooManyBadRecords
+from bpo.formats.lexicon import build_lexicon
 from tests.tiny import tiny_llava, tiny_qwen
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from bpo.data.formats import group_to_json
+from bpo.formats.files import group_to_json
 from bpo.records import Completion, ContentPart, PreferenceGroup, Provenance, Turn
 from bpo.viewing.run import main
 

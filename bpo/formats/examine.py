@@ -1,0 +1,186 @@
+"""Looks at records for `bpo check`: everything that reading, bootstrapping and training would find."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bpo.formats.embedded import take_embedded
+from bpo.formats.images import ImageError, decode_image, read_image_file
+from bpo.formats.importers.preferences import PairRow
+from bpo.formats.importers.registry import SCHEMAS, Outcome
+from bpo.formats.jsonfiles import Piece
+from bpo.formats.problems import PROBLEMS, Problem, RecordError
+from bpo.formats.reading import adapt
+from bpo.records import Annotation
+
+_CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
+_DIRECTION = re.compile("[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+# What chat templates and processors of the known model families write, and what files write for an image.
+_SPECIAL = re.compile(
+    r"<\|[\w ]{1,40}\|>|</?s>|<(?:bos|eos|pad|unk|image|video|audio|img|IMG_CONTEXT|image_soft_token"
+    r"|fake_token_around_image|start_of_turn|end_of_turn|start_of_image|end_of_image|end_of_utterance)>|\[/?INST\]|<</?SYS>>"
+)
+# Images that several records share are opened once, while they stand near each other.
+_KEPT_IMAGES = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Examination:
+    """What to look for.
+
+    Attributes:
+        schema: Name of the schema of the records.
+        image_root: Folder of the images.
+        opens_images: Decode every image, too.
+        max_words: `data.max_completion_words`.
+    """
+
+    schema: str
+    image_root: Path
+    opens_images: bool
+    max_words: int
+
+
+@dataclass
+class Findings:
+    """What was found in some records, in their order.
+
+    Attributes:
+        ids: Their ids; None where it could not be read.
+        places: Where they stand.
+        problems: Index among these records -> problems.
+        is_pair: They are rows of groups, one pair each.
+    """
+
+    ids: list[str | None] = field(default_factory=list)
+    places: list[str] = field(default_factory=list)
+    problems: dict[int, list[Problem]] = field(default_factory=dict)
+    is_pair: bool = False
+
+
+def examine(pieces: Sequence[Piece], what: Examination) -> Findings:
+    """Parses and checks records; runs in worker processes."""
+    schema = next(schema for schema in SCHEMAS if schema.name == what.schema)
+    findings = Findings()
+    for index, piece in enumerate(pieces):
+        problems: list[Problem] = []
+        record_id: str | None = None
+        embedded = _Embedded(what.opens_images)
+        is_row = isinstance(piece.source, dict)
+        try:
+            record_id, outcome = adapt(schema, piece, embedded.take if is_row else None)
+        except RecordError as error:
+            problems.append(Problem(error.code, piece.where, error.record_id, str(error)))
+        else:
+            found = [*_of_record(outcome, what.max_words), *embedded.found]
+            if what.opens_images:
+                for image in _images_of(outcome):
+                    found += _checked_file(what.image_root, image) if image not in embedded.names else []
+            problems += [Problem(code, piece.where, record_id, f"{piece.where}: {detail}") for code, detail in found]
+            if isinstance(outcome, PairRow):
+                record_id, findings.is_pair = outcome.group.id, True
+        findings.ids.append(record_id)
+        findings.places.append(piece.where)
+        if problems:
+            findings.problems[index] = problems
+    return findings
+
+
+class _Embedded:
+    """The images that stand in one record: looked at, and not written anywhere.
+
+    Attributes:
+        names: What they are called from now on.
+        found: (code, detail) of what is wrong with them.
+    """
+
+    def __init__(self, opens_images: bool):
+        self._opens_images = opens_images
+        self.names: set[str] = set()
+        self.found: list[tuple[str, str]] = []
+
+    def take(self, record: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+        return take_embedded(record, where, self._put)
+
+    def _put(self, name: str | None, content: bytes, where: str) -> str:
+        name = name or "in the record"
+        self.names.add(name)
+        if self._opens_images:
+            self.found += _image_problems(name, content)
+        return name
+
+
+def _of_record(outcome: Outcome, max_words: int) -> Iterator[tuple[str, str]]:
+    """(code, detail) of what is wrong in a record whose form is right."""
+    if isinstance(outcome, str):
+        yield outcome, PROBLEMS[outcome].meaning
+        return
+    record = outcome.group if isinstance(outcome, PairRow) else outcome
+    if isinstance(record, Annotation):
+        answers, extras = [record.response], [record.extra]
+    else:
+        answers = [completion.response for completion in record.completions]
+        extras = [record.extra, *(completion.extra for completion in record.completions)]
+        scores = [completion.score for completion in record.completions]
+        if len(set(scores)) < 2:
+            yield "no-preference", "all completions have one score"
+        elif len(set(zip(answers, scores, strict=True))) > len(set(answers)):
+            yield "same-text", "completions of different scores have one text"
+    if not record.images:
+        yield "text only", "there is no image"
+    for name in sorted({key for extra in extras for key in extra}):
+        yield "unknown-field", f"field {name!r} is kept and not read"
+    for answer in answers:
+        if len(answer) > 2 * max_words and (num_words := len(answer.split())) > max_words:
+            yield "too-many-words", f"{num_words} words, above {max_words}"
+            break
+    yield from _odd_texts([*answers, *(turn.text for turn in record.prompt)])
+
+
+def _odd_texts(texts: Sequence[str]) -> Iterator[tuple[str, str]]:
+    # Searching every character costs more than parsing did: ask first what the text could hold at all.
+    unprintable = [text for text in texts if not text.isprintable()]
+    bracketed = [text for text in texts if "<" in text or "[" in text]
+    for code, pattern, suspects in (
+        ("control-character", _CONTROL, unprintable),
+        ("direction-mark", _DIRECTION, unprintable),
+        ("special-token", _SPECIAL, bracketed),
+    ):
+        for text in suspects:
+            if found := pattern.search(text):
+                yield code, f"{found.group()!r} at {found.start()} in {text[max(0, found.start() - 20) :][:60]!r}"
+                break
+
+
+def _images_of(outcome: Outcome) -> tuple[str, ...]:
+    if isinstance(outcome, str):
+        return ()
+    return outcome.group.images if isinstance(outcome, PairRow) else outcome.images
+
+
+def forget_images() -> None:
+    """What this process found in image files may have changed since."""
+    _checked_file.cache_clear()
+
+
+@functools.lru_cache(maxsize=_KEPT_IMAGES)
+def _checked_file(root: Path, image: str) -> list[tuple[str, str]]:
+    try:
+        path = read_image_file(root, image)
+    except ImageError as error:
+        return [(error.code, str(error))]
+    return _image_problems(image, path)
+
+
+def _image_problems(name: str, source: Path | bytes) -> list[tuple[str, str]]:
+    notes: list[str] = []
+    try:
+        decode_image(source, name, notes)
+    except ImageError as error:
+        return [(error.code, str(error))]
+    return [(code, f"image {name!r}: {PROBLEMS[code].meaning}") for code in notes]

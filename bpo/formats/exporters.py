@@ -1,0 +1,182 @@
+"""Writes records as bpo's own JSONL, and as others read them: TRL's parquet and JSONL, the paper's JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from itertools import islice
+from pathlib import Path
+from typing import IO, Any
+
+from bpo.formats.fields import prompt_to_json
+from bpo.formats.images import read_image_file
+from bpo.formats.importers.preferences import CHOSEN_META, GROUP_META, REJECTED_META
+from bpo.formats.markers import IMAGE_MARKER
+from bpo.formats.problems import RecordError
+from bpo.formats.schema import annotation_to_json, group_from_paper, group_to_json
+from bpo.records import Annotation, Completion, PreferenceGroup
+
+PARQUET_ROWS = 64  # at a time in memory, with their images
+
+
+def write_jsonl(records: Iterable[Annotation | PreferenceGroup], path: Path) -> int:
+    """bpo's own groups or annotations, one a line; returns how many."""
+    count = 0
+    with _whole_file(path) as file:
+        for record in records:
+            tree = group_to_json(record) if isinstance(record, PreferenceGroup) else annotation_to_json(record)
+            file.write(_dump(tree) + b"\n")
+            count += 1
+    return count
+
+
+def write_paper(groups: Iterable[PreferenceGroup], path: Path) -> int:
+    """The paper's released schema as one JSON list; returns how many groups.
+
+    A prompt that its text with `<image>` cannot hold (earlier turns, images amid text) is written as turns, which bpo
+    reads and the paper's code does not; so are provenance and other fields beside its own.
+    """
+    count = 0
+    with _whole_file(path) as file:
+        for group in groups:
+            file.write((b",\n" if count else b"[\n") + _dump(group_to_paper(group)))
+            count += 1
+        file.write(b"\n]\n" if count else b"[]\n")
+    return count
+
+
+def group_to_paper(group: PreferenceGroup) -> dict[str, Any]:
+    """The JSON object of a group in the paper's released schema; `group_from_paper` gives back an equal group."""
+    tree = group_to_json(group)
+    images = tree.pop("images")
+    tree = {"id": tree.pop("id"), "image": images[0] if len(images) == 1 else images, **tree}
+    if len(group.prompt) == 1:
+        text = "".join(part.text or f"{IMAGE_MARKER}\n" for part in group.prompt[0].content)
+        as_text = {**tree, "prompt": text}
+        if group_from_paper(as_text, group.id, group.id) == group:
+            return as_text
+    return tree
+
+
+def write_trl_jsonl(groups: Iterable[PreferenceGroup], path: Path, image_root: Path) -> int:
+    """TRL's preference rows, one pair a line, with the paths of images; returns how many rows."""
+    count = 0
+    with _whole_file(path) as file:
+        for group in groups:
+            for row in trl_rows(group):
+                file.write(_dump({**row, "images": list(group.images)}) + b"\n")
+                count += 1
+    return count
+
+
+def write_trl_parquet(groups: Iterable[PreferenceGroup], path: Path, image_root: Path) -> int:
+    """TRL's preference rows with the bytes of the images, as `datasets` reads them; returns how many rows.
+
+    Raises:
+        ValueError: pyarrow is missing.
+        ImageError: An image cannot be read.
+    """
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ValueError(f"{path}: parquet needs pyarrow; pip install 'bpo[hub]'") from error
+    schema = _parquet_schema(pyarrow)
+    rows = (
+        {**row, "images": images}
+        for group in groups
+        for images in [[{"bytes": read_image_file(image_root, i).read_bytes(), "path": i} for i in group.images]]
+        for row in trl_rows(group)
+    )
+    count = 0
+    with _whole_file(path) as file, pyarrow.parquet.ParquetWriter(file, schema) as writer:
+        while batch := list(islice(rows, PARQUET_ROWS)):
+            writer.write_table(pyarrow.Table.from_pylist(batch, schema))
+            count += len(batch)
+    return count
+
+
+def trl_rows(group: PreferenceGroup) -> Iterator[dict[str, Any]]:
+    """One row for each pair of a group (all i, j with score_i > score_j), without images.
+
+    `prompt`, `chosen` and `rejected` are TRL's messages. The columns `bpo_group`, `bpo_chosen` and `bpo_rejected` hold
+    as JSON what pairs have no place for: the group's id and other fields, each completion's index, score, type and
+    provenance. By them, reading puts the rows of a group together again.
+
+    Raises:
+        RecordError: All completions have one score: there is no pair.
+    """
+    prompt = prompt_to_json(group.prompt)
+    for turn in prompt:
+        # One type of parts for all rows of a table; TRL writes the place of an image so, too.
+        turn["content"] = [{"type": part["type"], "text": part.get("text")} for part in turn["content"]]
+    meta = {"id": group.id, "completions": len(group.completions), "extra": dict(group.extra)}
+    pairs = [
+        (i, j)
+        for i, first in enumerate(group.completions)
+        for j, second in enumerate(group.completions)
+        if first.score > second.score
+    ]
+    if not pairs:
+        raise RecordError("no-preference", f"group {group.id!r}: all completions have one score; a pair needs two")
+    for i, j in pairs:
+        yield {
+            "prompt": prompt,
+            "chosen": _message(group.completions[i]),
+            "rejected": _message(group.completions[j]),
+            GROUP_META: json.dumps(meta),
+            CHOSEN_META: _completion_meta(group.completions[i], i),
+            REJECTED_META: _completion_meta(group.completions[j], j),
+        }
+
+
+def _message(completion: Completion) -> list[dict[str, Any]]:
+    return [{"role": "assistant", "content": [{"type": "text", "text": completion.response}]}]
+
+
+def _completion_meta(completion: Completion, index: int) -> str:
+    meta = {"index": index, "score": completion.score, "type": completion.type, "extra": dict(completion.extra)}
+    provenance = None if completion.provenance is None else completion.provenance.to_json()
+    return json.dumps({**meta, "provenance": provenance})
+
+
+def _parquet_schema(pyarrow: Any) -> Any:
+    text = pyarrow.string()
+    part = pyarrow.struct([("type", text), ("text", text)])
+    messages = pyarrow.list_(pyarrow.struct([("role", text), ("content", pyarrow.list_(part))]))
+    images = pyarrow.list_(pyarrow.struct([("bytes", pyarrow.binary()), ("path", text)]))
+    columns = {"images": images, "prompt": messages, "chosen": messages, "rejected": messages}
+    columns |= {GROUP_META: text, CHOSEN_META: text, REJECTED_META: text}
+    value = {"dtype": "string", "_type": "Value"}
+    turns = [{"role": value, "content": [{"type": value, "text": value}]}]
+    features: dict[str, Any] = {"images": {"feature": {"_type": "Image"}, "_type": "Sequence"}}
+    features |= {name: turns for name in ("prompt", "chosen", "rejected")}
+    features |= {name: value for name in (GROUP_META, CHOSEN_META, REJECTED_META)}
+    # What `datasets` decodes the images by.
+    metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+    return pyarrow.schema(list(columns.items()), metadata=metadata)
+
+
+def _dump(tree: Any) -> bytes:
+    return json.dumps(tree, ensure_ascii=False, allow_nan=False).encode("utf-8")
+
+
+@contextmanager
+def _whole_file(path: Path) -> Iterator[IO[bytes]]:
+    """A file that takes its name when it is complete; what an error leaves unfinished is removed.
+
+    Raises:
+        ValueError: It cannot be written.
+    """
+    part = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with part.open("wb") as file:
+            yield file
+        part.replace(path)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written ({error}); check folder and space, or name another file") from error
+    finally:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)

@@ -1,0 +1,254 @@
+"""Safe image loading: a path that stays under the image root, any kind of photograph to 8-bit RGB.
+
+Images come from other people's lists, so a path may point anywhere and a file may hold anything. Every refusal
+is an `ImageError` that names the file and the fix.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+import logging
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from bpo.formats.problems import RecordError
+
+logger = logging.getLogger(__name__)
+
+# Pillow warns of what `_check_size` refuses.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+MAX_PIXELS = 89_478_485  # Pillow's own bound: 256 MiB of RGB
+ODD_SHAPE_RATIO = 100
+EXIF_ORIENTATION = 0x0112
+# Pictures of pixels. Pillow would also run Ghostscript on EPS, and try rarer decoders that few have ever attacked.
+FORMATS = "JPEG PNG WEBP GIF TIFF BMP AVIF JPEG2000 PPM ICO DIB TGA PCX SGI QOI".split()
+# A camera's JPEG with a preview in it is of a format of its own to Pillow.
+_JPEG_FAMILY = {"JPEG", "MPO"}
+_UPRIGHT_BY_ORIENTATION = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class ImageError(RecordError):
+    """An image that cannot be used: the message names the file, what is wrong and what to do."""
+
+    def __init__(self, message: str, code: str = "image-refused"):
+        super().__init__(code, message)
+
+    def __reduce__(self) -> tuple[type[ImageError], tuple[str, str]]:  # type: ignore[override]
+        return type(self), (str(self), self.code)
+
+
+def resolve_image_path(root: Path, relative: str) -> Path:
+    """The real path of `relative` under `root`; an absolute path must lie below the root, too.
+
+    Raises:
+        ImageError: The path is empty or a URL, leaves the root (by its beginning, `..` or a symbolic link), or is
+            not an existing regular file.
+    """
+    if not relative:
+        raise ImageError("an image path is empty; name a file relative to data.image_root", "image-no-path")
+    if "://" in relative or relative.startswith("data:"):
+        raise ImageError(
+            f"image {relative[:120]!r} is a URL; download it (`bpo convert --fetch-urls`) and give its path under "
+            "data.image_root",
+            "image-url",
+        )
+    try:
+        real_root = Path(root).resolve()
+        path = (real_root / relative).resolve()
+        is_inside = path.is_relative_to(real_root)
+        # What lies outside is not looked at.
+        is_file, exists = is_inside and path.is_file(), is_inside and path.exists()
+    except PermissionError as error:  # of a folder on the way
+        raise ImageError(
+            f"image {relative!r} cannot be read ({error.strerror}); check its permissions", "image-unreadable"
+        ) from error
+    except (OSError, RuntimeError, ValueError) as error:  # link loop, name too long, NUL byte
+        raise ImageError(f"image {relative[:120]!r} is not a usable path ({error})", "image-bad-path") from error
+    if not is_inside:
+        is_absolute = Path(relative).is_absolute()
+        how = "is an absolute path outside" if is_absolute else "leads out of"
+        raise ImageError(
+            f"image {relative!r} {how} data.image_root ({real_root}), to {path}; copy the file below the root or "
+            "choose a higher root",
+            "image-absolute" if is_absolute else "image-outside",
+        )
+    if not exists:
+        hint = "" if real_root.is_dir() else " (data.image_root itself is not a directory)"
+        raise ImageError(f"image {relative!r} is missing under data.image_root {real_root}{hint}", "image-missing")
+    if not is_file:
+        raise ImageError(
+            f"image {relative!r} is not a regular file ({path}); name the image inside it", "image-no-file"
+        )
+    return path
+
+
+def relative_image_path(root: Path, image: str) -> str:
+    """An absolute path that lies below the root as one relative to it; any other path as it is."""
+    path = Path(image)
+    if path.is_absolute() and ".." not in path.parts:  # behind a link, `..` is another folder than it seems
+        for base in (Path(root).absolute(), Path(root).resolve()):
+            if path.is_relative_to(base):
+                return str(path.relative_to(base))
+    return image
+
+
+def load_image(root: Path, relative: str) -> Image.Image:
+    """The first frame of an image as 8-bit RGB, upright.
+
+    EXIF orientation is applied. Transparency (alpha channel, palette or colour key) is laid over white. 16-bit
+    greyscale is scaled by 255 / 65535; integers beyond 16 bits and floats from their own minimum..maximum
+    to 0..255. Colour profiles are not applied.
+
+    Args:
+        root: Folder that no path may leave.
+        relative: Path of the image below it.
+
+    Raises:
+        ImageError: The path is refused (see `resolve_image_path`), or the file is empty, truncated, not an
+            image, or larger than `MAX_PIXELS` pixels.
+    """
+    return decode_image(read_image_file(root, relative), relative)
+
+
+def read_image_file(root: Path, relative: str) -> Path:
+    """The path of an image that can be opened and is not empty.
+
+    Raises:
+        ImageError: See `resolve_image_path`; or the file is empty or may not be read.
+    """
+    path = resolve_image_path(root, relative)
+    try:
+        with path.open("rb") as file:
+            is_empty = not file.read(1)
+    except OSError as error:
+        raise ImageError(
+            f"image {relative!r} cannot be read ({error.strerror}); check its permissions", "image-unreadable"
+        ) from error
+    if is_empty:
+        raise ImageError(f"image {relative!r} is empty (0 bytes); fetch it again or remove its record", "image-empty")
+    return path
+
+
+def decode_image(source: Path | bytes, name: str, notes: list[str] | None = None) -> Image.Image:
+    """The first frame as `load_image` gives it, from a file or from the bytes of one.
+
+    Args:
+        source: A path that was checked, or the file's content.
+        name: The image's name, for messages.
+        notes: Takes the codes of what is odd but no obstacle: `image-extension`, `image-shape`.
+
+    Raises:
+        ImageError: It is no image, truncated, or larger than `MAX_PIXELS` pixels.
+    """
+    if isinstance(source, bytes) and not source:
+        raise ImageError(f"image {name!r} is empty (0 bytes); fetch it again or remove its record", "image-empty")
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=_formats()) as image:
+            _check_size(image, name)
+            if notes is not None:
+                notes += _oddities(image, name)
+            image.load()
+            return _to_rgb(_upright(image, name))
+    except ImageError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"image {name!r} is too large ({error}); scale it down", "image-too-large") from error
+    except Exception as error:  # decoders meet hostile bytes and raise anything: OSError, SyntaxError, struct.error
+        raise ImageError(
+            f"image {name!r} cannot be decoded ({type(error).__name__}: {error}); fetch it again or remove its record",
+            "image-undecodable",
+        ) from error
+
+
+@functools.cache
+def _formats() -> list[str]:
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
+
+
+def image_bytes_digest(root: Path, relative: str) -> str:
+    """SHA-256 (hex) of the file's bytes, for fingerprints.
+
+    Raises:
+        ImageError: The path is refused or the file cannot be read.
+    """
+    path = resolve_image_path(root, relative)
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    except OSError as error:
+        raise ImageError(
+            f"image {relative!r} cannot be read ({error}); check its permissions", "image-unreadable"
+        ) from error
+    return digest.hexdigest()
+
+
+def _check_size(image: Image.Image, relative: str) -> None:
+    if image.width * image.height > MAX_PIXELS:
+        raise ImageError(
+            f"image {relative!r} is too large: {image.width} x {image.height} is more than {MAX_PIXELS} pixels "
+            "(a decompression bomb?); scale it down",
+            "image-too-large",
+        )
+
+
+def _oddities(image: Image.Image, name: str) -> list[str]:
+    codes = []
+    by_name = Image.registered_extensions().get(Path(name).suffix.lower())
+    if by_name is not None and by_name != image.format and {by_name, image.format} - _JPEG_FAMILY:
+        codes.append("image-extension")
+    if max(image.size) >= ODD_SHAPE_RATIO * min(image.size):
+        codes.append("image-shape")
+    return codes
+
+
+def _upright(image: Image.Image, relative: str) -> Image.Image:
+    """Apply the EXIF orientation; `ImageOps.exif_transpose` also rewrites the EXIF block and fails on damaged ones."""
+    try:
+        orientation = image.getexif().get(EXIF_ORIENTATION, 1)
+    except Exception as error:  # damaged metadata round a sound picture is common on the web
+        logger.warning("image %r: unreadable EXIF (%s); taken as upright", relative, error)
+        return image
+    method = _UPRIGHT_BY_ORIENTATION.get(orientation)
+    return image if method is None else image.transpose(method)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I") or image.mode == "F":
+        return Image.fromarray(_to_8_bit(image)).convert("RGB")
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return image.convert("RGB") if image.mode != "RGB" else image.copy()
+
+
+def _to_8_bit(image: Image.Image) -> np.ndarray:
+    """Greyscale of more than 8 bits as uint8 [height, width]; Pillow's own conversion clips at 255."""
+    grey_HW = np.asarray(image).astype(np.float64)
+    if not np.isfinite(grey_HW).all():
+        raise ValueError("it holds NaN or infinite values")
+    low, high = float(grey_HW.min()), float(grey_HW.max())
+    if image.mode.startswith("I") and low >= 0 and high <= 65535:
+        low, high = 0.0, 65535.0  # 16-bit files arrive as I;16 or, from PGM, as I
+    span = high - low
+    scaled_HW = (grey_HW - low) * (255.0 / span if span > 0 else 0.0)
+    scaled_HW = np.rint(scaled_HW).astype(np.uint8)
+    key = image.info.get("transparency")  # of a 16-bit PNG: the grey that is none
+    return np.where(grey_HW == key, np.uint8(255), scaled_HW) if isinstance(key, int) else scaled_HW

@@ -1,0 +1,217 @@
+"""What records come in: JSON list, JSONL, COCO JSON, CSV, TSV, parquet, datasets, tar shards. Each gives `Piece`s.
+
+All of them are streamed: none holds more than a batch of records, COCO besides the names of its images.
+"""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bpo.formats.importers.arrow import HUB, hub_pieces, parquet_pieces, saved_pieces
+from bpo.formats.importers.csvfiles import table_pieces
+from bpo.formats.importers.shards import tar_pieces
+from bpo.formats.jsonfiles import Piece, json_pieces, open_file
+from bpo.formats.jsonscan import Damage, JsonScanner
+
+
+class UnknownFormat(ValueError):
+    """A file in no form that bpo understands; the message lists those, and what was missing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Container:
+    """Files of one kind.
+
+    Attributes:
+        kind: Key of `CONTAINERS`.
+        paths: The file, or the shards of a folder in the order of their names.
+    """
+
+    kind: str
+    paths: tuple[Path, ...]
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(map(_size_of, self.paths))
+
+    def pieces(self) -> Iterator[Piece]:
+        """Every record, not parsed. Raises: ValueError: a file cannot be read at all."""
+        index = done_bytes = 0
+        for path in self.paths:
+            for piece in CONTAINERS[self.kind](path):
+                yield Piece(
+                    piece.where,
+                    index,
+                    piece.from_list,
+                    piece.source,
+                    piece.damage,
+                    piece.is_torn,
+                    done_bytes + piece.end_bytes,
+                )
+                index += 1
+            done_bytes += _size_of(path)
+
+
+def _size_of(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
+
+
+def open_container(path: Path) -> Container:
+    """Finds out by its content what a file is.
+
+    A folder is a dataset that `datasets` saved, or stands for the parquet files or tar shards in it; `hub:OWNER/NAME`
+    is a dataset to stream.
+
+    Raises:
+        ValueError: It cannot be read.
+        UnknownFormat: It is none of `CONTAINERS`.
+    """
+    path = Path(path)
+    if str(path).startswith(HUB):
+        return Container("hub", (path,))
+    if path.is_dir():
+        if (path / "dataset_dict.json").is_file():
+            path = _only_split(path)
+        if (path / "state.json").is_file():
+            return Container("saved", (path,))
+        for suffix in (".parquet", ".tar"):
+            shards = tuple(sorted(path.rglob(f"*{suffix}")))
+            if shards:
+                return Container(_kind_of(shards[0]), shards)
+        raise UnknownFormat(f"{path}: a folder without .parquet or .tar files; name the file of records")
+    return Container(_kind_of(path), (path,))
+
+
+def _only_split(path: Path) -> Path:
+    """The split of a saved `DatasetDict`. Raises: ValueError: there are several, and one is to be named."""
+    splits = sorted(state.parent.name for state in path.glob("*/state.json"))
+    if len(splits) != 1:
+        one = f"name one, such as {path / splits[0]}" if splits else "save it again"
+        raise ValueError(f"{path}: a saved dataset with the splits {', '.join(splits) or '(none)'}; {one}")
+    return path / splits[0]
+
+
+def _kind_of(path: Path) -> str:
+    with open_file(path) as file:
+        head = file.read(1024)
+    if head.startswith(b"PAR1"):
+        return "parquet"
+    text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
+    if text[:1] == b"[":
+        return "list"
+    if text[:1] == b"{":
+        if _is_coco(path):
+            return "coco"
+        if text.split(b"\n")[0].strip() == b"{":
+            raise UnknownFormat(f"{path}: a JSON object over several lines; write a list of objects, or one a line")
+        return "jsonl"
+    if path.suffix.lower() in (".csv", ".tsv"):
+        return path.suffix.lower()[1:]
+    if path.suffix.lower() in (".json", ".jsonl", ".ndjson"):
+        return "jsonl"  # whose first line is damaged, or an empty file
+    if head and _is_tar(path):
+        return "tar"
+    packed = " (unpack it first)" if head[:2] in (b"\x1f\x8b", b"PK") else ""
+    raise UnknownFormat(
+        f"{path}: not a JSON list or JSONL, CSV, TSV, parquet or tar file, by its first bytes {head[:16]!r}{packed}; "
+        "tables are known by their names, .csv and .tsv"
+    )
+
+
+def _is_tar(path: Path) -> bool:
+    try:
+        return tarfile.is_tarfile(path)
+    except (EOFError, OSError):  # packed, and damaged: no tar file that could be read
+        return False
+
+
+def _is_coco(path: Path) -> bool:
+    """Whether it is one object with COCO's lists, and not the first line of a JSONL file."""
+    try:
+        for key, element in _coco_lists(path, first_only=True):
+            if isinstance(element, dict) and (
+                key == "annotations" and "image_id" in element or key == "images" and "file_name" in element
+            ):
+                return True
+    except ValueError:  # JSONL reading says where and why
+        return False
+    return False
+
+
+def _coco_lists(path: Path, first_only: bool = False) -> Iterator[tuple[str, dict[str, Any] | Damage]]:
+    """(key, element) for the elements of the lists of a JSON object; damaged elements as `Damage`."""
+    with open_file(path) as file:
+        scanner = JsonScanner(file)
+        if scanner.peek() == "\ufeff":
+            scanner.expect("\ufeff")
+        scanner.expect("{")
+        while scanner.peek() != "}":
+            key = json.loads(scanner.value())
+            scanner.expect(":")
+            if scanner.peek() == "[":
+                scanner.expect("[")
+                for source, damage in scanner.elements():
+                    value = damage if damage is not None else _object_or_damage(source)
+                    if value is not None:
+                        yield key, value
+                    if first_only and value is None:
+                        return
+            else:
+                scanner.value()
+            if scanner.peek() == "}":
+                return
+            scanner.expect(",")
+
+
+def _object_or_damage(source: str) -> dict[str, Any] | Damage | None:
+    try:
+        value = json.loads(source)
+    except (ValueError, RecursionError) as error:
+        return Damage("not-json", f"not JSON ({error})")
+    return value if isinstance(value, dict) else None
+
+
+def _coco_pieces(path: Path) -> Iterator[Piece]:
+    """COCO captions: one record a caption, its image by name; other fields of the caption stay."""
+    try:
+        yield from _captions(path)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; fetch the file again") from error
+
+
+def _captions(path: Path) -> Iterator[Piece]:
+    names: dict[Any, Any] = {}
+    for key, image in _coco_lists(path):
+        if key == "images" and isinstance(image, dict) and isinstance(image.get("id"), (int, str)):
+            names[image["id"]] = image.get("file_name")
+    index = 0
+    for key, caption in _coco_lists(path):
+        if key != "annotations":
+            continue
+        where = f"{path}, annotations[{index}]"
+        if isinstance(caption, Damage):
+            yield Piece(where, index, True, {}, caption)
+        else:
+            image_id = caption.get("image_id")
+            known = isinstance(image_id, (int, str)) and image_id in names
+            damage = None if known else Damage("missing-field", f"no image has the id {image_id!r}; add it to 'images'")
+            yield Piece(where, index, True, {**caption, "image": names.get(image_id) if known else None}, damage)
+        index += 1
+
+
+CONTAINERS: dict[str, Callable[[Path], Iterator[Piece]]] = {
+    "list": json_pieces,
+    "jsonl": json_pieces,
+    "coco": _coco_pieces,
+    "csv": lambda path: table_pieces(path, ","),
+    "tsv": lambda path: table_pieces(path, "\t"),
+    "parquet": parquet_pieces,
+    "saved": saved_pieces,
+    "hub": hub_pieces,
+    "tar": tar_pieces,
+}

@@ -1,0 +1,149 @@
+"""Conversations as annotations: LLaVA's records (`image`, `conversations`) and ShareGPT's (`images`, `messages`)."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from bpo.formats.fields import extra_of, image_paths, prompt_turns, text_of
+from bpo.formats.markers import place_images
+from bpo.formats.messages import content_text, without_nulls
+from bpo.formats.problems import RecordError
+from bpo.records import Annotation, Role, Turn
+
+ROLE_OF_SPEAKER: dict[str, Role] = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "model": "assistant",
+    "system": "system",
+}
+TEXT_ONLY = "text only"
+NO_ANSWER = "no answer"
+NOT_ALTERNATING = "turns do not alternate"
+KNOWN_KEYS = frozenset(("id", "image", "images", "conversations", "messages", "system"))
+
+
+def annotation_from_llava(obj: Mapping[str, Any], record_id: str, where: str) -> Annotation | str:
+    """The annotation in one record, or the reason why there is none.
+
+    The last `gpt` turn is the response; every turn before it is the prompt, answers of earlier turns included, and
+    turns after it are left out. So a conversation of n answers gives one annotation, in its full context.
+    The `<image>` markers are read as `bpo.formats.markers.place_images` says. Other fields are kept in `extra`, those
+    of turns as `source_turns`.
+
+    Args:
+        obj: The record.
+        record_id: Its id.
+        where: File, record and id, for messages.
+
+    Returns:
+        The annotation, or `TEXT_ONLY`, `NO_ANSWER` (no `gpt` turn, or an empty one) or `NOT_ALTERNATING` (user and
+        answer do not take turns, beginning with the user).
+
+    Raises:
+        RecordError: The record has another shape; names `where`, the field and the fix.
+    """
+    images = conversation_images(obj, where)
+    turns = conversation_turns(obj, where)
+    if not images:
+        return TEXT_ONLY
+    last = max((n for n, (role, _) in enumerate(turns) if role == "assistant"), default=-1)
+    prompt, response = turns[:last], content_text(turns[last][1], "the answer", where) if last >= 0 else ""
+    if not response.strip():
+        return NO_ANSWER
+    if not ends_with_the_user(prompt):
+        return NOT_ALTERNATING
+    extra = conversation_extra(obj, KNOWN_KEYS, where)
+    return Annotation(record_id, images, prompt_of(prompt, len(images), where), response.strip(), extra)
+
+
+def prompt_of(turns: list[tuple[Role, Any]], num_images: int, where: str) -> tuple[Turn, ...]:
+    """The prompt: texts may hold `<image>`; parts say themselves where an image stands, and texts beside them do not.
+
+    Raises:
+        RecordError: A part is neither text nor image, or they are not as many as the images.
+    """
+    if all(isinstance(content, str) for _, content in turns):
+        return place_images(turns, num_images)
+    messages = [{"role": role, "content": content} for role, content in turns]
+    return prompt_turns(without_nulls(messages), num_images, where)
+
+
+def ends_with_the_user(prompt: list[tuple[Role, Any]]) -> bool:
+    """Whether user and answer take turns, from the user to the user."""
+    spoken = [role for role, _ in prompt if role != "system"]
+    alternating = [("user", "assistant")[n % 2] for n in range(len(spoken))]
+    return spoken == alternating and len(spoken) % 2 == 1
+
+
+def conversation_images(obj: Mapping[str, Any], where: str) -> tuple[str, ...]:
+    """The images of a record, under `image` (LLaVA) or `images` (ShareGPT).
+
+    Raises:
+        RecordError: They are no paths, or stand under both names.
+    """
+    if obj.get("image") and obj.get("images"):
+        raise RecordError("wrong-type", f"{where}: fields 'image' and 'images' are both present; keep one")
+    name = "image" if obj.get("image") or obj.get("images") is None else "images"
+    value = obj.get(name)
+    return () if value is None or value == "" else image_paths(value, name, where)
+
+
+def conversation_turns(obj: Mapping[str, Any], where: str) -> list[tuple[Role, Any]]:
+    """(role, text or list of parts) of every turn; a `system` field comes first.
+
+    Raises:
+        RecordError: The turns have another form.
+    """
+    name = "messages" if "messages" in obj else "conversations"
+    value = obj.get(name)
+    if not isinstance(value, list):
+        raise RecordError(
+            "wrong-type", f"{where}: field '{name}' must be a list of turns, each with 'from' and 'value'"
+        )
+    turns = [conversation_turn(turn, f"{name}[{number}]", where) for number, turn in enumerate(value)]
+    if obj.get("system"):
+        turns.insert(0, ("system", text_of(obj["system"], "field 'system'", where)))
+    return turns
+
+
+def conversation_turn(turn: Any, name: str, where: str) -> tuple[Role, Any]:
+    """One turn: `from` and `value`, or `role` and `content`, which may be a list of parts.
+
+    Raises:
+        RecordError: It has another form.
+    """
+    if not isinstance(turn, dict):
+        raise RecordError("wrong-type", f"{where}: {name} must be an object with 'from' and 'value'")
+    who, what = ("from", "value") if "from" in turn else ("role", "content")
+    speaker, content = turn.get(who), turn.get(what)
+    if not isinstance(speaker, str) or speaker not in ROLE_OF_SPEAKER:
+        raise RecordError("unknown-role", f"{where}: {name}.{who} is {speaker!r}; it must be human, gpt or system")
+    if isinstance(content, list) and what == "content":
+        return ROLE_OF_SPEAKER[speaker], content
+    return ROLE_OF_SPEAKER[speaker], text_of(content, f"{name}.{what}", where)
+
+
+def conversation_extra(obj: Mapping[str, Any], known: Collection[str], where: str) -> dict[str, Any]:
+    """The other fields of a conversation, and as `source_turns` those of its turns.
+
+    Raises:
+        RecordError: A field holds what no JSON file in UTF-8 can hold.
+    """
+    extra = extra_of(obj, known, where)
+    turns = obj["messages"] if "messages" in obj else obj["conversations"]
+    if any(len(turn) > 2 for turn in turns):
+        extras = [turn_extra(turn, where) for turn in turns]
+        if any(extras):
+            extra.setdefault("source_turns", extras)
+    return extra
+
+
+def turn_extra(turn: Any, where: str) -> dict[str, Any]:
+    """The fields of a turn beside its speaker and text; null ones come from tables and say nothing."""
+    if not isinstance(turn, dict):
+        return {}
+    known = ("from", "value") if "from" in turn else ("role", "content")
+    return {name: value for name, value in extra_of(turn, known, where, ()).items() if value is not None}

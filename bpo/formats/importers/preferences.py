@@ -1,0 +1,218 @@
+"""Pairs of a preferred and a dispreferred answer as groups: TRL, RLHF-V and RLAIF-V, ShareGPT with two answers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from bpo.formats.fields import answer_of, check_json, extra_of, id_text, prompt_turns, required, score_of, text_of
+from bpo.formats.importers.llava import (
+    KNOWN_KEYS,
+    NOT_ALTERNATING,
+    conversation_extra,
+    conversation_images,
+    conversation_turn,
+    conversation_turns,
+    ends_with_the_user,
+    prompt_of,
+    turn_extra,
+)
+from bpo.formats.jsonfiles import parse_json
+from bpo.formats.markers import place_images
+from bpo.formats.messages import content_text, without_nulls
+from bpo.formats.problems import RecordError
+from bpo.formats.schema import provenance_from_json
+from bpo.records import Completion, PreferenceGroup
+
+# Columns that the exporter writes beside TRL's, so that nothing of a group is lost in pairs.
+GROUP_META, CHOSEN_META, REJECTED_META = "bpo_group", "bpo_chosen", "bpo_rejected"
+TRL_KEYS = frozenset(("id", "image", "images", "prompt", "chosen", "rejected", GROUP_META, CHOSEN_META, REJECTED_META))
+PAIR_KEYS = frozenset(("id", "idx", "image", "images", "image_path", "question", "chosen", "rejected", "text"))
+
+
+@dataclass(frozen=True, slots=True)
+class PairRow:
+    """One pair of a group that stands in several rows: `indices` are its completions' places in the group."""
+
+    group: PreferenceGroup
+    indices: tuple[int, int]
+    num_completions: int
+
+
+def group_from_trl(obj: Mapping[str, Any], record_id: str, where: str) -> PreferenceGroup | PairRow:
+    """One row of TRL's preference format: `prompt`, `chosen`, `rejected` (texts or messages) and `images`.
+
+    Where the answers are whole conversations, what they have in common before their last message is the prompt.
+
+    Raises:
+        RecordError: Names `where`, the field and the fix.
+    """
+    images = conversation_images(obj, where)
+    prompt, chosen, rejected = _split_prompt(obj, where)
+    if isinstance(prompt, str):
+        turns = place_images([("user", text_of(prompt, "field 'prompt'", where))], len(images))
+    else:
+        turns = prompt_turns(without_nulls(prompt), len(images), where)
+    answers = [_last_answer(chosen, "chosen", where), _last_answer(rejected, "rejected", where)]
+    if GROUP_META in obj and obj[GROUP_META] is not None:
+        return _pair_row(obj, images, turns, answers, where)
+    completions = (Completion(answers[0], 1.0, "chosen"), Completion(answers[1], 0.0, "rejected"))
+    return PreferenceGroup(record_id, images, turns, completions, extra_of(obj, TRL_KEYS, where))
+
+
+def _split_prompt(obj: Mapping[str, Any], where: str) -> tuple[Any, Any, Any]:
+    """Prompt, chosen, rejected, of which the answers may repeat the prompt, or alone hold it."""
+    prompt = obj.get("prompt")
+    chosen, rejected = required(obj, "chosen", where), required(obj, "rejected", where)
+    if prompt is not None and not (isinstance(chosen, list) and len(chosen) > 1):
+        return prompt, chosen, rejected
+    if not isinstance(chosen, list) or not isinstance(rejected, list) or chosen[:-1] != rejected[:-1]:
+        raise RecordError(
+            "missing-field", f"{where}: field 'prompt' is missing, and chosen and rejected begin differently; add it"
+        )
+    begin = chosen[:-1]
+    last = begin[-1].get("content") if begin and isinstance(begin[-1], dict) else None
+    if prompt is not None and prompt not in (begin, last):
+        raise RecordError("wrong-type", f"{where}: chosen does not begin as the prompt does; leave one of them out")
+    return begin, chosen[-1:], rejected[-1:]
+
+
+def group_from_rlhf_v(obj: Mapping[str, Any], record_id: str, where: str) -> PreferenceGroup:
+    """One row of RLAIF-V (`question`, `chosen`, `rejected`, `image`) or RLHF-V (the three as JSON in `text`).
+
+    Raises:
+        RecordError: Names `where`, the field and the fix.
+    """
+    source: Mapping[str, Any] = obj
+    if "question" not in obj:
+        text = required(obj, "text", where)
+        source = parse_json(text_of(text, "field 'text'", where), f"{where}, field 'text'")
+        if not isinstance(source, dict):
+            raise RecordError(
+                "wrong-type", f"{where}: field 'text' must hold an object with question, chosen, rejected"
+            )
+    image = obj.get("image") if obj.get("image") is not None else obj.get("image_path")
+    images = conversation_images({"image": image}, where)
+    question = answer_of(required(source, "question", where), "field 'question'", where)
+    completions = tuple(
+        Completion(answer_of(required(source, name, where), f"field {name!r}", where), score, name)
+        for name, score in (("chosen", 1.0), ("rejected", 0.0))
+    )
+    extra = extra_of(obj, PAIR_KEYS, where) | (extra_of(source, PAIR_KEYS, where) if source is not obj else {})
+    if obj.get("image") is not None and obj.get("image_path"):
+        extra["image_path"] = obj["image_path"]  # where the publisher took it from
+    return PreferenceGroup(record_id, images, place_images([("user", question)], len(images)), completions, extra)
+
+
+def group_from_sharegpt(obj: Mapping[str, Any], record_id: str, where: str) -> PreferenceGroup | PairRow | str:
+    """A ShareGPT conversation with `chosen` and `rejected` turns, as LLaMA-Factory writes them.
+
+    Returns:
+        The group, or `NOT_ALTERNATING`.
+
+    Raises:
+        RecordError: Names `where`, the field and the fix.
+    """
+    chosen = obj.get("chosen")
+    if isinstance(chosen, list) and (len(chosen) > 1 or obj.get("prompt") is not None):
+        return group_from_trl(obj, record_id, where)  # TRL's, with one of the conversations once more
+    images, turns = conversation_images(obj, where), conversation_turns(obj, where)
+    if not ends_with_the_user(turns):
+        return NOT_ALTERNATING
+    completions = []
+    for name, score in (("chosen", 1.0), ("rejected", 0.0)):
+        value = required(obj, name, where)
+        value = value[0] if isinstance(value, list) and len(value) == 1 else value
+        role, content = ("assistant", value) if isinstance(value, str) else conversation_turn(value, name, where)
+        if role != "assistant":
+            raise RecordError("unknown-role", f"{where}: {name} is a turn of {role!r}; it must be the model's")
+        text = answer_of(content_text(content, name, where), name, where)
+        completions.append(Completion(text, score, name, None, turn_extra(value, where)))
+    extra = conversation_extra(obj, KNOWN_KEYS | {"chosen", "rejected"}, where)
+    return PreferenceGroup(record_id, images, prompt_of(turns, len(images), where), tuple(completions), extra)
+
+
+def merge_rows(rows: Sequence[PairRow], where: str) -> PreferenceGroup:
+    """The group whose pairs stand in these rows.
+
+    Raises:
+        RecordError: They differ in more than their completions, or one completion is missing.
+    """
+    first = rows[0]
+    completions: dict[int, Completion] = {}
+    for row in rows:
+        if replace(row.group, completions=first.group.completions) != first.group:
+            raise RecordError(
+                "rows-apart", f"{where}: rows of group {first.group.id!r} differ in prompt, images or fields"
+            )
+        for index, completion in zip(row.indices, row.group.completions, strict=True):
+            if completions.setdefault(index, completion) != completion:
+                raise RecordError(
+                    "rows-apart", f"{where}: completion {index} of group {first.group.id!r} has two texts"
+                )
+    if sorted(completions) != list(range(first.num_completions)):
+        raise RecordError(
+            "rows-apart",
+            f"{where}: group {first.group.id!r} has {len(completions)} of its {first.num_completions} completions; its "
+            "rows must follow each other",
+        )
+    return replace(first.group, completions=tuple(completions[n] for n in range(first.num_completions)))
+
+
+def _pair_row(
+    obj: Mapping[str, Any], images: tuple[str, ...], turns: Any, answers: Sequence[str], where: str
+) -> PairRow:
+    meta = _meta(obj, GROUP_META, where)
+    completions, indices = [], []
+    for name, answer in zip((CHOSEN_META, REJECTED_META), answers, strict=True):
+        entry = _meta(obj, name, where)
+        provenance = entry.get("provenance")
+        completions.append(
+            Completion(
+                answer,
+                score_of(entry.get("score"), f"{name}.score", where),
+                text_of(entry.get("type"), f"{name}.type", where),
+                None if provenance is None else provenance_from_json(provenance, f"{name}.provenance", where),
+                _object_in(entry, name, where),
+            )
+        )
+        indices.append(_whole(entry, "index", name, where))
+    extra = _object_in(meta, GROUP_META, where) | extra_of(obj, TRL_KEYS, where)
+    group = PreferenceGroup(id_text(meta.get("id"), where), images, turns, tuple(completions), extra)
+    return PairRow(group, (indices[0], indices[1]), _whole(meta, "completions", GROUP_META, where))
+
+
+def _meta(obj: Mapping[str, Any], name: str, where: str) -> dict[str, Any]:
+    value = required(obj, name, where)
+    meta = parse_json(text_of(value, f"field {name!r}", where), f"{where}, field {name!r}")
+    if not isinstance(meta, dict):
+        raise RecordError("wrong-type", f"{where}: field {name!r} must hold a JSON object")
+    return meta
+
+
+def _object_in(meta: Mapping[str, Any], name: str, where: str) -> dict[str, Any]:
+    extra = meta.get("extra", {})
+    if not isinstance(extra, dict):
+        raise RecordError("wrong-type", f"{where}: {name}.extra must be an object")
+    check_json(extra, f"{name}.extra", where)
+    return dict(extra)
+
+
+def _whole(meta: Mapping[str, Any], key: str, name: str, where: str) -> int:
+    value = meta.get(key)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise RecordError("wrong-type", f"{where}: {name}.{key} is {json.dumps(value)}; it must be a whole number")
+    return value
+
+
+def _last_answer(value: Any, name: str, where: str) -> str:
+    """The text of an answer: plain, or in one message of the assistant's."""
+    if isinstance(value, list):
+        turns = without_nulls(value)
+        message = turns[0] if len(turns) == 1 and isinstance(turns[0], dict) else {}
+        if message.get("role") != "assistant":
+            raise RecordError("turn-order", f"{where}: {name} must be one message of the assistant's")
+        value = content_text(message.get("content"), f"{name}.content", where)
+    return answer_of(value, name, where)

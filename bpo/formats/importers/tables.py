@@ -1,0 +1,48 @@
+"""Rows with an image and a text, under the names that such columns bear: captions, questions with answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from bpo.formats.fields import extra_of, text_of
+from bpo.formats.importers.llava import NO_ANSWER, TEXT_ONLY, conversation_images
+from bpo.formats.markers import IMAGE_PART
+from bpo.records import Annotation, ContentPart, Turn
+
+IMAGE_COLUMNS = ("image", "images", "image_path", "file_name", "filename", "filepath", "path", "jpg")
+PROMPT_COLUMNS = ("prompt", "question", "instruction")
+ANSWER_COLUMNS = ("response", "answer", "caption", "text", "output", "txt")
+DEFAULT_PROMPT = "Describe this image."
+
+
+def annotation_from_row(obj: Mapping[str, Any], record_id: str, where: str) -> Annotation | str:
+    """The annotation in a row: the first column of each kind that is there; the others are kept in `extra`.
+
+    A row without a prompt is a caption, and its prompt `DEFAULT_PROMPT`. Text is only text: no marker is looked for.
+
+    Returns:
+        The annotation, `TEXT_ONLY` or `NO_ANSWER`.
+
+    Raises:
+        RecordError: Names `where`, the field and the fix.
+    """
+    names = {kind: _first(obj, columns) for kind, columns in _COLUMNS.items()}
+    image, prompt, answer = names["image"], names["prompt"], names["answer"]
+    images = conversation_images({"image": obj[image]}, where) if image else ()
+    if not images:
+        return TEXT_ONLY
+    response = text_of(obj[answer], f"field {answer!r}", where) if answer else ""
+    if not response.strip():
+        return NO_ANSWER
+    question = text_of(obj[prompt], f"field {prompt!r}", where) if prompt else DEFAULT_PROMPT
+    turn = Turn("user", (*(IMAGE_PART,) * len(images), ContentPart("text", question)))
+    extra = extra_of(obj, {"id", *(name for name in names.values() if name)}, where)
+    return Annotation(record_id, images, (turn,), response.strip(), extra)
+
+
+_COLUMNS = {"image": IMAGE_COLUMNS, "prompt": PROMPT_COLUMNS, "answer": ANSWER_COLUMNS}
+
+
+def _first(obj: Mapping[str, Any], columns: tuple[str, ...]) -> str | None:
+    return next((name for name in columns if obj.get(name) not in (None, "", [])), None)

@@ -1,0 +1,195 @@
+"""JSON lists and JSONL of any size, one record at a time, with errors that name the file, the record and the fix."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, NoReturn
+
+from bpo.formats.jsonscan import MAX_RECORD_CHARACTERS, Damage, JsonScanner
+from bpo.formats.problems import RecordError
+
+BOM = b"\xef\xbb\xbf"
+# A byte that is no UTF-8, as the error handler `surrogateescape` decodes it.
+_FOREIGN_BYTE = re.compile("[\udc80-\udcff]")
+
+
+@dataclass(frozen=True, slots=True)
+class JsonRecord:
+    """One object of a file.
+
+    Attributes:
+        where: File and line (JSONL) or file and position (JSON list), for error messages.
+        index: 0-based position among the records.
+        from_list: The file is one JSON list.
+        value: The object.
+    """
+
+    where: str
+    index: int
+    from_list: bool
+    value: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """The source of one record, not parsed yet; worker processes parse it.
+
+    Attributes:
+        where: File and line or position.
+        index: 0-based position among the records.
+        from_list: The file is one JSON list.
+        source: JSON as bytes (a line) or text (of a list), or an object from a table.
+        damage: Code and message where the source could not even be cut out.
+        is_torn: The last line of a file that does not end in a line break.
+        end_bytes: Bytes of the file read when it was found.
+    """
+
+    where: str
+    index: int
+    from_list: bool
+    source: bytes | str | dict[str, Any]
+    damage: Damage | None = None
+    is_torn: bool = False
+    end_bytes: int = 0
+
+    def parse(self) -> dict[str, Any]:
+        """The object.
+
+        Raises:
+            RecordError: It is damaged, no JSON, or no object.
+        """
+        if self.damage is not None:
+            raise RecordError(self.damage.code, f"{self.where}: {self.damage.message}")
+        if isinstance(self.source, dict):
+            return self.source
+        try:
+            value = parse_json(self.source, self.where)
+        except RecordError as error:
+            if not self.is_torn or error.code != "not-json":
+                raise
+            message = f"{error}; it is the last line and has no end: the file may be cut off"
+            raise RecordError("torn-record", message) from error
+        if not isinstance(value, dict):
+            raise RecordError(
+                "not-an-object", f"{self.where}: a record is {type(value).__name__}, not an object; write {{...}}"
+            )
+        return value
+
+
+def read_records(path: Path) -> Iterator[JsonRecord]:
+    """The objects of a JSON list, or of a JSONL file (one object a line, blank lines skipped), in bounded memory.
+
+    The first character that is not white space decides: `[` starts a list.
+
+    Raises:
+        ValueError: The file is missing, not UTF-8 or not JSON, or a record is not an object.
+    """
+    for piece in json_pieces(path):
+        yield JsonRecord(piece.where, piece.index, piece.from_list, piece.parse())
+
+
+def json_pieces(path: Path) -> Iterator[Piece]:
+    """The records of a JSON list or a JSONL file, not parsed: what is damaged is marked, and the next one is found.
+
+    Raises:
+        ValueError: The file cannot be read.
+    """
+    with open_file(path) as file:
+        if file.read(3) != BOM:
+            file.seek(0)
+        start = file.tell()
+        first = file.read(1)
+        while first and first in b" \t\r\n":
+            first = file.read(1)
+        file.seek(start)
+        yield from _list_pieces(path, file) if first == b"[" else _line_pieces(path, file)
+
+
+def open_file(path: Path) -> BinaryIO:
+    """Opens a file of records.
+
+    Raises:
+        ValueError: Names the file and the reason.
+    """
+    try:
+        # A pipe may never be written to, and is read but once.
+        if Path(path).exists() and not Path(path).is_file():
+            raise ValueError(f"{path} is no regular file; write its content to one")
+        return Path(path).open("rb")
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}); check the path") from error
+
+
+def _list_pieces(path: Path, file: BinaryIO) -> Iterator[Piece]:
+    scanner = JsonScanner(file)
+    scanner.expect("[")
+    for index, (source, damage) in enumerate(scanner.elements(is_whole=True)):
+        yield Piece(f"{path}, record {index}", index, True, source, damage, end_bytes=scanner.num_bytes)
+
+
+def _line_pieces(path: Path, file: BinaryIO) -> Iterator[Piece]:
+    # Split bytes at \n only: str.splitlines would also cut at U+2028, which may stand inside a JSON string.
+    index = num_bytes = 0
+    number = 1
+    while line := file.readline(MAX_RECORD_CHARACTERS):
+        num_bytes += len(line)
+        where = f"{path}, line {number}"
+        if len(line) == MAX_RECORD_CHARACTERS and not line.endswith(b"\n"):
+            while rest := file.readline(MAX_RECORD_CHARACTERS):
+                num_bytes += len(rest)
+                if rest.endswith(b"\n"):
+                    break
+            damage = Damage(
+                "too-large", f"a line of more than {MAX_RECORD_CHARACTERS >> 20} MiB; write one record a line"
+            )
+            yield Piece(where, index, False, b"", damage, end_bytes=num_bytes)
+            index += 1
+        elif line.strip():
+            yield Piece(where, index, False, line, None, not line.endswith(b"\n"), num_bytes)
+            index += 1
+        number += 1
+
+
+def parse_json(raw: bytes | str, where: str) -> Any:
+    """Strict JSON: UTF-8, no NaN or Infinity.
+
+    Args:
+        raw: Bytes, or text decoded with `surrogateescape`.
+        where: File and record, for messages.
+
+    Raises:
+        RecordError: Names `where` and what is wrong.
+    """
+    try:
+        text = raw if isinstance(raw, str) else raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = raw[: error.start].count(b"\n") + 1  # type: ignore[arg-type]
+        raise RecordError(
+            "invalid-utf8",
+            f"{where}: byte {error.start} (line {line} of it) is not UTF-8; convert the file with iconv",
+        ) from error
+    if isinstance(raw, str) and not text.isascii() and (foreign := _FOREIGN_BYTE.search(text)):
+        byte = ord(foreign.group()) - 0xDC00
+        raise RecordError("invalid-utf8", f"{where}: byte 0x{byte:02x} is not UTF-8; convert the file with iconv")
+    try:
+        return _DECODER.decode(text)
+    except RecursionError as error:
+        raise RecordError("nested-too-deeply", f"{where}: the JSON is nested too deeply; flatten it") from error
+    except ValueError as error:
+        code = "nan" if isinstance(error, _NotANumber) else "not-json"
+        raise RecordError(code, f"{where}: not JSON ({error}); write one object a line, or one JSON list") from error
+
+
+class _NotANumber(ValueError):
+    pass
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise _NotANumber(f"{name} is not a JSON number")
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)

@@ -1,0 +1,113 @@
+"""Messages as chat templates take them: content that is a list of parts, in which images may bring their own paths."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from bpo.formats.fields import text_of
+from bpo.formats.problems import RecordError
+
+MESSAGE_FIELDS = ("messages", "conversations", "prompt", "chosen", "rejected")
+# Where a part names its image: transformers and Qwen write the first three, OpenAI the last.
+_SOURCES = ("image", "path", "url", "image_url")
+
+
+def lift_images(record: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """The record with the paths that stand in parts of its messages under `images`, and bare image parts.
+
+    Raises:
+        RecordError: Images stand in both places, or the answers begin with different ones.
+    """
+    lists = {name: record[name] for name in MESSAGE_FIELDS if isinstance(record.get(name), list)}
+    lifted: dict[str, tuple[list[Any], list[Any]]] = {}
+    for name, messages in lists.items():
+        if any(isinstance(message, dict) and isinstance(message.get("content"), list) for message in messages):
+            sources: list[Any] = []
+            bare = [_bare_message(message, sources) for message in messages]
+            if sources:
+                lifted[name] = bare, sources
+    if not lifted:
+        return record
+    if record.get("image") or record.get("images"):
+        raise RecordError("wrong-type", f"{where}: images stand in the messages and in a field of their own; keep one")
+    _, images = next(iter(lifted.values()))
+    if any(sources != images for _, sources in lifted.values()):
+        raise RecordError("wrong-type", f"{where}: {' and '.join(lifted)} hold different images; write one prompt")
+    others = {name: value for name, value in record.items() if name not in ("image", "images")}
+    return others | {name: bare for name, (bare, _) in lifted.items()} | {"images": images}
+
+
+def without_nulls(messages: Any) -> Any:
+    """Messages without what tables write into them: null fields where another row has a value, numbers of images.
+
+    A number (`index`) stays where the images do not stand in their order: then it says what nothing else does.
+    """
+    if not isinstance(messages, list):
+        return messages
+    cleaned = []
+    images: list[dict[str, Any]] = []
+    for message in messages:
+        if isinstance(message, dict):
+            message = {key: value for key, value in message.items() if value is not None}
+            if isinstance(message.get("content"), list):
+                message["content"] = [_without_nulls(part) for part in message["content"]]
+                images += [
+                    part for part in message["content"] if isinstance(part, dict) and part.get("type") == "image"
+                ]
+        cleaned.append(message)
+    if [part.get("index") for part in images] == list(range(len(images))):
+        for part in images:
+            del part["index"]
+    return cleaned
+
+
+def turns_of_columns(value: Any) -> Any:
+    """A list of turns that a table holds as columns, `{"from": [...], "value": [...]}`, as `datasets` once wrote it."""
+    if not isinstance(value, dict) or not ({"from", "value"} <= value.keys() or {"role", "content"} <= value.keys()):
+        return value
+    columns = list(value.values())
+    if not all(isinstance(column, list) and len(column) == len(columns[0]) for column in columns):
+        return value
+    return [dict(zip(value, turn, strict=True)) for turn in zip(*columns, strict=True)]
+
+
+def content_text(content: Any, name: str, where: str) -> str:
+    """A content without images as text.
+
+    Raises:
+        RecordError: It is neither text nor a list of text parts.
+    """
+    if not isinstance(content, list):
+        return text_of(content, name, where)
+    texts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in content]
+    return "".join(text_of(text, f"{name}, a part", where) for text in texts)
+
+
+def _is_image(part: Any) -> bool:
+    return isinstance(part, dict) and part.get("type") == "image"
+
+
+def _without_nulls(part: Any) -> Any:
+    if not isinstance(part, dict):
+        return part
+    # TRL's collator writes the text of an image's place, too.
+    no_text = _is_image(part)
+    return {key: value for key, value in part.items() if value is not None and not (no_text and key == "text")}
+
+
+def _bare_message(message: Any, sources: list[Any]) -> Any:
+    if not isinstance(message, dict) or not isinstance(message.get("content"), list):
+        return message
+    return message | {"content": [_bare_part(part, sources) for part in message["content"]]}
+
+
+def _bare_part(part: Any, sources: list[Any]) -> Any:
+    if not isinstance(part, dict) or part.get("type") not in ("image", "image_url"):
+        return part
+    name = next((name for name in _SOURCES if part.get(name) is not None), None)
+    if name is None:
+        return part
+    source = part[name]
+    sources.append(source["url"] if isinstance(source, dict) and source.keys() == {"url"} else source)
+    return {key: value for key, value in part.items() if key not in _SOURCES} | {"type": "image"}

@@ -1,0 +1,163 @@
+"""Records from any file that bpo understands, one at a time, under one policy for bad ones."""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from bpo.formats.bad_records import BadRecords
+from bpo.formats.fields import id_text
+from bpo.formats.importers.preferences import PairRow, merge_rows
+from bpo.formats.importers.registry import Outcome, Schema, Source
+from bpo.formats.jsonfiles import Piece
+from bpo.formats.messages import lift_images
+from bpo.formats.problems import Problem, RecordError
+from bpo.records import Annotation, PreferenceGroup
+
+# Takes the images that stand in a record itself and gives the record with paths in their place.
+TakeImages = Callable[[Mapping[str, Any], str], Mapping[str, Any]]
+
+
+class SeenIds:
+    """Which ids occurred before, in 16 to 32 bytes an id: a table of 64-bit digests with open addressing.
+
+    Two ids among a million share a digest with a probability of 3e-8.
+    """
+
+    def __init__(self) -> None:
+        self._slots = array("Q", bytes(8 << 10))
+        self._count = 0
+        self._bearers: dict[str, int] = {}
+
+    def add(self, record_id: str) -> bool:
+        """Takes an id; whether it is new."""
+        if 2 * (self._count + 1) > len(self._slots):
+            old, self._slots = self._slots, array("Q", bytes(16 * len(self._slots)))
+            for digest in old:
+                if digest:
+                    self._insert(digest)
+        raw = hashlib.blake2b(record_id.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+        is_new = self._insert(int.from_bytes(raw, "little") or 1)  # 0 marks an empty slot
+        self._count += is_new
+        return is_new
+
+    def unused(self, record_id: str) -> str:
+        """The id, or `id#2`, `id#3` ... where it is taken; takes what it gives."""
+        unused = record_id
+        while not self.add(unused):
+            self._bearers[record_id] = self._bearers.get(record_id, 1) + 1
+            unused = f"{record_id}#{self._bearers[record_id]}"
+        return unused
+
+    def _insert(self, digest: int) -> bool:
+        mask = len(self._slots) - 1
+        slot = digest & mask
+        while found := self._slots[slot]:
+            if found == digest:
+                return False
+            slot = (slot + 1) & mask
+        self._slots[slot] = digest
+        return True
+
+
+def record_id_of(schema: Schema, value: Mapping[str, Any], piece: Piece) -> str:
+    """The id in a record, or one made from its position.
+
+    Raises:
+        RecordError: It is no id, or missing where the schema asks for one.
+    """
+    found = next((value[key] for key in schema.id_keys if value.get(key) is not None), None)
+    if found is not None:
+        return id_text(found, piece.where)
+    if schema.unique_ids:
+        raise RecordError("missing-field", f"{piece.where}: field 'id' is missing; give every group its own id")
+    return f"record-{piece.index}"
+
+
+def adapt(schema: Schema, piece: Piece, take_images: TakeImages | None = None) -> tuple[str, Outcome]:
+    """The id of one piece and what its record becomes.
+
+    Raises:
+        RecordError: Names file, record, field and fix.
+    """
+    value: Mapping[str, Any] = piece.parse()
+    record_id = record_id_of(schema, value, piece)
+    where = piece.where if schema.unique_ids else f"{piece.where} (id {record_id!r})"
+    try:
+        value = lift_images(value, piece.where)
+        if take_images is not None:
+            value = take_images(value, piece.where)
+        return record_id, schema.adapt(value, record_id, where)
+    except RecordError as error:
+        error.record_id = record_id
+        raise
+
+
+def iterate_records(
+    source: Source,
+    bad: BadRecords,
+    *,
+    left_out: Callable[[str, str], None] | None = None,
+    take_images: TakeImages | None = None,
+    seen_piece: Callable[[Piece], None] | None = None,
+) -> Iterator[Annotation | PreferenceGroup]:
+    """Every usable record in order, ids made unique; bad ones go to `bad`.
+
+    Args:
+        left_out: Called with reason and id of a record that holds nothing to learn from.
+        take_images: See `TakeImages`.
+        seen_piece: Called with every piece, for progress.
+
+    Raises:
+        RecordError: `bad.on_bad` is error, and a record is bad.
+        TooManyBadRecords: At the end, more were bad than `bad.max_bad_share` allows.
+    """
+    if source.schema is None:
+        return
+    schema, seen, num_records = source.schema, SeenIds(), 0
+    rows: list[PairRow] = []
+    last = ""
+    for piece in source.container.pieces():
+        num_records += 1
+        if seen_piece is not None:
+            seen_piece(piece)
+        record_id: str | None = None
+        try:
+            record_id, outcome = adapt(schema, piece, take_images)
+            if rows and not (isinstance(outcome, PairRow) and outcome.group.id == rows[0].group.id):
+                finished, rows = rows, []
+                yield from _finished(finished, last, seen, bad)
+            last = piece.where
+            if isinstance(outcome, PairRow):
+                rows.append(outcome)
+            elif isinstance(outcome, str):
+                if left_out is not None:
+                    left_out(outcome, seen.unused(record_id))
+            elif not schema.unique_ids:
+                yield replace(outcome, id=seen.unused(record_id))
+            elif seen.add(outcome.id):
+                yield outcome
+            else:
+                message = f"{piece.where}: id {outcome.id!r} is used twice; give every group its own id"
+                raise RecordError("duplicate-id", message)
+        except RecordError as error:
+            bad.report(Problem(error.code, piece.where, error.record_id or record_id, str(error)))
+    if rows:
+        yield from _finished(rows, last, seen, bad)
+    bad.check_share(num_records, ", ".join(str(path) for path in source.container.paths[:3]))
+
+
+def _finished(rows: list[PairRow], where: str, seen: SeenIds, bad: BadRecords) -> Iterator[PreferenceGroup]:
+    """The group of rows that followed each other, if it is whole."""
+    record_id = rows[0].group.id
+    try:
+        group = merge_rows(rows, where)
+        if not seen.add(record_id):
+            raise RecordError("rows-apart", f"{where}: rows of group {record_id!r} stand apart; sort them by group")
+    except RecordError as error:
+        bad.report(Problem(error.code, where, record_id, str(error)))
+    else:
+        yield group

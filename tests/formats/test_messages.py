@@ -1,0 +1,105 @@
+"""Messages with images in their parts, and answers that repeat their prompt."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bpo.formats.convert import convert
+from bpo.formats.files import read_annotations, read_groups
+from bpo.records import Completion, ContentPart, Turn
+
+IMAGE = ContentPart("image")
+PAIR = (Completion("A bus.", 1.0, "chosen"), Completion("A tram.", 0.0, "rejected"))
+
+
+def text(value: str) -> ContentPart:
+    return ContentPart("text", value)
+
+
+def message(role: str, *parts: Any) -> dict[str, Any]:
+    return {"role": role, "content": [{"type": "text", "text": p} if isinstance(p, str) else p for p in parts]}
+
+
+def write(path: Path, *records: Any) -> Path:
+    path.write_text(json.dumps(list(records)))
+    return path
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "image", "image": "a.png"},
+        {"type": "image", "path": "a.png", "text": None},
+        {"type": "image", "url": "a.png"},
+        {"type": "image_url", "image_url": {"url": "a.png"}},
+        {"type": "image_url", "image_url": "a.png"},
+    ],
+)
+def test_an_image_may_stand_in_a_part_of_a_message(tmp_path: Path, part: dict[str, Any]) -> None:
+    other = {"type": "image", "image": "b.png"}
+    turns = [message("user", "Is ", part, " or ", other, "it?"), message("assistant", "A", " bus.")]
+    (annotation,) = read_annotations(write(tmp_path / "a.json", {"id": 1, "messages": turns})).annotations
+    assert annotation.images == ("a.png", "b.png") and annotation.response == "A bus."
+    assert annotation.prompt == (Turn("user", (text("Is "), IMAGE, text(" or "), IMAGE, text("it?"))),)
+
+
+def test_parts_without_a_path_take_the_images_of_the_record_and_markers_stay_text(tmp_path: Path) -> None:
+    turns = [message("user", "What is <image>?", {"type": "image"}), {"role": "assistant", "content": "A bus."}]
+    (annotation,) = read_annotations(write(tmp_path / "a.json", {"images": ["a.png"], "messages": turns})).annotations
+    assert annotation.prompt == (Turn("user", (text("What is <image>?"), IMAGE)),) and annotation.images == ("a.png",)
+
+
+@pytest.mark.parametrize(
+    ("record", "problem"),
+    [
+        ({"messages": [message("user", {"type": "image", "image": "a"})], "images": ["b"]}, "in a field of their own"),
+        ({"messages": [message("user", {"type": "image", "image": 7}), message("assistant", "x")]}, "'images' is"),
+        ({"messages": [message("user", {"type": "video"}, "x"), message("assistant", "x")], "image": "a"}, "must be"),
+        ({"messages": [message("user", "x"), message("assistant", {"type": "image"})], "image": "a"}, "a part is"),
+    ],
+)
+def test_parts_that_fit_nowhere_are_refused(tmp_path: Path, record: Any, problem: str) -> None:
+    with pytest.raises(ValueError, match=problem):
+        read_annotations(write(tmp_path / "a.json", record))
+
+
+def test_fields_of_turns_are_kept(tmp_path: Path) -> None:
+    turns = [{"from": "human", "value": "<image>What?", "at": 3}, {"from": "gpt", "value": "A bus.", "by": None}]
+    path = write(tmp_path / "a.json", {"image": "a.png", "conversations": turns})
+    (annotation,) = read_annotations(path).annotations
+    assert annotation.extra == {"source_turns": [{"at": 3}, {}]}
+    answers = {"chosen": {"from": "gpt", "value": "A bus.", "judge": "x"}, "rejected": "A tram."}
+    (group,) = read_groups(write(tmp_path / "b.json", {"image": "a.png", "conversations": turns[:1], **answers}))
+    assert [completion.extra for completion in group.completions] == [{"judge": "x"}, {}]
+    assert group.extra == {"source_turns": [{"at": 3}]}
+
+
+@pytest.mark.parametrize("prompt", [..., "What?", [message("user", {"type": "image", "image": "a.png"}, "What?")]])
+def test_answers_may_repeat_the_prompt(tmp_path: Path, prompt: Any) -> None:
+    asked = {"role": "user", "content": "What?"} if prompt == "What?" else None
+    asked = asked or message("user", {"type": "image", "image": "a.png"}, "What?")
+    record = {"prompt": prompt, "images": ["a.png"] if prompt == "What?" else None, "score_chosen": 8.5}
+    record |= {"chosen": [asked, message("assistant", "A bus.")], "rejected": [asked, message("assistant", "A tram.")]}
+    record = {name: value for name, value in record.items() if value is not ...}
+    # UltraFeedback has the preferred conversation once more.
+    for more in ({}, {"messages": record["chosen"]}):
+        (group,) = read_groups(write(tmp_path / "a.json", record | more))
+        assert (group.images, group.completions) == (("a.png",), PAIR)
+        assert group.prompt == (Turn("user", (IMAGE, text("What?"))),)
+        assert group.extra["score_chosen"] == 8.5
+
+
+def test_a_prompt_that_the_answers_contradict_is_no_prompt(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "One?"}, {"role": "assistant", "content": "x"}]
+    with pytest.raises(ValueError, match="does not begin as the prompt does"):
+        read_groups(write(tmp_path / "a.json", {"prompt": "Two?", "chosen": turns, "rejected": turns}))
+
+
+def test_converted_messages_are_bpos_own(tmp_path: Path) -> None:
+    turns = [message("user", "Is ", {"type": "image", "image": "a.png"}, "it?"), message("assistant", "A bus.")]
+    convert(write(tmp_path / "a.json", {"id": 1, "messages": turns}), tmp_path / "a.jsonl")
+    assert read_annotations(tmp_path / "a.jsonl") == read_annotations(tmp_path / "a.json")
