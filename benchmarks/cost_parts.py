@@ -51,7 +51,7 @@ def groups_part(num_groups: int, folder: Path) -> dict[str, float]:
 
 def plan_part(num_groups: int, folder: Path) -> dict[str, float]:
     """Plans one epoch in steps of 128 groups on eight ranks, and divides a reference pass among them; CPU seconds."""
-    from bpo.data.plan import plan_balance, plan_steps, split_into_micro_batches
+    from bpo.data.schedule import plan_balance, plan_steps, split_into_micro_batches
 
     rng = random.Random(0)
     num_tokens = [rng.randint(*TOKENS) for _ in range(num_groups)]

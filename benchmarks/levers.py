@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bpo.config.training import Config, TrainableConfig
-from bpo.data.work import attended_pairs
+from bpo.data.useful_work import attended_pairs
 from bpo.flops import ModelFlops
 from bpo.records import Work
 from bpo.sizing.activations import activation_costs

@@ -27,7 +27,7 @@ from bpo.checkpoint_save import CheckpointSaver
 from bpo.checkpoint_shards import KINDS, MASTER, Fragment, Shard, ShardSet
 from bpo.config.io import to_tree
 from bpo.config.training import Config, TrainConfig
-from bpo.data.plan import PlannedStep
+from bpo.data.schedule import PlannedStep
 from bpo.engine import JobRanks, TrainingEngine
 from bpo.preparation import TrainingData
 from bpo.resume_check import DATA, PLAN, WEIGHTS, check_content, check_options, content_digest

@@ -17,7 +17,7 @@ from bpo.config.training import Config, TrainConfig
 from bpo.data.encode import Dropped, Encoder
 from bpo.data.groups import BAD_REASONS, GroupDataset, MeasuredGroup, iterate_micro_batches, write_dropped
 from bpo.data.lengths import MeasuredLengths, encoder_fingerprint, lengths_directory
-from bpo.data.plan import PlannedStep, plan_balance, plan_steps, split_into_micro_batches
+from bpo.data.schedule import PlannedStep, plan_balance, plan_steps, split_into_micro_batches
 from bpo.data.transfer import on_device
 from bpo.engine import TrainingEngine, barrier, from_rank_0, gather_from_ranks
 from bpo.formats.bad_records import BadRecords

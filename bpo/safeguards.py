@@ -9,7 +9,7 @@ import math
 import torch
 
 from bpo.config.training import Config
-from bpo.data.plan import PlannedStep
+from bpo.data.schedule import PlannedStep
 from bpo.engine import TrainingEngine, gather_from_ranks
 from bpo.losses import LossInputs, loss_at_reference
 from bpo.metrics import StepSums, step_metrics

@@ -27,7 +27,7 @@ from bpo.compile_locks import named_compile_locks
 from bpo.config.io import load_config
 from bpo.config.training import Config
 from bpo.data.encode import load_encoder
-from bpo.data.plan import PlannedStep
+from bpo.data.schedule import PlannedStep
 from bpo.flops import ModelFlops, model_flops
 from bpo.interrupts import (
     EXIT_CANNOT_SAVE,

@@ -35,7 +35,7 @@ from checkpoint_worker import warm_context
 from bpo.checkpoint_files import STAGES, Alone, checkpoint_dirs, clean_leftovers, newest_valid_checkpoint
 from bpo.checkpoint_save import CheckpointSaver
 from bpo.checkpoint_shards import Fragment, Shard, ShardSet, shard_name
-from bpo.data.plan import PlannedStep, plan_steps
+from bpo.data.schedule import PlannedStep, plan_steps
 from bpo.metrics import MetricsWriter
 from bpo.model.reference import ReferenceStore
 from bpo.run_lock import RestartCount, RunLock

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bpo.config.training import Config, LoraConfig, ModelConfig, TrainableConfig
 from bpo.data.collate import collate_groups
 from bpo.data.families import family_of
-from bpo.data.work import attended_pairs, image_rows
+from bpo.data.useful_work import attended_pairs, image_rows
 from bpo.flops import ModelFlops, model_flops
 from bpo.model.attention import packed_layout
 from bpo.model.load import load_model

@@ -92,7 +92,7 @@ def imports_of(path: Path) -> Iterator[tuple[str, int]]:
 
 
 def layer_name(path: Path) -> str:
-    """`bpo/data/plan.py` -> `data`, `bpo/train.py` -> `train`."""
+    """`bpo/data/schedule.py` -> `data`, `bpo/train.py` -> `train`."""
     return path.relative_to(ROOT / "bpo").parts[0].removesuffix(".py")
 
 

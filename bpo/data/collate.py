@@ -20,7 +20,7 @@ import torch
 
 from bpo.data.encode import EncodedGroup, EncodedPrompt
 from bpo.data.families import Family
-from bpo.data.work import useful_work
+from bpo.data.useful_work import useful_work
 from bpo.records import GroupBatch, PackedLayout, Work
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from bpo.config.training import Config
-from bpo.data.work import attended_pairs, has_class_token
+from bpo.data.useful_work import attended_pairs, has_class_token
 from bpo.engine import find_ds_config, with_fitting_buckets
 from bpo.records import Work
 from bpo.sizing.activations import ActivationCosts, activation_costs

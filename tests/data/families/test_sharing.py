@@ -1,4 +1,4 @@
-"""Which text models share a prefix, read from their configs. Run: python -m pytest tests/data/test_sharing.py"""
+"""Which text models share a prefix, read from their configs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The plan of a run, by properties. Run: python -m pytest tests/data/test_plan.py"""
+"""The plan of a run, by properties. Run: python -m pytest tests/data/test_schedule.py"""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bpo.data.plan import epoch_order, plan_balance, plan_steps, split_into_micro_batches
+from bpo.data.schedule import epoch_order, plan_balance, plan_steps, split_into_micro_batches
 
 lengths = st.lists(st.integers(1, 400), min_size=1, max_size=30)
 plans = st.fixed_dictionaries(

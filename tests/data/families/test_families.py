@@ -1,4 +1,4 @@
-"""What differs between model families. Run: python -m pytest tests/data/test_families.py
+"""What differs between model families. Run: python -m pytest tests/data/families/test_families.py
 
 The truth is transformers: each family's own processor and model. Processors that hold a video part cannot be built
 without torchvision; here they get none, and read images with the rest.
