@@ -24,10 +24,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from bpo.model.attention import BACKENDS
-from bpo.model.attention_choice import BackendName, Needs, choose_backend, obstacle
-from bpo.model.attention_flex import BLOCK, flex_plan
-from bpo.model.attention_varlen import varlen_plan
+from bpo.model.attention.choice import BackendName, Needs, choose_backend, obstacle
+from bpo.model.attention.flex import BLOCK, flex_plan
+from bpo.model.attention.shared_prefix import BACKENDS
+from bpo.model.attention.varlen import varlen_plan
 from bpo.records import PackedLayout
 from bpo_kernels.bench_measure import interleaved_ms, machine, peak_extra_bytes
 

@@ -80,7 +80,7 @@ def store_part(num_groups: int, folder: Path) -> dict[str, float]:
     """Writes, opens, reads and verifies the log-probs of every group; the model's forward pass is not among it."""
     import torch
 
-    from bpo.model.reference import ReferenceStore
+    from bpo.model.reference.store import ReferenceStore
     from bpo.refs import find_damage
 
     rng = random.Random(0)

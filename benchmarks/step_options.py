@@ -35,7 +35,7 @@ from bpo import engine
 from bpo.config.training import Config, DataConfig
 from bpo.data.encode import load_encoder
 from bpo.launch import Ranks
-from bpo.model.attention import packed_layout
+from bpo.model.attention.shared_prefix import packed_layout
 from bpo.model.policy import model_inputs
 from bpo.preparation import fill_reference_store, measure_groups, plan_training, training_batches
 from bpo.sizing.live_bytes import LiveBytes

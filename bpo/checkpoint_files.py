@@ -23,7 +23,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from bpo.model.reference_fingerprint import file_digest
+from bpo.model.reference.fingerprint import file_digest
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")

@@ -200,7 +200,7 @@ def check_flash_attn() -> Finding:
         return Finding("flash-attn", "warn", version, "not asked: PyTorch cannot be imported")
     import torch
 
-    from bpo.model.attention_choice import Needs, choose_backend
+    from bpo.model.attention.choice import Needs, choose_backend
 
     device = torch.device("cuda" if has_gpu() else "cpu")
     choice = choose_backend("auto", Needs(device, torch.bfloat16))

@@ -18,8 +18,8 @@ from bpo.compile_locks import named_compile_locks
 from bpo.config.training import Config, TrainConfig
 from bpo.data.families import Family
 from bpo.launch import Ranks, export_torch_environment, pick_device
-from bpo.model.attention import packed_layout
-from bpo.model.logprob_head import PreferenceTerms
+from bpo.model.attention.shared_prefix import packed_layout
+from bpo.model.head import PreferenceTerms
 from bpo.model.policy import PolicyModel, model_inputs
 from bpo.model.trainable import parameter_groups
 from bpo.records import GroupBatch

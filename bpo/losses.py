@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from bpo.config.training import LossConfig
-from bpo.model.logprob_head import PreferenceTerms
+from bpo.model.head import PreferenceTerms
 from bpo_kernels.checks import LOSS_TYPES
 from bpo_kernels.dispatch import preference_loss
 

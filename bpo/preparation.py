@@ -26,9 +26,9 @@ from bpo.formats.problems import Problem
 from bpo.interrupts import Interrupted, StopRequest
 from bpo.launch import Ranks
 from bpo.model.load import choose_attention
-from bpo.model.reference import ReferenceStore, open_or_create
-from bpo.model.reference_fingerprint import DIGESTS, model_fingerprint
-from bpo.model.reference_format import ReferenceStoreError
+from bpo.model.reference.fingerprint import DIGESTS, model_fingerprint
+from bpo.model.reference.format import ReferenceStoreError
+from bpo.model.reference.store import ReferenceStore, open_or_create
 from bpo.records import GroupBatch
 from bpo_kernels.dispatch import chosen_implementation
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bpo.model.reference_format import (
+from bpo.model.reference.format import (
     ReferenceStoreError,
     Shard,
     ShardWriter,
@@ -22,7 +22,7 @@ from bpo.model.reference_format import (
     sync_directory,
     write_index,
 )
-from bpo.model.reference_index import EntryIndex
+from bpo.model.reference.index import EntryIndex
 
 _OLDER = "leave shards alone that were written to within so many minutes: a job may not have finished them"
 

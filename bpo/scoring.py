@@ -23,7 +23,7 @@ from bpo.data.encode import Dropped, EncodedGroup, Encoder, EncodingError, load_
 from bpo.formats.bad_records import BadRecords
 from bpo.formats.problems import Problem, RecordError
 from bpo.launch import pick_device
-from bpo.model.attention import packed_layout
+from bpo.model.attention.shared_prefix import packed_layout
 from bpo.model.load import load_model
 from bpo.model.policy import PolicyModel, model_inputs
 from bpo.records import PreferenceGroup

@@ -39,10 +39,10 @@ from bpo.interrupts import (
 )
 from bpo.launch import Ranks, own_arguments, pick_device, ranks_from_environment, setup_logging
 from bpo.metrics import MetricsWriter, StepSums, step_metrics, step_rates
-from bpo.model.attention import packed_layout
+from bpo.model.attention.shared_prefix import packed_layout
 from bpo.model.load import choose_attention, load_model, resolve_dtype
 from bpo.model.policy import PolicyModel
-from bpo.model.reference import ReferenceStore
+from bpo.model.reference.store import ReferenceStore
 from bpo.model.trainable import prepare_trainable
 from bpo.preparation import (
     StepBatches,

@@ -14,8 +14,9 @@ from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 from torch.nn.attention import flex_attention
 from torch.utils._python_dispatch import _disable_current_modes
 
-from bpo.model import attention_flex, attention_kernels
-from bpo.model.attention_choice import BackendName
+from bpo.model.attention import flash as attention_kernels
+from bpo.model.attention import flex as attention_flex
+from bpo.model.attention.choice import BackendName
 from bpo.records import PackedLayout
 from tests.varlen_reference import flash_attn_3_varlen_func, flash_attn_varlen_func, install_operators
 

@@ -39,7 +39,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import driver
 
-from bpo.model import attention_flex
+from bpo.model.attention import flex as attention_flex
 from bpo_kernels.aot import _nvidia_usage
 from tests.attention_backends import layout_of, num_tokens
 

@@ -37,7 +37,7 @@ from bpo.checkpoint_save import CheckpointSaver
 from bpo.checkpoint_shards import Fragment, Shard, ShardSet, shard_name
 from bpo.data.schedule import PlannedStep, plan_steps
 from bpo.metrics import MetricsWriter
-from bpo.model.reference import ReferenceStore
+from bpo.model.reference.store import ReferenceStore
 from bpo.run_lock import RestartCount, RunLock
 from bpo.watchdog import Watchdog
 

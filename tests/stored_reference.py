@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from bpo.model.reference import ReferenceStore
+from bpo.model.reference.store import ReferenceStore
 
 FINGERPRINT = {"file:model.safetensors": "abc", "dtype": "float32"}
 VALUES = {"one": [-0.5, -1.25, -3.0], "two": [-7.0], "three": [-0.125, -0.25], "four": [-2.0, -4.0, -8.0, -16.0]}

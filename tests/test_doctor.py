@@ -12,7 +12,7 @@ import pytest
 
 from bpo import doctor
 from bpo.doctor import Finding
-from bpo.model import attention_choice
+from bpo.model.attention import choice as attention_choice
 
 
 def test_table_names_every_part_of_the_machine_and_says_what_it_means() -> None:

@@ -20,7 +20,7 @@ from bpo.data.collate import collate_groups
 from bpo.data.families import family_of
 from bpo.data.useful_work import attended_pairs, image_rows
 from bpo.flops import ModelFlops, model_flops
-from bpo.model.attention import packed_layout
+from bpo.model.attention.shared_prefix import packed_layout
 from bpo.model.load import load_model
 from bpo.model.policy import PolicyModel, model_inputs
 from bpo.model.trainable import prepare_trainable

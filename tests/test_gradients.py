@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from bpo.data.collate import collate_groups
 from bpo.data.encode import load_encoder
 from bpo.formats.files import read_groups
-from bpo.model.attention import packed_layout
+from bpo.model.attention.shared_prefix import packed_layout
 from bpo.model.load import load_model
 from bpo.model.policy import PolicyModel, model_inputs
 from tests.gradient_matrix import REFERENCE_SCALE, config_of

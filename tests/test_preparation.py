@@ -19,7 +19,7 @@ from bpo.data.encode import Encoder
 from bpo.data.groups import GroupDataset, MeasuredGroup
 from bpo.interrupts import Interrupted, StopRequest
 from bpo.launch import Ranks
-from bpo.model import reference_format
+from bpo.model.reference import format as reference_format
 from bpo.preparation import TrainingData, fill_reference_store, measure_groups, plan_training, training_batches
 from bpo.records import GroupBatch, PreferenceGroup
 from tests.sample_groups import PHOTOS, encoder_of, group, turn

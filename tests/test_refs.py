@@ -13,7 +13,7 @@ from stored_reference import FINGERPRINT, VALUES, filled, flip_bit, key_of, shar
 
 from bpo import refs
 from bpo.cli import main
-from bpo.model.reference import ReferenceStore
+from bpo.model.reference.store import ReferenceStore
 
 NOW = ["--older-than-minutes", "0"]
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bpo.model.attention_flops import backward_flops, forward_flops, register_flop_formulas
+from bpo.model.attention.flops import backward_flops, forward_flops, register_flop_formulas
 
 KINDS = ("plain", "flops", "memory", "time")
 

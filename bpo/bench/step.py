@@ -147,7 +147,7 @@ def why_uncounted(counted: int, useful: int) -> str | None:
         return None
     return (
         f"FlopCounterMode counted {counted:.3e} FLOPs in a step of bpo that needs {useful:.3e}: it has no formula for "
-        "an operator (those of attention: bpo/model/attention_flops.py); bpo's FLOPs are left out"
+        "an operator (those of attention: bpo/model/attention/flops.py); bpo's FLOPs are left out"
     )
 
 

@@ -9,8 +9,8 @@ import torch
 
 from bpo.config.training import ModelConfig
 from bpo.data.families import family_of
-from bpo.model import attention
-from bpo.model.attention_choice import Choice, Needs, choose_backend
+from bpo.model.attention import shared_prefix
+from bpo.model.attention.choice import Choice, Needs, choose_backend
 from bpo.model.recompute import checkpoint_layers
 
 logger = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ def load_model(config: ModelConfig, device: torch.device | None = None, *, for_t
     choice = choose_attention(config, device) if for_training else None
     attentions = {"vision_config": config.vision_attention}
     if choice is not None:  # else transformers' own choice: SDPA where the text model has it
-        attentions["text_config"] = attention.register(choice)
+        attentions["text_config"] = shared_prefix.register(choice)
     elif getattr(model_config.get_text_config(), "attn_logit_softcapping", None):
         attentions["text_config"] = "eager"  # SDPA has no cap on scores, and in some versions is chosen all the same
     model = AutoModelForImageTextToText.from_pretrained(

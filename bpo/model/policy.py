@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from bpo.data.families import family_of
-from bpo.model.logprob_head import PreferenceTerms, install_logprob_head
+from bpo.model.head import PreferenceTerms, install_logprob_head
 from bpo.records import GroupBatch
 
 

@@ -82,7 +82,7 @@ class _Attention(torch.autograd.Function):
 def _attention(
     module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any = None, **_: Any
 ) -> tuple[torch.Tensor, None]:
-    # As `bpo.model.attention` returns it: the pieces are joined, then turned, each time into new memory.
+    # As `bpo.model.attention.shared_prefix` returns it: the pieces are joined, then turned, each time into new memory.
     joined_BATD = _Attention.apply(query, key, value).clone()
     return joined_BATD.transpose(1, 2).contiguous(), None
 

@@ -20,11 +20,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bpo.config.training import ModelConfig
 from bpo.model import load
-from bpo.model.attention import packed_layout, shared_prefix_attention
-from bpo.model.attention_choice import BackendName, Choice, Needs, obstacle
-from bpo.model.attention_flops import register_flop_formulas, sequence_pairs
-from bpo.model.attention_kernels import attend_flash_2, attend_flash_3, attend_torch_varlen
-from bpo.model.attention_varlen import VarlenPlan, _GatherRows, varlen_plan
+from bpo.model.attention.choice import BackendName, Choice, Needs, obstacle
+from bpo.model.attention.flash import attend_flash_2, attend_flash_3, attend_torch_varlen
+from bpo.model.attention.flops import register_flop_formulas, sequence_pairs
+from bpo.model.attention.shared_prefix import packed_layout, shared_prefix_attention
+from bpo.model.attention.varlen import VarlenPlan, _GatherRows, varlen_plan
 from bpo.model.policy import PolicyModel, model_inputs
 from bpo.records import PackedLayout
 from tests.attention_backends import VARLEN, each_sequence_alone, layout_of, num_compilations, num_tokens, random_qkv

@@ -9,7 +9,7 @@ import torch
 
 from bpo.config.training import ModelConfig
 from bpo.model import recompute
-from bpo.model.attention import packed_layout
+from bpo.model.attention.shared_prefix import packed_layout
 from bpo.model.load import load_model
 from bpo.model.policy import PolicyModel, model_inputs
 from tests.sample_groups import encoder_of, packed_batch, three_groups

@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaConfig
 
 from bpo.config.training import ModelConfig
-from bpo.model import attention
+from bpo.model.attention import shared_prefix as attention
 from bpo.model.load import load_model, resolve_dtype
 
 

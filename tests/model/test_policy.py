@@ -18,7 +18,7 @@ from bpo.config.training import ModelConfig
 from bpo.data.collate import collate_groups
 from bpo.data.encode import EncodedGroup, Encoder
 from bpo.data.families import FAMILIES
-from bpo.model.attention import packed_layout
+from bpo.model.attention.shared_prefix import packed_layout
 from bpo.model.load import load_model
 from bpo.model.policy import PolicyModel, model_inputs
 from bpo.records import GroupBatch

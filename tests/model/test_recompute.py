@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from bpo.config.training import Config, LoraConfig, ModelConfig, TrainableConfig
 from bpo.data.encode import Encoder
 from bpo.model import recompute
-from bpo.model.attention import packed_layout
+from bpo.model.attention.shared_prefix import packed_layout
 from bpo.model.load import load_model
 from bpo.model.policy import PolicyModel, model_inputs
 from bpo.model.recompute import checkpoint_layers, is_costly, selective_contexts

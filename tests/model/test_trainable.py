@@ -11,8 +11,8 @@ import torch
 
 from bpo.config.training import Config, LoraConfig, ModelConfig, TrainableConfig, TrainConfig
 from bpo.data.families import FAMILIES, Family, family_of
+from bpo.model.head import install_logprob_head
 from bpo.model.load import load_model
-from bpo.model.logprob_head import install_logprob_head
 from bpo.model.trainable import parameter_groups, prepare_trainable
 from tests.tiny import tiny_llava
 

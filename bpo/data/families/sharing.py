@@ -6,7 +6,7 @@ from typing import Any
 
 # Text models of transformers whose attention is a softmax over all earlier tokens and goes through its
 # AttentionInterface in every layer, unless the config says otherwise below. Each was compared with separate sequences
-# (tests/model/test_sharing.py); any other is trained on separate sequences, which is right for all.
+# (tests/model/test_policy_sharing.py); any other is trained on separate sequences, which is right for all.
 PLAIN_CAUSAL = frozenset(
     "llama mistral qwen2 qwen3 qwen3_moe qwen2_vl_text qwen2_5_vl_text qwen3_vl_text qwen3_vl_moe_text".split()
 )

@@ -1,6 +1,6 @@
 """FlexAttention over packed rows: block masks and compilations.
 
-    python -m pytest tests/model/test_attention_flex.py
+    python -m pytest tests/model/attention/test_flex.py
 
 Shape letters: T packed tokens, Q blocks.
 """
@@ -20,8 +20,8 @@ import torch
 from torch.nn.attention.flex_attention import create_block_mask
 from torch.utils.flop_counter import FlopCounterMode
 
-from bpo.model.attention import shared_prefix_attention
-from bpo.model.attention_flex import BLOCK, flex_plan
+from bpo.model.attention.flex import BLOCK, flex_plan
+from bpo.model.attention.shared_prefix import shared_prefix_attention
 from bpo.records import PackedLayout
 from tests.attention_backends import (
     LAYOUTS,
@@ -34,7 +34,7 @@ from tests.attention_backends import (
 )
 
 CPU = torch.device("cpu")
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 ROWS = {
     **LAYOUTS,
     "edges on blocks": layout_of((BLOCK, (BLOCK, BLOCK)), (2 * BLOCK, (64, 64))),

@@ -1,4 +1,4 @@
-"""The store of reference log-probs. Run: python -m pytest tests/model/test_reference.py"""
+"""The store of reference log-probs. Run: python -m pytest tests/model/reference/test_store.py"""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 import torch
 from stored_reference import FINGERPRINT, VALUES, filled, flip_bit, key_of, put, shard
 
-from bpo.model.reference import ReferenceStore, ReferenceStoreError
+from bpo.model.reference.store import ReferenceStore, ReferenceStoreError
 
 
 def stored(store: ReferenceStore, *names: str) -> list[float]:
@@ -196,8 +196,8 @@ def test_a_key_that_is_no_digest_is_refused(tmp_path: Path) -> None:
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from bpo.model import reference_format
-from bpo.model.reference import ReferenceStore
+from bpo.model.reference import format as reference_format
+from bpo.model.reference.store import ReferenceStore
 from stored_reference import FINGERPRINT, put
 reference_format.COMMIT_EVERY_S = 0.0  # every entry
 store = ReferenceStore(Path(sys.argv[1]), FINGERPRINT)
@@ -209,7 +209,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 LIMITED = """
 import resource, sys
 from pathlib import Path
-from bpo.model.reference import ReferenceStore, ReferenceStoreError
+from bpo.model.reference.store import ReferenceStore, ReferenceStoreError
 from stored_reference import FINGERPRINT, put
 import torch
 store = ReferenceStore(Path(sys.argv[1]), FINGERPRINT)
@@ -225,7 +225,7 @@ except ReferenceStoreError as error:
 
 
 def run_script(code: str, directory: Path) -> subprocess.CompletedProcess[str]:
-    tests = Path(__file__).resolve().parent.parent
+    tests = Path(__file__).resolve().parents[2]
     environment = {**os.environ, "PYTHONPATH": f"{tests}{os.pathsep}{tests.parent}"}
     argv = [sys.executable, "-c", code, str(directory)]
     return subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=120, check=False)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from bpo.model.packed_rows import causal_sequences, to_device
+from bpo.model.attention.rows import causal_sequences, to_device
 from bpo.records import PackedLayout
 
 
@@ -99,7 +99,7 @@ def varlen_attend(
     """Attention of every group's prefix and completions, [B, T, H, D] in the dtype of `query_BHTD`.
 
     Args:
-        kernel: One of `bpo.model.attention_kernels`.
+        kernel: One of `bpo.model.attention.flash`.
     """
     query_THD, key_TKD, value_TKD = (tensor[0].transpose(0, 1) for tensor in (query_BHTD, key_BKTD, value_BKTD))
     if plan.repeats:

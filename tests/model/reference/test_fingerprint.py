@@ -1,4 +1,4 @@
-"""What the reference depends on. Run: python -m pytest tests/model/test_reference_fingerprint.py"""
+"""What the reference depends on. Run: python -m pytest tests/model/reference/test_fingerprint.py"""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from bpo.model import reference_fingerprint
-from bpo.model.reference_fingerprint import DigestCache, file_digest, model_fingerprint
+from bpo.model.reference import fingerprint as reference_fingerprint
+from bpo.model.reference.fingerprint import DigestCache, file_digest, model_fingerprint
 
 LONG_AGO_NS = 10**18
 

@@ -16,12 +16,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bpo.model.attention_choice import BackendName, Choice
-from bpo.model.attention_flex import flex_attend, flex_plan
-from bpo.model.attention_flops import register_flop_formulas
-from bpo.model.attention_kernels import Kernel, attend_flash_2, attend_flash_3, attend_torch_varlen
-from bpo.model.attention_sdpa import sdpa_attend, sdpa_plan
-from bpo.model.attention_varlen import varlen_attend, varlen_plan
+from bpo.model.attention.choice import BackendName, Choice
+from bpo.model.attention.flash import Kernel, attend_flash_2, attend_flash_3, attend_torch_varlen
+from bpo.model.attention.flex import flex_attend, flex_plan
+from bpo.model.attention.flops import register_flop_formulas
+from bpo.model.attention.sdpa import sdpa_attend, sdpa_plan
+from bpo.model.attention.varlen import varlen_attend, varlen_plan
 from bpo.records import PackedLayout
 
 logger = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""Micro-batches without an image, and a frozen vision tower. Run: python -m pytest tests/model/test_mixed_batches.py"""
+"""Micro-batches without an image, and a frozen vision tower."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from bpo.config.training import Config, LoraConfig, ModelConfig, TrainableConfig
 from bpo.data.collate import collate_groups
 from bpo.data.encode import EncodedGroup, Encoder
 from bpo.data.families import FAMILIES
-from bpo.model.attention import packed_layout
+from bpo.model.attention.shared_prefix import packed_layout
 from bpo.model.load import load_model
 from bpo.model.policy import PolicyModel, model_inputs
 from bpo.model.trainable import prepare_trainable

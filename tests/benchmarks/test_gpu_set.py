@@ -1,6 +1,6 @@
 """The plan of benchmarks/gpu.py: which parts run, in which order, what holds them up, and how a run goes on.
 
-Run: python -m pytest tests/bench/test_gpu_set.py
+Run: python -m pytest tests/benchmarks/test_gpu_set.py
 """
 
 from __future__ import annotations

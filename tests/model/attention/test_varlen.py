@@ -1,6 +1,6 @@
 """Variable-length attention over packed rows: plans, gathered keys, and the three functions behind one contract.
 
-    python -m pytest tests/model/test_attention_varlen.py
+    python -m pytest tests/model/attention/test_varlen.py
 
 Shape letters: T packed tokens, K key heads, D head size, R gathered rows, S sequences.
 """
@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
 
-from bpo.model import attention_kernels
-from bpo.model.attention_kernels import Kernel, attend_flash_2, attend_flash_3, attend_torch_varlen
-from bpo.model.attention_varlen import VarlenPlan, _GatherRows, varlen_attend, varlen_plan
+from bpo.model.attention import flash as attention_kernels
+from bpo.model.attention.flash import Kernel, attend_flash_2, attend_flash_3, attend_torch_varlen
+from bpo.model.attention.varlen import VarlenPlan, _GatherRows, varlen_attend, varlen_plan
 from bpo.records import PackedLayout
 from tests.attention_backends import LAYOUTS, layout_of, num_tokens, random_qkv, run_without_gpu
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from bpo.model.reference_format import KEY_BYTES, RECORD, Shard
+from bpo.model.reference.format import KEY_BYTES, RECORD, Shard
 
 
 class EntryIndex:

@@ -1,4 +1,4 @@
-"""Finding entries by key. Run: python -m pytest tests/model/test_reference_index.py"""
+"""Finding entries by key. Run: python -m pytest tests/model/reference/test_index.py"""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from bpo.model.reference_format import RECORD, Shard
-from bpo.model.reference_index import EntryIndex
+from bpo.model.reference.format import RECORD, Shard
+from bpo.model.reference.index import EntryIndex
 
 
 def in_memory(keys: list[bytes], first: int = 0) -> Shard:

@@ -1,6 +1,6 @@
 """benchmarks/attention.py: its verdict, a backend that fails, the time limit.
 
-python -m pytest tests/model/test_attention_benchmark.py
+python -m pytest tests/benchmarks/test_attention.py
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 
 from benchmarks import attention
 from benchmarks.attention import GROUPS, Line, main, row_of, verdict
-from bpo.model import attention_choice
+from bpo.model.attention import choice as attention_choice
 
 CUDA = torch.device("cuda")
 

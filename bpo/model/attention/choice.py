@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 
-from bpo.model.attention_kernels import flash_attn_2, flash_attn_3, torch_varlen_attn
+from bpo.model.attention.flash import flash_attn_2, flash_attn_3, torch_varlen_attn
 
 # `flash3` is what `model.attention: flash` takes where flash-attn 3 can run: results differ in rounding from those of
 # flash-attn 2, and the reference store remembers which one made them.

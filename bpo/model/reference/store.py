@@ -2,7 +2,7 @@
 
 Entries are addressed by content (image bytes and token ids), so a changed record is simply missing and computed anew.
 What holds for all entries (weights, processor, dtype, code path) is the store's fingerprint and must match. Its files
-are described in `reference_format`. Shape letter: N response tokens.
+are described in `format`. Shape letter: N response tokens.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bpo.model.reference_fingerprint import file_digest, model_fingerprint
-from bpo.model.reference_format import (
+from bpo.model.reference.fingerprint import file_digest, model_fingerprint
+from bpo.model.reference.format import (
     KEY_BYTES,
     ReferenceStoreError,
     ShardWriter,
@@ -24,7 +24,7 @@ from bpo.model.reference_format import (
     read_shard,
     write_fingerprint,
 )
-from bpo.model.reference_index import EntryIndex
+from bpo.model.reference.index import EntryIndex
 
 __all__ = ["ReferenceStore", "ReferenceStoreError", "file_digest", "model_fingerprint", "open_or_create"]
 

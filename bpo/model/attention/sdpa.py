@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from bpo.model.packed_rows import to_device
+from bpo.model.attention.rows import to_device
 from bpo.records import PackedLayout
 
 

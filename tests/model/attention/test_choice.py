@@ -1,4 +1,4 @@
-"""Which backend is chosen, and what is refused. Run: python -m pytest tests/model/test_attention_choice.py"""
+"""Which backend is chosen, and what is refused. Run: python -m pytest tests/model/attention/test_choice.py"""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from transformers import LlamaConfig
 from bpo import preparation
 from bpo.config.io import load_config
 from bpo.config.training import Config, ModelConfig
-from bpo.model import attention_choice
-from bpo.model.attention_choice import Choice, Needs, choose_backend, obstacle
+from bpo.model.attention import choice as attention_choice
+from bpo.model.attention.choice import Choice, Needs, choose_backend, obstacle
 from bpo.model.load import choose_attention, load_model
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")

@@ -1,4 +1,4 @@
-"""What packed attention costs by the number of groups. Run: python -m pytest tests/model/test_attention_cost.py"""
+"""What packed attention costs by the number of groups."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bpo.model.attention import shared_prefix_attention
+from bpo.model.attention.shared_prefix import shared_prefix_attention
 from bpo.records import PackedLayout
 
 

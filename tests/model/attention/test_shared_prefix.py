@@ -1,4 +1,4 @@
-"""Attention over packed groups against each sequence alone. Run: python -m pytest tests/model/test_attention.py
+"""Attention over packed groups against each sequence alone.
 
 Shape letters: B batch, H heads, T packed tokens, D head size.
 """
@@ -16,9 +16,10 @@ import torch
 
 from bpo.config.training import ModelConfig
 from bpo.data.collate import collate_groups
-from bpo.model import attention, load
-from bpo.model.attention import packed_layout, register, shared_prefix_attention
-from bpo.model.attention_choice import BackendName, Choice
+from bpo.model import load
+from bpo.model.attention import shared_prefix as attention
+from bpo.model.attention.choice import BackendName, Choice
+from bpo.model.attention.shared_prefix import packed_layout, register, shared_prefix_attention
 from bpo.model.policy import PolicyModel, model_inputs
 from bpo.records import PackedLayout
 from tests.attention_backends import (
@@ -133,7 +134,7 @@ def test_a_choice_is_registered_and_logged_once(backend: BackendName, caplog: py
 
     choice = Choice(backend, f"because of {backend}")
     register.cache_clear()
-    with caplog.at_level(logging.INFO, logger="bpo.model.attention"):
+    with caplog.at_level(logging.INFO, logger="bpo.model.attention.shared_prefix"):
         name = register(choice)
         assert register(choice) == name == attention.BACKENDS[backend].registered_name
     assert [f"because of {backend}" in record.getMessage() for record in caplog.records] == [True]

@@ -1,6 +1,6 @@
 """Targets and page of the GPU set from a report. Every number here is made up for these tests; none was measured.
 
-Run: python -m pytest tests/bench/test_gpu_report.py
+Run: python -m pytest tests/benchmarks/test_gpu_report.py
 """
 
 from __future__ import annotations

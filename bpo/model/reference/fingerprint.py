@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from bpo.model.reference_format import replace_file
+from bpo.model.reference.format import replace_file
 
 CODE_PATH = "packed shared prefix, fp32 log-probs, v1"
 DIGESTS = "digests.json"

@@ -1,6 +1,6 @@
 """Text models under one and the same vision part: which share a prefix, and that all of them train alike.
 
-Run: python -m pytest tests/model/test_sharing.py
+Run: python -m pytest tests/model/test_policy_sharing.py
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Parts of the GPU set as processes: none outlives its time, and a killed one leaves no lock.
 
-Run: python -m pytest tests/bench/test_gpu_process.py
+Run: python -m pytest tests/benchmarks/test_gpu_process.py
 """
 
 from __future__ import annotations

@@ -14,8 +14,8 @@ import torch
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils._python_dispatch import _disable_current_modes
 
-from bpo.model.attention_flops import count_compiled, sequence_pairs
-from bpo.model.packed_rows import Segment, segments_of, to_device
+from bpo.model.attention.flops import count_compiled, sequence_pairs
+from bpo.model.attention.rows import Segment, segments_of, to_device
 from bpo.records import PackedLayout
 
 BLOCK = 128

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from bpo.model.attention_varlen import VarlenPlan
+from bpo.model.attention.varlen import VarlenPlan
 
 Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, VarlenPlan, float | None, float], torch.Tensor]
 

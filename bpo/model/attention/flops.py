@@ -15,7 +15,7 @@ import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_flop_count
 
-from bpo.model.packed_rows import causal_sequences
+from bpo.model.attention.rows import causal_sequences
 from bpo.records import PackedLayout
 
 

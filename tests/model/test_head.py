@@ -1,4 +1,4 @@
-"""The LM head that returns log-probs. Run: python -m pytest tests/model/test_logprob_head.py"""
+"""The LM head that returns log-probs. Run: python -m pytest tests/model/test_head.py"""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from bpo.config.training import ModelConfig
+from bpo.model.head import LogProbHead, install_logprob_head
 from bpo.model.load import load_model
-from bpo.model.logprob_head import LogProbHead, install_logprob_head
 from tests.tiny import tiny_llava
 
 

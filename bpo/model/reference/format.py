@@ -3,7 +3,7 @@
     DIR/fingerprint.json   the format, and all that every entry's log-probs depend on
     DIR/NAME.values        log-probs, little-endian fp32
     DIR/NAME.index         a header with the fingerprint's digest, then one record of 52 bytes an entry
-    DIR/digests.json       SHA-256 of the model's files, for `reference_fingerprint`
+    DIR/digests.json       SHA-256 of the model's files, for `fingerprint`
 
 A shard (the two files of one NAME) has one writer, which only appends. Values reach the disk before the records that
 point at them, and each record has a checksum of its own, so whatever a killed process leaves at the end of either file

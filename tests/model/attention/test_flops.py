@@ -1,6 +1,6 @@
 """What `FlopCounterMode` counts of packed attention, backend by backend.
 
-    python -m pytest tests/model/test_attention_flops.py
+    python -m pytest tests/model/attention/test_flops.py
 
 Shape letters: N response tokens.
 """
@@ -19,9 +19,9 @@ from bpo.config.training import ModelConfig
 from bpo.data.families import family_of
 from bpo.flops import model_flops
 from bpo.model import load
-from bpo.model.attention import packed_layout, shared_prefix_attention
-from bpo.model.attention_choice import BackendName, Choice
-from bpo.model.attention_flops import _pairs, register_flop_formulas, sequence_pairs
+from bpo.model.attention.choice import BackendName, Choice
+from bpo.model.attention.flops import _pairs, register_flop_formulas, sequence_pairs
+from bpo.model.attention.shared_prefix import packed_layout, shared_prefix_attention
 from bpo.model.policy import PolicyModel, model_inputs
 from bpo.records import PackedLayout
 from tests.attention_backends import BACKENDS, LAYOUTS, VARLEN, num_tokens, random_qkv, run_without_gpu

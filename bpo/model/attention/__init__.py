@@ -1,0 +1,1 @@
+"""Attention over packed groups: one layout, several backends, the choice between them."""
