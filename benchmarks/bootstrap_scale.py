@@ -22,15 +22,15 @@ from typing import Any
 
 import torch
 
-from bpo.bootstrap.engines import Engines
-from bpo.bootstrap.generators import Reply
+from bpo.bootstrap.engines.models import Engines
+from bpo.bootstrap.engines.text import Reply
 from bpo.bootstrap.inject import InjectionRequest
-from bpo.bootstrap.merge import merge
-from bpo.bootstrap.parts import PartReader
+from bpo.bootstrap.job.merge import merge
+from bpo.bootstrap.job.outcomes import PartReader
+from bpo.bootstrap.job.queue import is_finished, plan_work
+from bpo.bootstrap.job.spool import AnnotationSpool
 from bpo.bootstrap.run import run_bootstrap
 from bpo.bootstrap.sources import InjectedErrors
-from bpo.bootstrap.spool import AnnotationSpool
-from bpo.bootstrap.work import is_finished, plan_work
 from bpo.config.bootstrap import BootstrapConfig, InjectConfig, ServerConfig
 from bpo.config.training import Config, DataConfig
 from bpo.formats.bad_records import BadRecords

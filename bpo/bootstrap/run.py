@@ -21,18 +21,18 @@ from typing import Any
 
 import torch
 
-from bpo.bootstrap.ahead import Ahead
-from bpo.bootstrap.broken import BrokenRecords
-from bpo.bootstrap.claims import Claims
-from bpo.bootstrap.engines import Engines, needed_paths, preparing_threads
-from bpo.bootstrap.identity import check_identity
+from bpo.bootstrap.engines.models import Engines, needed_paths, preparing_threads
+from bpo.bootstrap.engines.prefetch import Ahead
 from bpo.bootstrap.inject import choose_mode
-from bpo.bootstrap.merge import BootstrapSummary, beside, merge
-from bpo.bootstrap.parts import Outcome, PartReader, PartWriter
-from bpo.bootstrap.progress import ProgressBar
+from bpo.bootstrap.job.broken import BrokenRecords
+from bpo.bootstrap.job.identity import check_identity
+from bpo.bootstrap.job.leases import Claims
+from bpo.bootstrap.job.merge import BootstrapSummary, beside, merge
+from bpo.bootstrap.job.outcomes import Outcome, PartReader, PartWriter
+from bpo.bootstrap.job.progress import ProgressBar
+from bpo.bootstrap.job.queue import ClaimedBatch, SourceWork, is_finished, lacking, plan_work
+from bpo.bootstrap.job.spool import AnnotationSpool
 from bpo.bootstrap.sources import ImageAnswers, InjectedErrors, NegativeSource
-from bpo.bootstrap.spool import AnnotationSpool
-from bpo.bootstrap.work import ClaimedBatch, SourceWork, is_finished, lacking, plan_work
 from bpo.compile_locks import named_compile_locks
 from bpo.config.bootstrap import Source
 from bpo.config.training import Config

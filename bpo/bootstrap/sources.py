@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from bpo.bootstrap.clean import clean_rewriting
-from bpo.bootstrap.generators import Reply, TextGenerator
+from bpo.bootstrap.engines.text import Reply, TextGenerator
+from bpo.bootstrap.engines.vision import VisionGenerator, VisionRequest, special_tokens_of
 from bpo.bootstrap.inject import InjectionRequest, Mode, build_request, choose_mode
-from bpo.bootstrap.merge import PROVENANCE_SOURCES
-from bpo.bootstrap.parts import Outcome, Status
+from bpo.bootstrap.job.merge import PROVENANCE_SOURCES
+from bpo.bootstrap.job.outcomes import Outcome, Status
 from bpo.bootstrap.seeds import derive_seed
 from bpo.bootstrap.validate import Refusal, refusal
-from bpo.bootstrap.vision import VisionGenerator, VisionRequest, special_tokens_of
 from bpo.bootstrap.weaken import choose_weakening
 from bpo.config.bootstrap import RegenerateConfig, Source
 from bpo.config.training import Config

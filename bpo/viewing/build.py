@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from bpo.bootstrap.changes import load_lexicon
-from bpo.bootstrap.merge import beside
+from bpo.bootstrap.job.merge import beside
 from bpo.config.bootstrap import WeakenConfig
 from bpo.formats.bad_records import BadRecords
 from bpo.records import PreferenceGroup

@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from bpo.bootstrap.merge import beside
+from bpo.bootstrap.job.merge import beside
 from bpo.viewing.build import build_page
 from bpo.viewing.reading import add_bad_options
 from bpo.viewing.serve import server_of

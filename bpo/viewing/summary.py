@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from bpo.bootstrap.changes import ChangeLexicon
-from bpo.bootstrap.merge import COMPLETION_TYPES
-from bpo.bootstrap.statistics import SIMILARITY_BINS, SourceStatistics, percentile
+from bpo.bootstrap.job.merge import COMPLETION_TYPES
+from bpo.bootstrap.job.statistics import SIMILARITY_BINS, SourceStatistics, percentile
 from bpo.records import PreferenceGroup
 
 # Counting changes takes about as long as a diff: of more groups, so many are drawn.

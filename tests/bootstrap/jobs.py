@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from bpo.bootstrap import sources
-from bpo.bootstrap.parts import PartReader, PartWriter
+from bpo.bootstrap.job.outcomes import PartReader, PartWriter
 from bpo.bootstrap.validate import Refusal, refusal
 from bpo.config.training import Config
 from bpo.interrupts import StopRequest

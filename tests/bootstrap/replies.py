@@ -6,7 +6,7 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-from bpo.bootstrap.generators import Reply
+from bpo.bootstrap.engines.text import Reply
 
 
 def replies_of(generator: Any, requests: Sequence[Any]) -> list[Reply]:

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
-from bpo.bootstrap import engines as engines_module
 from bpo.bootstrap import run as run_module
-from bpo.bootstrap.parts import PartWriter
+from bpo.bootstrap.engines import models as engines_module
+from bpo.bootstrap.job.outcomes import PartWriter
 from bpo.bootstrap.run import run_bootstrap
 from bpo.config.bootstrap import ServerConfig
 from bpo.config.training import Config
@@ -181,9 +181,8 @@ def test_annotations_may_be_a_folder_that_datasets_saved(make: MakeConfig, photo
 
 
 def test_two_processes_cannot_write_one_part(tmp_path: Path) -> None:
-    hold = (
-        "import sys, pathlib; from bpo.bootstrap.parts import *; p = pathlib.Path(sys.argv[1]); w = PartWriter(p, 0);"
-    )
+    hold = "import sys, pathlib; from bpo.bootstrap.job.outcomes import *; p = pathlib.Path(sys.argv[1]);"
+    hold += "w = PartWriter(p, 0);"
     hold += "w.append([Outcome('r', 'weaken', 'kept')]); PartReader(p).poll(); print(1, flush=True); sys.stdin.read()"
     command = [sys.executable, "-c", hold, str(tmp_path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:

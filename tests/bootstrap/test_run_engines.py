@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from bpo.bootstrap.engines import preparing_threads
+from bpo.bootstrap.engines.models import preparing_threads
+from bpo.bootstrap.engines.server import ServerError
 from bpo.bootstrap.run import run_bootstrap
-from bpo.bootstrap.server import ServerError
 from bpo.config.bootstrap import BootstrapConfig, InjectConfig, ServerConfig, VisionConfig, WeakenConfig
 from bpo.config.training import Config
 from bpo.formats.files import read_groups

@@ -12,9 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
+from bpo.bootstrap.engines.vision import ChatVision, TransformersVision, VisionRequest
 from bpo.bootstrap.noise import diffuse
 from bpo.bootstrap.sources import ImageAnswers
-from bpo.bootstrap.vision import ChatVision, TransformersVision, VisionRequest
 from bpo.bootstrap.weaken import MASK_CELLS, PictureWeakener, Weakening, choose_weakening, weaken_images
 from bpo.config.bootstrap import BootstrapConfig, WeakenConfig
 from bpo.config.training import Config, DataConfig, ModelConfig

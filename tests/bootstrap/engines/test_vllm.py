@@ -1,4 +1,4 @@
-"""vLLM behind a stand-in of the same contract. Run: python -m pytest tests/bootstrap/test_vllm_engine.py"""
+"""vLLM behind a stand-in of the same contract. Run: python -m pytest tests/bootstrap/engines/test_vllm.py"""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from bpo.bootstrap.generators import Reply
-from bpo.bootstrap.vllm_engine import VllmEngine, keep_to_own_gpu
+from bpo.bootstrap.engines.text import Reply
+from bpo.bootstrap.engines.vllm import VllmEngine, keep_to_own_gpu
 
 
 @dataclass

@@ -10,10 +10,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from bpo.bootstrap.balance import balance_rank, thresholds
 from bpo.bootstrap.changes import load_lexicon
-from bpo.bootstrap.parts import AtomicLines, Outcome, write_atomically
-from bpo.bootstrap.statistics import SourceStatistics
+from bpo.bootstrap.job.balance import balance_rank, thresholds
+from bpo.bootstrap.job.outcomes import AtomicLines, Outcome, write_atomically
+from bpo.bootstrap.job.statistics import SourceStatistics
 from bpo.bootstrap.validate import REASONS, annotation_refusal, content_key
 from bpo.config.training import Config
 from bpo.formats.bad_records import BadRecords

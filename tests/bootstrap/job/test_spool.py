@@ -1,4 +1,4 @@
-"""Work that stays on disk. Run: python -m pytest tests/bootstrap/test_spool.py"""
+"""Work that stays on disk. Run: python -m pytest tests/bootstrap/job/test_spool.py"""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from bpo.bootstrap.merge import merge
-from bpo.bootstrap.parts import AtomicLines, Outcome, PartReader, PartWriter, record_digest
-from bpo.bootstrap.spool import AnnotationSpool, Batches
-from bpo.bootstrap.work import SourceWork
+from bpo.bootstrap.job.merge import merge
+from bpo.bootstrap.job.outcomes import AtomicLines, Outcome, PartReader, PartWriter, record_digest
+from bpo.bootstrap.job.queue import SourceWork
+from bpo.bootstrap.job.spool import AnnotationSpool, Batches
 from bpo.config.bootstrap import BootstrapConfig
 from bpo.config.training import Config, DataConfig
 from bpo.formats.bad_records import BadRecords

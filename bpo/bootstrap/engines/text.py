@@ -1,7 +1,7 @@
 """Text-only LLMs that inject errors: any transformers causal LM, or the multimodal model's own language model.
 
 A generator takes a batch of requests and gives a reply to each. `ChatGenerator` hands them on, to a server
-(`bpo/bootstrap/server.py`) or to vLLM (`bpo/bootstrap/vllm_engine.py`).
+(`bpo/bootstrap/engines/server.py`) or to vLLM (`bpo/bootstrap/engines/vllm.py`).
 """
 
 from __future__ import annotations

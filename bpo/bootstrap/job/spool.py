@@ -10,7 +10,7 @@ from itertools import islice
 
 import numpy as np
 
-from bpo.bootstrap.parts import DIGEST_BYTES, record_digest
+from bpo.bootstrap.job.outcomes import DIGEST_BYTES, record_digest
 from bpo.bootstrap.validate import annotation_refusal
 from bpo.records import Annotation
 

@@ -1,4 +1,4 @@
-"""What is decided when all parts are there. Run: python -m pytest tests/bootstrap/test_merge.py"""
+"""What is decided when all parts are there. Run: python -m pytest tests/bootstrap/job/test_merge.py"""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from bpo.bootstrap.balance import thresholds
 from bpo.bootstrap.changes import load_lexicon
-from bpo.bootstrap.merge import merge
-from bpo.bootstrap.parts import Outcome
-from bpo.bootstrap.statistics import SourceStatistics, percentile
+from bpo.bootstrap.job.balance import thresholds
+from bpo.bootstrap.job.merge import merge
+from bpo.bootstrap.job.outcomes import Outcome
+from bpo.bootstrap.job.statistics import SourceStatistics, percentile
 from bpo.config.bootstrap import BootstrapConfig, ValidateConfig
 from bpo.config.training import Config, DataConfig
 from bpo.formats.bad_records import BadRecords

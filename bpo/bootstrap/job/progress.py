@@ -9,8 +9,8 @@ from types import TracebackType
 
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from bpo.bootstrap.parts import PartReader
-from bpo.bootstrap.work import SourceWork
+from bpo.bootstrap.job.outcomes import PartReader
+from bpo.bootstrap.job.queue import SourceWork
 
 logger = logging.getLogger(__name__)
 

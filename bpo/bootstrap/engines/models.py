@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from bpo.bootstrap.generators import ChatEngine, ChatGenerator, OwnLanguageModel, TextGenerator, load_causal_lm
-from bpo.bootstrap.server import ChatServer
-from bpo.bootstrap.vision import ChatVision, TransformersVision, VisionGenerator
-from bpo.bootstrap.vllm_engine import VllmEngine
+from bpo.bootstrap.engines.server import ChatServer
+from bpo.bootstrap.engines.text import ChatEngine, ChatGenerator, OwnLanguageModel, TextGenerator, load_causal_lm
+from bpo.bootstrap.engines.vision import ChatVision, TransformersVision, VisionGenerator
+from bpo.bootstrap.engines.vllm import VllmEngine
 from bpo.config.training import Config
 from bpo.data.encode import Encoder, load_encoder
 from bpo.launch import Ranks, pick_device

@@ -1,4 +1,4 @@
-"""The next batch is prepared while this one is answered. Run: python -m pytest tests/bootstrap/test_ahead.py"""
+"""The next batch is prepared while this one is answered."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 
-from bpo.bootstrap.ahead import Ahead
+from bpo.bootstrap.engines.prefetch import Ahead
 
 
 def test_the_next_batch_and_no_further_one_is_prepared_meanwhile() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from bpo.bootstrap.parts import Outcome, record_digest
+from bpo.bootstrap.job.outcomes import Outcome, record_digest
 from bpo.config.training import DataConfig
 from bpo.formats.bad_records import BadRecords
 from bpo.formats.problems import Problem

@@ -1,4 +1,4 @@
-"""A job shared by several, a signal, and restarts in vain. Run: python -m pytest tests/bootstrap/test_shards.py"""
+"""A job shared by several, a signal, and restarts in vain. Run: python -m pytest tests/bootstrap/test_run_shared.py"""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bpo.bootstrap.parts import PartWriter
+from bpo.bootstrap.job.outcomes import PartWriter
 from bpo.bootstrap.run import run_bootstrap, run_merge
 from bpo.cli import main as bpo
 from bpo.config.bootstrap import BootstrapConfig, WeakenConfig

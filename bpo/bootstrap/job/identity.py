@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bpo.bootstrap.inject import Mode, prompt_text
-from bpo.bootstrap.parts import write_atomically
+from bpo.bootstrap.job.outcomes import write_atomically
 from bpo.config.training import Config
 from bpo.formats.importers.registry import open_source
 

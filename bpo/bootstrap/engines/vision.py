@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from PIL import Image
 
-from bpo.bootstrap.generators import ChatEngine, Reply
+from bpo.bootstrap.engines.text import ChatEngine, Reply
 from bpo.bootstrap.weaken import Weakening, picture_weakener, weaken_images
 from bpo.config.training import Config
 from bpo.data.encode import EncodedImages, EncodedPrompt, Encoder, EncodingError

@@ -1,4 +1,4 @@
-"""Chat completions against real HTTP and its faults. Run: python -m pytest tests/bootstrap/test_server.py"""
+"""Chat completions against real HTTP and its faults. Run: python -m pytest tests/bootstrap/engines/test_server.py"""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from bpo.bootstrap.generators import ChatGenerator, Reply
+from bpo.bootstrap.engines.server import MAX_TRIES, ChatServer, ServerError
+from bpo.bootstrap.engines.text import ChatGenerator, Reply
 from bpo.bootstrap.inject import InjectionRequest, Message
-from bpo.bootstrap.server import MAX_TRIES, ChatServer, ServerError
 from bpo.config.bootstrap import InjectConfig, ServerConfig
 from tests.bootstrap.fake_server import CUT, DRIP, Answer, completion, fake_server
 from tests.bootstrap.replies import FakeClock, replies_of

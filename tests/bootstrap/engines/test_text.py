@@ -1,4 +1,4 @@
-"""Text-only LLMs in memory. Run: python -m pytest tests/bootstrap/test_generators.py"""
+"""Text-only LLMs in memory. Run: python -m pytest tests/bootstrap/engines/test_text.py"""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bpo.bootstrap.clean import clean_rewriting
-from bpo.bootstrap.generators import OwnLanguageModel, TransformersGenerator, WorkedExamples, load_causal_lm
+from bpo.bootstrap.engines.text import OwnLanguageModel, TransformersGenerator, WorkedExamples, load_causal_lm
 from bpo.bootstrap.inject import InjectionRequest, Message, build_request
 from bpo.bootstrap.validate import refusal
 from bpo.config.bootstrap import InjectConfig

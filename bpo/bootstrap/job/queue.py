@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from bpo.bootstrap.claims import Claims
-from bpo.bootstrap.engines import batch_size
-from bpo.bootstrap.parts import PartReader
-from bpo.bootstrap.spool import AnnotationSpool, Batches
+from bpo.bootstrap.engines.models import batch_size
+from bpo.bootstrap.job.leases import Claims
+from bpo.bootstrap.job.outcomes import PartReader
+from bpo.bootstrap.job.spool import AnnotationSpool, Batches
 from bpo.config.training import Config
 
 # A piece is one batch, or several where there are more batches than this: a claim is a file.

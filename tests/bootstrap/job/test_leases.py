@@ -1,4 +1,4 @@
-"""Workers that share a job by claims. Run: python -m pytest tests/bootstrap/test_claims.py"""
+"""Workers that share a job by claims. Run: python -m pytest tests/bootstrap/job/test_leases.py"""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from typing import Any
 
 import pytest
 
-from bpo.bootstrap import claims as claims_module
-from bpo.bootstrap import engines as engines_module
 from bpo.bootstrap import run as run_module
-from bpo.bootstrap.claims import Claims
-from bpo.bootstrap.merge import BootstrapSummary
-from bpo.bootstrap.parts import Outcome, PartReader, PartWriter
+from bpo.bootstrap.engines import models as engines_module
+from bpo.bootstrap.job import leases as claims_module
+from bpo.bootstrap.job.leases import Claims
+from bpo.bootstrap.job.merge import BootstrapSummary
+from bpo.bootstrap.job.outcomes import Outcome, PartReader, PartWriter
+from bpo.bootstrap.job.queue import SourceWork
+from bpo.bootstrap.job.spool import AnnotationSpool, Batches
 from bpo.bootstrap.run import run_bootstrap
 from bpo.bootstrap.sources import ImageAnswers
-from bpo.bootstrap.spool import AnnotationSpool, Batches
-from bpo.bootstrap.work import SourceWork
 from bpo.config.training import Config
 from bpo.formats.files import read_groups
 from bpo.launch import Ranks
@@ -89,7 +89,7 @@ def test_who_comes_back_under_its_name_has_its_pieces_at_once(tmp_path: Path) ->
 
 
 def source_work(folder: Path, num_records: int, size: int, monkeypatch: pytest.MonkeyPatch, pieces: int) -> SourceWork:
-    monkeypatch.setattr("bpo.bootstrap.work.MAX_PIECES", pieces)
+    monkeypatch.setattr("bpo.bootstrap.job.queue.MAX_PIECES", pieces)
     turn = (Turn("user", (ContentPart("text", "?"),)),)
     spool = AnnotationSpool((Annotation(f"r{n}", (), turn, "x") for n in range(num_records)), 0, 350)
     (reader := PartReader(folder)).poll()

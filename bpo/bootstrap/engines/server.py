@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from typing import Any, Protocol
 
-from bpo.bootstrap.generators import Reply
+from bpo.bootstrap.engines.text import Reply
 from bpo.config.bootstrap import ServerConfig
 
 logger = logging.getLogger(__name__)

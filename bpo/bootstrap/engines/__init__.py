@@ -1,0 +1,1 @@
+"""The models that answer: transformers in memory, vLLM, servers."""

@@ -1,0 +1,1 @@
+"""What shares, records and merges a bootstrapping job."""
