@@ -92,8 +92,8 @@ def _evaluate(argv: list[str]) -> int:
 
 
 def _export(argv: list[str]) -> int:
+    from bpo.checkpoint.export import run_export
     from bpo.config.io import load_config
-    from bpo.export import run_export
     from bpo.launch import Ranks, setup_logging
 
     setup_logging(Ranks())

@@ -1,4 +1,4 @@
-"""DeepSpeed: initialise, partition, backward, step. The only place besides checkpoint.py that imports it."""
+"""DeepSpeed: initialise, partition, backward, step. The only place besides checkpoint/ that imports it."""
 
 from __future__ import annotations
 
@@ -225,7 +225,7 @@ class TrainingEngine:
 
 
 class JobRanks:
-    """The collectives of the process group, as `checkpoint_files.Collectives` names them."""
+    """The collectives of the process group, as `checkpoint.files.Collectives` names them."""
 
     def __init__(self, ranks: Ranks):
         self.rank, self.world_size = ranks.rank, ranks.world_size

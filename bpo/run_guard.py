@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from bpo.checkpoint_files import CheckpointError, clean_leftovers
+from bpo.checkpoint.files import CheckpointError, clean_leftovers
 from bpo.config.training import Config
 from bpo.engine import from_rank_0
 from bpo.interrupts import EXIT_RANK_LOST, Interrupted

@@ -20,9 +20,10 @@ if __name__ == "__main__" and Path(sys.path[0]).resolve() == Path(__file__).reso
 import torch
 from tqdm import tqdm
 
-from bpo import checkpoint, engine, losses
-from bpo.checkpoint_files import CheckpointError
-from bpo.checkpoint_save import CheckpointSaver, SaveFailedError
+from bpo import engine, losses
+from bpo.checkpoint import partition
+from bpo.checkpoint.files import CheckpointError
+from bpo.checkpoint.save import CheckpointSaver, SaveFailedError
 from bpo.compile_locks import named_compile_locks
 from bpo.config.io import load_config
 from bpo.config.training import Config
@@ -138,7 +139,7 @@ def prepare(config: Config, ranks: Ranks, guard: RunGuard, stop: StopRequest | N
     output_dir = Path(config.train.output_dir)
     dtype = resolve_dtype(config.model)
     choose_attention(config.model, pick_device(ranks))  # before hours of measuring: refuses what cannot run
-    found = checkpoint.find_resumable(config, engine.JobRanks(ranks))
+    found = partition.find_resumable(config, engine.JobRanks(ranks))
     guard.count_restart(found[1]["step"] if found else 0)
     if ranks.is_main:
         write_run_record(config, output_dir)
@@ -158,13 +159,13 @@ def prepare(config: Config, ranks: Ranks, guard: RunGuard, stop: StopRequest | N
     with guard.progress_if_interrupted():
         store = fill_reference_store(config, trainer, data, stop)
     guard.after_reference()
-    description = checkpoint.RunDescription(config, data, steps, store.fingerprint, ranks.world_size)
+    description = partition.RunDescription(config, data, steps, store.fingerprint, ranks.world_size)
     done = 0
     if found:
         description.check(found[1], aloud=ranks.is_main)
         with guard.phase("loading the checkpoint"):
-            done = checkpoint.resume(trainer, found)
-    saver = checkpoint.saver_of(trainer, config.train, description, guard)
+            done = partition.resume(trainer, found)
+    saver = partition.saver_of(trainer, config.train, description, guard)
     return Prepared(data, steps, trainer, store, saver, done, flops)
 
 
@@ -178,7 +179,7 @@ def train(config: Config, ranks: Ranks, stop: StopRequest | None = None) -> bool
     dtype = resolve_dtype(config.model)
     # What can be refused is refused before the hours of measuring, loading and the reference pass.
     losses.check_loss(config.loss)
-    checkpoint.check_settings(engine.deepspeed_config(config, dtype, 1))
+    partition.check_settings(engine.deepspeed_config(config, dtype, 1))
     with RunGuard(config, ranks) as guard:
         return run_steps(config, prepare(config, ranks, guard, stop), guard, stop)
 

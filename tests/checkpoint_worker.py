@@ -17,9 +17,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from bpo.checkpoint_files import Alone, Collectives, Hook, no_hook
-from bpo.checkpoint_save import CheckpointSaver
-from bpo.checkpoint_shards import KINDS, MASTER, Fragment, Shard, ShardSet
+from bpo.checkpoint.files import Alone, Collectives, Hook, no_hook
+from bpo.checkpoint.save import CheckpointSaver
+from bpo.checkpoint.shards import KINDS, MASTER, Fragment, Shard, ShardSet
 
 NUMEL = 1000
 

@@ -32,9 +32,9 @@ import torch
 import torch._dynamo  # what every optimizer imports when it is made: seconds that each life would pay
 from checkpoint_worker import warm_context
 
-from bpo.checkpoint_files import STAGES, Alone, checkpoint_dirs, clean_leftovers, newest_valid_checkpoint
-from bpo.checkpoint_save import CheckpointSaver
-from bpo.checkpoint_shards import Fragment, Shard, ShardSet, shard_name
+from bpo.checkpoint.files import STAGES, Alone, checkpoint_dirs, clean_leftovers, newest_valid_checkpoint
+from bpo.checkpoint.save import CheckpointSaver
+from bpo.checkpoint.shards import Fragment, Shard, ShardSet, shard_name
 from bpo.data.schedule import PlannedStep, plan_steps
 from bpo.metrics import MetricsWriter
 from bpo.model.reference.store import ReferenceStore

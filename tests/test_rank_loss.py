@@ -19,7 +19,7 @@ from test_train import BIN, write_groups
 from tiny import tiny_llava
 from train_matrix import base_config
 
-from bpo.checkpoint_files import newest_valid_checkpoint
+from bpo.checkpoint.files import newest_valid_checkpoint
 from bpo.config.io import save_config
 from bpo.interrupts import EXIT_INTERRUPTED, EXIT_NO_PROGRESS, EXIT_RANK_LOST
 

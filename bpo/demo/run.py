@@ -90,7 +90,7 @@ def run_seed(root: Path, seed: int, recipe: Recipe) -> SeedResult:
 
 def train_variant(config: Config, recipe: Recipe) -> None:
     """Trains through the deepspeed launcher and exports the merged model."""
-    from bpo.export import run_export
+    from bpo.checkpoint.export import run_export
 
     output = Path(config.train.output_dir)
     run_training(config, num_ranks=recipe.num_ranks)

@@ -1,7 +1,7 @@
 """The files of a checkpoint: durable, counted, hashed; named only when whole; verified before anything is loaded.
 
 OUTPUT/checkpoints/step-00000010/
-    rank-00000.safetensors ...  what each rank holds: see `checkpoint_shards`
+    rank-00000.safetensors ...  what each rank holds: see `shards`
     manifest.json               step, ranks, cursor, fingerprints, versions, options; size and SHA-256 of each file
     manifest.sha256             SHA-256 of manifest.json, as `sha256sum -c` reads it
 OUTPUT/checkpoints/latest       name of the newest one; for people and scripts, resuming does not trust it

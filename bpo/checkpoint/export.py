@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from bpo.checkpoint_files import MANIFEST, CheckpointError, verify_checkpoint
-from bpo.checkpoint_shards import ShardSet
+from bpo.checkpoint.files import MANIFEST, CheckpointError, verify_checkpoint
+from bpo.checkpoint.shards import ShardSet
 from bpo.config.training import Config, LoraConfig, ModelConfig, TrainableConfig
 from bpo.data.families import Family, family_of
 from bpo.model.load import load_model

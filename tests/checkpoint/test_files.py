@@ -1,6 +1,6 @@
-"""The files of a checkpoint, without DeepSpeed: damage, names, retention, shards. Run: pytest tests/test_checkpoint.py
+"""The files of a checkpoint, without DeepSpeed: damage, names, retention, shards.
 
-Saving is in test_checkpoint_save.py, kills in test_checkpoint_kills.py, DeepSpeed in test_train.py and test_ranks.py.
+Saving is in test_save.py, kills in test_save_kills.py, DeepSpeed in test_train.py and test_ranks.py.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import pytest
 import torch
 from checkpoint_worker import NUMEL, Run, make_shard, stored_step, whole
 
-from bpo.checkpoint_files import (
+from bpo.checkpoint.files import (
     CheckpointError,
     apply_retention,
     checkpoint_dirs,
@@ -29,7 +29,7 @@ from bpo.checkpoint_files import (
     superseded,
     verify_checkpoint,
 )
-from bpo.checkpoint_shards import KINDS, MASTER, Fragment, Shard, ShardSet, shard_name
+from bpo.checkpoint.shards import KINDS, MASTER, Fragment, Shard, ShardSet, shard_name
 
 
 def write_checkpoint(output_dir: Path, step: int) -> Path:
@@ -189,7 +189,7 @@ def test_what_cannot_be_removed_is_named_and_stays(
     def refuse(*_: Any) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("bpo.checkpoint_files.os.replace", refuse)
+    monkeypatch.setattr("bpo.checkpoint.files.os.replace", refuse)
     apply_retention(tmp_path, 1, 0)
     assert "step-00000010 is superseded but cannot be removed" in caplog.text
 

@@ -1,6 +1,6 @@
 """Saving in the background, and what happens when the disk does not play along.
 
-Run: pytest tests/test_checkpoint_save.py. One process; the kills of several are in test_checkpoint_kills.py.
+Run: pytest tests/checkpoint/test_save.py. One process; the kills of several are in test_save_kills.py.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from typing import Any
 import pytest
 from checkpoint_worker import Run, stored_step
 
-from bpo.checkpoint_files import STAGES, checkpoint_dirs, checkpoints_root, newest_valid_checkpoint, step_dir
-from bpo.checkpoint_save import SaveFailedError
+from bpo.checkpoint.files import STAGES, checkpoint_dirs, checkpoints_root, newest_valid_checkpoint, step_dir
+from bpo.checkpoint.save import SaveFailedError
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -150,7 +150,7 @@ def test_a_disk_that_fills_up_leaves_the_old_checkpoint_and_says_so(
 ) -> None:
     """A shard takes 12.5 KB: one checkpoint fits beside the ballast, a second does not."""
     disk = tmp_path / "disk"
-    monkeypatch.setattr("bpo.checkpoint_save._SPARE_BYTES", -(10**9))  # as a quota, of which disk_usage knows nothing
+    monkeypatch.setattr("bpo.checkpoint.save._SPARE_BYTES", -(10**9))  # as a quota, of which disk_usage knows nothing
     with small_disk(disk):
         if os.path.ismount(disk):
             (disk / "ballast").write_bytes(bytes(8_000))
@@ -175,7 +175,7 @@ def test_too_little_room_is_found_before_a_byte_is_written(
     run.save(10)
     run.saver.at_stage = gate
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr("bpo.checkpoint_save.shutil.disk_usage", lambda _: usage._replace(free=1_000_000))
+    monkeypatch.setattr("bpo.checkpoint.save.shutil.disk_usage", lambda _: usage._replace(free=1_000_000))
     run.to(20)
     run.saver._wait()
     assert "1,060,648 bytes, 1,000,000 are free" in caplog.text and "step-00000010 stands" in caplog.text

@@ -2,8 +2,8 @@
 
 ZeRO's partitions are read and written through the tables that DeepSpeed keeps of them, not through its own checkpoint
 files: those are pickles (nothing may be executed here), name themselves `latest` before they are whole, and hold for
-one number of ranks only. The format is in `checkpoint_shards`, its safety in `checkpoint_files`, the saving in
-`checkpoint_save`.
+one number of ranks only. The format is in `shards`, its safety in `files`, the saving in
+`save`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from bpo.checkpoint_files import (
+from bpo.checkpoint.compatible import DATA, PLAN, WEIGHTS, check_content, check_options, content_digest
+from bpo.checkpoint.files import (
     CheckpointError,
     Hook,
     checkpoint_dirs,
@@ -23,14 +24,13 @@ from bpo.checkpoint_files import (
     newest_valid_checkpoint,
     no_hook,
 )
-from bpo.checkpoint_save import CheckpointSaver
-from bpo.checkpoint_shards import KINDS, MASTER, Fragment, Shard, ShardSet
+from bpo.checkpoint.save import CheckpointSaver
+from bpo.checkpoint.shards import KINDS, MASTER, Fragment, Shard, ShardSet
 from bpo.config.io import to_tree
 from bpo.config.training import Config, TrainConfig
 from bpo.data.schedule import PlannedStep
 from bpo.engine import JobRanks, TrainingEngine
 from bpo.preparation import TrainingData
-from bpo.resume_check import DATA, PLAN, WEIGHTS, check_content, check_options, content_digest
 from bpo.run_guard import RunGuard
 from bpo.run_record import versions
 

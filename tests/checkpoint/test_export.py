@@ -1,4 +1,4 @@
-"""Merged models and adapters load elsewhere and give the same logits. Run: python -m pytest tests/test_export.py
+"""Merged models and adapters load elsewhere and give the same logits.
 
 Nothing is trained: a checkpoint is made by moving the trainable parameters at random, which exports like any other.
 """
@@ -15,13 +15,13 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from bpo.checkpoint_files import commit, seal_file, step_dir
-from bpo.checkpoint_shards import KINDS, Fragment, Shard, shard_name
+from bpo.checkpoint.export import find_checkpoint, run_export
+from bpo.checkpoint.files import commit, seal_file, step_dir
+from bpo.checkpoint.shards import KINDS, Fragment, Shard, shard_name
 from bpo.config.io import to_tree
 from bpo.config.training import Config, ExportConfig, LoraConfig, ModelConfig, TrainableConfig
 from bpo.data.encode import Encoder
 from bpo.data.families import FAMILIES, family_of
-from bpo.export import find_checkpoint, run_export
 from bpo.model.load import load_model
 from bpo.model.trainable import prepare_trainable
 from tests.sample_groups import encoder_of, turn

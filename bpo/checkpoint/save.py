@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from bpo.checkpoint_files import (
+from bpo.checkpoint.files import (
     CheckpointError,
     Collectives,
     Hook,
@@ -35,7 +35,7 @@ from bpo.checkpoint_files import (
     step_dir,
     sync_directory,
 )
-from bpo.checkpoint_shards import Shard, shard_name
+from bpo.checkpoint.shards import Shard, shard_name
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ class CheckpointSaver:
         keep_last: Newest checkpoints that stay; 0: all.
         keep_every: Multiples of so many steps stay as well; 0: none.
         in_background: Write while training goes on; it costs a copy of the state in host memory.
-        at_stage: Called at every stage of `checkpoint_files.STAGES`; for tests.
+        at_stage: Called at every stage of `files.STAGES`; for tests.
         waiting: A context for the time in which training waits for the disk.
     """
 

@@ -23,7 +23,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from bpo.checkpoint_files import CheckpointError
+from bpo.checkpoint.files import CheckpointError
 
 MASTER = "master"
 KINDS = (MASTER, "exp_avg", "exp_avg_sq")

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from bpo.checkpoint_files import CheckpointError
+from bpo.checkpoint.files import CheckpointError
 
 logger = logging.getLogger(__name__)
 

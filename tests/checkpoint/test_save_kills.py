@@ -1,4 +1,4 @@
-"""SIGKILL of one rank or of all at every stage of a save. Run: pytest tests/test_checkpoint_kills.py
+"""SIGKILL of one rank or of all at every stage of a save. Run: pytest tests/checkpoint/test_save_kills.py
 
 Two real processes over gloo save step 10, then step 20, and are killed within it. What the log says was saved must be
 there, whole, and the next job must be able to save again.
@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from checkpoint_worker import Run, save_and_die, stored_step, warm_context
 
-from bpo.checkpoint_files import STAGES, clean_leftovers, newest_valid_checkpoint
+from bpo.checkpoint.files import STAGES, clean_leftovers, newest_valid_checkpoint
 
 pytestmark = pytest.mark.timeout(120)
 

@@ -1,4 +1,4 @@
-"""What may change between a checkpoint and the run that continues it. Run: pytest tests/test_resume_check.py"""
+"""What may change between a checkpoint and the run that continues it."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from bpo.checkpoint_files import CheckpointError
+from bpo.checkpoint.compatible import FREE, ROUNDING, check_content, check_options, flatten
+from bpo.checkpoint.files import CheckpointError
 from bpo.config.io import all_keys, to_tree
 from bpo.config.training import Config
-from bpo.resume_check import FREE, ROUNDING, check_content, check_options, flatten
 
 
 def manifest() -> dict[str, Any]:

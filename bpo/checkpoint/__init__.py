@@ -1,0 +1,1 @@
+"""Checkpoints: what each rank holds, its files, saving, what may continue them, export."""
