@@ -2,8 +2,8 @@
 
     python -m benchmarks.levers [--json FILE] [--model llava-1.5-7b] [--prefix 640] [--response 150]
 
-Nothing is computed: weights are on the meta device. FLOPs are those of `bpo.flops`, which tests/test_flops.py compares
-with PyTorch's counter, and bytes those of `bpo.sizing.activations`. The image takes 576 tokens of the prefix.
+Nothing is computed: weights are on the meta device. FLOPs are those of `bpo.training.flops`, which
+tests/training/test_flops.py compares with PyTorch's counter, and bytes those of `bpo.sizing.activations`. The image takes 576 tokens of the prefix.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import Any
 
 from bpo.config.training import Config, TrainableConfig
 from bpo.data.useful_work import attended_pairs
-from bpo.flops import ModelFlops
 from bpo.records import Work
 from bpo.sizing.activations import activation_costs
 from bpo.sizing.shape import shape_of
+from bpo.training.flops import ModelFlops
 
 IMAGE_TOKENS = 576
 PATCHES = IMAGE_TOKENS + 1

@@ -37,9 +37,9 @@ from bpo.data.encode import load_encoder
 from bpo.launch import Ranks
 from bpo.model.attention.shared_prefix import packed_layout
 from bpo.model.policy import model_inputs
-from bpo.preparation import fill_reference_store, measure_groups, plan_training, training_batches
 from bpo.sizing.live_bytes import LiveBytes
 from bpo.train import run_step
+from bpo.training.preparation import fill_reference_store, measure_groups, plan_training, training_batches
 from tests.tiny import tiny_llava
 
 CPU = torch.device("cpu")

@@ -29,7 +29,6 @@ from bpo.config.io import load_config
 from bpo.config.training import Config
 from bpo.data.encode import load_encoder
 from bpo.data.schedule import PlannedStep
-from bpo.flops import ModelFlops, model_flops
 from bpo.interrupts import (
     EXIT_CANNOT_SAVE,
     EXIT_INTERRUPTED,
@@ -39,25 +38,16 @@ from bpo.interrupts import (
     StopRequest,
 )
 from bpo.launch import Ranks, own_arguments, pick_device, ranks_from_environment, setup_logging
-from bpo.metrics import MetricsWriter, StepSums, step_metrics, step_rates
 from bpo.model.attention.shared_prefix import packed_layout
 from bpo.model.load import choose_attention, load_model, resolve_dtype
 from bpo.model.policy import PolicyModel
 from bpo.model.reference.store import ReferenceStore
 from bpo.model.trainable import prepare_trainable
-from bpo.preparation import (
-    StepBatches,
-    TrainingData,
-    fill_reference_store,
-    measure_groups,
-    plan_training,
-    training_batches,
-)
 from bpo.records import GroupBatch
 from bpo.run_guard import RankLostError, RunGuard, write_status
 from bpo.run_lock import NoProgressError, RunLockError
 from bpo.run_record import write_run_record
-from bpo.safeguards import (
+from bpo.training.checks import (
     FirstStepError,
     NonFiniteError,
     check_finite,
@@ -65,7 +55,17 @@ from bpo.safeguards import (
     expected_loss,
     seed_micro_batch,
 )
-from bpo.sizing.hardware import peak_flops
+from bpo.training.flops import ModelFlops, model_flops
+from bpo.training.hardware import peak_flops
+from bpo.training.metrics import MetricsWriter, StepSums, step_metrics, step_rates
+from bpo.training.preparation import (
+    StepBatches,
+    TrainingData,
+    fill_reference_store,
+    measure_groups,
+    plan_training,
+    training_batches,
+)
 
 logger = logging.getLogger(__name__)
 

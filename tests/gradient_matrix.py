@@ -20,13 +20,13 @@ from bpo import engine
 from bpo.config.training import Config, DataConfig, LossConfig, ModelConfig, TrainableConfig, TrainConfig
 from bpo.data.encode import load_encoder
 from bpo.launch import Ranks, ranks_from_environment, setup_logging
-from bpo.metrics import step_metrics
 from bpo.model import recompute
 from bpo.model.load import load_model
 from bpo.model.policy import PolicyModel
 from bpo.model.trainable import prepare_trainable
-from bpo.preparation import fill_reference_store, measure_groups, plan_training, training_batches
 from bpo.train import run_step
+from bpo.training.metrics import step_metrics
+from bpo.training.preparation import fill_reference_store, measure_groups, plan_training, training_batches
 
 # Policy and reference differ, so that every pair has a loss and a gradient of its own.
 REFERENCE_SCALE = 0.9

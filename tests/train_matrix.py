@@ -14,8 +14,8 @@ from pathlib import Path
 from bpo import engine
 from bpo.config.training import Config, DataConfig, LoraConfig, LossConfig, ModelConfig, TrainableConfig, TrainConfig
 from bpo.launch import Ranks, ranks_from_environment, setup_logging
-from bpo.safeguards import NonFiniteError
 from bpo.train import train
+from bpo.training.checks import NonFiniteError
 
 # Runs that are broken off after step 4 and continued by as many ranks.
 RESUMED = (

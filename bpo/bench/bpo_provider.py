@@ -15,14 +15,14 @@ from bpo.bench.meter import Meter
 from bpo.bench.workers import Session
 from bpo.data.encode import load_encoder
 from bpo.engine import TrainingEngine
-from bpo.flops import model_flops
 from bpo.launch import Ranks, pick_device
 from bpo.model.load import load_model, resolve_dtype
 from bpo.model.policy import PolicyModel
 from bpo.model.trainable import prepare_trainable
-from bpo.preparation import fill_reference_store, measure_groups, plan_training, training_batches
 from bpo.records import GroupBatch
 from bpo.train import run_step
+from bpo.training.flops import model_flops
+from bpo.training.preparation import fill_reference_store, measure_groups, plan_training, training_batches
 from bpo_kernels.dispatch import chosen_implementation
 
 logger = logging.getLogger(__name__)

@@ -30,9 +30,9 @@ from bpo.config.io import to_tree
 from bpo.config.training import Config, TrainConfig
 from bpo.data.schedule import PlannedStep
 from bpo.engine import JobRanks, TrainingEngine
-from bpo.preparation import TrainingData
 from bpo.run_guard import RunGuard
 from bpo.run_record import versions
+from bpo.training.preparation import TrainingData
 
 logger = logging.getLogger(__name__)
 Found = tuple[Path, dict[str, Any]]

@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 
-from bpo.flops import part_of
 from bpo.model.recompute import checkpoint_layers
 from bpo.sizing.live_bytes import LiveBytes
 from bpo.sizing.shape import ModelShape
+from bpo.training.flops import part_of
 
 _ATTENTION = "bpo_sizing_trace"
 _META = torch.device("meta")

@@ -12,12 +12,12 @@ from typing import Any
 from bpo.config.io import load_config
 from bpo.config.training import Config
 from bpo.formats.files import read_groups
-from bpo.sizing.hardware import ACCELERATORS, accelerator
 from bpo.sizing.memory import GB
 from bpo.sizing.plan import GroupShape, Plan, Row, make_plan, row_gb, typical_image
 from bpo.sizing.shape import PARTS, model_config_of
 from bpo.sizing.shapes import SHAPES
 from bpo.sizing.speed import Machine
+from bpo.training.hardware import ACCELERATORS, accelerator
 
 _UNITS = {"": GB, "GB": GB, "GIB": 2.0**30, "TB": 1e12, "TIB": 2.0**40, "MB": 1e6, "MIB": 2.0**20}
 # Tokens of an English word in the tokenizers of these models, roughly; for lengths that are known in words alone.

@@ -13,9 +13,9 @@ import torch
 
 from bpo.config.training import Config
 from bpo.data.families import Family, family_of
-from bpo.flops import ModelFlops, model_flops, part_of
 from bpo.model.trainable import prepare_trainable
 from bpo.sizing.shapes import SHAPES
+from bpo.training.flops import ModelFlops, model_flops, part_of
 
 PARTS = ("vision", "projector", "embeddings", "language", "head")
 Build = Callable[[], tuple[Any, Family]]

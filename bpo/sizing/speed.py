@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bpo.records import Work
-from bpo.sizing.hardware import Accelerator
 from bpo.sizing.memory import Zero
 from bpo.sizing.shape import ModelShape
+from bpo.training.hardware import Accelerator
 
 # DeepSpeed's CPU Adam reads master, gradient and both moments and writes master, moments and bf16 weights.
 _CPU_ADAM_BYTES = 4 * 4 + 3 * 4 + 2

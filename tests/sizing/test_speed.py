@@ -8,10 +8,10 @@ import pytest
 
 from bpo.config.training import Config, TrainableConfig
 from bpo.records import Work
-from bpo.sizing.hardware import ACCELERATORS, accelerator
 from bpo.sizing.memory import Zero
 from bpo.sizing.shape import ModelShape, shape_of
 from bpo.sizing.speed import Machine, communicated_bytes, recomputed_flops, step_time
+from bpo.training.hardware import ACCELERATORS, accelerator
 
 WORK = Work(tokens=8000, responses=2000, image_tokens=4000, pairs=4_000_000, patches=16000, patch_pairs=10**7)
 

@@ -11,12 +11,12 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from bpo import preparation
 from bpo.config.io import load_config
 from bpo.config.training import Config, ModelConfig
 from bpo.model.attention import choice as attention_choice
 from bpo.model.attention.choice import Choice, Needs, choose_backend, obstacle
 from bpo.model.load import choose_attention, load_model
+from bpo.training import preparation
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 BF16 = Needs(CUDA, torch.bfloat16, head_size=128)

@@ -17,13 +17,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from bpo.bench.meter import Meter
 from bpo.config.training import ModelConfig
 from bpo.data.families import family_of
-from bpo.flops import model_flops
 from bpo.model import load
 from bpo.model.attention.choice import BackendName, Choice
 from bpo.model.attention.flops import _pairs, register_flop_formulas, sequence_pairs
 from bpo.model.attention.shared_prefix import packed_layout, shared_prefix_attention
 from bpo.model.policy import PolicyModel, model_inputs
 from bpo.records import PackedLayout
+from bpo.training.flops import model_flops
 from tests.attention_backends import BACKENDS, LAYOUTS, VARLEN, num_tokens, random_qkv, run_without_gpu
 from tests.sample_groups import encoder_of, packed_batch, three_groups
 
@@ -112,7 +112,7 @@ def test_the_meter_of_bpo_bench_counts_sdpa_with_grouped_heads() -> None:
 def test_a_step_counts_what_it_needs(
     backend: BackendName, checkpointing: str, tiny_llava_dir: Path, photo_root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As `bpo bench step` asks: at least 99 % of what `bpo.flops` says the step needs."""
+    """As `bpo bench step` asks: at least 99 % of what `bpo.training.flops` says the step needs."""
     torch._dynamo.reset()
     monkeypatch.setattr(load, "choose_attention", lambda config, device: Choice(backend, "tested"))
     config = ModelConfig(path=str(tiny_llava_dir), dtype="float32", gradient_checkpointing=checkpointing)

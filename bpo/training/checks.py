@@ -12,7 +12,7 @@ from bpo.config.training import Config
 from bpo.data.schedule import PlannedStep
 from bpo.engine import TrainingEngine, gather_from_ranks
 from bpo.losses import LossInputs, loss_at_reference
-from bpo.metrics import StepSums, step_metrics
+from bpo.training.metrics import StepSums, step_metrics
 
 logger = logging.getLogger(__name__)
 

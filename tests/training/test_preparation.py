@@ -1,4 +1,4 @@
-"""What is planned before training, and said about it. Run: python -m pytest tests/test_preparation.py"""
+"""What is planned before training, and said about it. Run: python -m pytest tests/training/test_preparation.py"""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 
-from bpo import preparation
 from bpo.config.training import Config, DataConfig, ModelConfig, TrainConfig
 from bpo.data import encode
 from bpo.data.encode import Encoder
@@ -20,8 +19,9 @@ from bpo.data.groups import GroupDataset, MeasuredGroup
 from bpo.interrupts import Interrupted, StopRequest
 from bpo.launch import Ranks
 from bpo.model.reference import format as reference_format
-from bpo.preparation import TrainingData, fill_reference_store, measure_groups, plan_training, training_batches
 from bpo.records import GroupBatch, PreferenceGroup
+from bpo.training import preparation
+from bpo.training.preparation import TrainingData, fill_reference_store, measure_groups, plan_training, training_batches
 from tests.sample_groups import PHOTOS, encoder_of, group, turn
 
 

@@ -1,4 +1,4 @@
-"""Useful FLOPs against what PyTorch counts while it computes. Run: python -m pytest tests/test_flops.py
+"""Useful FLOPs against what PyTorch counts while it computes. Run: python -m pytest tests/training/test_flops.py
 
 Shape letters: T packed tokens.
 """
@@ -19,12 +19,12 @@ from bpo.config.training import Config, LoraConfig, ModelConfig, TrainableConfig
 from bpo.data.collate import collate_groups
 from bpo.data.families import family_of
 from bpo.data.useful_work import attended_pairs, image_rows
-from bpo.flops import ModelFlops, model_flops
 from bpo.model.attention.shared_prefix import packed_layout
 from bpo.model.load import load_model
 from bpo.model.policy import PolicyModel, model_inputs
 from bpo.model.trainable import prepare_trainable
 from bpo.records import GroupBatch, Work
+from bpo.training.flops import ModelFlops, model_flops
 from tests.sample_groups import encode_all, encoder_of, packed_batch, three_groups
 
 CPU = torch.device("cpu")

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from bpo.flops import ModelFlops
 from bpo.losses import LossInputs, LossOutput
 from bpo.records import GroupBatch, Work
+from bpo.training.flops import ModelFlops
 
 _NAMES = (
     "loss",
@@ -133,7 +133,7 @@ def step_rates(
     Args:
         flat: Sums of `StepSums.flat` over the ranks.
         seconds: From the step's first forward pass to the end of the optimizer's step.
-        flops: Of the model; adds `model_tflops_per_second`, useful FLOPs only (bpo/flops.py).
+        flops: Of the model; adds `model_tflops_per_second`, useful FLOPs only (bpo/training/flops.py).
         peak_flops: FLOP/s of all devices together; adds `mfu`, the share of it that was useful.
 
     Returns:

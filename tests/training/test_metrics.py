@@ -1,4 +1,4 @@
-"""Training metrics. Run: python -m pytest tests/test_metrics.py"""
+"""Training metrics. Run: python -m pytest tests/training/test_metrics.py"""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bpo.flops import ModelFlops, Products
 from bpo.losses import LossInputs, LossOutput
-from bpo.metrics import MetricsWriter, StepSums, step_metrics, step_rates
 from bpo.records import GroupBatch, PackedLayout, Work
-from bpo.sizing.hardware import peak_flops
+from bpo.training.flops import ModelFlops, Products
+from bpo.training.hardware import peak_flops
+from bpo.training.metrics import MetricsWriter, StepSums, step_metrics, step_rates
 
 NAMES = (
     "loss preference_loss rewards/chosen rewards/rejected rewards/margins rewards/accuracies logps/chosen "
