@@ -3,7 +3,8 @@
     python -m benchmarks.levers [--json FILE] [--model llava-1.5-7b] [--prefix 640] [--response 150]
 
 Nothing is computed: weights are on the meta device. FLOPs are those of `bpo.training.flops`, which
-tests/training/test_flops.py compares with PyTorch's counter, and bytes those of `bpo.sizing.activations`. The image takes 576 tokens of the prefix.
+tests/training/test_flops.py compares with PyTorch's counter, and bytes those of `bpo.sizing.activations`. The image
+takes 576 tokens of the prefix.
 """
 
 from __future__ import annotations

@@ -39,7 +39,10 @@ from bpo.model.attention.shared_prefix import packed_layout
 from bpo.model.policy import model_inputs
 from bpo.sizing.live_bytes import LiveBytes
 from bpo.train import run_step
-from bpo.training.preparation import fill_reference_store, measure_groups, plan_training, training_batches
+from bpo.training.batches import training_batches
+from bpo.training.measure import measure_groups
+from bpo.training.plan import plan_training
+from bpo.training.reference_pass import fill_reference_store
 from tests.tiny import tiny_llava
 
 CPU = torch.device("cpu")

@@ -47,6 +47,7 @@ from bpo.records import GroupBatch
 from bpo.run_guard import RankLostError, RunGuard, write_status
 from bpo.run_lock import NoProgressError, RunLockError
 from bpo.run_record import write_run_record
+from bpo.training.batches import StepBatches, training_batches
 from bpo.training.checks import (
     FirstStepError,
     NonFiniteError,
@@ -57,15 +58,10 @@ from bpo.training.checks import (
 )
 from bpo.training.flops import ModelFlops, model_flops
 from bpo.training.hardware import peak_flops
+from bpo.training.measure import TrainingData, measure_groups
 from bpo.training.metrics import MetricsWriter, StepSums, step_metrics, step_rates
-from bpo.training.preparation import (
-    StepBatches,
-    TrainingData,
-    fill_reference_store,
-    measure_groups,
-    plan_training,
-    training_batches,
-)
+from bpo.training.plan import plan_training
+from bpo.training.reference_pass import fill_reference_store
 
 logger = logging.getLogger(__name__)
 

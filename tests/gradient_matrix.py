@@ -25,8 +25,11 @@ from bpo.model.load import load_model
 from bpo.model.policy import PolicyModel
 from bpo.model.trainable import prepare_trainable
 from bpo.train import run_step
+from bpo.training.batches import training_batches
+from bpo.training.measure import measure_groups
 from bpo.training.metrics import step_metrics
-from bpo.training.preparation import fill_reference_store, measure_groups, plan_training, training_batches
+from bpo.training.plan import plan_training
+from bpo.training.reference_pass import fill_reference_store
 
 # Policy and reference differ, so that every pair has a loss and a gradient of its own.
 REFERENCE_SCALE = 0.9

@@ -21,8 +21,11 @@ from bpo.model.policy import PolicyModel
 from bpo.model.trainable import prepare_trainable
 from bpo.records import GroupBatch
 from bpo.train import run_step
+from bpo.training.batches import training_batches
 from bpo.training.flops import model_flops
-from bpo.training.preparation import fill_reference_store, measure_groups, plan_training, training_batches
+from bpo.training.measure import measure_groups
+from bpo.training.plan import plan_training
+from bpo.training.reference_pass import fill_reference_store
 from bpo_kernels.dispatch import chosen_implementation
 
 logger = logging.getLogger(__name__)

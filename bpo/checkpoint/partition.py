@@ -32,7 +32,7 @@ from bpo.data.schedule import PlannedStep
 from bpo.engine import JobRanks, TrainingEngine
 from bpo.run_guard import RunGuard
 from bpo.run_record import versions
-from bpo.training.preparation import TrainingData
+from bpo.training.measure import TrainingData
 
 logger = logging.getLogger(__name__)
 Found = tuple[Path, dict[str, Any]]

@@ -16,7 +16,7 @@ from bpo.config.training import Config, ModelConfig
 from bpo.model.attention import choice as attention_choice
 from bpo.model.attention.choice import Choice, Needs, choose_backend, obstacle
 from bpo.model.load import choose_attention, load_model
-from bpo.training import preparation
+from bpo.training import reference_pass
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 BF16 = Needs(CUDA, torch.bfloat16, head_size=128)
@@ -193,9 +193,9 @@ def test_an_unknown_backend_is_refused(capsys: pytest.CaptureFixture) -> None:
 def test_the_reference_store_remembers_the_backend(
     choice: Choice | None, said: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(preparation, "choose_attention", lambda config, device: choice)
-    monkeypatch.setattr(preparation, "model_fingerprint", lambda path, **fields: fields)
-    monkeypatch.setattr(preparation, "open_or_create", lambda directory, fingerprint: None)
+    monkeypatch.setattr(reference_pass, "choose_attention", lambda config, device: choice)
+    monkeypatch.setattr(reference_pass, "model_fingerprint", lambda path, **fields: fields)
+    monkeypatch.setattr(reference_pass, "open_or_create", lambda directory, fingerprint: None)
     engine, data = SimpleNamespace(device=CPU, dtype=torch.bfloat16), SimpleNamespace(separate_reason=None)
-    fingerprint = preparation._open_store(Config(), engine, data, tmp_path)
+    fingerprint = reference_pass._open_store(Config(), engine, data, tmp_path)
     assert {name: fingerprint.get(name) for name in ("attention", "sequences") if name in fingerprint} == said

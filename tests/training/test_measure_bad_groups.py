@@ -11,7 +11,7 @@ from bpo.config.training import Config, DataConfig, ModelConfig, TrainConfig
 from bpo.formats.bad_records import TooManyBadRecords
 from bpo.formats.files import group_to_json
 from bpo.launch import Ranks
-from bpo.training.preparation import TrainingData, measure_groups
+from bpo.training.measure import TrainingData, measure_groups
 from tests.sample_groups import encoder_of, group
 
 

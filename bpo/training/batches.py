@@ -1,0 +1,67 @@
+"""The micro-batches of a run, with their reference log-probs, on the device."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from bpo.config.training import Config
+from bpo.data.groups import iterate_micro_batches
+from bpo.data.schedule import PlannedStep
+from bpo.data.transfer import on_device
+from bpo.engine import TrainingEngine
+from bpo.model.reference.store import ReferenceStore
+from bpo.records import GroupBatch
+from bpo.training.measure import TrainingData
+
+logger = logging.getLogger(__name__)
+
+
+def micro_batches(
+    config: Config, data: TrainingData, batches: list[tuple[Any, bool]], engine: TrainingEngine
+) -> Iterator[GroupBatch]:
+    """This rank's micro-batches, given as (planned groups, is_filler), in host memory."""
+    indices = [([data.usable[g] for g in groups], is_filler) for groups, is_filler in batches]
+    return iterate_micro_batches(
+        data.dataset,
+        data.keys,
+        indices,
+        num_workers=config.data.num_workers,
+        prefetch_factor=config.data.prefetch_factor,
+        pin_memory=engine.device.type == "cuda",
+    )
+
+
+@dataclass(frozen=True)
+class StepBatches:
+    """This rank's micro-batches of one step, taken from their source as they are needed; to be read once, in turn.
+
+    A list would make the first wait for the last, and let the worker processes idle while the step is computed.
+    """
+
+    count: int
+    source: Iterator[GroupBatch]
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[GroupBatch]:
+        return itertools.islice(self.source, self.count)
+
+
+def training_batches(
+    config: Config, data: TrainingData, steps: list[PlannedStep], store: ReferenceStore, engine: TrainingEngine
+) -> Iterator[StepBatches]:
+    """For every step, this rank's micro-batches with their reference log-probs, on the device."""
+    rank = engine.ranks.rank
+    flat = [pair for s in steps for pair in zip(s.micro_batches[rank], s.is_filler[rank], strict=True)]
+    with_reference = (
+        replace(batch, reference_logp_N=store.gather(batch.reference_keys))
+        for batch in micro_batches(config, data, flat, engine)
+    )
+    source = on_device(with_reference, engine.device, engine.dtype)
+    for step in steps:
+        yield StepBatches(len(step.micro_batches[rank]), source)

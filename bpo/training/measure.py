@@ -1,0 +1,165 @@
+"""Measures the groups of a run once: lengths, pairs, reference keys; lists those that cannot be used."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from bpo.config.training import Config
+from bpo.data.encode import Dropped, Encoder
+from bpo.data.groups import BAD_REASONS, GroupDataset, MeasuredGroup, write_dropped
+from bpo.data.lengths import MeasuredLengths, encoder_fingerprint, lengths_directory
+from bpo.formats.bad_records import BadRecords
+from bpo.formats.files import read_groups
+from bpo.formats.problems import Problem
+from bpo.interrupts import Interrupted, StopRequest
+from bpo.launch import Ranks
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingData:
+    """The usable groups; `usable[i]` is the dataset index of planned group i, `measured[i]` what is known of it."""
+
+    dataset: GroupDataset
+    usable: tuple[int, ...]
+    measured: tuple[MeasuredGroup, ...]
+
+    @property
+    def keys(self) -> dict[int, str]:
+        return {index: one.reference_key for index, one in zip(self.usable, self.measured, strict=True)}
+
+    @property
+    def separate_reason(self) -> str | None:
+        """Why completions do not share their prefix; None where they do."""
+        return self.dataset.encoder.family.separate_reason
+
+    @property
+    def num_tokens(self) -> list[int]:
+        """Tokens of each planned group through the language model."""
+        row_tokens = self.row_tokens
+        if row_tokens is None:
+            return [one.num_tokens for one in self.measured]
+        # The stand-in image that a text-only batch may get is a row of its own.
+        return [
+            (one.num_completions + int(not has_image)) * length
+            for one, has_image, length in zip(self.measured, self._has_image(), row_tokens, strict=True)
+        ]
+
+    @property
+    def row_tokens(self) -> list[int] | None:
+        """For separate sequences, the length of each planned group's longest row; None where prefixes are shared."""
+        if self.separate_reason is None:
+            return None
+        shortest = 0 if all(self._has_image()) else len(self.dataset.stand_in.prefix_ids)
+        return [
+            max(one.longest_tokens, 0 if has_image else shortest)
+            for one, has_image in zip(self.measured, self._has_image(), strict=True)
+        ]
+
+    @property
+    def stand_in_tokens(self) -> int:
+        """What a packed batch without an image may get on top of its groups; 0 where every group has one."""
+        needs_none = self.separate_reason is not None or all(self._has_image())
+        return 0 if needs_none else len(self.dataset.stand_in.prefix_ids)
+
+    def _has_image(self) -> list[bool]:
+        return [bool(self.dataset.groups[index].images) for index in self.usable]
+
+    def num_pairs(self, groups: tuple[int, ...]) -> int:
+        return sum(self.measured[g].num_pairs for g in groups)
+
+
+def measure_groups(
+    config: Config, encoder: Encoder, ranks: Ranks, gather: Any, stop: StopRequest | None = None
+) -> TrainingData:
+    """Encodes every group once, divided among the ranks; lists those that cannot be used in dropped.jsonl.
+
+    Raises:
+        ValueError: no group is left, or a group is bad and `data.on_bad` is error.
+        TooManyBadRecords: more are bad than `data.max_bad_share` allows.
+        Interrupted: on all ranks, where any of them was asked to stop; measured lengths are kept (data.keep_lengths).
+    """
+    if not config.data.groups:
+        raise ValueError("data.groups is empty; give the file that `bpo bootstrap` wrote")
+    bad = BadRecords.of(config.data)
+    groups = read_groups(Path(config.data.groups), bad)
+    dataset = GroupDataset(
+        groups,
+        encoder,
+        max_words=config.data.max_completion_words,
+        types=config.train.completion_types,
+        keep_text_only=config.data.text_only == "keep",
+    )
+    mine = range(ranks.rank, len(dataset), ranks.world_size)
+    results = tqdm(
+        _measured(config, encoder, dataset, mine, ranks.rank),
+        total=len(mine),
+        desc="measuring groups",
+        disable=not ranks.is_main,
+    )
+    everyone = _gather_measured(results, gather, stop)
+    by_index = [everyone[i % ranks.world_size][i // ranks.world_size] for i in range(len(dataset))]
+    dropped = [Dropped(one.record_id or one.where, one.code, one.detail) for one in bad.problems]
+    dropped += [one for one in by_index if isinstance(one, Dropped)]
+    usable = [(i, one) for i, one in enumerate(by_index) if isinstance(one, MeasuredGroup)]
+    if ranks.is_main and dropped:
+        path = Path(config.train.output_dir) / "dropped.jsonl"
+        counts = ", ".join(f"{n} {reason}" for reason, n in sorted(write_dropped(dropped, path).items()))
+        total = len(dataset) + len(bad.problems)
+        logger.warning("%d of %d groups cannot be used (%s); listed in %s", len(dropped), total, counts, path)
+    judge_dropped(bad, by_index, config.data.groups)
+    if not usable:
+        first = f"; the first: {dropped[0].group_id}: {dropped[0].detail}" if dropped else ""
+        raise ValueError(f"{config.data.groups}: no group can be trained on{first}")
+    return TrainingData(dataset, tuple(i for i, _ in usable), tuple(one for _, one in usable))
+
+
+def judge_dropped(bad: BadRecords, measured: Sequence[MeasuredGroup | Dropped], file: str) -> None:
+    """Applies `data.on_bad` and `data.max_bad_share` to groups whose image or record is bad.
+
+    Raises:
+        RecordError: `bad.on_bad` is error, and a group is bad.
+        TooManyBadRecords: more are bad, in reading and measuring together, than allowed.
+    """
+    num_records = len(measured) + len(bad.problems)
+    for one in measured:
+        if isinstance(one, Dropped) and one.reason in BAD_REASONS:
+            bad.report(Problem(BAD_REASONS[one.reason], file, one.group_id, one.detail))
+    bad.check_share(num_records, file)
+
+
+def _gather_measured(
+    results: Iterable[MeasuredGroup | Dropped], gather: Any, stop: StopRequest | None
+) -> list[list[MeasuredGroup | Dropped]]:
+    """Every rank's measurements. Ranks take different times over their shares, so they meet at the end alone."""
+    mine = []
+    stopped = False
+    for one in results:
+        mine.append(one)
+        stopped = stop is not None and stop.received
+        if stopped:
+            break
+    gathered = gather((mine, stopped))
+    if any(stopped for _, stopped in gathered):
+        raise Interrupted(
+            f"stopped by a signal while measuring; {sum(len(one) for one, _ in gathered)} groups measured"
+        )
+    return [one for one, _ in gathered]
+
+
+def _measured(
+    config: Config, encoder: Encoder, dataset: GroupDataset, mine: Sequence[int], rank: int
+) -> Iterator[MeasuredGroup | Dropped]:
+    """This rank's groups, measured; what an earlier start measured is read instead."""
+    if not config.data.keep_lengths:
+        return dataset.measure_all(mine, config.data.num_workers)
+    directory = lengths_directory(Path(config.data.groups), Path(config.train.output_dir))
+    directory /= encoder_fingerprint(encoder, config.data.max_completion_words, keep_text_only=dataset.keep_text_only)
+    return MeasuredLengths(directory, dataset, mine, rank).measure(config.data.num_workers)

@@ -1,0 +1,78 @@
+"""Plans the steps of a run, and reports how evenly the ranks are loaded."""
+
+from __future__ import annotations
+
+import logging
+
+from bpo.config.training import Config, TrainConfig
+from bpo.data.schedule import PlannedStep, plan_balance, plan_steps
+from bpo.launch import Ranks
+from bpo.training.measure import TrainingData
+
+logger = logging.getLogger(__name__)
+
+# Above this share of waiting the plan warns and says what would level it.
+MAX_IMBALANCE = 0.02
+
+
+def plan_training(config: Config, data: TrainingData, ranks: Ranks) -> list[PlannedStep]:
+    """The steps of the run; logs how level they are, and warns where ranks will wait for each other."""
+    num_tokens = data.num_tokens
+    steps = plan_steps(
+        num_tokens,
+        groups_per_step=config.train.groups_per_step,
+        epochs=config.train.epochs,
+        seed=config.train.seed,
+        world_size=ranks.world_size,
+        max_tokens=max(1, config.train.max_micro_batch_tokens - data.stand_in_tokens),
+        max_steps=config.train.max_steps,
+        row_tokens=data.row_tokens,
+    )
+    if ranks.is_main:
+        _report_sequences(data)
+        _report_balance(config.train, steps, num_tokens, ranks.world_size)
+    return steps
+
+
+def _report_sequences(data: TrainingData) -> None:
+    """One line where completions do not share their prefix: why, and what it costs."""
+    if data.separate_reason is None:
+        return
+    separate, shared = sum(data.num_tokens), sum(one.num_tokens for one in data.measured)
+    logger.warning(
+        "separate sequences: completions do not share their prefix (%s); an epoch takes %s tokens through the language "
+        "model, %.2f times the %s of shared prefixes",
+        data.separate_reason,
+        f"{separate:,}",
+        separate / shared,
+        f"{shared:,}",
+    )
+
+
+def _report_balance(train: TrainConfig, steps: list[PlannedStep], num_tokens: list[int], world_size: int) -> None:
+    most = max(len(step.micro_batches[0]) for step in steps)
+    logger.info("plan: %d steps of %d groups, up to %d micro-batches a rank", len(steps), len(steps[0].groups), most)
+    if world_size == 1:
+        return
+    balance = plan_balance(steps, num_tokens)
+    logger.info(
+        "plan: the busiest of %d ranks carries %.1f %% more tokens than their mean in a step (%.1f %% at most), "
+        "%.1f %% in a micro-batch (%.1f %% at most)",
+        world_size,
+        100 * balance.step_mean,
+        100 * balance.step_largest,
+        100 * balance.micro_batch_mean,
+        100 * balance.micro_batch_largest,
+    )
+    if balance.micro_batch_mean > MAX_IMBALANCE:
+        logger.warning(
+            "ranks will wait for each other %.0f %% of the time: too few groups to level out; train.groups_per_step=%d "
+            "is %.1f groups a rank and %.1f a micro-batch; with 8 and more of both (raise train.groups_per_step, or "
+            "train.max_micro_batch_tokens=%d) ranks differ by less than %.0f %%",
+            100 * balance.micro_batch_mean / (1 + balance.micro_batch_mean),
+            train.groups_per_step,
+            len(steps[0].groups) / world_size,
+            len(steps[0].groups) / (world_size * len(steps[0].micro_batches[0])),
+            train.max_micro_batch_tokens,
+            100 * MAX_IMBALANCE,
+        )

@@ -1,0 +1,134 @@
+"""Computes the reference log-probs that the store lacks, before the first step."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from bpo.config.training import Config
+from bpo.data.schedule import split_into_micro_batches
+from bpo.data.transfer import on_device
+from bpo.engine import TrainingEngine, barrier, from_rank_0, gather_from_ranks
+from bpo.interrupts import Interrupted, StopRequest
+from bpo.model.load import choose_attention
+from bpo.model.reference.fingerprint import DIGESTS, model_fingerprint
+from bpo.model.reference.format import ReferenceStoreError
+from bpo.model.reference.store import ReferenceStore, open_or_create
+from bpo.records import GroupBatch
+from bpo.training.batches import micro_batches
+from bpo.training.measure import TrainingData
+from bpo_kernels.dispatch import chosen_implementation
+
+logger = logging.getLogger(__name__)
+
+
+def fill_reference_store(
+    config: Config, engine: TrainingEngine, data: TrainingData, stop: StopRequest | None = None
+) -> ReferenceStore:
+    """Computes what the store lacks, on the engine that will train, before its first step; every rank its share.
+
+    Must run before a checkpoint is loaded: only the untrained policy is the reference.
+
+    Raises:
+        ReferenceStoreError: the store does not fit the run, cannot be written, or lacks entries after the pass.
+        Interrupted: on all ranks, where any of them was asked to stop; what was computed is stored.
+    """
+    directory = Path(config.train.reference_dir or Path(config.train.output_dir) / "reference")
+    fingerprint = from_rank_0(lambda: _open_store(config, engine, data, directory))
+    store = ReferenceStore(directory, fingerprint, engine.ranks.rank)
+    first_with_key = {one.reference_key: g for g, one in reversed(list(enumerate(data.measured)))}
+    # Decided by one rank: another job may be adding to the store, and all ranks must agree on the passes to make.
+    missing = from_rank_0(lambda: _missing_groups(store, first_with_key))
+    barrier()  # a rank that reads later must not find what others already write
+    if not missing:
+        logger.info("reference store %s: complete, %d entries", directory, len(store))
+        return store
+    name, stopped = _reference_pass(config, engine, data, store, missing, stop)
+    store.reload(gather_from_ranks(name))
+    lacking = int((~store.has(list(first_with_key))).sum())
+    if lacking and stopped:
+        raise Interrupted(
+            f"stopped by a signal in the reference pass; {lacking} of {len(first_with_key)} are to be done"
+        )
+    if lacking:
+        raise ReferenceStoreError(f"{directory}: {lacking} entries are missing after the pass; does every node see it?")
+    logger.info("reference store %s: %d entries, %d computed now", directory, len(store), len(missing))
+    return store
+
+
+def _open_store(config: Config, engine: TrainingEngine, data: TrainingData, directory: Path) -> dict[str, str]:
+    # Another order of sums rounds differently, and the first step compares policy and reference to rounding.
+    choice = choose_attention(config.model, engine.device)
+    sequences = {"sequences": "separate"} if choice is None else {"attention": choice.backend}
+    fingerprint = model_fingerprint(
+        config.model.path,
+        kept_digests=directory / DIGESTS,
+        rehash=config.train.rehash_weights,
+        dtype=str(engine.dtype).removeprefix("torch."),
+        vision_attention=config.model.vision_attention,
+        kernels=chosen_implementation(torch.empty(0, device=engine.device)),
+        **sequences,
+    )
+    open_or_create(directory, fingerprint)
+    return fingerprint
+
+
+def _missing_groups(store: ReferenceStore, first_with_key: dict[str, int]) -> list[int]:
+    stored = store.has(list(first_with_key)).tolist()
+    return sorted(g for g, has in zip(first_with_key.values(), stored, strict=True) if not has)
+
+
+def _reference_pass(
+    config: Config,
+    engine: TrainingEngine,
+    data: TrainingData,
+    store: ReferenceStore,
+    missing: list[int],
+    stop: StopRequest | None,
+) -> tuple[str | None, bool]:
+    """This rank's share of the missing groups into a shard of its own; its name, and whether `stop` cut the pass short.
+
+    Without a backward pass no activation outlives its layer, so a micro-batch may be larger than in training.
+    """
+    tokens = data.num_tokens
+    limit = config.train.reference_micro_batch_tokens or 4 * config.train.max_micro_batch_tokens
+    # One pass over everything: what bins differ by evens out, and levelling very many of them would take long.
+    plan = split_into_micro_batches(
+        missing, tokens, engine.ranks.world_size, limit, level=False, row_tokens=data.row_tokens
+    )
+    mine = [(one or missing[:1], not one) for one in plan[engine.ranks.rank]]
+    total = sum(tokens[g] for g in missing)
+    logger.info("reference pass: %d groups, %s tokens, %d micro-batches a rank", len(missing), f"{total:,}", len(mine))
+    started = time.perf_counter()
+    share = sum(tokens[g] for groups, _ in mine for g in groups)
+    hidden = not engine.ranks.is_main
+    done_tokens, stopped = 0, False
+    with tqdm(total=share, unit="tok", unit_scale=True, desc="reference log-probs", disable=hidden) as progress:
+        for batch in on_device(micro_batches(config, data, mine, engine), engine.device, engine.dtype):
+            _store_batch(store, batch, engine.reference_logp(batch))
+            progress.update(batch.input_ids_T.numel())
+            done_tokens += batch.input_ids_T.numel()
+            # All ranks have as many micro-batches, so they agree after each, as they do after each step.
+            if stop is not None and engine.sum_over_ranks([float(stop.received)])[0]:
+                stopped = True
+                break
+    name = store.close()
+    seconds = time.perf_counter() - started
+    logger.info("reference pass: %.1f s, %s tokens a second a rank", seconds, f"{done_tokens / seconds:,.0f}")
+    return name, stopped
+
+
+def _store_batch(store: ReferenceStore, batch: GroupBatch, logp_N: torch.Tensor) -> None:
+    if batch.is_filler:
+        return  # its group is computed by the rank that owns it
+    logp_N = logp_N.cpu()  # once a batch: each copy waits for the device
+    first = 0
+    # Not strict: the layout may end in a stand-in image, a prefix that is nobody's and has no completions.
+    for key, spans in zip(batch.reference_keys, batch.layout.completion_spans, strict=False):
+        count = sum(end - start for start, end in spans)
+        store.put(key, logp_N[first : first + count])
+        first += count

@@ -1,0 +1,50 @@
+"""Images are decoded once, when they are needed, in this process or in workers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+
+from bpo.config.training import Config
+from bpo.data import encode
+from bpo.launch import Ranks
+from bpo.training.batches import training_batches
+from bpo.training.measure import measure_groups
+from bpo.training.plan import plan_training
+from tests.training.doubles import NO_STORE, NUM_GROUPS, EngineWithoutModel
+
+
+def test_a_step_decodes_each_image_of_its_groups_once_and_only_when_it_is_needed(run: Config, decoded) -> None:
+    data = measure_groups(run, encode.load_encoder(run), Ranks(), lambda mine: [mine])
+    assert sum(decoded.values()) == NUM_GROUPS
+    decoded.clear()
+    expected: Counter[str] = Counter()
+    for rank in (0, 1):
+        engine: Any = EngineWithoutModel(Ranks(rank, 2, rank))
+        (step,) = plan_training(run, data, engine.ranks)
+        own = [g for micro_batch in step.micro_batches[rank] for g in micro_batch]
+        assert not any(step.is_filler[rank]) and len(step.micro_batches[rank]) > 1
+        (batches,) = training_batches(run, data, [step], NO_STORE, engine)
+        before = sum(decoded.values())
+        for k, batch in enumerate(batches):
+            before += len(batch.group_ids)
+            assert sum(decoded.values()) == before, k  # none of the micro-batches that follow
+        assert len(batches) == k + 1 and batch.image_inputs["pixel_values"].shape[0] == len(batch.group_ids)
+        expected.update(image for g in own for image in data.dataset.groups[data.usable[g]].images)
+    assert decoded == expected and sum(expected.values()) == 6
+
+
+def test_worker_processes_decode_and_give_the_same_batches(run: Config, decoded) -> None:
+    data = measure_groups(run, encode.load_encoder(run), Ranks(), lambda mine: [mine])
+    engine: Any = EngineWithoutModel()
+    steps = plan_training(run, data, engine.ranks)
+    in_line = [batch for step in training_batches(run, data, steps, NO_STORE, engine) for batch in step]
+    decoded.clear()
+    run.data.num_workers = 1
+    by_workers = [batch for step in training_batches(run, data, steps, NO_STORE, engine) for batch in step]
+    assert not decoded  # here, in the process that trains
+    assert [one.group_ids for one in by_workers] == [one.group_ids for one in in_line]
+    for one, other in zip(by_workers, in_line, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one.tensors(), other.tensors(), strict=True))
