@@ -81,7 +81,7 @@ def store_part(num_groups: int, folder: Path) -> dict[str, float]:
     import torch
 
     from bpo.model.reference.store import ReferenceStore
-    from bpo.refs import find_damage
+    from bpo.tools.refs import find_damage
 
     rng = random.Random(0)
     keys = [hashlib.sha256(str(number).encode()).hexdigest() for number in range(num_groups)]

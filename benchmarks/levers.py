@@ -3,7 +3,7 @@
     python -m benchmarks.levers [--json FILE] [--model llava-1.5-7b] [--prefix 640] [--response 150]
 
 Nothing is computed: weights are on the meta device. FLOPs are those of `bpo.training.flops`, which
-tests/training/test_flops.py compares with PyTorch's counter, and bytes those of `bpo.sizing.activations`. The image
+tests/training/test_flops.py compares with PyTorch's counter, and bytes those of `bpo.tools.plan.activations`. The image
 takes 576 tokens of the prefix.
 """
 
@@ -18,8 +18,8 @@ from typing import Any
 from bpo.config.training import Config, TrainableConfig
 from bpo.data.useful_work import attended_pairs
 from bpo.records import Work
-from bpo.sizing.activations import activation_costs
-from bpo.sizing.shape import shape_of
+from bpo.tools.plan.activations import activation_costs
+from bpo.tools.plan.shape import shape_of
 from bpo.training.flops import ModelFlops
 
 IMAGE_TOKENS = 576

@@ -36,10 +36,10 @@ from bpo.model.load import load_model  # noqa: E402
 from bpo.model.policy import PolicyModel  # noqa: E402
 from bpo.model.trainable import prepare_trainable  # noqa: E402
 from bpo.records import GroupBatch  # noqa: E402
-from bpo.sizing.activations import activation_costs  # noqa: E402
-from bpo.sizing.live_bytes import LiveBytes  # noqa: E402
-from bpo.sizing.memory import Load, Zero, rank_memory  # noqa: E402
-from bpo.sizing.shape import shape_of  # noqa: E402
+from bpo.tools.plan.activations import activation_costs  # noqa: E402
+from bpo.tools.plan.live_bytes import LiveBytes  # noqa: E402
+from bpo.tools.plan.memory import Load, Zero, rank_memory  # noqa: E402
+from bpo.tools.plan.shape import shape_of  # noqa: E402
 from bpo.train import run_step  # noqa: E402
 from bpo_kernels.provenance import source_commit  # noqa: E402
 
@@ -224,7 +224,7 @@ def measure(case: Case, config: Config, dtype: torch.dtype, ranks: Ranks) -> tup
 
 
 def compare(case: Case, directory: Path, work: Path, ranks: Ranks) -> Outcome:
-    """Measures one case and computes the same with the model of bpo/sizing."""
+    """Measures one case and computes the same with the model of bpo/tools/plan."""
     config = make_config(case, directory, work)
     dtype = getattr(torch, case.dtype)
     linear = torch.nn.functional.linear

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from bpo.charts import Line, line_chart
+from bpo.tools.charts import Line, line_chart
 
 COLOURS = ("#0969da", "#bc4c00", "#1a7f37", "#8250df", "#cf222e", "#57606a")
 DASHES = ("none", "7 3", "2 3", "9 3 2 3", "1 2", "12 4")

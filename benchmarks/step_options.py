@@ -37,7 +37,7 @@ from bpo.data.encode import load_encoder
 from bpo.launch import Ranks
 from bpo.model.attention.shared_prefix import packed_layout
 from bpo.model.policy import model_inputs
-from bpo.sizing.live_bytes import LiveBytes
+from bpo.tools.plan.live_bytes import LiveBytes
 from bpo.train import run_step
 from bpo.training.batches import training_batches
 from bpo.training.measure import measure_groups

@@ -31,7 +31,7 @@ from tests.browser import BROWSER, Tab, browser_tab
 
 NUM_PICTURES = 64
 SAMPLE_S = 0.05
-VIEW = "import sys; from bpo.viewing.run import main; sys.exit(main(sys.argv[1:]))"
+VIEW = "import sys; from bpo.tools.view.run import main; sys.exit(main(sys.argv[1:]))"
 WORDS = "a dog cat two red table on the left of small house with people near tree and car zebra holding cup".split()
 
 

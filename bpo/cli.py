@@ -30,7 +30,7 @@ commands:
 
 
 def _demo(argv: list[str]) -> int:
-    from bpo.demo.run import main
+    from bpo.tools.demo.run import main
 
     return main(argv)
 
@@ -102,25 +102,25 @@ def _export(argv: list[str]) -> int:
 
 
 def _view(argv: list[str]) -> int:
-    from bpo.viewing.run import main
+    from bpo.tools.view.run import main
 
     return main(argv)
 
 
 def _score(argv: list[str]) -> int:
-    from bpo.scoring import main
+    from bpo.tools.score import main
 
     return main(argv)
 
 
 def _refs(argv: list[str]) -> int:
-    from bpo.refs import main
+    from bpo.tools.refs import main
 
     return main(argv)
 
 
 def _plan(argv: list[str]) -> int:
-    from bpo.sizing.command import main
+    from bpo.tools.plan.command import main
 
     return main(argv)
 
@@ -132,13 +132,13 @@ def _bench_kernels(argv: list[str]) -> int:
 
 
 def _bench_step(argv: list[str]) -> int:
-    from bpo.bench.step import main
+    from bpo.tools.bench.step import main
 
     return main(argv)
 
 
 def _bench_bootstrap(argv: list[str]) -> int:
-    from bpo.bench.bootstrap import main
+    from bpo.tools.bench.bootstrap import main
 
     return main(argv)
 
@@ -160,7 +160,7 @@ def _bench(argv: list[str]) -> int:
 
 
 def _doctor(argv: list[str]) -> int:
-    from bpo.doctor import main
+    from bpo.tools.doctor import main
 
     if argv:
         print("usage: bpo doctor\n\nSays what this machine has and what that means for a run.")

@@ -21,12 +21,13 @@ import pytest
 from torch.utils.cpp_extension import load
 from torch.utils.file_baton import FileBaton
 
-from bpo import compile_locks, doctor, engine
+from bpo import compile_locks, engine
 from bpo.bootstrap import run as bootstrap
 from bpo.compile_locks import StaleCompileLockError, extensions_root, find_locks, inspect_lock, named_compile_locks
 from bpo.config.training import Config, EvaluationConfig
 from bpo.evaluation import run as evaluation
 from bpo.launch import Ranks
+from bpo.tools import doctor
 
 LONG_AGO_S = 3600.0
 

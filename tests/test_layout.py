@@ -38,16 +38,8 @@ LAYERS = {
     "training": 6,
     "checkpoint": 7,
     "run_guard": 7,
-    "sizing": 8,
     "train": 8,
     "tools": 9,
-    "bench": 9,
-    "charts": 9,
-    "demo": 9,
-    "doctor": 9,
-    "refs": 9,
-    "scoring": 9,
-    "viewing": 9,
     "cli": 10,
 }
 # Of one layer, yet they know nothing of each other: each lists what else of its layer it may use.

@@ -23,7 +23,7 @@ from pathlib import Path
 root, folder = Path(sys.argv[1]), Path(sys.argv[2])
 sys.path[:0] = [str(root), str(root / "benchmarks")]
 import torch
-from bpo.bench import step
+from bpo.tools.bench import step
 from bpo.config.training import Config
 from bpo.launch import Ranks
 from bpo.run_record import write_run_record

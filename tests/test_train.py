@@ -18,7 +18,7 @@ from rank_changes import FROM_TWO
 from tiny import tiny_llava, tiny_qwen
 from train_matrix import RESUMED
 
-from bpo.refs import inspect_store
+from bpo.tools.refs import inspect_store
 
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = "red blue green dog cat tree car one two three left right near under a the".split()

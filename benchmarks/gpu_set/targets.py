@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from benchmarks.gpu_set.parts import GATHER_ROWS, PAIR_LOSS_ROWS, TARGET_ROWS, TARGET_SHAPES
-from bpo.bench.report import Verdict, gpu_verdicts
+from bpo.tools.bench.report import Verdict, gpu_verdicts
 from bpo_kernels.bench_measure import Result
 
 NOT_MEASURED = "not measured"

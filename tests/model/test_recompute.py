@@ -20,7 +20,7 @@ from bpo.model.policy import PolicyModel, model_inputs
 from bpo.model.recompute import checkpoint_layers, is_costly, selective_contexts
 from bpo.model.trainable import prepare_trainable
 from bpo.records import GroupBatch
-from bpo.sizing.live_bytes import LiveBytes
+from bpo.tools.plan.live_bytes import LiveBytes
 from tests.sample_groups import encoder_of, packed_batch, three_groups
 
 CPU = torch.device("cpu")

@@ -14,7 +14,6 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from bpo.bench.meter import Meter
 from bpo.config.training import ModelConfig
 from bpo.data.families import family_of
 from bpo.model import load
@@ -23,6 +22,7 @@ from bpo.model.attention.flops import _pairs, register_flop_formulas, sequence_p
 from bpo.model.attention.shared_prefix import packed_layout, shared_prefix_attention
 from bpo.model.policy import PolicyModel, model_inputs
 from bpo.records import PackedLayout
+from bpo.tools.bench.meter import Meter
 from bpo.training.flops import model_flops
 from tests.attention_backends import BACKENDS, LAYOUTS, VARLEN, num_tokens, random_qkv, run_without_gpu
 from tests.sample_groups import encoder_of, packed_batch, three_groups

@@ -1,0 +1,119 @@
+"""bpo's side of `bpo bench step`: the functions that `bpo/train.py` calls, in its order, for one step."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from bpo import engine
+from bpo.data.encode import load_encoder
+from bpo.engine import TrainingEngine
+from bpo.launch import Ranks, pick_device
+from bpo.model.load import load_model, resolve_dtype
+from bpo.model.policy import PolicyModel
+from bpo.model.trainable import prepare_trainable
+from bpo.records import GroupBatch
+from bpo.tools.bench.case import StepCase, pair_label, set_adapter
+from bpo.tools.bench.meter import Meter
+from bpo.tools.bench.workers import Session
+from bpo.train import run_step
+from bpo.training.batches import training_batches
+from bpo.training.flops import model_flops
+from bpo.training.measure import measure_groups
+from bpo.training.plan import plan_training
+from bpo.training.reference_pass import fill_reference_store
+from bpo_kernels.dispatch import chosen_implementation
+
+logger = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def without_adapter(model: torch.nn.Module) -> Iterator[None]:
+    """Adapters off: the base model, which is the policy before its first step where B starts at zero."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+
+
+def serve(case: StepCase, session: Session, provider: str) -> None:
+    """Builds model, engine, store and the batch of the step as training does, then steps on command."""
+    config = case.config()
+    ranks = Ranks()
+    engine.init_distributed(ranks)
+    dtype = resolve_dtype(config.model)
+    encoder = load_encoder(config)
+    data = measure_groups(config, encoder, ranks, engine.gather_from_ranks)
+    (step,) = plan_training(config, data, ranks)
+    settings = engine.deepspeed_config(config, dtype, len(step.micro_batches[0]))
+    model = load_model(config.model, pick_device(ranks), for_training=True)
+    prepare_trainable(model, encoder.family, config)
+    adapter = set_adapter(model, dtype)
+    trainer = TrainingEngine(PolicyModel(model), encoder.family, config, settings, ranks)
+    meter = Meter(model, encoder.family.language_module, encoder.family.vision_module, trainer.device)
+    with without_adapter(model):
+        store = fill_reference_store(config, trainer, data)
+    batches = list(next(training_batches(config, data, [step], store, trainer)))
+    outputs: list[Any] = []
+    trainer.policy.register_forward_hook(lambda module, args, output: outputs.append(output))
+    useful = model_flops(model, encoder.family)
+    meter.release()
+    session.ready(
+        adapter=adapter,
+        kernels=chosen_implementation(torch.empty(0, device=trainer.device)),
+        useful_flops=sum(useful.step(batch.work) for batch in batches),
+    )
+    while (command := session.receive()).what != "stop":
+        outputs.clear()
+        result: dict[str, Any] = {}
+        with meter.measure(command.kind, result):
+            if command.what == "reference":
+                for batch in batches:
+                    trainer.reference_logp(batch)
+            else:
+                sums = run_step(trainer, batches, config, case.num_pairs, step=1)
+                flat = trainer.sum_over_ranks(sums.flat())
+                result["grad_norm"] = trainer.step(1.0)
+        if command.what == "step":
+            result["loss"] = flat[0] / case.num_pairs
+            if command.kind == "plain":
+                result["pairs"] = _pairs(batches, outputs)
+        outputs.clear()
+        if not command.keep_cache:
+            meter.release()
+        session.answer(result)
+    engine.shut_down()
+
+
+def _pairs(batches: list[GroupBatch], outputs: list[Any]) -> dict[str, dict[str, float]]:
+    """Summed log-probs of both sides by pair, of policy and reference."""
+    pairs: dict[str, dict[str, float]] = {}
+    for batch, (_, _, _, logp_N) in zip(batches, outputs, strict=True):
+        assert batch.reference_logp_N is not None
+        owner_N = batch.completion_of_token_N.cpu()
+        zeros_C = torch.zeros(batch.num_completions, dtype=torch.float64)
+        policy_C = zeros_C.index_add(0, owner_N, logp_N.detach().double().cpu())
+        reference_C = zeros_C.index_add(0, owner_N, batch.reference_logp_N.double().cpu())
+        owner, first = [], 0
+        for group_id, spans in zip(batch.group_ids, batch.layout.completion_spans, strict=True):
+            owner += [(int(group_id), first)] * len(spans)
+            first += len(spans)
+        for i, j in batch.pairs_P2.tolist():
+            group, start = owner[i]
+            pairs[pair_label(group, i - start, j - start)] = {
+                "chosen": float(policy_C[i]),
+                "rejected": float(policy_C[j]),
+                "reference_chosen": float(reference_C[i]),
+                "reference_rejected": float(reference_C[j]),
+            }
+    return pairs

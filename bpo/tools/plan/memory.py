@@ -1,0 +1,298 @@
+"""Bytes of one rank and one node under each ZeRO stage and offload: states exactly, activations as traced.
+
+States follow DeepSpeed 0.19: what it allocates, not what the ZeRO paper (arXiv 1910.02054) counts. docs/sizing.md has
+the formulas and the assumptions; benchmarks/memory_check.py compares with measured peaks.
+
+Letters: P parameters, T trained parameters, N ranks, b bytes of a weight (2 in bfloat16, 4 in float32).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from bpo.tools.plan.activations import ActivationCosts
+from bpo.tools.plan.shape import ModelShape
+from bpo_kernels.head import HALVES, plan_head
+
+GB = 1e9
+
+# Assumptions, not measured: on a GPU the CUDA context with its libraries and NCCL's buffers, and the share of memory
+# that PyTorch's allocator holds in pieces that nothing fits; on the host the process of a rank and of a data worker.
+CUDA_CONTEXT_BYTES = 1.5 * GB
+FRAGMENTATION = 0.05
+HOST_PROCESS_BYTES = 4.0 * GB
+HOST_WORKER_BYTES = 1.0 * GB
+
+
+@dataclass(frozen=True)
+class Zero:
+    """What a DeepSpeed file says about memory; elements where DeepSpeed counts elements."""
+
+    stage: int
+    offload_optimizer: bool = False
+    offload_param: bool = False
+    overlap_comm: bool = True
+    reduce_bucket: int = 500_000_000
+    prefetch_bucket: int = 50_000_000
+    persistence_threshold: int = 100_000
+    max_live: int = 1_000_000_000
+    sub_group: int = 1_000_000_000
+
+    @classmethod
+    def from_settings(cls, settings: dict[str, Any]) -> Zero:
+        """Of a DeepSpeed configuration; what it leaves out has DeepSpeed's defaults."""
+        zero = settings.get("zero_optimization", {})
+        names = {
+            "reduce_bucket": "reduce_bucket_size",
+            "prefetch_bucket": "stage3_prefetch_bucket_size",
+            "persistence_threshold": "stage3_param_persistence_threshold",
+            "max_live": "stage3_max_live_parameters",
+            "sub_group": "sub_group_size",
+        }
+        sizes = {name: int(zero[key]) for name, key in names.items() if key in zero}
+        stage = int(zero.get("stage", 0))
+        return cls(
+            stage=stage,
+            offload_optimizer=zero.get("offload_optimizer", {}).get("device", "none") != "none",
+            offload_param=zero.get("offload_param", {}).get("device", "none") != "none",
+            overlap_comm=bool(zero.get("overlap_comm", stage == 3)),
+            **sizes,
+        )
+
+    @property
+    def label(self) -> str:
+        """Such as `ZeRO-3, optimizer and weights on the host`."""
+        where = {(True, True): ", optimizer and weights on the host", (True, False): ", optimizer on the host"}
+        return f"ZeRO-{self.stage}" + where.get((self.offload_optimizer, self.offload_param), "")
+
+
+@dataclass(frozen=True)
+class Load:
+    """One micro-batch of one rank: rows of each part of the model; see `records.Work`."""
+
+    tokens: float
+    responses: float
+    image_tokens: float
+    patches: float
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes of one rank. `peak` is the largest of the phases; `parts` are what is alive in that phase.
+
+    Attributes:
+        phases: Most that is alive in the forward pass, the backward pass and the optimizer's step.
+        parts: weights, gathered, optimizer, gradients, buckets, activations, head, step, overhead.
+        host: On the host: states, gradients and transfer buffers of this rank.
+    """
+
+    phases: dict[str, float]
+    parts: dict[str, float]
+    host: float = 0.0
+    peak: float = field(default=0.0)
+
+
+@dataclass(frozen=True)
+class HeadBytes:
+    """The LM head of one micro-batch.
+
+    Attributes:
+        rows: Hidden states of the response rows.
+        kept: What the forward keeps, those rows included.
+        forward: Most in the forward.
+        backward: Most in the backward beyond what is kept.
+    """
+
+    rows: float
+    kept: float
+    forward: float
+    backward: float
+
+
+def head_bytes(shape: ModelShape, rows: float, dtype: torch.dtype, device: str) -> HeadBytes:
+    """By the mode and chunk that `plan_head` chooses for `rows` response tokens on this type of device."""
+    num_rows, vocab, hidden = max(1, int(rows)), shape.text.vocab_size, shape.text.hidden_size
+    trained = shape.trains_head
+    plan = plan_head("auto", num_rows, vocab, dtype, torch.device(device), True, trained, None, "store")
+    size, half = dtype.itemsize, dtype in HALVES
+    rows_bytes = num_rows * hidden * size
+    logits = plan.step * vocab * 4
+    d_chunk = plan.step * vocab * size if half else 0
+    kept = rows_bytes + (rows_bytes if plan.keeps_hidden_grad else 0)
+    forward = kept + logits + (0 if plan.keeps_dlogits or plan.mode == "recompute" else d_chunk)
+    if plan.keeps_dlogits:
+        kept += num_rows * vocab * (size if half else 4)
+        # Full-precision logits of a single chunk become D where they lie.
+        forward = kept + (0 if not half and plan.step >= num_rows else logits)
+    backward = rows_bytes + (num_rows * hidden * 4 if half else 0)
+    if trained:
+        backward += vocab * hidden * size + rows_bytes
+    if plan.mode == "recompute":
+        backward += logits + d_chunk + vocab * hidden * 4
+    if half and device == "cpu":
+        extra = _half_on_cpu(plan.step, vocab, hidden)
+        forward, backward = forward + extra, backward + (vocab * hidden * 4 if trained else 0)
+    return HeadBytes(float(rows_bytes), float(kept), float(forward), float(backward))
+
+
+def _half_on_cpu(step: int, vocab: int, hidden: int) -> int:
+    """A CPU multiplies half precision by way of fp32: a tile of the weight, and the tile's logits before their copy."""
+    tile = min(vocab, max(1, (16 << 20) // (hidden * 4)))
+    return tile * hidden * 4 + step * tile * 4
+
+
+def rank_memory(
+    shape: ModelShape,
+    costs: ActivationCosts,
+    zero: Zero,
+    load: Load,
+    world_size: int,
+    dtype: torch.dtype,
+    device: str = "cuda",
+    *,
+    accumulates: bool = True,
+) -> RankMemory:
+    """Memory of one rank in a step.
+
+    Args:
+        shape: The model as it is trained.
+        costs: Of its activations, traced in the same dtype.
+        zero: Stage, offload and buckets.
+        load: The largest micro-batch.
+        world_size: N, ranks that the states are divided among.
+        dtype: Of weights and activations.
+        device: `cuda`, or `cpu` for a check against what LiveBytes counts there: no context, no fragmentation, and
+            AdamW's temporaries, which the fused kernel of GPUs does not need.
+        accumulates: Whether a step has several micro-batches, so that gradients of one outlive it.
+    """
+    size = dtype.itemsize
+    by_phase = _parts_by_phase(shape, costs, zero, load, world_size, dtype, device, accumulates)
+    phases = {name: sum(parts.values()) for name, parts in by_phase.items()}
+    largest = max(phases, key=lambda name: phases[name])
+    overhead = CUDA_CONTEXT_BYTES + FRAGMENTATION * phases[largest] if device == "cuda" else 0.0
+    parts = {**by_phase[largest], "overhead": overhead}
+    return RankMemory(phases, parts, _host_bytes(shape, zero, world_size, size), phases[largest] + overhead)
+
+
+def _parts_by_phase(
+    shape: ModelShape,
+    costs: ActivationCosts,
+    zero: Zero,
+    load: Load,
+    world_size: int,
+    dtype: torch.dtype,
+    device: str,
+    accumulates: bool,
+) -> dict[str, dict[str, float]]:
+    """What is alive at the fullest moment of the forward pass, the backward pass and the optimizer's step."""
+    size = dtype.itemsize
+    states = _states(shape, zero, world_size, size)
+    gathered = _gathered(shape, zero, world_size, size)
+    # ZeRO-3's step gathers the weights below the persistence threshold.
+    small = size * sum(t.numel for t in shape.tensors if t.numel < zero.persistence_threshold) if gathered else 0.0
+    bucket = float(min(zero.reduce_bucket, shape.num_trained) * size if zero.stage else 0)
+    if zero.stage in (1, 2) and zero.overlap_comm:
+        bucket *= 2
+    gradients = _gradient_elements(zero, shape.num_trained, world_size, accumulates) * size
+    stays = accumulates or zero.stage == 3  # gradients and buckets outlive a backward pass
+    head = head_bytes(shape, load.responses, dtype, device)
+    # On a GPU the next micro-batch is copied while this one is computed.
+    images = load.patches * patch_elements(shape.config) * size * (2 if device == "cuda" else 1)
+    tower = costs.vision.kept(load.patches) + costs.projector_kept_per_row * load.image_tokens
+    kept = costs.language.kept(load.tokens) + tower
+    layers = max(costs.vision.forward(load.patches), tower + costs.language.forward(load.tokens))
+    of_head = head.forward if kept + head.forward > layers else 0.0
+    # What the head kept is gone when the layers' backward begins; gradients have their place from the start.
+    transient = head.rows + costs.language.backward(load.tokens) - costs.language.kept(load.tokens)
+    head_last = head.kept + head.backward if head.kept + head.backward > transient else 0.0
+    step = _step_bytes(zero, shape.num_trained / world_size, size, device)
+
+    def phase(
+        gathered: float, gradients: float, buckets: float, activations: float, head: float, step: float
+    ) -> dict[str, float]:
+        fixed = {"gathered": gathered, "gradients": gradients, "buckets": buckets}
+        return {**states, **fixed, "activations": activations + images, "head": head, "step": step}
+
+    held, waiting = (gradients, bucket) if stays else (0.0, 0.0)
+    return {
+        "forward": phase(gathered, held, waiting, kept if of_head else layers, of_head, 0.0),
+        "backward": phase(gathered, gradients, bucket, kept + (0.0 if head_last else transient), head_last, 0.0),
+        "step": phase(small, gradients, bucket if zero.stage == 3 else 0.0, 0.0, 0.0, step),
+    }
+
+
+def patch_elements(config: Any) -> int:
+    """Pixel values that make one row of the vision tower."""
+    vision = config.vision_config
+    side = vision.patch_size if isinstance(vision.patch_size, int) else vision.patch_size[0]
+    return 3 * side * side * (getattr(vision, "temporal_patch_size", None) or 1)
+
+
+def _states(shape: ModelShape, zero: Zero, world_size: int, size: int) -> dict[str, float]:
+    """Weights and optimizer state on the device; DeepSpeed keeps a master copy of fp32 weights too."""
+    trained = shape.num_trained
+    if zero.stage == 3:
+        weights = 0.0 if zero.offload_param else shape.num_parameters / world_size * size
+    else:
+        weights = float(shape.num_parameters * size)
+    if zero.offload_optimizer:
+        return {"weights": weights, "optimizer": 0.0}
+    share = trained / (world_size if zero.stage else 1)
+    # fp32 master and two moments; without ZeRO DeepSpeed adds bf16 gradients up in fp32.
+    return {"weights": weights, "optimizer": (16 if zero.stage == 0 else 12) * share}
+
+
+def _gathered(shape: ModelShape, zero: Zero, world_size: int, size: int) -> float:
+    """Whole weights that ZeRO-3 holds at its fullest: those to be used again soon, and what is fetched ahead.
+
+    A weight stays gathered while fewer than `stage3_max_reuse_distance` elements are used until its next use, and
+    `stage3_max_live_parameters` bounds what is fetched. On a single rank that keeps its weights nothing is gathered.
+    """
+    if zero.stage != 3 or (world_size == 1 and not zero.offload_param):
+        return 0.0
+    most = max(zero.max_live, max(t.numel for t in shape.tensors)) + zero.prefetch_bucket
+    return float(min(shape.num_parameters, most) * size)
+
+
+def _gradient_elements(zero: Zero, trained: int, world_size: int, accumulates: bool) -> float:
+    """Elements of gradients that a rank holds: its part; under ZeRO-1 whole ones too while micro-batches add up."""
+    if zero.offload_optimizer:
+        return 0.0
+    if zero.stage == 0:
+        return float(trained)
+    return trained / world_size + (trained if zero.stage == 1 and accumulates else 0)
+
+
+def _step_bytes(zero: Zero, share: float, size: int, device: str) -> float:
+    """What the optimizer's step holds beyond states and gradients; `share` = T / N.
+
+    ZeRO-1 and 2 flatten the gradients and turn them to fp32; ZeRO-3 does so for a sub-group at a time.
+    """
+    if zero.offload_optimizer:
+        return 0.0
+    if zero.stage == 3:
+        share = min(share, zero.sub_group)
+    adam = 8 * share if device == "cpu" else 0.0  # two fp32 temporaries of the unfused AdamW
+    flat = size * share if zero.stage in (1, 2) and size == 2 else 0.0
+    fp32 = 4 * share
+    return max(flat + fp32, fp32 + adam - (size * share if zero.stage in (1, 2) else 0.0))
+
+
+def _host_bytes(shape: ModelShape, zero: Zero, world_size: int, size: int) -> float:
+    """Of one rank: fp32 master, moments and gradients, the transfer buffer; under ZeRO-3 the weights too."""
+    if not zero.offload_optimizer:
+        return 0.0
+    share = shape.num_trained / world_size
+    largest = max((t.numel for t in shape.tensors if t.trained), default=0)
+    host = (4 + 8 + 4 + 2 * size) * share + largest * size
+    if zero.offload_param:
+        host += shape.num_parameters / world_size * size
+    return host
+
+
+def node_host_bytes(memory: RankMemory, ranks_per_node: int, num_workers: int) -> float:
+    """Host memory of one node: states of its ranks, their processes, and `data.num_workers` workers each."""
+    return ranks_per_node * (memory.host + HOST_PROCESS_BYTES + num_workers * HOST_WORKER_BYTES)

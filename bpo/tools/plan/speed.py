@@ -1,0 +1,125 @@
+"""How long a step takes: FLOPs by a peak and a share of it, bytes by bandwidths. Computed, never measured here.
+
+Letters: P parameters, T trained parameters, N ranks, b bytes of a weight.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from bpo.records import Work
+from bpo.tools.plan.memory import Zero
+from bpo.tools.plan.shape import ModelShape
+from bpo.training.hardware import Accelerator
+
+# DeepSpeed's CPU Adam reads master, gradient and both moments and writes master, moments and bf16 weights.
+_CPU_ADAM_BYTES = 4 * 4 + 3 * 4 + 2
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a step runs on. Bandwidths are GB/s in one direction; all but `gpu` are options of `bpo plan`.
+
+    Attributes:
+        gpu: Its data sheet.
+        nodes, gpus_per_node: How many.
+        node_gb_s: Of the network, a GPU: 50 is one 400 Gbit/s adapter for each.
+        host_memory_gb_s: Of one node's memory, shared by its ranks, for the CPU's Adam.
+        utilisation: Share of `gpu.peak_tflops` that matrix products reach, recomputation included.
+        overlap: Share of communication that hides behind computation, at most all of the latter.
+    """
+
+    gpu: Accelerator
+    nodes: int = 1
+    gpus_per_node: int = 8
+    node_gb_s: float = 50.0
+    host_memory_gb_s: float = 200.0
+    utilisation: float = 0.4
+    overlap: float = 0.7
+
+    @property
+    def world_size(self) -> int:
+        return self.nodes * self.gpus_per_node
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one optimizer step. `total` is less than the sum where communication hides behind computation.
+
+    Attributes:
+        useful: Seconds that a device's useful FLOPs take at its peak; `recomputed` those of recomputation.
+        sent_bytes: What one rank sends.
+    """
+
+    compute: float
+    communication: float
+    offload: float
+    total: float
+    useful: float
+    recomputed: float
+    sent_bytes: float
+
+    @property
+    def mfu(self) -> float:
+        """Useful FLOPs over what the devices could do in that time."""
+        return self.useful / self.total if self.total else 0.0
+
+
+def recomputed_flops(shape: ModelShape, work: Work, checkpointing: str) -> float:
+    """FLOPs that the backward pass repeats: the language model's forward, and the tower's where it is trained.
+
+    `selective` keeps the results of matrix products and attention, so it repeats none that count.
+    """
+    if checkpointing != "full":
+        return 0.0
+    macs = shape.flops.forward_macs(work)
+    return 2.0 * (macs["language"] + macs["attention"] + (macs["vision"] if shape.flops.vision_trained else 0))
+
+
+def communicated_bytes(shape: ModelShape, zero: Zero, world_size: int, micro_batches: int, size: int) -> float:
+    """Bytes that one rank sends in a step (arXiv 1910.02054, section 7; ring collectives, so (N - 1) / N of a volume).
+
+    ZeRO-0 all-reduces gradients, 2Tb. ZeRO-1 reduce-scatters them and all-gathers weights, 2Tb. ZeRO-2 does the same
+    with a reduce-scatter in each of `micro_batches`. ZeRO-3 gathers all weights, the frozen ones too, in the forward
+    and in the backward pass of each micro-batch, 2Pb, beside the reduce-scatter of each, Tb.
+    """
+    if world_size == 1:
+        return 0.0
+    trained, whole = shape.num_trained * size, shape.num_parameters * size
+    volume = {
+        0: 2.0 * trained,
+        1: 2.0 * trained,
+        2: (micro_batches + 1.0) * trained,
+        3: micro_batches * (2.0 * whole + trained),
+    }[zero.stage]
+    return volume * (world_size - 1) / world_size
+
+
+def step_time(
+    shape: ModelShape, zero: Zero, machine: Machine, work: Work, micro_batches: int, checkpointing: str, size: int = 2
+) -> StepTime:
+    """Seconds of a step in which every rank does `work` in `micro_batches` micro-batches.
+
+    Args:
+        work: Of one rank in the whole step.
+        size: b, bytes of a weight.
+    """
+    peak = machine.gpu.peak_tflops * 1e12
+    useful = float(shape.flops.step(work))
+    again = recomputed_flops(shape, work, checkpointing)
+    compute = (useful + again) / (peak * machine.utilisation)
+    sent = communicated_bytes(shape, zero, machine.world_size, micro_batches, size)
+    # A ring is as slow as its slowest link: the network, as soon as there is one.
+    link = machine.gpu.link_gb_s if machine.nodes == 1 else min(machine.gpu.link_gb_s, machine.node_gb_s)
+    communication = sent / (link * 1e9)
+    share = shape.num_trained / machine.world_size
+    offload = 0.0
+    if zero.offload_optimizer:
+        adam = share * machine.gpus_per_node * _CPU_ADAM_BYTES / (machine.host_memory_gb_s * 1e9)
+        offload = 2 * share * size / (machine.gpu.host_gb_s * 1e9) + adam
+    if zero.offload_param:
+        # Each rank's part of the weights crosses to the device before every gather.
+        offload += micro_batches * 2 * shape.num_parameters / machine.world_size * size / (machine.gpu.host_gb_s * 1e9)
+    hidden = min(machine.overlap * communication, compute)
+    total = compute + communication - hidden + offload
+    return StepTime(compute, communication, offload, total, useful / peak, again / peak, sent)

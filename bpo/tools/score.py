@@ -1,0 +1,191 @@
+"""Per-token log-probs of a trained model and of its reference, for `bpo view --scores`.
+
+    bpo score groups.jsonl --policy MODEL --reference BASE --image-root IMAGES --out scores.jsonl [--limit 500]
+
+One process, one model in memory at a time, groups in micro-batches, through the code that training runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from bpo.compile_locks import named_compile_locks
+from bpo.config.training import Config, DataConfig, ModelConfig
+from bpo.data.collate import collate_groups
+from bpo.data.encode import Dropped, EncodedGroup, Encoder, EncodingError, load_encoder
+from bpo.formats.bad_records import BadRecords
+from bpo.formats.problems import Problem, RecordError
+from bpo.launch import pick_device
+from bpo.model.attention.shared_prefix import packed_layout
+from bpo.model.load import load_model
+from bpo.model.policy import PolicyModel, model_inputs
+from bpo.records import PreferenceGroup
+from bpo.tools.view.reading import add_bad_options, bad_of, iterate_groups, sample, write_bad
+
+
+@torch.inference_mode()
+def score_groups(
+    config: Config, groups: Sequence[PreferenceGroup], max_tokens: int, bad: BadRecords
+) -> Iterator[tuple[PreferenceGroup, EncodedGroup, list[list[float]]]]:
+    """(group, its tokens, log-probs of each distinct completion's tokens) of every group that can be encoded.
+
+    Args:
+        bad: Takes groups whose images cannot be used.
+
+    Raises:
+        ValueError: Too many of them are bad.
+    """
+    encoder = load_encoder(config)
+    device = pick_device()
+    policy = PolicyModel(load_model(config.model, device, for_training=True)).to(device).eval()
+    for batch in _batches(encoder, groups, max_tokens, bad):
+        encoded = [one for _, one in batch]
+        packed = collate_groups(encoded, encoder.family)
+        with packed_layout(packed.layout):
+            logp_N = policy(**model_inputs(packed, device, policy.model.dtype)).cpu()
+        first = 0
+        for group, one in batch:
+            values = []
+            for ids in one.completion_ids:
+                values.append(logp_N[first : first + len(ids)].tolist())
+                first += len(ids)
+            yield group, one, values
+
+
+def _batches(
+    encoder: Encoder, groups: Sequence[PreferenceGroup], max_tokens: int, bad: BadRecords
+) -> Iterator[list[tuple[PreferenceGroup, EncodedGroup]]]:
+    """Groups in the file's order, as many together as fit; what has no pair or is too long is named and left out."""
+    batch: list[tuple[PreferenceGroup, EncodedGroup]] = []
+    tokens = 0
+    for group in tqdm(groups, desc="scoring", unit="group"):
+        try:
+            encoded = encoder.encode_group(group)
+        except (RecordError, EncodingError) as error:
+            code = error.code if isinstance(error, RecordError) else "image-parts"
+            bad.report(Problem(code, group.id, group.id, str(error)))
+            bad.check_share(len(groups), "the groups to score", advice="is it the right --image-root?")
+            continue
+        if isinstance(encoded, Dropped):
+            tqdm.write(f"left out: {group.id}: {encoded.detail}", file=sys.stderr)
+            continue
+        if batch and tokens + encoded.num_tokens > max_tokens:
+            yield batch
+            batch, tokens = [], 0
+        batch.append((group, encoded))
+        tokens += encoded.num_tokens
+    if batch:
+        yield batch
+
+
+@named_compile_locks()
+def write_scores(chosen: argparse.Namespace) -> int:
+    """Writes one JSON line a group: `id` and, a completion, `response`, `tokens`, `policy`, `reference`.
+
+    Bad records are listed beside it.
+
+    Returns:
+        The number of groups written.
+
+    Raises:
+        ValueError: Too many records are bad, or the models cut texts into other tokens.
+    """
+    unread, unseen = bad_of(chosen), bad_of(chosen)
+    groups = list(sample(iterate_groups(chosen.data, unread), chosen.limit))
+    data = DataConfig(image_root=str(chosen.image_root), max_length_tokens=chosen.max_length_tokens)
+    sides = {
+        name: Config(model=ModelConfig(path=str(path), dtype=chosen.dtype, attention="auto"), data=data)
+        for name, path in (("reference", chosen.reference), ("policy", chosen.policy))
+    }
+    max_tokens = chosen.max_micro_batch_tokens
+    reference = {
+        group.id: (encoded.completion_ids, values)
+        for group, encoded, values in score_groups(sides["reference"], groups, max_tokens, unseen)
+    }
+    listed = BadRecords("quarantine", 1.0, [*unread.problems, *unseen.problems])
+    write_bad(chosen.out.with_name(f"{chosen.out.name}.quarantine.jsonl"), listed)
+    encoder = load_encoder(sides["policy"])
+    usable = [group for group in groups if group.id in reference]
+    written = 0
+    with chosen.out.open("w", encoding="utf-8") as file:
+        for group, encoded, values in score_groups(sides["policy"], usable, max_tokens, unseen):
+            ids, before = reference[group.id]
+            if ids != encoded.completion_ids:
+                raise ValueError(
+                    f"{chosen.policy} and {chosen.reference} cut group {group.id!r} into other tokens; give the model "
+                    "that the policy was trained from"
+                )
+            file.write(json.dumps(_line(encoder, group, encoded, values, before), ensure_ascii=False) + "\n")
+            written += 1
+    if listed.problems:
+        print(
+            f"left out: {len(listed.problems):,} bad records, listed in {chosen.out}.quarantine.jsonl", file=sys.stderr
+        )
+    return written
+
+
+def _line(
+    encoder: Encoder,
+    group: PreferenceGroup,
+    encoded: EncodedGroup,
+    policy: list[list[float]],
+    reference: list[list[float]],
+) -> dict[str, object]:
+    at = {ids: index for index, ids in enumerate(encoded.completion_ids)}
+    room = encoder.max_length_tokens - len(encoded.prompt.prefix_ids)
+    completions = []
+    for completion in group.completions:
+        ids = encoder.encode_completion(completion.response)[:room]
+        completions.append(
+            {
+                "response": completion.response,
+                "tokens": token_texts(encoder, ids),
+                "policy": policy[at[ids]],
+                "reference": reference[at[ids]],
+            }
+        )
+    return {"id": group.id, "completions": completions}
+
+
+def token_texts(encoder: Encoder, ids: Sequence[int]) -> list[str]:
+    """What each token adds to the text; a token inside a character adds nothing, its last one the character."""
+    texts: list[str] = []
+    before = ""
+    for end in range(1, len(ids) + 1):
+        text = encoder.tokenizer.decode(list(ids[:end]))
+        if text.endswith("\ufffd"):
+            texts.append("")
+            continue
+        texts.append(text[len(before) :])
+        before = text
+    return texts
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="bpo score", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("data", type=Path, help="groups.jsonl")
+    parser.add_argument("--policy", required=True, help="the trained model, as `bpo export` wrote it (merged)")
+    parser.add_argument("--reference", required=True, help="the model before training")
+    parser.add_argument("--image-root", type=Path, default=Path("."), help="folder that image paths are relative to")
+    parser.add_argument("--out", type=Path, required=True, help="JSONL to write")
+    parser.add_argument("--limit", type=int, default=0, help="a random sample of so many groups; 0: all")
+    parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"], help="(default: %(default)s)")
+    parser.add_argument("--max-length-tokens", type=int, default=2048, help="as in training (default: %(default)s)")
+    parser.add_argument("--max-micro-batch-tokens", type=int, default=8192, help="(default: %(default)s)")
+    add_bad_options(parser)
+    chosen = parser.parse_args(argv)
+    try:
+        print(f"{write_scores(chosen)} groups: {chosen.out}")
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0

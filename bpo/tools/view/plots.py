@@ -1,0 +1,156 @@
+"""The statistics on top of the page, as HTML: every text escaped, every plot with its figures as text."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from markupsafe import Markup
+
+from bpo.formats.problems import Problem
+from bpo.tools.charts import columns, histogram, range_bars, share_bars
+from bpo.tools.view.summary import SourceFigures
+
+MOST_ROWS = 10
+MOST_LISTED = 50
+
+
+@dataclass
+class Statistics:
+    """What is plotted.
+
+    Attributes:
+        num_records: Records of the page.
+        completions: Type -> completions.
+        lengths: Type -> percentiles (5, 50, 95) of words.
+        refused: (source, reason) -> refused completions.
+        margins: Whole nats of the least margin of a group -> groups.
+        sources: By source.
+        origin: Where those figures come from.
+        problems: Records that were left out.
+    """
+
+    num_records: int = 0
+    completions: Counter[str] = field(default_factory=Counter)
+    lengths: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    refused: Counter[tuple[str, str]] = field(default_factory=Counter)
+    margins: Counter[int] = field(default_factory=Counter)
+    sources: Sequence[SourceFigures] = ()
+    origin: str = ""
+    problems: Sequence[Problem] = ()
+
+
+def to_json(statistics: Statistics) -> dict[str, Any]:
+    """The figures behind the plots."""
+    return {
+        "records": statistics.num_records,
+        "completions": dict(statistics.completions),
+        "words": {
+            kind: dict(zip(("p5", "p50", "p95"), values, strict=True)) for kind, values in statistics.lengths.items()
+        },
+        "refused": [[source, reason, count] for (source, reason), count in statistics.refused.most_common()],
+        "smallest_margin_nats": dict(sorted(statistics.margins.items())),
+        "sources": [asdict(one) for one in statistics.sources],
+        "bad_records": len(statistics.problems),
+    }
+
+
+def lead(statistics: Statistics) -> Markup:
+    """One line of counts."""
+    parts = [_number(statistics.num_records, "record"), _number(statistics.completions.total(), "completion")]
+    if statistics.refused:
+        parts.append(f"{statistics.refused.total():,} refused")
+    if statistics.problems:
+        parts.append(f"{len(statistics.problems):,} bad, left out")
+    return Markup(" · ").join(parts)
+
+
+def overview(statistics: Statistics) -> Markup:
+    """The plots that are always seen."""
+    types = statistics.completions.most_common(MOST_ROWS)
+    charts = [_figure("Completions by type", share_bars("completions by type", types))]
+    lengths = [(kind, values) for kind, values in statistics.lengths.items() if len(values) == 3][:MOST_ROWS]
+    if lengths:
+        title = "Words of a completion: 5 % to 95 % of them, median marked"
+        charts.append(_figure(title, range_bars("words of a completion, 5th, 50th and 95th percentile", lengths)))
+    if statistics.refused:
+        rows = [(f"{source}: {why}", count) for (source, why), count in statistics.refused.most_common(MOST_ROWS)]
+        charts.append(_figure("Refused, by source and reason", share_bars("refused", rows)))
+    if statistics.margins:
+        title = "Smallest margin of a group, nats; below 0 a pair is the wrong way round"
+        charts.append(_figure(title, histogram("smallest margin of a group in nats", statistics.margins)))
+    return Markup("").join(charts)
+
+
+def by_source(statistics: Statistics) -> Markup:
+    """A folded block of plots for each source."""
+    blocks = [_source(one) for one in statistics.sources]
+    blocks = [block for block in blocks if block]
+    if not blocks:
+        return Markup("")
+    head = Markup('<h2>By source</h2><p class="lead">{}</p>').format(statistics.origin)
+    return head + Markup("").join(blocks)
+
+
+def left_out(problems: Sequence[Problem]) -> Markup:
+    """The bad records, folded."""
+    if not problems:
+        return Markup("")
+    rows = Markup("").join(
+        Markup("<li><b>{}</b> {}</li>").format(problem.code, problem.detail) for problem in problems[:MOST_LISTED]
+    )
+    more = len(problems) - MOST_LISTED
+    rest = Markup("<p>{:,} more in quarantine.jsonl, beside this page.</p>").format(more) if more > 0 else Markup("")
+    title = f"Left out: {_number(len(problems), 'bad record')}"
+    return Markup('<details class="left-out"><summary>{}</summary><ul dir="auto">{}</ul>{}</details>').format(
+        title, rows, rest
+    )
+
+
+def _source(one: SourceFigures) -> Markup:
+    name = f"{one.name} ({one.type})" if one.type and one.type != one.name else one.name
+    facts = [] if one.kept is None else [f"{one.kept:,} kept"]
+    num_refused = sum(one.refused.values())
+    if num_refused:
+        share = "" if one.kept is None else f" ({100 * num_refused / (one.kept + num_refused):.0f} %)"
+        facts.append(f"{num_refused:,} refused{share}")
+    if len(one.words) == 3:
+        facts.append("words {} / {} / {} (p5 / p50 / p95)".format(*one.words))
+    charts = [
+        _shares("Refused, by reason", name, one.refused),
+        _similarity(name, one.similarity),
+        _shares("What changed: negatives with such a change", name, one.kinds),
+        _shares("Objects added", name, one.added),
+        _shares("Objects dropped", name, one.dropped),
+    ]
+    if not any(charts):
+        return Markup("")
+    return Markup(
+        '<details class="source"><summary><b>{}</b> {}</summary><div class="charts">{}</div></details>'
+    ).format(name, " · ".join(facts), Markup("").join(charts))
+
+
+def _shares(title: str, source: str, counts: Mapping[str, int]) -> Markup:
+    rows = sorted(counts.items(), key=lambda row: -row[1])[:MOST_ROWS]
+    return _figure(title, share_bars(f"{source}: {title}", rows)) if rows else Markup("")
+
+
+def _similarity(source: str, bins: Sequence[int]) -> Markup:
+    if not any(bins):
+        return Markup("")
+    labels = {
+        at: f"{100 * at // len(bins)}–{100 * (at + 1) // len(bins)} %" for at in (0, len(bins) // 2, len(bins) - 1)
+    }
+    summary = "; ".join(f"{100 * at // len(bins)} % or more: {count}" for at, count in enumerate(bins) if count)
+    title = "Similarity to the annotation: words kept in place"
+    return _figure(title, columns(f"{source}: {title}: {summary}", bins, labels))
+
+
+def _figure(title: str, svg: Markup) -> Markup:
+    return Markup("<figure><figcaption>{}</figcaption>{}</figure>").format(title, svg)
+
+
+def _number(count: int, what: str) -> str:
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
