@@ -93,7 +93,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10,<3.14",
-    packages=[*find_packages(include=["bpo", "bpo.*"]), "bpo_kernels", "bpo_ds_configs"],
+    packages=[*find_packages(include=["bpo", "bpo.*"]), "bpo_kernels", "bpo_kernels.bench", "bpo_ds_configs"],
     package_dir={"bpo_kernels": "kernels", "bpo_ds_configs": "ds_configs"},
     package_data={
         "bpo": [

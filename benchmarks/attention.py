@@ -29,7 +29,7 @@ from bpo.model.attention.flex import BLOCK, flex_plan
 from bpo.model.attention.shared_prefix import BACKENDS
 from bpo.model.attention.varlen import varlen_plan
 from bpo.records import PackedLayout
-from bpo_kernels.bench_measure import interleaved_ms, machine, peak_extra_bytes
+from bpo_kernels.bench.measure import interleaved_ms, machine, peak_extra_bytes
 
 # Query heads, key heads, head size.
 SHAPES = {"llava-1.5-7b": (32, 32, 128), "qwen2.5-vl-7b": (28, 4, 128), "tiny": (4, 2, 32)}

@@ -35,7 +35,7 @@ from bpo.config.bootstrap import BootstrapConfig, InjectConfig, ServerConfig
 from bpo.config.training import Config, DataConfig
 from bpo.formats.bad_records import BadRecords
 from bpo.formats.files import iterate_annotations
-from bpo_kernels.bench_measure import machine
+from bpo_kernels.bench.measure import machine
 
 TEXT = "A man in a blue jacket rides a bicycle along a street with two parked cars and a red bus behind them. " * 3
 

@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from bpo.config.bootstrap import CacheKind
 from bpo.model.generate import generate_ids
-from bpo_kernels.bench_measure import machine
+from bpo_kernels.bench.measure import machine
 
 NEW_TOKENS = 64
 

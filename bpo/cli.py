@@ -126,7 +126,7 @@ def _plan(argv: list[str]) -> int:
 
 
 def _bench_kernels(argv: list[str]) -> int:
-    from bpo_kernels.bench import main
+    from bpo_kernels.bench.command import main
 
     return main(argv)
 

@@ -67,7 +67,7 @@ def align(index: Tensor) -> Tensor:
 def check_triton_dtype(name: str, tensor: Tensor) -> None:
     """Raises ValueError for fp64, which the Triton kernels would silently compute in fp32."""
     if tensor.dtype is torch.float64:
-        raise ValueError(f"{name} is torch.float64: Triton computes in fp32, set BPO_KERNELS=reference for fp64")
+        raise ValueError(f"{name} is torch.float64: Triton computes in fp32, set BPO_KERNELS=plain for fp64")
 
 
 def check_target(target_N: Tensor, num_rows: int, vocab: int, device: torch.device) -> None:

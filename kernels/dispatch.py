@@ -2,7 +2,7 @@
 
 Legend: N rows (response tokens), H hidden size, V vocabulary, P pairs.
 
-The environment variable BPO_KERNELS chooses: `auto` (default), `triton` or `reference`. Each choice is logged
+The environment variable BPO_KERNELS chooses: `auto` (default), `triton` or `plain`. Each choice is logged
 once. Triton is imported at the first call that uses it, so this module imports where Triton is missing. An
 implementation that was chosen and fails is an error, never a silent change to a slower one.
 """
@@ -17,17 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference
+from . import plain
 
 logger = logging.getLogger(__name__)
 
 ENVIRONMENT_VARIABLE = "BPO_KERNELS"
-CHOICES = ("auto", "triton", "reference")
+CHOICES = ("auto", "triton", "plain")
 _logged: set[str] = set()
 
 
 def chosen_implementation(tensor: Tensor) -> str:
-    """`triton` or `reference`: what the operations use for `tensor` (its device and dtype decide).
+    """`triton` or `plain`: what the operations use for `tensor` (its device and dtype decide).
 
     Raises:
         ValueError: BPO_KERNELS holds another word, or asks for Triton where it cannot run.
@@ -37,7 +37,7 @@ def chosen_implementation(tensor: Tensor) -> str:
         raise ValueError(f"{ENVIRONMENT_VARIABLE} is {choice!r}: set it to one of {', '.join(CHOICES)}")
     if choice == "auto":
         # fp64 is for checking, and Triton's kernels compute in fp32.
-        return "triton" if tensor.is_cuda and tensor.dtype is not torch.float64 else "reference"
+        return "triton" if tensor.is_cuda and tensor.dtype is not torch.float64 else "plain"
     if choice == "triton" and not tensor.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError(
             f"{ENVIRONMENT_VARIABLE} is 'triton' but the tensor is on {tensor.device}: move it to a GPU, set "
@@ -52,15 +52,15 @@ def _implementation(operation: str, tensor: Tensor) -> ModuleType:
     if choice not in _logged and not torch.compiler.is_compiling():
         _logged.add(choice)
         logger.info("kernels: %s on %s", choice, tensor.device.type)
-    if choice == "reference":
-        return reference
+    if choice == "plain":
+        return plain
     try:
         # Import statements, because torch.compile cannot trace importlib.
         from . import linear_logprob, linear_preference_loss, logprob_gather, preference_loss
     except ImportError as error:
         raise ImportError(
             f"kernels: {tensor.device} uses Triton, which cannot be imported ({error}): install triton, "
-            f"or set {ENVIRONMENT_VARIABLE}=reference for plain PyTorch"
+            f"or set {ENVIRONMENT_VARIABLE}=plain for plain PyTorch"
         ) from error
     modules = {
         "linear_logprob": linear_logprob,
@@ -72,7 +72,7 @@ def _implementation(operation: str, tensor: Tensor) -> ModuleType:
 
 
 def logprob_gather(logits_NV: Tensor, target_N: Tensor, *, inplace_backward: bool = False) -> Tensor:
-    """Log-probs of the targets from logits; see `reference.logprob_gather`."""
+    """Log-probs of the targets from logits; see `plain.logprob_gather`."""
     operation = _implementation("logprob_gather", logits_NV).logprob_gather
     return operation(logits_NV, target_N, inplace_backward=inplace_backward)
 
@@ -89,7 +89,7 @@ def linear_logprob(
     budget_bytes: int | None = None,
     statistics: bool = False,
 ) -> Any:
-    """Log-probs of the targets from hidden states and the LM head; see `reference.linear_logprob`."""
+    """Log-probs of the targets from hidden states and the LM head; see `plain.linear_logprob`."""
     return _implementation("linear_logprob", hidden_NH).linear_logprob(
         hidden_NH,
         weight_VH,
@@ -115,7 +115,7 @@ def preference_loss(
     num_completions: int | None = None,
     completion_starts_K1: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses and rewards of every pair; see `reference.preference_loss`."""
+    """Losses and rewards of every pair; see `plain.preference_loss`."""
     return _implementation("preference_loss", policy_logp_N).preference_loss(
         policy_logp_N,
         reference_logp_N,
@@ -140,7 +140,7 @@ def linear_preference_loss(
     beta: float,
     **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Head and preference loss of policy and reference together; see `reference.linear_preference_loss`."""
+    """Head and preference loss of policy and reference together; see `plain.linear_preference_loss`."""
     return _implementation("linear_preference_loss", hidden_NH).linear_preference_loss(
         hidden_NH, weight_VH, target_N, reference, completion_of_token_N, pairs_P2, beta, **options
     )

@@ -207,7 +207,7 @@ def linear_logprob(
     budget_bytes: int | None = None,
     statistics: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-    """Log-probs of the targets, never the [N, V] logits of all rows; see `reference.linear_logprob`.
+    """Log-probs of the targets, never the [N, V] logits of all rows; see `plain.linear_logprob`.
 
     On CUDA a target outside [0, V) is not looked for; its log-prob is NaN.
     """

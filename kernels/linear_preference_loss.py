@@ -301,7 +301,7 @@ def linear_preference_loss(
     mode: str = "auto",
     budget_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Losses and rewards [P] of every pair and the policy's log-probs [N]; see `reference.linear_preference_loss`."""
+    """Losses and rewards [P] of every pair and the policy's log-probs [N]; see `plain.linear_preference_loss`."""
     check_preference_options(beta, label_smoothing, loss_type)
     check_linear_logprob(hidden_NH, weight_VH, target_N, bias, softcap, mode, budget_bytes)
     check_reference(reference, reference_weight_VH, reference_bias, hidden_NH, weight_VH)

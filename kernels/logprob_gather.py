@@ -186,7 +186,7 @@ _forward.register_autograd(_gradient, setup_context=_save)
 
 
 def logprob_gather(logits_NV: Tensor, target_N: Tensor, *, inplace_backward: bool = False) -> Tensor:
-    """`log_softmax(logits.float(), -1).gather(1, target[:, None])[:, 0]`; see `reference.logprob_gather`.
+    """`log_softmax(logits.float(), -1).gather(1, target[:, None])[:, 0]`; see `plain.logprob_gather`.
 
     On CUDA a target outside [0, V) is not looked for; its log-prob is NaN.
     """

@@ -86,7 +86,7 @@ def forward(
     rows = [torch.empty(num_pairs, dtype=torch.float32, device=policy_logp_N.device) for _ in range(4)]
     if num_pairs == 0:
         return rows[0], rows[1], rows[2], rows[3]
-    # See reference._pair_losses: both smoothed losses are one log-sigmoid plus a line.
+    # See plain._pair_losses: both smoothed losses are one log-sigmoid plus a line.
     slope = label_smoothing if loss_type == "sigmoid" else -label_smoothing / (1 - 2 * label_smoothing)
     loss_options = (beta, slope, "sigmoid" if loss_type == "robust" else loss_type)
     batch = _batch(completion_of_token_N, pairs_P2, completion_starts_K1)
@@ -310,7 +310,7 @@ def preference_loss(
     num_completions: int | None = None,
     completion_starts_K1: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses [P] and the detached rewards of both sides [P], fp32; see `reference.preference_loss`.
+    """Losses [P] and the detached rewards of both sides [P], fp32; see `plain.preference_loss`.
 
     `num_completions` only serves the index checks, which are left out on CUDA; no tensor is read on the host there.
     """

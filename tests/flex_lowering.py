@@ -40,7 +40,7 @@ from triton.compiler import ASTSource
 from triton.runtime import driver
 
 from bpo.model.attention import flex as attention_flex
-from bpo_kernels.aot import _nvidia_usage
+from bpo_kernels.bench.aot import _nvidia_usage
 from tests.attention_backends import layout_of, num_tokens
 
 CAPABILITY, TARGET = (9, 0), GPUTarget("cuda", 90, 32)

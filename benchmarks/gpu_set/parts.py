@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bpo_kernels.bench_cases import TEST_FILES
+from bpo_kernels.bench.cases import TEST_FILES
 
 TARGET_SHAPES = ("llava-1.5-7b", "qwen2.5-vl-7b")
 TARGET_ROWS = 2048

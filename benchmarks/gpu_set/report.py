@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.gpu_set.targets import case_of, judge, kernel_results, targets_table, timed
 from bpo.tools.bench.report import table as step_table
-from bpo_kernels.bench_measure import Result
+from bpo_kernels.bench.measure import Result
 
 MIB = 2**20
 PROVIDER_NAMES = {

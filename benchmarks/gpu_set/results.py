@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from bpo_kernels.bench_measure import machine
+from bpo_kernels.bench.measure import machine
 
 FORMAT = 2
 PACKAGES = ("torch", "triton", "transformers", "deepspeed", "peft", "accelerate", "numpy")

@@ -15,7 +15,7 @@ from benchmarks.gpu_set import recorder
 from benchmarks.gpu_set.parts import Part, Place, Setting
 from benchmarks.gpu_set.process import Caches, Ended, run_process
 from benchmarks.gpu_set.results import keep
-from bpo_kernels.bench_cases import TEST_FILES
+from bpo_kernels.bench.cases import TEST_FILES
 
 # Kept for ending the last part and for the report, so that the whole ends before --seconds.
 RESERVE_SECONDS = 12.0

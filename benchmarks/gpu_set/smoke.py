@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu_set.parts import why_no_interpreter
-from bpo_kernels import dispatch, reference
+from bpo_kernels import dispatch, plain
 
 # (nats of a value, relative Frobenius error of a gradient) by dtype.
 TOLERANCES = {torch.bfloat16: (2e-2, 5e-2), torch.float32: (1e-3, 1e-3)}
@@ -170,8 +170,8 @@ def disagreement(got: list[Tensor], wanted: list[Tensor], dtype: torch.dtype) ->
     value_error = float((got[0].float() - wanted[0].float()).abs().max())
     if not value_error <= value_limit:
         return f"off by {value_error:.2g} (at most {value_limit:g})"
-    for position, (ours, plain) in enumerate(zip(got[1:], wanted[1:], strict=True)):
-        error = float((ours.float() - plain.float()).norm() / plain.float().norm())
+    for position, (ours, theirs) in enumerate(zip(got[1:], wanted[1:], strict=True)):
+        error = float((ours.float() - theirs.float()).norm() / theirs.float().norm())
         if not error <= gradient_limit:
             return f"output {position + 1} is off by {error:.2g} of its norm (at most {gradient_limit:g})"
     return ""
@@ -183,7 +183,7 @@ def launch(operation: str, name: str, dtype: torch.dtype, build: Callable[[], Ru
     begin = time.perf_counter()
     try:
         run = build()
-        note = disagreement(run(dispatch), run(reference), dtype)
+        note = disagreement(run(dispatch), run(plain), dtype)
     except Exception as error:  # compilers and drivers raise what they like; the line and the exit status say so
         note = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     return Line(operation, name, "failed" if note else "ok", round(time.perf_counter() - begin, 2), note)
@@ -197,7 +197,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     device = torch.device(options.device)
     report: dict[str, Any] = {"implementation": dispatch.chosen_implementation(torch.empty(0, device=device))}
-    if report["implementation"] == "reference" and device.type == "cpu":
+    if report["implementation"] == "plain" and device.type == "cpu":
         report["note"] = f"plain PyTorch, no kernel was launched: {why_no_interpreter() or 'TRITON_INTERPRET is not 1'}"
         print(report["note"])
     report["lines"] = []

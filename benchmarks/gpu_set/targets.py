@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks.gpu_set.parts import GATHER_ROWS, PAIR_LOSS_ROWS, TARGET_ROWS, TARGET_SHAPES
 from bpo.tools.bench.report import Verdict, gpu_verdicts
-from bpo_kernels.bench_measure import Result
+from bpo_kernels.bench.measure import Result
 
 NOT_MEASURED = "not measured"
 ROOFLINE, TRL_SPEED_UP, CCE_SPEED_UP = 0.85, 1.3, 1.2

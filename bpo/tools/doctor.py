@@ -223,7 +223,7 @@ def check_triton() -> Finding:
     except ValueError as error:
         return Finding("Triton", "missing", version or "not installed", str(error))
     if choice == "triton" and version is None:
-        consequence = "the kernels chosen on this GPU need it: pip install triton, or BPO_KERNELS=reference"
+        consequence = "the kernels chosen on this GPU need it: pip install triton, or BPO_KERNELS=plain"
         return Finding("Triton", "missing", "not installed", consequence)
     meaning = "the Triton kernels" if choice == "triton" else "plain PyTorch (the same results, more memory)"
     return Finding("Triton", "ok", version or "not installed", f"log-probs and losses on {device} run in {meaning}")

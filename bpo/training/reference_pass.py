@@ -25,6 +25,9 @@ from bpo_kernels.dispatch import chosen_implementation
 
 logger = logging.getLogger(__name__)
 
+# What a store calls the implementations: a name of its format, which outlives those in the code.
+_KERNELS_IN_STORES = {"triton": "triton", "plain": "reference"}
+
 
 def fill_reference_store(
     config: Config, engine: TrainingEngine, data: TrainingData, stop: StopRequest | None = None
@@ -70,7 +73,7 @@ def _open_store(config: Config, engine: TrainingEngine, data: TrainingData, dire
         rehash=config.train.rehash_weights,
         dtype=str(engine.dtype).removeprefix("torch."),
         vision_attention=config.model.vision_attention,
-        kernels=chosen_implementation(torch.empty(0, device=engine.device)),
+        kernels=_KERNELS_IN_STORES[chosen_implementation(torch.empty(0, device=engine.device))],
         **sequences,
     )
     open_or_create(directory, fingerprint)

@@ -15,7 +15,7 @@ import pytest
 from benchmarks.gpu_set.report import not_run, render
 from benchmarks.gpu_set.targets import NOT_MEASURED, judge, kernel_results, targets_table
 from bpo.tools.bench.report import Figures, Verdict
-from bpo_kernels.bench_measure import Result
+from bpo_kernels.bench.measure import Result
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAD = {"operation": "linear_logprob", "variant": "frozen", "shape": "llava-1.5-7b", "num_rows": 2048}

@@ -24,7 +24,7 @@ from benchmarks.gpu_set import recorder, results, session
 from benchmarks.gpu_set.parts import Part, Place, Setting, build_parts, why_no_interpreter
 from benchmarks.gpu_set.process import Caches
 from benchmarks.gpu_set.session import Clock, run_parts, unmet, why_not
-from bpo_kernels.bench_cases import OPERATIONS, TEST_FILES
+from bpo_kernels.bench.cases import OPERATIONS, TEST_FILES
 
 CUDA, REHEARSAL = Setting("cuda", False), Setting("cpu", True)
 TARGET_PARTS = ("head", "head-loss", "gather", "pair-loss", "attention", "step", "memory")
@@ -335,7 +335,7 @@ def test_a_failing_launch_is_one_line_and_the_rest_is_launched(tmp_path: Path, m
         return (losses_P + (loss_type == "ipo"), *rewards)
 
     monkeypatch.setattr(dispatch, "preference_loss", broken)
-    monkeypatch.setenv("BPO_KERNELS", "reference")
+    monkeypatch.setenv("BPO_KERNELS", "plain")
     report = tmp_path / "smoke.json"
     assert smoke.main(["--device", "cpu", "--json", str(report)]) == 1
     lines = json.loads(report.read_text())["lines"]

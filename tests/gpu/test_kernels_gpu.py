@@ -18,9 +18,9 @@ import pytest
 import torch
 
 from bpo_kernels import dispatch
-from bpo_kernels.bench_cases import TEST_FILES, Case, make_inputs, true_result
-from bpo_kernels.bench_measure import TOLERANCES, disagreement, sample_ms, sleep_cycles
-from bpo_kernels.bench_providers import OURS, PROVIDERS
+from bpo_kernels.bench.cases import TEST_FILES, Case, make_inputs, true_result
+from bpo_kernels.bench.measure import TOLERANCES, disagreement, sample_ms, sleep_cycles
+from bpo_kernels.bench.providers import OURS, PROVIDERS
 
 pytestmark = pytest.mark.gpu  # skipped by tests/conftest.py where there is no CUDA
 

@@ -17,8 +17,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bpo_kernels import bench, bench_cases, bench_measure, bench_providers, dispatch
-from bpo_kernels.bench_cases import Case, make_inputs
+from bpo_kernels import dispatch
+from bpo_kernels.bench import cases as bench_cases
+from bpo_kernels.bench import command as bench
+from bpo_kernels.bench import measure as bench_measure
+from bpo_kernels.bench import providers as bench_providers
+from bpo_kernels.bench.cases import Case, make_inputs
 
 CPU = torch.device("cpu")
 measure = functools.partial(bench_measure.measure, sample_seconds=0.0)
@@ -273,7 +277,7 @@ def test_cases_before_the_kill_are_kept_and_the_rest_is_listed(tmp_path):
     command += ["--providers", "eager", "--sample-seconds", "0", "--without-tests", "--json", str(report)]
     code = (
         "import sys; sys.argv = sys.argv[1:]\n"
-        "from bpo_kernels import bench, bench_measure\n"
+        "from bpo_kernels.bench import command as bench, measure as bench_measure\n"
         "measure = bench_measure.measure\n"
         "def killed(case, **options):\n"
         "    if case.num_rows == 128: import os; os._exit(9)\n"

@@ -11,10 +11,11 @@ import dataclasses
 import pytest
 import torch
 
-from bpo_kernels import bench_cases, dispatch, reference
-from bpo_kernels.bench_cases import Case, Shape, formula_peak_bytes, gemm_flops, needed_work, performed_gemms
-from bpo_kernels.bench_measure import counted_flops, peak_extra_bytes
-from bpo_kernels.bench_providers import PROVIDERS
+from bpo_kernels import dispatch, plain
+from bpo_kernels.bench import cases as bench_cases
+from bpo_kernels.bench.cases import Case, Shape, formula_peak_bytes, gemm_flops, needed_work, performed_gemms
+from bpo_kernels.bench.measure import counted_flops, peak_extra_bytes
+from bpo_kernels.bench.providers import PROVIDERS
 
 CPU = torch.device("cpu")
 NUM_ROWS, CHUNK_ROWS = 64, 16
@@ -26,7 +27,7 @@ def wide(monkeypatch):
     """A head whose logits outweigh all else, V >> H; and the plain path, whatever BPO_KERNELS says."""
     monkeypatch.setitem(bench_cases.SHAPES, "wide", Shape(32, 8192, 8))
     for operation in ("linear_logprob", "linear_preference_loss"):
-        monkeypatch.setattr(dispatch, operation, getattr(reference, operation))
+        monkeypatch.setattr(dispatch, operation, getattr(plain, operation))
 
 
 def head_case(operation: str, variant: str, chunk_rows: int | None = None) -> Case:

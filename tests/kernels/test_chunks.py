@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bpo_kernels import chunks, head
-from bpo_kernels.reference_head import ROWS
+from bpo_kernels.plain_head import ROWS
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -123,8 +123,8 @@ def test_the_switch_is_off_until_it_is_set_and_knows_its_words(monkeypatch):
 
 
 def test_the_benchmark_times_the_switch_and_puts_it_back(monkeypatch):
-    from bpo_kernels import bench_providers
-    from bpo_kernels.bench_cases import Case
+    from bpo_kernels.bench import providers as bench_providers
+    from bpo_kernels.bench.cases import Case
 
     seen: list[str | None] = []
     monkeypatch.setattr(bench_providers, "_need_cuda", lambda case: None)

@@ -28,12 +28,12 @@ def test_cpu_runs_plain_pytorch_and_says_so_once(caplog):
     with caplog.at_level(logging.INFO, logger="bpo_kernels.dispatch"):
         gather()
         gather()
-    assert [record.getMessage() for record in caplog.records] == ["kernels: reference on cpu"]
+    assert [record.getMessage() for record in caplog.records] == ["kernels: plain on cpu"]
 
 
 def test_unknown_word_is_an_error(monkeypatch):
     monkeypatch.setenv("BPO_KERNELS", "cuda")
-    with pytest.raises(ValueError, match="BPO_KERNELS is 'cuda': set it to one of auto, triton, reference"):
+    with pytest.raises(ValueError, match="BPO_KERNELS is 'cuda': set it to one of auto, triton, plain"):
         gather()
 
 
@@ -65,11 +65,11 @@ def test_without_triton_the_cpu_works_and_triton_says_what_is_missing():
     result = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     value, message = result.stdout.splitlines()
     assert float(value) == pytest.approx(-1.3862944)
-    assert "install triton, or set BPO_KERNELS=reference" in message
+    assert "install triton, or set BPO_KERNELS=plain" in message
 
 
 def test_triton_refuses_fp64():
-    with pytest.raises(ValueError, match="set BPO_KERNELS=reference for fp64"):
+    with pytest.raises(ValueError, match="set BPO_KERNELS=plain for fp64"):
         checks.check_triton_dtype("logits_NV", torch.zeros(1, dtype=torch.float64))
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from bpo_kernels import dispatch, reference
+from bpo_kernels import dispatch, plain
 
 LENGTHS = (3, 1, 4, 2)
 # Two groups: of three completions, all pairs, and of one that stands in no pair.
@@ -45,7 +45,7 @@ def separately(inputs: dict[str, Any], reference_N: Tensor, beta: float, **optio
     )
     logp_N = torch.log_softmax(logits_NV, -1).gather(1, inputs["target_N"][:, None])[:, 0]
     pairs = (inputs["completion_of_token_N"], inputs["pairs_P2"])
-    return *reference.preference_loss(logp_N, reference_N, *pairs, beta, **options), logp_N
+    return *plain.preference_loss(logp_N, reference_N, *pairs, beta, **options), logp_N
 
 
 def gradients(outputs: tuple[Tensor, ...], inputs: dict[str, Any]) -> tuple[Tensor, ...]:

@@ -25,7 +25,7 @@ FILES = (
     "test_linear_logprob.py",
     "test_logprob_rows.py",
     "test_preference_loss.py",
-    "test_preference_pieces.py",
+    "test_preference_sizes.py",
     "test_linear_preference_loss.py",
 )
 

@@ -116,7 +116,7 @@ def test_flash_attn_is_said_to_serve_what_it_serves(monkeypatch: pytest.MonkeyPa
 
 def test_triton_line_follows_the_dispatch_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "has_gpu", lambda: False)
-    monkeypatch.setenv("BPO_KERNELS", "reference")
+    monkeypatch.setenv("BPO_KERNELS", "plain")
     assert "plain PyTorch" in doctor.check_triton().consequence
     monkeypatch.setenv("BPO_KERNELS", "no such choice")
     finding = doctor.check_triton()

@@ -32,7 +32,7 @@ from bpo.tools.demo.base import build_base_model
 from bpo.tools.demo.environment import quiet_libraries, use_one_thread
 from bpo.tools.demo.files import World, build_world
 from bpo.tools.demo.recipe import Recipe
-from bpo_kernels.bench_measure import machine
+from bpo_kernels.bench.measure import machine
 
 TARGET_RATIO = 8.0
 OTHER_CACHES: tuple[CacheKind, ...] = ("dynamic", "static")

@@ -1,6 +1,6 @@
 """What only the plain PyTorch path promises: fp64 gradients and its memory.
 
-    pytest tests/kernels/test_reference.py
+    pytest tests/kernels/test_plain.py
 
 Legend: N rows (response tokens), H hidden size, V vocabulary.
 """
@@ -13,7 +13,7 @@ import sys
 import pytest
 import torch
 
-from bpo_kernels import reference
+from bpo_kernels import plain
 
 
 def fp64(*shape: int, grad: bool = True) -> torch.Tensor:
@@ -27,7 +27,7 @@ def fp64(*shape: int, grad: bool = True) -> torch.Tensor:
 def test_gradcheck_linear_logprob(trained, chunk_rows, mode, softcap, scale):
     target_N = torch.randint(11, (5,))
     assert torch.autograd.gradcheck(
-        lambda hidden, weight, bias: reference.linear_logprob(
+        lambda hidden, weight, bias: plain.linear_logprob(
             hidden, weight, target_N, bias, softcap, scale, mode=mode, budget_bytes=chunk_rows * 11 * 8
         ),
         (fp64(5, 4), fp64(11, 4, grad=trained), fp64(11, grad=trained)),
@@ -36,7 +36,7 @@ def test_gradcheck_linear_logprob(trained, chunk_rows, mode, softcap, scale):
 
 def test_gradcheck_logprob_gather():
     target_N = torch.randint(11, (5,))
-    assert torch.autograd.gradcheck(lambda logits: reference.logprob_gather(logits, target_N), (fp64(5, 11),))
+    assert torch.autograd.gradcheck(lambda logits: plain.logprob_gather(logits, target_N), (fp64(5, 11),))
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ def test_gradcheck_preference_loss(loss_type, eps):
     completion_N, pairs_P2 = torch.arange(12) % 4, torch.tensor([[0, 1], [0, 2], [3, 1]])
     reference_N, weight_N = fp64(12, grad=False), torch.rand(12, dtype=torch.float64)
     assert torch.autograd.gradcheck(
-        lambda policy_N: reference.preference_loss(
+        lambda policy_N: plain.preference_loss(
             policy_N, reference_N, completion_N, pairs_P2, 0.3, eps, loss_type, weight_N
         )[0],
         (fp64(12),),
@@ -62,7 +62,7 @@ def test_gradcheck_linear_preference_loss(live):
     def outputs(hidden: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         # A live reference shares the head and yet is a constant: a copy of the head keeps it out of the differences.
         own_head = {"reference_weight_VH": WEIGHT} if live else {}
-        losses_P, _, _, logp_N = reference.linear_preference_loss(
+        losses_P, _, _, logp_N = plain.linear_preference_loss(
             hidden, weight, target_N, reference_is, completion_N, pairs_P2, 0.3, **own_head
         )
         return losses_P, logp_N
@@ -73,14 +73,14 @@ def test_gradcheck_linear_preference_loss(live):
 WEIGHT = torch.randn(11, 4, dtype=torch.float64)
 _MEMORY_PROGRAM = """
 import resource, torch
-from bpo_kernels import reference
+from bpo_kernels import plain
 num_rows, vocab, hidden_size = 2048, 16384, 16
 hidden, weight = torch.randn(num_rows, hidden_size, requires_grad=True), torch.randn(vocab, hidden_size)
 weight.requires_grad_({trained})
 target = torch.randint(vocab, (num_rows,))
-reference.linear_logprob(hidden[:2], weight, target[:2]).sum().backward()
+plain.linear_logprob(hidden[:2], weight, target[:2]).sum().backward()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-reference.linear_logprob(hidden, weight, target, budget_bytes=8 << 20).sum().backward()
+plain.linear_logprob(hidden, weight, target, budget_bytes=8 << 20).sum().backward()
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10)
 """
 

@@ -1,6 +1,6 @@
 """Compiles every Triton kernel for GPUs that are not here, and reads registers, spills and shared memory.
 
-python kernels/aot.py [--arch 80 90 100 gfx942]          prints the table of kernels/README.md
+python kernels/bench/aot.py [--arch 80 90 100 gfx942]          prints the table of kernels/README.md
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import __file__ as nvidia_backend
 from triton.compiler import ASTSource
 
-from bpo_kernels.aot_cases import ARCHITECTURES, Case, all_cases
+from bpo_kernels.bench.aot_cases import ARCHITECTURES, Case, all_cases
 
 # Shared memory that one block may use, bytes (CUDA programming guide, compute capabilities; CDNA 3 ISA guide).
 SHARED_LIMIT_BYTES: dict[int | str, int] = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, "gfx942": 64 * 1024}

@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import chunks, dispatch
-from .bench_cases import BETA, Case, Inputs, objective_weight, pair_losses
+from .. import chunks, dispatch
+from .cases import BETA, Case, Inputs, objective_weight, pair_losses
 
 Step = Callable[[], list[Tensor]]
 Builder = Callable[[Case, Inputs], Step]

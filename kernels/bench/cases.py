@@ -29,7 +29,7 @@ OPERATIONS = tuple(VARIANTS)
 # Files in tests/kernels: an operation is timed after its tests have passed.
 TEST_FILES = {operation: (f"test_{operation}.py",) for operation in OPERATIONS}
 TEST_FILES["linear_logprob"] += ("test_logprob_rows.py",)
-TEST_FILES["preference_loss"] += ("test_preference_pieces.py",)
+TEST_FILES["preference_loss"] += ("test_preference_sizes.py",)
 # Tokens of one completion where there are rows enough for a pair of them.
 TOKENS_PER_COMPLETION = 128
 _TRUTH_CHUNK_ROWS = 256

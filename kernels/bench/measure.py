@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from . import dispatch
-from .bench_cases import Case, make_inputs, needed_work, true_result
-from .bench_providers import DISTRIBUTIONS, OURS, PROVIDERS, Step, Unavailable, version_of
-from .provenance import source_commit
+from .. import dispatch
+from ..provenance import source_commit
+from .cases import Case, make_inputs, needed_work, true_result
+from .providers import DISTRIBUTIONS, OURS, PROVIDERS, Step, Unavailable, version_of
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 MIN_SAMPLES = 5
 # Agreement with fp32: (largest error of a value in nats, relative error of a gradient in the Frobenius norm). Logits
 # that a provider rounds to bf16 are off by up to 0.03 nat at the height of a peaked target.

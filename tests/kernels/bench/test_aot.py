@@ -1,6 +1,6 @@
 """Every kernel compiles without a GPU for four architectures, fits, and moves memory in wide accesses.
 
-pytest tests/kernels/test_aot.py
+pytest tests/kernels/bench/test_aot.py
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import pytest
 
 import bpo_kernels
 
-aot = pytest.importorskip("bpo_kernels.aot")
+aot = pytest.importorskip("bpo_kernels.bench.aot")
 NVIDIA = (80, 90, 100)
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from . import fused_logprob, logprob_gather, logprob_rows, preference_loss
-from .checks import IGNORED_TARGET
+from .. import fused_logprob, logprob_gather, logprob_rows, preference_loss
+from ..checks import IGNORED_TARGET
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # CUDA compute capabilities, and AMD's names.

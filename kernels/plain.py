@@ -25,7 +25,7 @@ from .checks import (
     rows_per_chunk,
     statistics_dtype,
 )
-from .reference_head import linear_logprob
+from .plain_head import linear_logprob
 
 # logprob_gather goes over its logits in pieces that stay in a CPU's cache: several passes cost little more than one.
 _GATHER_CHUNK_BYTES = 2 << 20

@@ -1,7 +1,7 @@
 """How the kernels of the preference loss cut completions and add up their pairs, and what they move.
 
-    pytest tests/kernels/test_preference_pieces.py
-    TRITON_INTERPRET=1 BPO_KERNELS=triton pytest tests/kernels/test_preference_pieces.py     (counts bytes, launches)
+    pytest tests/kernels/test_preference_sizes.py
+    TRITON_INTERPRET=1 BPO_KERNELS=triton pytest tests/kernels/test_preference_sizes.py     (counts bytes, launches)
 
 Legend: N tokens, K completions, P pairs.
 """
@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bpo_kernels import dispatch, preference_sizes, reference
-from bpo_kernels.bench_cases import Case, needed_work
+from bpo_kernels import dispatch, plain, preference_sizes
+from bpo_kernels.bench.cases import Case, needed_work
 
 # Lengths of completions that lie one after the other, in pieces of 64 tokens: empty ones at both ends and within, whole
 # pieces and one token more or less, one that begins with a block, and one that is far longer than the rest.
@@ -68,7 +68,7 @@ def test_completions_of_very_unequal_length(assert_as_exact_as_eager, device, pa
         lambda policy: dispatch.preference_loss(
             policy, *constants, token_weight_N=weight_N, completion_starts_K1=starts_K1
         )[0],
-        lambda policy: reference.preference_loss(policy, *constants, token_weight_N=weight_N)[0],
+        lambda policy: plain.preference_loss(policy, *constants, token_weight_N=weight_N)[0],
         [batch["policy"].requires_grad_()],
         torch.randn(len(UNEVEN_PAIRS), device=device),
     )
@@ -85,7 +85,7 @@ def test_one_completion_in_every_pair_of_many(assert_as_exact_as_eager, device, 
     constants = (batch["reference"], batch["completion"], pairs_P2, 0.1)
     assert_as_exact_as_eager(
         lambda policy: dispatch.preference_loss(policy, *constants, completion_starts_K1=starts_K1)[0],
-        lambda policy: reference.preference_loss(policy, *constants)[0],
+        lambda policy: plain.preference_loss(policy, *constants)[0],
         [batch["policy"].requires_grad_()],
         torch.randn(len(pairs_P2), device=device),
     )

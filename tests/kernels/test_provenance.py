@@ -1,6 +1,6 @@
 """The commit in every report, with git, without it, and in a copy that is not a clone.
 
-Run: python -m pytest tests/test_provenance.py
+Run: python -m pytest tests/kernels/test_provenance.py
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from bpo.tools.bench import step
 from bpo.config.training import Config
 from bpo.launch import Ranks
 from bpo.run_record import write_run_record
-from bpo_kernels import bench_measure
+from bpo_kernels.bench import measure as bench_measure
 import memory_check, synthetic
 write_run_record(Config(), folder)
 line = (folder / "versions.txt").read_text().splitlines()[0]

@@ -1,0 +1,1 @@
+"""The kernel benchmark: cases, providers, measurement, ahead-of-time compilation, the command."""
