@@ -54,7 +54,7 @@ def step_costs(quick: bool) -> dict[str, Any]:
 
     from benchmarks.synthetic import config_for, interleaved_seconds, random_batch, small_llava, trainer_of
     from bpo import engine
-    from bpo.launch import Ranks
+    from bpo.job.launch import Ranks
     from bpo.train import run_step
 
     engine.init_distributed(Ranks())

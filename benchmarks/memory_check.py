@@ -31,7 +31,7 @@ from bpo.config.training import Config, LoraConfig, ModelConfig, TrainableConfig
 from bpo.data.collate import collate_groups  # noqa: E402
 from bpo.data.encode import EncodedGroup, EncodedPrompt  # noqa: E402
 from bpo.data.families import family_of  # noqa: E402
-from bpo.launch import Ranks, ranks_from_environment  # noqa: E402
+from bpo.job.launch import Ranks, ranks_from_environment  # noqa: E402
 from bpo.model.load import load_model  # noqa: E402
 from bpo.model.policy import PolicyModel  # noqa: E402
 from bpo.model.trainable import prepare_trainable  # noqa: E402

@@ -34,7 +34,7 @@ from benchmarks.synthetic import (
 from bpo import engine
 from bpo.config.training import Config, DataConfig
 from bpo.data.encode import load_encoder
-from bpo.launch import Ranks
+from bpo.job.launch import Ranks
 from bpo.model.attention.shared_prefix import packed_layout
 from bpo.model.policy import model_inputs
 from bpo.tools.plan.live_bytes import LiveBytes

@@ -17,12 +17,12 @@ from bpo.data.collate import collate_groups
 from bpo.data.encode import EncodedGroup, EncodedPrompt
 from bpo.data.families import family_of
 from bpo.engine import TrainingEngine, deepspeed_config, partitioned_loading
-from bpo.launch import Ranks
+from bpo.job.launch import Ranks
+from bpo.job.run_record import version_of
 from bpo.model.load import load_model
 from bpo.model.policy import PolicyModel
 from bpo.model.trainable import prepare_trainable
 from bpo.records import GroupBatch
-from bpo.run_record import version_of
 from bpo_kernels.provenance import source_commit
 
 IMAGE_TOKEN = 3

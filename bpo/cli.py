@@ -50,8 +50,8 @@ def _convert(argv: list[str]) -> int:
 def _bootstrap(argv: list[str]) -> int:
     from bpo.bootstrap.run import run_bootstrap
     from bpo.config.io import load_config
-    from bpo.interrupts import StopRequest
-    from bpo.launch import ranks_from_environment, setup_logging
+    from bpo.job.launch import ranks_from_environment, setup_logging
+    from bpo.job.signals import StopRequest
 
     setup_logging(ranks_from_environment())
     config = load_config(argv, prog="bpo bootstrap", description="Make preference groups from annotations.")
@@ -63,7 +63,7 @@ def _bootstrap(argv: list[str]) -> int:
 def _merge(argv: list[str]) -> int:
     from bpo.bootstrap.run import run_merge
     from bpo.config.io import load_config
-    from bpo.launch import Ranks, setup_logging
+    from bpo.job.launch import Ranks, setup_logging
 
     setup_logging(Ranks())
     summary = run_merge(load_config(argv, prog="bpo merge", description="Merge what all shards have finished."))
@@ -81,8 +81,8 @@ def _train(argv: list[str]) -> int:
 def _evaluate(argv: list[str]) -> int:
     from bpo.config.io import load_config
     from bpo.evaluation.run import run_evaluation
-    from bpo.interrupts import StopRequest
-    from bpo.launch import ranks_from_environment, setup_logging
+    from bpo.job.launch import ranks_from_environment, setup_logging
+    from bpo.job.signals import StopRequest
 
     setup_logging(ranks_from_environment())
     config = load_config(argv, prog="bpo evaluate", description="Measure hallucination by CHAIR and POPE.")
@@ -94,7 +94,7 @@ def _evaluate(argv: list[str]) -> int:
 def _export(argv: list[str]) -> int:
     from bpo.checkpoint.export import run_export
     from bpo.config.io import load_config
-    from bpo.launch import Ranks, setup_logging
+    from bpo.job.launch import Ranks, setup_logging
 
     setup_logging(Ranks())
     print(run_export(load_config(argv, prog="bpo export", description="Write a trained model or adapter.")))
@@ -199,8 +199,8 @@ def main(argv: list[str] | None = None) -> int:
     if arguments[0] not in COMMANDS:
         print(f"bpo: unknown command {arguments[0]!r}; the commands are {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
-    from bpo.interrupts import EXIT_INTERRUPTED, EXIT_NO_PROGRESS, Interrupted
-    from bpo.run_lock import NoProgressError
+    from bpo.job.lock import NoProgressError
+    from bpo.job.signals import EXIT_INTERRUPTED, EXIT_NO_PROGRESS, Interrupted
 
     try:
         return COMMANDS[arguments[0]](arguments[1:])

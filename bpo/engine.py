@@ -14,10 +14,10 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from bpo.compile_locks import named_compile_locks
 from bpo.config.training import Config, TrainConfig
 from bpo.data.families import Family
-from bpo.launch import Ranks, export_torch_environment, pick_device
+from bpo.job.compile_locks import named_compile_locks
+from bpo.job.launch import Ranks, export_torch_environment, pick_device
 from bpo.model.attention.shared_prefix import packed_layout
 from bpo.model.head import PreferenceTerms
 from bpo.model.policy import PolicyModel, model_inputs

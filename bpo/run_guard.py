@@ -14,10 +14,10 @@ from typing import Any
 from bpo.checkpoint.files import CheckpointError, clean_leftovers
 from bpo.config.training import Config
 from bpo.engine import from_rank_0
-from bpo.interrupts import EXIT_RANK_LOST, Interrupted
-from bpo.launch import Ranks
-from bpo.run_lock import NoProgressError, RestartCount, RunLock, RunLockError
-from bpo.watchdog import Watchdog
+from bpo.job.launch import Ranks
+from bpo.job.lock import NoProgressError, RestartCount, RunLock, RunLockError
+from bpo.job.signals import EXIT_RANK_LOST, Interrupted
+from bpo.job.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 

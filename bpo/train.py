@@ -24,12 +24,15 @@ from bpo import engine, losses
 from bpo.checkpoint import partition
 from bpo.checkpoint.files import CheckpointError
 from bpo.checkpoint.save import CheckpointSaver, SaveFailedError
-from bpo.compile_locks import named_compile_locks
 from bpo.config.io import load_config
 from bpo.config.training import Config
 from bpo.data.encode import load_encoder
 from bpo.data.schedule import PlannedStep
-from bpo.interrupts import (
+from bpo.job.compile_locks import named_compile_locks
+from bpo.job.launch import Ranks, own_arguments, pick_device, ranks_from_environment, setup_logging
+from bpo.job.lock import NoProgressError, RunLockError
+from bpo.job.run_record import write_run_record
+from bpo.job.signals import (
     EXIT_CANNOT_SAVE,
     EXIT_INTERRUPTED,
     EXIT_NO_PROGRESS,
@@ -37,7 +40,6 @@ from bpo.interrupts import (
     Interrupted,
     StopRequest,
 )
-from bpo.launch import Ranks, own_arguments, pick_device, ranks_from_environment, setup_logging
 from bpo.model.attention.shared_prefix import packed_layout
 from bpo.model.load import choose_attention, load_model, resolve_dtype
 from bpo.model.policy import PolicyModel
@@ -45,8 +47,6 @@ from bpo.model.reference.store import ReferenceStore
 from bpo.model.trainable import prepare_trainable
 from bpo.records import GroupBatch
 from bpo.run_guard import RankLostError, RunGuard, write_status
-from bpo.run_lock import NoProgressError, RunLockError
-from bpo.run_record import write_run_record
 from bpo.training.batches import StepBatches, training_batches
 from bpo.training.checks import (
     FirstStepError,

@@ -115,7 +115,7 @@ launch() {
     srun "${options[@]}" "${BPO_SRUN_ARGS[@]}" "${program[@]}" || code=$?
 }
 
-# finish CODE: what a further start would carry on is requeued; ends the script with CODE (see bpo/interrupts.py).
+# finish CODE: what a further start would carry on is requeued; ends the script with CODE (see bpo/job/signals.py).
 finish() {
     local code="$1" again=false why
     case "$code" in

@@ -19,7 +19,7 @@ from deepspeed.utils import safe_get_full_grad
 from bpo import engine
 from bpo.config.training import Config, DataConfig, LossConfig, ModelConfig, TrainableConfig, TrainConfig
 from bpo.data.encode import load_encoder
-from bpo.launch import Ranks, ranks_from_environment, setup_logging
+from bpo.job.launch import Ranks, ranks_from_environment, setup_logging
 from bpo.model import recompute
 from bpo.model.load import load_model
 from bpo.model.policy import PolicyModel

@@ -1,4 +1,4 @@
-"""One rank of a job of any launcher: meets the others, writes DIR/rank-N.json. See test_launchers.py."""
+"""One rank of a job of any launcher: meets the others, writes DIR/rank-N.json. See test_launch_two_nodes.py."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from bpo.launch import export_torch_environment, own_arguments, ranks_from_environment
+from bpo.job.launch import export_torch_environment, own_arguments, ranks_from_environment
 
 if __name__ == "__main__":
     ranks = ranks_from_environment()

@@ -12,7 +12,7 @@ from pathlib import Path
 from train_matrix import after_step_4, base_config, cases
 
 from bpo import engine
-from bpo.launch import ranks_from_environment, setup_logging
+from bpo.job.launch import ranks_from_environment, setup_logging
 from bpo.train import train
 
 # Written by 2 ranks, continued by 1 and by 4; more at either end only takes longer.

@@ -36,10 +36,10 @@ from bpo.checkpoint.files import STAGES, Alone, checkpoint_dirs, clean_leftovers
 from bpo.checkpoint.save import CheckpointSaver
 from bpo.checkpoint.shards import Fragment, Shard, ShardSet, shard_name
 from bpo.data.schedule import PlannedStep, plan_steps
+from bpo.job.lock import RestartCount, RunLock
+from bpo.job.watchdog import Watchdog
 from bpo.model.reference.store import ReferenceStore
-from bpo.run_lock import RestartCount, RunLock
 from bpo.training.metrics import MetricsWriter
-from bpo.watchdog import Watchdog
 
 NUM_GROUPS, GROUPS_PER_STEP, EPOCHS, SAVE_EVERY, WIDTH = 96, 4, 16, 3, 4096
 DAMAGE_SHARE = 0.1

@@ -198,7 +198,7 @@ def test_one_line_runs_a_clone_that_is_not_installed(repo_root: Path, tmp_path: 
     """`export PYTHONPATH=$PWD/checkout`: the links win over an installation, from any directory."""
     code = (
         "import bpo, bpo_kernels, importlib.resources as r; from bpo.engine import find_ds_config\n"
-        "from bpo.run_record import versions; assert versions()['bpo'] == bpo.__version__\n"
+        "from bpo.job.run_record import versions; assert versions()['bpo'] == bpo.__version__\n"
         "print(bpo.__file__, list(bpo_kernels.__path__)[0], find_ds_config('zero3.json'), sep='\\n')"
     )
     environment = {**os.environ, "PYTHONPATH": str(repo_root / "checkout")}

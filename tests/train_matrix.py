@@ -13,7 +13,7 @@ from pathlib import Path
 
 from bpo import engine
 from bpo.config.training import Config, DataConfig, LoraConfig, LossConfig, ModelConfig, TrainableConfig, TrainConfig
-from bpo.launch import Ranks, ranks_from_environment, setup_logging
+from bpo.job.launch import Ranks, ranks_from_environment, setup_logging
 from bpo.train import train
 from bpo.training.checks import NonFiniteError
 

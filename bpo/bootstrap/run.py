@@ -33,15 +33,15 @@ from bpo.bootstrap.job.progress import ProgressBar
 from bpo.bootstrap.job.queue import ClaimedBatch, SourceWork, is_finished, lacking, plan_work
 from bpo.bootstrap.job.spool import AnnotationSpool
 from bpo.bootstrap.sources import ImageAnswers, InjectedErrors, NegativeSource
-from bpo.compile_locks import named_compile_locks
 from bpo.config.bootstrap import Source
 from bpo.config.training import Config
 from bpo.formats.bad_records import BadRecords
 from bpo.formats.files import iterate_annotations
-from bpo.interrupts import StopRequest
-from bpo.launch import Ranks, ranks_from_environment, restart_count
+from bpo.job.compile_locks import named_compile_locks
+from bpo.job.launch import Ranks, ranks_from_environment, restart_count
+from bpo.job.lock import RestartCount
+from bpo.job.signals import StopRequest
 from bpo.records import Annotation
-from bpo.run_lock import RestartCount
 
 logger = logging.getLogger(__name__)
 

@@ -30,8 +30,8 @@ from bpo.config.io import to_tree
 from bpo.config.training import Config, TrainConfig
 from bpo.data.schedule import PlannedStep
 from bpo.engine import JobRanks, TrainingEngine
+from bpo.job.run_record import versions
 from bpo.run_guard import RunGuard
-from bpo.run_record import versions
 from bpo.training.measure import TrainingData
 
 logger = logging.getLogger(__name__)

@@ -16,8 +16,8 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from bpo.interrupts import StopRequest
-from bpo.launch import Ranks
+from bpo.job.launch import Ranks
+from bpo.job.signals import StopRequest
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bpo.compile_locks import named_compile_locks
 from bpo.config.training import Config, EvaluationConfig
 from bpo.evaluation.answers import Request, answer_requests
 from bpo.evaluation.chair import ChairResult, DescriptionScore, score_descriptions
@@ -22,9 +21,10 @@ from bpo.evaluation.pope import PopeQuestion, PopeResult, says_yes, score_answer
 from bpo.formats.bad_records import BadRecords
 from bpo.formats.images import ImageError, load_image
 from bpo.formats.problems import Problem
-from bpo.interrupts import StopRequest
-from bpo.launch import ranks_from_environment, restart_count
-from bpo.run_lock import RestartCount
+from bpo.job.compile_locks import named_compile_locks
+from bpo.job.launch import ranks_from_environment, restart_count
+from bpo.job.lock import RestartCount
+from bpo.job.signals import StopRequest
 
 if TYPE_CHECKING:
     from bpo.data.encode import Encoder
@@ -82,7 +82,7 @@ def run_evaluation(config: Config, progress: bool = True, stop: StopRequest | No
         NoProgressError: SLURM starts the job again and again, and no answer is added.
     """
     from bpo.data.encode import load_encoder
-    from bpo.launch import pick_device
+    from bpo.job.launch import pick_device
     from bpo.model.load import load_model
 
     if not config.evaluation.output:

@@ -261,7 +261,7 @@ def check_compile_locks() -> list[Finding]:
     name = "Compile lock"
     if torch_error() is not None:
         return [Finding(name, "warn", "not looked for", "PyTorch cannot be imported")]
-    from bpo.compile_locks import extensions_root, find_locks
+    from bpo.job.compile_locks import extensions_root, find_locks
 
     root = extensions_root()
     found = find_locks(root)

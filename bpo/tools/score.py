@@ -16,13 +16,13 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from bpo.compile_locks import named_compile_locks
 from bpo.config.training import Config, DataConfig, ModelConfig
 from bpo.data.collate import collate_groups
 from bpo.data.encode import Dropped, EncodedGroup, Encoder, EncodingError, load_encoder
 from bpo.formats.bad_records import BadRecords
 from bpo.formats.problems import Problem, RecordError
-from bpo.launch import pick_device
+from bpo.job.compile_locks import named_compile_locks
+from bpo.job.launch import pick_device
 from bpo.model.attention.shared_prefix import packed_layout
 from bpo.model.load import load_model
 from bpo.model.policy import PolicyModel, model_inputs

@@ -6,7 +6,7 @@ import logging
 
 from bpo.config.training import Config, TrainConfig
 from bpo.data.schedule import PlannedStep, plan_balance, plan_steps
-from bpo.launch import Ranks
+from bpo.job.launch import Ranks
 from bpo.training.measure import TrainingData
 
 logger = logging.getLogger(__name__)

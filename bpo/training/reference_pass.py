@@ -13,7 +13,7 @@ from bpo.config.training import Config
 from bpo.data.schedule import split_into_micro_batches
 from bpo.data.transfer import on_device
 from bpo.engine import TrainingEngine, barrier, from_rank_0, gather_from_ranks
-from bpo.interrupts import Interrupted, StopRequest
+from bpo.job.signals import Interrupted, StopRequest
 from bpo.model.load import choose_attention
 from bpo.model.reference.fingerprint import DIGESTS, model_fingerprint
 from bpo.model.reference.format import ReferenceStoreError

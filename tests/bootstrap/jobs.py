@@ -11,7 +11,7 @@ from bpo.bootstrap import sources
 from bpo.bootstrap.job.outcomes import PartReader, PartWriter
 from bpo.bootstrap.validate import Refusal, refusal
 from bpo.config.training import Config
-from bpo.interrupts import StopRequest
+from bpo.job.signals import StopRequest
 
 RESULTS = ("groups.jsonl", "groups.jsonl.refused.jsonl", "groups.jsonl.quarantine.jsonl")
 

@@ -21,8 +21,8 @@ from bpo.bootstrap.run import run_bootstrap
 from bpo.config.bootstrap import ServerConfig
 from bpo.config.training import Config
 from bpo.formats.files import read_groups
-from bpo.interrupts import Interrupted, StopRequest
-from bpo.launch import Ranks
+from bpo.job.launch import Ranks
+from bpo.job.signals import Interrupted, StopRequest
 from tests.bootstrap.fake_server import completion, fake_server
 from tests.bootstrap.jobs import RESULTS, num_outcomes, parts, results, stop_after
 

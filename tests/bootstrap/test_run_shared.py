@@ -13,8 +13,8 @@ from bpo.bootstrap.run import run_bootstrap, run_merge
 from bpo.cli import main as bpo
 from bpo.config.bootstrap import BootstrapConfig, WeakenConfig
 from bpo.config.training import Config, DataConfig, ModelConfig
-from bpo.interrupts import EXIT_INTERRUPTED, EXIT_NO_PROGRESS, Interrupted, StopRequest
-from bpo.run_lock import NoProgressError, RestartCount
+from bpo.job.lock import NoProgressError, RestartCount
+from bpo.job.signals import EXIT_INTERRUPTED, EXIT_NO_PROGRESS, Interrupted, StopRequest
 from tests.bootstrap.jobs import num_lines, num_outcomes, parts, results, stop_after
 
 

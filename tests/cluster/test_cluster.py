@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 from bpo.formats.files import read_groups
-from bpo.watchdog import heartbeat_path
+from bpo.job.watchdog import heartbeat_path
 from tests.bootstrap.fake_server import completion, fake_server
 from tests.cluster.conftest import NUM_IMAGES, NUM_STEPS
 from tests.cluster.slurm_cluster import PrivateCluster

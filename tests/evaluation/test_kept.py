@@ -16,10 +16,10 @@ from bpo.config.training import Config, DataConfig, EvaluationConfig, ModelConfi
 from bpo.evaluation import answers as answers_module
 from bpo.evaluation.kept import KeptAnswers
 from bpo.evaluation.run import run_evaluation
-from bpo.interrupts import Interrupted, StopRequest
-from bpo.launch import Ranks
+from bpo.job.launch import Ranks
+from bpo.job.lock import NoProgressError
+from bpo.job.signals import Interrupted, StopRequest
 from bpo.model import generate
-from bpo.run_lock import NoProgressError
 
 
 @pytest.fixture

@@ -25,8 +25,8 @@ sys.path[:0] = [str(root), str(root / "benchmarks")]
 import torch
 from bpo.tools.bench import step
 from bpo.config.training import Config
-from bpo.launch import Ranks
-from bpo.run_record import write_run_record
+from bpo.job.launch import Ranks
+from bpo.job.run_record import write_run_record
 from bpo_kernels.bench import measure as bench_measure
 import memory_check, synthetic
 write_run_record(Config(), folder)

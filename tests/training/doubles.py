@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from bpo.launch import Ranks
+from bpo.job.launch import Ranks
 from bpo.records import GroupBatch
 
 NUM_GROUPS = 12

@@ -9,7 +9,7 @@ import torch
 
 from bpo.config.training import Config
 from bpo.data import encode
-from bpo.launch import Ranks
+from bpo.job.launch import Ranks
 from bpo.training.batches import training_batches
 from bpo.training.measure import measure_groups
 from bpo.training.plan import plan_training

@@ -9,8 +9,8 @@ import pytest
 
 from bpo.config.training import Config
 from bpo.data import encode
-from bpo.interrupts import Interrupted, StopRequest
-from bpo.launch import Ranks
+from bpo.job.launch import Ranks
+from bpo.job.signals import Interrupted, StopRequest
 from bpo.training.measure import measure_groups
 from tests.training.doubles import NUM_GROUPS
 

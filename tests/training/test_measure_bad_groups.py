@@ -10,7 +10,7 @@ import pytest
 from bpo.config.training import Config, DataConfig, ModelConfig, TrainConfig
 from bpo.formats.bad_records import TooManyBadRecords
 from bpo.formats.files import group_to_json
-from bpo.launch import Ranks
+from bpo.job.launch import Ranks
 from bpo.training.measure import TrainingData, measure_groups
 from tests.sample_groups import encoder_of, group
 

@@ -13,7 +13,7 @@ import torch
 from bpo.config.training import Config, TrainConfig
 from bpo.data.encode import Encoder
 from bpo.data.groups import GroupDataset, MeasuredGroup
-from bpo.launch import Ranks
+from bpo.job.launch import Ranks
 from bpo.records import PreferenceGroup
 from bpo.training.batches import training_batches
 from bpo.training.measure import TrainingData

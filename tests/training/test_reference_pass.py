@@ -10,8 +10,8 @@ import torch
 
 from bpo.config.training import Config
 from bpo.data import encode
-from bpo.interrupts import Interrupted, StopRequest
-from bpo.launch import Ranks
+from bpo.job.launch import Ranks
+from bpo.job.signals import Interrupted, StopRequest
 from bpo.model.reference import format as reference_format
 from bpo.training import reference_pass
 from bpo.training.batches import training_batches

@@ -14,7 +14,7 @@ from bpo.bootstrap.engines.vision import ChatVision, TransformersVision, VisionG
 from bpo.bootstrap.engines.vllm import VllmEngine
 from bpo.config.training import Config
 from bpo.data.encode import Encoder, load_encoder
-from bpo.launch import Ranks, pick_device
+from bpo.job.launch import Ranks, pick_device
 from bpo.model.load import load_model
 
 logger = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ import torch
 from bpo import engine
 from bpo.data.encode import load_encoder
 from bpo.engine import TrainingEngine
-from bpo.launch import Ranks, pick_device
+from bpo.job.launch import Ranks, pick_device
 from bpo.model.load import load_model, resolve_dtype
 from bpo.model.policy import PolicyModel
 from bpo.model.trainable import prepare_trainable

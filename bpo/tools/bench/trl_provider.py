@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from bpo.data.families import family_of
-from bpo.launch import Ranks, pick_device
+from bpo.job.launch import Ranks, pick_device
 from bpo.model.trainable import lora_config
 from bpo.tools.bench.case import StepCase, set_adapter
 from bpo.tools.bench.meter import Meter

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 
-from bpo.run_record import version_of, versions
+from bpo.job.run_record import version_of, versions
 
 
 def quiet_libraries() -> None:

@@ -26,7 +26,7 @@ from bpo.bootstrap.run import run_bootstrap
 from bpo.bootstrap.sources import ImageAnswers
 from bpo.config.training import Config
 from bpo.formats.files import read_groups
-from bpo.launch import Ranks
+from bpo.job.launch import Ranks
 from bpo.records import Annotation, ContentPart, Turn
 from tests.bootstrap.jobs import num_lines, num_outcomes, parts, results
 

@@ -15,7 +15,7 @@ import torch
 
 from bpo.config.training import Config, TrainableConfig
 from bpo.engine import find_ds_config, with_fitting_buckets
-from bpo.launch import Ranks
+from bpo.job.launch import Ranks
 from bpo.tools.plan.activations import ActivationCosts, activation_costs
 from bpo.tools.plan.memory import CUDA_CONTEXT_BYTES, FRAGMENTATION, Load, RankMemory, Zero, head_bytes, rank_memory
 from bpo.tools.plan.shape import ModelShape, shape_of

@@ -1,4 +1,4 @@
-"""Two nodes under torchrun and deepspeed, played by one machine. Run: pytest tests/test_launchers.py"""
+"""Two nodes under torchrun and deepspeed, played by one machine. Run: pytest tests/job/test_launch_two_nodes.py"""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
 WORKER = str(ROOT / "tests" / "launch_worker.py")
 

@@ -1,6 +1,6 @@
 """A rank is killed, another is frozen; each time the job ends by itself and goes on from a valid state.
 
-Two ranks of bpo.train without a launcher, as srun starts them. Run: pytest tests/test_rank_loss.py
+Two ranks of bpo.train without a launcher, as srun starts them. Run: pytest tests/job/test_watchdog_rank_loss.py
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from train_matrix import base_config
 
 from bpo.checkpoint.files import newest_valid_checkpoint
 from bpo.config.io import save_config
-from bpo.interrupts import EXIT_INTERRUPTED, EXIT_NO_PROGRESS, EXIT_RANK_LOST
+from bpo.job.signals import EXIT_INTERRUPTED, EXIT_NO_PROGRESS, EXIT_RANK_LOST
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 10.0
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

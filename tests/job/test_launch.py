@@ -1,4 +1,4 @@
-"""Ranks and addresses from launchers. Run: python -m pytest tests/test_launch.py"""
+"""Ranks and addresses from launchers. Run: python -m pytest tests/job/test_launch.py"""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from bpo.launch import (
+from bpo.job.launch import (
     Ranks,
     export_torch_environment,
     first_host,

@@ -26,8 +26,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from bpo.interrupts import EXIT_RANK_LOST
-from bpo.run_lock import boot_id, process_start
+from bpo.job.lock import boot_id, process_start
+from bpo.job.signals import EXIT_RANK_LOST
 
 logger = logging.getLogger(__name__)
 

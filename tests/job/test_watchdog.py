@@ -1,6 +1,6 @@
-"""Who is named when a rank dies, freezes or stands still. Run: pytest tests/test_watchdog.py
+"""Who is named when a rank dies, freezes or stands still. Run: pytest tests/job/test_watchdog.py
 
-Ranks are watchdogs of this process and of children; two ranks with DeepSpeed are in test_rank_loss.py.
+Ranks are watchdogs of this process and of children; two ranks with DeepSpeed are in test_watchdog_rank_loss.py.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from pathlib import Path
 
 import pytest
 
-from bpo.interrupts import EXIT_RANK_LOST
-from bpo.watchdog import Watchdog, heartbeat_path, read_heartbeat
+from bpo.job.signals import EXIT_RANK_LOST
+from bpo.job.watchdog import Watchdog, heartbeat_path, read_heartbeat
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 HOST = os.uname().nodename
 pytestmark = pytest.mark.timeout(60)
 
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.timeout(60)
 OTHER_RANK = """
 import sys
 from pathlib import Path
-from bpo.watchdog import Watchdog
+from bpo.job.watchdog import Watchdog
 dog = Watchdog(Path(sys.argv[1]), 1, 2, 0.5, end=lambda code: None)
 phase = dog.unbounded("step 42")
 phase.__enter__()

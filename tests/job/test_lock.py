@@ -1,4 +1,4 @@
-"""Two jobs, dead owners, clocks that jump, directories that cannot be written. Run: pytest tests/test_run_lock.py"""
+"""Two jobs, dead owners, clocks that jump, directories that cannot be written. Run: pytest tests/job/test_lock.py"""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from bpo.run_lock import LOCK, NoProgressError, RestartCount, RunLock, RunLockError, owner_record, process_start
+from bpo.job.lock import LOCK, NoProgressError, RestartCount, RunLock, RunLockError, owner_record, process_start
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 FAST = {"beat_every_s": 0.05, "stale_s": 0.4}
 pytestmark = pytest.mark.timeout(60)
 
@@ -47,7 +47,7 @@ def test_a_second_job_is_refused_and_told_by_whom(tmp_path: Path) -> None:
 
 def test_of_many_that_start_at_once_one_gets_the_directory(tmp_path: Path) -> None:
     code = (
-        "import sys, time\nfrom pathlib import Path\nfrom bpo.run_lock import RunLock, RunLockError\n"
+        "import sys, time\nfrom pathlib import Path\nfrom bpo.job.lock import RunLock, RunLockError\n"
         "try:\n    RunLock(Path(sys.argv[1]))\nexcept RunLockError:\n    sys.exit(3)\ntime.sleep(3)"
     )
     write_lock(tmp_path, pid=dead_pid())  # and all of them find a dead owner
@@ -59,7 +59,7 @@ def test_the_lock_of_a_killed_job_on_this_host_is_taken_over_aloud(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     code = (
-        "import sys, time\nfrom pathlib import Path\nfrom bpo.run_lock import RunLock\n"
+        "import sys, time\nfrom pathlib import Path\nfrom bpo.job.lock import RunLock\n"
         "RunLock(Path(sys.argv[1]))\nprint(flush=True)\ntime.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, cwd=ROOT) as job:
@@ -144,7 +144,7 @@ def test_a_directory_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     tmp_path.chmod(0o755)
     (tmp_path / "run").mkdir(mode=0o555)
     code = (
-        "import os, sys\nfrom pathlib import Path\nfrom bpo.run_lock import RunLock, RunLockError\n"
+        "import os, sys\nfrom pathlib import Path\nfrom bpo.job.lock import RunLock, RunLockError\n"
         "os.geteuid() or os.setuid(65534)\n"  # root may write anywhere
         "try:\n    RunLock(Path(sys.argv[1]))\nexcept RunLockError as error:\n    print(error)"
     )

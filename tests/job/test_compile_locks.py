@@ -1,6 +1,6 @@
 """Locks of killed compilations, against torch's own loader and a training run as users start it.
 
-Run: python -m pytest tests/test_compile_locks.py
+Run: python -m pytest tests/job/test_compile_locks.py
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ import pytest
 from torch.utils.cpp_extension import load
 from torch.utils.file_baton import FileBaton
 
-from bpo import compile_locks, engine
+from bpo import engine
 from bpo.bootstrap import run as bootstrap
-from bpo.compile_locks import StaleCompileLockError, extensions_root, find_locks, inspect_lock, named_compile_locks
 from bpo.config.training import Config, EvaluationConfig
 from bpo.evaluation import run as evaluation
-from bpo.launch import Ranks
+from bpo.job import compile_locks
+from bpo.job.compile_locks import StaleCompileLockError, extensions_root, find_locks, inspect_lock, named_compile_locks
+from bpo.job.launch import Ranks
 from bpo.tools import doctor
 
 LONG_AGO_S = 3600.0
@@ -108,12 +109,12 @@ def test_live_compilation_is_waited_for_however_long_it_takes(
         holder.stdin.close()  # type: ignore[union-attr]
         return True
 
-    logging.getLogger("bpo.compile_locks").addFilter(release_and_go_on)
+    logging.getLogger("bpo.job.compile_locks").addFilter(release_and_go_on)
     try:
         with caplog.at_level(logging.INFO), named_compile_locks():
             FileBaton(str(lock)).wait()
     finally:
-        logging.getLogger("bpo.compile_locks").removeFilter(release_and_go_on)
+        logging.getLogger("bpo.job.compile_locks").removeFilter(release_and_go_on)
     [record] = caplog.records
     assert record.levelno == logging.INFO and f"process {holder.pid} " in record.message and "rm " not in record.message
     assert not lock.exists()

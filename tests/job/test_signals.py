@@ -1,4 +1,4 @@
-"""Signals, and what counts as progress when one has come. Run: python -m pytest tests/test_interrupts.py"""
+"""Signals, and what counts as progress when one has come. Run: python -m pytest tests/job/test_signals.py"""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from bpo.config.training import Config, TrainConfig
-from bpo.interrupts import Interrupted, StopRequest
-from bpo.launch import Ranks
+from bpo.job.launch import Ranks
+from bpo.job.lock import RestartCount
+from bpo.job.signals import Interrupted, StopRequest
 from bpo.run_guard import RunGuard
-from bpo.run_lock import RestartCount
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])

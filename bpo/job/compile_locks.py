@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from bpo.launch import ranks_from_environment
+from bpo.job.launch import ranks_from_environment
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,1 @@
+"""What surrounds any long job: launch, collectives, locks, watchdog, signals, records, durable files."""
