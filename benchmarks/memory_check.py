@@ -31,6 +31,7 @@ from bpo.config.training import Config, LoraConfig, ModelConfig, TrainableConfig
 from bpo.data.collate import collate_groups  # noqa: E402
 from bpo.data.encode import EncodedGroup, EncodedPrompt  # noqa: E402
 from bpo.data.families import family_of  # noqa: E402
+from bpo.job import collectives  # noqa: E402
 from bpo.job.launch import Ranks, ranks_from_environment  # noqa: E402
 from bpo.model.load import load_model  # noqa: E402
 from bpo.model.policy import PolicyModel  # noqa: E402
@@ -259,7 +260,7 @@ def run(names: list[str], ranks: Ranks, work: Path) -> list[Outcome]:
             torch.manual_seed(0)
             config = AutoConfig.for_model(**arguments)
             AutoModelForImageTextToText.from_config(config).save_pretrained(work / name)
-    engine.barrier()
+    collectives.barrier()
     chosen = [case for case in CASES if not names or case.name in names]
     if chosen and torch.cuda.is_available():
         # Not counted: the first products of the forward and of the backward pass allocate workspaces that cuBLAS keeps,
@@ -319,14 +320,14 @@ def main(argv: list[str] | None = None) -> int:
     engine.init_distributed(ranks)
     # One folder for all ranks of this node: rank 0 makes it, and its name is told to the others.
     with tempfile.TemporaryDirectory() as own:
-        work = Path(engine.from_rank_0(lambda: own))
+        work = Path(collectives.from_rank_0(lambda: own))
         outcomes = run(options.only, ranks, work)
-        engine.barrier()
+        collectives.barrier()
     if options.json and ranks.is_main:
         report = {"machine": about(ranks), "outcomes": [asdict(outcome) for outcome in outcomes]}
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(report, indent=1) + "\n")
-    engine.shut_down()
+    collectives.shut_down()
     return int(any(abs(outcome.error) > TOLERANCE for outcome in outcomes))
 
 

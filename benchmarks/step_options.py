@@ -34,6 +34,7 @@ from benchmarks.synthetic import (
 from bpo import engine
 from bpo.config.training import Config, DataConfig
 from bpo.data.encode import load_encoder
+from bpo.job import collectives
 from bpo.job.launch import Ranks
 from bpo.model.attention.shared_prefix import packed_layout
 from bpo.model.policy import model_inputs
@@ -117,7 +118,7 @@ def workers(folder: Path, quick: bool) -> dict[str, Any]:
 
 
 def _epochs(config: Config, trainer: engine.TrainingEngine) -> dict[str, float]:
-    measured = measure_groups(config, load_encoder(config), Ranks(), engine.gather_from_ranks)
+    measured = measure_groups(config, load_encoder(config), Ranks(), collectives.gather_from_ranks)
     steps = plan_training(config, measured, Ranks())
     store = fill_reference_store(config, trainer, measured)
     waited = computed = 0.0

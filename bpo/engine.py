@@ -9,13 +9,13 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from bpo.config.training import Config, TrainConfig
 from bpo.data.families import Family
+from bpo.job.collectives import JobRanks
 from bpo.job.compile_locks import named_compile_locks
 from bpo.job.launch import Ranks, export_torch_environment, pick_device
 from bpo.model.attention.shared_prefix import packed_layout
@@ -25,7 +25,6 @@ from bpo.model.trainable import parameter_groups
 from bpo.records import GroupBatch
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
 
 # These belong to the configuration; a second value in the JSON file would silently win or lose.
 _CONFIG_OWNED = {
@@ -222,50 +221,3 @@ class TrainingEngine:
     def sum_over_ranks(self, values: list[float]) -> list[float]:
         """Sums numbers over all ranks, in fp64."""
         return JobRanks(self.ranks).sum(values)
-
-
-class JobRanks:
-    """The collectives of the process group, as `checkpoint.files.Collectives` names them."""
-
-    def __init__(self, ranks: Ranks):
-        self.rank, self.world_size = ranks.rank, ranks.world_size
-        self._device = pick_device(ranks)
-
-    def sum(self, values: list[float]) -> list[float]:
-        tensor = torch.tensor(values, dtype=torch.float64, device=self._device)
-        dist.all_reduce(tensor)
-        return tensor.tolist()
-
-    def gather(self, item: T) -> list[T]:
-        return gather_from_ranks(item)
-
-
-def from_rank_0(make: Callable[[], T]) -> T:
-    """What `make` returns or raises on rank 0, on every rank: a look at the disk that all must agree on."""
-    outcome: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            outcome = [make(), None]
-        except Exception as error:  # raised below, on this rank and on all others
-            outcome = [None, error]
-    dist.broadcast_object_list(outcome)
-    if outcome[1] is not None:
-        raise outcome[1]
-    return outcome[0]
-
-
-def gather_from_ranks(item: T) -> list[T]:
-    """Every rank's item, in the order of ranks."""
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, item)
-    return gathered
-
-
-def barrier() -> None:
-    dist.barrier()
-
-
-def shut_down() -> None:
-    """Leaves the process group; without it the launcher may wait for, or warn of, a rank that is gone."""
-    dist.barrier()
-    dist.destroy_process_group()

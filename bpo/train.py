@@ -22,13 +22,15 @@ from tqdm import tqdm
 
 from bpo import engine, losses
 from bpo.checkpoint import partition
-from bpo.checkpoint.files import CheckpointError
+from bpo.checkpoint.files import CheckpointError, clean_leftovers
 from bpo.checkpoint.save import CheckpointSaver, SaveFailedError
 from bpo.config.io import load_config
 from bpo.config.training import Config
 from bpo.data.encode import load_encoder
 from bpo.data.schedule import PlannedStep
+from bpo.job import collectives
 from bpo.job.compile_locks import named_compile_locks
+from bpo.job.guard import RankLostError, RunGuard, write_status
 from bpo.job.launch import Ranks, own_arguments, pick_device, ranks_from_environment, setup_logging
 from bpo.job.lock import NoProgressError, RunLockError
 from bpo.job.run_record import write_run_record
@@ -46,7 +48,6 @@ from bpo.model.policy import PolicyModel
 from bpo.model.reference.store import ReferenceStore
 from bpo.model.trainable import prepare_trainable
 from bpo.records import GroupBatch
-from bpo.run_guard import RankLostError, RunGuard, write_status
 from bpo.training.batches import StepBatches, training_batches
 from bpo.training.checks import (
     FirstStepError,
@@ -135,13 +136,13 @@ def prepare(config: Config, ranks: Ranks, guard: RunGuard, stop: StopRequest | N
     output_dir = Path(config.train.output_dir)
     dtype = resolve_dtype(config.model)
     choose_attention(config.model, pick_device(ranks))  # before hours of measuring: refuses what cannot run
-    found = partition.find_resumable(config, engine.JobRanks(ranks))
+    found = partition.find_resumable(config, collectives.JobRanks(ranks))
     guard.count_restart(found[1]["step"] if found else 0)
     if ranks.is_main:
         write_run_record(config, output_dir)
     encoder = load_encoder(config)
     with guard.phase("measuring the groups"):
-        data = measure_groups(config, encoder, ranks, engine.gather_from_ranks, stop)
+        data = measure_groups(config, encoder, ranks, collectives.gather_from_ranks, stop)
     steps = plan_training(config, data, ranks)
     settings = engine.deepspeed_config(config, dtype, max(len(s.micro_batches[0]) for s in steps))
     with guard.phase("loading the model"), engine.partitioned_loading(settings):
@@ -176,7 +177,7 @@ def train(config: Config, ranks: Ranks, stop: StopRequest | None = None) -> bool
     # What can be refused is refused before the hours of measuring, loading and the reference pass.
     losses.check_loss(config.loss)
     partition.check_settings(engine.deepspeed_config(config, dtype, 1))
-    with RunGuard(config, ranks) as guard:
+    with RunGuard(config.train, ranks, clean_leftovers) as guard:
         return run_steps(config, prepare(config, ranks, guard, stop), guard, stop)
 
 
@@ -238,7 +239,7 @@ def main(argv: list[str] | None = None) -> None:
         _leave(error, config, ranks)
     if ranks.is_main:
         write_status(Path(config.train.output_dir), code, message)
-    engine.shut_down()
+    collectives.shut_down()
     if code:
         logger.warning("%s", message)
         sys.exit(code)

@@ -17,9 +17,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from bpo.checkpoint.files import Alone, Collectives, Hook, no_hook
+from bpo.checkpoint.files import Hook, no_hook
 from bpo.checkpoint.save import CheckpointSaver
 from bpo.checkpoint.shards import KINDS, MASTER, Fragment, Shard, ShardSet
+from bpo.job.collectives import Alone, Collectives
 
 NUMEL = 1000
 

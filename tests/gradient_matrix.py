@@ -19,6 +19,7 @@ from deepspeed.utils import safe_get_full_grad
 from bpo import engine
 from bpo.config.training import Config, DataConfig, LossConfig, ModelConfig, TrainableConfig, TrainConfig
 from bpo.data.encode import load_encoder
+from bpo.job import collectives
 from bpo.job.launch import Ranks, ranks_from_environment, setup_logging
 from bpo.model import recompute
 from bpo.model.load import load_model
@@ -59,7 +60,7 @@ def config_of(root: Path, case: str) -> Config:
 
 def first_step(config: Config, ranks: Ranks) -> dict[str, Any]:
     encoder = load_encoder(config)
-    data = measure_groups(config, encoder, ranks, engine.gather_from_ranks)
+    data = measure_groups(config, encoder, ranks, collectives.gather_from_ranks)
     (step,) = plan_training(config, data, ranks)
     settings = engine.deepspeed_config(config, torch.float32, len(step.micro_batches[0]))
     with engine.partitioned_loading(settings):
@@ -74,7 +75,7 @@ def first_step(config: Config, ranks: Ranks) -> dict[str, Any]:
     return {
         "loss": step_metrics(trainer.sum_over_ranks(sums.flat()))["loss"],
         "gradients": {name: safe_get_full_grad(p) for name, p in trainer.policy.model.named_parameters()},
-        "stand_ins": engine.gather_from_ranks(num_stand_ins),
+        "stand_ins": collectives.gather_from_ranks(num_stand_ins),
     }
 
 
@@ -88,7 +89,7 @@ def main() -> None:
         result = first_step(config_of(Path(root), case), ranks)
         if ranks.is_main:
             torch.save(result, Path(root) / f"{ranks.world_size}-{case}.pt")
-    engine.shut_down()
+    collectives.shut_down()
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from pathlib import Path
 from train_matrix import after_step_4, base_config, cases
 
 from bpo import engine
+from bpo.job import collectives
 from bpo.job.launch import ranks_from_environment, setup_logging
 from bpo.train import train
 
@@ -38,7 +39,7 @@ def main() -> None:
         # ... and by another ZeRO stage.
         config = after_step_4(root, "zero2", named["zero2"], ranks, "zero2_by_zero3")
         train(replace(config, train=replace(config.train, ds_config="ds_configs/zero3.json")), ranks)
-    engine.shut_down()
+    collectives.shut_down()
 
 
 if __name__ == "__main__":

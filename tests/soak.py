@@ -32,10 +32,11 @@ import torch
 import torch._dynamo  # what every optimizer imports when it is made: seconds that each life would pay
 from checkpoint_worker import warm_context
 
-from bpo.checkpoint.files import STAGES, Alone, checkpoint_dirs, clean_leftovers, newest_valid_checkpoint
+from bpo.checkpoint.files import STAGES, checkpoint_dirs, clean_leftovers, newest_valid_checkpoint
 from bpo.checkpoint.save import CheckpointSaver
 from bpo.checkpoint.shards import Fragment, Shard, ShardSet, shard_name
 from bpo.data.schedule import PlannedStep, plan_steps
+from bpo.job.collectives import Alone
 from bpo.job.lock import RestartCount, RunLock
 from bpo.job.watchdog import Watchdog
 from bpo.model.reference.store import ReferenceStore

@@ -31,7 +31,6 @@ LAYERS = {
     "evaluation": 5,
     "training": 6,
     "checkpoint": 7,
-    "run_guard": 7,
     "train": 8,
     "tools": 9,
     "cli": 10,

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from bpo import engine
 from bpo.config.training import Config, DataConfig, LoraConfig, LossConfig, ModelConfig, TrainableConfig, TrainConfig
+from bpo.job import collectives
 from bpo.job.launch import Ranks, ranks_from_environment, setup_logging
 from bpo.train import train
 from bpo.training.checks import NonFiniteError
@@ -77,7 +78,7 @@ def after_step_4(root: Path, case: str, config: Config, ranks: Ranks, name: str 
     if ranks.is_main:
         shutil.copytree(root / case, root / name)
         shutil.rmtree(root / name / "checkpoints" / "step-00000008")
-    engine.barrier()
+    collectives.barrier()
     return replace(config, train=replace(config.train, output_dir=str(root / name), resume=True))
 
 
@@ -96,7 +97,7 @@ def main() -> None:
         train(base_config(root, "diverges", "zero2", lr=1e30, max_grad_norm=0.0), ranks)
     except NonFiniteError as error:
         (root / f"diverges.{ranks.rank}.json").write_text(json.dumps(str(error)))
-    engine.shut_down()
+    collectives.shut_down()
 
 
 if __name__ == "__main__":

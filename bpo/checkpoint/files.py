@@ -21,8 +21,9 @@ import re
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
+from bpo.job.collectives import Alone, Collectives
 from bpo.model.reference.fingerprint import file_digest
 
 logger = logging.getLogger(__name__)
@@ -37,31 +38,6 @@ Hook = Callable[[str], None]
 
 class CheckpointError(RuntimeError):
     """A checkpoint that cannot be used or written; names what is wrong with it."""
-
-
-class Collectives(Protocol):
-    """What saving and finding need of a job's ranks."""
-
-    rank: int
-    world_size: int
-
-    def sum(self, values: list[float]) -> list[float]:
-        """Sums over all ranks, on every rank."""
-
-    def gather(self, item: T) -> list[T]:
-        """Every rank's item in the order of ranks, on every rank."""
-
-
-class Alone:
-    """The collectives of a single process."""
-
-    rank, world_size = 0, 1
-
-    def sum(self, values: list[float]) -> list[float]:
-        return values
-
-    def gather(self, item: T) -> list[T]:
-        return [item]
 
 
 def no_hook(stage: str) -> None:

@@ -29,9 +29,10 @@ from bpo.checkpoint.shards import KINDS, MASTER, Fragment, Shard, ShardSet
 from bpo.config.io import to_tree
 from bpo.config.training import Config, TrainConfig
 from bpo.data.schedule import PlannedStep
-from bpo.engine import JobRanks, TrainingEngine
+from bpo.engine import TrainingEngine
+from bpo.job.collectives import JobRanks
+from bpo.job.guard import RunGuard
 from bpo.job.run_record import versions
-from bpo.run_guard import RunGuard
 from bpo.training.measure import TrainingData
 
 logger = logging.getLogger(__name__)
@@ -241,7 +242,8 @@ def saver_of(
     """Saves the engine's state as `train.*` says; nothing gets its name after another job took the directory over."""
 
     def describe(step: int) -> dict[str, Any]:
-        guard.check()
+        if problem := guard.lost():
+            raise CheckpointError(problem)
         return description.manifest(step)
 
     return CheckpointSaver(

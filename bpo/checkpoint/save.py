@@ -24,7 +24,6 @@ import torch
 
 from bpo.checkpoint.files import (
     CheckpointError,
-    Collectives,
     Hook,
     apply_retention,
     checkpoints_root,
@@ -36,6 +35,7 @@ from bpo.checkpoint.files import (
     sync_directory,
 )
 from bpo.checkpoint.shards import Shard, shard_name
+from bpo.job.collectives import Collectives
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,8 @@ import torch
 
 from bpo.config.training import Config
 from bpo.data.schedule import PlannedStep
-from bpo.engine import TrainingEngine, gather_from_ranks
+from bpo.engine import TrainingEngine
+from bpo.job.collectives import gather_from_ranks
 from bpo.losses import LossInputs, loss_at_reference
 from bpo.training.metrics import StepSums, step_metrics
 

@@ -12,7 +12,8 @@ from tqdm import tqdm
 from bpo.config.training import Config
 from bpo.data.schedule import split_into_micro_batches
 from bpo.data.transfer import on_device
-from bpo.engine import TrainingEngine, barrier, from_rank_0, gather_from_ranks
+from bpo.engine import TrainingEngine
+from bpo.job.collectives import barrier, from_rank_0, gather_from_ranks
 from bpo.job.signals import Interrupted, StopRequest
 from bpo.model.load import choose_attention
 from bpo.model.reference.fingerprint import DIGESTS, model_fingerprint

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from bpo.config.training import Config, TrainConfig
+from bpo.checkpoint.files import clean_leftovers
+from bpo.config.training import TrainConfig
+from bpo.job.guard import RunGuard
 from bpo.job.launch import Ranks
 from bpo.job.lock import RestartCount
 from bpo.job.signals import Interrupted, StopRequest
-from bpo.run_guard import RunGuard
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
@@ -37,7 +38,7 @@ def test_an_interrupted_reference_pass_is_progress_and_a_failed_one_is_not(
     """Rank 0 alone keeps the count."""
     count = RestartCount(tmp_path)
     count.start(0, 3)
-    guard = RunGuard(Config(train=TrainConfig(output_dir=str(tmp_path))), Ranks(rank, 2, rank))
+    guard = RunGuard(TrainConfig(output_dir=str(tmp_path)), Ranks(rank, 2, rank), clean_leftovers)
     with pytest.raises(error), guard.progress_if_interrupted():
         raise error("x")
     assert count.path.exists() == counted

@@ -12,6 +12,7 @@ import torch
 from bpo import engine
 from bpo.data.encode import load_encoder
 from bpo.engine import TrainingEngine
+from bpo.job import collectives
 from bpo.job.launch import Ranks, pick_device
 from bpo.model.load import load_model, resolve_dtype
 from bpo.model.policy import PolicyModel
@@ -53,7 +54,7 @@ def serve(case: StepCase, session: Session, provider: str) -> None:
     engine.init_distributed(ranks)
     dtype = resolve_dtype(config.model)
     encoder = load_encoder(config)
-    data = measure_groups(config, encoder, ranks, engine.gather_from_ranks)
+    data = measure_groups(config, encoder, ranks, collectives.gather_from_ranks)
     (step,) = plan_training(config, data, ranks)
     settings = engine.deepspeed_config(config, dtype, len(step.micro_batches[0]))
     model = load_model(config.model, pick_device(ranks), for_training=True)
@@ -92,7 +93,7 @@ def serve(case: StepCase, session: Session, provider: str) -> None:
         if not command.keep_cache:
             meter.release()
         session.answer(result)
-    engine.shut_down()
+    collectives.shut_down()
 
 
 def _pairs(batches: list[GroupBatch], outputs: list[Any]) -> dict[str, dict[str, float]]:

@@ -6,14 +6,13 @@ import contextlib
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from bpo.checkpoint.files import CheckpointError, clean_leftovers
-from bpo.config.training import Config
-from bpo.engine import from_rank_0
+from bpo.config.training import TrainConfig
+from bpo.job.collectives import from_rank_0
 from bpo.job.launch import Ranks
 from bpo.job.lock import NoProgressError, RestartCount, RunLock, RunLockError
 from bpo.job.signals import EXIT_RANK_LOST, Interrupted
@@ -32,11 +31,14 @@ class RunGuard:
     """A context in which one job owns `train.output_dir` and notices when one of its ranks is lost.
 
     Entering raises on all ranks: RunLockError (the directory is another job's, or cannot be written).
+
+    Args:
+        clean: Removes from the directory, on rank 0 and once it is this job's, what a killed job left unfinished.
     """
 
-    def __init__(self, config: Config, ranks: Ranks):
-        self.config, self.ranks = config.train, ranks
-        self.output_dir = Path(config.train.output_dir)
+    def __init__(self, config: TrainConfig, ranks: Ranks, clean: Callable[[Path], None]):
+        self.config, self.ranks, self._clean = config, ranks, clean
+        self.output_dir = Path(config.output_dir)
         self._lock: RunLock | None = None
 
     def __enter__(self) -> RunGuard:
@@ -52,7 +54,7 @@ class RunGuard:
 
     def _own_directory(self) -> str:
         self._lock = RunLock(self.output_dir)
-        clean_leftovers(self.output_dir)
+        self._clean(self.output_dir)
         return str(self._lock.owner["token"])
 
     def count_restart(self, step: int) -> None:
@@ -74,10 +76,9 @@ class RunGuard:
                 RestartCount(self.output_dir).clear()
             raise
 
-    def check(self) -> None:
-        """On rank 0, before it names a checkpoint: raises CheckpointError where another job took the directory over."""
-        if self._lock is not None and (problem := self._lock.lost()):
-            raise CheckpointError(problem)
+    def lost(self) -> str | None:
+        """On rank 0, before it names a checkpoint: which job took the directory over; None while it is this job's."""
+        return self._lock.lost() if self._lock is not None else None
 
     def phase(self, doing: str) -> contextlib.AbstractContextManager[Any]:
         """Work of any length without a sign of life, such as loading a model."""
