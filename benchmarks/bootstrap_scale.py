@@ -98,7 +98,7 @@ def measure_again(folder: Path, count: int) -> dict[str, Any]:
         nonlocal at
         figures[f"{name}_s"], at = time.perf_counter() - at, time.perf_counter()
 
-    bad = BadRecords.of(data)
+    bad = BadRecords.from_config(data)
     annotations = AnnotationSpool(iterate_annotations(Path(data.annotations), bad), 0, data.max_completion_words)
     lap("read")
     reader = PartReader(folder / "groups.jsonl.parts")

@@ -27,7 +27,7 @@ from bpo.bootstrap.inject import choose_mode
 from bpo.bootstrap.job.broken import BrokenRecords
 from bpo.bootstrap.job.identity import check_identity
 from bpo.bootstrap.job.leases import Claims
-from bpo.bootstrap.job.merge import BootstrapSummary, beside, merge
+from bpo.bootstrap.job.merge import BootstrapSummary, merge, sibling_path
 from bpo.bootstrap.job.outcomes import Outcome, PartReader, PartWriter
 from bpo.bootstrap.job.progress import ProgressBar
 from bpo.bootstrap.job.queue import ClaimedBatch, SourceWork, is_finished, lacking, plan_work
@@ -93,9 +93,9 @@ def run_bootstrap(config: Config, progress: bool = True, stop: StopRequest | Non
     share = Share(config.bootstrap.shard_index, config.bootstrap.num_shards, ranks)
     _check_paths(config)
     skipped: dict[str, list[str]] = {}
-    bad = BadRecords.of(config.data)
+    bad = BadRecords.from_config(config.data)
     annotations = _spooled(config, bad, skipped)
-    folder = beside(Path(config.data.groups), "parts")
+    folder = sibling_path(Path(config.data.groups), "parts")
     check_identity(config, folder)
     reader = PartReader(folder)
     reader.poll()
@@ -132,11 +132,11 @@ def run_merge(config: Config) -> BootstrapSummary:
             negative.
     """
     _check_paths(config)
-    folder = beside(Path(config.data.groups), "parts")
+    folder = sibling_path(Path(config.data.groups), "parts")
     if not folder.is_dir():
         raise ValueError(f"{folder} does not exist: there is nothing to merge; run `bpo bootstrap` first")
     skipped: dict[str, list[str]] = {}
-    bad = BadRecords.of(config.data)
+    bad = BadRecords.from_config(config.data)
     annotations = _spooled(config, bad, skipped)
     check_identity(config, folder)
     reader = PartReader(folder)

@@ -89,7 +89,7 @@ def run_evaluation(config: Config, progress: bool = True, stop: StopRequest | No
         raise ValueError("evaluation.output is empty; name a JSON file for the results")
     started = time.monotonic()
     benchmarks = read_benchmarks(config.evaluation)
-    bad = BadRecords.of(config.data)
+    bad = BadRecords.from_config(config.data)
     benchmarks = with_usable_images(benchmarks, Path(config.data.image_root or "."), bad)
     output = Path(config.evaluation.output)
     folder = output.with_name(output.name + ".answers")

@@ -48,7 +48,7 @@ class BadRecords:
     problems: list[Problem] = field(default_factory=list)
 
     @classmethod
-    def of(cls, data: DataConfig) -> BadRecords:
+    def from_config(cls, data: DataConfig) -> BadRecords:
         return cls(data.on_bad, data.max_bad_share)
 
     def report(self, problem: Problem) -> None:

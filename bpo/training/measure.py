@@ -88,7 +88,7 @@ def measure_groups(
     """
     if not config.data.groups:
         raise ValueError("data.groups is empty; give the file that `bpo bootstrap` wrote")
-    bad = BadRecords.of(config.data)
+    bad = BadRecords.from_config(config.data)
     groups = read_groups(Path(config.data.groups), bad)
     dataset = GroupDataset(
         groups,

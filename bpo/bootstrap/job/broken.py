@@ -34,7 +34,7 @@ class BrokenRecords:
             RecordError: One is broken, and `data.on_bad` is error.
             TooManyBadRecords: The job has more of them than `data.max_bad_share` allows.
         """
-        bad = BadRecords.of(self._data)
+        bad = BadRecords.from_config(self._data)
         for outcome in outcomes:
             digest = record_digest(outcome.record_id)
             if outcome.status == "broken" and digest not in self._broken:

@@ -72,7 +72,7 @@ class BootstrapSummary:
     statistics: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
-def beside(groups: Path, what: str) -> Path:
+def sibling_path(groups: Path, what: str) -> Path:
     """The file or folder that belongs to a file of groups: `groups.jsonl` -> `groups.jsonl.refused.jsonl`."""
     return groups.with_name(f"{groups.name}.{what}")
 
@@ -112,7 +112,9 @@ def merge(
     """
     groups_path = Path(config.data.groups)
     names = ("", "refused.jsonl", "quarantine.jsonl")
-    files = groups, refused, quarantine = [AtomicLines(beside(groups_path, n) if n else groups_path) for n in names]
+    files = groups, refused, quarantine = [
+        AtomicLines(sibling_path(groups_path, n) if n else groups_path) for n in names
+    ]
     try:
         made = _Made(config, len(annotations))
         for problem in bad.problems:
@@ -139,7 +141,9 @@ def merge(
         summary = made.summary(skipped, seconds)
         refused.commit()
         quarantine.commit()
-        write_atomically(beside(groups_path, "summary.json"), json.dumps(asdict(summary), indent=2).encode() + b"\n")
+        write_atomically(
+            sibling_path(groups_path, "summary.json"), json.dumps(asdict(summary), indent=2).encode() + b"\n"
+        )
         made.check_any_group(summary)
         made.check_share(bad)
         groups.commit()
@@ -194,7 +198,8 @@ class _Made:
 
     def check_share(self, bad: BadRecords) -> None:
         num_bad = self.num_broken + len(bad.problems)
-        what = f"{self.config.data.annotations} (listed in {beside(Path(self.config.data.groups), 'quarantine.jsonl')})"
+        listed = sibling_path(Path(self.config.data.groups), "quarantine.jsonl")
+        what = f"{self.config.data.annotations} (listed in {listed})"
         bad.check_share(self.num_annotations + len(bad.problems), what, num_bad)
 
     def check_any_group(self, summary: BootstrapSummary) -> None:
@@ -202,7 +207,7 @@ class _Made:
             raise ValueError(
                 f"none of {self.num_annotations} annotations got a usable negative (refused: {summary.refused}, "
                 f"quarantined: {self.num_quarantined}{self.first_error}); "
-                f"read {beside(Path(self.config.data.groups), 'refused.jsonl')}"
+                f"read {sibling_path(Path(self.config.data.groups), 'refused.jsonl')}"
             )
 
 

@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from bpo.bootstrap.changes import load_lexicon
-from bpo.bootstrap.job.merge import beside
+from bpo.bootstrap.job.merge import sibling_path
 from bpo.config.bootstrap import WeakenConfig
 from bpo.formats.bad_records import BadRecords
 from bpo.records import PreferenceGroup
@@ -102,12 +102,12 @@ class _Inputs:
         self._bad = {name: bad_of(chosen) for name in ("groups", "refused", "scores")}
         if chosen.scores and not chosen.scores.exists():
             raise ValueError(f"{chosen.scores} is missing; {SCORES_ADVICE}")
-        refused = beside(chosen.data, "refused.jsonl")
+        refused = sibling_path(chosen.data, "refused.jsonl")
         self._refused = LinesById(refused, check_refused, self._bad["refused"], REFUSED_ADVICE)
         self._scores = LinesById(chosen.scores, token_scores, self._bad["scores"], SCORES_ADVICE)
         for name, lines in (("refused", self._refused), ("scores", self._scores)):
             self._bad[name].check_share(lines.num_lines, str(lines.path), advice="make it again")
-        self._summary = beside(chosen.data, "summary.json")
+        self._summary = sibling_path(chosen.data, "summary.json")
         self._known, self._summary_error = _usable_summary(self._summary)
         self.counting = Counting(changes=not self._known)
         self._with_group: set[str] = set()

@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from bpo.bootstrap.job.merge import beside
+from bpo.bootstrap.job.merge import sibling_path
 from bpo.tools.view.build import build_page
 from bpo.tools.view.reading import add_bad_options
 from bpo.tools.view.serve import server_of
@@ -85,7 +85,7 @@ def main(argv: list[str]) -> int:
             if chosen.serve:
                 serve(chosen)
             else:
-                print(build_page(chosen, chosen.out or beside(chosen.data, "page")).resolve())
+                print(build_page(chosen, chosen.out or sibling_path(chosen.data, "page")).resolve())
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 0 if chosen.serve else 130
