@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from bpo.bootstrap.engines.models import Engines, needed_paths, preparing_threads
-from bpo.bootstrap.engines.prefetch import Ahead
+from bpo.bootstrap.engines.prefetch import Prefetcher
 from bpo.bootstrap.inject import choose_mode
 from bpo.bootstrap.job.broken import BrokenRecords
 from bpo.bootstrap.job.identity import check_identity
@@ -103,10 +103,10 @@ def run_bootstrap(config: Config, progress: bool = True, stop: StopRequest | Non
     seconds: dict[str, float] = {}
     broken = BrokenRecords(config.data, len(annotations), bad, folder, reader.broken())
     claims = Claims(folder / "claims", f"worker-{share.worker:05d}", config.bootstrap.claim_timeout_s)
-    with PartWriter(folder, share.worker) as writer, claims, Ahead(preparing_threads(config)) as ahead:
+    with PartWriter(folder, share.worker) as writer, claims, Prefetcher(preparing_threads(config)) as prefetcher:
         restarts = _count_restart(config, folder, share, work, reader)
-        worker = Worker(Results(reader, writer, broken), claims, ahead, stop, progress and ranks.is_main)
-        patience = Patience(config.bootstrap.stall_timeout_s)
+        worker = Worker(Results(reader, writer, broken), claims, prefetcher, stop, progress and ranks.is_main)
+        stall = StallTimeout(config.bootstrap.stall_timeout_s)
         while True:
             for source, make in _sources(config, annotations.most_images, ranks):
                 started = time.monotonic()
@@ -116,7 +116,7 @@ def run_bootstrap(config: Config, progress: bool = True, stop: StopRequest | Non
             if not share.merges or is_finished(work):
                 break
             # Living workers have claimed the rest: it will be done, or be free again.
-            patience.wait(reader, work, stop)
+            stall.wait(reader, work, stop)
         if ranks.is_main:
             restarts.clear()
     if not share.merges:
@@ -223,7 +223,7 @@ class Worker:
 
     results: Results
     claims: Claims
-    ahead: Ahead
+    prefetcher: Prefetcher
     stop: StopRequest | None
     progress: bool
 
@@ -235,7 +235,7 @@ class Worker:
             return
         negatives = make()
         with ProgressBar(work, self.results.reader, self.progress) as bar:
-            for claimed, batch, prepared in self.ahead.of(self._batches(chain([first], batches), work, negatives)):
+            for claimed, batch, prepared in self.prefetcher.of(self._batches(chain([first], batches), work, negatives)):
                 if self.stop is not None:
                     done = f"{bar.num_done} of {work.num_records} records of source `{work.source}` are done and kept"
                     self.stop.check(done)
@@ -249,12 +249,12 @@ class Worker:
         self, claimed: Iterable[ClaimedBatch], work: SourceWork, negatives: NegativeSource
     ) -> Iterator[tuple[ClaimedBatch, list[Annotation], list[Callable[[], Any]]]]:
         """Each batch with what is to be prepared for it."""
-        for one in claimed:
-            batch = work.batches[one.number]
+        for claim in claimed:
+            batch = work.batches[claim.number]
             if not negatives.whole_batches:
-                has = work.has(one.number)
+                has = work.has(claim.number)
                 batch = [annotation for annotation, there in zip(batch, has, strict=True) if not there]
-            yield one, batch, [partial(negatives.prepare, annotation) for annotation in batch]
+            yield claim, batch, [partial(negatives.prepare, annotation) for annotation in batch]
 
 
 def _sources(config: Config, max_images: int, ranks: Ranks) -> Iterator[tuple[str, Callable[[], NegativeSource]]]:
@@ -286,7 +286,7 @@ def _advice_on_memory(num_records: int) -> Iterator[None]:
         ) from error
 
 
-class Patience:
+class StallTimeout:
     """Waits for outcomes of other workers, and gives up when none came for `stall_timeout_s`."""
 
     def __init__(self, stall_timeout_s: float):

@@ -73,11 +73,11 @@ class ImageAnswers:
 
     def outcomes(self, batch: Sequence[Annotation], prepared: Sequence[Asked]) -> Iterator[Outcome]:
         asked: list[int] = []
-        for index, (annotation, one) in enumerate(zip(batch, prepared, strict=True)):
-            if one.error is None:
+        for index, (annotation, ready) in enumerate(zip(batch, prepared, strict=True)):
+            if ready.error is None:
                 asked.append(index)
             else:
-                yield Outcome(annotation.id, self.source, "broken", reason=one.error)
+                yield Outcome(annotation.id, self.source, "broken", reason=ready.error)
         requests = [prepared[index].request for index in asked]
         for position, reply in self.generator.replies(requests, [prepared[index].prepared for index in asked]):
             yield self._judge(batch[asked[position]], requests[position], reply)

@@ -96,9 +96,9 @@ def test_the_clean_image_never_reaches_the_model(setting) -> None:
     generate = vision.model.generate
     vision.model.generate = lambda **kwargs: seen.append(kwargs["pixel_values"]) or generate(**kwargs)
     noised(setting, 900)
-    weakened = [weaken_images(one, vision.encoder.family, 900, seed) for seed, one in enumerate(images)]
+    weakened = [weaken_images(clean, vision.encoder.family, 900, seed) for seed, clean in enumerate(images)]
     assert len(seen) == 1
-    assert torch.equal(seen[0], torch.cat([one.inputs["pixel_values"] for one in weakened]))
+    assert torch.equal(seen[0], torch.cat([encoded.inputs["pixel_values"] for encoded in weakened]))
 
 
 def test_no_image_reaches_the_model_for_a_text_only_answer(setting) -> None:
@@ -136,7 +136,7 @@ def test_a_system_prompt_goes_through_the_model_once(setting) -> None:
         assert held[0] == 0 and len(held) == 3 and held[1] == held[2] > 40  # the prompt, and two batches behind it
     else:
         assert held == [0, 0]
-    assert [replies_of(vision, [one])[0] for one in requests] == together
+    assert [replies_of(vision, [request])[0] for request in requests] == together
 
 
 def test_an_answer_goes_on_from_its_beginning(setting) -> None:
@@ -148,7 +148,7 @@ def test_an_answer_goes_on_from_its_beginning(setting) -> None:
     replies = replies_of(vision, requests)
     assert replies[0].text.startswith("A cat,") and len(replies[0].text) > len("A cat,")
     assert replies[2].text.startswith("Two dogs <image>")
-    assert [replies_of(vision, [one])[0] for one in requests] == replies
+    assert [replies_of(vision, [request])[0] for request in requests] == replies
 
 
 def test_an_unreadable_image_is_a_broken_record_and_the_others_are_answered(setting, photos: Path) -> None:

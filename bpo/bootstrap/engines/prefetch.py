@@ -13,7 +13,7 @@ Key = TypeVar("Key")
 Batch = TypeVar("Batch")
 
 
-class Ahead:
+class Prefetcher:
     """Threads that prepare, as a context. Decoding and scaling of images let go of Python's lock, so that threads do.
 
     Args:
@@ -26,7 +26,7 @@ class Ahead:
             ThreadPoolExecutor(num_threads, "prepare", lambda: torch.set_num_threads(1)) if num_threads else None
         )
 
-    def __enter__(self) -> Ahead:
+    def __enter__(self) -> Prefetcher:
         return self
 
     def __exit__(

@@ -82,7 +82,7 @@ class ChatServer:
         """
         self._stopped.clear()
         with ThreadPoolExecutor(self.options.concurrency) as pool:
-            futures = {pool.submit(self._reply, *one): index for index, one in enumerate(bodies)}
+            futures = {pool.submit(self._reply, *body): index for index, body in enumerate(bodies)}
             failure: ServerError | None = None
             try:
                 for future in as_completed(futures):

@@ -58,7 +58,7 @@ def test_either_end_token_ends_an_answer(llm: TransformersGenerator) -> None:
 
 def test_a_reply_depends_on_its_request_alone(llm: TransformersGenerator) -> None:
     requests = [request("bird", 1), request("a much longer request than that", 2, budget=25), request("x", 3)]
-    alone = [replies_of(llm, [one])[0] for one in requests]
+    alone = [replies_of(llm, [request])[0] for request in requests]
     assert replies_of(llm, requests) == alone
     assert replies_of(llm, requests[::-1]) == alone[::-1]
     assert replies_of(llm, [request("bird", 9)])[0] != alone[0]
@@ -88,10 +88,10 @@ def test_the_own_language_model_answers_without_an_image(family: str, request: p
     # Text that spells the placeholder reaches the model as plain text.
     requests = [build_request(annotation, "description", 8, seed) for seed in (1, 2)]
     replies = replies_of(own, requests)
-    assert [replies_of(own, [one])[0] for one in requests] == replies
+    assert [replies_of(own, [request])[0] for request in requests] == replies
     examples, asked, *_ = seen
     assert asked.startswith(examples) and len(examples) > len(asked) // 2  # first the worked examples alone, once
-    assert sum(one == examples for one in seen) == 1
+    assert sum(text == examples for text in seen) == 1
     assert asked.count("Modified") == 0 and "Description: A cat, spelled <image>." in asked
     assert asked.count("ASSISTANT: " if "llava" in family else "<|im_start|>assistant") == 5
 

@@ -191,25 +191,25 @@ def test_rank_0_gives_up_when_a_living_rank_does_nothing(make: MakeConfig, monke
     run_bootstrap(config, progress=False)  # the other has left
 
 
-def test_patience_begins_when_the_waiting_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_stall_timeout_starts_with_the_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A rank that worked for hours has not waited for hours; and each outcome of others begins it anew."""
     now_s = 10_000.0
     monkeypatch.setattr(run_module.time, "monotonic", lambda: now_s)
     monkeypatch.setattr(run_module.time, "sleep", lambda seconds: None)
     work = source_work(tmp_path, 9, 3, monkeypatch, pieces=9)
-    reader, patience = work._reader, run_module.Patience(100.0)
+    reader, stall = work._reader, run_module.StallTimeout(100.0)
     now_s = 20_000.0
-    patience.wait(reader, {"inject": work}, None)
+    stall.wait(reader, {"inject": work}, None)
     now_s += 99
-    patience.wait(reader, {"inject": work}, None)
+    stall.wait(reader, {"inject": work}, None)
     with PartWriter(tmp_path, 1) as writer:
         writer.append([Outcome("r3", "inject", "kept")])
     reader.poll()
     now_s += 99
-    patience.wait(reader, {"inject": work}, None)
+    stall.wait(reader, {"inject": work}, None)
     now_s += 101
     with pytest.raises(TimeoutError, match="8 of 9 outcomes are missing"):
-        patience.wait(reader, {"inject": work}, None)
+        stall.wait(reader, {"inject": work}, None)
 
 
 def test_a_dead_ranks_work_is_done_by_the_others(make: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
