@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from bpo.bootstrap.clean import clean_rewriting
+from bpo.bootstrap.completion_types import PROVENANCE_SOURCES
 from bpo.bootstrap.engines.text import Reply, TextGenerator
 from bpo.bootstrap.engines.vision import VisionGenerator, VisionRequest, special_tokens_of
 from bpo.bootstrap.inject import InjectionRequest, Mode, build_request, choose_mode
-from bpo.bootstrap.job.merge import PROVENANCE_SOURCES
 from bpo.bootstrap.job.outcomes import Outcome, Status
 from bpo.bootstrap.seeds import derive_seed
 from bpo.bootstrap.validate import Refusal, refusal

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from bpo.bootstrap.changes import load_lexicon
+from bpo.bootstrap.completion_types import COMPLETION_TYPES, PROVENANCE_SOURCES
 from bpo.bootstrap.job.balance import balance_rank, thresholds
 from bpo.bootstrap.job.outcomes import AtomicLines, Outcome, write_atomically
 from bpo.bootstrap.job.statistics import SourceStatistics
@@ -20,25 +21,6 @@ from bpo.formats.bad_records import BadRecords
 from bpo.formats.files import group_to_json
 from bpo.records import Annotation, Completion, PreferenceGroup, Provenance
 
-COMPLETION_TYPES = {
-    "weaken": "mllm-hal",
-    "inject": "llm-hal",
-    "crop": "mllm-crop",
-    "mask": "mllm-mask",
-    "regenerate": "mllm-cont",
-    "text-only": "mllm-blind",
-    "unweakened": "mllm-self",
-}
-PROVENANCE_SOURCES = {
-    "annotation": "annotation",
-    "weaken": "weakened-image",
-    "inject": "injected-errors",
-    "crop": "cropped-image",
-    "mask": "masked-image",
-    "regenerate": "regenerated-end",
-    "text-only": "no-image",
-    "unweakened": "unweakened-image",
-}
 # Statistics look at about so many groups, evenly spread: a look takes several times as long as a merge of its record.
 STATISTICS_RECORDS = 20_000
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bpo.bootstrap.changes import ChangeLexicon
-from bpo.bootstrap.job.merge import COMPLETION_TYPES
+from bpo.bootstrap.completion_types import COMPLETION_TYPES
 from bpo.bootstrap.job.statistics import SIMILARITY_BINS, SourceStatistics, percentile
 from bpo.records import PreferenceGroup
 

@@ -1,0 +1,23 @@
+"""Names of each source of completions in the groups file: `Completion.type` and `Provenance.source`."""
+
+from __future__ import annotations
+
+COMPLETION_TYPES = {
+    "weaken": "mllm-hal",
+    "inject": "llm-hal",
+    "crop": "mllm-crop",
+    "mask": "mllm-mask",
+    "regenerate": "mllm-cont",
+    "text-only": "mllm-blind",
+    "unweakened": "mllm-self",
+}
+PROVENANCE_SOURCES = {
+    "annotation": "annotation",
+    "weaken": "weakened-image",
+    "inject": "injected-errors",
+    "crop": "cropped-image",
+    "mask": "masked-image",
+    "regenerate": "regenerated-end",
+    "text-only": "no-image",
+    "unweakened": "unweakened-image",
+}
