@@ -27,7 +27,7 @@ from bpo.model.attention.shared_prefix import packed_layout
 from bpo.model.load import load_model
 from bpo.model.policy import PolicyModel, model_inputs
 from bpo.records import PreferenceGroup
-from bpo.tools.view.reading import add_bad_options, bad_of, iterate_groups, sample, write_bad
+from bpo.tools.groups import add_bad_record_options, bad_records_from, iterate_groups, sample, write_bad_records
 
 
 @torch.inference_mode()
@@ -49,7 +49,7 @@ def score_groups(
         encoded = [one for _, one in batch]
         packed = collate_groups(encoded, encoder.family)
         with packed_layout(packed.layout):
-            logp_N = policy(**model_inputs(packed, device, policy.model.dtype)).cpu()
+            logp_N = policy(**model_inputs(packed.to(device, policy.model.dtype))).cpu()
         first = 0
         for group, one in batch:
             values = []
@@ -97,7 +97,7 @@ def write_scores(chosen: argparse.Namespace) -> int:
     Raises:
         ValueError: Too many records are bad, or the models cut texts into other tokens.
     """
-    unread, unseen = bad_of(chosen), bad_of(chosen)
+    unread, unseen = bad_records_from(chosen), bad_records_from(chosen)
     groups = list(sample(iterate_groups(chosen.data, unread), chosen.limit))
     data = DataConfig(image_root=str(chosen.image_root), max_length_tokens=chosen.max_length_tokens)
     sides = {
@@ -110,7 +110,7 @@ def write_scores(chosen: argparse.Namespace) -> int:
         for group, encoded, values in score_groups(sides["reference"], groups, max_tokens, unseen)
     }
     listed = BadRecords("quarantine", 1.0, [*unread.problems, *unseen.problems])
-    write_bad(chosen.out.with_name(f"{chosen.out.name}.quarantine.jsonl"), listed)
+    write_bad_records(chosen.out.with_name(f"{chosen.out.name}.quarantine.jsonl"), listed)
     encoder = load_encoder(sides["policy"])
     usable = [group for group in groups if group.id in reference]
     written = 0
@@ -181,7 +181,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"], help="(default: %(default)s)")
     parser.add_argument("--max-length-tokens", type=int, default=2048, help="as in training (default: %(default)s)")
     parser.add_argument("--max-micro-batch-tokens", type=int, default=8192, help="(default: %(default)s)")
-    add_bad_options(parser)
+    add_bad_record_options(parser)
     chosen = parser.parse_args(argv)
     try:
         print(f"{write_scores(chosen)} groups: {chosen.out}")

@@ -22,10 +22,11 @@ from bpo.bootstrap.job.merge import sibling_path
 from bpo.config.bootstrap import WeakenConfig
 from bpo.formats.bad_records import BadRecords
 from bpo.records import PreferenceGroup
+from bpo.tools.groups import bad_records_from, iterate_groups, sample, write_bad_records
 from bpo.tools.view.entries import REFUSED_ADVICE, SCORES_ADVICE, check_refused, entry_of, refused_only, token_scores
 from bpo.tools.view.page import PageWriter
 from bpo.tools.view.pictures import make_pictures, no_pictures
-from bpo.tools.view.reading import LinesById, bad_of, iterate_groups, sample, write_bad
+from bpo.tools.view.reading import LinesById
 from bpo.tools.view.summary import COUNTED_GROUPS, Counting, SourceFigures, read_summary
 
 BATCH_RECORDS = 16
@@ -88,7 +89,7 @@ def build_page(chosen: argparse.Namespace, folder: Path) -> Path:
     statistics.lengths = inputs.counting.lengths()
     statistics.sources, statistics.origin = inputs.figures(statistics.refused)
     statistics.problems = inputs.bad_records().problems
-    write_bad(folder / "quarantine.jsonl", inputs.bad_records())
+    write_bad_records(folder / "quarantine.jsonl", inputs.bad_records())
     for warning in inputs.warnings(folder):
         tqdm.write(warning, file=sys.stderr)
     return writer.finish()
@@ -99,7 +100,7 @@ class _Inputs:
 
     def __init__(self, chosen: argparse.Namespace):
         self.chosen = chosen
-        self._bad = {name: bad_of(chosen) for name in ("groups", "refused", "scores")}
+        self._bad = {name: bad_records_from(chosen) for name in ("groups", "refused", "scores")}
         if chosen.scores and not chosen.scores.exists():
             raise ValueError(f"{chosen.scores} is missing; {SCORES_ADVICE}")
         refused = sibling_path(chosen.data, "refused.jsonl")

@@ -2,62 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
-import random
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from bpo.config.training import DataConfig
 from bpo.formats.bad_records import BadRecords
-from bpo.formats.importers.registry import open_source
 from bpo.formats.problems import Problem
-from bpo.formats.reading import iterate_records
-from bpo.records import PreferenceGroup
 
 Entry = dict[str, Any]
 # Bytes of the longest line read: as `bpo.data` bounds a record.
 MAX_LINE_BYTES = 64 << 20
-
-
-def iterate_groups(path: Path, bad: BadRecords) -> Iterator[PreferenceGroup]:
-    """Every usable group of any file that holds groups, in order.
-
-    Raises:
-        ValueError: There is no record, or the file holds annotations; or see `iterate_records`.
-    """
-    source = open_source(path)
-    if source.schema is None:
-        raise ValueError(f"{path}: there is no record in it")
-    if source.schema.gives != "groups":
-        raise ValueError(
-            f"{path} holds annotations ({source.schema.name}); run bpo bootstrap, which makes groups of them"
-        )
-    for record in iterate_records(source, bad):
-        assert isinstance(record, PreferenceGroup)
-        yield record
-
-
-def sample(groups: Iterable[PreferenceGroup], limit: int) -> Iterator[PreferenceGroup]:
-    """All groups as they come, or `limit` of them drawn at random, always the same, in the file's order.
-
-    The drawing holds `limit` groups (algorithm R), however many there are.
-    """
-    if not limit:
-        yield from groups
-        return
-    draw = random.Random(0)
-    kept: list[tuple[int, PreferenceGroup]] = []
-    for number, group in enumerate(groups):
-        if number < limit:
-            kept.append((number, group))
-        elif (place := draw.randrange(number + 1)) < limit:
-            kept[place] = (number, group)
-    for _, group in sorted(kept, key=lambda one: one[0]):
-        yield group
 
 
 class LinesById:
@@ -129,36 +86,3 @@ def _parsed(line: bytes) -> Entry:
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} stands for a number")
-
-
-def write_bad(path: Path, bad: BadRecords) -> None:
-    """Lists bad records as `bpo convert` does; removes an older list where there is none."""
-    if not bad.problems:
-        path.unlink(missing_ok=True)
-        return
-    path.write_text("".join(json.dumps(problem.to_json()) + "\n" for problem in bad.problems), encoding="ascii")
-
-
-def add_bad_options(parser: argparse.ArgumentParser) -> None:
-    """What becomes of bad records, as for every stage."""
-    default, share = DataConfig.on_bad, DataConfig.max_bad_share
-    parser.add_argument(
-        "--on-bad",
-        choices=["quarantine", "error"],
-        default=default,
-        help="what becomes of bad records: left out and listed, or the first one ends it (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--max-bad-share", type=float, default=share, help="largest share of bad records (default: %(default)s)"
-    )
-
-
-def bad_of(chosen: argparse.Namespace) -> BadRecords:
-    """The policy that the options of `add_bad_options` ask for.
-
-    Raises:
-        ValueError: The share is none.
-    """
-    if not 0 <= chosen.max_bad_share <= 1:
-        raise ValueError(f"--max-bad-share is {chosen.max_bad_share:g}; give a share from 0 to 1")
-    return BadRecords(chosen.on_bad, chosen.max_bad_share)

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from bpo.bootstrap.job.merge import sibling_path
+from bpo.tools.groups import add_bad_record_options
 from bpo.tools.view.build import build_page
-from bpo.tools.view.reading import add_bad_options
 from bpo.tools.view.serve import server_of
 
 
@@ -42,7 +42,7 @@ def options(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--no-images", action="store_true", help="texts only")
     parser.add_argument("--lexicon", default="", help="objects to mark: a file as bpo/bootstrap/lexicon/en.yaml")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: %(default)s)")
-    add_bad_options(parser)
+    add_bad_record_options(parser)
     chosen = parser.parse_args(argv)
     for name in ("limit", "workers", "port"):
         if getattr(chosen, name) < 0:

@@ -1,18 +1,15 @@
-"""Bad records, samples, and lines that belong to records. Run: python -m pytest tests/tools/view/test_reading.py"""
+"""Bad records, and lines that belong to records. Run: python -m pytest tests/tools/view/test_reading.py"""
 
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bpo.tools.view.reading import sample
 from bpo.tools.view.run import main
-from tests.tools.view.sample_page import HOSTILE, entries, group, view
+from tests.tools.view.sample_page import HOSTILE, entries, view
 
 ARGUMENTS = ("--no-images", "--workers", "1")
 
@@ -96,31 +93,3 @@ def test_scores_of_other_groups_are_told(data: Path, capsys: pytest.CaptureFixtu
     assert "are they of these groups?" in capsys.readouterr().err
     assert main([str(data), *ARGUMENTS, "--scores", str(data.with_name("no.jsonl"))]) == 1
     assert "no.jsonl is missing" in capsys.readouterr().err
-
-
-def test_a_sample_holds_no_more_than_it_gives() -> None:
-    alive: Counter[int] = Counter()
-    most = 0
-
-    class Tracked:
-        def __init__(self) -> None:
-            nonlocal most
-            alive[0] += 1
-            most = max(most, alive[0])
-
-        def __del__(self) -> None:
-            alive[0] -= 1
-
-    def many() -> Iterator[Any]:
-        for _ in range(5000):
-            yield Tracked()
-
-    assert len(list(sample(many(), 10))) == 10
-    assert most <= 13
-
-
-def test_every_group_is_as_likely_in_a_sample() -> None:
-    groups = [group(n, "A dog.", {"llm-hal": "A cat."}) for n in range(400)]
-    drawn = [int(one.id[1:]) for one in sample(groups, 100)]
-    assert drawn == sorted(set(drawn)) and len(drawn) == 100
-    assert 150 < sum(drawn) / 100 < 250
