@@ -1,1 +1,1 @@
-"""Negatives from the model itself: answers to a weakened image, and annotations with injected errors."""
+"""Self-generated negatives: answers to weakened images, and annotations with injected errors."""

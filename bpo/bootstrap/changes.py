@@ -1,8 +1,8 @@
-"""What a negative changes against its annotation: which words came and went, and whether that changes what is seen.
+"""Differences between a negative and its annotation: words added and dropped, and whether the content changes.
 
-A lexicon sorts the changed words into objects, attributes, counts, relations and polarity, knows names of one object as
-one, and knows the words whose change alone changes nothing. What it does not know counts as a change: a lexicon is
-never complete, and a true error refused is lost while a harmless pair costs little.
+A lexicon classifies the changed words as objects, attributes, counts, relations and polarity, maps the names of one
+object to each other, and lists style words, whose change does not affect the content. Unknown words count as a change:
+no lexicon is complete, and refusing a real error loses it, while keeping a harmless pair costs little.
 """
 
 from __future__ import annotations
@@ -46,15 +46,15 @@ _WORD_RE = re.compile(r"\d+(?:[.,]\d+)*|[^\W\d_]+(?:['’-][^\W\d_]+)*")
 
 @dataclass(frozen=True)
 class ChangeLexicon:
-    """Objects with their names, the kind of every other known word, and the words that change nothing."""
+    """Objects with their names, the kind of every other known word, and style words."""
 
     objects: ObjectLexicon
     kind_of_word: Mapping[str, Kind]
     style: frozenset[str]
-    _meanings: dict[str, str] = field(default_factory=dict, repr=False, compare=False)  # found before
+    _meanings: dict[str, str] = field(default_factory=dict, repr=False, compare=False)  # a cache
 
     def kind(self, word: str) -> Kind | None:
-        """What a word speaks of; None for a word whose change alone changes nothing."""
+        """The kind of a word; None for style words."""
         if word[:1].isdigit():
             return "count"
         for form in (word, *singular_forms(word)):
@@ -65,7 +65,7 @@ class ChangeLexicon:
         return None if word in self.style else "other"
 
     def meaning(self, word: str) -> str:
-        """One spelling for all forms and names of a thing: `bikes` and `bicycle` are equal."""
+        """The canonical name for all forms and synonyms of an object: `bikes` and `bicycle` are equal."""
         if word[:1].isdigit():
             return self.objects.canonical(word) or word
         known = self._meanings.get(word)
@@ -80,13 +80,13 @@ class ChangeLexicon:
 
 @dataclass(frozen=True, slots=True)
 class Changes:
-    """How a negative differs from its annotation.
+    """Differences between a negative and its annotation.
 
     Attributes:
         added: Words that only the negative has, as aligned, in order.
         dropped: Words that only the annotation has.
-        kinds: Of what they speak; empty where only the form changed.
-        distance: Words to insert, delete or replace (of the alignment that difflib finds: never less than the least).
+        kinds: Kinds of the changed words; empty if only the style changed.
+        distance: Words to insert, delete or replace (by difflib's alignment, so an upper bound of the edit distance).
         share: `distance` over the words of the longer text, at most 1.
     """
 
@@ -98,26 +98,26 @@ class Changes:
 
 
 def words_of(text: str) -> list[str]:
-    """Case-folded words and numbers; where there are none, the pieces between white space."""
+    """Case-folded words and numbers; if there are none, the whitespace-separated pieces."""
     return _WORD_RE.findall(text.casefold()) or text.casefold().split()
 
 
 def find_changes(annotation: str, response: str, lexicon: ChangeLexicon) -> Changes:
-    """Aligns both texts word by word and sorts what differs."""
+    """Aligns both texts word by word and classifies the differences."""
     before, after = words_of(annotation), words_of(response)
     added: list[str] = []
     dropped: list[str] = []
     distance = 0
-    # Aligned by meaning, so that another name of the same thing is no change.
+    # Aligned by meaning, so that a synonym is not a change.
     meanings = [lexicon.meaning(w) for w in before], [lexicon.meaning(w) for w in after]
-    # Without common words as anchors where texts are so long that comparing them all would take seconds.
+    # autojunk ignores frequent words in long texts, which would otherwise take seconds to compare.
     matcher = SequenceMatcher(None, *meanings, autojunk=max(len(before), len(after)) > _LONG_WORDS)
     for tag, start, end, other_start, other_end in matcher.get_opcodes():
         if tag != "equal":
             dropped += before[start:end]
             added += after[other_start:other_end]
             distance += max(end - start, other_end - other_start)
-    # A word that only moved is no change of content.
+    # A word that only moved is not a content change.
     gone = Counter(map(lexicon.meaning, dropped))
     come = Counter(map(lexicon.meaning, added))
     differing = (gone - come) + (come - gone)
@@ -131,7 +131,7 @@ def find_changes(annotation: str, response: str, lexicon: ChangeLexicon) -> Chan
 
 
 def changed_objects(annotation: str, response: str, lexicon: ChangeLexicon) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Objects of the lexicon that only the negative names, and those that only the annotation names."""
+    """Objects of the lexicon mentioned only by the negative, and those mentioned only by the annotation."""
     before, after = (
         dict.fromkeys(mention.object for mention in lexicon.objects.mentions(text)) for text in (annotation, response)
     )
@@ -140,10 +140,10 @@ def changed_objects(annotation: str, response: str, lexicon: ChangeLexicon) -> t
 
 @cache
 def load_lexicon(path: str = "") -> ChangeLexicon:
-    """The shipped English lexicon, or a file of the same form.
+    """Loads the shipped English lexicon, or a file of the same format.
 
     Raises:
-        ValueError: the file is missing or has another form; names the file and what it needs.
+        ValueError: the file is missing or malformed; names the file and the required lists.
     """
     where = path or "bpo/bootstrap/lexicon/en.yaml"
     tree = _read(path, "en.yaml")
@@ -156,8 +156,8 @@ def load_lexicon(path: str = "") -> ChangeLexicon:
         style = frozenset(word.casefold() for word in tree["style"])
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{where}: {type(error).__name__} {error}; it needs the lists objects, {', '.join(_LISTS)} and style, all "
-            "of text (quote yes, no and numbers)"
+            f"{where}: {type(error).__name__} {error}; required: the lists objects, {', '.join(_LISTS)} and style, all "
+            "of strings (quote yes, no and numbers)"
         ) from error
     return ChangeLexicon(objects, kinds, style)
 
@@ -168,11 +168,11 @@ def _function_words() -> dict[str, frozenset[str]]:
 
 
 def language_of(text: str) -> tuple[str | None, str | None]:
-    """The script of most of a text's letters, and the language where the script is Latin and function words tell.
+    """The script of most letters of a text and, for Latin script, the language indicated by function words, if any.
 
-    A language counts where at least 3 of its function words stand in the text, and more than of any other language.
+    A language is reported if at least 3 of its function words occur, and more than of any other language.
     """
-    # ASCII letters are all Latin: most texts need no search for the other scripts.
+    # ASCII letters are all Latin, so most texts skip the other scripts.
     scripts = _SCRIPTS[:1] if text.isascii() else _SCRIPTS
     counts = {name: len(re.findall(pattern, text)) for name, pattern in scripts}
     script = max(counts, key=lambda name: counts[name])
@@ -196,5 +196,5 @@ def _read(path: str, shipped: str) -> dict[str, Any]:
     except (OSError, yaml.YAMLError) as error:
         raise ValueError(f"bootstrap.validate.lexicon {path}: {error}") from error
     if not isinstance(tree, dict):
-        raise ValueError(f"bootstrap.validate.lexicon {path}: write a YAML mapping, as bpo/bootstrap/lexicon/en.yaml")
+        raise ValueError(f"bootstrap.validate.lexicon {path}: not a YAML mapping; see bpo/bootstrap/lexicon/en.yaml")
     return tree

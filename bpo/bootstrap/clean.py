@@ -1,4 +1,4 @@
-"""Takes a rewriting out of what an LLM wraps round it: labels, quotes, pleasantries, turns it went on to invent."""
+"""Extracts the rewritten text from an LLM reply: strips labels, quotes, chit-chat and invented turns."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _LABEL = re.compile(
 _PREAMBLE = re.compile(
     r"^(?:sure|certainly|of course|okay|here is|here's|here are)\b[^\n]{0,120}:\s*\n+", re.IGNORECASE
 )
-# A new turn begins on its own line; what follows was never asked for.
+# An invented turn starts on its own line; everything from there on is cut.
 _NEXT_TURN = re.compile(
     r"""\n\s*(?:\#{1,4}\s*|\*\*)?
     (?:user|human|assistant|system|question|description|original(?:\s+\w+)?|modified\s+\w+|note|explanation)
@@ -25,25 +25,25 @@ _QUOTES = {'"': '"', "“": "”", "'": "'", "‘": "’", "`": "`", "«": "»"}
 
 
 def clean_rewriting(text: str, original: str) -> tuple[str, bool]:
-    """The rewriting alone, and whether the text went on to another turn (so that the rewriting is complete).
+    """Returns the rewriting, and whether the text continued with another turn (so the rewriting is complete).
 
-    Nothing is taken away by position: a first character is dropped only where it is one of a pair of quotes or part of
-    a label, and nothing that the original has too is taken for a label, a quote or a turn.
+    Text is removed only if it matches a label, a preamble, a pair of quotes or a turn, and labels, quotes and turns
+    that the original also has are kept.
 
     Args:
-        text: What the LLM said.
-        original: The annotation it was to rewrite.
+        text: The LLM's reply.
+        original: The annotation that was rewritten.
     """
     cleaned = text.strip()
     original = original.strip()
     cleaned = _without_quotes(_PREAMBLE.sub("", cleaned, count=1).lstrip(), original)
     if not _LABEL.match(original):
         cleaned = _LABEL.sub("", cleaned, count=1)
-    went_on = None
+    next_turn = None
     if not _NEXT_TURN.search("\n" + original):
-        went_on = _NEXT_TURN.search(cleaned)
-        cleaned = cleaned[: went_on.start()] if went_on else cleaned
-    return _without_quotes(cleaned.strip(), original), went_on is not None
+        next_turn = _NEXT_TURN.search(cleaned)
+        cleaned = cleaned[: next_turn.start()] if next_turn else cleaned
+    return _without_quotes(cleaned.strip(), original), next_turn is not None
 
 
 def _without_quotes(text: str, original: str) -> str:

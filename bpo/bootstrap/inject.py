@@ -1,8 +1,8 @@
 """Injected errors: a text-only LLM rewrites the annotation with erroneous but common elements.
 
-The prompts are the files in `prompts/`. They become a conversation in which the worked examples are earlier turns, the
-form that instruction-tuned models follow best; the instruction opens the first user turn because not every chat
-template knows a system role.
+The prompts are the files in `prompts/`. They are rendered as a conversation with the worked examples as earlier turns,
+the format that instruction-tuned models follow best. The instruction starts the first user turn because not every chat
+template supports a system role.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from bpo.records import Annotation
 
 Mode = Literal["description", "qa"]
 
-# A description is asked for by a verb ("Describe ...", "Can you give a caption") or by an open question.
+# Requests for a description: by verb or noun ("Describe ...", "Can you give a caption") or by an open question.
 _ASKS_FOR_DESCRIPTION = re.compile(
     r"""\b(?:describ\w*|descriptions?|caption\w*|depict\w*|portray\w*|narrat\w*|summar\w*|elaborat\w*)\b
     |\bwhat\s+(?:do|can)\s+you\s+(?:see|notice|observe)\b
@@ -29,7 +29,7 @@ _ASKS_FOR_DESCRIPTION = re.compile(
     |\b(?:tell\s+me\s+about|explain)\s+(?:the|this)\s+(?:image|picture|photo\w*|scene|visual)""",
     re.IGNORECASE | re.VERBOSE,
 )
-# What a request of each mode is filled with.
+# Placeholders of the request template, per mode.
 _FIELDS: dict[Mode, tuple[str, ...]] = {"description": ("description",), "qa": ("question", "response")}
 _MIN_BUDGET_TOKENS = 64
 _BUDGET_TOKENS_PER_WORD = 4
@@ -45,12 +45,12 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class InjectionRequest:
-    """What a text-only LLM is asked for one record.
+    """A text-only LLM's request for one record.
 
     Attributes:
-        messages: Worked examples and the request, user and assistant in turn, ending with the user.
-        label: What a plain-text form writes before each answer.
-        max_new_tokens: The record's own budget: a rewriting about as long as the annotation fits well.
+        messages: Worked examples and the request, alternating user and assistant, ending with the user.
+        label: Precedes each answer in the plain-text form.
+        max_new_tokens: Per-record budget, ample for a rewriting about as long as the annotation.
     """
 
     record_id: str
@@ -62,7 +62,7 @@ class InjectionRequest:
 
 @dataclass(frozen=True, slots=True)
 class InjectionPrompt:
-    """A prompt file: instruction, form of a request, label of an answer, worked examples (request, answer)."""
+    """A prompt file: instruction, request template, answer label, worked examples (request, answer)."""
 
     instruction: str
     request: str
@@ -81,7 +81,7 @@ def prompt_text(mode: Mode, prompt_dir: str = "") -> str:
     path = Path(prompt_dir) / f"{mode}.yaml"
     if not path.is_file():
         raise ValueError(
-            f"bootstrap.inject.prompt_dir has no {path}; copy bpo/bootstrap/prompts/{mode}.yaml there and change it"
+            f"bootstrap.inject.prompt_dir: {path} is missing; copy bpo/bootstrap/prompts/{mode}.yaml there and edit it"
         )
     return path.read_text(encoding="utf-8")
 
@@ -91,7 +91,7 @@ def load_prompt(mode: Mode, prompt_dir: str = "") -> InjectionPrompt:
     """Reads the prompt file of a mode.
 
     Raises:
-        ValueError: The file is missing, is not such a file, or its request does not take what the mode gives it.
+        ValueError: The file is missing or malformed, or its request does not have exactly the mode's placeholders.
     """
     where = f"{prompt_dir or 'bpo/bootstrap/prompts'}/{mode}.yaml"
     try:
@@ -103,18 +103,18 @@ def load_prompt(mode: Mode, prompt_dir: str = "") -> InjectionPrompt:
         prompt = InjectionPrompt(tree["instruction"].strip(), request, tree["label"], examples)
     except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{where}: {type(error).__name__} {error}; it needs instruction, request, label and examples, each example "
-            f"with {', '.join(_FIELDS[mode])} and modified"
+            f"{where}: {type(error).__name__} {error}; required: instruction, request, label and examples, each "
+            f"example with {', '.join(_FIELDS[mode])} and modified"
         ) from error
     if sorted(re.findall(r"\{(\w+)\}", request)) != sorted(_FIELDS[mode]):
         raise ValueError(
-            f"{where}: request must hold {{{'}, {'.join(_FIELDS[mode])}}} once each, and nothing else in braces"
+            f"{where}: request must contain {{{'}, {'.join(_FIELDS[mode])}}} once each, and nothing else in braces"
         )
     return prompt
 
 
 def choose_mode(configured: Literal["description", "qa", "auto"], annotation: Annotation) -> Mode:
-    """The configured mode; for `auto`, `description` where the last user turn asks for one, else `qa`."""
+    """The configured mode; for `auto`, `description` if the last user turn asks for one, else `qa`."""
     if configured != "auto":
         return configured
     return "description" if _ASKS_FOR_DESCRIPTION.search(question_of(annotation)) else "qa"
@@ -128,11 +128,11 @@ def question_of(annotation: Annotation) -> str:
 def build_request(
     annotation: Annotation, mode: Mode, max_new_tokens: int, seed: int, prompt_dir: str = ""
 ) -> InjectionRequest:
-    """The conversation that asks for an erroneous version of one annotation.
+    """Builds the conversation that requests an erroneous version of one annotation.
 
     Args:
-        max_new_tokens: The configured limit; a short annotation gets less, so that a model that does not stop costs
-            little: 4 tokens a word and 64 beside.
+        max_new_tokens: The configured limit. The budget is 64 tokens plus 4 per word of the annotation if that is
+            less, which bounds the cost of a model that does not stop.
     """
     prompt = load_prompt(mode, prompt_dir)
     response = annotation.response.strip()
@@ -150,7 +150,7 @@ def build_request(
 
 
 def as_plain_text(request: InjectionRequest) -> str:
-    """The conversation for a model without a chat template: requests and labelled answers, ending with the label."""
+    """Renders the conversation without a chat template: requests and labelled answers, ending with the label."""
     parts = []
     for message in request.messages:
         parts.append(message.content if message.role == "user" else f"{request.label} {message.content}")
@@ -158,5 +158,5 @@ def as_plain_text(request: InjectionRequest) -> str:
 
 
 def _fill(form: str, **values: str) -> str:
-    """`form` with each {name} replaced once; braces in the values are text."""
+    """Replaces each {name} in `form`; braces in the values are kept literally."""
     return re.sub(r"\{(\w+)\}", lambda match: values[match.group(1)], form)

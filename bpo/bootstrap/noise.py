@@ -22,7 +22,7 @@ def alpha_bar_S() -> torch.Tensor:
 
 
 def diffuse(pixels: torch.Tensor, step: int, epsilon: torch.Tensor) -> torch.Tensor:
-    """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, in one shot.
+    """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, in one step.
 
     Args:
         pixels: x_0, normalised pixels of any shape.

@@ -1,10 +1,10 @@
-"""`bpo bootstrap`: annotations and images in, preference groups out; sharded over ranks and jobs, always resumable.
+"""`bpo bootstrap`: builds preference groups from annotations and images; sharded over ranks and jobs, resumable.
 
-Batches are made once from all records, longest first (memory runs short at once or never). Workers claim them in that
-order: the ranks of one job, or of all jobs that share the work (bootstrap.num_shards, an array of SLURM). A slow worker
-does less, and the work of a dead one goes to others. A batch is always generated whole, so that with one batch size not
-even the rounding of batched matrix products depends on the number of workers or on where an earlier run was killed.
-Workers meet only through files: rank 0 merges when every record has an outcome; with several shards, `bpo merge` does.
+All records are batched once, longest first, so that an out-of-memory error occurs at the start or not at all. Workers
+(the ranks of one job, or of all jobs of a SLURM array, `bootstrap.num_shards`) claim batches in that order: slow
+workers claim fewer, and claims of dead workers are taken over. A batch is always generated whole, so for a given batch
+size even the rounding of batched matrix products is independent of the number of workers and of where a run was killed.
+Workers communicate through files only. Rank 0 merges when every record has an outcome; for several shards, `bpo merge`.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _WRITE_EVERY_S = 1.0
 
 @dataclass(frozen=True)
 class Share:
-    """Who of all workers this is: every rank of every shard is one."""
+    """This worker's place among all workers: one per rank of every shard."""
 
     shard: int
     num_shards: int
@@ -68,26 +68,26 @@ class Share:
 
     @property
     def merges(self) -> bool:
-        """Whether this worker waits for all others and merges; of several shards `bpo merge` does."""
+        """Whether this worker waits for all others and merges; several shards are merged by `bpo merge`."""
         return self.ranks.is_main and self.num_shards == 1
 
 
 @named_compile_locks()
 def run_bootstrap(config: Config, progress: bool = True, stop: StopRequest | None = None) -> BootstrapSummary:
-    """Makes the configured negatives for every annotation and writes `data.groups` with its lists and summary.
+    """Generates the configured negatives for every annotation and writes `data.groups` with its lists and summary.
 
-    A killed job goes on where it was when it is started again, also with another number of ranks, shards or batch size.
+    A restarted job resumes from its finished records, also with another number of ranks, shards or batch size.
 
     Returns:
-        The summary; on ranks other than 0, and with several shards, that of the outcomes this rank can see, without
-        groups.
+        The summary; on ranks other than 0, and with several shards, it covers the outcomes visible to this rank and
+        has no group count.
 
     Raises:
-        ValueError: A path is missing, an option changed against unfinished results, another process works on them, or
-            no annotation got a usable negative.
-        TimeoutError: On rank 0, when the other ranks' results stop coming.
-        Interrupted: `stop` came; every finished batch is kept.
-        NoProgressError: SLURM starts the job again and again, and no batch gets finished.
+        ValueError: A path is missing, an option differs from that of the unfinished results, another process is
+            writing them, or no annotation got a usable negative.
+        TimeoutError: On rank 0, if the other ranks stop producing results.
+        Interrupted: `stop` was received; every finished batch is kept.
+        NoProgressError: SLURM restarted the job repeatedly without a finished batch in between.
     """
     ranks = ranks_from_environment()
     share = Share(config.bootstrap.shard_index, config.bootstrap.num_shards, ranks)
@@ -115,7 +115,7 @@ def run_bootstrap(config: Config, progress: bool = True, stop: StopRequest | Non
             reader.poll()
             if not share.merges or is_finished(work):
                 break
-            # Living workers have claimed the rest: it will be done, or be free again.
+            # Live workers hold the remaining claims: the batches will be finished, or become claimable again.
             stall.wait(reader, work, stop)
         if ranks.is_main:
             restarts.clear()
@@ -125,16 +125,16 @@ def run_bootstrap(config: Config, progress: bool = True, stop: StopRequest | Non
 
 
 def run_merge(config: Config) -> BootstrapSummary:
-    """`bpo merge`: writes `data.groups` with its lists and summary from what all shards have finished.
+    """`bpo merge`: writes `data.groups` with its lists and summary from the outcomes of all shards.
 
     Raises:
-        ValueError: A path is missing, an option changed since, an outcome is missing, or no annotation got a usable
+        ValueError: A path is missing, an option was changed, an outcome is missing, or no annotation got a usable
             negative.
     """
     _check_paths(config)
     folder = sibling_path(Path(config.data.groups), "parts")
     if not folder.is_dir():
-        raise ValueError(f"{folder} does not exist: there is nothing to merge; run `bpo bootstrap` first")
+        raise ValueError(f"{folder} does not exist: nothing to merge; run `bpo bootstrap` first")
     skipped: dict[str, list[str]] = {}
     bad = BadRecords.from_config(config.data)
     annotations = _spooled(config, bad, skipped)
@@ -144,8 +144,7 @@ def run_merge(config: Config) -> BootstrapSummary:
     work = plan_work(annotations, config, reader)
     if not is_finished(work):
         raise ValueError(
-            f"{folder}: {lacking(work)}; run `bpo bootstrap` again, with any number of shards: finished records are "
-            "kept"
+            f"{folder}: {lacking(work)}; rerun `bpo bootstrap` with any number of shards: finished records are kept"
         )
     return merge(config, annotations, reader, skipped, {}, bad)
 
@@ -164,7 +163,7 @@ def _spooled(config: Config, bad: BadRecords, skipped: dict[str, list[str]]) -> 
 def _count_restart(
     config: Config, folder: Path, share: Share, work: dict[str, SourceWork], reader: PartReader
 ) -> RestartCount:
-    """Counts a start by SLURM that finds this shard no further than the one before; see `RestartCount.start`."""
+    """Counts a restart by SLURM if this shard made no progress since the last one; see `RestartCount.start`."""
     name = f"restarts-{share.shard:05d}-of-{share.num_shards:05d}.json"
     restarts = RestartCount(folder, name, progress="outcome {}", option="bootstrap.max_idle_restarts")
     if share.ranks.is_main and restart_count() and not is_finished(work):
@@ -176,24 +175,24 @@ def _count_restart(
 def _check_paths(config: Config) -> None:
     for name, value in needed_paths(config).items():
         if not value:
-            raise ValueError(f"{name} is empty; `bpo bootstrap` needs it")
+            raise ValueError(f"{name} is empty; `bpo bootstrap` requires it")
 
 
 @dataclass(frozen=True)
 class Results:
-    """Where finished outcomes go, and what is there already."""
+    """Storage of finished outcomes: the reader of all parts and the writer of this worker's."""
 
     reader: PartReader
     writer: PartWriter
     broken: BrokenRecords
 
     def write_as_finished(self, outcomes: Iterable[Outcome]) -> Iterator[int]:
-        """Writes at the end of a batch, or every second of a long one; gives how many each time.
+        """Writes at the end of a batch, and every second during a long one; yields the number of outcomes written.
 
-        What an error leaves behind is kept.
+        Outcomes produced before an error are written.
 
         Raises:
-            RecordError, TooManyBadRecords: see `BrokenRecords.check`; the outcomes it looked at are not kept.
+            RecordError, TooManyBadRecords: see `BrokenRecords.check`; the outcomes being checked are not written.
         """
         finished: list[Outcome] = []
         written_s = time.monotonic()
@@ -219,7 +218,7 @@ class Results:
 
 @dataclass(frozen=True)
 class Worker:
-    """One worker among those of a job: does what it can claim, and shows how far all of them are."""
+    """One worker of a job: generates the batches it can claim and shows the progress of all workers."""
 
     results: Results
     claims: Claims
@@ -228,7 +227,7 @@ class Worker:
     progress: bool
 
     def run_source(self, make: Callable[[], NegativeSource], work: SourceWork) -> None:
-        """Does what is unfinished and free; the model is loaded only where there is such a batch."""
+        """Generates all batches that are unfinished and unclaimed; loads the model only if there is one."""
         batches = work.claimed(self.claims)
         first = next(batches, None)
         if first is None:
@@ -248,7 +247,7 @@ class Worker:
     def _batches(
         self, claimed: Iterable[ClaimedBatch], work: SourceWork, negatives: NegativeSource
     ) -> Iterator[tuple[ClaimedBatch, list[Annotation], list[Callable[[], Any]]]]:
-        """Each batch with what is to be prepared for it."""
+        """Yields each batch with its preparation functions."""
         for claim in claimed:
             batch = work.batches[claim.number]
             if not negatives.whole_batches:
@@ -258,7 +257,7 @@ class Worker:
 
 
 def _sources(config: Config, max_images: int, ranks: Ranks) -> Iterator[tuple[str, Callable[[], NegativeSource]]]:
-    """Each source with what builds it, those of one model together; `inject`, perhaps of another LLM, comes last."""
+    """Yields each source and its constructor, grouped by model; `inject`, which may use another LLM, comes last."""
     engines = Engines(config, ranks, max_images)
 
     def image_answers(source: Source) -> Callable[[], NegativeSource]:
@@ -281,34 +280,34 @@ def _advice_on_memory(num_records: int) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise RuntimeError(
-            f"the GPU's memory does not hold a batch of {num_records} answers; lower bootstrap.batch_size and start "
-            "again: finished records are kept"
+            f"out of GPU memory generating a batch of {num_records} answers; lower bootstrap.batch_size and restart: "
+            "finished records are kept"
         ) from error
 
 
 class StallTimeout:
-    """Waits for outcomes of other workers, and gives up when none came for `stall_timeout_s`."""
+    """Waits for outcomes of other workers; times out if none arrives for `stall_timeout_s`."""
 
     def __init__(self, stall_timeout_s: float):
         self._stall_timeout_s = stall_timeout_s
-        self._num_known, self._last_news_s = -1, 0.0
+        self._num_known, self._last_change_s = -1, 0.0
 
     def wait(self, reader: PartReader, work: dict[str, SourceWork], stop: StopRequest | None) -> None:
-        """Returns after a moment.
+        """Sleeps for one polling interval.
 
         Raises:
-            TimeoutError: There was no news for too long.
-            Interrupted: `stop` came.
+            TimeoutError: No new outcome for `stall_timeout_s`.
+            Interrupted: `stop` was received.
         """
         if stop is not None:
-            stop.check("this rank has done its share and waited for the others'")
+            stop.check("this rank has finished its share and was waiting for the others")
         if self._num_known != len(reader):
-            self._num_known, self._last_news_s = len(reader), time.monotonic()
-        elif time.monotonic() - self._last_news_s > self._stall_timeout_s:
+            self._num_known, self._last_change_s = len(reader), time.monotonic()
+        elif time.monotonic() - self._last_change_s > self._stall_timeout_s:
             raise TimeoutError(
-                f"{reader.folder}: {lacking(work)} and none came for {self._stall_timeout_s:.0f} s "
-                "(bootstrap.stall_timeout_s) from the workers that claimed them; look at the other ranks' logs, then "
-                "start again: finished records are kept"
+                f"{reader.folder}: {lacking(work)} and the workers that claimed them wrote none for "
+                f"{self._stall_timeout_s:.0f} s (bootstrap.stall_timeout_s); check the other ranks' logs, then "
+                "restart: finished records are kept"
             )
         time.sleep(min(_POLL_S, self._stall_timeout_s))
 

@@ -1,6 +1,6 @@
-"""The sources of negatives: each turns a batch of annotations into outcomes. To add one, write a class like these.
+"""Sources of negatives: each turns a batch of annotations into outcomes. A new source implements `NegativeSource`.
 
-An outcome depends on the job's seed, the record and the source's options alone.
+An outcome depends only on the job's seed, the record and the source's options.
 """
 
 from __future__ import annotations
@@ -31,26 +31,26 @@ class NegativeSource(Protocol):
     """One source of negatives.
 
     Attributes:
-        whole_batches: A batch of which some records are finished is made anew whole: in one batch, a record's answer
-            depends on the others by rounding.
+        whole_batches: Whether a partly finished batch is regenerated whole: the answers of one batch depend on each
+            other through rounding.
     """
 
     whole_batches: bool
 
     def prepare(self, annotation: Annotation) -> Any:
-        """What takes time and no model, such as reading images. May run in any thread, and raises nothing."""
+        """Work without the model, such as reading images. Thread-safe; must not raise."""
 
     def outcomes(self, batch: Sequence[Annotation], prepared: Sequence[Any]) -> Iterable[Outcome]:
-        """One outcome an annotation, as they are finished; those before an error stand.
+        """One outcome per annotation, in order of completion; outcomes yielded before an error remain valid.
 
         Args:
-            prepared: What `prepare` gave for each.
+            prepared: The result of `prepare` for each annotation.
         """
 
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What the multimodal model is asked about one record, and what it needs for it, or why that cannot be had."""
+    """The multimodal model's request for one record with its prepared input, or the error that prevented it."""
 
     request: VisionRequest
     prepared: Any = None
@@ -58,7 +58,7 @@ class Asked:
 
 
 class ImageAnswers:
-    """The model's answers to images, weakened as the source says (`choose_weakening`) or begun as the annotation is."""
+    """The model's answers to images weakened per source (`choose_weakening`), or its continuations of annotations."""
 
     def __init__(self, source: Source, config: Config, generator: VisionGenerator):
         self.source, self.config, self.generator = source, config, generator
@@ -83,7 +83,7 @@ class ImageAnswers:
             yield self._judge(batch[asked[position]], requests[position], reply)
 
     def request(self, annotation: Annotation) -> VisionRequest:
-        """What the model is asked for one record; depends on seed, record and options alone."""
+        """The model's request for one record; depends only on seed, record and options."""
         options = self.config.bootstrap
         seed = derive_seed(options.seed, annotation.id, self.source)
         if self.source != "regenerate":
@@ -120,9 +120,9 @@ class ImageAnswers:
 
 
 def cut_annotation(response: str, options: RegenerateConfig, seed: int) -> str:
-    """The first words of an annotation, without a trailing space: a share of them between `cut_min` and `cut_max`.
+    """The first words of an annotation, without trailing space: a fraction between `cut_min` and `cut_max`.
 
-    At least one word is kept and at least one left to write, where there are two.
+    With two or more words, at least one is kept and at least one is left to generate.
     """
     ends = [match.end() for match in re.finditer(r"\S+", response.strip())]
     share = options.cut_min + (options.cut_max - options.cut_min) * (seed % 10_000) / 10_000
@@ -131,18 +131,18 @@ def cut_annotation(response: str, options: RegenerateConfig, seed: int) -> str:
 
 
 class InjectedErrors:
-    """Annotations that a text-only LLM rewrote with plausible errors (`inject`)."""
+    """Annotations rewritten by a text-only LLM with plausible errors (`inject`)."""
 
     source = "inject"
 
     def __init__(self, config: Config, generator: TextGenerator, encoder: Encoder | None, checks_images: bool):
         self.config, self.generator, self.encoder, self.checks_images = config, generator, encoder, checks_images
         self.whole_batches = generator.whole_batches
-        # The completion goes to the multimodal model in training, so its control tokens count as well.
+        # Training feeds the completion to the multimodal model, so its control tokens are checked too.
         self._special_tokens = (*generator.special_tokens, *(special_tokens_of(encoder) if encoder else ()))
 
     def prepare(self, annotation: Annotation) -> str | None:
-        """Why training could not read the record's images, where no other source looks at them in this job."""
+        """Why training could not read the record's images; checked only if no other source of this job reads them."""
         root = Path(self.config.data.image_root or ".")
         for image in annotation.images if self.checks_images else ():
             try:
@@ -179,15 +179,15 @@ class InjectedErrors:
     def _judge(self, annotation: Annotation, mode: Mode, request: InjectionRequest, reply: Reply) -> Outcome:
         if reply.error:
             return Outcome(annotation.id, self.source, "failed", reason=reply.error)
-        text, went_on = clean_rewriting(reply.text, annotation.response)
+        text, has_next_turn = clean_rewriting(reply.text, annotation.response)
         refused = refusal(
             text,
             annotation.response,
             max_words=self.config.data.max_completion_words,
             special_tokens=self._special_tokens,
-            finished=reply.finished or went_on,
+            finished=reply.finished or has_next_turn,
             options=self.config.bootstrap.validate,
-            # An answer to a question about another image need not keep a word of the annotation.
+            # A modified answer to a question need not share a word with the annotation.
             is_rewriting=mode == "description",
         )
         options = self.config.bootstrap.inject
@@ -204,7 +204,7 @@ class InjectedErrors:
 
 
 def judged(record_id: str, source: str, text: str, refused: Refusal | None, provenance: Provenance) -> Outcome:
-    """The outcome of a completion that was made, kept or refused."""
+    """The outcome of a generated completion: kept or refused."""
     if refused is None:
         return Outcome(record_id, source, "kept", text, provenance=provenance)
     return Outcome(record_id, source, "refused", text, refused.reason, provenance, refused.detail)

@@ -1,7 +1,7 @@
-"""Why a bootstrapped completion is refused: pure functions of the annotation and the completion.
+"""Validation of bootstrapped completions: pure functions of the annotation and the completion.
 
-A negative that is empty, says what the annotation says, or is broken text teaches nothing or the wrong thing: the model
-would learn from its form, not from what it gets wrong.
+A negative that is empty, equivalent to the annotation or malformed text has no useful signal: the model would learn
+from its form instead of its errors.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from itertools import groupby
 from bpo.bootstrap.changes import find_changes, language_of, load_lexicon
 from bpo.config.bootstrap import ValidateConfig
 
-# Spellings of image places in common model families, beside the special tokens of the model in use.
+# Image placeholders of common model families, checked in addition to the special tokens of the model in use.
 KNOWN_PLACEHOLDERS = (
     "<image>",
     "<video>",
@@ -26,7 +26,7 @@ KNOWN_PLACEHOLDERS = (
     "<|vision_end|>",
     "<image_placeholder>",
 )
-# Reason -> what it means, in the order in which they are looked for.
+# Reason -> description, in the order of the checks.
 REASONS = {
     "empty": "there is no text",
     "unfinished": "generation ended at its budget, not by itself",
@@ -44,7 +44,7 @@ REASONS = {
     "duplicate": "another negative of the group says the same",
     "surplus": "its source made more than its share in bootstrap.target_shares",
 }
-# Counted on both sides of a ratio of lengths: "Yes." and a sentence may stand against each other.
+# Added to both lengths of the ratio, so that "Yes." may be paired with a sentence.
 _FREE_WORDS = 8
 
 _MAX_LOOP_WORDS = 8
@@ -54,32 +54,32 @@ _CHARACTER_LOOP = re.compile(r"(\w{1,20}?)\1{7,}")
 
 
 def count_words(text: str) -> int:
-    """Words as the paper's limit of 350 counts them: separated by white space."""
+    """Number of whitespace-separated words, as in the paper's limit of 350."""
     return len(text.split())
 
 
 def content_key(text: str) -> tuple[str, ...]:
-    """The words in order of the alphabet, without case and punctuation.
+    """The words in alphabetical order, without case and punctuation.
 
-    Equal keys mean the same words in another order. That also holds for a few true changes ("a left of b", "b left of
-    a"); they are refused with the many mere reorderings.
+    Equal keys mean the same words in another order. A few of these are real changes ("a left of b", "b left of a");
+    they are refused together with the many mere reorderings.
     """
     return tuple(sorted(_words(text)))
 
 
 def has_placeholder(text: str, special_tokens: Iterable[str]) -> bool:
-    """Whether a placeholder or special token stands in the text, in any case."""
+    """Whether the text contains a placeholder or special token, ignoring case."""
     folded = text.casefold()
     return any(token and token.casefold() in folded for token in (*KNOWN_PLACEHOLDERS, *special_tokens))
 
 
 def why_degenerate(text: str, options: ValidateConfig) -> str | None:
-    """In what a text is broken, or None: little but punctuation, or the same over and over.
+    """Why a text is degenerate, or None: mostly punctuation, or repetitive.
 
-    - fewer than half of the pieces between white space hold a letter or digit (", , a , a"), or
-    - a phrase of up to 8 words stands more than `max_repeats` times in a row, or
+    - fewer than half of the whitespace-separated pieces contain a letter or digit (", , a , a"), or
+    - a phrase of up to 8 words occurs more than `max_repeats` times in a row, or
     - the share of distinct words among 12 or more is below `min_distinct_share`, or
-    - a run of characters stands 8 times in a row within a word.
+    - a run of characters occurs 8 times in a row within a word.
     """
     pieces = text.split()
     if 2 * sum(any(c.isalnum() for c in piece) for piece in pieces) < len(pieces):
@@ -98,7 +98,7 @@ def why_degenerate(text: str, options: ValidateConfig) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """Why a completion is refused: one of `REASONS`, and what was found in this one."""
+    """Why a completion is refused: one of `REASONS`, and what was found in the completion."""
 
     reason: str
     detail: str
@@ -114,16 +114,16 @@ def refusal(
     options: ValidateConfig | None = None,
     is_rewriting: bool = False,
 ) -> Refusal | None:
-    """The reason to refuse a negative, the first of `REASONS` that holds, or None.
+    """The reason to refuse a negative, the first of `REASONS` that applies, or None.
 
     Args:
         response: The bootstrapped completion.
         annotation: The dataset's answer to the same prompt.
         max_words: Longest completion in words.
         special_tokens: Control tokens of the model in use, as text.
-        finished: False where generation was cut off before the text ended.
-        options: Thresholds; None takes the defaults.
-        is_rewriting: Whether the completion was made from the annotation; only then is how much changed bounded above.
+        finished: False if generation was cut off before the end of the text.
+        options: Thresholds; None means the defaults.
+        is_rewriting: Whether the completion is a rewriting of the annotation; only then `max_changed_share` applies.
     """
     text, options = response.strip(), options or ValidateConfig()
     if not text:
@@ -136,7 +136,7 @@ def refusal(
         return Refusal("placeholder", REASONS["placeholder"])
     if odd := _UNPRINTABLE.search(text):
         return Refusal("characters", f"{odd.group()!r} at {odd.start()}")
-    # An annotation may be a table or a line of digits: what it does, the negative may do.
+    # An annotation may itself be a table or a line of digits; then the negative may be one too.
     if (broken := why_degenerate(text, options)) and not why_degenerate(annotation, options):
         return Refusal("degenerate", broken)
     if text == annotation.strip():
@@ -147,7 +147,7 @@ def refusal(
 
 
 def _compared(text: str, annotation: str, options: ValidateConfig, is_rewriting: bool) -> Refusal | None:
-    """The checks that measure how far a completion is from its annotation."""
+    """Checks of the distance between a completion and its annotation."""
     ratio = (count_words(text) + _FREE_WORDS) / (count_words(annotation) + _FREE_WORDS)
     if not options.min_length_ratio <= ratio <= options.max_length_ratio:
         bounds = f"{options.min_length_ratio:g}..{options.max_length_ratio:g}"
@@ -168,21 +168,21 @@ def _compared(text: str, annotation: str, options: ValidateConfig, is_rewriting:
 
 
 def annotation_refusal(response: str, *, max_words: int) -> str | None:
-    """The reason to leave a whole record out because of its annotation, or None."""
+    """The reason to skip a whole record because of its annotation, or None."""
     if not response.strip():
         return "empty"
     return "too-long" if count_words(response) > max_words else None
 
 
 def _words(text: str) -> list[str]:
-    """Case-folded runs of letters and digits; where there are none, the pieces between white space."""
+    """Case-folded runs of letters and digits; if there are none, the whitespace-separated pieces."""
     return re.findall(r"\d+(?:[.,]\d+)*|[^\W_]+(?:['’][^\W_]+)*", text.casefold()) or text.casefold().split()
 
 
 def _most_repeats(words: list[str], size: int) -> int:
-    """How many times a phrase of `size` words stands in a row at most; 1 where none is repeated.
+    """The most times in a row that a phrase of `size` words occurs; 1 if none is repeated.
 
-    words[i] == words[i + size] for (repeats - 1) * size positions in a row says just that.
+    A phrase repeated k times has words[i] == words[i + size] at (k - 1) * size consecutive positions.
     """
     equal = (a == b for a, b in zip(words, words[size:], strict=False))
     longest = max((sum(1 for _ in run) for same, run in groupby(equal) if same), default=0)

@@ -1,7 +1,7 @@
-"""The weakened image: the model answers it, and its language prior speaks.
+"""Image weakening: with a noised, cropped, masked or missing image the answer falls back on the language prior.
 
-The answer comes from the weakened image *alone*. Contrasting clean and noised logits, as visual contrastive decoding
-does, moves the answer away from the prior: the opposite of what is wanted here.
+The answer is generated from the weakened image *only*. Contrasting clean and noised logits, as visual contrastive
+decoding does, would move it away from the prior, the opposite of the goal here.
 
 Shape letters: H, W height and width of a picture in pixels.
 """
@@ -31,11 +31,11 @@ Kind = Literal["none", "noise", "crop", "mask", "no-image"]
 
 @dataclass(frozen=True, slots=True)
 class Weakening:
-    """What is done to a record's images before the model answers them.
+    """How a record's images are modified before the model answers.
 
     Attributes:
-        kind: `none` shows the clean images, `no-image` shows none.
-        seed: Decides noise, place of a crop and cells of a mask.
+        kind: `none` keeps the clean images, `no-image` removes them.
+        seed: Determines the noise, the crop position and the masked cells.
         noise_step: For `noise`.
         space: For `noise`: `normalised` or `pixel`.
     """
@@ -47,12 +47,12 @@ class Weakening:
 
     @property
     def changes_pictures(self) -> bool:
-        """Whether it is done to pictures, before the image processor."""
+        """Whether it is applied to pictures, before the image processor."""
         return self.kind in ("crop", "mask") or (self.kind == "noise" and self.space == "pixel")
 
 
 def choose_weakening(source: str, options: WeakenConfig, seed: int) -> Weakening:
-    """What a source of `bootstrap.sources` does to the record whose seed is `seed`."""
+    """The weakening that a source of `bootstrap.sources` applies to the record with seed `seed`."""
     if source == "unweakened":
         return Weakening("none", seed)
     if source == "text-only":
@@ -65,9 +65,9 @@ def choose_weakening(source: str, options: WeakenConfig, seed: int) -> Weakening
 
 
 def weaken_images(images: EncodedImages, family: Family, noise_step: int, seed: int) -> EncodedImages:
-    """The same images noised to `noise_step`; unchanged for step -1 or where there are none.
+    """The images noised to `noise_step`; unchanged for step -1 or without images.
 
-    The noise is drawn on the CPU from a generator of `seed` alone, so every device weakens an image alike.
+    The noise is drawn on the CPU from a generator seeded only by `seed`, so it is the same on every device.
     """
     if noise_step == NO_NOISE or not images.places:
         return images
@@ -78,14 +78,14 @@ def weaken_images(images: EncodedImages, family: Family, noise_step: int, seed: 
 
 
 class PictureWeakener:
-    """Weakens pictures one after the other, before any processor: what a server, too, can be shown.
+    """Weakens pictures before the image processor, so that they can also be sent to a server.
 
-    Noise in pixel space is x'_t = mean + std * x_t of the pixel values x' = mean + std * x, x the normalised ones,
-    clipped to 0..1 and rounded to 1/255: where nothing is clipped and the processor does not scale the picture, the
-    model sees what noise in normalised space of the same epsilon would show it.
+    Noise in pixel space is x'_t = mean + std * x_t of the pixel values x' = mean + std * x, with x the normalised
+    values, clipped to 0..1 and rounded to 1/255. If nothing is clipped and the processor does not scale the picture,
+    the result equals noise in normalised space with the same epsilon, up to that rounding.
 
     Args:
-        mean, std: Of each channel, as the image processor has them (pixel values 0..1).
+        mean, std: Per channel, from the image processor (pixel values 0..1).
     """
 
     def __init__(self, weakening: Weakening, options: WeakenConfig, mean: Sequence[float], std: Sequence[float]):
@@ -113,7 +113,7 @@ class PictureWeakener:
         return Image.fromarray(bytes_HW3.numpy())
 
     def _crop(self, picture: Image.Image) -> Image.Image:
-        """A part of `crop_share` of the area, of the picture's own shape."""
+        """A region with `crop_share` of the picture's area and its aspect ratio."""
         side = self.options.crop_share**0.5
         width, height = (max(1, round(side * length)) for length in picture.size)
         left = self._draw(picture.width - width + 1)
@@ -121,7 +121,7 @@ class PictureWeakener:
         return picture.crop((left, top, left + width, top + height))
 
     def _mask(self, picture: Image.Image) -> Image.Image:
-        """`mask_share` of 14 x 14 cells in grey."""
+        """The picture with `mask_share` of its 14 x 14 cells painted grey."""
         hidden = round(self.options.mask_share * MASK_CELLS**2)
         order = torch.randperm(MASK_CELLS**2, generator=self._generator)
         covered = picture.copy()
@@ -137,14 +137,14 @@ class PictureWeakener:
 
 
 def picture_weakener(weakening: Weakening, options: WeakenConfig, image_processor: Any | None) -> PictureWeakener:
-    """For the image processor's mean and standard deviation; 0.5 of each channel where there is no processor."""
+    """A weakener with the image processor's mean and standard deviation; 0.5 per channel without a processor."""
     mean = getattr(image_processor, "image_mean", None) or [0.5] * 3
     std = getattr(image_processor, "image_std", None) or [0.5] * 3
     return PictureWeakener(weakening, options, mean, std)
 
 
 def _scaled(picture: Image.Image, longer_side: int) -> Image.Image:
-    """Scaled down until the longer side is `longer_side` pixels; never up."""
+    """Scales down to a longer side of `longer_side` pixels; never scales up."""
     longest = max(picture.size)
     if not longer_side or longest <= longer_side:
         return picture

@@ -86,10 +86,10 @@ def test_a_users_own_prompts_replace_the_packages(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [
-        ("instruction: x\nrequest: '{response}'\nlabel: y\nexamples: []\n", "request must hold {question}, {response}"),
-        ("instruction: x\nlabel: y\nexamples: []\n", "'request'; it needs instruction, request"),
+        ("instruction: x\nrequest: '{response}'\nlabel: y\nexamples: []\n", "must contain {question}, {response}"),
+        ("instruction: x\nlabel: y\nexamples: []\n", "'request'; required: instruction, request"),
         ("instruction: x\nrequest: '{question} {response}'\nlabel: y\nexamples: [{question: a}]\n", "'response'"),
-        ("[", "it needs instruction"),
+        ("[", "required: instruction"),
     ],
 )
 def test_a_broken_prompt_file_is_an_error_naming_it(tmp_path: Path, content: str, complaint: str) -> None:

@@ -1,1 +1,1 @@
-"""The models that answer: transformers in memory, vLLM, servers."""
+"""Generation engines: transformers in memory, vLLM, chat servers."""
