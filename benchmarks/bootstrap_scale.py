@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from bpo.bootstrap.engines.models import Engines
+from bpo.bootstrap.engines.models import Generators
 from bpo.bootstrap.engines.text import Reply
 from bpo.bootstrap.inject import InjectionRequest
 from bpo.bootstrap.job.merge import merge
@@ -78,7 +78,7 @@ def config_of(folder: Path) -> Config:
 
 def measure_job(folder: Path, count: int) -> dict[str, Any]:
     """The whole job. Images are not looked at, as where another source has looked at them."""
-    Engines.text = lambda self: InstantRewriter()  # type: ignore[method-assign]
+    Generators.text = lambda self: InstantRewriter()  # type: ignore[method-assign]
     InjectedErrors.prepare = lambda self, annotation: None  # type: ignore[method-assign]
     imports_mib, started = rss_mib(), time.perf_counter()
     summary = run_bootstrap(config_of(folder), progress=False)

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from bpo.bootstrap.engines.models import Engines, needed_paths, preparing_threads
+from bpo.bootstrap.engines.models import Generators, num_prepare_threads, required_paths
 from bpo.bootstrap.engines.prefetch import Prefetcher
 from bpo.bootstrap.inject import choose_mode
 from bpo.bootstrap.job.broken import BrokenRecords
@@ -39,7 +39,7 @@ from bpo.formats.bad_records import BadRecords
 from bpo.formats.files import iterate_annotations
 from bpo.job.compile_locks import named_compile_locks
 from bpo.job.launch import Ranks, ranks_from_environment, restart_count
-from bpo.job.lock import RestartCount
+from bpo.job.restarts import RestartCount
 from bpo.job.signals import StopRequest
 from bpo.records import Annotation
 
@@ -103,7 +103,7 @@ def run_bootstrap(config: Config, progress: bool = True, stop: StopRequest | Non
     seconds: dict[str, float] = {}
     broken = BrokenRecords(config.data, len(annotations), bad, folder, reader.broken())
     claims = Claims(folder / "claims", f"worker-{share.worker:05d}", config.bootstrap.claim_timeout_s)
-    with PartWriter(folder, share.worker) as writer, claims, Prefetcher(preparing_threads(config)) as prefetcher:
+    with PartWriter(folder, share.worker) as writer, claims, Prefetcher(num_prepare_threads(config)) as prefetcher:
         restarts = _count_restart(config, folder, share, work, reader)
         worker = Worker(Results(reader, writer, broken), claims, prefetcher, stop, progress and ranks.is_main)
         stall = StallTimeout(config.bootstrap.stall_timeout_s)
@@ -173,7 +173,7 @@ def _count_restart(
 
 
 def _check_paths(config: Config) -> None:
-    for name, value in needed_paths(config).items():
+    for name, value in required_paths(config).items():
         if not value:
             raise ValueError(f"{name} is empty; `bpo bootstrap` requires it")
 
@@ -258,14 +258,14 @@ class Worker:
 
 def _sources(config: Config, max_images: int, ranks: Ranks) -> Iterator[tuple[str, Callable[[], NegativeSource]]]:
     """Yields each source and its constructor, grouped by model; `inject`, which may use another LLM, comes last."""
-    engines = Engines(config, ranks, max_images)
+    generators = Generators(config, ranks, max_images)
 
     def image_answers(source: Source) -> Callable[[], NegativeSource]:
-        return lambda: ImageAnswers(source, config, engines.vision())
+        return lambda: ImageAnswers(source, config, generators.vision())
 
     def injected_errors() -> NegativeSource:
         checks_images = set(config.bootstrap.sources) == {"inject"}
-        return InjectedErrors(config, engines.text(), engines.encoder, checks_images)
+        return InjectedErrors(config, generators.text(), generators.encoder, checks_images)
 
     for source in config.bootstrap.sources:
         if source != "inject":

@@ -49,7 +49,7 @@ class NegativeSource(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class PreparedRequest:
     """The multimodal model's request for one record with its prepared input, or the error that prevented it."""
 
     request: VisionRequest
@@ -64,14 +64,14 @@ class ImageAnswers:
         self.source, self.config, self.generator = source, config, generator
         self.whole_batches = generator.whole_batches
 
-    def prepare(self, annotation: Annotation) -> Asked:
+    def prepare(self, annotation: Annotation) -> PreparedRequest:
         request = self.request(annotation)
         try:
-            return Asked(request, self.generator.prepare(request))
+            return PreparedRequest(request, self.generator.prepare(request))
         except ImageError as error:
-            return Asked(request, error=str(error))
+            return PreparedRequest(request, error=str(error))
 
-    def outcomes(self, batch: Sequence[Annotation], prepared: Sequence[Asked]) -> Iterator[Outcome]:
+    def outcomes(self, batch: Sequence[Annotation], prepared: Sequence[PreparedRequest]) -> Iterator[Outcome]:
         asked: list[int] = []
         for index, (annotation, ready) in enumerate(zip(batch, prepared, strict=True)):
             if ready.error is None:

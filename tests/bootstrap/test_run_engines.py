@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from bpo.bootstrap.engines.models import preparing_threads
+from bpo.bootstrap.engines.models import num_prepare_threads
 from bpo.bootstrap.engines.server import ServerError
 from bpo.bootstrap.run import run_bootstrap
 from bpo.config.bootstrap import BootstrapConfig, InjectConfig, ServerConfig, VisionConfig, WeakenConfig
@@ -123,4 +123,4 @@ def test_a_server_answers_weakened_pictures_and_a_killed_job_asks_only_for_the_r
     ],
 )
 def test_threads_beside_a_model_in_this_process_are_few(options: dict[str, Any], threads: int) -> None:
-    assert preparing_threads(Config(bootstrap=BootstrapConfig(**options))) == threads
+    assert num_prepare_threads(Config(bootstrap=BootstrapConfig(**options))) == threads

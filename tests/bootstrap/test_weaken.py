@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from bpo.bootstrap.engines.vision import ChatVision, TransformersVision, VisionRequest
+from bpo.bootstrap.engines.vision import ChatVisionGenerator, TransformersVisionGenerator, VisionRequest
 from bpo.bootstrap.noise import diffuse
 from bpo.bootstrap.sources import ImageAnswers
 from bpo.bootstrap.weaken import MASK_CELLS, PictureWeakener, Weakening, choose_weakening, weaken_images
@@ -39,7 +39,7 @@ def setting(request: pytest.FixtureRequest, photos: Path):
     encoder, model = load_encoder(config), load_model(config.model, torch.device("cpu"))
     annotations = read_annotations(photos / "annotations.json").annotations[:3]
     images = [encoder.encode_images(a.images) for a in annotations]
-    return TransformersVision(model, encoder, config), annotations, images
+    return TransformersVisionGenerator(model, encoder, config), annotations, images
 
 
 def answers(setting, kind: str, **weakening: object) -> list[str]:
@@ -235,7 +235,7 @@ def test_a_chat_engine_is_sent_the_weakened_picture_itself(photos: Path) -> None
     config = Config(
         data=DataConfig(image_root=str(photos)), bootstrap=BootstrapConfig(weaken=replace(OPTIONS, space="pixel"))
     )
-    chat = ChatVision(engine=None, config=config, name="big", encoder=None)  # type: ignore[arg-type]
+    chat = ChatVisionGenerator(engine=None, config=config, name="big", encoder=None)  # type: ignore[arg-type]
     (annotation, *_) = read_annotations(photos / "annotations.json").annotations
     weakening = Weakening("noise", 5, 900, "pixel")
     body = chat.prepare(VisionRequest("r", annotation.images, annotation.prompt, weakening, "It is"))

@@ -1,4 +1,4 @@
-"""Work for the CPU is done while the model is busy: the next batch is prepared while the present one is answered."""
+"""Overlaps CPU work with generation: prepares the next batch while the model answers the current one."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ Batch = TypeVar("Batch")
 
 
 class Prefetcher:
-    """Threads that prepare, as a context. Decoding and scaling of images let go of Python's lock, so that threads do.
+    """Context manager of a thread pool that prepares batches. Image decoding and scaling release the GIL.
 
     Args:
-        num_threads: 0 prepares each batch when it is asked for, in the caller's thread.
+        num_threads: 0 prepares each batch on demand, in the caller's thread.
     """
 
     def __init__(self, num_threads: int):
-        # One thread an operation: beside others each, operations that spread over all cores only wait for each other.
+        # One intra-op thread each: concurrent operations that each use all cores would only wait for each other.
         self._pool = (
             ThreadPoolExecutor(num_threads, "prepare", lambda: torch.set_num_threads(1)) if num_threads else None
         )
@@ -38,7 +38,7 @@ class Prefetcher:
     def of(
         self, batches: Iterable[tuple[Key, Batch, Sequence[Callable[[], Any]]]]
     ) -> Iterator[tuple[Key, Batch, list[Any]]]:
-        """Each batch with the results of its functions; those of the next batch run while the caller has this one."""
+        """Yields each batch with the results of its functions; those of the next batch run in the meantime."""
         if self._pool is None:
             yield from ((key, batch, [function() for function in functions]) for key, batch, functions in batches)
             return

@@ -1,7 +1,7 @@
-"""Chat completions from an OpenAI-compatible server (vLLM, SGLang, llama.cpp ...), with the standard library alone.
+"""Chat completions from an OpenAI-compatible server (vLLM, SGLang, llama.cpp ...), using only the standard library.
 
-An API key, where the server wants one, comes from the environment variable OPENAI_API_KEY: a key in a configuration
-file ends in every run's directory.
+An API key, if required, is read from the environment variable OPENAI_API_KEY: configuration files are copied into every
+run directory.
 """
 
 from __future__ import annotations
@@ -24,28 +24,28 @@ from bpo.config.bootstrap import ServerConfig
 
 logger = logging.getLogger(__name__)
 
-# A request that fails so often, others being answered between its failures, is at fault itself.
+# Failures of one request, with other requests answered in between, after which it is no longer retried.
 MAX_TRIES = 6
 FIRST_PAUSE_S, MAX_PAUSE_S = 1.0, 60.0
 _BLOCK_BYTES, _MAX_ANSWER_BYTES = 1 << 16, 16 << 20
-# The server understood and refuses this one request (a prompt over its context length, say): others may pass.
+# The server rejects this request (such as a prompt over its context length); others may succeed.
 _REQUEST_REFUSED = (400, 413, 422)
 
 
 class ServerError(RuntimeError):
-    """A server that cannot be used; the message names its URL, the record and what it said."""
+    """The server cannot be used; the message contains its URL, the record and the server's response."""
 
 
 class _RefusedRequest(Exception):
-    """The server refuses one request for good."""
+    """The server permanently rejects one request."""
 
 
 class _Stopped(Exception):
-    """Another request found that the server cannot be used."""
+    """The server cannot be used, as another request found."""
 
 
 class _TryAgain(Exception):
-    """A failure that may pass; `pause_s` is what the server asked for, if it did."""
+    """A transient failure; `pause_s` is the server's Retry-After, if any."""
 
     def __init__(self, message: str, pause_s: float | None = None):
         super().__init__(message)
@@ -53,7 +53,7 @@ class _TryAgain(Exception):
 
 
 class Clock(Protocol):
-    """`time`, or what tests put in its place."""
+    """`time`, or a substitute for tests."""
 
     def monotonic(self) -> float: ...
 
@@ -61,7 +61,7 @@ class Clock(Protocol):
 
 
 class ChatServer:
-    """Sends bodies to `{url}/chat/completions`, some at a time; tries again with pauses while the server is away."""
+    """Sends bodies to `{url}/chat/completions` concurrently; retries with backoff while the server is unavailable."""
 
     def __init__(self, options: ServerConfig, clock: Clock = time):
         self.options = options
@@ -74,11 +74,11 @@ class ChatServer:
         self._next_turn_s = float("-inf")
 
     def replies(self, bodies: Sequence[tuple[str, dict[str, Any]]]) -> Iterator[tuple[int, Reply]]:
-        """(index, reply) of each (record id, body), as they are finished.
+        """(index, reply) of each (record id, body), in order of completion.
 
         Raises:
-            ServerError: the server stayed away for `patience_s`, or refuses the key, the path or the model; every reply
-                that was finished by then has been given before.
+            ServerError: the server was unavailable for `patience_s`, or rejects the key, the path or the model; raised
+                after all finished replies have been yielded.
         """
         self._stopped.clear()
         with ThreadPoolExecutor(self.options.concurrency) as pool:
@@ -95,7 +95,7 @@ class ChatServer:
                     elif not isinstance(error, _Stopped):
                         raise error
             finally:
-                self._stop(list(futures))  # whoever reads the replies may stop reading
+                self._stop(list(futures))  # the consumer may stop early
             if failure is not None:
                 raise failure
 
@@ -115,14 +115,14 @@ class ChatServer:
             except _RefusedRequest as error:
                 return Reply("", error=f"{self.url}: {error}")
             except _TryAgain as error:
-                # Not all at once: who failed together would come again together.
+                # With jitter: requests that failed together would otherwise retry together.
                 wait_s = min(MAX_PAUSE_S, pause_s * random.uniform(0.5, 1) if error.pause_s is None else error.pause_s)
                 own_failures += self._num_answers > answers_seen
                 answers_seen = self._num_answers
                 if own_failures >= MAX_TRIES:
-                    return Reply("", error=f"{self.url}: {error} ({own_failures} tries between answers to others)")
+                    return Reply("", error=f"{self.url}: {error} ({own_failures} failures while others were answered)")
                 self._check_patience(record_id, started_s, wait_s, error)
-                logger.warning("%s, record %r: %s; again in %.0f s", self.url, record_id, error, wait_s)
+                logger.warning("%s, record %r: %s; retrying in %.0f s", self.url, record_id, error, wait_s)
                 self._clock.sleep(wait_s)
                 pause_s *= 2
             except ServerError as error:
@@ -138,11 +138,11 @@ class ChatServer:
         if away_s + wait_s > self.options.patience_s:
             raise ServerError(
                 f"{self.url}, record {record_id!r}: {error}; no answer for {away_s:.0f} s (server.patience_s="
-                f"{self.options.patience_s:g}); check that the server runs, then start again: finished records are kept"
+                f"{self.options.patience_s:g}); check that the server is up, then restart: finished records are kept"
             ) from error
 
     def _wait_for_turn(self) -> None:
-        """Keeps requests `60 / requests_per_minute` seconds apart, over all threads."""
+        """Spaces requests `60 / requests_per_minute` seconds apart, across all threads."""
         if self._stopped.is_set():
             raise _Stopped
         if not self.options.requests_per_minute:
@@ -166,21 +166,21 @@ class ChatServer:
         except urllib.error.HTTPError as error:
             raise _classify(error) from error
         except (OSError, http.client.HTTPException) as error:
-            # URLError, time-outs and dropped connections: the server may be starting, or busy.
+            # URLError, timeouts and dropped connections: the server may be starting or busy.
             raise _TryAgain(f"no answer: {error}") from error
 
 
 def _read_whole(response: Any, deadline_s: float) -> bytes:
-    """The body; a server that sends it drop by drop is not waited for, nor is one that never ends."""
+    """Reads the body, within a deadline (a slow-trickle response) and a size limit (an unbounded one)."""
     body = bytearray()
     while block := response.read1(_BLOCK_BYTES):
         body += block
         if len(body) > _MAX_ANSWER_BYTES:
-            raise _TryAgain(f"an answer of more than {_MAX_ANSWER_BYTES >> 20} MiB")
+            raise _TryAgain(f"response larger than {_MAX_ANSWER_BYTES >> 20} MiB")
         if time.monotonic() > deadline_s:
-            raise _TryAgain("no whole answer within server.timeout_s")
-    if response.length:  # `read1` takes the end of the connection for the end of the body
-        raise _TryAgain(f"an answer that was cut off {response.length} bytes before its end")
+            raise _TryAgain("response incomplete after server.timeout_s")
+    if response.length:  # `read1` treats the end of the connection as the end of the body
+        raise _TryAgain(f"response truncated, {response.length} bytes missing")
     return bytes(body)
 
 
@@ -191,19 +191,19 @@ def _read_reply(raw: bytes) -> Reply:
         if text is not None and not isinstance(text, str):
             raise TypeError("content is not text")
     except (ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
-        raise _TryAgain(f"an answer that is not a chat completion: {raw[:200]!r}") from error
+        raise _TryAgain(f"response is not a chat completion: {raw[:200]!r}") from error
     return Reply(text or "", finished=choice.get("finish_reason") != "length")
 
 
 def _classify(error: urllib.error.HTTPError) -> Exception:
     try:
-        said = error.read()[:500].decode("utf-8", "replace").strip()
+        content = error.read()[:500].decode("utf-8", "replace").strip()
     except (OSError, http.client.HTTPException) as cut:
-        said = f"(its text was cut off: {cut})"
-    message = f"HTTP {error.code}: {said}"
+        content = f"(response truncated: {cut})"
+    message = f"HTTP {error.code}: {content}"
     if error.code in _REQUEST_REFUSED:
         return _RefusedRequest(message)
     if error.code in (408, 409, 425, 429) or error.code >= 500:
-        asked = error.headers.get("Retry-After", "")
-        return _TryAgain(message, float(asked) if asked.isdigit() else None)
+        retry_after = error.headers.get("Retry-After", "")
+        return _TryAgain(message, float(retry_after) if retry_after.isdigit() else None)
     return ServerError(f"{message}; check server.url, server.model and OPENAI_API_KEY")

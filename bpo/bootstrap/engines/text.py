@@ -1,6 +1,6 @@
 """Text-only LLMs that inject errors: any transformers causal LM, or the multimodal model's own language model.
 
-A generator takes a batch of requests and gives a reply to each. `ChatGenerator` hands them on, to a server
+A generator returns a reply for each request of a batch. `ChatTextGenerator` forwards requests to a server
 (`bpo/bootstrap/engines/server.py`) or to vLLM (`bpo/bootstrap/engines/vllm.py`).
 """
 
@@ -26,13 +26,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What an LLM answered.
+    """An LLM's answer to one request.
 
     Attributes:
         text: The answer, before cleaning.
-        finished: Whether it ended by itself and not at its budget.
-        error: Why there is no answer to this one request, or None.
-        is_broken: Whether the record itself is at fault (an unreadable image, say), whatever is asked about it.
+        finished: Whether it ended with an EOS token, not at its budget.
+        error: Why this request has no answer, or None.
+        is_broken: Whether the error is in the record itself (such as an unreadable image), not in this request.
     """
 
     text: str
@@ -42,10 +42,10 @@ class Reply:
 
 
 class ChatEngine(Protocol):
-    """Answers requests in the form of the chat completions protocol."""
+    """Answers requests in chat completions format."""
 
     def replies(self, bodies: Sequence[tuple[str, dict[str, Any]]]) -> Iterable[tuple[int, Reply]]:
-        """(index, reply) of each (record id, body), as they are finished."""
+        """(index, reply) of each (record id, body), in order of completion."""
 
 
 class TextGenerator(Protocol):
@@ -56,14 +56,14 @@ class TextGenerator(Protocol):
     special_tokens: tuple[str, ...]
 
     def replies(self, requests: Sequence[InjectionRequest]) -> Iterable[tuple[int, Reply]]:
-        """(index of the request, reply) of every request, in any order; a reply depends on its request alone.
+        """(index of the request, reply) of every request, in any order; a reply depends only on its request.
 
-        What came before an error stands: whoever reads may keep it.
+        Replies yielded before an error remain valid.
         """
 
 
-class WorkedExamples:
-    """Instruction and examples, most of every request: they go through the model once, whoever asks.
+class ExamplePrefixes:
+    """Computes the keys and values of instruction and examples, most of every request, once for all requests.
 
     Args:
         encode: Token ids of a request.
@@ -76,7 +76,7 @@ class WorkedExamples:
     def by_prefix(
         self, requests: Sequence[InjectionRequest], prompts: Sequence[Sequence[int]]
     ) -> list[tuple[CachedPrefix | None, list[int]]]:
-        """The requests' indices by what they begin with; `prompts` are their token ids."""
+        """Groups the requests' indices by cached prefix; `prompts` are their token ids."""
         groups: dict[int, tuple[CachedPrefix | None, list[int]]] = {}
         for index, (request, prompt) in enumerate(zip(requests, prompts, strict=True)):
             prefix = self._prefixes.of(self._shared_ids(request))
@@ -88,7 +88,7 @@ class WorkedExamples:
     def _shared_ids(self, request: InjectionRequest) -> tuple[int, ...]:
         examples = request.messages[:-1]
         if examples not in self._ids:
-            # Two requests that differ from their first character on: what they share is the examples.
+            # Two requests with different first characters share only the examples.
             ends = (Message("user", text) for text in ("A", "0"))
             self._ids[examples] = common_beginning(
                 [self._encode(replace(request, messages=(*examples, end))) for end in ends]
@@ -96,17 +96,17 @@ class WorkedExamples:
         return self._ids[examples]
 
 
-class TransformersGenerator:
-    """A causal LM in memory: batched, left-padded, sampled by each request's own seed.
+class TransformersTextGenerator:
+    """A causal LM in memory: batched, left-padded, sampled with a seed per request.
 
-    A model with a chat template gets the worked examples as turns; one without continues a plain text. Instruction and
-    examples, most of every prompt, go through the model once and their keys and values are used again.
+    With a chat template, the worked examples are turns; without one, the model continues plain text. The keys and
+    values of instruction and examples, most of every prompt, are computed once and reused.
 
     Args:
         model: From `AutoModelForCausalLM`, in eval mode.
         tokenizer: Its tokenizer.
-        name: For the provenance of what it writes.
-        cache: Where keys and values are kept: see `bpo/model/kv_cache.py`.
+        name: Recorded in the provenance of its completions.
+        cache: The kind of KV cache: see `bpo/model/kv_cache.py`.
     """
 
     whole_batches = True
@@ -119,7 +119,7 @@ class TransformersGenerator:
         self._control = {str(token): index for index, token in added.items() if token.special}
         self._control |= dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
         self._suppressed = sorted(set(self._control.values()) - set(self._eos_ids))
-        self._examples = WorkedExamples(Prefixes(model, enabled=cache != "static"), self.encode)
+        self._examples = ExamplePrefixes(Prefixes(model, enabled=cache != "static"), self.encode)
 
     def replies(self, requests: Sequence[InjectionRequest]) -> Iterator[tuple[int, Reply]]:
         prompts = [self.encode(request) for request in requests]
@@ -146,7 +146,7 @@ class TransformersGenerator:
         return [Reply(self.tokenizer.decode(ids, skip_special_tokens=True), ended) for ids, ended in answers]
 
     def encode(self, request: InjectionRequest) -> list[int]:
-        """Token ids of a request; a control token spelled in somebody's text loses its brackets."""
+        """Token ids of a request; control tokens spelled in its text lose their brackets."""
         if not self.tokenizer.chat_template:
             return list(self.tokenizer(self._disarm(as_plain_text(request)))["input_ids"])
         messages = [{"role": m.role, "content": self._disarm(m.content)} for m in request.messages]
@@ -159,8 +159,8 @@ class TransformersGenerator:
         return text
 
 
-class OwnLanguageModel:
-    """The multimodal model answering without an image: its own language model, through its own chat template."""
+class MultimodalTextGenerator:
+    """The multimodal model's own language model, prompted without images through its chat template."""
 
     whole_batches = True
 
@@ -168,7 +168,7 @@ class OwnLanguageModel:
         self.model, self.encoder, self.options, self.name, self.cache = model, encoder, options, name, cache
         self.special_tokens = tuple(encoder.tokenizer.all_special_tokens)
         prefixes = Prefixes(model, encoder.family.generation_inputs, enabled=cache != "static")
-        self._examples = WorkedExamples(prefixes, lambda request: self._encode(request).prefix_ids)
+        self._examples = ExamplePrefixes(prefixes, lambda request: self._encode(request).prefix_ids)
 
     def replies(self, requests: Sequence[InjectionRequest]) -> Iterator[tuple[int, Reply]]:
         prompts = [self._encode(request) for request in requests]
@@ -189,11 +189,11 @@ class OwnLanguageModel:
     def _encode(self, request: InjectionRequest) -> EncodedPrompt:
         prompt = self.encoder.encode_prompt(request.record_id, (), _turns(request))
         if self.encoder.image_token_id in prompt.prefix_ids:
-            raise EncodingError(f"record {prompt.record_id!r}: a text-only prompt holds image tokens")
+            raise EncodingError(f"record {prompt.record_id!r}: a text-only prompt contains image tokens")
         return prompt
 
 
-class ChatGenerator:
+class ChatTextGenerator:
     """A text-only LLM behind a chat engine: a server, or vLLM in this process."""
 
     whole_batches = False
@@ -206,7 +206,7 @@ class ChatGenerator:
         return self.engine.replies([(request.record_id, self.body(request)) for request in requests])
 
     def body(self, request: InjectionRequest) -> dict[str, Any]:
-        """One request as the chat completions protocol has it."""
+        """One request in chat completions format."""
         return {
             "messages": [{"role": m.role, "content": m.content} for m in request.messages],
             "temperature": self.options.temperature,
@@ -216,11 +216,13 @@ class ChatGenerator:
         }
 
 
-def load_causal_lm(options: InjectConfig, device: torch.device, cache: CacheKind = "reserved") -> TransformersGenerator:
-    """Reads `options.llm` (a directory or hub id; `options.gguf_file` names a GGUF file in it) for generation.
+def load_causal_lm(
+    options: InjectConfig, device: torch.device, cache: CacheKind = "reserved"
+) -> TransformersTextGenerator:
+    """Loads `options.llm` (a directory or hub id; `options.gguf_file` names a GGUF file in it) for generation.
 
     Raises:
-        ValueError: The GGUF file is not there, or the model generates nothing without an encoder.
+        ValueError: The GGUF file does not exist, or the model is not a decoder-only LM.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -235,13 +237,13 @@ def load_causal_lm(options: InjectConfig, device: torch.device, cache: CacheKind
     tokenizer = AutoTokenizer.from_pretrained(options.llm, **gguf)
     model = AutoModelForCausalLM.from_pretrained(options.llm, dtype=dtype, **gguf, **_dense_weights(bool(gguf)))
     name = f"{options.llm}/{options.gguf_file}" if gguf else options.llm
-    return TransformersGenerator(model.to(device).eval(), tokenizer, options, name, cache)
+    return TransformersTextGenerator(model.to(device).eval(), tokenizer, options, name, cache)
 
 
 def _dense_weights(is_gguf: bool) -> dict[str, Any]:
-    """Options that unpack GGUF weights as they load: left packed, every batch would unpack them again.
+    """Options that dequantize GGUF weights at load time; otherwise every batch would dequantize them again.
 
-    transformers releases without `GgufConfig` always unpack.
+    transformers releases without `GgufConfig` always dequantize.
     """
     import transformers
 
@@ -250,7 +252,7 @@ def _dense_weights(is_gguf: bool) -> dict[str, Any]:
 
 
 def _eos_ids(model: Any, tokenizer: Any) -> list[int]:
-    """Every token that ends an answer: chat models often end a turn by another token than a document."""
+    """All tokens that end an answer: chat models often end a turn with another token than a document."""
     configured = model.generation_config.eos_token_id
     ids = configured if isinstance(configured, list) else [configured]
     found = list(dict.fromkeys(index for index in [tokenizer.eos_token_id, *ids] if index is not None))

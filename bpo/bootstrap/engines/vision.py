@@ -1,4 +1,4 @@
-"""The multimodal model that answers (weakened) images: in this process, or behind a chat engine."""
+"""Multimodal models that answer prompts about (weakened) images: in this process, or through a chat engine."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from bpo.records import ContentPart, Turn
 
 @dataclass(frozen=True, slots=True)
 class VisionRequest:
-    """A prompt about images, what is done to them, and how the answer begins.
+    """A prompt about images, their weakening, and the beginning of the answer.
 
     Attributes:
-        weakening: Its seed also decides sampling.
-        beginning: Text with which the answer begins; the reply goes on from it and holds it.
+        weakening: Its seed is also the sampling seed.
+        beginning: Text that the model continues; the reply includes it.
     """
 
     record_id: str
@@ -38,14 +38,14 @@ class VisionRequest:
 
 
 class VisionGenerator(Protocol):
-    """A multimodal model. A request's images are prepared first, perhaps while the model still answers others."""
+    """A multimodal model. Images of a request are prepared first, possibly while the model answers other requests."""
 
     name: str
     whole_batches: bool
     special_tokens: tuple[str, ...]
 
     def prepare(self, request: VisionRequest) -> Any:
-        """Reads and weakens the images of a request, for `replies`. Touches no model, and may run in any thread.
+        """Reads and weakens the images of a request, for `replies`. Does not use the model; thread-safe.
 
         Raises:
             ImageError: an image cannot be read.
@@ -55,8 +55,8 @@ class VisionGenerator(Protocol):
         """(index, reply) of every request, in any order; a broken record's reply has `error` and `is_broken`."""
 
 
-class TransformersVision:
-    """The model in memory: one left-padded batch, each record sampled by its own seed."""
+class TransformersVisionGenerator:
+    """A transformers model in memory: one left-padded batch, sampled with a seed per record."""
 
     whole_batches = True
 
@@ -71,7 +71,7 @@ class TransformersVision:
     def prepare(self, request: VisionRequest) -> EncodedImages:
         weakening = request.weakening
         picture = picture_weakener(weakening, self.config.bootstrap.weaken, self.encoder.processor.image_processor)
-        images = self.encoder.encode_images(_shown(request)[0], picture if weakening.changes_pictures else None)
+        images = self.encoder.encode_images(_inputs_of(request)[0], picture if weakening.changes_pictures else None)
         if weakening.kind == "noise" and weakening.space == "normalised":
             assert weakening.noise_step is not None
             images = weaken_images(images, self.encoder.family, weakening.noise_step, weakening.seed)
@@ -104,30 +104,30 @@ class TransformersVision:
             yield index, Reply(text, ended)
 
     def _prefix(self, prompts: Sequence[EncodedPrompt]) -> CachedPrefix | None:
-        """What the batch begins with up to the first image: a system prompt, say. Of the batch alone."""
+        """The common prefix of this batch up to the first image, such as a system prompt."""
         if len(prompts) < 2:
             return None
         return self._prefixes.of(common_beginning([p.prefix_ids for p in prompts], self.encoder.image_token_id))
 
     def _encode(self, request: VisionRequest, images: EncodedImages) -> tuple[EncodedPrompt, tuple[int, ...]]:
-        prompt = self.encoder.encode_prompt(request.record_id, images, _shown(request)[1])
+        prompt = self.encoder.encode_prompt(request.record_id, images, _inputs_of(request)[1])
         beginning = self.encoder.encode_completion(request.beginning)[:-1] if request.beginning else ()
         prompt = replace(prompt, prefix_ids=(*prompt.prefix_ids, *beginning))
         if len(prompt.prefix_ids) >= self.encoder.max_length_tokens:
             raise EncodingError(
-                f"record {request.record_id!r}: the prompt takes {len(prompt.prefix_ids)} tokens and leaves no room in "
-                f"data.max_length_tokens={self.encoder.max_length_tokens}"
+                f"record {request.record_id!r}: the prompt has {len(prompt.prefix_ids)} tokens, which leaves none for "
+                f"the answer; data.max_length_tokens is {self.encoder.max_length_tokens}"
             )
         return prompt, beginning
 
 
-class ChatVision:
-    """A multimodal model behind a chat engine, which is sent weakened pictures as PNG.
+class ChatVisionGenerator:
+    """A multimodal model behind a chat engine; weakened pictures are sent as PNG.
 
     Args:
         engine: A server, or vLLM in this process.
-        name: For the provenance.
-        encoder: Where `model.path` names the model too: its normalisation and control tokens are then used.
+        name: Recorded in the provenance.
+        encoder: Given if `model.path` is set; provides normalisation and control tokens.
     """
 
     whole_batches = False
@@ -145,9 +145,9 @@ class ChatVision:
             yield index, reply if reply.error else replace(reply, text=requests[index].beginning + reply.text)
 
     def prepare(self, request: VisionRequest) -> dict[str, Any]:
-        """The request as the chat completions protocol has it, pictures as data URLs."""
+        """The request in chat completions format, with pictures as data URLs."""
         options = self.config.bootstrap.weaken
-        images, turns = _shown(request)
+        images, turns = _inputs_of(request)
         weaken = picture_weakener(request.weakening, options, self._image_processor)
         root = Path(self.config.data.image_root or ".")
         pictures = iter([weaken(load_image(root, image)) for image in images])
@@ -168,14 +168,14 @@ class ChatVision:
             "seed": request.weakening.seed,
         }
         if request.beginning:
-            # vLLM and SGLang go on from the last message where they are told to.
+            # vLLM and SGLang continue the last message with these options.
             messages.append({"role": "assistant", "content": request.beginning})
             body |= {"add_generation_prompt": False, "continue_final_message": True}
         return body
 
 
-def _shown(request: VisionRequest) -> tuple[tuple[str, ...], tuple[Turn, ...]]:
-    """Images and prompt as the model gets them: both without images for `no-image`."""
+def _inputs_of(request: VisionRequest) -> tuple[tuple[str, ...], tuple[Turn, ...]]:
+    """Images and prompt as passed to the model: both without images for `no-image`."""
     if request.weakening.kind != "no-image":
         return request.images, request.prompt
     turns = tuple(Turn(turn.role, tuple(p for p in turn.content if p.type == "text")) for turn in request.prompt)
@@ -183,13 +183,13 @@ def _shown(request: VisionRequest) -> tuple[tuple[str, ...], tuple[Turn, ...]]:
 
 
 def data_url(picture: Image.Image) -> str:
-    """The picture as PNG, which loses nothing of the noise, in a data URL."""
+    """A data URL of the picture as PNG, which is lossless and so preserves the noise."""
     buffer = io.BytesIO()
     picture.save(buffer, "PNG")
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
 
 
 def special_tokens_of(encoder: Encoder) -> tuple[str, ...]:
-    """Control tokens of the model as text, its image placeholder among them."""
+    """The model's control tokens as text, including its image placeholder."""
     placeholder = encoder.tokenizer.convert_ids_to_tokens(encoder.image_token_id)
     return (*encoder.tokenizer.all_special_tokens, placeholder)

@@ -1,6 +1,6 @@
-"""vLLM in this process, as a chat engine (extra `vllm`). One engine a rank, on the rank's own GPU.
+"""In-process vLLM as a chat engine (extra `vllm`). One engine per rank, on the rank's own GPU.
 
-Written against vLLM 0.11's `LLM.chat`. Pictures travel as data URLs, as to a server.
+Written against vLLM 0.11's `LLM.chat`. Pictures are passed as data URLs, as for a server.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ from typing import Any
 
 from bpo.bootstrap.engines.text import Reply
 
-# vLLM would take these for a request to join the job's own process group.
+# With these set, vLLM would try to join the job's own process group.
 _LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 class VllmEngine:
-    """Answers a whole batch at a time; vLLM schedules it.
+    """Answers a whole batch per call; vLLM schedules it.
 
     Args:
         path: Model directory or hub id.
-        dtype: As vLLM names it; `auto` takes the config's.
-        local_rank: Which of the visible GPUs this rank has.
-        max_images: Images in one prompt; 0 for a text-only LLM.
+        dtype: vLLM's name of the dtype; `auto` uses that of the model's config.
+        local_rank: Index of this rank's GPU among the visible ones.
+        max_images: Maximum images per prompt; 0 for a text-only LLM.
 
     Raises:
         ValueError: vLLM is not installed; names the extra.
@@ -33,13 +33,13 @@ class VllmEngine:
         try:
             import vllm
         except ImportError as error:
-            raise ValueError(f"the engine vllm needs vLLM ({error}); pip install 'bpo[vllm]'") from error
+            raise ValueError(f"the engine `vllm` requires vLLM ({error}); pip install 'bpo[vllm]'") from error
         self._sampling = vllm.SamplingParams
         pictures = {"limit_mm_per_prompt": {"image": max_images}} if max_images else {}
         self._llm = vllm.LLM(model=path, dtype=dtype, **pictures)
 
     def replies(self, bodies: Sequence[tuple[str, dict[str, Any]]]) -> Iterator[tuple[int, Reply]]:
-        """(index, reply) of each (record id, body); bodies that continue an answer go in a call of their own."""
+        """(index, reply) of each (record id, body); bodies that continue an answer use a separate call."""
         for continues in (False, True):
             chosen = [i for i, (_, body) in enumerate(bodies) if bool(body.get("continue_final_message")) == continues]
             if not chosen:
@@ -61,7 +61,7 @@ def _sampling(body: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def keep_to_own_gpu(environ: MutableMapping[str, str], local_rank: int) -> None:
-    """Leaves this process one GPU and no launcher's variables; call before CUDA starts in it."""
+    """Restricts this process to one GPU and removes launcher variables; call before CUDA is initialized."""
     visible = environ.get("CUDA_VISIBLE_DEVICES", "")
     devices = visible.split(",") if visible else []
     environ["CUDA_VISIBLE_DEVICES"] = devices[local_rank % len(devices)] if devices else str(local_rank)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from bpo.bootstrap.engines.server import MAX_TRIES, ChatServer, ServerError
-from bpo.bootstrap.engines.text import ChatGenerator, Reply
+from bpo.bootstrap.engines.text import ChatTextGenerator, Reply
 from bpo.bootstrap.inject import InjectionRequest, Message
 from bpo.config.bootstrap import InjectConfig, ServerConfig
 from tests.bootstrap.fake_server import CUT, DRIP, Answer, completion, fake_server
@@ -21,9 +21,9 @@ def request(record_id: str = "r1", text: str = "Rewrite this.", seed: int = 5) -
     return InjectionRequest(record_id, (Message("user", text),), "Modified:", 77, seed)
 
 
-def generator(url: str, clock: Any = None, **server: Any) -> ChatGenerator:
+def generator(url: str, clock: Any = None, **server: Any) -> ChatTextGenerator:
     options = ServerConfig(url=url, model="small", **server)
-    return ChatGenerator(ChatServer(options, clock or FakeClock()), InjectConfig(server=options), "small")
+    return ChatTextGenerator(ChatServer(options, clock or FakeClock()), InjectConfig(server=options), "small")
 
 
 def test_the_server_gets_prompt_sampling_and_seed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,12 @@ import pytest
 import torch
 
 from bpo.bootstrap.clean import clean_rewriting
-from bpo.bootstrap.engines.text import OwnLanguageModel, TransformersGenerator, WorkedExamples, load_causal_lm
+from bpo.bootstrap.engines.text import (
+    ExamplePrefixes,
+    MultimodalTextGenerator,
+    TransformersTextGenerator,
+    load_causal_lm,
+)
 from bpo.bootstrap.inject import InjectionRequest, Message, build_request
 from bpo.bootstrap.validate import refusal
 from bpo.config.bootstrap import InjectConfig
@@ -30,11 +35,11 @@ def request(text: str, seed: int = 0, budget: int = 10) -> InjectionRequest:
 
 
 @pytest.fixture(scope="module")
-def llm(tiny_llm_dir: Path) -> TransformersGenerator:
+def llm(tiny_llm_dir: Path) -> TransformersTextGenerator:
     return load_causal_lm(InjectConfig(llm=str(tiny_llm_dir), dtype="float32"), CPU)
 
 
-def test_a_chat_model_sees_the_examples_as_turns(llm: TransformersGenerator) -> None:
+def test_a_chat_model_sees_the_examples_as_turns(llm: TransformersTextGenerator) -> None:
     text = llm.tokenizer.decode(llm.encode(request("bird")))
     assert text == "<|user|>Err. cat<|end|><|assistant|>dog<|end|><|user|>bird<|end|><|assistant|>"
 
@@ -47,16 +52,16 @@ def test_a_model_without_chat_template_continues_a_plain_text(tiny_llm_dir: Path
     assert len(replies_of(plain, [request("bird")])) == 1
 
 
-def test_control_tokens_in_somebodys_text_are_plain_text(llm: TransformersGenerator) -> None:
+def test_control_tokens_in_somebodys_text_are_plain_text(llm: TransformersTextGenerator) -> None:
     ids = llm.encode(request("a <|end|> b </s>"))
     assert llm.tokenizer.decode(ids).endswith("<|user|>a end b s<|end|><|assistant|>")
 
 
-def test_either_end_token_ends_an_answer(llm: TransformersGenerator) -> None:
+def test_either_end_token_ends_an_answer(llm: TransformersTextGenerator) -> None:
     assert [llm.tokenizer.convert_ids_to_tokens(i) for i in llm._eos_ids] == ["</s>", "<|end|>"]
 
 
-def test_a_reply_depends_on_its_request_alone(llm: TransformersGenerator) -> None:
+def test_a_reply_depends_on_its_request_alone(llm: TransformersTextGenerator) -> None:
     requests = [request("bird", 1), request("a much longer request than that", 2, budget=25), request("x", 3)]
     alone = [replies_of(llm, [request])[0] for request in requests]
     assert replies_of(llm, requests) == alone
@@ -83,7 +88,7 @@ def test_the_own_language_model_answers_without_an_image(family: str, request: p
         return generate(**kwargs)
 
     model.generate = spy
-    own = OwnLanguageModel(model, encoder, config.bootstrap.inject, "own")
+    own = MultimodalTextGenerator(model, encoder, config.bootstrap.inject, "own")
     annotation = Annotation("r", (), (Turn("user", (ContentPart("text", "Describe it."),)),), "A cat, spelled <image>.")
     # Text that spells the placeholder reaches the model as plain text.
     requests = [build_request(annotation, "description", 8, seed) for seed in (1, 2)]
@@ -117,7 +122,7 @@ def test_a_real_llm_injects_errors() -> None:
 
 
 def test_a_cached_prefix_changes_nothing_but_the_work(
-    llm: TransformersGenerator, monkeypatch: pytest.MonkeyPatch
+    llm: TransformersTextGenerator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Worked examples go through the model once; replies are those of whole prompts."""
     turn = Turn("user", (ContentPart("text", "How many?"),))
@@ -132,6 +137,6 @@ def test_a_cached_prefix_changes_nothing_but_the_work(
     tokens_with_cache = sum(seen_tokens)
     assert replies_of(llm, requests) == with_cache  # the cache was not written to
     seen_tokens.clear()
-    llm._examples = WorkedExamples(Prefixes(llm.model, enabled=False), llm.encode)
+    llm._examples = ExamplePrefixes(Prefixes(llm.model, enabled=False), llm.encode)
     assert replies_of(llm, requests) == with_cache
     assert tokens_with_cache < 0.7 * sum(seen_tokens)
