@@ -29,7 +29,7 @@ def test_tree_has_every_module_with_a_comment_and_nothing_else() -> None:
 
 
 def test_files_and_functions_of_the_table_exist() -> None:
-    table = README.split("## Equation, function, test")[1].split("##")[0]
+    table = README.split("## Equations, functions, tests")[1].split("##")[0]
     references = re.findall(r"`((?:bpo|kernels|tests)/[\w/.]*)(?:: ([\w.]+))?`", table)
     assert len(references) > 12
     for path, name in references:
