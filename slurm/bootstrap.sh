@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Bootstrapping: an array whose tasks share the annotations, then a merge of their results into one file of groups.
+# Bootstrapping: an array whose tasks share the annotations, then a merge of their results into one groups file.
 #
-#   slurm/bootstrap.sh [--array=0-31 --time=8:00:00 --] --config FILE [...]    submits the array, and the merge after it
-#   sbatch --array=0-31 slurm/bootstrap.sh --config FILE [...]                 the array alone; then: bpo merge --config ...
+#   slurm/bootstrap.sh [--array=0-31 --time=8:00:00 --] --config FILE [...] submits the array, and the merge after it
+#   sbatch --array=0-31 slurm/bootstrap.sh --config FILE [...]              only the array; then: bpo merge --config ...
 #
-# Any number of tasks will do, and the next submission may have another: finished records are never done again. A task
-# may have several GPUs: give --ntasks-per-node and --gpus-per-node, both. A signal before the time limit, or a
-# preemption, requeues the task, which goes on.
+# The number of tasks is arbitrary and may change between submissions: finished records are not processed again. For
+# tasks with several GPUs set both --ntasks-per-node and --gpus-per-node. On a signal before the time limit, or on
+# preemption, the task is requeued and continues.
 #
 #SBATCH --job-name=bpo-bootstrap
 #SBATCH --array=0-7
@@ -18,7 +18,7 @@
 #SBATCH --output=slurm-%x-%A_%a.out
 #SBATCH --open-mode=append
 #SBATCH --requeue
-# To every task, not to this shell: a batch of answers must end in this time.
+# Sent to every task, not to this shell; a batch of answers must finish within this time.
 #SBATCH --signal=USR2@300
 
 set -euo pipefail

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Evaluation by CHAIR and POPE, one task per GPU: the questions are divided among the tasks.
+# Evaluation with CHAIR and POPE, one task per GPU; the questions are divided among the tasks.
 #
 #   slurm/evaluate.sh [--time=2:00:00 --] --config FILE --model.path DIR [...]    submits itself, with site.env
 #   sbatch slurm/evaluate.sh --config FILE --model.path DIR [...]                 from the root of the clone
 #
-# A signal before the time limit, or a preemption, requeues the job; answers that were given are kept.
+# On a signal before the time limit, or on preemption, the job is requeued; existing answers are kept.
 #
 #SBATCH --job-name=bpo-evaluate
 #SBATCH --nodes=1
@@ -15,7 +15,7 @@
 #SBATCH --output=slurm-%x-%j.out
 #SBATCH --open-mode=append
 #SBATCH --requeue
-# To every task, not to this shell: a batch of answers must end in this time.
+# Sent to every task, not to this shell; a batch of answers must finish within this time.
 #SBATCH --signal=USR2@300
 
 set -euo pipefail

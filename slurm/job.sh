@@ -1,14 +1,14 @@
-# What the scripts of this folder share; they source it and have set `root`, the clone.
+# Shared functions of the scripts in this folder, which set `root` (the clone) and source this file.
 # shellcheck shell=bash disable=SC2154
 #
-#   load_site         the site's settings
-#   split_arguments   sbatch's options from bpo's
-#   submit            hands a script of this folder to sbatch
-#   enter_job         the environment of a job
-#   launch            one task per GPU by srun, in the site's container
-#   finish            requeues a job that is to go on, and ends the script
+#   load_site         loads the site's settings
+#   split_arguments   separates sbatch's options from bpo's
+#   submit            submits a script of this folder with sbatch
+#   enter_job         sets up the environment of a job
+#   launch            starts one task per GPU with srun, in the site's container
+#   finish            requeues a job that should continue, and exits
 
-# What slurm/site.env may set.
+# Defaults of the settings in slurm/site.env.
 BPO_SBATCH_ARGS=()
 BPO_BOOTSTRAP_SBATCH_ARGS=()
 BPO_TRAIN_SBATCH_ARGS=()
@@ -17,14 +17,14 @@ BPO_COMMAND_SBATCH_ARGS=()
 BPO_SRUN_ARGS=()
 BPO_CONTAINER_ARGS=()
 
-# A start that lost a task this soon is not repeated: most likely the next one would, too.
+# A start that lost a task earlier than this is not requeued: the next one would most likely fail too.
 BPO_CRASH_REQUEUE_AFTER_S="${BPO_CRASH_REQUEUE_AFTER_S:-600}"
 
 inside_job() { [[ -n "${SLURM_JOB_ID:-}" ]]; }
 
 load_site() {
     if [[ -f "$root/slurm/site.env" ]]; then
-        # Site files are written for interactive shells: they may use unset variables.
+        # Site files are written for interactive shells and may use unset variables.
         set +u
         # shellcheck source=/dev/null
         source "$root/slurm/site.env"
@@ -44,8 +44,8 @@ split_arguments() {
     done
 }
 
-# submit SCRIPT [SBATCH_OPTION...] -- [ARGUMENT...]: prints the job's id. Options given here win over the site's, which
-# win over the script's own.
+# submit SCRIPT [SBATCH_OPTION...] -- [ARGUMENT...]: prints the job's id. Options given here override the site's, which
+# override the script's own.
 submit() {
     local script="$1" id
     shift
@@ -61,26 +61,26 @@ submit() {
     echo "${id%%;*}" # a federation adds `;cluster`
 }
 
-# The directory of the submission, the site's settings, the interpreter, the addresses.
+# Sets working directory, site settings, interpreter and addresses.
 enter_job() {
     cd "$SLURM_SUBMIT_DIR" || exit
-    # Left over from a shell in another job, from which this one was submitted.
+    # May be inherited from a shell in another job, from which this one was submitted.
     unset RANK WORLD_SIZE LOCAL_RANK MASTER_PORT
     load_site
     if [[ "${BPO_CONTAINER:-none}" == none && -d "$root/.venv/bin" ]]; then
-        export PATH="$root/.venv/bin:$PATH" # ninja too, for the operations DeepSpeed compiles at first use
+        export PATH="$root/.venv/bin:$PATH" # also has ninja, for the operations DeepSpeed compiles at first use
     fi
-    # Quoted, because a node list such as gpu[01-04] is a pattern to the shell.
+    # Quoted, because the shell would expand a node list such as gpu[01-04] as a pattern.
     nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
     export MASTER_ADDR="${nodes%%$'\n'*}"
-    # Without it, the folder of the program comes first on sys.path and may hide installed packages.
+    # Otherwise the folder of the program comes first on sys.path and may hide installed packages.
     export PYTHONSAFEPATH=1
     export PYTHONUNBUFFERED=1
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}"
-    # Since SLURM 22.05 srun does not take this from sbatch.
+    # Since SLURM 22.05 srun does not inherit this from sbatch.
     export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"
     restarts="${SLURM_RESTART_COUNT:-0}"
-    # How `scontrol requeue` is to be told of this job: of an array, the number alone may mean all of its tasks.
+    # The job id for `scontrol requeue`: for an array task, SLURM_JOB_ID alone may refer to all tasks of the array.
     job="$SLURM_JOB_ID"
     if [[ -n "${SLURM_ARRAY_JOB_ID:-}" ]]; then
         job="${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}"
@@ -88,11 +88,11 @@ enter_job() {
     echo "[$(date -Is)] job $job, restart $restarts, ${SLURM_NTASKS:-1} tasks on: ${nodes//$'\n'/ }"
 }
 
-# launch PYTHON_ARGUMENT...: one process per task, no launcher in between (one that gets the scheduler's signal dies and
+# launch PYTHON_ARGUMENT...: one process per task, without a launcher (one that receives the scheduler's signal dies and
 # orphans its workers). Sets `code`.
 #
-# --kill-on-bad-exit=0, because ranks that stop on a signal leave one after the other with code 75: the first would have
-# the others killed, and srun would report that. A rank that dies leaves the others --wait seconds, in which they name it.
+# --kill-on-bad-exit=0, because ranks that stop on a signal exit one after another with code 75: otherwise the first
+# exit would kill the others, and srun would report that. If a rank dies, the others have --wait seconds to report it.
 launch() {
     local program=("${BPO_PYTHON:-python}" "$@")
     local options=(--kill-on-bad-exit=0 --wait=120 --mpi=none)
@@ -115,15 +115,15 @@ launch() {
     srun "${options[@]}" "${BPO_SRUN_ARGS[@]}" "${program[@]}" || code=$?
 }
 
-# finish CODE: what a further start would carry on is requeued; ends the script with CODE (see bpo/job/signals.py).
+# finish CODE: requeues the job if another start would make progress; exits with CODE (see bpo/job/signals.py).
 finish() {
     local code="$1" again=false why
     case "$code" in
         0) why="finished" ;;
-        74) why="its results cannot be written; make room, then start it again" ;;
-        75) why="stopped by a signal, what is done is kept" again=true ;;
-        138 | 140 | 143) why="ended by SIGUSR1, SIGUSR2 or SIGTERM before it could stop by itself" again=true ;;
-        93) why="restarts bring nothing new; see the log above" ;;
+        74) why="its results cannot be written; free disk space, then start it again" ;;
+        75) why="stopped by a signal, results so far are kept" again=true ;;
+        138 | 140 | 143) why="killed by SIGUSR1, SIGUSR2 or SIGTERM before its signal handlers were set" again=true ;;
+        93) why="restarts make no progress; see the log above" ;;
         *)
             why="failed; see the log above"
             if ((code == 76 || code > 128)); then
@@ -134,7 +134,7 @@ finish() {
     esac
     echo "[$(date -Is)] job $job ended with code $code after $SECONDS s: $why"
     if $again && ! scontrol requeue "$job"; then
-        echo "error: this cluster does not requeue job $job; submit it again, training with --train.resume true" >&2
+        echo "error: the cluster does not requeue job $job; submit it again (training: with --train.resume true)" >&2
     fi
     exit "$code"
 }

@@ -3,10 +3,10 @@
 #
 #   slurm/pipeline.sh DIR [SBATCH_OPTION...] -- --config FILE [--data.annotations FILE ...] [-- EVALUATION_ARGUMENT...]
 #
-# What follows the second `--` is for evaluation alone, such as --data.image_root of its own images. Everything goes to
-# DIR: groups.jsonl, run/, model/, results.json. Each job starts once the one before it has ended
-# well; if one fails, those after it are cancelled. The same command again goes on from what is there. sbatch's options
-# are for all jobs; nodes and GPUs of each: BPO_TRAIN_SBATCH_ARGS and its like in slurm/site.env.
+# Arguments after the second `--` go to evaluation only, such as --data.image_root of its own images. All output goes to
+# DIR: groups.jsonl, run/, model/, results.json. Each job starts when the previous one has succeeded; if one fails, the
+# later ones are cancelled. Running the same command again continues from the existing output. sbatch's options apply to
+# all jobs; set nodes and GPUs of each stage with BPO_TRAIN_SBATCH_ARGS etc. in slurm/site.env.
 
 set -euo pipefail
 
@@ -29,22 +29,22 @@ if ((${#options[@]})); then
     evaluation=("${arguments[@]}")
     arguments=("${options[@]}")
 fi
-# Ours come last: they win, and so all stages agree.
+# These come last and override the caller's, so that all stages use the same paths.
 arguments_of_all=("${arguments[@]}" --data.groups "$folder/groups.jsonl" --train.output_dir "$folder/run"
     --export.checkpoint "$folder/run" --export.output "$folder/model" --evaluation.output "$folder/results.json")
 
 submitted=()
 complete=false
-# Half a chain is of no use to anybody.
-take_back() {
+# Cancels the submitted jobs if a later submission fails.
+cancel_submitted() {
     if ! $complete; then
         ((${#submitted[@]} == 0)) || scancel "${submitted[@]}"
-        echo "error: not all jobs could be submitted; those that were have been cancelled" >&2
+        echo "error: not all jobs could be submitted; the submitted ones have been cancelled" >&2
     fi
 }
-trap take_back EXIT
+trap cancel_submitted EXIT
 
-# stage SCRIPT ARGUMENT...: submits it after the stage before; sets `id`.
+# stage SCRIPT ARGUMENT...: submits SCRIPT to run after the previous stage; sets `id`.
 stage() {
     local script="$1" after=()
     shift

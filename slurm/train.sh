@@ -4,10 +4,10 @@
 #   slurm/train.sh [--nodes=4 --time=12:00:00 --] --config FILE [--train.lr 1e-6 ...]    submits itself, with site.env
 #   sbatch --nodes=4 slurm/train.sh --config FILE [...]                                  from the root of the clone
 #
-# sbatch's options win over those below and, in the first form, over BPO_SBATCH_ARGS of slurm/site.env. Nodes with
-# another number of GPUs: give --ntasks-per-node and --gpus-per-node, both.
+# sbatch's options override those below and, in the first form, BPO_SBATCH_ARGS of slurm/site.env. For nodes with a
+# different number of GPUs set both --ntasks-per-node and --gpus-per-node.
 #
-# A signal before the time limit, or a preemption, becomes a checkpoint; the job requeues itself and goes on from it.
+# On a signal before the time limit, or on preemption, the job saves a checkpoint, requeues itself and continues.
 #
 #SBATCH --job-name=bpo-train
 #SBATCH --nodes=1
@@ -18,8 +18,8 @@
 #SBATCH --output=slurm-%x-%j.out
 #SBATCH --open-mode=append
 #SBATCH --requeue
-# To every task, not to this shell, five minutes before the time limit (it may come a minute earlier still). A larger
-# model takes longer to save: docs/cluster.md.
+# Sent to every task, not to this shell, five minutes before the time limit (up to a minute earlier). Larger models take
+# longer to save: docs/cluster.md.
 #SBATCH --signal=USR2@300
 
 set -euo pipefail

@@ -176,9 +176,9 @@ def test_containers(clone: Path) -> None:
         (0, False, "finished"),
         (1, False, "failed"),
         (74, False, "cannot be written"),
-        (75, True, "what is done is kept"),
-        (93, False, "restarts bring nothing new"),
-        (140, True, "before it could stop"),
+        (75, True, "results so far are kept"),
+        (93, False, "restarts make no progress"),
+        (140, True, "before its signal handlers"),
         (76, False, "a task was lost"),
         (137, False, "a task was lost"),
     ],
@@ -198,7 +198,7 @@ def test_a_task_lost_after_a_while_is_requeued(clone: Path, code: str) -> None:
 
 def test_a_cluster_that_does_not_requeue_says_how_to_go_on(clone: Path) -> None:
     result = in_job(clone, "train.sh", "--config", "a.yaml", SRUN_EXIT="75", REQUEUE_EXIT="1")
-    assert result.returncode == 75 and "submit it again, training with --train.resume true" in result.stderr
+    assert result.returncode == 75 and "submit it again (training: with --train.resume true)" in result.stderr
 
 
 def test_a_task_of_an_array_is_a_shard_and_is_requeued_alone(clone: Path) -> None:
