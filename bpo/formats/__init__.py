@@ -1,1 +1,1 @@
-"""Other people's files as records, and records as their files: readers, writers, images, `bpo check`, `bpo convert`."""
+"""Dataset formats: importers, exporters, image loading, `bpo check` and `bpo convert`."""

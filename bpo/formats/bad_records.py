@@ -1,4 +1,4 @@
-"""What becomes of bad records: `data.on_bad` and `data.max_bad_share`, for every stage in the same way."""
+"""Handling of bad records in every stage, as set by `data.on_bad` and `data.max_bad_share`."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ logger = logging.getLogger(__name__)
 
 
 def share(text: str) -> float:
-    """A share of records on a command line.
+    """Parses a fraction of records given on the command line.
 
     Raises:
-        ArgumentTypeError: It does not lie in [0, 1].
+        ArgumentTypeError: The value is not in [0, 1].
     """
     try:
         value = float(text)
     except ValueError:
         value = math.nan
     if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no share of records; write a number in [0, 1]")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a fraction of records; use a number in [0, 1]")
     return value
 
 
 class TooManyBadRecords(ValueError):
-    """More records are bad than `data.max_bad_share` allows: the wrong folder, the wrong file, or damaged data."""
+    """More records are bad than `data.max_bad_share` allows; usually a wrong path or damaged data."""
 
 
 @dataclass
 class BadRecords:
-    """Takes the problems of one stage.
+    """Collects the bad records of one stage.
 
-    With `on_bad` error the first bad record stops the stage; with quarantine they are listed, up to a ceiling.
+    `on_bad="error"` stops the stage at the first bad record; `"quarantine"` lists them, up to `max_bad_share`.
 
     Attributes:
-        problems: What was reported, bad records first to last.
+        problems: The reported problems, in order.
     """
 
     on_bad: Literal["error", "quarantine"] = "error"
@@ -52,10 +52,10 @@ class BadRecords:
         return cls(data.on_bad, data.max_bad_share)
 
     def report(self, problem: Problem) -> None:
-        """Takes a bad record.
+        """Adds a bad record.
 
         Raises:
-            RecordError: `on_bad` is error.
+            RecordError: `on_bad` is "error".
         """
         if self.on_bad == "error":
             raise RecordError(problem.code, problem.detail)
@@ -64,20 +64,20 @@ class BadRecords:
     def check_share(
         self, num_records: int, what: str, num_bad: int | None = None, advice: str = "`bpo check` lists them all"
     ) -> None:
-        """Stops where too many are bad.
+        """Checks the fraction of bad records.
 
         Args:
-            num_records: All records, the bad ones included.
-            what: The file, for the message.
-            num_bad: Bad records; by default those reported.
-            advice: What to do, for the message.
+            num_records: Number of records, including bad ones.
+            what: Name of the file in the error message.
+            num_bad: Number of bad records (default: those reported).
+            advice: Suggested fix in the error message.
 
         Raises:
-            TooManyBadRecords: Their share is above `max_bad_share`.
+            TooManyBadRecords: The fraction exceeds `max_bad_share`.
         """
         count = len(self.problems) if num_bad is None else num_bad
         if count > self.max_bad_share * num_records:
-            first = f"; the first: {self.problems[0].detail}" if self.problems else ""
+            first = f"; first bad record: {self.problems[0].detail}" if self.problems else ""
             raise TooManyBadRecords(
                 f"{what}: {count} of {num_records} records are bad, more than data.max_bad_share allows "
                 f"({self.max_bad_share:g}){first}; {advice}"

@@ -1,4 +1,4 @@
-"""`bpo convert IN OUT`: annotations or preference groups from one form into another; nothing of a record is lost."""
+"""`bpo convert IN OUT`: lossless conversion of annotations or preference groups between formats."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ TARGET_OF_SUFFIX: dict[str, Target] = {".jsonl": "bpo", ".parquet": "trl", ".jso
 
 @dataclass
 class Conversion:
-    """What a conversion read and wrote.
+    """Result of a conversion.
 
     Attributes:
-        num_read, num_written: Records, and rows of the output: TRL has one for each pair of a group.
-        left_out: Reason -> records that hold nothing to learn from.
+        num_read, num_written: Records read and rows written; TRL has one row per pair of a group.
+        left_out: Reason -> number of skipped records without a training signal.
         num_images: Images written to the folder.
         bad: The bad records.
     """
@@ -56,29 +56,29 @@ def convert(
     bad: BadRecords | None = None,
     progress: bool = False,
 ) -> Conversion:
-    """Reads `source_path`, writes `output` as one whole file.
+    """Converts `source_path` to `output`, which is written atomically.
 
     Args:
-        schema: Name of the form of the records; found out where it is empty.
-        target: Form of the output; by default that of its suffix.
-        image_root: Where images lie that go into parquet; absolute paths below it become relative to it. By default
+        schema: Name of the record schema; detected if empty.
+        target: Output format (default: derived from the suffix of `output`).
+        image_root: Folder of the images to embed in parquet; absolute paths below it become relative. By default
             the folder of `images`, or the current one, and only parquet's paths become relative.
-        images: Takes embedded images.
+        images: Folder that receives embedded images.
 
     Raises:
-        ValueError: The form is unknown, the target does not hold such records, or a record is bad (see `BadRecords`).
+        ValueError: The format is unknown, the target cannot hold such records, or a record is bad (see `BadRecords`).
     """
     target = target or TARGET_OF_SUFFIX.get(output.suffix)
     if target is None:
-        raise ValueError(f"{output}: give a name in {', '.join(TARGET_OF_SUFFIX)}, or the form by --to")
+        raise ValueError(f"{output}: use a suffix among {', '.join(TARGET_OF_SUFFIX)}, or set the format with --to")
     if output.exists() and source_path.exists() and output.samefile(source_path):
-        raise ValueError(f"{output} is the input; name another file for the output")
+        raise ValueError(f"{output} is the input file; choose another output file")
     source = open_source(source_path, schema)
     if source.schema is None:
-        raise ValueError(f"{source_path}: there is no record in it")
+        raise ValueError(f"{source_path}: the file contains no records")
     if source.schema.gives == "annotations" and target != "bpo":
         raise ValueError(
-            f"{source_path} holds annotations ({source.schema.name}), and {target} holds preference groups; write "
+            f"{source_path} contains annotations ({source.schema.name}), but {target} holds preference groups; write "
             ".jsonl, or run bpo bootstrap first"
         )
     result = Conversion(source.schema.name, bad=bad or BadRecords())
@@ -87,7 +87,7 @@ def convert(
     embeds = target == "trl" and output.suffix == ".parquet"
     records = _records(source, result, images, progress)
     if embeds or image_root is not None:
-        records = (replace(one, images=tuple(relative_image_path(root, i) for i in one.images)) for one in records)
+        records = (replace(r, images=tuple(relative_image_path(root, i) for i in r.images)) for r in records)
     records = _fitting(records, source, result, target, root if embeds else None)
     _write(records, output, target, root, result)
     result.num_images = images.num_written
@@ -117,7 +117,7 @@ def _fitting(
     target: Target,
     image_root: Path | None,
 ) -> Iterator[Annotation | PreferenceGroup]:
-    """The records that the target can hold, counted; the others are bad."""
+    """Yields and counts the records that the target can hold; reports the others as bad."""
     for record in records:
         try:
             _check_target(record, target, image_root)
@@ -130,12 +130,12 @@ def _fitting(
 
 
 def _check_target(record: Annotation | PreferenceGroup, target: Target, image_root: Path | None) -> None:
-    """Raises: RecordError: the target cannot hold the record, or an image that it embeds cannot be read."""
+    """Raises `RecordError` if the target cannot hold the record or an image to embed cannot be read."""
     if image_root is not None:
         for image in record.images:
             read_image_file(image_root, image)
     if target == "trl" and isinstance(record, PreferenceGroup) and len({c.score for c in record.completions}) < 2:
-        raise RecordError("no-preference", f"group {record.id!r}: all completions have one score; TRL holds only pairs")
+        raise RecordError("no-preference", f"group {record.id!r}: all completions have the same score; TRL needs pairs")
 
 
 def _write(
@@ -154,26 +154,26 @@ def _write(
 
 
 def main(argv: list[str]) -> int:
-    """The command."""
+    """Runs the command; returns its exit status."""
     names = ", ".join(schema.name for schema in SCHEMAS)
     parser = argparse.ArgumentParser(prog="bpo convert", description=__doc__)
     parser.add_argument("input", type=Path, metavar="IN", help="a file, or a folder of parquet files or tar shards")
-    parser.add_argument("output", type=Path, metavar="OUT", help=".jsonl (bpo), .json (the paper's) or .parquet (TRL)")
-    parser.add_argument("--from", dest="schema", default="", help=f"form of the records, if not found out: {names}")
-    parser.add_argument("--to", choices=["bpo", "trl", "paper"], help="form of the output, if not its suffix's")
-    root_help = "folder that image paths are relative to; absolute paths below it become relative"
+    parser.add_argument("output", type=Path, metavar="OUT", help=".jsonl (bpo), .json (paper) or .parquet (TRL)")
+    parser.add_argument("--from", dest="schema", default="", help=f"record schema (default: detected), one of {names}")
+    parser.add_argument("--to", choices=["bpo", "trl", "paper"], help="output format (default: from the suffix)")
+    root_help = "base folder of relative image paths; absolute paths below it become relative"
     parser.add_argument("--image-root", type=Path, help=root_help)
-    parser.add_argument("--images", type=Path, help="folder that embedded images are written to")
-    parser.add_argument("--fetch-urls", action="store_true", help="download images named by URL into --images")
+    parser.add_argument("--images", type=Path, help="folder for embedded images")
+    parser.add_argument("--fetch-urls", action="store_true", help="download images given as URLs into --images")
     parser.add_argument(
-        "--on-bad", choices=["quarantine", "error"], default="error", help="what becomes of bad records"
+        "--on-bad", choices=["quarantine", "error"], default="error", help="handling of bad records (default: error)"
     )
     ceiling = DataConfig.max_bad_share
-    share_help = f"largest share of them (default {ceiling})"
+    share_help = f"largest fraction of bad records to quarantine (default: {ceiling})"
     parser.add_argument("--max-bad-share", type=share, default=ceiling, help=share_help)
     args = parser.parse_args(argv)
     if args.fetch_urls and args.images is None:
-        raise ValueError("--fetch-urls needs --images, the folder that takes the downloads")
+        raise ValueError("--fetch-urls requires --images, the folder for the downloads")
     result = convert(
         args.input,
         args.output,
@@ -184,7 +184,7 @@ def main(argv: list[str]) -> int:
         bad=BadRecords(args.on_bad, args.max_bad_share),
         progress=True,
     )
-    print(f"{args.output}: {result.num_written:,} rows of {result.num_read:,} records ({result.schema})")
+    print(f"{args.output}: {result.num_written:,} rows from {result.num_read:,} records ({result.schema})")
     for reason, count in result.left_out.most_common():
         print(f"  left out: {count:,} ({reason})")
     if result.num_images:

@@ -1,4 +1,4 @@
-"""Images that stand in a record itself, as parquet and tar shards hold them: `{"bytes", "path"}` in place of a path."""
+"""Images embedded in a record, as in parquet and tar shards: `{"bytes", "path"}` in place of a path."""
 
 from __future__ import annotations
 
@@ -7,26 +7,27 @@ from typing import Any
 
 from bpo.formats.problems import RecordError
 
-# (name or None, content, where) -> the path that stands in the record from now on.
+# (name or None, content, where) -> the path that replaces the image in the record.
 PutImage = Callable[[str | None, bytes, str], str]
 IMAGE_FIELDS = ("image", "images")
 
 
 def take_embedded(value: Mapping[str, Any], where: str, put: PutImage) -> Mapping[str, Any]:
-    """The record with a path in place of every image that stands in it.
+    """Returns the record with every embedded image replaced by a path.
 
     Raises:
-        RecordError: An image has neither bytes nor a path, another field holds bytes, which no JSON can hold, or `put`
-            refuses an image.
+        RecordError: An image has neither bytes nor a path, another field contains bytes (not representable in JSON),
+            or `put` rejects an image.
     """
     changed = dict(value)
     for field in IMAGE_FIELDS:
         if field in value:
             changed[field] = _with_paths(value[field], where, put)
-    for field, one in changed.items():
-        if _holds_bytes(one):
+    for field, content in changed.items():
+        if _contains_bytes(content):
             raise RecordError(
-                "wrong-type", f"{where}: field {field!r} holds bytes; only 'image' and 'images' may, remove the column"
+                "wrong-type",
+                f"{where}: field {field!r} contains bytes; only 'image' and 'images' may; remove the column",
             )
     return changed
 
@@ -39,12 +40,12 @@ def _with_paths(value: Any, where: str, put: PutImage) -> Any:
         if isinstance(content, bytes):
             return put(path if isinstance(path, str) and path else None, content, where)
         if content is not None or not isinstance(path, str):
-            raise RecordError("wrong-type", f"{where}: an image is an object with neither bytes nor a path; give one")
+            raise RecordError("wrong-type", f"{where}: an image object has neither bytes nor a path; add one")
         return path
-    return [_with_paths(one, where, put) for one in value] if isinstance(value, list) else value
+    return [_with_paths(image, where, put) for image in value] if isinstance(value, list) else value
 
 
-def _holds_bytes(value: Any) -> bool:
+def _contains_bytes(value: Any) -> bool:
     if isinstance(value, Mapping):
-        return any(map(_holds_bytes, value.values()))
-    return any(map(_holds_bytes, value)) if isinstance(value, list) else isinstance(value, bytes)
+        return any(map(_contains_bytes, value.values()))
+    return any(map(_contains_bytes, value)) if isinstance(value, list) else isinstance(value, bytes)

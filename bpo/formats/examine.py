@@ -1,4 +1,4 @@
-"""Looks at records for `bpo check`: everything that reading, bootstrapping and training would find."""
+"""Record checks of `bpo check`: all problems that reading, bootstrapping and training would report."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from bpo.records import Annotation
 
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 _DIRECTION = re.compile("[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
-# What chat templates and processors of the known model families write, and what files write for an image.
+# Special tokens of the supported model families' chat templates and processors, and image markers of data files.
 _SPECIAL = re.compile(
     r"<\|[\w ]{1,40}\|>|</?s>|<(?:bos|eos|pad|unk|image|video|audio|img|IMG_CONTEXT|image_soft_token"
     r"|fake_token_around_image|start_of_turn|end_of_turn|start_of_image|end_of_image|end_of_utterance)>|\[/?INST\]|<</?SYS>>"
 )
-# Images that several records share are opened once, while they stand near each other.
+# An image shared by nearby records is opened only once.
 _KEPT_IMAGES = 4096
 
 
 @dataclass(frozen=True, slots=True)
 class Examination:
-    """What to look for.
+    """Settings of a check.
 
     Attributes:
-        schema: Name of the schema of the records.
-        image_root: Folder of the images.
-        opens_images: Decode every image, too.
-        max_words: `data.max_completion_words`.
+        schema: Name of the record schema.
+        image_root: Base folder of the images.
+        opens_images: Whether to decode every image.
+        max_words: Value of `data.max_completion_words`.
     """
 
     schema: str
@@ -48,13 +48,13 @@ class Examination:
 
 @dataclass
 class Findings:
-    """What was found in some records, in their order.
+    """Findings about a batch of records, in order.
 
     Attributes:
-        ids: Their ids; None where it could not be read.
-        places: Where they stand.
-        problems: Index among these records -> problems.
-        is_pair: They are rows of groups, one pair each.
+        ids: Record ids; None if unreadable.
+        places: Locations of the records (file and line or position).
+        problems: Index in the batch -> problems.
+        is_pair: Whether each record is a row with one pair of a group.
     """
 
     ids: list[str | None] = field(default_factory=list)
@@ -92,11 +92,11 @@ def examine(pieces: Sequence[Piece], what: Examination) -> Findings:
 
 
 class _Embedded:
-    """The images that stand in one record: looked at, and not written anywhere.
+    """Checks the images embedded in one record without writing them.
 
     Attributes:
-        names: What they are called from now on.
-        found: (code, detail) of what is wrong with them.
+        names: Names that replace the images in the record.
+        found: (code, detail) of their problems.
     """
 
     def __init__(self, opens_images: bool):
@@ -116,7 +116,7 @@ class _Embedded:
 
 
 def _of_record(outcome: Outcome, max_words: int) -> Iterator[tuple[str, str]]:
-    """(code, detail) of what is wrong in a record whose form is right."""
+    """Yields (code, detail) of the problems of a well-formed record."""
     if isinstance(outcome, str):
         yield outcome, PROBLEMS[outcome].meaning
         return
@@ -128,22 +128,22 @@ def _of_record(outcome: Outcome, max_words: int) -> Iterator[tuple[str, str]]:
         extras = [record.extra, *(completion.extra for completion in record.completions)]
         scores = [completion.score for completion in record.completions]
         if len(set(scores)) < 2:
-            yield "no-preference", "all completions have one score"
+            yield "no-preference", "all completions have the same score"
         elif len(set(zip(answers, scores, strict=True))) > len(set(answers)):
-            yield "same-text", "completions of different scores have one text"
+            yield "same-text", "completions with different scores have the same text"
     if not record.images:
-        yield "text only", "there is no image"
+        yield "text only", "the record has no image"
     for name in sorted({key for extra in extras for key in extra}):
-        yield "unknown-field", f"field {name!r} is kept and not read"
+        yield "unknown-field", f"field {name!r} is kept but not used"
     for answer in answers:
         if len(answer) > 2 * max_words and (num_words := len(answer.split())) > max_words:
-            yield "too-many-words", f"{num_words} words, above {max_words}"
+            yield "too-many-words", f"{num_words} words; the limit is {max_words}"
             break
     yield from _odd_texts([*answers, *(turn.text for turn in record.prompt)])
 
 
 def _odd_texts(texts: Sequence[str]) -> Iterator[tuple[str, str]]:
-    # Searching every character costs more than parsing did: ask first what the text could hold at all.
+    # A regex search of every text costs more than parsing it, so filter with cheap tests first.
     unprintable = [text for text in texts if not text.isprintable()]
     bracketed = [text for text in texts if "<" in text or "[" in text]
     for code, pattern, suspects in (
@@ -164,7 +164,7 @@ def _images_of(outcome: Outcome) -> tuple[str, ...]:
 
 
 def forget_images() -> None:
-    """What this process found in image files may have changed since."""
+    """Clears the cache of checked image files, which may have changed since."""
     _checked_file.cache_clear()
 
 

@@ -1,10 +1,10 @@
-"""Writes records as bpo's own JSONL, and as others read them: TRL's parquet and JSONL, the paper's JSON."""
+"""Exporters: bpo's JSONL, TRL's parquet and JSONL, and the paper's JSON."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
@@ -15,13 +15,14 @@ from bpo.formats.importers.preferences import CHOSEN_META, GROUP_META, REJECTED_
 from bpo.formats.markers import IMAGE_MARKER
 from bpo.formats.problems import RecordError
 from bpo.formats.schema import annotation_to_json, group_from_paper, group_to_json
+from bpo.job.durable import replacing
 from bpo.records import Annotation, Completion, PreferenceGroup
 
 PARQUET_ROWS = 64  # at a time in memory, with their images
 
 
 def write_jsonl(records: Iterable[Annotation | PreferenceGroup], path: Path) -> int:
-    """bpo's own groups or annotations, one a line; returns how many."""
+    """Writes groups or annotations in bpo's format, one per line; returns their number."""
     count = 0
     with _whole_file(path) as file:
         for record in records:
@@ -32,10 +33,10 @@ def write_jsonl(records: Iterable[Annotation | PreferenceGroup], path: Path) -> 
 
 
 def write_paper(groups: Iterable[PreferenceGroup], path: Path) -> int:
-    """The paper's released schema as one JSON list; returns how many groups.
+    """Writes groups in the paper's released schema as one JSON list; returns their number.
 
-    A prompt that its text with `<image>` cannot hold (earlier turns, images amid text) is written as turns, which bpo
-    reads and the paper's code does not; so are provenance and other fields beside its own.
+    A prompt that a text with `<image>` cannot represent (earlier turns, images within text) is written as turns. bpo
+    reads these, as well as provenance and additional fields; the paper's code does not.
     """
     count = 0
     with _whole_file(path) as file:
@@ -47,7 +48,7 @@ def write_paper(groups: Iterable[PreferenceGroup], path: Path) -> int:
 
 
 def group_to_paper(group: PreferenceGroup) -> dict[str, Any]:
-    """The JSON object of a group in the paper's released schema; `group_from_paper` gives back an equal group."""
+    """Returns a group as JSON in the paper's released schema; the inverse of `group_from_paper`."""
     tree = group_to_json(group)
     images = tree.pop("images")
     tree = {"id": tree.pop("id"), "image": images[0] if len(images) == 1 else images, **tree}
@@ -60,7 +61,7 @@ def group_to_paper(group: PreferenceGroup) -> dict[str, Any]:
 
 
 def write_trl_jsonl(groups: Iterable[PreferenceGroup], path: Path, image_root: Path) -> int:
-    """TRL's preference rows, one pair a line, with the paths of images; returns how many rows."""
+    """Writes TRL preference rows with image paths, one pair per line; returns the number of rows."""
     count = 0
     with _whole_file(path) as file:
         for group in groups:
@@ -71,17 +72,17 @@ def write_trl_jsonl(groups: Iterable[PreferenceGroup], path: Path, image_root: P
 
 
 def write_trl_parquet(groups: Iterable[PreferenceGroup], path: Path, image_root: Path) -> int:
-    """TRL's preference rows with the bytes of the images, as `datasets` reads them; returns how many rows.
+    """Writes TRL preference rows with embedded images, as `datasets` reads them; returns the number of rows.
 
     Raises:
-        ValueError: pyarrow is missing.
+        ValueError: pyarrow is not installed.
         ImageError: An image cannot be read.
     """
     try:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise ValueError(f"{path}: parquet needs pyarrow; pip install 'bpo[hub]'") from error
+        raise ValueError(f"{path}: parquet requires pyarrow; pip install 'bpo[hub]'") from error
     schema = _parquet_schema(pyarrow)
     rows = (
         {**row, "images": images}
@@ -98,18 +99,18 @@ def write_trl_parquet(groups: Iterable[PreferenceGroup], path: Path, image_root:
 
 
 def trl_rows(group: PreferenceGroup) -> Iterator[dict[str, Any]]:
-    """One row for each pair of a group (all i, j with score_i > score_j), without images.
+    """Yields one row per pair of a group (all i, j with score_i > score_j), without images.
 
-    `prompt`, `chosen` and `rejected` are TRL's messages. The columns `bpo_group`, `bpo_chosen` and `bpo_rejected` hold
-    as JSON what pairs have no place for: the group's id and other fields, each completion's index, score, type and
-    provenance. By them, reading puts the rows of a group together again.
+    `prompt`, `chosen` and `rejected` are TRL messages. The columns `bpo_group`, `bpo_chosen` and `bpo_rejected` hold
+    as JSON what TRL has no columns for: the group's id and other fields, each completion's index, score, type and
+    provenance. The importer uses them to reassemble the group.
 
     Raises:
-        RecordError: All completions have one score: there is no pair.
+        RecordError: All completions have the same score, so there is no pair.
     """
     prompt = prompt_to_json(group.prompt)
     for turn in prompt:
-        # One type of parts for all rows of a table; TRL writes the place of an image so, too.
+        # All parts of a table need the same type; TRL writes image parts the same way.
         turn["content"] = [{"type": part["type"], "text": part.get("text")} for part in turn["content"]]
     meta = {"id": group.id, "completions": len(group.completions), "extra": dict(group.extra)}
     pairs = [
@@ -119,7 +120,7 @@ def trl_rows(group: PreferenceGroup) -> Iterator[dict[str, Any]]:
         if first.score > second.score
     ]
     if not pairs:
-        raise RecordError("no-preference", f"group {group.id!r}: all completions have one score; a pair needs two")
+        raise RecordError("no-preference", f"group {group.id!r}: all completions have the same score; pairs need two")
     for i, j in pairs:
         yield {
             "prompt": prompt,
@@ -153,7 +154,7 @@ def _parquet_schema(pyarrow: Any) -> Any:
     features: dict[str, Any] = {"images": {"feature": {"_type": "Image"}, "_type": "Sequence"}}
     features |= {name: turns for name in ("prompt", "chosen", "rejected")}
     features |= {name: value for name in (GROUP_META, CHOSEN_META, REJECTED_META)}
-    # What `datasets` decodes the images by.
+    # `datasets` needs these features to decode the images.
     metadata = {"huggingface": json.dumps({"info": {"features": features}})}
     return pyarrow.schema(list(columns.items()), metadata=metadata)
 
@@ -164,19 +165,16 @@ def _dump(tree: Any) -> bytes:
 
 @contextmanager
 def _whole_file(path: Path) -> Iterator[IO[bytes]]:
-    """A file that takes its name when it is complete; what an error leaves unfinished is removed.
+    """Opens a temporary file that is renamed to `path` on success and removed on error.
 
     Raises:
-        ValueError: It cannot be written.
+        ValueError: The file cannot be written.
     """
-    part = path.with_name(f".{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("wb") as file:
+        with replacing(path, sync=False) as file:
             yield file
-        part.replace(path)
     except OSError as error:
-        raise ValueError(f"{path} cannot be written ({error}); check folder and space, or name another file") from error
-    finally:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
+        raise ValueError(
+            f"{path} cannot be written ({error}); check the folder and disk space, or use another path"
+        ) from error

@@ -1,4 +1,4 @@
-"""Fields of records: checked where they enter, with messages that name record, field and fix."""
+"""Validation of record fields; error messages name the record, the field and the fix."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ RECORD_KEYS = frozenset(("id", "images", "image", "prompt", "completions", "resp
 
 
 def required(obj: Mapping[str, Any], key: str, where: str) -> Any:
-    """The value of a field that must be there.
+    """Returns the value of a required field.
 
     Raises:
-        RecordError: It is absent or null.
+        RecordError: The field is absent or null.
     """
     if obj.get(key) is None:
         raise RecordError("missing-field", f"{where}: field {key!r} is missing; add it")
@@ -26,10 +26,10 @@ def required(obj: Mapping[str, Any], key: str, where: str) -> Any:
 
 
 def text_of(value: Any, name: str, where: str) -> str:
-    """The value as text that a UTF-8 file can hold.
+    """Returns the value as text that can be encoded in UTF-8.
 
     Raises:
-        RecordError: It is no text, or holds half a surrogate pair.
+        RecordError: The value is not text, or contains a lone surrogate.
     """
     if not isinstance(value, str):
         raise RecordError("wrong-type", f"{where}: {name} is {type(value).__name__}, not text; quote it")
@@ -38,16 +38,16 @@ def text_of(value: Any, name: str, where: str) -> str:
             value.encode("utf-8")
         except UnicodeEncodeError as error:
             raise RecordError(
-                "lone-surrogate", f"{where}: {name} holds half a surrogate pair at {error.start}; remove it"
+                "lone-surrogate", f"{where}: {name} contains a lone surrogate at {error.start}; remove it"
             ) from error
     return value
 
 
 def answer_of(value: Any, name: str, where: str) -> str:
-    """A text that is not empty.
+    """Returns the value as non-empty text.
 
     Raises:
-        RecordError: See `text_of`; or it is empty or all white space.
+        RecordError: See `text_of`; or the text is empty or all white space.
     """
     text = text_of(value, name, where)
     if not text.strip():
@@ -56,48 +56,48 @@ def answer_of(value: Any, name: str, where: str) -> str:
 
 
 def id_text(value: Any, where: str) -> str:
-    """An id as text.
+    """Returns an id as text.
 
     Raises:
-        RecordError: It is neither text nor a whole number.
+        RecordError: The id is neither text nor an integer.
     """
     if isinstance(value, bool) or not isinstance(value, (str, int)) or value == "":
-        raise RecordError("invalid-id", f"{where}: field 'id' is {value!r}; it must be text or a whole number")
+        raise RecordError("invalid-id", f"{where}: field 'id' is {value!r}; it must be text or an integer")
     return text_of(str(value), "id", where)
 
 
 def image_paths(value: Any, name: str, where: str) -> tuple[str, ...]:
-    """One path, or a list of them, as paths; [] for none. `datasets` writes a path as `{"bytes": null, "path": ...}`.
+    """Returns one path or a list of paths as a tuple. `datasets` writes a path as `{"bytes": null, "path": ...}`.
 
     Raises:
-        RecordError: It is anything else; an image that stands in the file itself is said to.
+        RecordError: The value is anything else, such as an embedded image.
     """
     values = value if isinstance(value, list) else [value] if isinstance(value, (str, Mapping)) else [None]
-    paths = [_path_of(one) for one in values]
+    paths = [_path_of(image) for image in values]
     if any(isinstance(path, Mapping) for path in paths):
         raise RecordError(
-            "image-embedded", f"{where}: field {name!r} holds an image itself; `bpo convert` writes it to a folder"
+            "image-embedded", f"{where}: field {name!r} contains an image; extract it to a folder with `bpo convert`"
         )
     if not all(isinstance(path, str) and path for path in paths):
         raise RecordError(
             "image-no-path" if "" in paths else "wrong-type",
-            f"{where}: field {name!r} is {_short(value)}; name image paths relative to data.image_root, or write [] "
-            "for none",
+            f"{where}: field {name!r} is {_short(value)}; write image paths relative to data.image_root, or [] for "
+            "none",
         )
     return tuple(text_of(path, f"a path in {name!r}", where) for path in paths)
 
 
 def _path_of(value: Any) -> Any:
-    """The path in an object that holds no image itself."""
+    """Returns the path of an image object without bytes; any other value unchanged."""
     is_path = isinstance(value, Mapping) and value.get("bytes") is None and isinstance(value.get("path"), str)
     return value["path"] if is_path and value.keys() <= {"bytes", "path"} else value
 
 
 def score_of(value: Any, name: str, where: str) -> float:
-    """A finite number.
+    """Returns a finite number as float.
 
     Raises:
-        RecordError: It is anything else.
+        RecordError: The value is anything else.
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
         raise RecordError(
@@ -109,12 +109,12 @@ def score_of(value: Any, name: str, where: str) -> float:
 def extra_of(
     obj: Mapping[str, Any], known: Collection[str], where: str, reserved: Collection[str] = RECORD_KEYS
 ) -> dict[str, Any]:
-    """The fields that bpo does not read: they stay with the record.
+    """Returns the fields that bpo does not use, to be kept with the record.
 
-    One that bears a name of bpo's own record (`reserved`) is kept as `source_NAME`.
+    A field whose name is in `reserved` is renamed to `source_NAME`.
 
     Raises:
-        RecordError: A field holds what no JSON file in UTF-8 can hold.
+        RecordError: A field cannot be written as UTF-8 JSON.
     """
     extra = {key: value for key, value in obj.items() if key not in known}
     if not extra:
@@ -126,35 +126,35 @@ def extra_of(
 
 
 def check_json(value: Any, name: str, where: str) -> None:
-    """Refuses what no JSON file in UTF-8 can hold.
+    """Checks that the value can be written as UTF-8 JSON.
 
     Raises:
-        RecordError: Somewhere in the value is NaN, infinity, half a surrogate pair, or bytes.
+        RecordError: The value contains NaN, infinity, a lone surrogate, or bytes.
     """
     try:
         json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8")
     except UnicodeEncodeError as error:
-        raise RecordError("lone-surrogate", f"{where}: {name} holds half a surrogate pair; remove it") from error
+        raise RecordError("lone-surrogate", f"{where}: {name} contains a lone surrogate; remove it") from error
     except ValueError as error:
-        raise RecordError("nan", f"{where}: {name} holds NaN or infinity; remove it") from error
+        raise RecordError("nan", f"{where}: {name} contains NaN or infinity; remove it") from error
     except (TypeError, RecursionError) as error:
         raise RecordError("wrong-type", f"{where}: {name} cannot be written as JSON ({error}); remove it") from error
 
 
 def refuse_unknown(obj: Mapping[str, Any], known: Collection[str], where: str) -> None:
-    """Raises: RecordError: a key is not among the known ones."""
+    """Raises `RecordError` if a key is not among the known ones."""
     unknown = [key for key in obj if key not in known]
     if unknown:
         raise RecordError("unknown-key", f"{where}: unknown key {unknown[0]!r}; known keys are {', '.join(known)}")
 
 
 def prompt_turns(prompt: Any, num_images: int, where: str) -> tuple[Turn, ...]:
-    """A prompt in bpo's own form: text, or turns whose content is text or parts.
+    """Parses a prompt in bpo's format: text, or turns whose content is text or parts.
 
-    Text is only text. Where no image part stands, the images come first in the first user turn.
+    Markers in text are not interpreted. Without image parts, the images go to the front of the first user turn.
 
     Raises:
-        RecordError: It has another form, does not end with the user's turn, or has another number of image parts.
+        RecordError: The prompt is malformed, does not end with a user turn, or has a wrong number of image parts.
     """
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
@@ -163,7 +163,7 @@ def prompt_turns(prompt: Any, num_images: int, where: str) -> tuple[Turn, ...]:
     turns = [turn_of(turn, f"prompt[{number}]", where) for number, turn in enumerate(prompt)]
     if turns[-1].role != "user":
         raise RecordError(
-            "turn-order", f"{where}: field 'prompt' ends with a turn of {turns[-1].role!r}; end it with the user's"
+            "turn-order", f"{where}: field 'prompt' ends with role {turns[-1].role!r}; the last turn must be the user's"
         )
     num_parts = sum(turn.num_images for turn in turns)
     if num_parts == 0 and num_images:
@@ -172,17 +172,17 @@ def prompt_turns(prompt: Any, num_images: int, where: str) -> tuple[Turn, ...]:
     elif num_parts != num_images:
         raise RecordError(
             "image-parts",
-            f"{where}: field 'prompt' holds {num_parts} image parts for {num_images} images; make them equal "
-            "(or write no image part, and the images stand first)",
+            f"{where}: field 'prompt' has {num_parts} image parts for {num_images} images; make the numbers equal "
+            "(or omit image parts to put the images first)",
         )
     return tuple(turns)
 
 
 def turn_of(turn: Any, name: str, where: str) -> Turn:
-    """One turn, `{"role": ..., "content": text or parts}`.
+    """Parses one turn, `{"role": ..., "content": text or parts}`.
 
     Raises:
-        RecordError: It has another form.
+        RecordError: The turn is malformed.
     """
     if not isinstance(turn, dict):
         raise RecordError("wrong-type", f"{where}: {name} must be an object with 'role' and 'content'")
@@ -202,7 +202,7 @@ def turn_of(turn: Any, name: str, where: str) -> Turn:
 
 
 def prompt_to_json(prompt: tuple[Turn, ...]) -> list[dict[str, Any]]:
-    """Turns as JSON; `prompt_turns` gives them back."""
+    """Returns turns as JSON; the inverse of `prompt_turns`."""
     return [{"role": turn.role, "content": [part_to_json(part) for part in turn.content]} for turn in prompt]
 
 
@@ -219,13 +219,13 @@ def _part(part: Any, name: str, where: str) -> ContentPart:
         raise RecordError(
             "unknown-part",
             f'{where}: {name} must be {{"type": "text", "text": ...}} or {{"type": "image"}}; '
-            "the image's path stands in 'images'",
+            "image paths belong in 'images'",
         )
     refuse_unknown(part, ("type", "text"), where)
     return ContentPart("text", text_of(part.get("text"), f"{name}.text", where))
 
 
 def _short(value: Any) -> str:
-    """A value as a message shows it."""
+    """Returns the representation of a value, shortened for messages."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."

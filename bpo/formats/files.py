@@ -1,15 +1,14 @@
-"""Reads annotations and preference groups from every file that `bpo.formats.importers` understands.
+"""Reads annotations and preference groups from every format supported by `bpo.formats.importers`.
 
-`groups.jsonl`, bpo's own form, holds one preference group a line:
+`groups.jsonl`, bpo's own format, has one preference group per line:
 
     {"id": "000000033471", "images": ["coco/train2017/000000033471.jpg"],
      "prompt": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}],
      "completions": [{"response": "A bus.", "score": 1, "type": "gt"},
                      {"response": "A tram.", "score": 0, "type": "mllm-hal", "provenance": {"source": "weaken"}}]}
 
-`image` may replace `images` (one path or a list). A prompt may be plain text, or turns whose content is plain text: the
-images then stand first and the text is only text, even where it contains `<image>`. Fields that bpo does not read
-are kept and handed on.
+`image` is an alias of `images` (one path or a list). A prompt may be plain text, or turns whose content is plain text:
+the images then come first, and `<image>` in the text is not interpreted. Fields that bpo does not use are kept.
 """
 
 from __future__ import annotations
@@ -38,11 +37,11 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class AnnotationFile:
-    """What an annotation file gave.
+    """Contents of an annotation file.
 
     Attributes:
         annotations: The usable records, in order.
-        skipped: Reason -> ids of the records that hold nothing to learn from, such as "text only".
+        skipped: Reason (such as "text only") -> ids of the records without a training signal.
     """
 
     annotations: tuple[Annotation, ...]
@@ -50,16 +49,16 @@ class AnnotationFile:
 
 
 def read_annotations(path: Path, bad: BadRecords | None = None) -> AnnotationFile:
-    """Annotations from any file that holds them (`bpo.formats.importers.registry.SCHEMAS`), such as LLaVA's JSON.
+    """Reads annotations in any supported format (`bpo.formats.importers.registry.SCHEMAS`), such as LLaVA's JSON.
 
-    A missing id is made from the position (`record-7`). LLaVA's own mixture repeats ids: the second bearer of
+    A missing id is derived from the position (`record-7`). LLaVA's data mixture contains duplicate ids: the second
     `x` becomes `x#2`.
 
     Args:
-        bad: What becomes of bad records; by default the first one stops the reading.
+        bad: Handling of bad records; by default the first one raises an error.
 
     Raises:
-        ValueError: Names file, record, field and fix.
+        ValueError: Names the file, record, field and fix.
     """
     skipped: dict[str, list[str]] = {}
     annotations = tuple(iterate_annotations(path, bad, skipped))
@@ -69,8 +68,8 @@ def read_annotations(path: Path, bad: BadRecords | None = None) -> AnnotationFil
 def iterate_annotations(
     path: Path, bad: BadRecords | None = None, skipped: dict[str, list[str]] | None = None
 ) -> Iterator[Annotation]:
-    """As `read_annotations`, one at a time in bounded memory; ids of records left out go to `skipped` by reason."""
-    source = _open(path, "annotations", "this is a file of preference groups; name it as data.groups")
+    """Like `read_annotations`, streaming in bounded memory; ids of skipped records are added to `skipped` by reason."""
+    source = _open(path, "annotations", "this file contains preference groups; set it as data.groups")
 
     def left_out(reason: str, record_id: str) -> None:
         if skipped is not None:
@@ -85,24 +84,24 @@ def iterate_annotations(
 
 
 def read_groups(path: Path, bad: BadRecords | None = None) -> tuple[PreferenceGroup, ...]:
-    """Preference groups from any file that holds them: `groups.jsonl`, the paper's release, TRL, RLHF-V, RLAIF-V.
+    """Reads preference groups in any supported format: `groups.jsonl`, the paper's release, TRL, RLHF-V, RLAIF-V.
 
-    In `groups.jsonl` an id is required and unique; elsewhere it may be missing or repeated, as in `read_annotations`.
+    `groups.jsonl` requires unique ids; other formats may omit or repeat them, as in `read_annotations`.
 
     Args:
-        bad: What becomes of bad records; by default the first one stops the reading.
+        bad: Handling of bad records; by default the first one raises an error.
 
     Raises:
-        ValueError: Names file, record, field and fix.
+        ValueError: Names the file, record, field and fix.
     """
-    message = "this is an annotation file; name it as data.annotations and run bpo bootstrap"
+    message = "this is an annotation file; set it as data.annotations and run bpo bootstrap"
     groups = iterate_records(_open(path, "groups", message), bad or BadRecords())
     return tuple(group for group in groups if isinstance(group, PreferenceGroup))
 
 
 def _open(path: Path, wanted: str, otherwise: str) -> Source:
     if str(path).startswith(HUB):
-        raise ValueError(f"{path} is no file; `bpo convert {path} FILE.jsonl --images DIR` makes one of it")
+        raise ValueError(f"{path} is not a file; download it with `bpo convert {path} FILE.jsonl --images DIR`")
     source = open_source(path)
     if source.schema is not None and source.schema.gives != wanted:
         where = next(source.container.pieces()).where

@@ -1,9 +1,8 @@
-"""Puts images that come embedded or by URL into a folder, under names that cannot leave it."""
+"""Writes embedded or downloaded images to a folder, under names that cannot escape it."""
 
 from __future__ import annotations
 
 import hashlib
-import os
 import urllib.request
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
@@ -12,6 +11,7 @@ from typing import Any
 from bpo.formats.embedded import IMAGE_FIELDS, take_embedded
 from bpo.formats.images import ImageError, decode_image, resolve_image_path
 from bpo.formats.problems import RecordError
+from bpo.job.durable import write_durably
 
 MAX_DOWNLOAD_BYTES = 64 << 20
 DOWNLOAD_TIMEOUT_S = 30.0
@@ -19,11 +19,11 @@ _SIGNATURES = ((b"\xff\xd8", ".jpg"), (b"\x89PNG", ".png"), (b"GIF8", ".gif"), (
 
 
 class ImageFolder:
-    """A folder that takes images.
+    """Destination folder for images.
 
     Args:
-        root: The folder; made when the first image comes. None: images are refused, with the option to set.
-        fetches_urls: Download images named by http(s) URLs.
+        root: The folder; created with the first image. If None, embedded images are an error that names the option.
+        fetches_urls: Whether to download images given as http(s) URLs.
     """
 
     def __init__(self, root: Path | None, fetches_urls: bool = False):
@@ -31,10 +31,10 @@ class ImageFolder:
         self.num_written = 0
 
     def take(self, record: Mapping[str, Any], where: str) -> Mapping[str, Any]:
-        """The record with paths below the folder in place of embedded images, and of URLs where they are fetched.
+        """Returns the record with embedded images (and, with `fetches_urls`, URLs) replaced by paths below the folder.
 
         Raises:
-            RecordError: There is no folder, or an image is bad.
+            RecordError: There is no folder, or an image is invalid.
         """
         record = take_embedded(record, where, self.put)
         if not self.fetches_urls:
@@ -44,29 +44,29 @@ class ImageFolder:
     def put(self, name: str | None, content: bytes, where: str) -> str:
         """Writes an image and returns its path below the folder.
 
-        The name is kept where it is a plain path below the folder that no other image has; else it is the content's
-        SHA-256.
+        The name is kept if it is a plain relative path not taken by another image; otherwise the content's SHA-256 is
+        used.
 
         Raises:
-            RecordError: There is no folder, or the content is no image that `load_image` takes.
+            RecordError: There is no folder, or `load_image` does not support the content.
         """
         if self.root is None:
-            raise RecordError("image-embedded", f"{where}: the image stands in the record; name a folder by --images")
+            raise RecordError("image-embedded", f"{where}: the image is embedded; set a folder with --images")
         decode_image(content, name or "embedded in the record")
         try:
             self.root.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ValueError(f"{self.root} cannot be made ({error.strerror}); name another folder") from error
+            raise ValueError(f"{self.root} cannot be created ({error.strerror}); choose another folder") from error
         for relative in (*([name] if name and _is_plain(name) else []), _name_of(content)):
             try:
                 path = resolve_image_path(self.root, relative)
             except ImageError as error:
                 if error.code != "image-missing":
-                    continue  # a folder, a link out of the root: the content's own name is free
+                    continue  # a folder or a link out of the root: fall back to the digest name
                 try:
                     path = self._write(relative, content)
                 except (FileExistsError, NotADirectoryError):
-                    continue  # a file stands where a folder of the name should
+                    continue  # a parent folder of the name exists as a file
             if path.read_bytes() == content:
                 return relative
         raise ImageError(
@@ -76,35 +76,30 @@ class ImageFolder:
     def _write(self, relative: str, content: bytes) -> Path:
         assert self.root is not None
         path = self.root / relative
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            part.write_bytes(content)
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
+        write_durably(path, content, sync=False)
         self.num_written += 1
         return path
 
     def _fetched(self, value: Any, where: str) -> Any:
         if isinstance(value, list):
-            return [self._fetched(one, where) for one in value]
+            return [self._fetched(image, where) for image in value]
         if isinstance(value, str) and value.startswith(("http://", "https://")):
             return self.put(None, download(value), where)
         return value
 
 
 def download(url: str) -> bytes:
-    """The content of an http(s) URL, at most `MAX_DOWNLOAD_BYTES`.
+    """Downloads an http(s) URL of at most `MAX_DOWNLOAD_BYTES`.
 
     Raises:
-        ImageError: It cannot be fetched, or is larger.
+        ImageError: The download fails or exceeds the limit.
     """
     try:
         with urllib.request.urlopen(url, timeout=DOWNLOAD_TIMEOUT_S) as answer:
             content = answer.read(MAX_DOWNLOAD_BYTES + 1)
     except (OSError, ValueError) as error:
-        raise ImageError(f"image {url[:120]!r} cannot be fetched ({error}); check the address", "image-url") from error
+        raise ImageError(f"image {url[:120]!r} cannot be downloaded ({error}); check the URL", "image-url") from error
     if len(content) > MAX_DOWNLOAD_BYTES:
         raise ImageError(
             f"image {url[:120]!r} is larger than {MAX_DOWNLOAD_BYTES >> 20} MiB; scale it down", "image-url"

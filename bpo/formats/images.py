@@ -1,7 +1,7 @@
-"""Safe image loading: a path that stays under the image root, any kind of photograph to 8-bit RGB.
+"""Safe image loading: confines paths to the image root and decodes any photograph to 8-bit RGB.
 
-Images come from other people's lists, so a path may point anywhere and a file may hold anything. Every refusal
-is an `ImageError` that names the file and the fix.
+Image lists are untrusted: a path may point anywhere and a file may contain anything. Every rejection is an
+`ImageError` that names the file and the fix.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from bpo.formats.problems import RecordError
 
 logger = logging.getLogger(__name__)
 
-# Pillow warns of what `_check_size` refuses.
+# `_check_size` rejects these images.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
-MAX_PIXELS = 89_478_485  # Pillow's own bound: 256 MiB of RGB
+MAX_PIXELS = 89_478_485  # Pillow's default limit: 256 MiB of RGB
 ODD_SHAPE_RATIO = 100
 EXIF_ORIENTATION = 0x0112
-# Pictures of pixels. Pillow would also run Ghostscript on EPS, and try rarer decoders that few have ever attacked.
+# Raster formats only. Pillow would also run Ghostscript on EPS and try rare decoders with little security testing.
 FORMATS = "JPEG PNG WEBP GIF TIFF BMP AVIF JPEG2000 PPM ICO DIB TGA PCX SGI QOI".split()
-# A camera's JPEG with a preview in it is of a format of its own to Pillow.
+# Pillow reports camera JPEGs with an embedded preview as MPO.
 _JPEG_FAMILY = {"JPEG", "MPO"}
 _UPRIGHT_BY_ORIENTATION = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -42,7 +42,7 @@ _UPRIGHT_BY_ORIENTATION = {
 
 
 class ImageError(RecordError):
-    """An image that cannot be used: the message names the file, what is wrong and what to do."""
+    """An unusable image; the message names the file, the problem and the fix."""
 
     def __init__(self, message: str, code: str = "image-refused"):
         super().__init__(code, message)
@@ -52,17 +52,17 @@ class ImageError(RecordError):
 
 
 def resolve_image_path(root: Path, relative: str) -> Path:
-    """The real path of `relative` under `root`; an absolute path must lie below the root, too.
+    """Returns the real path of `relative` under `root`; an absolute path must also be below the root.
 
     Raises:
-        ImageError: The path is empty or a URL, leaves the root (by its beginning, `..` or a symbolic link), or is
-            not an existing regular file.
+        ImageError: The path is empty or a URL, escapes the root (absolute path, `..` or symbolic link), or is not an
+            existing regular file.
     """
     if not relative:
-        raise ImageError("an image path is empty; name a file relative to data.image_root", "image-no-path")
+        raise ImageError("an image path is empty; write a path relative to data.image_root", "image-no-path")
     if "://" in relative or relative.startswith("data:"):
         raise ImageError(
-            f"image {relative[:120]!r} is a URL; download it (`bpo convert --fetch-urls`) and give its path under "
+            f"image {relative[:120]!r} is a URL; download it (`bpo convert --fetch-urls`) and write its path under "
             "data.image_root",
             "image-url",
         )
@@ -70,9 +70,9 @@ def resolve_image_path(root: Path, relative: str) -> Path:
         real_root = Path(root).resolve()
         path = (real_root / relative).resolve()
         is_inside = path.is_relative_to(real_root)
-        # What lies outside is not looked at.
+        # Files outside the root are not accessed.
         is_file, exists = is_inside and path.is_file(), is_inside and path.exists()
-    except PermissionError as error:  # of a folder on the way
+    except PermissionError as error:  # on a parent folder
         raise ImageError(
             f"image {relative!r} cannot be read ({error.strerror}); check its permissions", "image-unreadable"
         ) from error
@@ -83,7 +83,7 @@ def resolve_image_path(root: Path, relative: str) -> Path:
         how = "is an absolute path outside" if is_absolute else "leads out of"
         raise ImageError(
             f"image {relative!r} {how} data.image_root ({real_root}), to {path}; copy the file below the root or "
-            "choose a higher root",
+            "set a higher root",
             "image-absolute" if is_absolute else "image-outside",
         )
     if not exists:
@@ -97,9 +97,9 @@ def resolve_image_path(root: Path, relative: str) -> Path:
 
 
 def relative_image_path(root: Path, image: str) -> str:
-    """An absolute path that lies below the root as one relative to it; any other path as it is."""
+    """Makes an absolute path below the root relative to it; returns any other path unchanged."""
     path = Path(image)
-    if path.is_absolute() and ".." not in path.parts:  # behind a link, `..` is another folder than it seems
+    if path.is_absolute() and ".." not in path.parts:  # `..` after a symbolic link is not the lexical parent
         for base in (Path(root).absolute(), Path(root).resolve()):
             if path.is_relative_to(base):
                 return str(path.relative_to(base))
@@ -107,28 +107,28 @@ def relative_image_path(root: Path, image: str) -> str:
 
 
 def load_image(root: Path, relative: str) -> Image.Image:
-    """The first frame of an image as 8-bit RGB, upright.
+    """Loads the first frame of an image as upright 8-bit RGB.
 
-    EXIF orientation is applied. Transparency (alpha channel, palette or colour key) is laid over white. 16-bit
-    greyscale is scaled by 255 / 65535; integers beyond 16 bits and floats from their own minimum..maximum
+    EXIF orientation is applied. Transparency (alpha channel, palette or colour key) is composited over white. 16-bit
+    greyscale is scaled by 255 / 65535; integers beyond 16 bits and floats are scaled from their minimum..maximum
     to 0..255. Colour profiles are not applied.
 
     Args:
-        root: Folder that no path may leave.
-        relative: Path of the image below it.
+        root: Base folder that no path may escape.
+        relative: Path of the image below `root`.
 
     Raises:
-        ImageError: The path is refused (see `resolve_image_path`), or the file is empty, truncated, not an
+        ImageError: The path is rejected (see `resolve_image_path`), or the file is empty, truncated, not an
             image, or larger than `MAX_PIXELS` pixels.
     """
     return decode_image(read_image_file(root, relative), relative)
 
 
 def read_image_file(root: Path, relative: str) -> Path:
-    """The path of an image that can be opened and is not empty.
+    """Returns the path of an image file after checking that it is readable and not empty.
 
     Raises:
-        ImageError: See `resolve_image_path`; or the file is empty or may not be read.
+        ImageError: See `resolve_image_path`; or the file is empty or unreadable.
     """
     path = resolve_image_path(root, relative)
     try:
@@ -139,23 +139,25 @@ def read_image_file(root: Path, relative: str) -> Path:
             f"image {relative!r} cannot be read ({error.strerror}); check its permissions", "image-unreadable"
         ) from error
     if is_empty:
-        raise ImageError(f"image {relative!r} is empty (0 bytes); fetch it again or remove its record", "image-empty")
+        raise ImageError(
+            f"image {relative!r} is empty (0 bytes); download it again or remove the record", "image-empty"
+        )
     return path
 
 
 def decode_image(source: Path | bytes, name: str, notes: list[str] | None = None) -> Image.Image:
-    """The first frame as `load_image` gives it, from a file or from the bytes of one.
+    """Decodes the first frame as `load_image` does, from a file or its content.
 
     Args:
-        source: A path that was checked, or the file's content.
-        name: The image's name, for messages.
-        notes: Takes the codes of what is odd but no obstacle: `image-extension`, `image-shape`.
+        source: A validated path, or the file's content.
+        name: Name of the image in messages.
+        notes: List that receives the codes of harmless anomalies: `image-extension`, `image-shape`.
 
     Raises:
-        ImageError: It is no image, truncated, or larger than `MAX_PIXELS` pixels.
+        ImageError: The source is not an image, truncated, or larger than `MAX_PIXELS` pixels.
     """
     if isinstance(source, bytes) and not source:
-        raise ImageError(f"image {name!r} is empty (0 bytes); fetch it again or remove its record", "image-empty")
+        raise ImageError(f"image {name!r} is empty (0 bytes); download it again or remove the record", "image-empty")
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=_formats()) as image:
             _check_size(image, name)
@@ -167,9 +169,10 @@ def decode_image(source: Path | bytes, name: str, notes: list[str] | None = None
         raise
     except Image.DecompressionBombError as error:
         raise ImageError(f"image {name!r} is too large ({error}); scale it down", "image-too-large") from error
-    except Exception as error:  # decoders meet hostile bytes and raise anything: OSError, SyntaxError, struct.error
+    except Exception as error:  # decoders raise anything on malformed bytes: OSError, SyntaxError, struct.error
         raise ImageError(
-            f"image {name!r} cannot be decoded ({type(error).__name__}: {error}); fetch it again or remove its record",
+            f"image {name!r} cannot be decoded ({type(error).__name__}: {error}); download it again or remove its "
+            "record",
             "image-undecodable",
         ) from error
 
@@ -181,10 +184,10 @@ def _formats() -> list[str]:
 
 
 def image_bytes_digest(root: Path, relative: str) -> str:
-    """SHA-256 (hex) of the file's bytes, for fingerprints.
+    """Returns the SHA-256 (hex) of the file's bytes, for fingerprints.
 
     Raises:
-        ImageError: The path is refused or the file cannot be read.
+        ImageError: The path is rejected or the file cannot be read.
     """
     path = resolve_image_path(root, relative)
     digest = hashlib.sha256()
@@ -219,11 +222,11 @@ def _oddities(image: Image.Image, name: str) -> list[str]:
 
 
 def _upright(image: Image.Image, relative: str) -> Image.Image:
-    """Apply the EXIF orientation; `ImageOps.exif_transpose` also rewrites the EXIF block and fails on damaged ones."""
+    """Applies the EXIF orientation. `ImageOps.exif_transpose` also rewrites the EXIF data, which fails if damaged."""
     try:
         orientation = image.getexif().get(EXIF_ORIENTATION, 1)
-    except Exception as error:  # damaged metadata round a sound picture is common on the web
-        logger.warning("image %r: unreadable EXIF (%s); taken as upright", relative, error)
+    except Exception as error:  # web images often have damaged metadata
+        logger.warning("image %r: unreadable EXIF (%s); assuming it is upright", relative, error)
         return image
     method = _UPRIGHT_BY_ORIENTATION.get(orientation)
     return image if method is None else image.transpose(method)
@@ -240,15 +243,15 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _to_8_bit(image: Image.Image) -> np.ndarray:
-    """Greyscale of more than 8 bits as uint8 [height, width]; Pillow's own conversion clips at 255."""
+    """Scales greyscale of more than 8 bits to uint8 [height, width]; Pillow's conversion clips at 255."""
     grey_HW = np.asarray(image).astype(np.float64)
     if not np.isfinite(grey_HW).all():
-        raise ValueError("it holds NaN or infinite values")
+        raise ValueError("it contains NaN or infinite values")
     low, high = float(grey_HW.min()), float(grey_HW.max())
     if image.mode.startswith("I") and low >= 0 and high <= 65535:
-        low, high = 0.0, 65535.0  # 16-bit files arrive as I;16 or, from PGM, as I
+        low, high = 0.0, 65535.0  # Pillow opens 16-bit files as I;16, or as I for PGM
     span = high - low
     scaled_HW = (grey_HW - low) * (255.0 / span if span > 0 else 0.0)
     scaled_HW = np.rint(scaled_HW).astype(np.uint8)
-    key = image.info.get("transparency")  # of a 16-bit PNG: the grey that is none
+    key = image.info.get("transparency")  # transparent grey value of a 16-bit PNG
     return np.where(grey_HW == key, np.uint8(255), scaled_HW) if isinstance(key, int) else scaled_HW

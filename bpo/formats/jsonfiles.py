@@ -1,4 +1,4 @@
-"""JSON lists and JSONL of any size, one record at a time, with errors that name the file, the record and the fix."""
+"""Streaming readers for JSON lists and JSONL; errors name the file, the record and the fix."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bpo.formats.jsonscan import MAX_RECORD_CHARACTERS, Damage, JsonScanner
 from bpo.formats.problems import RecordError
 
 BOM = b"\xef\xbb\xbf"
-# A byte that is no UTF-8, as the error handler `surrogateescape` decodes it.
+# An invalid UTF-8 byte as decoded by the error handler `surrogateescape`.
 _FOREIGN_BYTE = re.compile("[\udc80-\udcff]")
 
 
@@ -24,7 +24,7 @@ class JsonRecord:
     Attributes:
         where: File and line (JSONL) or file and position (JSON list), for error messages.
         index: 0-based position among the records.
-        from_list: The file is one JSON list.
+        from_list: Whether the file is one JSON list.
         value: The object.
     """
 
@@ -36,16 +36,16 @@ class JsonRecord:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """The source of one record, not parsed yet; worker processes parse it.
+    """Unparsed source of one record; worker processes parse it.
 
     Attributes:
         where: File and line or position.
         index: 0-based position among the records.
-        from_list: The file is one JSON list.
-        source: JSON as bytes (a line) or text (of a list), or an object from a table.
-        damage: Code and message where the source could not even be cut out.
-        is_torn: The last line of a file that does not end in a line break.
-        end_bytes: Bytes of the file read when it was found.
+        from_list: Whether the file is one JSON list.
+        source: JSON as bytes (JSONL) or text (JSON list), or an object from a table.
+        damage: Code and message if the source could not be extracted.
+        is_torn: Whether this is the last line and lacks a line break.
+        end_bytes: Bytes of the file read so far, including this record.
     """
 
     where: str
@@ -57,10 +57,10 @@ class Piece:
     end_bytes: int = 0
 
     def parse(self) -> dict[str, Any]:
-        """The object.
+        """Parses the record.
 
         Raises:
-            RecordError: It is damaged, no JSON, or no object.
+            RecordError: The source is damaged, not JSON, or not an object.
         """
         if self.damage is not None:
             raise RecordError(self.damage.code, f"{self.where}: {self.damage.message}")
@@ -71,7 +71,7 @@ class Piece:
         except RecordError as error:
             if not self.is_torn or error.code != "not-json":
                 raise
-            message = f"{error}; it is the last line and has no end: the file may be cut off"
+            message = f"{error}; the last line has no line break: the file may be truncated"
             raise RecordError("torn-record", message) from error
         if not isinstance(value, dict):
             raise RecordError(
@@ -81,9 +81,9 @@ class Piece:
 
 
 def read_records(path: Path) -> Iterator[JsonRecord]:
-    """The objects of a JSON list, or of a JSONL file (one object a line, blank lines skipped), in bounded memory.
+    """Yields the objects of a JSON list or a JSONL file (one object per line, blank lines skipped) in bounded memory.
 
-    The first character that is not white space decides: `[` starts a list.
+    A file whose first non-space character is `[` is a JSON list.
 
     Raises:
         ValueError: The file is missing, not UTF-8 or not JSON, or a record is not an object.
@@ -93,7 +93,7 @@ def read_records(path: Path) -> Iterator[JsonRecord]:
 
 
 def json_pieces(path: Path) -> Iterator[Piece]:
-    """The records of a JSON list or a JSONL file, not parsed: what is damaged is marked, and the next one is found.
+    """Yields the unparsed records of a JSON list or a JSONL file; damaged records are marked and skipped over.
 
     Raises:
         ValueError: The file cannot be read.
@@ -116,9 +116,9 @@ def open_file(path: Path) -> BinaryIO:
         ValueError: Names the file and the reason.
     """
     try:
-        # A pipe may never be written to, and is read but once.
+        # Opening a pipe may block, and it can be read only once.
         if Path(path).exists() and not Path(path).is_file():
-            raise ValueError(f"{path} is no regular file; write its content to one")
+            raise ValueError(f"{path} is not a regular file; write its content to one")
         return Path(path).open("rb")
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror}); check the path") from error
@@ -132,7 +132,7 @@ def _list_pieces(path: Path, file: BinaryIO) -> Iterator[Piece]:
 
 
 def _line_pieces(path: Path, file: BinaryIO) -> Iterator[Piece]:
-    # Split bytes at \n only: str.splitlines would also cut at U+2028, which may stand inside a JSON string.
+    # Split bytes at \n only: str.splitlines also splits at U+2028, which may occur inside a JSON string.
     index = num_bytes = 0
     number = 1
     while line := file.readline(MAX_RECORD_CHARACTERS):
@@ -144,7 +144,7 @@ def _line_pieces(path: Path, file: BinaryIO) -> Iterator[Piece]:
                 if rest.endswith(b"\n"):
                     break
             damage = Damage(
-                "too-large", f"a line of more than {MAX_RECORD_CHARACTERS >> 20} MiB; write one record a line"
+                "too-large", f"a line of more than {MAX_RECORD_CHARACTERS >> 20} MiB; write one record per line"
             )
             yield Piece(where, index, False, b"", damage, end_bytes=num_bytes)
             index += 1
@@ -155,14 +155,14 @@ def _line_pieces(path: Path, file: BinaryIO) -> Iterator[Piece]:
 
 
 def parse_json(raw: bytes | str, where: str) -> Any:
-    """Strict JSON: UTF-8, no NaN or Infinity.
+    """Parses strict JSON: UTF-8, without NaN or Infinity.
 
     Args:
         raw: Bytes, or text decoded with `surrogateescape`.
         where: File and record, for messages.
 
     Raises:
-        RecordError: Names `where` and what is wrong.
+        RecordError: Names `where` and the problem.
     """
     try:
         text = raw if isinstance(raw, str) else raw.decode("utf-8")
@@ -181,7 +181,7 @@ def parse_json(raw: bytes | str, where: str) -> Any:
         raise RecordError("nested-too-deeply", f"{where}: the JSON is nested too deeply; flatten it") from error
     except ValueError as error:
         code = "nan" if isinstance(error, _NotANumber) else "not-json"
-        raise RecordError(code, f"{where}: not JSON ({error}); write one object a line, or one JSON list") from error
+        raise RecordError(code, f"{where}: not JSON ({error}); write one object per line, or one JSON list") from error
 
 
 class _NotANumber(ValueError):

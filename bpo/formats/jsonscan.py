@@ -1,7 +1,7 @@
-"""Finds the values of a JSON text of any size one after the other, in memory of the longest one.
+"""Streaming scanner for the values of a JSON text; memory is bounded by the longest value.
 
-The decoder of the standard library finds where a value ends, in C; what it refuses is skipped by matching brackets, so
-that one damaged record does not cost the others.
+The standard library's decoder finds the end of a value, in C. A value that it rejects is skipped by matching brackets,
+so a damaged record does not affect the others.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from typing import Any, BinaryIO
 
 CHUNK_BYTES = 1 << 20
 MAX_RECORD_CHARACTERS = 64 << 20
-MAX_CANDIDATES = 1000  # objects that are looked at for the next record behind a damaged one
-SKIPPED_CHARACTERS = 4 << 20  # in which the end of a damaged record is looked for by its brackets alone
+MAX_CANDIDATES = 1000  # objects examined to find the next record after a damaged one
+SKIPPED_CHARACTERS = 4 << 20  # search range for the end of a damaged record by its brackets only
 _SPACE = re.compile(r"[ \t\r\n]*")
 _STRING_OR_MARK = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\],"]', re.DOTALL)
 _OBJECT_BEHIND_COMMA = re.compile(r',[ \t\r\n]*(\{[ \t\r\n]*("(?:[^"\\]|\\.)*")[ \t\r\n]*:)')
-# The decoder names a place this near the end of what it was given when it ran out of text.
+# The decoder reports an error position this close to the end of the text if the text is incomplete.
 _CUT_MARGIN = 16
 
 
 @dataclass(frozen=True, slots=True)
 class Damage:
-    """Why a record could not be cut out: a code of `bpo.formats.problems.PROBLEMS` and a message."""
+    """Why a record could not be extracted: a code of `bpo.formats.problems.PROBLEMS` and a message."""
 
     code: str
     message: str
@@ -38,10 +38,10 @@ def _after_space(text: str, position: int) -> int:
 
 
 class JsonScanner:
-    """Reads a JSON text from a file that stands at its beginning.
+    """Scans a JSON text from a file positioned at its start.
 
-    Bytes that are not UTF-8 become lone surrogates (`surrogateescape`): the record that holds them is found bad, and
-    not the file.
+    Invalid UTF-8 bytes are decoded to lone surrogates (`surrogateescape`), so they invalidate only the record that
+    contains them.
 
     Attributes:
         num_bytes: Bytes read so far.
@@ -56,7 +56,7 @@ class JsonScanner:
         self.num_bytes = 0
 
     def peek(self) -> str:
-        """The next character that is not white space, which stays; empty at the end."""
+        """Returns the next non-space character without consuming it; empty at the end."""
         while True:
             self._at = _after_space(self._text, self._at)
             if self._at < len(self._text):
@@ -65,21 +65,21 @@ class JsonScanner:
                 return ""
 
     def expect(self, character: str) -> None:
-        """Steps over one character.
+        """Consumes one character.
 
         Raises:
-            ValueError: Another one stands there.
+            ValueError: The next character is a different one.
         """
         found = self.peek()
         if found != character:
-            raise ValueError(f"not JSON: {character!r} should stand where {found or 'the end of the file'!r} is")
+            raise ValueError(f"not JSON: expected {character!r}, found {found or 'the end of the file'!r}")
         self._at += 1
 
     def value(self) -> str:
-        """The source of the next value.
+        """Returns the source of the next value.
 
         Raises:
-            ValueError: It is damaged.
+            ValueError: The value is damaged.
         """
         source, damage = self._element()
         if damage is not None:
@@ -87,12 +87,12 @@ class JsonScanner:
         return source
 
     def elements(self, is_whole: bool = False) -> Iterator[tuple[str, Damage | None]]:
-        """The elements of a list whose `[` has been read, up to and with its `]`: source, or what damaged it.
+        """Yields (source, damage) of each element of a list whose `[` has been read, and consumes its `]`.
 
-        Where the file ends too early the last element says so.
+        If the file ends before the list, the last element is a `Damage`.
 
         Args:
-            is_whole: Nothing may follow the list; where objects like the first one do, its `]` was one too many.
+            is_whole: Nothing may follow the list; if objects like the first one do, the `]` was extraneous.
         """
         self._first = {}
         if self.peek() == "]":
@@ -102,7 +102,7 @@ class JsonScanner:
             source, damage = self._element()
             yield source, damage
             if damage is not None and damage.code in ("torn-record", "too-large"):
-                self._at, self._text, self._ended = 0, "", True  # nothing after it can be told apart
+                self._at, self._text, self._ended = 0, "", True  # no way to find later records
                 return
             self._note_first(source)
             character = self.peek()
@@ -112,12 +112,12 @@ class JsonScanner:
                     return
                 continue
             if not character:
-                yield "", Damage("torn-record", "not JSON: the file ends before the list does; fetch it again")
+                yield "", Damage("torn-record", "not JSON: the file ends inside the list; download it again")
                 return
             if character == "]":
-                yield "", Damage("not-json", "not JSON: something stands behind the end of the list; remove it")
+                yield "", Damage("not-json", "not JSON: extra data after the end of the list; remove it")
             else:
-                yield "", Damage("not-json", "not JSON: a comma is missing after the record before; add it")
+                yield "", Damage("not-json", "not JSON: a comma is missing after the previous record; add it")
             if not self._skip_to_record(character):
                 return
 
@@ -130,33 +130,33 @@ class JsonScanner:
                 if not self._is_cut(error) or not self._more():
                     return self._skip_damaged(error)
                 if len(self._text) > MAX_RECORD_CHARACTERS:
-                    return "", Damage("too-large", "not JSON: a record without end; look for a missing quotation mark")
+                    return "", Damage("too-large", "not JSON: unterminated record; look for a missing quotation mark")
                 continue
             if end == len(self._text) and self._more():
-                continue  # a number may go on
+                continue  # a number may continue in the next chunk
             start, self._at = self._at, end if end else self._at
             return self._text[start:end], None
 
     def _is_cut(self, error: ValueError | RecursionError) -> bool:
-        """Whether more text may help."""
+        """Returns whether the error may be due to incomplete text."""
         if self._ended or not isinstance(error, json.JSONDecodeError):
             return False
-        # An open string is named by where it begins, which may be far from the end.
+        # The error position of an unterminated string is its start, which may be far from the end.
         return error.msg.startswith("Unterminated string") or error.pos >= len(self._text) - _CUT_MARGIN
 
     def _skip_damaged(self, error: ValueError | RecursionError) -> tuple[str, Damage | None]:
-        """Steps over a value that is not JSON, by its brackets; hands out its source, for parsing to say what it is."""
+        """Skips an invalid value by matching brackets; returns its source, so that parsing reports the error."""
         if self.peek() in (",", "]"):
-            return "", Damage("not-json", "not JSON: nothing stands between two commas; remove one")
-        depth = offset = end = 0  # from where the value begins
+            return "", Damage("not-json", "not JSON: empty element between two commas; remove one comma")
+        depth = offset = end = 0  # relative to the start of the value
         while True:
             for match in _STRING_OR_MARK.finditer(self._text, self._at + offset) if not end else ():
                 token = match.group()
                 if token == '"':
-                    break  # its other end is not here yet
+                    break  # the string continues in the next chunk
                 offset = match.end() - self._at
                 depth += (token in "{[") - (token in "}]")
-                # A closing bracket ends what it opened; a comma or a bracket of the list around ends anything else.
+                # A value ends at its closing bracket, or at a comma or bracket of the enclosing list.
                 if depth < 0 or (depth == 0 and token in "}],"):
                     end = match.start() - self._at if depth < 0 or token == "," else offset
                     break
@@ -170,15 +170,16 @@ class JsonScanner:
                     start, self._at = self._at, self._at + end
                     return self._text[start : self._at], None
                 self.peek()
-                text = "nested too deeply or torn" if isinstance(error, RecursionError) else str(error)
-                return "", Damage("torn-record", f"not JSON ({text}); the file ends inside the record; fetch it again")
+                text = "nested too deeply or truncated" if isinstance(error, RecursionError) else str(error)
+                message = f"not JSON ({text}); the file ends inside the record; download it again"
+                return "", Damage("torn-record", message)
 
     def _resume(self, end: int) -> int:
-        """Where reading goes on behind a damaged value, or 0 if that is not known yet.
+        """Returns the position at which to resume after a damaged value, or 0 if it is not known yet.
 
         Args:
-            end: Where its brackets end, from its beginning; 0: they do not. Where a bracket or a quotation mark is
-                missing, that is wrong.
+            end: Offset of the closing bracket from the start of the value; 0 if not found. Wrong if the value lacks a
+                bracket or a quotation mark.
         """
         if not self._first:
             return self._at + end if end else 0
@@ -191,7 +192,7 @@ class JsonScanner:
         return match.start() if match is not None else 0
 
     def _next_record(self, position: int) -> re.Match[str] | None:
-        """The next comma before an object with more than half the keys of the first record, in the text at hand."""
+        """Finds the next comma before an object with over half the keys of the first record, in the buffered text."""
         for _ in range(MAX_CANDIDATES):
             match = _OBJECT_BEHIND_COMMA.search(self._text, position)
             if match is None:
@@ -206,10 +207,10 @@ class JsonScanner:
         return None
 
     def _skip_to_record(self, character: str) -> bool:
-        """Steps to where a record seems to begin; whether there is such a place.
+        """Advances to the likely start of the next record; returns whether one was found.
 
         Args:
-            character: What stands here, or stood before.
+            character: The unexpected character at or just before the current position.
         """
         while self._first and character != "{":
             match = self._next_record(self._at)
@@ -233,7 +234,7 @@ class JsonScanner:
                 self._first = json.loads(source)
 
     def _more(self) -> bool:
-        """Appends a chunk, at least as long as what is kept, so that a long record is parsed a few times at most."""
+        """Reads a chunk at least as long as the buffered rest, so that a long record is reparsed only a few times."""
         if self._ended:
             return False
         kept = self._text[self._at :]

@@ -1,6 +1,6 @@
-"""Which objects a text names: synonyms, plurals, and the double-word rules published with CHAIR (arXiv 1809.02156).
+"""Finds the objects that a text mentions: synonyms, plurals and CHAIR's double-word rules (arXiv 1809.02156).
 
-A synonyms file holds one object a line, its canonical name first: `person, man, woman, child`.
+A synonyms file has one object per line, its canonical name first: `person, man, woman, child`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 _WORD_RE = re.compile(r"[^\W_]+")
 _MAX_KNOWN_WORDS = 1 << 14
 
-# CHAIR's rules about two words of which one alone would name the wrong object ("baby" is a person, "seat" a chair).
+# CHAIR's rules for two-word phrases in which a single word names another object ("baby" a person, "seat" a chair).
 _ANIMALS = "animal bear bird cat cow cub dog elephant giraffe horse sheep zebra".split()
 _AGES = ("baby", "adult")
 _VEHICLES = ("jet", "train")
@@ -48,7 +48,7 @@ _IRREGULAR_PLURALS = {
 
 @dataclass(frozen=True, slots=True)
 class Mention:
-    """An object named in a text: its canonical name and where it stands, `text[start:end]`."""
+    """A mention of an object: its canonical name and its span `text[start:end]`."""
 
     object: str
     start: int
@@ -57,11 +57,11 @@ class Mention:
 
 @dataclass(frozen=True)
 class ObjectLexicon:
-    """Phrases that name objects.
+    """Maps phrases to the objects they name.
 
     Attributes:
         canonical_of_phrase: Words of a phrase -> canonical name, or None for a phrase that names no object.
-        objects: The canonical names, in the file's order.
+        objects: Canonical names, in file order.
     """
 
     canonical_of_phrase: Mapping[tuple[str, ...], str | None]
@@ -77,14 +77,14 @@ class ObjectLexicon:
         object.__setattr__(self, "_lengths_by_first", by_first)
 
     def canonical(self, name: str) -> str | None:
-        """The canonical name of a category or synonym, or None."""
+        """Returns the canonical name of a category or synonym, or None."""
         return self.canonical_of_phrase.get(_words(name))
 
     def mentions(self, text: str) -> tuple[Mention, ...]:
-        """Every mention in order, repeats included; at each place the longest phrase wins.
+        """Returns all mentions in order, including repeats; at each position the longest phrase wins.
 
-        A word counts as its own form first, then as a plural (`singular_forms`). Where a toilet is named, a lone
-        "seat" is the toilet's, not a chair.
+        A word is looked up as written, then as a plural (`singular_forms`). If the text mentions a toilet, "seat" does
+        not count as a chair.
         """
         spans = [(m.group().lower(), m.start(), m.end()) for m in _WORD_RE.finditer(text)]
         words = [word for word, _, _ in spans]
@@ -110,8 +110,8 @@ class ObjectLexicon:
         return 1, self._of_word(words[at])
 
     def _of_word(self, word: str) -> str | None:
-        """The canonical name of a word by itself."""
-        if word[0].isdigit():  # numbers have no plural, and there is no end of them to remember
+        """Returns the canonical name of a single word, or None."""
+        if word[0].isdigit():  # numbers have no plural and would fill the cache
             return self.canonical_of_phrase.get((word,))
         if word not in self._known_words:
             if len(self._known_words) >= _MAX_KNOWN_WORDS:
@@ -123,13 +123,13 @@ class ObjectLexicon:
 
 
 def build_lexicon(lines: Iterable[Iterable[str]]) -> ObjectLexicon:
-    """A lexicon from the names of each object, canonical first.
+    """Builds a lexicon from the names of each object, canonical name first.
 
-    A name that two objects claim goes to the later one, as in the published reader, with a warning. The two-word
-    rules are added where the objects they speak of exist and the file does not decide otherwise.
+    A name shared by two objects is assigned to the later one with a warning, as in CHAIR's released code. A two-word
+    rule is added if one of its words names an object and the file does not define the phrase.
 
     Raises:
-        ValueError: There is no object, or a name without a letter or digit.
+        ValueError: There are no objects, or a name has no letter or digit.
     """
     phrases: dict[tuple[str, ...], str | None] = {}
     objects: list[str] = []
@@ -142,10 +142,10 @@ def build_lexicon(lines: Iterable[Iterable[str]]) -> ObjectLexicon:
             if not phrase:
                 raise ValueError(f"a name of object {canonical!r} is empty; separate names by single commas")
             if phrases.get(phrase, canonical) != canonical:
-                logger.warning("%r names both %r and %r; taken as the latter", name, phrases[phrase], canonical)
+                logger.warning("%r names both %r and %r; using the latter", name, phrases[phrase], canonical)
             phrases[phrase] = canonical
     if not objects:
-        raise ValueError("there is no object; write one object a line, its canonical name first")
+        raise ValueError("there are no objects; write one object per line, its canonical name first")
     for phrase, target in _TWO_WORD_RULES.items():
         if phrase not in phrases and any((word,) in phrases for word in phrase):
             phrases[phrase] = phrases.get((target,)) if target is not None else None
@@ -154,9 +154,10 @@ def build_lexicon(lines: Iterable[Iterable[str]]) -> ObjectLexicon:
 
 @lru_cache(maxsize=1 << 14)
 def singular_forms(word: str) -> tuple[str, ...]:
-    """What `word` may be the plural of, likeliest first; the lexicon decides which of them is a name.
+    """Returns the possible singulars of `word`, most likely first; the lexicon decides which one is a name.
 
-    Irregular plurals come from a short list; then -ies gives -y, -ves gives -f and -fe, -es and -s fall away.
+    Irregular plurals come from a short list. Otherwise -ies becomes -y, -ves becomes -f and -fe, and -s and -es are
+    removed.
     """
     if word in _IRREGULAR_PLURALS:
         return (_IRREGULAR_PLURALS[word],)

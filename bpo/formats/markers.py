@@ -1,6 +1,6 @@
-"""The `<image>` marker of LLaVA's files: text with markers to structured content.
+"""Converts text with LLaVA's `<image>` markers to structured content.
 
-Only the import formats that define the marker come through here. Anywhere else the literal string is somebody's text.
+Used only by import formats that define the marker. In all other formats `<image>` is literal text.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ IMAGE_PART = ContentPart("image")
 
 
 def place_images(turns: Sequence[tuple[Role, str]], num_images: int) -> tuple[Turn, ...]:
-    """Structured turns in which exactly `num_images` image parts stand.
+    """Returns structured turns with exactly `num_images` image parts.
 
-    - Markers in user turns stand for the images in order, as many as there are images; any further occurrence
-      stays literal text, and so does every occurrence in a system or assistant turn.
-    - One image goes to the front of the turn with its marker, as in LLaVA's own preprocessing; several stay
-      where their markers are.
-    - Images without a marker go to the front of the first user turn, before the marked ones there: the order of
-      the image parts is the order of the images.
+    - The first `num_images` markers in user turns are replaced by image parts, in order. Further markers, and all
+      markers in system and assistant turns, remain literal text.
+    - A single image moves to the front of the turn with its marker, as in LLaVA's preprocessing; several images stay
+      at their markers.
+    - Images without a marker go to the front of the first user turn, before the marked images. The image parts keep
+      the order of the images.
 
     Args:
         turns: (role, text) in order; at least one user turn.
-        num_images: Images of the record.
+        num_images: Number of images in the record.
 
     Raises:
-        ValueError: There are images and no user turn.
+        ValueError: There are images but no user turn.
     """
     num_markers = sum(text.count(IMAGE_MARKER) for role, text in turns if role == "user")
     num_unmarked = max(0, num_images - num_markers)
@@ -42,7 +42,7 @@ def place_images(turns: Sequence[tuple[Role, str]], num_images: int) -> tuple[Tu
             parts, num_used = _split_at_markers(text, num_marked)
             num_marked -= num_used
             if num_images == 1 and num_used:
-                # Only the marker and the line break it stood on go; the text on both sides is joined as LLaVA does.
+                # Remove the marker and its line break only; join the text on both sides as LLaVA does.
                 parts = [IMAGE_PART, *_text_part(text.replace(IMAGE_MARKER, "", 1).strip())]
             parts = [IMAGE_PART] * num_unmarked + parts
             num_unmarked = 0
@@ -53,13 +53,13 @@ def place_images(turns: Sequence[tuple[Role, str]], num_images: int) -> tuple[Tu
 
 
 def _split_at_markers(text: str, max_markers: int) -> tuple[list[ContentPart], int]:
-    """Parts of `text` cut at its first `max_markers` markers, and how many were used."""
+    """Splits `text` at its first `max_markers` markers; returns the parts and the number of markers used."""
     pieces = text.split(IMAGE_MARKER, max_markers) if max_markers else [text]
     parts: list[ContentPart] = []
     for number, piece in enumerate(pieces):
         if number:
             parts.append(IMAGE_PART)
-        # The line breaks that set a marker apart belong to the file format; chat templates write their own.
+        # Line breaks around a marker belong to the file format; chat templates add their own.
         parts.extend(_text_part(piece.strip("\n") if len(pieces) > 1 else piece))
     return parts, len(pieces) - 1
 

@@ -1,4 +1,4 @@
-"""Messages as chat templates take them: content that is a list of parts, in which images may bring their own paths."""
+"""Chat messages whose content is a list of parts, in which image parts may contain their own paths."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from bpo.formats.fields import text_of
 from bpo.formats.problems import RecordError
 
 MESSAGE_FIELDS = ("messages", "conversations", "prompt", "chosen", "rejected")
-# Where a part names its image: transformers and Qwen write the first three, OpenAI the last.
+# Keys of an image's path in a part: transformers and Qwen use the first three, OpenAI the last.
 _SOURCES = ("image", "path", "url", "image_url")
 
 
 def lift_images(record: Mapping[str, Any], where: str) -> Mapping[str, Any]:
-    """The record with the paths that stand in parts of its messages under `images`, and bare image parts.
+    """Moves the image paths in message parts to `images`, leaving image parts without a path.
 
     Raises:
-        RecordError: Images stand in both places, or the answers begin with different ones.
+        RecordError: The record has images in both places, or its message fields have different images.
     """
     lists = {name: record[name] for name in MESSAGE_FIELDS if isinstance(record.get(name), list)}
     lifted: dict[str, tuple[list[Any], list[Any]]] = {}
@@ -30,18 +30,18 @@ def lift_images(record: Mapping[str, Any], where: str) -> Mapping[str, Any]:
     if not lifted:
         return record
     if record.get("image") or record.get("images"):
-        raise RecordError("wrong-type", f"{where}: images stand in the messages and in a field of their own; keep one")
+        raise RecordError("wrong-type", f"{where}: images are in the messages and in a separate field; keep one")
     _, images = next(iter(lifted.values()))
     if any(sources != images for _, sources in lifted.values()):
-        raise RecordError("wrong-type", f"{where}: {' and '.join(lifted)} hold different images; write one prompt")
+        raise RecordError("wrong-type", f"{where}: {' and '.join(lifted)} contain different images; use one prompt")
     others = {name: value for name, value in record.items() if name not in ("image", "images")}
     return others | {name: bare for name, (bare, _) in lifted.items()} | {"images": images}
 
 
 def without_nulls(messages: Any) -> Any:
-    """Messages without what tables write into them: null fields where another row has a value, numbers of images.
+    """Removes artefacts of tables from messages: null fields, and image numbers (`index`).
 
-    A number (`index`) stays where the images do not stand in their order: then it says what nothing else does.
+    The numbers are kept if the images are out of order, since they carry information then.
     """
     if not isinstance(messages, list):
         return messages
@@ -63,7 +63,7 @@ def without_nulls(messages: Any) -> Any:
 
 
 def turns_of_columns(value: Any) -> Any:
-    """A list of turns that a table holds as columns, `{"from": [...], "value": [...]}`, as `datasets` once wrote it."""
+    """Transposes turns stored as columns, `{"from": [...], "value": [...]}`, as older versions of `datasets` did."""
     if not isinstance(value, dict) or not ({"from", "value"} <= value.keys() or {"role", "content"} <= value.keys()):
         return value
     columns = list(value.values())
@@ -73,10 +73,10 @@ def turns_of_columns(value: Any) -> Any:
 
 
 def content_text(content: Any, name: str, where: str) -> str:
-    """A content without images as text.
+    """Returns content without images as text.
 
     Raises:
-        RecordError: It is neither text nor a list of text parts.
+        RecordError: The content is neither text nor a list of text parts.
     """
     if not isinstance(content, list):
         return text_of(content, name, where)
@@ -91,7 +91,7 @@ def _is_image(part: Any) -> bool:
 def _without_nulls(part: Any) -> Any:
     if not isinstance(part, dict):
         return part
-    # TRL's collator writes the text of an image's place, too.
+    # TRL's collator also writes `text` in image parts.
     no_text = _is_image(part)
     return {key: value for key, value in part.items() if value is not None and not (no_text and key == "text")}
 

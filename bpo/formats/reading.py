@@ -1,4 +1,4 @@
-"""Records from any file that bpo understands, one at a time, under one policy for bad ones."""
+"""Streams records from any supported file under a common policy for bad records."""
 
 from __future__ import annotations
 
@@ -17,39 +17,39 @@ from bpo.formats.messages import lift_images
 from bpo.formats.problems import Problem, RecordError
 from bpo.records import Annotation, PreferenceGroup
 
-# Takes the images that stand in a record itself and gives the record with paths in their place.
+# (record, where) -> the record with embedded images replaced by paths.
 TakeImages = Callable[[Mapping[str, Any], str], Mapping[str, Any]]
 
 
 class SeenIds:
-    """Which ids occurred before, in 16 to 32 bytes an id: a table of 64-bit digests with open addressing.
+    """Compact set of ids, 16 to 32 bytes per id: a table of 64-bit digests with open addressing.
 
-    Two ids among a million share a digest with a probability of 3e-8.
+    The probability that two of a million ids share a digest is 3e-8.
     """
 
     def __init__(self) -> None:
         self._slots = array("Q", bytes(8 << 10))
         self._count = 0
-        self._bearers: dict[str, int] = {}
+        self._uses: dict[str, int] = {}
 
     def add(self, record_id: str) -> bool:
-        """Takes an id; whether it is new."""
+        """Adds an id; returns whether it is new."""
         if 2 * (self._count + 1) > len(self._slots):
             old, self._slots = self._slots, array("Q", bytes(16 * len(self._slots)))
             for digest in old:
                 if digest:
                     self._insert(digest)
         raw = hashlib.blake2b(record_id.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-        is_new = self._insert(int.from_bytes(raw, "little") or 1)  # 0 marks an empty slot
+        is_new = self._insert(int.from_bytes(raw, "little") or 1)  # 0 denotes an empty slot
         self._count += is_new
         return is_new
 
     def unused(self, record_id: str) -> str:
-        """The id, or `id#2`, `id#3` ... where it is taken; takes what it gives."""
+        """Adds and returns the id, or `id#2`, `id#3` ... if it is already used."""
         unused = record_id
         while not self.add(unused):
-            self._bearers[record_id] = self._bearers.get(record_id, 1) + 1
-            unused = f"{record_id}#{self._bearers[record_id]}"
+            self._uses[record_id] = self._uses.get(record_id, 1) + 1
+            unused = f"{record_id}#{self._uses[record_id]}"
         return unused
 
     def _insert(self, digest: int) -> bool:
@@ -64,24 +64,24 @@ class SeenIds:
 
 
 def record_id_of(schema: Schema, value: Mapping[str, Any], piece: Piece) -> str:
-    """The id in a record, or one made from its position.
+    """Returns the id of a record, or one derived from its position.
 
     Raises:
-        RecordError: It is no id, or missing where the schema asks for one.
+        RecordError: The id is invalid, or missing although the schema requires one.
     """
     found = next((value[key] for key in schema.id_keys if value.get(key) is not None), None)
     if found is not None:
         return id_text(found, piece.where)
     if schema.unique_ids:
-        raise RecordError("missing-field", f"{piece.where}: field 'id' is missing; give every group its own id")
+        raise RecordError("missing-field", f"{piece.where}: field 'id' is missing; give every group a unique id")
     return f"record-{piece.index}"
 
 
 def adapt(schema: Schema, piece: Piece, take_images: TakeImages | None = None) -> tuple[str, Outcome]:
-    """The id of one piece and what its record becomes.
+    """Parses one piece; returns its id and the adapted record.
 
     Raises:
-        RecordError: Names file, record, field and fix.
+        RecordError: Names the file, record, field and fix.
     """
     value: Mapping[str, Any] = piece.parse()
     record_id = record_id_of(schema, value, piece)
@@ -104,16 +104,16 @@ def iterate_records(
     take_images: TakeImages | None = None,
     seen_piece: Callable[[Piece], None] | None = None,
 ) -> Iterator[Annotation | PreferenceGroup]:
-    """Every usable record in order, ids made unique; bad ones go to `bad`.
+    """Yields the usable records in order, with unique ids; bad records are reported to `bad`.
 
     Args:
-        left_out: Called with reason and id of a record that holds nothing to learn from.
+        left_out: Called with the reason and id of each record without a training signal.
         take_images: See `TakeImages`.
         seen_piece: Called with every piece, for progress.
 
     Raises:
-        RecordError: `bad.on_bad` is error, and a record is bad.
-        TooManyBadRecords: At the end, more were bad than `bad.max_bad_share` allows.
+        RecordError: `bad.on_bad` is "error" and a record is bad.
+        TooManyBadRecords: More records are bad than `bad.max_bad_share` allows; raised at the end.
     """
     if source.schema is None:
         return
@@ -141,7 +141,7 @@ def iterate_records(
             elif seen.add(outcome.id):
                 yield outcome
             else:
-                message = f"{piece.where}: id {outcome.id!r} is used twice; give every group its own id"
+                message = f"{piece.where}: id {outcome.id!r} is used twice; give every group a unique id"
                 raise RecordError("duplicate-id", message)
         except RecordError as error:
             bad.report(Problem(error.code, piece.where, error.record_id or record_id, str(error)))
@@ -151,12 +151,12 @@ def iterate_records(
 
 
 def _finished(rows: list[PairRow], where: str, seen: SeenIds, bad: BadRecords) -> Iterator[PreferenceGroup]:
-    """The group of rows that followed each other, if it is whole."""
+    """Merges adjacent rows into a group; reports incomplete or repeated groups as bad."""
     record_id = rows[0].group.id
     try:
         group = merge_rows(rows, where)
         if not seen.add(record_id):
-            raise RecordError("rows-apart", f"{where}: rows of group {record_id!r} stand apart; sort them by group")
+            raise RecordError("rows-apart", f"{where}: rows of group {record_id!r} are not adjacent; sort by group")
     except RecordError as error:
         bad.report(Problem(error.code, where, record_id, str(error)))
     else:

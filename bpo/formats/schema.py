@@ -1,4 +1,4 @@
-"""bpo's own records as JSON, and the paper's released groups. What bpo does not read of a record is kept in `extra`."""
+"""JSON schemas of bpo's records and of the paper's released groups. Unknown fields are kept in `extra`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PROVENANCE_KEYS = tuple(entry.name for entry in fields(Provenance))
 
 
 def group_to_json(group: PreferenceGroup) -> dict[str, Any]:
-    """The JSON object of a group; `group_from_json` gives back an equal group."""
+    """Returns a group as a JSON object; the inverse of `group_from_json`."""
     completions = [completion_to_json(completion) for completion in group.completions]
     known = {"id": group.id, "images": list(group.images), "prompt": prompt_to_json(group.prompt)}
     return {**known, "completions": completions, **group.extra}
@@ -45,7 +45,7 @@ def completion_to_json(completion: Completion) -> dict[str, Any]:
 
 
 def group_from_json(obj: Any, where: str) -> PreferenceGroup:
-    """One group of `groups.jsonl`.
+    """Parses one group of `groups.jsonl`.
 
     Args:
         obj: The parsed line.
@@ -58,10 +58,10 @@ def group_from_json(obj: Any, where: str) -> PreferenceGroup:
         raise RecordError("not-an-object", f"{where}: a group is {type(obj).__name__}, not an object; write {{...}}")
     if "conversations" in obj and "completions" not in obj:
         raise RecordError(
-            "wrong-file", f"{where}: this is an annotation file; name it as data.annotations and run bpo bootstrap"
+            "wrong-file", f"{where}: this is an annotation file; set it as data.annotations and run bpo bootstrap"
         )
     if obj.get("id") is None:
-        raise RecordError("missing-field", f"{where}: field 'id' is missing; give every group its own id")
+        raise RecordError("missing-field", f"{where}: field 'id' is missing; give every group a unique id")
     group_id = id_text(obj["id"], where)
     where = f"{where} (id {group_id!r})"
     images = _images(obj, where)
@@ -70,7 +70,7 @@ def group_from_json(obj: Any, where: str) -> PreferenceGroup:
 
 
 def group_from_paper(obj: Mapping[str, Any], record_id: str, where: str) -> PreferenceGroup:
-    """One group in the paper's released schema: a text prompt may hold `<image>` markers (`place_images`).
+    """Parses one group in the paper's released schema; a text prompt may contain `<image>` markers (`place_images`).
 
     Raises:
         RecordError: Names `where`, the field and the fix.
@@ -85,16 +85,16 @@ def group_from_paper(obj: Mapping[str, Any], record_id: str, where: str) -> Pref
 
 
 def annotation_to_json(annotation: Annotation) -> dict[str, Any]:
-    """The JSON object of an annotation; `annotation_from_json` gives back an equal one."""
+    """Returns an annotation as a JSON object; the inverse of `annotation_from_json`."""
     known = {"id": annotation.id, "images": list(annotation.images), "prompt": prompt_to_json(annotation.prompt)}
     return {**known, "response": annotation.response, **annotation.extra}
 
 
 def annotation_from_json(obj: Mapping[str, Any], record_id: str, where: str) -> Annotation | str:
-    """One annotation in bpo's own form: `id`, `images`, `prompt` as in a group, and `response`.
+    """Parses one annotation in bpo's format: `id`, `images`, `prompt` as in a group, and `response`.
 
     Returns:
-        The annotation, or `NO_ANSWER`. One without images is kept: the stages decide.
+        The annotation, or `NO_ANSWER`. Annotations without images are left to the stages.
 
     Raises:
         RecordError: Names `where`, the field and the fix.
@@ -108,7 +108,7 @@ def annotation_from_json(obj: Mapping[str, Any], record_id: str, where: str) -> 
 
 
 def completion_from_json(entry: Any, name: str, where: str) -> Completion:
-    """One completion of a group.
+    """Parses one completion of a group.
 
     Raises:
         RecordError: Names `where`, the field and the fix.
@@ -125,7 +125,7 @@ def completion_from_json(entry: Any, name: str, where: str) -> Completion:
 
 
 def provenance_from_json(value: Any, name: str, where: str) -> Provenance:
-    """Raises: RecordError: it is no object with a text `source` and known keys."""
+    """Parses a provenance; raises `RecordError` unless it is an object with a text `source` and known keys."""
     if not isinstance(value, dict) or not isinstance(value.get("source"), str):
         raise RecordError("wrong-type", f"{where}: {name} must be an object with a text 'source'")
     refuse_unknown(value, PROVENANCE_KEYS, where)

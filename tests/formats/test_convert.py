@@ -1,4 +1,4 @@
-"""Conversions lose nothing, and write whole files or none. Run: python -m pytest tests/formats/test_convert.py"""
+"""Conversions are lossless and write files atomically. Run: python -m pytest tests/formats/test_convert.py"""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def groups(draw: Any) -> PreferenceGroup:
 
 @given(groups())
 @settings(max_examples=150, deadline=None)
-def test_a_group_survives_bpos_the_papers_and_trls_form(group: PreferenceGroup) -> None:
+def test_a_group_survives_bpo_paper_and_trl_formats(group: PreferenceGroup) -> None:
     def through_json(tree: Any) -> Any:
         return json.loads(json.dumps(tree))
 
@@ -74,7 +74,7 @@ def test_a_group_survives_bpos_the_papers_and_trls_form(group: PreferenceGroup) 
         assert merge_rows([pair for pair in pairs if isinstance(pair, PairRow)], "here") == group
 
 
-def test_a_plain_group_is_written_as_the_paper_writes_it() -> None:
+def test_a_plain_group_is_written_in_the_papers_format() -> None:
     prompt = (Turn("user", (ContentPart("image"), ContentPart("text", "What is this?"))),)
     group = PreferenceGroup(
         "7", ("coco/a.jpg",), prompt, (Completion("A bus.", 1, "gt"), Completion("A tram.", 0, "hal"))
@@ -142,7 +142,7 @@ def test_datasets_decodes_the_images_of_the_parquet_file(files: Path, monkeypatc
     assert [part["type"] for part in rows[3]["prompt"][1]["content"]] == ["text", "image", "text"]
 
 
-def test_trl_takes_the_rows_and_finds_each_images_place(files: Path) -> None:
+def test_trl_accepts_the_rows_and_places_each_image(files: Path) -> None:
     data_utils = pytest.importorskip("trl.data_utils", reason="needs trl: pip install 'bpo[bench]'")
     convert(files / "groups.jsonl", files / "t.parquet", image_root=files)
     row = datasets.Dataset.from_parquet(str(files / "t.parquet"), cache_dir=str(files / "cache"))[3]
@@ -156,11 +156,11 @@ def test_trl_takes_the_rows_and_finds_each_images_place(files: Path) -> None:
 def test_damaged_parquet_is_refused(files: Path) -> None:
     convert(files / "groups.jsonl", files / "t.parquet", image_root=files)
     (files / "t.parquet").write_bytes((files / "t.parquet").read_bytes()[:-100])
-    with pytest.raises(ValueError, match="damaged parquet"):
+    with pytest.raises(ValueError, match="damaged parquet file"):
         read_groups(files / "t.parquet")
 
 
-def test_absolute_paths_become_relative_where_the_root_is_named(files: Path) -> None:
+def test_absolute_paths_become_relative_with_image_root(files: Path) -> None:
     whole = (files / "groups.jsonl").read_text().replace('"images": ["', f'"images": ["{files}/')
     (files / "absolute.jsonl").write_text(whole)
     convert(files / "absolute.jsonl", files / "same.json")
@@ -172,7 +172,7 @@ def test_absolute_paths_become_relative_where_the_root_is_named(files: Path) -> 
     assert read_groups(files / "back.jsonl") == read_groups(files / "groups.jsonl")
 
 
-def test_annotations_survive_and_go_nowhere_else(files: Path) -> None:
+def test_annotations_survive_and_convert_only_to_bpo(files: Path) -> None:
     turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A bus."}]
     record = {"id": 5, "image": "0.png", "conversations": turns, "response": "kept apart", "split": "train"}
     (files / "a.json").write_text(json.dumps([record, record | {"image": None}]))
@@ -183,7 +183,7 @@ def test_annotations_survive_and_go_nowhere_else(files: Path) -> None:
         "split": "train",
         "source_response": "kept apart",
     }
-    with pytest.raises(ValueError, match="holds annotations .* run bpo bootstrap first"):
+    with pytest.raises(ValueError, match="contains annotations .* run bpo bootstrap first"):
         convert(files / "a.json", files / "t.json")
 
 
@@ -205,13 +205,13 @@ def test_the_command_lists_what_it_left_out(files: Path, capsys: pytest.CaptureF
     arguments = ["--on-bad", "quarantine", "--max-bad-share", "0.5"]
     assert main(["convert", str(files / "groups.jsonl"), str(files / "out.json"), *arguments]) == 0
     printed = capsys.readouterr().out
-    assert "3 rows of 3 records" in printed and "bad: 1" in printed
+    assert "3 rows from 3 records" in printed and "bad: 1" in printed
     (entry,) = map(json.loads, (files / "out.json.quarantine.jsonl").read_text().splitlines())
     assert entry["code"] == "torn-record" and entry["where"].endswith("line 4")
     assert main(["convert", str(files / "groups.jsonl"), str(files / "groups.jsonl")]) == 1
     assert "is the input" in capsys.readouterr().err
     assert main(["convert", str(files / "groups.jsonl"), str(files / "out.xml")]) == 1
-    assert "or the form by --to" in capsys.readouterr().err
+    assert "or set the format with --to" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -229,13 +229,13 @@ def server() -> Iterator[str]:
         def log_message(self, *args: Any) -> None:
             pass
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as one:
-        threading.Thread(target=one.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{one.server_port}"
-        one.shutdown()
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as image_server:
+        threading.Thread(target=image_server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{image_server.server_port}"
+        image_server.shutdown()
 
 
-def test_urls_are_fetched_only_where_that_is_allowed(files: Path, server: str) -> None:
+def test_urls_are_fetched_only_if_allowed(files: Path, server: str) -> None:
     rows = [{"image": f"{server}/{name}.png", "caption": "A bus."} for name in ("a", "missing")]
     (files / "a.json").write_text(json.dumps(rows))
     convert(files / "a.json", files / "plain.jsonl", images=ImageFolder(files / "images"))

@@ -1,4 +1,4 @@
-"""Preference files and annotations are read as their publishers wrote them. Run: pytest tests/formats/test_files.py"""
+"""Reading of preference files and annotations in their published formats. Run: pytest tests/formats/test_files.py"""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def conversation(*turns: str, image: Any = "x.png", record_id: str = "a") -> dic
 # groups.jsonl
 
 
-def test_a_plain_text_prompt_is_text_only_and_images_stand_first(tmp_path: Path) -> None:
+def test_a_plain_text_prompt_is_literal_and_images_come_first(tmp_path: Path) -> None:
     path = write(tmp_path / "g.jsonl", group_json(images=["x.png", "y.png"], image=..., prompt="Explain <image> tags."))
     (group,) = read_groups(path)
     assert group.prompt == (Turn("user", (IMAGE, IMAGE, text("Explain <image> tags."))),)
@@ -89,7 +89,7 @@ def test_turns_without_image_parts_get_the_images_in_the_first_user_turn(tmp_pat
     assert group.prompt[1].content == (IMAGE, text("What is this?"))
 
 
-def test_blank_lines_bom_and_unusual_line_separators_are_no_matter(tmp_path: Path) -> None:
+def test_blank_lines_bom_and_unusual_line_separators_are_accepted(tmp_path: Path) -> None:
     first = json.dumps(group_json(prompt="one\u2028line"), ensure_ascii=False)
     second = json.dumps(group_json(id="b"))
     (tmp_path / "g.jsonl").write_bytes(b"\xef\xbb\xbf" + f"\n{first}\r\n\n{second}".encode())
@@ -125,7 +125,7 @@ def test_a_group_survives_the_round_trip(
     assert group_from_json(json.loads(json.dumps(group_to_json(group))), "here") == group
 
 
-def test_fields_that_bpo_does_not_read_are_kept_and_handed_on(tmp_path: Path) -> None:
+def test_unknown_fields_are_kept(tmp_path: Path) -> None:
     record = group_json(
         tag={"split": [1, None]}, completions=[GT | {"annotator": 7}, OTHER], image=..., images=["x.png"]
     )
@@ -135,7 +135,7 @@ def test_fields_that_bpo_does_not_read_are_kept_and_handed_on(tmp_path: Path) ->
     assert group_to_json(group)["completions"][0]["annotator"] == 7
 
 
-def test_a_group_without_images_says_so_with_an_empty_list() -> None:
+def test_a_group_without_images_has_an_empty_list() -> None:
     group = group_from_json(group_json(image=..., images=[], prompt="Explain <image> tags."), "here")
     assert group.images == () and group.prompt[0].text == "Explain <image> tags."
 
@@ -150,7 +150,7 @@ def test_a_group_without_images_says_so_with_an_empty_list() -> None:
         (group_json(images=["y.png"]), "both present"),
         (group_json(prompt=...), "'prompt' is missing"),
         (group_json(prompt=[{"role": "gpt", "content": "x"}]), "role 'gpt'"),
-        (group_json(prompt=[{"role": "assistant", "content": "x"}]), "ends with a turn of 'assistant'"),
+        (group_json(prompt=[{"role": "assistant", "content": "x"}]), "ends with role 'assistant'"),
         (group_json(prompt=[{"role": "user", "content": [{"type": "image"}] * 2}]), "2 image parts for 1 images"),
         (group_json(prompt=[{"role": "user", "content": [{"type": "image_url"}]}]), r"prompt\[0\].content\[0\]"),
         (group_json(completions=[GT]), "at least two"),
@@ -197,7 +197,7 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
 # The paper's released JSON
 
 
-def test_the_released_schema_is_read_as_it_is(tmp_path: Path) -> None:
+def test_the_released_schema_is_read(tmp_path: Path) -> None:
     completions = [
         {"score": 1, "response": "A bus.", "type": "gt"},
         {"score": 0, "response": "A tram.", "type": "mllm-hal", "extra": "ignored"},

@@ -1,4 +1,4 @@
-"""Files as people have them: with an index, from a Mac, over several lines, no file at all. Run: pytest FILE"""
+"""Unusual input files: pandas indexes, macOS tar files, multi-line objects, pipes. Run: pytest FILE"""
 
 from __future__ import annotations
 
@@ -40,15 +40,15 @@ def write_tar(path: Path, *members: tuple[str, bytes] | tarfile.TarInfo) -> Path
 
 
 @pytest.mark.timeout(20)
-def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+def test_a_pipe_is_refused_without_blocking(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a.json")
-    with pytest.raises(ValueError, match="a.json is no regular file"):
+    with pytest.raises(ValueError, match="a.json is not a regular file"):
         check_data(tmp_path / "a.json")
 
 
-def test_one_object_over_several_lines_is_named_so(tmp_path: Path) -> None:
+def test_an_object_over_several_lines_is_reported(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(json.dumps(json.loads(CAPTION), indent=2))
-    with pytest.raises(ValueError, match="a JSON object over several lines"):
+    with pytest.raises(ValueError, match="a JSON object spans several lines"):
         check_data(tmp_path / "a.json")
 
 
@@ -57,7 +57,7 @@ def test_the_index_that_pandas_writes_is_kept(tmp_path: Path) -> None:
     (annotation,) = read_annotations(tmp_path / "a.csv").annotations
     assert (annotation.images, annotation.extra) == (("a.png",), {"Unnamed: 0": "0"})
     (tmp_path / "b.csv").write_text("image,,caption\na.png,x,A bus.\n")
-    with pytest.raises(ValueError, match="leaves one out"):
+    with pytest.raises(ValueError, match="duplicate or empty names"):
         read_annotations(tmp_path / "b.csv")
 
 
@@ -71,7 +71,7 @@ def test_the_index_that_pandas_writes_is_kept(tmp_path: Path) -> None:
         ("a.csv", {3: '"he said "hi" to me"', 40: '"two\nlines, and a comma, two"'}, 1),
     ],
 )
-def test_a_stray_quotation_mark_costs_its_line_alone(
+def test_an_unbalanced_quote_invalidates_only_its_line(
     tmp_path: Path, name: str, strays: dict[int, str], num_bad: int
 ) -> None:
     separator = "\t" if name.endswith("tsv") else ","
@@ -84,7 +84,7 @@ def test_a_stray_quotation_mark_costs_its_line_alone(
     assert kept[:4] == ["0.png", "1.png", "2.png", "4.png"] and kept[-1] == "99.png"
 
 
-def test_a_shard_from_a_mac_or_made_of_a_folder(tmp_path: Path) -> None:
+def test_a_shard_from_macos_or_of_a_folder(tmp_path: Path) -> None:
     members = [("./._1.jpg", b"\0\5\26\7"), ("./1.JPG", png()), ("./._1.txt", b"\0\5"), ("./1.TXT", b"A bus.")]
     result = convert(
         write_tar(tmp_path / "a.tar", *members), tmp_path / "a.jsonl", images=ImageFolder(tmp_path / "images")
@@ -94,7 +94,7 @@ def test_a_shard_from_a_mac_or_made_of_a_folder(tmp_path: Path) -> None:
     assert result.left_out == {}
 
 
-def test_links_and_devices_in_a_shard_cost_their_sample(tmp_path: Path) -> None:
+def test_links_and_devices_in_a_shard_invalidate_their_sample(tmp_path: Path) -> None:
     link, device, hard = tarfile.TarInfo("1.png"), tarfile.TarInfo("2.png"), tarfile.TarInfo("3.png")
     link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
     device.type = tarfile.CHRTYPE
@@ -105,7 +105,7 @@ def test_links_and_devices_in_a_shard_cost_their_sample(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(20)
-def test_a_member_that_claims_a_terabyte_is_not_waited_for(tmp_path: Path) -> None:
+def test_a_member_with_a_false_size_of_a_terabyte_is_refused(tmp_path: Path) -> None:
     header = tarfile.TarInfo("1.png")
     header.size = 1 << 40
     (tmp_path / "a.tar").write_bytes(header.tobuf() + png() + bytes(1024))
@@ -116,7 +116,7 @@ def test_a_member_that_claims_a_terabyte_is_not_waited_for(tmp_path: Path) -> No
     assert check_data(tmp_path / "c.tar").counts == {"torn-record": 1}
 
 
-def test_names_that_bar_each_other_cost_no_image(tmp_path: Path) -> None:
+def test_conflicting_names_lose_no_image(tmp_path: Path) -> None:
     names = ["a", "a/b.png", "d/e.png", "d", ".", "..", "d/", "https://x/y.png", "n" * 300]
     members = []
     for number, name in enumerate(names):
@@ -131,7 +131,7 @@ def test_names_that_bar_each_other_cost_no_image(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("place", ["folder.jsonl", "file/out.jsonl"])
-def test_an_output_that_cannot_be_written_is_one_line(
+def test_an_unwritable_output_is_a_one_line_error(
     tmp_path: Path, place: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "folder.jsonl").mkdir()
@@ -142,15 +142,17 @@ def test_an_output_that_cannot_be_written_is_one_line(
     assert f"{tmp_path / place} cannot be written" in capsys.readouterr().err
     assert sorted(tmp_path.rglob("*")) == before
     report = ["check", str(tmp_path / "a.json"), "--no-images", "--json", str(tmp_path / place)]
-    assert main(report) == 1 and "name another place by --json" in capsys.readouterr().err
+    assert main(report) == 1 and "choose another path with --json" in capsys.readouterr().err
     listed = ["check", str(tmp_path / "a.json"), "--no-images", "--quarantine", str(tmp_path / "file" / "q.jsonl")]
-    assert main(listed) == 1 and "name another place by --quarantine" in capsys.readouterr().err
+    assert main(listed) == 1 and "choose another path with --quarantine" in capsys.readouterr().err
     shard = write_tar(tmp_path / "a.tar", ("1.png", png()), ("1.txt", b"A bus."))
     arguments = ["convert", str(shard), str(tmp_path / "b.jsonl"), "--images", str(tmp_path / "file")]
-    assert main(arguments) == 1 and "name another folder" in capsys.readouterr().err
+    assert main(arguments) == 1 and "choose another folder" in capsys.readouterr().err
 
 
-def test_the_current_folder_has_a_list_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checking_the_current_folder_writes_the_list_next_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "shards").mkdir()
     write_tar(tmp_path / "shards" / "a.tar", ("1.png", png()), ("1.txt", b"A bus."))
     monkeypatch.chdir(tmp_path / "shards")
@@ -160,15 +162,13 @@ def test_the_current_folder_has_a_list_beside_it(tmp_path: Path, monkeypatch: py
 
 @pytest.mark.parametrize("share", ["nan", "-0.1", "1.5", "some"])
 @pytest.mark.parametrize("command", [["check", "a.json"], ["convert", "a.json", "b.jsonl"]])
-def test_a_share_lies_between_nothing_and_all(
-    share: str, command: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_share_is_between_0_and_1(share: str, command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main([*command, "--max-bad-share", share])
-    assert f"'{share}' is no share of records" in capsys.readouterr().err
+    assert f"'{share}' is not a fraction of records" in capsys.readouterr().err
 
 
-def test_an_empty_list_of_images_beside_an_image_is_none(tmp_path: Path) -> None:
+def test_an_empty_list_of_images_next_to_an_image_is_ignored(tmp_path: Path) -> None:
     turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "A bus."}]
     (tmp_path / "a.json").write_text(json.dumps([{"image": "a.png", "images": [], "conversations": turns}]))
     assert read_annotations(tmp_path / "a.json").annotations[0].images == ("a.png",)

@@ -1,4 +1,4 @@
-"""Odd photographs load as upright 8-bit RGB; odd paths and files are refused."""
+"""Unusual images load as upright 8-bit RGB; invalid paths and files are rejected."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ def test_exif_rotation_is_applied(tmp_path: Path) -> None:
     image = Image.new("RGB", (40, 20), (255, 0, 0))
     image.paste((0, 0, 255), (0, 0, 20, 20))  # left half blue
     exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was turned: show it a quarter turn clockwise
+    exif[0x0112] = 6  # rotate by 90 degrees clockwise
     loaded = load_image(tmp_path, save(tmp_path, "a.jpg", image, exif=exif, quality=95, subsampling=0))
     assert loaded.size == (20, 40)
-    assert pixel(loaded, 10, 5)[2] > 200 and pixel(loaded, 10, 35)[0] > 200  # blue came to the top
+    assert pixel(loaded, 10, 5)[2] > 200 and pixel(loaded, 10, 35)[0] > 200  # blue is at the top
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -63,7 +63,7 @@ def test_damaged_exif_does_not_lose_the_picture(tmp_path: Path, caplog: pytest.L
     assert load_image(tmp_path, name).size == (4, 4)
 
 
-def test_transparency_is_laid_over_white(tmp_path: Path) -> None:
+def test_transparency_is_composited_over_white(tmp_path: Path) -> None:
     rgba = Image.new("RGBA", (2, 1), (0, 0, 0, 0))
     rgba.putpixel((1, 0), (200, 0, 0, 255))
     palette = Image.new("P", (2, 1), 0)
@@ -123,7 +123,7 @@ def test_extreme_shapes_load(tmp_path: Path, size: tuple[int, int]) -> None:
     assert load_image(tmp_path, save(tmp_path, "a.png", Image.new("RGB", size))).size == size
 
 
-def test_a_path_may_wander_inside_the_root(tmp_path: Path) -> None:
+def test_a_path_may_contain_links_and_dots_inside_the_root(tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
     save(tmp_path, "a.png", Image.new("RGB", (2, 2)))
     (tmp_path / "sub" / "link.png").symlink_to(tmp_path / "a.png")
@@ -175,7 +175,7 @@ def test_a_sibling_with_the_roots_name_as_prefix_is_outside(tmp_path: Path) -> N
         load_image(tmp_path / "root", "../root_private/a.png")
 
 
-def test_a_missing_root_is_said(tmp_path: Path) -> None:
+def test_a_missing_root_is_reported(tmp_path: Path) -> None:
     with pytest.raises(ImageError, match="image_root itself is not a directory"):
         load_image(tmp_path / "nowhere", "a.png")
 
@@ -208,7 +208,7 @@ def test_an_absolute_path_below_the_root_is_taken(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(root)
     save(root, "a.png", Image.new("RGB", (4, 4)))
     save(tmp_path, "b.png", Image.new("RGB", (4, 4)))
-    # The root may be a link, and so may the path's beginning.
+    # Both the root and a parent folder of the path may be links.
     for base in (root, tmp_path / "link"):
         for path in (root / "a.png", tmp_path / "link" / "a.png"):
             assert load_image(base, str(path)).size == (4, 4)
@@ -229,7 +229,7 @@ def test_an_absolute_path_becomes_relative_only_where_that_names_the_same_file(t
         assert relative_image_path(tmp_path / "root", other) == other
 
 
-def test_a_folder_that_may_not_be_entered_is_named_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_inaccessible_folder_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(self: Path) -> bool:
         raise PermissionError(13, "Permission denied")
 

@@ -1,4 +1,4 @@
-"""Bad images of every kind are named by their code; odd ones are read. Run: pytest tests/formats/test_images_bad.py"""
+"""Every kind of bad image is reported by its code; unusual ones load. Run: pytest tests/formats/test_images_bad.py"""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from bpo.formats.images import load_image
 
 
 def write_groups(root: Path, *images: str) -> Path:
-    """Groups of one image each."""
+    """Writes groups with one image each."""
     completions = [{"response": "A bus.", "score": 1, "type": "gt"}, {"response": "A tram.", "score": 0, "type": "hal"}]
     lines = [
         json.dumps({"id": str(n), "images": [image], "prompt": "What?", "completions": completions})
@@ -115,14 +115,14 @@ def test_a_bad_image_is_named_by_its_code(root: Path, code: str, make: Callable[
 
 
 @pytest.mark.parametrize("form", ["webp", "avif"])
-def test_webp_and_avif_are_read_where_pillow_has_them(root: Path, form: str) -> None:
+def test_webp_and_avif_are_read_if_pillow_supports_them(root: Path, form: str) -> None:
     if not features.check(form):
         pytest.skip(f"this Pillow has no {form}")
     (root / f"a.{form}").write_bytes(encoded((16, 16), form.upper()))
     assert check(write_groups(root, f"a.{form}")) == {}
 
 
-def test_the_first_page_of_several_counts(root: Path) -> None:
+def test_the_first_page_of_several_is_used(root: Path) -> None:
     pages = [Image.new("RGB", (4, 4), colour) for colour in ((255, 0, 0), (0, 255, 0))]
     pages[0].save(root / "pages.tif", save_all=True, append_images=pages[1:])
     assert load_image(root, "pages.tif").getpixel((0, 0)) == (255, 0, 0)

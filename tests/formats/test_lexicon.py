@@ -1,4 +1,4 @@
-"""Mentions are those of a search through all phrases. Run: python -m pytest tests/formats/test_lexicon.py"""
+"""Mentions match an exhaustive search over all phrases. Run: python -m pytest tests/formats/test_lexicon.py"""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ WORDS = sorted({word for phrase in LEXICON.canonical_of_phrase for word in phras
 
 
 def by_search(lexicon: ObjectLexicon, text: str) -> list[tuple[str, int, int]]:
-    """At each place the longest of all phrases, whatever it begins with."""
+    """Finds the longest phrase at each position by exhaustive search."""
     spans = [(m.group().lower(), m.start(), m.end()) for m in re.finditer(r"[^\W_]+", text)]
     words = [word for word, _, _ in spans]
     found, at = [], 0
@@ -53,5 +53,5 @@ def test_mentions_are_those_of_a_search_through_all_phrases(words: list[str], be
     assert [(m.object, m.start, m.end) for m in LEXICON.mentions(text)] == by_search(LEXICON, text)
 
 
-def test_a_plural_with_which_a_longer_phrase_begins_is_still_a_plural() -> None:
+def test_a_plural_that_starts_a_longer_phrase_is_still_a_plural() -> None:
     assert [m.object for m in LEXICON.mentions("Dogs bark at the dogs house.")] == ["dog", "dogs house"]

@@ -1,4 +1,4 @@
-"""Messages with images in their parts, and answers that repeat their prompt."""
+"""Messages with images in their parts, and answers that repeat the prompt."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def write(path: Path, *records: Any) -> Path:
         {"type": "image_url", "image_url": "a.png"},
     ],
 )
-def test_an_image_may_stand_in_a_part_of_a_message(tmp_path: Path, part: dict[str, Any]) -> None:
+def test_a_message_part_may_contain_an_image(tmp_path: Path, part: dict[str, Any]) -> None:
     other = {"type": "image", "image": "b.png"}
     turns = [message("user", "Is ", part, " or ", other, "it?"), message("assistant", "A", " bus.")]
     (annotation,) = read_annotations(write(tmp_path / "a.json", {"id": 1, "messages": turns})).annotations
@@ -56,13 +56,13 @@ def test_parts_without_a_path_take_the_images_of_the_record_and_markers_stay_tex
 @pytest.mark.parametrize(
     ("record", "problem"),
     [
-        ({"messages": [message("user", {"type": "image", "image": "a"})], "images": ["b"]}, "in a field of their own"),
+        ({"messages": [message("user", {"type": "image", "image": "a"})], "images": ["b"]}, "in a separate field"),
         ({"messages": [message("user", {"type": "image", "image": 7}), message("assistant", "x")]}, "'images' is"),
         ({"messages": [message("user", {"type": "video"}, "x"), message("assistant", "x")], "image": "a"}, "must be"),
         ({"messages": [message("user", "x"), message("assistant", {"type": "image"})], "image": "a"}, "a part is"),
     ],
 )
-def test_parts_that_fit_nowhere_are_refused(tmp_path: Path, record: Any, problem: str) -> None:
+def test_invalid_parts_are_refused(tmp_path: Path, record: Any, problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
         read_annotations(write(tmp_path / "a.json", record))
 
@@ -85,7 +85,7 @@ def test_answers_may_repeat_the_prompt(tmp_path: Path, prompt: Any) -> None:
     record = {"prompt": prompt, "images": ["a.png"] if prompt == "What?" else None, "score_chosen": 8.5}
     record |= {"chosen": [asked, message("assistant", "A bus.")], "rejected": [asked, message("assistant", "A tram.")]}
     record = {name: value for name, value in record.items() if value is not ...}
-    # UltraFeedback has the preferred conversation once more.
+    # UltraFeedback has a second copy of the preferred conversation.
     for more in ({}, {"messages": record["chosen"]}):
         (group,) = read_groups(write(tmp_path / "a.json", record | more))
         assert (group.images, group.completions) == (("a.png",), PAIR)
@@ -93,13 +93,13 @@ def test_answers_may_repeat_the_prompt(tmp_path: Path, prompt: Any) -> None:
         assert group.extra["score_chosen"] == 8.5
 
 
-def test_a_prompt_that_the_answers_contradict_is_no_prompt(tmp_path: Path) -> None:
+def test_a_prompt_that_the_answers_contradict_is_refused(tmp_path: Path) -> None:
     turns = [{"role": "user", "content": "One?"}, {"role": "assistant", "content": "x"}]
-    with pytest.raises(ValueError, match="does not begin as the prompt does"):
+    with pytest.raises(ValueError, match="does not start with the prompt"):
         read_groups(write(tmp_path / "a.json", {"prompt": "Two?", "chosen": turns, "rejected": turns}))
 
 
-def test_converted_messages_are_bpos_own(tmp_path: Path) -> None:
+def test_converted_messages_read_back_equal(tmp_path: Path) -> None:
     turns = [message("user", "Is ", {"type": "image", "image": "a.png"}, "it?"), message("assistant", "A bus.")]
     convert(write(tmp_path / "a.json", {"id": 1, "messages": turns}), tmp_path / "a.jsonl")
     assert read_annotations(tmp_path / "a.jsonl") == read_annotations(tmp_path / "a.json")

@@ -1,1 +1,1 @@
-"""Other people's files as bpo's records: containers give objects, schemas make annotations or groups of them."""
+"""Importers: containers read objects from files, schemas convert them to annotations or preference groups."""

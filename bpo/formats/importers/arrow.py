@@ -1,6 +1,6 @@
-"""Records of Arrow tables: parquet files, what `datasets` saved to disk, and rows that it streams from the hub.
+"""Records from Arrow tables: parquet files, datasets saved with `datasets`, and rows streamed from the Hub.
 
-Images are never decoded here: a cell of them is `{"bytes", "path"}`, as it stands in the table.
+Images are not decoded here: an image cell remains `{"bytes", "path"}`, as in the table.
 """
 
 from __future__ import annotations
@@ -12,65 +12,65 @@ from typing import Any
 from bpo.formats.jsonfiles import Piece
 from bpo.formats.messages import MESSAGE_FIELDS, turns_of_columns
 
-ROWS = 64  # at a time: a row may hold images
+ROWS = 64  # per batch; a row may contain images
 HUB = "hub:"
 
 
 def parquet_pieces(path: Path) -> Iterator[Piece]:
-    """Raises: ValueError: pyarrow is missing, or the file is damaged."""
+    """Yields the rows of a parquet file; raises `ValueError` if pyarrow is missing or the file is damaged."""
     try:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise ValueError(f"{path}: parquet needs pyarrow; pip install 'bpo[hub]'") from error
+        raise ValueError(f"{path}: parquet requires pyarrow; pip install 'bpo[hub]'") from error
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             yield from _pieces(file.iter_batches(batch_size=ROWS), str(path))
     except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path} is damaged parquet ({error}); fetch it again") from error
+        raise ValueError(f"{path} is a damaged parquet file ({error}); download it again") from error
 
 
 def saved_pieces(path: Path) -> Iterator[Piece]:
-    """The rows of a folder that `Dataset.save_to_disk` wrote.
+    """Yields the rows of a folder written by `Dataset.save_to_disk`.
 
     Raises:
-        ValueError: `datasets` is missing, or the folder is damaged.
+        ValueError: `datasets` is not installed, or the folder is damaged.
     """
     datasets = _datasets(str(path))
     try:
         tables = datasets.load_from_disk(str(path)).with_format("arrow").iter(batch_size=ROWS)
         yield from _pieces(tables, str(path))
-    except Exception as error:  # a damaged table raises anything: ArrowInvalid, KeyError, JSONDecodeError
+    except Exception as error:  # a damaged table may raise ArrowInvalid, KeyError, JSONDecodeError, ...
         raise ValueError(f"{path} is a damaged dataset ({_first_line(error)}); save it again") from error
 
 
 def hub_pieces(path: Path) -> Iterator[Piece]:
-    """The rows of `hub:OWNER/NAME[:SPLIT]`, streamed; in place of a name on the hub a folder may stand.
+    """Streams the rows of `hub:OWNER/NAME[:SPLIT]`; a local folder may replace the Hub name.
 
     Raises:
-        ValueError: `datasets` or the network is missing, or there is no such dataset or split.
+        ValueError: `datasets` is not installed, the network is down, or the dataset or split does not exist.
     """
     name, _, split = str(path).removeprefix(HUB).partition(":")
     datasets = _datasets(str(path))
     try:
         loaded = datasets.load_dataset(name, split=split or None, streaming=True)
-    except Exception as error:  # whatever the hub, the network and the builders raise
+    except Exception as error:  # any error of the Hub, the network or a dataset builder
         raise ValueError(f"{path} cannot be loaded ({_first_line(error)}); check name, split and network") from error
     if isinstance(loaded, dict):
         if len(loaded) > 1:
-            raise ValueError(f"{path} has the splits {', '.join(loaded)}; name one: {HUB}{name}:{next(iter(loaded))}")
+            raise ValueError(f"{path} has the splits {', '.join(loaded)}; choose one: {HUB}{name}:{next(iter(loaded))}")
         (loaded,) = loaded.values()
     try:
         yield from _pieces(loaded.with_format("arrow").iter(batch_size=ROWS), str(path))
     except Exception as error:
-        raise ValueError(f"{path} broke off ({_first_line(error)}); start again") from error
+        raise ValueError(f"streaming {path} failed ({_first_line(error)}); try again") from error
 
 
 def _pieces(tables: Iterator[Any], source: str) -> Iterator[Piece]:
     index = 0
     for table in tables:
         for row in table.to_pylist():
-            # A null cell of a table is a field that is not there.
+            # A null cell means an absent field.
             cells = {name: _plain(value) for name, value in row.items() if value is not None}
             for name in cells.keys() & MESSAGE_FIELDS:
                 cells[name] = turns_of_columns(cells[name])
@@ -82,18 +82,18 @@ def _datasets(source: str) -> Any:
     try:
         import datasets
     except ImportError as error:
-        raise ValueError(f"{source}: this needs the package datasets; pip install 'bpo[hub]'") from error
+        raise ValueError(f"{source}: requires the package datasets; pip install 'bpo[hub]'") from error
     return datasets
 
 
 def _plain(value: Any) -> Any:
-    """A cell as JSON can hold it; the bytes of images stay bytes."""
+    """Converts a cell to JSON types; image bytes are kept."""
     if value is None or isinstance(value, (str, int, float, bool, bytes)):
         return value
     if isinstance(value, dict):
-        return {key: _plain(one) for key, one in value.items()}
+        return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(one) for one in value]
+        return [_plain(item) for item in value]
     return value.isoformat() if hasattr(value, "isoformat") else str(value)
 
 

@@ -1,6 +1,6 @@
-"""What records come in: JSON list, JSONL, COCO JSON, CSV, TSV, parquet, datasets, tar shards. Each gives `Piece`s.
+"""Container formats: JSON list, JSONL, COCO JSON, CSV, TSV, parquet, datasets, tar shards. Each yields `Piece`s.
 
-All of them are streamed: none holds more than a batch of records, COCO besides the names of its images.
+All containers are streamed: at most one batch of records is in memory (for COCO, also its image names).
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from bpo.formats.jsonscan import Damage, JsonScanner
 
 
 class UnknownFormat(ValueError):
-    """A file in no form that bpo understands; the message lists those, and what was missing."""
+    """A file in an unsupported format; the message lists the supported formats and what was missing for each."""
 
 
 @dataclass(frozen=True, slots=True)
 class Container:
-    """Files of one kind.
+    """Files of one container format.
 
     Attributes:
         kind: Key of `CONTAINERS`.
-        paths: The file, or the shards of a folder in the order of their names.
+        paths: The file, or the shards of a folder sorted by name.
     """
 
     kind: str
@@ -40,7 +40,7 @@ class Container:
         return sum(map(_size_of, self.paths))
 
     def pieces(self) -> Iterator[Piece]:
-        """Every record, not parsed. Raises: ValueError: a file cannot be read at all."""
+        """Yields the unparsed records; raises `ValueError` if a file cannot be read."""
         index = done_bytes = 0
         for path in self.paths:
             for piece in CONTAINERS[self.kind](path):
@@ -62,14 +62,14 @@ def _size_of(path: Path) -> int:
 
 
 def open_container(path: Path) -> Container:
-    """Finds out by its content what a file is.
+    """Detects the container format from the content.
 
-    A folder is a dataset that `datasets` saved, or stands for the parquet files or tar shards in it; `hub:OWNER/NAME`
-    is a dataset to stream.
+    A folder is a dataset saved with `datasets`, or a set of parquet files or tar shards; `hub:OWNER/NAME` is a dataset
+    to stream.
 
     Raises:
-        ValueError: It cannot be read.
-        UnknownFormat: It is none of `CONTAINERS`.
+        ValueError: The file cannot be read.
+        UnknownFormat: The format is not in `CONTAINERS`.
     """
     path = Path(path)
     if str(path).startswith(HUB):
@@ -83,16 +83,16 @@ def open_container(path: Path) -> Container:
             shards = tuple(sorted(path.rglob(f"*{suffix}")))
             if shards:
                 return Container(_kind_of(shards[0]), shards)
-        raise UnknownFormat(f"{path}: a folder without .parquet or .tar files; name the file of records")
+        raise UnknownFormat(f"{path}: the folder has no .parquet or .tar files; give the file of records")
     return Container(_kind_of(path), (path,))
 
 
 def _only_split(path: Path) -> Path:
-    """The split of a saved `DatasetDict`. Raises: ValueError: there are several, and one is to be named."""
+    """Returns the split of a saved `DatasetDict`; raises `ValueError` unless there is exactly one."""
     splits = sorted(state.parent.name for state in path.glob("*/state.json"))
     if len(splits) != 1:
-        one = f"name one, such as {path / splits[0]}" if splits else "save it again"
-        raise ValueError(f"{path}: a saved dataset with the splits {', '.join(splits) or '(none)'}; {one}")
+        fix = f"choose one, such as {path / splits[0]}" if splits else "save it again"
+        raise ValueError(f"{path}: a saved dataset with the splits {', '.join(splits) or '(none)'}; {fix}")
     return path / splits[0]
 
 
@@ -108,43 +108,43 @@ def _kind_of(path: Path) -> str:
         if _is_coco(path):
             return "coco"
         if text.split(b"\n")[0].strip() == b"{":
-            raise UnknownFormat(f"{path}: a JSON object over several lines; write a list of objects, or one a line")
+            raise UnknownFormat(f"{path}: a JSON object spans several lines; write a list of objects, or one per line")
         return "jsonl"
     if path.suffix.lower() in (".csv", ".tsv"):
         return path.suffix.lower()[1:]
     if path.suffix.lower() in (".json", ".jsonl", ".ndjson"):
-        return "jsonl"  # whose first line is damaged, or an empty file
+        return "jsonl"  # with a damaged first line, or empty
     if head and _is_tar(path):
         return "tar"
     packed = " (unpack it first)" if head[:2] in (b"\x1f\x8b", b"PK") else ""
     raise UnknownFormat(
-        f"{path}: not a JSON list or JSONL, CSV, TSV, parquet or tar file, by its first bytes {head[:16]!r}{packed}; "
-        "tables are known by their names, .csv and .tsv"
+        f"{path}: not a JSON list or JSONL, CSV, TSV, parquet or tar file; first bytes: {head[:16]!r}{packed}; "
+        "tables must have the suffix .csv or .tsv"
     )
 
 
 def _is_tar(path: Path) -> bool:
     try:
         return tarfile.is_tarfile(path)
-    except (EOFError, OSError):  # packed, and damaged: no tar file that could be read
+    except (EOFError, OSError):  # a damaged compressed file
         return False
 
 
 def _is_coco(path: Path) -> bool:
-    """Whether it is one object with COCO's lists, and not the first line of a JSONL file."""
+    """Returns whether the file is one object with COCO's lists, not JSONL."""
     try:
         for key, element in _coco_lists(path, first_only=True):
             if isinstance(element, dict) and (
                 key == "annotations" and "image_id" in element or key == "images" and "file_name" in element
             ):
                 return True
-    except ValueError:  # JSONL reading says where and why
+    except ValueError:  # the JSONL reader reports the error
         return False
     return False
 
 
 def _coco_lists(path: Path, first_only: bool = False) -> Iterator[tuple[str, dict[str, Any] | Damage]]:
-    """(key, element) for the elements of the lists of a JSON object; damaged elements as `Damage`."""
+    """Yields (key, element) of the lists in a JSON object; damaged elements as `Damage`."""
     with open_file(path) as file:
         scanner = JsonScanner(file)
         if scanner.peek() == "\ufeff":
@@ -177,11 +177,11 @@ def _object_or_damage(source: str) -> dict[str, Any] | Damage | None:
 
 
 def _coco_pieces(path: Path) -> Iterator[Piece]:
-    """COCO captions: one record a caption, its image by name; other fields of the caption stay."""
+    """Yields one record per COCO caption, with its image's file name; other caption fields are kept."""
     try:
         yield from _captions(path)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}; fetch the file again") from error
+        raise ValueError(f"{path}: {error}; download the file again") from error
 
 
 def _captions(path: Path) -> Iterator[Piece]:

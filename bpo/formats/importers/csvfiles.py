@@ -1,4 +1,4 @@
-"""CSV and TSV with a heading. A stray quotation mark costs the line that it stands in, not those that it swallows."""
+"""CSV and TSV files with a header. An unbalanced quote invalidates only its own line."""
 
 from __future__ import annotations
 
@@ -12,60 +12,60 @@ from bpo.formats.jsonfiles import Piece, open_file
 from bpo.formats.jsonscan import Damage
 
 MAX_CELL_CHARACTERS = 16 << 20
-# So many lines in a cell, each with the separators of a row, are rows: texts hold commas, and hardly ever tabs.
+# Minimum number of row-like lines in a cell to treat it as swallowed rows; text often has commas, but rarely tabs.
 _SWALLOWED_LINES = {",": 5, "\t": 1}
 
 
 def table_pieces(path: Path, separator: str) -> Iterator[Piece]:
-    """One record a row: heading -> cell, empty cells left out.
+    """Yields one record per row: column name -> cell, without empty cells.
 
     Raises:
-        ValueError: The file or its heading cannot be read.
+        ValueError: The file or its header cannot be read.
     """
     csv.field_size_limit(MAX_CELL_CHARACTERS)
     with open_file(path) as raw, io.TextIOWrapper(raw, "utf-8-sig", "surrogateescape", newline="") as file:
         lines = _Lines(file)
         rows = csv.reader(lines, delimiter=separator, strict=True)
-        heading = _heading(path, rows)
+        header = _header(path, rows)
         index = 0
         while True:
             where = f"{path}, line {lines.begin_row()}"
             try:
-                row, damage = _damage(next(rows), len(heading), separator, lines)
+                row, damage = _damage(next(rows), len(header), separator, lines)
             except StopIteration:
                 return
             except csv.Error as error:
-                row, damage = [], Damage("wrong-columns", f"not a row of a table ({error}); quote its cells")
+                row, damage = [], Damage("wrong-columns", f"not a valid row ({error}); quote its cells")
             if damage is not None:
                 lines.give_back()
             elif not row:
                 continue  # a blank line
-            cells = {name: cell for name, cell in zip(heading, row, strict=False) if cell != ""}
+            cells = {name: cell for name, cell in zip(header, row, strict=False) if cell != ""}
             yield Piece(where, index, False, cells, damage)
             index += 1
 
 
-def _heading(path: Path, rows: Iterator[list[str]]) -> list[str]:
+def _header(path: Path, rows: Iterator[list[str]]) -> list[str]:
     try:
-        heading = [name.strip() for name in next(rows, [])]
+        header = [name.strip() for name in next(rows, [])]
     except csv.Error as error:
-        raise ValueError(f"{path}: no heading can be read ({error}); name the columns in the first line") from error
-    if heading[:1] == [""] and len(heading) > 1:
-        heading[0] = "Unnamed: 0"  # as pandas reads the index that it wrote
-    if len(set(heading)) != len(heading) or "" in heading:
-        raise ValueError(f"{path}: the heading {heading} repeats a name or leaves one out; name every column once")
-    return heading
+        raise ValueError(f"{path}: the header is unreadable ({error}); name the columns in the first line") from error
+    if header[:1] == [""] and len(header) > 1:
+        header[0] = "Unnamed: 0"  # pandas' name for the index column it wrote
+    if len(set(header)) != len(header) or "" in header:
+        raise ValueError(f"{path}: the header {header} has duplicate or empty names; give every column a unique name")
+    return header
 
 
 def _damage(row: list[str], num_columns: int, separator: str, lines: _Lines) -> tuple[list[str], Damage | None]:
     if not row:
         return row, None
     if len(row) != num_columns:
-        message = f"{len(row)} cells under {num_columns} headings; quote the separator"
+        message = f"{len(row)} cells for {num_columns} columns; quote cells that contain the separator"
         return row, Damage("wrong-columns", message)
     inner = lines.row[1:-1]
     if len(inner) >= _SWALLOWED_LINES[separator] and all(line.count(separator) == num_columns - 1 for line in inner):
-        return row, Damage("wrong-columns", "a cell holds whole rows: its quotation mark ends too late; remove it")
+        return row, Damage("wrong-columns", "a cell contains whole rows: its closing quote is misplaced; fix it")
     if not all(cell.isascii() or _is_utf8(cell) for cell in row):
         return row, Damage("invalid-utf8", "a cell is not UTF-8; convert the file with iconv")
     return row, None
@@ -76,10 +76,10 @@ def _is_utf8(text: str) -> bool:
 
 
 class _Lines:
-    """Lines for a `csv.reader`, which takes several for a row where a quotation mark is open.
+    """Line source for `csv.reader`, which reads several lines per row while a quote is open.
 
     Attributes:
-        row: The lines of the present row.
+        row: Lines of the current row.
     """
 
     def __init__(self, file: Iterable[str]):
@@ -98,11 +98,11 @@ class _Lines:
         return line
 
     def begin_row(self) -> int:
-        """Forgets the row before; the number of the line that comes."""
+        """Starts a new row; returns the number of the next line."""
         self.row = []
         return self._number + 1
 
     def give_back(self) -> None:
-        """The lines of the row behind its first come again, as rows of their own."""
+        """Pushes back all lines of the row except the first, to be read as separate rows."""
         self._returned.extendleft(reversed(self.row[1:]))
         self._number -= len(self.row[1:])

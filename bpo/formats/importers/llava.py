@@ -1,4 +1,4 @@
-"""Conversations as annotations: LLaVA's records (`image`, `conversations`) and ShareGPT's (`images`, `messages`)."""
+"""Conversation importers: LLaVA (`image`, `conversations`) and ShareGPT (`images`, `messages`) to annotations."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ KNOWN_KEYS = frozenset(("id", "image", "images", "conversations", "messages", "s
 
 
 def annotation_from_llava(obj: Mapping[str, Any], record_id: str, where: str) -> Annotation | str:
-    """The annotation in one record, or the reason why there is none.
+    """Converts one record to an annotation, or returns the reason to skip it.
 
-    The last `gpt` turn is the response; every turn before it is the prompt, answers of earlier turns included, and
-    turns after it are left out. So a conversation of n answers gives one annotation, in its full context.
-    The `<image>` markers are read as `bpo.formats.markers.place_images` says. Other fields are kept in `extra`, those
-    of turns as `source_turns`.
+    The last `gpt` turn is the response. All turns before it, including earlier answers, form the prompt; turns after it
+    are dropped. A conversation with n answers therefore yields one annotation, with its full context.
+    `bpo.formats.markers.place_images` interprets `<image>` markers. Other fields are kept in `extra`, those of turns as
+    `source_turns`.
 
     Args:
         obj: The record.
-        record_id: Its id.
+        record_id: Id of the record.
         where: File, record and id, for messages.
 
     Returns:
-        The annotation, or `TEXT_ONLY`, `NO_ANSWER` (no `gpt` turn, or an empty one) or `NOT_ALTERNATING` (user and
-        answer do not take turns, beginning with the user).
+        The annotation, or `TEXT_ONLY`, `NO_ANSWER` (no `gpt` turn, or an empty one) or `NOT_ALTERNATING` (turns do not
+        alternate between user and answer, starting with the user).
 
     Raises:
-        RecordError: The record has another shape; names `where`, the field and the fix.
+        RecordError: The record is malformed; names `where`, the field and the fix.
     """
     images = conversation_images(obj, where)
     turns = conversation_turns(obj, where)
@@ -60,10 +60,10 @@ def annotation_from_llava(obj: Mapping[str, Any], record_id: str, where: str) ->
 
 
 def prompt_of(turns: list[tuple[Role, Any]], num_images: int, where: str) -> tuple[Turn, ...]:
-    """The prompt: texts may hold `<image>`; parts say themselves where an image stands, and texts beside them do not.
+    """Builds the prompt. `<image>` marks an image in plain-text turns only, not if any turn has a list of parts.
 
     Raises:
-        RecordError: A part is neither text nor image, or they are not as many as the images.
+        RecordError: A part is neither text nor an image, or the number of image parts is wrong.
     """
     if all(isinstance(content, str) for _, content in turns):
         return place_images(turns, num_images)
@@ -72,17 +72,17 @@ def prompt_of(turns: list[tuple[Role, Any]], num_images: int, where: str) -> tup
 
 
 def ends_with_the_user(prompt: list[tuple[Role, Any]]) -> bool:
-    """Whether user and answer take turns, from the user to the user."""
-    spoken = [role for role, _ in prompt if role != "system"]
-    alternating = [("user", "assistant")[n % 2] for n in range(len(spoken))]
-    return spoken == alternating and len(spoken) % 2 == 1
+    """Returns whether user and assistant turns alternate, starting and ending with the user."""
+    roles = [role for role, _ in prompt if role != "system"]
+    alternating = [("user", "assistant")[n % 2] for n in range(len(roles))]
+    return roles == alternating and len(roles) % 2 == 1
 
 
 def conversation_images(obj: Mapping[str, Any], where: str) -> tuple[str, ...]:
-    """The images of a record, under `image` (LLaVA) or `images` (ShareGPT).
+    """Returns the images of a record, from `image` (LLaVA) or `images` (ShareGPT).
 
     Raises:
-        RecordError: They are no paths, or stand under both names.
+        RecordError: They are not paths, or both fields are present.
     """
     if obj.get("image") and obj.get("images"):
         raise RecordError("wrong-type", f"{where}: fields 'image' and 'images' are both present; keep one")
@@ -92,10 +92,10 @@ def conversation_images(obj: Mapping[str, Any], where: str) -> tuple[str, ...]:
 
 
 def conversation_turns(obj: Mapping[str, Any], where: str) -> list[tuple[Role, Any]]:
-    """(role, text or list of parts) of every turn; a `system` field comes first.
+    """Returns (role, text or list of parts) of every turn; a `system` field becomes the first turn.
 
     Raises:
-        RecordError: The turns have another form.
+        RecordError: The turns are malformed.
     """
     name = "messages" if "messages" in obj else "conversations"
     value = obj.get(name)
@@ -110,10 +110,10 @@ def conversation_turns(obj: Mapping[str, Any], where: str) -> list[tuple[Role, A
 
 
 def conversation_turn(turn: Any, name: str, where: str) -> tuple[Role, Any]:
-    """One turn: `from` and `value`, or `role` and `content`, which may be a list of parts.
+    """Parses one turn: `from` and `value`, or `role` and `content`, which may be a list of parts.
 
     Raises:
-        RecordError: It has another form.
+        RecordError: The turn is malformed.
     """
     if not isinstance(turn, dict):
         raise RecordError("wrong-type", f"{where}: {name} must be an object with 'from' and 'value'")
@@ -127,10 +127,10 @@ def conversation_turn(turn: Any, name: str, where: str) -> tuple[Role, Any]:
 
 
 def conversation_extra(obj: Mapping[str, Any], known: Collection[str], where: str) -> dict[str, Any]:
-    """The other fields of a conversation, and as `source_turns` those of its turns.
+    """Returns the other fields of a conversation, and those of its turns as `source_turns`.
 
     Raises:
-        RecordError: A field holds what no JSON file in UTF-8 can hold.
+        RecordError: A field cannot be written as UTF-8 JSON.
     """
     extra = extra_of(obj, known, where)
     turns = obj["messages"] if "messages" in obj else obj["conversations"]
@@ -142,7 +142,7 @@ def conversation_extra(obj: Mapping[str, Any], known: Collection[str], where: st
 
 
 def turn_extra(turn: Any, where: str) -> dict[str, Any]:
-    """The fields of a turn beside its speaker and text; null ones come from tables and say nothing."""
+    """Returns the fields of a turn other than speaker and text, without nulls, which are artefacts of tables."""
     if not isinstance(turn, dict):
         return {}
     known = ("from", "value") if "from" in turn else ("role", "content")

@@ -1,4 +1,4 @@
-"""Pairs of a preferred and a dispreferred answer as groups: TRL, RLHF-V and RLAIF-V, ShareGPT with two answers."""
+"""Preference-pair importers: TRL, RLHF-V, RLAIF-V, and ShareGPT with two answers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from bpo.formats.problems import RecordError
 from bpo.formats.schema import provenance_from_json
 from bpo.records import Completion, PreferenceGroup
 
-# Columns that the exporter writes beside TRL's, so that nothing of a group is lost in pairs.
+# Columns added to TRL's by the exporter, so that groups survive a round trip through pairs.
 GROUP_META, CHOSEN_META, REJECTED_META = "bpo_group", "bpo_chosen", "bpo_rejected"
 TRL_KEYS = frozenset(("id", "image", "images", "prompt", "chosen", "rejected", GROUP_META, CHOSEN_META, REJECTED_META))
 PAIR_KEYS = frozenset(("id", "idx", "image", "images", "image_path", "question", "chosen", "rejected", "text"))
@@ -34,7 +34,7 @@ PAIR_KEYS = frozenset(("id", "idx", "image", "images", "image_path", "question",
 
 @dataclass(frozen=True, slots=True)
 class PairRow:
-    """One pair of a group that stands in several rows: `indices` are its completions' places in the group."""
+    """One pair of a group stored in several rows; `indices` are the positions of its completions in the group."""
 
     group: PreferenceGroup
     indices: tuple[int, int]
@@ -42,9 +42,9 @@ class PairRow:
 
 
 def group_from_trl(obj: Mapping[str, Any], record_id: str, where: str) -> PreferenceGroup | PairRow:
-    """One row of TRL's preference format: `prompt`, `chosen`, `rejected` (texts or messages) and `images`.
+    """Converts one row of TRL's preference format: `prompt`, `chosen`, `rejected` (texts or messages) and `images`.
 
-    Where the answers are whole conversations, what they have in common before their last message is the prompt.
+    If the answers are whole conversations, their common messages before the last one are the prompt.
 
     Raises:
         RecordError: Names `where`, the field and the fix.
@@ -63,24 +63,24 @@ def group_from_trl(obj: Mapping[str, Any], record_id: str, where: str) -> Prefer
 
 
 def _split_prompt(obj: Mapping[str, Any], where: str) -> tuple[Any, Any, Any]:
-    """Prompt, chosen, rejected, of which the answers may repeat the prompt, or alone hold it."""
+    """Returns (prompt, chosen, rejected); the answers may repeat the prompt or contain the only copy of it."""
     prompt = obj.get("prompt")
     chosen, rejected = required(obj, "chosen", where), required(obj, "rejected", where)
     if prompt is not None and not (isinstance(chosen, list) and len(chosen) > 1):
         return prompt, chosen, rejected
     if not isinstance(chosen, list) or not isinstance(rejected, list) or chosen[:-1] != rejected[:-1]:
         raise RecordError(
-            "missing-field", f"{where}: field 'prompt' is missing, and chosen and rejected begin differently; add it"
+            "missing-field", f"{where}: field 'prompt' is missing, and chosen and rejected start differently; add it"
         )
     begin = chosen[:-1]
     last = begin[-1].get("content") if begin and isinstance(begin[-1], dict) else None
     if prompt is not None and prompt not in (begin, last):
-        raise RecordError("wrong-type", f"{where}: chosen does not begin as the prompt does; leave one of them out")
+        raise RecordError("wrong-type", f"{where}: chosen does not start with the prompt; remove one of them")
     return begin, chosen[-1:], rejected[-1:]
 
 
 def group_from_rlhf_v(obj: Mapping[str, Any], record_id: str, where: str) -> PreferenceGroup:
-    """One row of RLAIF-V (`question`, `chosen`, `rejected`, `image`) or RLHF-V (the three as JSON in `text`).
+    """Converts one row of RLAIF-V (`question`, `chosen`, `rejected`, `image`) or RLHF-V (JSON with them in `text`).
 
     Raises:
         RecordError: Names `where`, the field and the fix.
@@ -91,7 +91,7 @@ def group_from_rlhf_v(obj: Mapping[str, Any], record_id: str, where: str) -> Pre
         source = parse_json(text_of(text, "field 'text'", where), f"{where}, field 'text'")
         if not isinstance(source, dict):
             raise RecordError(
-                "wrong-type", f"{where}: field 'text' must hold an object with question, chosen, rejected"
+                "wrong-type", f"{where}: field 'text' must be a JSON object with question, chosen, rejected"
             )
     image = obj.get("image") if obj.get("image") is not None else obj.get("image_path")
     images = conversation_images({"image": image}, where)
@@ -102,12 +102,12 @@ def group_from_rlhf_v(obj: Mapping[str, Any], record_id: str, where: str) -> Pre
     )
     extra = extra_of(obj, PAIR_KEYS, where) | (extra_of(source, PAIR_KEYS, where) if source is not obj else {})
     if obj.get("image") is not None and obj.get("image_path"):
-        extra["image_path"] = obj["image_path"]  # where the publisher took it from
+        extra["image_path"] = obj["image_path"]  # the publisher's source path
     return PreferenceGroup(record_id, images, place_images([("user", question)], len(images)), completions, extra)
 
 
 def group_from_sharegpt(obj: Mapping[str, Any], record_id: str, where: str) -> PreferenceGroup | PairRow | str:
-    """A ShareGPT conversation with `chosen` and `rejected` turns, as LLaMA-Factory writes them.
+    """Converts a ShareGPT conversation with `chosen` and `rejected` turns, as in LLaMA-Factory.
 
     Returns:
         The group, or `NOT_ALTERNATING`.
@@ -117,7 +117,7 @@ def group_from_sharegpt(obj: Mapping[str, Any], record_id: str, where: str) -> P
     """
     chosen = obj.get("chosen")
     if isinstance(chosen, list) and (len(chosen) > 1 or obj.get("prompt") is not None):
-        return group_from_trl(obj, record_id, where)  # TRL's, with one of the conversations once more
+        return group_from_trl(obj, record_id, where)  # TRL format with an additional copy of a conversation
     images, turns = conversation_images(obj, where), conversation_turns(obj, where)
     if not ends_with_the_user(turns):
         return NOT_ALTERNATING
@@ -127,7 +127,7 @@ def group_from_sharegpt(obj: Mapping[str, Any], record_id: str, where: str) -> P
         value = value[0] if isinstance(value, list) and len(value) == 1 else value
         role, content = ("assistant", value) if isinstance(value, str) else conversation_turn(value, name, where)
         if role != "assistant":
-            raise RecordError("unknown-role", f"{where}: {name} is a turn of {role!r}; it must be the model's")
+            raise RecordError("unknown-role", f"{where}: {name} has the role {role!r}; it must be 'assistant'")
         text = answer_of(content_text(content, name, where), name, where)
         completions.append(Completion(text, score, name, None, turn_extra(value, where)))
     extra = conversation_extra(obj, KNOWN_KEYS | {"chosen", "rejected"}, where)
@@ -135,10 +135,10 @@ def group_from_sharegpt(obj: Mapping[str, Any], record_id: str, where: str) -> P
 
 
 def merge_rows(rows: Sequence[PairRow], where: str) -> PreferenceGroup:
-    """The group whose pairs stand in these rows.
+    """Merges the rows of one group.
 
     Raises:
-        RecordError: They differ in more than their completions, or one completion is missing.
+        RecordError: The rows differ in more than their completions, or a completion is missing.
     """
     first = rows[0]
     completions: dict[int, Completion] = {}
@@ -156,7 +156,7 @@ def merge_rows(rows: Sequence[PairRow], where: str) -> PreferenceGroup:
         raise RecordError(
             "rows-apart",
             f"{where}: group {first.group.id!r} has {len(completions)} of its {first.num_completions} completions; its "
-            "rows must follow each other",
+            "rows must be adjacent",
         )
     return replace(first.group, completions=tuple(completions[n] for n in range(first.num_completions)))
 
@@ -188,7 +188,7 @@ def _meta(obj: Mapping[str, Any], name: str, where: str) -> dict[str, Any]:
     value = required(obj, name, where)
     meta = parse_json(text_of(value, f"field {name!r}", where), f"{where}, field {name!r}")
     if not isinstance(meta, dict):
-        raise RecordError("wrong-type", f"{where}: field {name!r} must hold a JSON object")
+        raise RecordError("wrong-type", f"{where}: field {name!r} must be a JSON object")
     return meta
 
 
@@ -203,16 +203,16 @@ def _object_in(meta: Mapping[str, Any], name: str, where: str) -> dict[str, Any]
 def _whole(meta: Mapping[str, Any], key: str, name: str, where: str) -> int:
     value = meta.get(key)
     if isinstance(value, bool) or not isinstance(value, int):
-        raise RecordError("wrong-type", f"{where}: {name}.{key} is {json.dumps(value)}; it must be a whole number")
+        raise RecordError("wrong-type", f"{where}: {name}.{key} is {json.dumps(value)}; it must be an integer")
     return value
 
 
 def _last_answer(value: Any, name: str, where: str) -> str:
-    """The text of an answer: plain, or in one message of the assistant's."""
+    """Returns the text of an answer: plain text, or a single assistant message."""
     if isinstance(value, list):
         turns = without_nulls(value)
         message = turns[0] if len(turns) == 1 and isinstance(turns[0], dict) else {}
         if message.get("role") != "assistant":
-            raise RecordError("turn-order", f"{where}: {name} must be one message of the assistant's")
+            raise RecordError("turn-order", f"{where}: {name} must be a single assistant message")
         value = content_text(message.get("content"), f"{name}.content", where)
     return answer_of(value, name, where)

@@ -1,4 +1,4 @@
-"""What files bpo understands: finds the schema by the fields of a record, or says what is missing of each."""
+"""Registry of record schemas. Detects the schema from the fields of a record, or reports what each schema lacks."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from bpo.formats.problems import RecordError
 from bpo.formats.schema import annotation_from_json, group_from_json, group_from_paper
 from bpo.records import Annotation, PreferenceGroup
 
-# What a record becomes; a text is the reason why it holds nothing to learn from.
+# Result of adapting a record; a str is the reason to skip it.
 Outcome = Annotation | PreferenceGroup | PairRow | str
 PROBED_RECORDS = 100
 
 
 @dataclass(frozen=True, slots=True)
 class Schema:
-    """The form of a record.
+    """Schema of a record.
 
     Attributes:
-        name: As `bpo convert --from` takes it.
-        title: Whose form it is, and what it holds.
-        gives: What its records become.
-        needs: Fields that must be there, each a tuple of the names it may bear.
-        adapt: (record, id, where) -> what it becomes; raises `RecordError`.
-        containers: Kinds of files it comes in; empty: all.
-        id_keys: Names of the id.
-        unique_ids: An id is required and must not repeat; else a missing one is made from the position, and the second
-            `x` becomes `x#2`.
+        name: Value of `bpo convert --from`.
+        title: Origin and fields, for messages.
+        gives: Type of the resulting records.
+        needs: Required fields, each a tuple of alternative names.
+        adapt: (record, id, where) -> outcome; raises `RecordError`.
+        containers: Container formats it may come in; empty means all.
+        id_keys: Alternative names of the id field.
+        unique_ids: Whether ids are required and unique; otherwise a missing id is derived from the position, and the
+            second `x` becomes `x#2`.
     """
 
     name: str
@@ -48,18 +48,18 @@ class Schema:
     unique_ids: bool = False
 
     def missing(self, record: Mapping[str, Any], kind: str) -> list[str]:
-        """What of this schema the record lacks."""
+        """Returns the requirements of this schema that the record does not meet."""
         if self.containers and kind not in self.containers:
             return [f"another kind of file ({', '.join(sorted(self.containers))})"]
         return [" or ".join(repr(n) for n in names) for names in self.needs if not any(n in record for n in names)]
 
 
 _TURNS = ("conversations", "messages")
-# In the order in which they are tried: the more particular first.
+# Tried in this order, more specific schemas first.
 SCHEMAS: tuple[Schema, ...] = (
     Schema(
         name="groups",
-        title="bpo's groups, one a line: id, images, prompt, completions",
+        title="bpo's groups, one per line: id, images, prompt, completions",
         gives="groups",
         needs=(("completions",),),
         adapt=lambda value, record_id, where: group_from_json(value, where),
@@ -124,25 +124,25 @@ SCHEMAS: tuple[Schema, ...] = (
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A file (or shards) with the schema of its records; None where there is no record."""
+    """A file (or shards) with the schema of its records; None if there are no records."""
 
     container: Container
     schema: Schema | None
 
 
 def open_source(path: Path, schema_name: str = "") -> Source:
-    """A file with its schema: the named one, or the first that a record among the first `PROBED_RECORDS` fits.
+    """Opens a file with the given schema, or the first schema that matches one of the first `PROBED_RECORDS` records.
 
     Raises:
-        ValueError: The file cannot be read, or no record of it can be parsed: then the first one's error.
-        UnknownFormat: No schema fits; lists all, and what was missing.
+        ValueError: The file cannot be read, or no record can be parsed (then the error of the first one).
+        UnknownFormat: No schema matches; lists all schemas and what was missing for each.
     """
     container = open_container(path)
     if schema_name:
         found = [schema for schema in SCHEMAS if schema.name == schema_name]
         if not found:
             names = ", ".join(schema.name for schema in SCHEMAS)
-            raise ValueError(f"there is no format {schema_name!r}; the formats are {names}")
+            raise ValueError(f"unknown format {schema_name!r}; supported formats: {names}")
         return Source(container, found[0])
     first: tuple[Piece, Mapping[str, Any]] | None = None
     error: RecordError | None = None
@@ -164,7 +164,7 @@ def open_source(path: Path, schema_name: str = "") -> Source:
 
 
 def _explain(piece: Piece, value: Mapping[str, Any], kind: str) -> str:
-    lines = [f"{piece.where}: the fields {sorted(value)[:12]} are in no known form. bpo reads"]
+    lines = [f"{piece.where}: the fields {sorted(value)[:12]} match no supported format. Supported formats:"]
     for schema in SCHEMAS:
         lines.append(f"  {schema.name}: {schema.title}; missing: {', '.join(schema.missing(value, kind))}")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""WebDataset tar shards: files that share a name up to the first dot are one sample."""
+"""WebDataset tar shards: files with the same name up to the first dot form one sample."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ MAX_MEMBER_BYTES = 256 << 20
 
 
 def tar_pieces(path: Path) -> Iterator[Piece]:
-    """One record a sample: the fields of KEY.json, the image as `{"bytes", "path"}`, KEY.txt as `txt`, and so on.
+    """Yields one record per sample: fields of KEY.json, the image as `{"bytes", "path"}`, KEY.txt as `txt`, and so on.
 
-    Several images (KEY.0.jpg, KEY.1.jpg) are a list in the order of the shard. Hidden files, such as those that macOS
-    puts beside every other, are left out. Nothing is unpacked to disk.
+    Several images (KEY.0.jpg, KEY.1.jpg) become a list in shard order. Hidden files, such as macOS metadata files, are
+    skipped. Nothing is unpacked to disk.
     """
     index = 0
     sample = _Sample("")
     try:
-        # Not "r|*": a stream steps over a member of the size that its heading claims, be the file at its end or not.
+        # Not "r|*": stream mode does not notice a file truncated inside a member.
         with tarfile.open(path, "r:*") as tar:
             while (member := tar.next()) is not None:
-                tar.members = []  # type: ignore[attr-defined]  # which grows otherwise
+                tar.members = []  # type: ignore[attr-defined]  # bounds memory
                 if member.isdir():
                     continue
                 member.name = member.name.removeprefix("./")
@@ -43,7 +43,7 @@ def tar_pieces(path: Path) -> Iterator[Piece]:
                     sample = _Sample(key)
                 sample.add(member, suffix.lower(), tar.extractfile(member) if member.isfile() else None)
     except (tarfile.TarError, OSError, EOFError) as error:
-        damage = Damage("torn-record", f"the shard is damaged or cut off after it ({error}); fetch it again")
+        damage = Damage("torn-record", f"the shard is damaged or truncated here ({error}); download it again")
         yield Piece(f"{path}, sample {sample.key!r}", index, False, {}, damage)
         return
     if sample.key:
@@ -70,13 +70,13 @@ class _Sample:
             elif kind == "json":
                 value = parse_json(raw, f"member {member.name!r}")
                 if not isinstance(value, dict):
-                    raise RecordError("not-an-object", f"member {member.name!r} is no JSON object; write {{...}}")
+                    raise RecordError("not-an-object", f"member {member.name!r} is not a JSON object; write {{...}}")
                 self.fields |= value
             else:
                 self.fields[suffix] = raw.decode("utf-8")
         except UnicodeDecodeError:
             self.damage = Damage(
-                "invalid-utf8", f"member {member.name!r} is neither an image nor UTF-8 text; leave it out"
+                "invalid-utf8", f"member {member.name!r} is neither an image nor UTF-8 text; remove it"
             )
         except RecordError as error:
             self.damage = Damage(error.code, str(error))
@@ -85,7 +85,7 @@ class _Sample:
         fields = {"id": self.key, **self.fields}
         if len(self.images) == 1:
             named = fields.get("image")
-            # The name that the annotation knows the image by goes before the name in the shard.
+            # The annotation's name of the image takes precedence over its name in the shard.
             image = {**self.images[0], "path": named} if isinstance(named, str) and named else self.images[0]
             fields["image"] = image
         elif self.images:

@@ -1,4 +1,4 @@
-"""Rows with an image and a text, under the names that such columns bear: captions, questions with answers."""
+"""Table importer: rows with an image and a text column, such as captions or questions with answers."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ DEFAULT_PROMPT = "Describe this image."
 
 
 def annotation_from_row(obj: Mapping[str, Any], record_id: str, where: str) -> Annotation | str:
-    """The annotation in a row: the first column of each kind that is there; the others are kept in `extra`.
+    """Converts a row, using the first column present of each kind; the others are kept in `extra`.
 
-    A row without a prompt is a caption, and its prompt `DEFAULT_PROMPT`. Text is only text: no marker is looked for.
+    A row without a prompt is a caption with the prompt `DEFAULT_PROMPT`. Markers in text are not interpreted.
 
     Returns:
         The annotation, `TEXT_ONLY` or `NO_ANSWER`.

@@ -1,4 +1,4 @@
-"""What users of the package `datasets` have is read. Run: python -m pytest tests/formats/importers/test_arrow.py"""
+"""Import of data written by the package `datasets`. Run: python -m pytest tests/formats/importers/test_arrow.py"""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def photos(root: Path) -> datasets.Dataset:
-    """Three pairs, each with a list of one image, given by its path."""
+    """Three pairs, each with a list of one image path."""
     rows = [PAIR | {"images": [str(root / "photos" / f"{n}.png")]} for n in range(3)]
     features = datasets.Features(**TEXTS, images=datasets.List(datasets.Image()))
     return datasets.Dataset.from_list(rows, features=features)
@@ -57,10 +57,10 @@ def test_a_saved_dataset_is_read_with_its_images(tmp_path: Path) -> None:
     assert (tmp_path / "images/2.png").read_bytes() == png(2)
 
 
-def test_a_saved_dictionary_of_splits_asks_for_one(tmp_path: Path) -> None:
+def test_a_saved_dictionary_needs_a_split(tmp_path: Path) -> None:
     both = datasets.DatasetDict(train=photos(tmp_path), test=photos(tmp_path).select([0]))
     both.save_to_disk(tmp_path / "both")
-    with pytest.raises(ValueError, match="both: a saved dataset with the splits test, train; name one, such as"):
+    with pytest.raises(ValueError, match="both: a saved dataset with the splits test, train; choose one, such as"):
         check_data(tmp_path / "both")
     assert check_data(tmp_path / "both" / "train").num_records == 3
     datasets.DatasetDict(train=photos(tmp_path)).save_to_disk(tmp_path / "one")
@@ -102,7 +102,7 @@ def test_every_shape_of_an_image_column(tmp_path: Path, name: str, feature: Any,
     assert (tmp_path / "images" / annotation.images[0]).read_bytes() == png(7)
 
 
-def test_images_by_path_alone_lie_below_the_root(tmp_path: Path) -> None:
+def test_images_given_only_by_path_must_be_below_the_root(tmp_path: Path) -> None:
     # `to_parquet` writes {"bytes": null, "path": "/..."} for them.
     photos(tmp_path).to_parquet(tmp_path / "p.parquet")
     assert check_data(tmp_path / "p.parquet", image_root=tmp_path).counts == {}
@@ -127,7 +127,7 @@ def test_rows_are_streamed_from_a_repository(tmp_path: Path, capsys: pytest.Capt
     (group,) = read_groups(tmp_path / "g.jsonl")
     assert group.prompt[0].text == "What test?" and (tmp_path / "images" / group.images[0]).read_bytes() == png(1)
     for name, message in (
-        (f"{repository}", f"has the splits train, test; name one: hub:{repository}:train"),
+        (f"{repository}", f"has the splits train, test; choose one: hub:{repository}:train"),
         (f"{repository}:val", "cannot be loaded (ValueError: Bad split: val"),
         ("nobody/nothing", "check name, split and network"),
     ):
@@ -137,15 +137,15 @@ def test_rows_are_streamed_from_a_repository(tmp_path: Path, capsys: pytest.Capt
         read_groups(Path("hub:nobody/nothing"))
 
 
-def test_what_is_missing_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     photos(tmp_path).save_to_disk(tmp_path / "saved")
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
     for path in (tmp_path / "saved", Path("hub:nobody/nothing")):
-        with pytest.raises(ValueError, match=r"needs the package datasets; pip install 'bpo\[hub\]'"):
+        with pytest.raises(ValueError, match=r"requires the package datasets; pip install 'bpo\[hub\]'"):
             check_data(path)
 
 
-def test_tables_as_they_are_written_elsewhere(tmp_path: Path) -> None:
+def test_tables_from_other_writers(tmp_path: Path) -> None:
     import pyarrow
     import pyarrow.parquet
 
@@ -163,7 +163,7 @@ def test_tables_as_they_are_written_elsewhere(tmp_path: Path) -> None:
 
 
 def test_turns_in_columns_and_numbered_images(tmp_path: Path) -> None:
-    # As `datasets` before 4 stored a Sequence of objects, and as HuggingFaceH4's llava-instruct-mix-vsft has its parts.
+    # The format of a Sequence of objects in `datasets` < 4, and of parts in HuggingFaceH4's llava-instruct-mix-vsft.
     turns = {"from": ["human", "gpt"], "value": ["<image>What?", "A bus."]}
     datasets.Dataset.from_list([{"image": "a.png", "conversations": turns}]).to_parquet(tmp_path / "a.parquet")
     (annotation,) = read_annotations(tmp_path / "a.parquet").annotations

@@ -1,4 +1,4 @@
-"""Other people's files become annotations and groups. Run: python -m pytest tests/formats/importers/test_registry.py"""
+"""Import of third-party files to annotations and groups. Run: pytest tests/formats/importers/test_registry.py"""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_sharegpt_messages_with_a_system_prompt_and_several_images(tmp_path: Pat
     assert annotation.extra == {"tools": ""}
 
 
-def test_coco_captions_find_their_images_wherever_they_stand(tmp_path: Path) -> None:
+def test_coco_captions_find_their_images_in_either_order(tmp_path: Path) -> None:
     images = [{"id": 9, "file_name": "nine.jpg", "height": 4}, {"id": 4, "file_name": "four.jpg"}]
     captions = [
         {"id": 70, "image_id": 4, "caption": "A bus.\n"},
@@ -90,7 +90,7 @@ def test_coco_captions_find_their_images_wherever_they_stand(tmp_path: Path) -> 
         assert [(p.code, "image has the id 5" in p.detail) for p in bad.problems] == [("missing-field", True)]
 
 
-def test_a_torn_captions_file_is_named_and_its_whole_captions_count(tmp_path: Path) -> None:
+def test_a_truncated_captions_file_is_reported_and_intact_captions_are_read(tmp_path: Path) -> None:
     captions = [{"id": n, "image_id": 1, "caption": f"A bus {n}."} for n in range(3)]
     text = json.dumps({"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": captions})
     (tmp_path / "torn.json").write_text(text[:-20])
@@ -102,9 +102,9 @@ def test_a_torn_captions_file_is_named_and_its_whole_captions_count(tmp_path: Pa
     assert [p.code for p in bad.problems] == ["not-json"]
 
 
-def test_a_table_without_a_heading_is_refused(tmp_path: Path) -> None:
+def test_a_table_without_a_header_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text('"')
-    with pytest.raises(ValueError, match="a.csv: no heading can be read"):
+    with pytest.raises(ValueError, match="a.csv: the header is unreadable"):
         read_annotations(tmp_path / "a.csv")
 
 
@@ -130,7 +130,7 @@ def test_tables_with_headings(tmp_path: Path, name: str, separator: str) -> None
     assert [(p.code, p.where) for p in bad.problems] == [("wrong-columns", f"{path}, line 6")]
 
 
-def test_a_cell_that_is_not_utf8_costs_its_row(tmp_path: Path) -> None:
+def test_a_cell_that_is_not_utf8_invalidates_its_row(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_bytes(b"image,caption\na.png,caf\xe9\nb.png,a bus\n")
     bad = BadRecords("quarantine")
@@ -187,18 +187,18 @@ def test_sharegpt_with_two_answers(tmp_path: Path) -> None:
         },
     ],
 )
-def test_trls_forms_of_a_pair(tmp_path: Path, record: dict[str, Any]) -> None:
+def test_trl_formats_of_a_pair(tmp_path: Path, record: dict[str, Any]) -> None:
     (group,) = read_groups(write_lines(tmp_path / "a.jsonl", record))
     assert (group.images, group.prompt, group.completions) == (("a.png",), (user(IMAGE, text("What?")),), pair())
 
 
-def test_answers_to_different_prompts_are_no_pair(tmp_path: Path) -> None:
+def test_answers_to_different_prompts_are_refused(tmp_path: Path) -> None:
     turns = [[{"role": "user", "content": q}, {"role": "assistant", "content": "x"}] for q in ("One?", "Two?")]
-    with pytest.raises(ValueError, match="begin differently"):
+    with pytest.raises(ValueError, match="start differently"):
         read_groups(write_lines(tmp_path / "a.jsonl", {"chosen": turns[0], "rejected": turns[1]}))
 
 
-def test_rows_of_one_group_must_follow_each_other(tmp_path: Path) -> None:
+def test_rows_of_one_group_must_be_adjacent(tmp_path: Path) -> None:
     completions = [{"response": r, "score": s, "type": "t"} for r, s in (("a", 2), ("b", 1), ("c", 0))]
     groups = [{"id": n, "images": ["a.png"], "prompt": n, "completions": completions} for n in ("x", "y")]
     convert(write_lines(tmp_path / "g.jsonl", *groups), tmp_path / "trl.jsonl", target="trl")
@@ -253,7 +253,7 @@ def test_webdataset_shards_with_captions_and_with_conversations(tmp_path: Path) 
     assert annotation.images == ("coco/a.png",) and (tmp_path / "other/coco/a.png").exists()
 
 
-def test_what_is_wrong_in_a_shard_costs_its_sample(tmp_path: Path) -> None:
+def test_damage_in_a_shard_invalidates_only_its_sample(tmp_path: Path) -> None:
     path = write_tar(
         tmp_path / "a.tar",
         ("1.png", png()),
@@ -289,15 +289,15 @@ def test_names_in_a_shard_cannot_leave_the_folder(tmp_path: Path) -> None:
 
 def test_an_embedded_image_needs_a_folder(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar", ("1.png", png()), ("1.txt", b"A bus."))
-    with pytest.raises(ValueError, match="holds an image itself; `bpo convert`"):
+    with pytest.raises(ValueError, match="contains an image; extract it to a folder with `bpo convert`"):
         read_annotations(path)
-    with pytest.raises(ValueError, match="name a folder by --images"):
+    with pytest.raises(ValueError, match="set a folder with --images"):
         convert(path, tmp_path / "a.jsonl")
     assert not (tmp_path / "a.jsonl").exists()
 
 
 @pytest.mark.parametrize("image", [{"bytes": "aGk=", "path": "a.png"}, {"bytes": None, "path": None}, {"path": 7}])
-def test_an_image_that_is_neither_bytes_nor_a_path_is_not_lost_unseen(tmp_path: Path, image: dict[str, Any]) -> None:
+def test_an_image_that_is_neither_bytes_nor_a_path_is_refused(tmp_path: Path, image: dict[str, Any]) -> None:
     record = {"prompt": "What?", "chosen": "A bus.", "rejected": "A tram.", "images": [image]}
     path = write_lines(tmp_path / "a.jsonl", record)
     with pytest.raises(ValueError, match="neither bytes nor a path"):
@@ -307,7 +307,7 @@ def test_an_image_that_is_neither_bytes_nor_a_path_is_not_lost_unseen(tmp_path: 
 # Size
 
 
-def test_ids_are_told_apart_in_a_table_that_grows() -> None:
+def test_ids_are_distinguished_in_a_growing_table() -> None:
     seen = SeenIds()
     assert all(seen.add(f"id-{n}") for n in range(5000))
     assert not any(seen.add(f"id-{n}") for n in range(5000))
@@ -326,7 +326,7 @@ def test_annotations_are_streamed_in_bounded_memory(tmp_path: Path) -> None:
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert path.stat().st_size > 10e6
-    # Eight times the records: a table of ids and a chunk of the file in place of 12 MB more of text.
+    # For 8 times the records, memory may grow by a table of ids and a file chunk, not by the 12 MB of text.
     assert peaks[1] - peaks[0] < 2e6
 
 
