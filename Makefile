@@ -1,7 +1,7 @@
-# `make demo` and `make test` work alone on a machine with nothing but Python 3.11-3.13 and a C++ compiler: they
-# create .venv, install the versions of constraints.txt and run. `make help` lists the targets and variables.
+# `make demo` and `make test` work on a machine with only Python 3.11-3.13 and a C++ compiler: they create .venv,
+# install the versions of constraints.txt and run. `make help` lists the targets and variables.
 
-# PYTHON: the interpreter of a new environment; otherwise the first suitable one on PATH.
+# PYTHON: the interpreter for a new environment; by default the first suitable one on PATH.
 PYTHON ?=
 # TORCH_INDEX=https://download.pytorch.org/whl/cpu installs torch without the CUDA libraries.
 TORCH_INDEX ?=
@@ -12,13 +12,13 @@ TEST_WORKERS ?= 2
 TEST_TIMEOUT_S ?= 600
 
 BIN := .venv/bin
-# ninja and the deepspeed launcher are looked up on PATH; one thread per process, as ranks and workers share the cores.
+# ninja and the deepspeed launcher must be on PATH; one thread per process, because ranks and workers share the cores.
 RUN := env PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint format types gpu floor clean .venv compiler
 
-help: ## this list
+help: ## list targets and variables
 	@grep -hE '^[a-z.]+:.*## ' Makefile | sed -E 's/^([a-z.]+):.*## /  make \1\t/' | expand -t 16
 	@echo 'Variables: PYTHON=python3.12  TORCH_INDEX=URL  DEMO_ARGS="--seeds 5"  PYTEST_ARGS="-k plan"' \
 		' TEST_WORKERS=2  TEST_TIMEOUT_S=600'
@@ -26,7 +26,7 @@ help: ## this list
 demo: .venv compiler ## bootstrap, train, evaluate and report on a small synthetic world
 	$(RUN) $(BIN)/bpo demo $(DEMO_ARGS)
 
-test: .venv compiler ## every test that needs no GPU
+test: .venv compiler ## all tests that need no GPU
 	$(RUN) $(BIN)/python -m pytest -m "not gpu" -n $(TEST_WORKERS) --dist loadfile \
 		--timeout $(TEST_TIMEOUT_S) $(PYTEST_ARGS)
 
@@ -34,26 +34,26 @@ lint: .venv ## ruff: errors, imports, bugbear, upgrades; formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-format: .venv ## rewrite the sources as lint wants them
+format: .venv ## apply lint fixes and formatting
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 types: .venv ## mypy on bpo/
 	$(BIN)/mypy
 
-gpu: .venv compiler ## on a GPU machine, within 10 minutes: its tests, every benchmark, benchmarks/results/gpu-*.json
+gpu: .venv compiler ## on a GPU machine, within 10 minutes: GPU tests and benchmarks; writes benchmarks/results/gpu-*.json
 	$(BIN)/python benchmarks/gpu.py --check
 	@EXTRA=bench .ci/venv
 	$(RUN) $(BIN)/python benchmarks/gpu.py $(GPU_ARGS)
 
-floor: ## the tests at the oldest versions that setup.py allows, in .floor; writes benchmarks/results/floor.json
+floor: ## run the tests at the oldest versions that setup.py allows, in .floor; writes benchmarks/results/floor.json
 	@TORCH_INDEX="$(TORCH_INDEX)" .ci/floor $(if $(PYTHON),"$(PYTHON)")
 
-clean: ## remove the environments, caches and builds; runs/ stays
+clean: ## remove environments, caches and builds; keeps runs/
 	rm -rf .venv .floor .wheels .wheels-quack build dist bpo.egg-info .ruff_cache .mypy_cache .pytest_cache .hypothesis
 	find bpo kernels ds_configs tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.venv: ## only the environment
+.venv: ## create only the environment
 	@TORCH_INDEX="$(TORCH_INDEX)" .ci/venv $(if $(PYTHON),"$(PYTHON)")
 
 compiler:

@@ -1,8 +1,8 @@
-"""Packaging of bpo. Tool settings live in pyproject.toml, tested versions in constraints.txt.
+"""Packaging of bpo. Tool settings are in pyproject.toml, tested versions in constraints.txt.
 
-The Triton kernels stay in ``kernels/`` and are imported as ``bpo_kernels``; the DeepSpeed files stay in
-``ds_configs/`` and are, installed or not, package data of ``bpo_ds_configs``. ``kernels/`` has no
-``__init__.py``: transformers would take a top-level package of that name for the one on PyPI.
+The Triton kernels are in ``kernels/`` and imported as ``bpo_kernels``; the DeepSpeed files are in ``ds_configs/`` and
+are package data of ``bpo_ds_configs``, whether bpo is installed or not. ``kernels/`` has no ``__init__.py``, because
+transformers would mistake a top-level package of that name for the one on PyPI.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent
 
 
 def read_version() -> str:
-    """The version in bpo/__init__.py, read as text: importing bpo may not be possible while it is built."""
+    """Reads the version from bpo/__init__.py as text: bpo may not be importable during the build."""
     text = (ROOT / "bpo" / "__init__.py").read_text(encoding="utf-8")
     match = re.search(r'^__version__ = "([^"]+)"$', text, re.MULTILINE)
     if match is None:
@@ -48,24 +48,24 @@ REQUIRES = [
     "packaging>=24",
     "psutil>=6",
     "ninja>=1.11",  # DeepSpeed compiles its CPU optimizer with it at first use
-    "setuptools>=77",  # torch.utils.cpp_extension imports it; Python 3.12 environments come without
+    "setuptools>=77",  # imported by torch.utils.cpp_extension; not included in Python 3.12 environments
 ]
 
-# Parquet and saved datasets, and the hub they come from.
+# Parquet, saved datasets, and the Hugging Face hub.
 HUB = ["datasets>=4", "huggingface_hub>=1.0", "pyarrow>=18"]
 
-# What `bpo bench` compares with; the figures are those of constraints.txt's versions.
+# Libraries that `bpo bench` compares with; published figures use the versions of constraints.txt.
 PEERS = [
     "liger-kernel>=0.8.5; sys_platform == 'linux'",
     "cut-cross-entropy>=25.1.1; sys_platform == 'linux'",
     "trl>=1.16; python_version >= '3.11'",
 ]
-# Brings NVIDIA's compiler for CuTe, which exists for Linux alone. 0.6.5 imports only from a folder named site-packages,
-# 0.6.0 from any; the benchmark calls either.
+# Installs NVIDIA's CuTe compiler, which is available only for Linux. 0.6.5 imports only from a folder named
+# site-packages, 0.6.0 from any; the benchmark supports both.
 QUACK = ["quack-kernels>=0.6; sys_platform == 'linux' and platform_machine in 'x86_64 aarch64'"]
 
 TEST = [
-    *HUB,  # else the tests of parquet would skip, and without TRL those of its rows and of the step beside it
+    *HUB,  # without it the parquet tests would be skipped, and without TRL those of its format and its training step
     "hypothesis>=6.120",
     "pytest>=8.3",
     "pytest-timeout>=2.3",
