@@ -1,4 +1,4 @@
-"""Answers from a model: one left-padded batch at a time, each record's answer a function of its own seed.
+"""Batched generation: one left-padded batch at a time, sampled with a seed per record.
 
 Shape letters: B records, T padded prompt tokens, V vocabulary.
 """
@@ -28,16 +28,16 @@ if TYPE_CHECKING:
     from bpo.data.encode import EncodedPrompt, Encoder
 
 
-# Batches of nearly one length then have one shape, and what transformers compiles for a static cache is used again.
+# Rounds lengths up, so that batches share few shapes and transformers reuses its compilations for a static cache.
 _STATIC_MULTIPLE_TOKENS = 128
 
 
 class GumbelNoise(LogitsProcessor):
-    """Adds each record's own Gumbel noise to its scores, so that the greedy choice is an exact sample.
+    """Adds per-record Gumbel noise to the scores, so that the greedy choice is an exact sample.
 
-    argmax_v(scores_v + G_v) with G_v = -log E_v, E_v ~ Exp(1), follows softmax(scores). A generator a record, drawn
-    once a token, makes the sample independent of the other records in the batch; HF's own sampling draws once for
-    the whole batch.
+    argmax_v(scores_v + G_v) with G_v = -log E_v, E_v ~ Exp(1), follows softmax(scores). One generator per record, drawn
+    from once per token, makes the sample independent of the other records in the batch; HF's own sampling uses one
+    generator for the whole batch.
     """
 
     def __init__(self, seeds: Sequence[int], device: torch.device):
@@ -47,12 +47,12 @@ class GumbelNoise(LogitsProcessor):
         noise_BV = torch.empty_like(scores, dtype=torch.float32)
         for noise_V, generator in zip(noise_BV, self.generators, strict=True):
             noise_V.exponential_(generator=generator)
-        tiny = torch.finfo(torch.float32).tiny  # log(0) would make any token win, a suppressed one too
+        tiny = torch.finfo(torch.float32).tiny  # log(0) would make any token win, even a suppressed one
         return scores - noise_BV.clamp_min_(tiny).log_()  # type: ignore[return-value]
 
 
 class TokenBudgets(StoppingCriteria):
-    """Ends each record at its own number of new tokens."""
+    """Stops each record at its own number of new tokens."""
 
     def __init__(self, prompt_length_tokens: int, budgets: Sequence[int], device: torch.device):
         self.prompt_length_tokens = prompt_length_tokens
@@ -65,7 +65,7 @@ class TokenBudgets(StoppingCriteria):
 def left_pad(
     sequences: Sequence[Sequence[int]], pad_token_id: int, multiple: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids [B, T] that end together, and the mask [B, T], 0 on the padding; T is divisible by `multiple`."""
+    """Right-aligned token ids [B, T], and the mask [B, T], 0 on the padding; T is divisible by `multiple`."""
     length = max(len(ids) for ids in sequences)
     length += -length % multiple
     ids_BT = torch.full((len(sequences), length), pad_token_id, dtype=torch.long)
@@ -82,7 +82,7 @@ def _pad_after(
     """`left_pad` with the padding between the common prefix and the rest of each prompt."""
     for prompt in prompts:
         if not prefix.begins(prompt):
-            raise ValueError(f"a prompt of {len(prompt)} tokens does not begin with the {len(prefix.ids)} cached ones")
+            raise ValueError(f"a prompt of {len(prompt)} tokens does not start with the {len(prefix.ids)} cached ones")
     rest_BT, mask_BT = left_pad([prompt[len(prefix.ids) :] for prompt in prompts], pad_token_id)
     prefix_BT = torch.tensor([prefix.ids]).expand(len(prompts), -1)
     return torch.cat([prefix_BT, rest_BT], dim=1), torch.cat([torch.ones_like(prefix_BT), mask_BT], dim=1)
@@ -118,22 +118,22 @@ def generate_ids(
     Args:
         model: A transformers model with `generate`, in eval mode.
         prompts: Token ids of B prompts.
-        suppressed_token_ids: Tokens that never come out; none of them may be an EOS.
+        suppressed_token_ids: Tokens that are never generated; must not include an EOS.
         max_new_tokens: Longest answer of each record.
-        temperature: 0 is greedy; seeds then do not matter.
+        temperature: 0 is greedy; seeds are then ignored.
         top_p: Smallest set of tokens with this probability, after temperature.
-        seeds: One a record.
+        seeds: One per record.
         model_inputs: Further inputs, such as the images of the whole batch.
-        inputs_of_ids: Gives those that go by the padded ids [B, T], such as token types.
-        prefix: What all prompts begin with, computed before; padding then stands behind it. Not with a `static` cache.
-        cache: Where keys and values are kept: see `bpo/model/kv_cache.py`.
+        inputs_of_ids: Computes inputs that depend on the padded ids [B, T], such as token types.
+        prefix: Cached common prefix of all prompts; padding then follows it. Not supported by a `static` cache.
+        cache: The kind of KV cache: see `bpo/model/kv_cache.py`.
 
     Returns:
-        For each record its new tokens without EOS, and whether it ended by EOS (not by its budget).
+        For each record its new tokens without EOS, and whether it ended with EOS (not at its budget).
     """
     if not len(prompts) == len(seeds) == len(max_new_tokens):
         raise ValueError(
-            f"{len(prompts)} prompts, {len(seeds)} seeds and {len(max_new_tokens)} budgets; give one of each a record"
+            f"{len(prompts)} prompts, {len(seeds)} seeds and {len(max_new_tokens)} budgets; pass one each per record"
         )
     ids_BT, mask_BT = _padded(prompts, pad_token_id, prefix, cache)
     config = GenerationConfig(
@@ -145,7 +145,7 @@ def generate_ids(
         use_cache=True,
         cache_implementation="static" if cache == "static" else None,
     )
-    with _own_settings_aside(model, config):
+    with _generation_config(model, config):
         output_BT = model.generate(
             input_ids=ids_BT.to(model.device),
             attention_mask=mask_BT.to(model.device),
@@ -160,11 +160,11 @@ def generate_ids(
 
 
 @contextmanager
-def _own_settings_aside(model: Any, config: GenerationConfig) -> Iterator[None]:
-    """Generates by `config` alone.
+def _generation_config(model: Any, config: GenerationConfig) -> Iterator[None]:
+    """Replaces the model's generation config by `config`.
 
-    transformers fills what a config leaves open from the model's own: Qwen2.5-VL asks for a repetition penalty there,
-    which would change the distribution that is sampled.
+    transformers fills unset options from the model's own config. That of Qwen2.5-VL has a repetition penalty, which
+    would change the sampled distribution.
     """
     own_config, model.generation_config = model.generation_config, config
     try:
@@ -175,7 +175,7 @@ def _own_settings_aside(model: Any, config: GenerationConfig) -> Iterator[None]:
 
 def _cache_arguments(model: Any, cache: CacheKind, prefix: CachedPrefix | None, num_records: int) -> dict[str, Any]:
     if prefix is not None:
-        assert cache != "static", "a prefix cannot be put in front of transformers' static cache"
+        assert cache != "static", "transformers' static cache cannot start from a cached prefix"
         return {"past_key_values": prefix.repeated(num_records)}
     return {"past_key_values": reserved_cache(model)} if cache == "reserved" else {}
 
@@ -183,7 +183,7 @@ def _cache_arguments(model: Any, cache: CacheKind, prefix: CachedPrefix | None, 
 def _processors(
     suppressed_token_ids: Sequence[int], temperature: float, top_p: float, seeds: Sequence[int], device: torch.device
 ) -> LogitsProcessorList:
-    """What stands between the model's scores and the greedy choice, in order."""
+    """Logits processors applied before argmax, in order."""
     processors = LogitsProcessorList()
     if suppressed_token_ids:
         processors.append(SuppressTokensLogitsProcessor(suppressed_token_ids, device=device))
@@ -222,10 +222,10 @@ def generate_prompts(
     prefix: CachedPrefix | None = None,
     cache: CacheKind = "reserved",
 ) -> list[tuple[str, bool]]:
-    """`generate_answers` with a budget a record; also tells which answers ended by themselves.
+    """`generate_answers` with a budget per record; also returns whether each answer ended with EOS.
 
     Args:
-        beginnings: Tokens of each answer that its prompt ends with already; the answer holds them.
+        beginnings: Tokens of each answer that are already the end of its prompt; the answer includes them.
         prefix, cache: See `generate_ids`.
     """
     if not prompts:
@@ -262,16 +262,16 @@ def generate_answers(
 ) -> list[str]:
     """The model's answers to one batch of prompts, control and placeholder tokens suppressed.
 
-    An answer depends on its prompt, its seed and the sampling options alone: not on the batch it is in, but for the
-    rounding of batched matrix products (a rare token in bf16 when the batch's shape changes; none seen in fp32).
+    An answer depends only on its prompt, its seed and the sampling options, not on the rest of the batch, except for
+    the rounding of batched matrix products (rarely a token in bf16 if the batch's shape changes; never seen in fp32).
 
     Args:
         model: From `bpo.model.load.load_model`, in eval mode.
-        prompts: At most as many as fit in memory together; they are padded on the left to the longest.
+        prompts: One batch, which must fit in memory; padded on the left to the longest.
         max_new_tokens: Longest answer.
         temperature: 0 is greedy.
-        top_p: Nucleus, 1 keeps all tokens.
-        seeds: One a prompt.
+        top_p: Nucleus; 1 keeps all tokens.
+        seeds: One per prompt.
     """
     budgets = [max_new_tokens] * len(prompts)
     sampled = generate_prompts(

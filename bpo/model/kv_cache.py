@@ -1,11 +1,11 @@
-"""Keys and values during generation: where they are kept, and prefixes that go through the model once.
+"""KV caches for generation, and prefixes whose keys and values are computed once.
 
-Three kinds, an option of bootstrapping (`bootstrap.cache`):
+Three kinds, selected by `bootstrap.cache`:
 
-- `reserved`: buffers with room to spare, appended to in place.
-- `dynamic`: transformers' own growing cache. It copies all it holds for every new token: twice the bytes of memory
-  traffic that attention itself causes.
-- `static`: transformers' cache of one fixed size, for which it compiles decoding on CUDA. Attention reads all of it in
+- `reserved`: over-allocated buffers, appended to in place.
+- `dynamic`: transformers' own growing cache. It copies its whole content for every new token: twice the memory traffic
+  of attention itself.
+- `static`: transformers' fixed-size cache, for which it compiles decoding on CUDA. Attention reads the whole cache in
   every step, filled or not.
 
 Shape letters: B records, H heads, T tokens, D head dimension.
@@ -23,22 +23,22 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-# A new buffer has room for an eighth more tokens, and for these at least: a byte is copied about nine times at most.
+# A new buffer has room for 1/8 more tokens, at least this many, so that a byte is copied about nine times at most.
 _ROOM_TOKENS = 64
-# Below this a cached prefix saves less than its bookkeeping.
+# A shorter cached prefix saves less than its bookkeeping costs.
 MIN_PREFIX_TOKENS = 16
 _MAX_PREFIXES = 8
 
 
 class _Buffer:
-    """A tensor [B, H, T, D] whose first tokens are in use."""
+    """An over-allocated tensor [B, H, T, D] whose first tokens are in use."""
 
     def __init__(self) -> None:
         self._room: torch.Tensor | None = None
         self._used: torch.Tensor | None = None
 
     def append(self, held: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-        """`torch.cat([held, new], dim=-2)`, in place where `held` came from here and there is room."""
+        """`torch.cat([held, new], dim=-2)`, in place if `held` is this buffer's last result and there is room."""
         start = held.shape[-2] if held.numel() else 0
         end = start + new.shape[-2]
         if self._room is None or held is not self._used or end > self._room.shape[-2]:
@@ -72,7 +72,7 @@ class ReservedLayer(DynamicLayer):
 
 
 def reserved_cache(model: Any) -> DynamicCache:
-    """An empty cache for `model` whose layers append in place; windowed and recurrent layers stay transformers' own."""
+    """An empty cache for `model` whose layers append in place; windowed and recurrent layers remain transformers'."""
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
     cache.layers = [ReservedLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
@@ -80,7 +80,7 @@ def reserved_cache(model: Any) -> DynamicCache:
 
 @dataclass(frozen=True, slots=True)
 class CachedPrefix:
-    """Tokens with which several prompts begin, and the keys and values a model computed for them once."""
+    """Tokens with which several prompts start, and their keys and values."""
 
     ids: tuple[int, ...]
     cache: DynamicCache
@@ -95,12 +95,12 @@ class CachedPrefix:
 
 
 class Prefixes:
-    """What prompts begin with (a system prompt, worked examples), each beginning computed once.
+    """An LRU cache of prompt prefixes (a system prompt, worked examples), each computed once.
 
     Args:
         model: A transformers model.
-        inputs_of_ids: What it needs beside token ids [1, T].
-        enabled: False: there never is one.
+        inputs_of_ids: Its inputs in addition to token ids [1, T].
+        enabled: If False, `of` always returns None.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class Prefixes:
         self._known: OrderedDict[tuple[int, ...], CachedPrefix | None] = OrderedDict()
 
     def of(self, ids: Sequence[int]) -> CachedPrefix | None:
-        """The beginning `ids`; None where it is too short to be worth it, or the model's state cannot be handed on."""
+        """The cached prefix `ids`; None if it is too short to pay off, or the model's state cannot be reused."""
         if not self._enabled or len(ids) < MIN_PREFIX_TOKENS:
             return None
         key = tuple(ids)
@@ -126,7 +126,7 @@ class Prefixes:
 
 
 def common_beginning(prompts: Sequence[Sequence[int]], end_token_id: int | None = None) -> tuple[int, ...]:
-    """The tokens with which all prompts begin, before the first `end_token_id`, and short of the whole of any."""
+    """The longest common prefix of all prompts, up to the first `end_token_id` and shorter than every prompt."""
     shared = []
     for tokens in zip(*(prompt[:-1] for prompt in prompts), strict=False):
         if tokens[0] == end_token_id or len(set(tokens)) > 1:
@@ -139,9 +139,9 @@ def common_beginning(prompts: Sequence[Sequence[int]], end_token_id: int | None 
 def cache_prefix(
     model: Any, ids: Sequence[int], inputs_of_ids: Callable[[torch.Tensor], dict[str, torch.Tensor]]
 ) -> CachedPrefix | None:
-    """Runs a model over `ids` once; None where its state is no plain key-value cache (recurrent or windowed)."""
+    """Runs a model over `ids` once; None if its state is not a plain KV cache (recurrent or windowed layers)."""
     ids_1T = torch.tensor([list(ids)], device=model.device)
-    # By `generate`, which gives positions as the model wants them: Qwen-VL keeps an offset of its last batch.
+    # `generate` computes positions as the model requires: Qwen-VL stores an offset of its last batch.
     cache = model.generate(
         input_ids=ids_1T,
         attention_mask=torch.ones_like(ids_1T),

@@ -1,8 +1,8 @@
-"""Gradient checkpointing of decoder layers: what the backward pass computes again instead of keeping it.
+"""Gradient checkpointing of decoder layers.
 
-`full` keeps a layer's input alone. `selective` also keeps the results of large matrix products and of attention, so
-that only what is cheap runs twice: norms, rotations, activation functions, gates, dropout, sums, and the adapter's
-products over its small rank.
+`full` stores only a layer's input. `selective` also stores the results of large matrix products and of attention, so
+that only cheap operations are recomputed: norms, rotary embeddings, activation functions, gates, dropout, sums, and
+the adapter's products over its small rank.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import checkpoint
 
-# The argument whose last dimension a product sums over. Batched products (`bmm`) are not among them: inside a layer
-# only attention's mathematical fallback has any, and their results are square in the length.
+# The argument whose last dimension a product sums over. Batched products (`bmm`) are excluded: inside a layer they
+# occur only in attention's math fallback, and their results are quadratic in the length.
 _PRODUCTS = {"aten::mm": 0, "aten::addmm": 1, "aten::linear": 0, "aten::_scaled_mm": 0}
-# A product over so few numbers takes no longer than writing its result and reading it again: 2 * 128 operations an
-# element against 4 bytes, where a GPU of 2024 has 200 to 300 operations in the time of a byte.
+# A product over this few elements takes no longer than writing and rereading its result: 2 * 128 operations per element
+# against 4 bytes, where a GPU of 2024 performs 200 to 300 operations per byte of bandwidth.
 CHEAP_INNER = 128
 _ATTENTION = (
     "flex_attention",
@@ -36,23 +36,23 @@ _ATTENTION = (
 
 
 def is_costly(op: Any, args: Sequence[Any]) -> bool:
-    """Whether `selective` keeps the results of an operator (a `torch._ops.OpOverload`) of a layer's forward pass."""
+    """Whether `selective` stores the result of an operator (a `torch._ops.OpOverload`) of a layer's forward pass."""
     matrix = _matrix_argument(op)
     return matrix is not None and (matrix < 0 or args[matrix].shape[-1] > CHEAP_INNER)
 
 
 @functools.cache
 def _matrix_argument(op: Any) -> int | None:
-    """Which argument of a product has the dimension that is summed over; -1 for attention, None for all else."""
+    """Index of the argument whose last dimension a product sums over; -1 for attention, None for other operators."""
     schema = getattr(op, "_schema", None)  # higher-order operators have none
     if schema is not None and schema.is_mutable:
-        return None  # it writes where it is told to: a recorded result would leave that unwritten
+        return None  # it writes into an argument, which replaying a recorded result would not do
     name = op.name()
     return -1 if name.startswith(_ATTENTION) else _PRODUCTS.get(name.split(".")[0])
 
 
 class _LayerMode(TorchDispatchMode):
-    """What both passes share: compiled code, such as FlexAttention's, stays compiled, and runs again as a whole."""
+    """Base of both passes: compiled code, such as FlexAttention's, stays compiled and is recomputed as a whole."""
 
     supports_higher_order_operators = True
 
@@ -62,7 +62,7 @@ class _LayerMode(TorchDispatchMode):
 
 
 class _Keep(_LayerMode):
-    """Records the results of costly operators, in their order."""
+    """Records the results of costly operators, in call order."""
 
     def __init__(self, results: dict[Any, list[Any]]):
         super().__init__()
@@ -77,7 +77,7 @@ class _Keep(_LayerMode):
         out = func(*args, **kwargs)
         if is_costly(func, args):
             recorded = self.results[func]
-            # Detached: the tensor itself is about to get this forward pass's graph.
+            # Detached, as the tensor itself will be attached to this forward pass's graph.
             recorded.append(tree_map_only(torch.Tensor, torch.Tensor.detach, out))
             for tensor in tree_leaves(out):
                 if isinstance(tensor, torch.Tensor):
@@ -85,7 +85,7 @@ class _Keep(_LayerMode):
         return out
 
     def _copy_before_write(self, schema: Any, args: Any, kwargs: Any) -> None:
-        """Records anew what is about to be overwritten: so do DeepSpeed's linear layers of ZeRO-3 with their bias."""
+        """Clones recorded results that are about to be overwritten, as by the bias of DeepSpeed's ZeRO-3 linear."""
         for i, argument in enumerate(schema.arguments):
             if argument.alias_info is None or not argument.alias_info.is_write:
                 continue
@@ -98,7 +98,7 @@ class _Keep(_LayerMode):
 
 
 class _Replay(_LayerMode):
-    """Gives each recorded result back, once, in place of its computation; a second backward pass computes them."""
+    """Returns each recorded result once instead of computing it; a second backward pass recomputes it."""
 
     def __init__(self, results: dict[Any, list[Any]]):
         super().__init__()
@@ -106,7 +106,7 @@ class _Replay(_LayerMode):
         self.num_calls: Counter[Any] = Counter()
 
     def __enter__(self) -> _Replay:
-        self.num_calls.clear()  # checkpoint stops early: a pass may have left the last results unused
+        self.num_calls.clear()  # checkpoint stops early, so a pass may leave the last results unused
         return super().__enter__()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -114,16 +114,16 @@ class _Replay(_LayerMode):
             recorded, call = self.results.get(func, []), self.num_calls[func]
             self.num_calls[func] += 1
             if call < len(recorded) and recorded[call] is not None:
-                result, recorded[call] = recorded[call], None  # no longer kept than it is needed
+                result, recorded[call] = recorded[call], None  # frees the record
                 return result
         return func(*args, **(kwargs or {}))
 
 
 def selective_contexts() -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
-    """The pair of contexts that `torch.utils.checkpoint.checkpoint(context_fn=...)` takes, for one layer's pass.
+    """The context pair for `torch.utils.checkpoint.checkpoint(context_fn=...)`, for one layer's pass.
 
-    Not `create_selective_checkpoint_contexts`: it insists that the recomputation calls the operators of the forward
-    pass one for one, and under ZeRO-3 the hooks inside a layer gather in the one what is there already in the other.
+    `create_selective_checkpoint_contexts` requires that the recomputation calls exactly the operators of the forward
+    pass. Under ZeRO-3 they differ: parameters that hooks gather in one pass may already be gathered in the other.
     """
     results: dict[Any, list[Any]] = defaultdict(list)
     return _Keep(results), _Replay(results)
@@ -134,24 +134,24 @@ def _run_layer(
 ) -> Any:
     learns = any(p.requires_grad for p in layer.parameters())
     if not learns and not any(isinstance(a, torch.Tensor) and a.requires_grad for a in args):
-        return function(*args)  # a frozen tower: there is no graph to keep anything for
+        return function(*args)  # a frozen tower has no graph
     options: dict[str, Any] = {} if context_fn is None else {"context_fn": context_fn}
     return checkpoint(function, *args, use_reentrant=False, **options)
 
 
 def checkpoint_layers(model: Any, mode: str) -> None:
-    """Makes every layer of `model` recompute in its backward pass, as `model.gradient_checkpointing` says.
+    """Enables gradient checkpointing of every layer of `model`, per `model.gradient_checkpointing`.
 
-    Layers are told one by one, as transformers' own switch also asks the embeddings for gradients, those of the vision
-    tower included: a frozen tower would then keep every activation and run a backward pass that trains nothing.
+    Layers are set individually, because transformers' own switch also enables gradients of the embeddings, including
+    the vision tower's: a frozen tower would then keep every activation and run a useless backward pass.
 
     Args:
         model: A transformers model.
         mode: `none`, `full` or `selective`.
 
     Raises:
-        ValueError: no layer of the model can be checkpointed; or `selective` meets attention dropout, whose random
-            numbers the recomputation would not draw, so that every later dropout of the layer got another mask.
+        ValueError: no layer of the model can be checkpointed; or `selective` with attention dropout, whose random
+            numbers the recomputation would not draw, so that every later dropout of the layer had another mask.
     """
     if mode == "none":
         return
@@ -160,14 +160,14 @@ def checkpoint_layers(model: Any, mode: str) -> None:
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
         raise ValueError(
-            f"{type(model).__name__} has no layers that can be recomputed; set model.gradient_checkpointing to none"
+            f"{type(model).__name__} has no layers that support checkpointing; set model.gradient_checkpointing to none"
         )
     if mode == "selective":
         configs = [config for config in (getattr(m, "config", None) for m in model.modules()) if config is not None]
         if dropout := max((getattr(config, "attention_dropout", 0.0) or 0.0 for config in configs), default=0.0):
             raise ValueError(
-                f"the model's attention_dropout is {dropout}: model.gradient_checkpointing=selective keeps attention's "
-                "results and cannot repeat its dropout; use full, or set attention_dropout to 0 in the model's config"
+                f"the model's attention_dropout is {dropout}: model.gradient_checkpointing=selective stores attention "
+                "results and cannot replay the dropout; use full, or set attention_dropout to 0 in the model's config"
             )
     context_fn = selective_contexts if mode == "selective" else None
     for layer in layers:

@@ -1,4 +1,4 @@
-"""What learns: LoRA on the language model, the projector, the vision tower; and the optimizer's parameter groups."""
+"""Trainable parameters (LoRA or full language model, projector, vision tower) and the optimizer's parameter groups."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ logger = logging.getLogger(__name__)
 
 
 def lora_target_names(model: torch.nn.Module, family: Family, config: LoraConfig) -> list[str]:
-    """Leaf names of the linear layers that get an adapter: all of the language model's, or those asked for.
+    """Leaf names of the linear layers that get an adapter: `lora.target`, or all of the language model.
 
     Raises:
-        ValueError: a name of `lora.target` is not a linear layer of the language model; lists those that are.
+        ValueError: a name of `lora.target` is not a linear layer of the language model; lists the valid names.
     """
     language = model.get_submodule(family.language_module)
     linears = {name.rsplit(".", 1)[-1] for name, m in language.named_modules() if isinstance(m, torch.nn.Linear)}
@@ -48,9 +48,9 @@ def lora_config(model: torch.nn.Module, family: Family, config: LoraConfig, path
 
 
 def prepare_trainable(model: torch.nn.Module, family: Family, config: Config) -> None:
-    """Freezes and adapts `model` in place as `trainable.*` and `lora.*` say.
+    """Freezes and adapts `model` in place, per `trainable.*` and `lora.*`.
 
-    LoRA's B starts at zero, so the policy before its first step is the reference.
+    LoRA's B is initialized to zero, so the policy before its first step equals the reference.
     """
     chosen: TrainableConfig = config.trainable
     model.requires_grad_(False)
@@ -81,8 +81,8 @@ def _inject_lora(model: torch.nn.Module, family: Family, config: Config) -> None
     torch.manual_seed(config.train.seed)  # the same adapter on every rank and in every run
     peft.inject_adapter_in_model(lora_config(model, family, config.lora, config.model.path), model)
     for name, parameter in model.named_parameters():
-        # PEFT freezes everything but the adapter; what was trainable before stays so. Adapters are held in fp32 by
-        # PEFT; one dtype throughout is what ZeRO partitions.
+        # PEFT freezes everything except the adapter; restore what was trainable. PEFT creates adapters in fp32, but
+        # ZeRO partitions parameters of one dtype.
         if "lora_" in name:
             parameter.data = parameter.data.to(_language_dtype(model))
         elif name.replace(".base_layer", "") in wants_grad:
@@ -98,7 +98,7 @@ def _numel(parameter: torch.nn.Parameter) -> int:
 
 
 def parameter_groups(model: torch.nn.Module, family: Family, config: Config) -> list[dict[str, Any]]:
-    """Optimizer groups: the projector with its own learning rate, weight decay only on matrices."""
+    """Optimizer groups: the projector with its own learning rate, weight decay on matrices only."""
     projector_lr = config.train.projector_lr or config.train.lr
     projector = (*family.projector_modules, *family.projector_parameters)
     groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}

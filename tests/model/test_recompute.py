@@ -62,7 +62,7 @@ def policy_of(directory: Path, encoder: Encoder, mode: Any, trainable: Trainable
 
 def forward(policy: PolicyModel, batch: GroupBatch) -> torch.Tensor:
     torch.manual_seed(3)
-    logp_N = policy(**model_inputs(batch, CPU, torch.float32))
+    logp_N = policy(**model_inputs(batch.to(CPU, torch.float32)))
     return (logp_N * torch.arange(1, len(logp_N) + 1)).sum()
 
 
@@ -145,7 +145,7 @@ def test_selective_refuses_attention_dropout(tiny_llava_dir: Path) -> None:
 
 
 def test_a_model_without_layers_to_checkpoint_is_refused() -> None:
-    with pytest.raises(ValueError, match="Linear has no layers that can be recomputed"):
+    with pytest.raises(ValueError, match="Linear has no layers that support checkpointing"):
         checkpoint_layers(torch.nn.Linear(2, 2), "full")
 
 

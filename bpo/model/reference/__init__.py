@@ -1,1 +1,1 @@
-"""Reference log-probs on disk: the store, its files, its index, what they were made for."""
+"""Reference log-probs on disk: store, file format, index, fingerprint."""

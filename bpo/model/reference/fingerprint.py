@@ -1,4 +1,4 @@
-"""What reference log-probs depend on besides the records: every weight and processor file, the settings, the code."""
+"""Fingerprint of reference log-probs: digests of weight and processor files, settings, and the code path."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from bpo.model.reference.format import replace_file
 CODE_PATH = "packed shared prefix, fp32 log-probs, v1"
 DIGESTS = "digests.json"
 
-# A file written to within this time of its last known change could change again without a later modification time.
+# A file modified this recently could change again without a later modification time.
 _CLOCK_GRAIN_NS = 2 * 10**9
 _SUFFIXES = {".safetensors", ".bin", ".json", ".jinja", ".model", ".txt", ".py", ".gguf"}
 logger = logging.getLogger(__name__)
@@ -32,15 +32,15 @@ def file_digest(path: Path) -> str:
 
 
 class DigestCache:
-    """Digests of files that have not changed since they were hashed, kept in a small JSON file.
+    """Digests of files that are unchanged since they were hashed, cached in a small JSON file.
 
-    A file counts as unchanged while path, size, modification time (ns) and inode are the same. The price: content that
-    is exchanged in place *and* given back its old size and time (`rsync --inplace --times`, a failing disk) goes
-    unnoticed; `rehash` hashes every file again, which reads 26 GB for 13B parameters in 16 bits.
+    A file counts as unchanged while path, size, modification time (ns) and inode are the same. Content that is replaced
+    in place *with* the old size and time (`rsync --inplace --times`, a failing disk) is therefore not detected;
+    `rehash` hashes every file again, which reads 26 GB for 13B parameters in 16 bits.
 
     Args:
-        path: The JSON file, or None to keep nothing.
-        rehash: Believe nothing that is kept.
+        path: The JSON file, or None for no cache.
+        rehash: Ignore cached digests.
     """
 
     def __init__(self, path: Path | None, rehash: bool = False):
@@ -50,29 +50,29 @@ class DigestCache:
             try:
                 self.known = json.loads(path.read_text(encoding="utf-8"))
             except json.JSONDecodeError as error:
-                raise ValueError(f"{path}: not valid JSON ({error}); remove it: the files are hashed anew") from error
+                raise ValueError(f"{path}: not valid JSON ({error}); remove it: the files are hashed again") from error
 
     def digests(self, files: list[Path]) -> dict[Path, str]:
-        """The SHA-256 of each file; the unknown are hashed, four at a time, and remembered."""
+        """The SHA-256 of each file; uncached files are hashed, four at a time, and cached."""
         unknown = [file for file in files if self.known.get(_name(file), [None])[:-1] != _identity(file)]
-        with ThreadPoolExecutor(4) as pool:  # hashlib lets other threads run
+        with ThreadPoolExecutor(4) as pool:  # hashlib releases the GIL
             fresh = dict(zip(unknown, pool.map(_hash, unknown), strict=True))
         settled = {_name(file): entry for file, entry in fresh.items() if entry[1] < time.time_ns() - _CLOCK_GRAIN_NS}
         if settled and self.path is not None:
             self.known |= settled
             self._save(self.path)
-        logger.info("weights and processor: %d of %d files hashed, the others are unchanged", len(fresh), len(files))
+        logger.info("weights and processor: hashed %d of %d files, the others are unchanged", len(fresh), len(files))
         return {file: (fresh.get(file) or self.known[_name(file)])[-1] for file in files}
 
     def _save(self, path: Path) -> None:
         if path.parent.exists() and not os.access(path.parent, os.W_OK):
-            logger.info("%s cannot be written: the digests of the weights are not kept", path.parent)
+            logger.info("%s is not writable: digests of the weights are not cached", path.parent)
             return
         replace_file(path, json.dumps(self.known, indent=1, sort_keys=True).encode())
 
 
 def _name(file: Path) -> str:
-    return str(file.resolve())  # a hub snapshot is links into a store of blobs
+    return str(file.resolve())  # hub snapshots are symlinks to blobs
 
 
 def _identity(file: Path) -> list[int]:
@@ -81,7 +81,7 @@ def _identity(file: Path) -> list[int]:
 
 
 def _hash(file: Path) -> list[Any]:
-    """Size, modification time, inode and digest, taken so that a change while reading makes the entry stale."""
+    """Size, modification time, inode and digest, in an order such that a change while reading makes the entry stale."""
     identity = _identity(file)
     return [*identity, file_digest(file)]
 
@@ -89,13 +89,13 @@ def _hash(file: Path) -> list[Any]:
 def model_fingerprint(
     path: str, *, kept_digests: Path | None = None, rehash: bool = False, **settings: str
 ) -> dict[str, str]:
-    """Digests of the model's files, `settings` and the code path, by field. For a hub id: the files of the local cache.
+    """Digests of the model's files, `settings` and the code path, by field. Files of a hub id: its local cache.
 
     Args:
         path: Directory or hub id of the model.
-        kept_digests: JSON file that spares hashing unchanged files; see `DigestCache` for what that risks.
-        rehash: Hash every file all the same.
-        settings: What else log-probs depend on, such as the dtype.
+        kept_digests: JSON cache of digests of unchanged files; see `DigestCache` for the risk.
+        rehash: Hash every file, ignoring cached digests.
+        settings: Other settings that log-probs depend on, such as the dtype.
     """
     directory = Path(path)
     if not directory.is_dir():

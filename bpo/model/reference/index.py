@@ -1,4 +1,4 @@
-"""Finds the entries of a reference store by key. Shape letter: E entries."""
+"""Key lookup in a reference store. Shape letter: E entries."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from bpo.model.reference.format import KEY_BYTES, RECORD, Shard
 
 
 class EntryIndex:
-    """Every entry of some shards, found by key: sorted columns of 60 bytes an entry, the first of equal keys wins."""
+    """Index of all entries of some shards: sorted columns of 60 bytes per entry; the first of equal keys is used."""
 
     def __init__(self, shards: Sequence[Shard]):
         records = np.concatenate([np.zeros(0, dtype=RECORD), *(shard.records_E for shard in shards)])
@@ -34,7 +34,7 @@ class EntryIndex:
         return self._words_E4[row].astype(">u8").tobytes()
 
     def rows(self, keys: Sequence[bytes]) -> np.ndarray:
-        """The row of each key, -1 where there is none."""
+        """The row of each key, -1 if there is none."""
         wanted = _words(np.frombuffer(b"".join(keys), dtype=np.uint8).reshape(len(keys), KEY_BYTES))
         candidate = np.searchsorted(self._first_word_E, wanted[:, 0])
         found = np.full(len(keys), -1, dtype=np.int64)
@@ -51,5 +51,5 @@ class EntryIndex:
 
 
 def _words(keys_E32: np.ndarray) -> np.ndarray:
-    """[E, 4] unsigned words whose order is that of the keys' bytes."""
+    """[E, 4] unsigned words that sort like the keys' bytes."""
     return np.ascontiguousarray(keys_E32).view(">u8").reshape(-1, 4).astype(np.uint64)

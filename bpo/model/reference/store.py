@@ -1,8 +1,8 @@
 """The reference store: per-token log-probs (fp32) of the policy before its first step.
 
-Entries are addressed by content (image bytes and token ids), so a changed record is simply missing and computed anew.
-What holds for all entries (weights, processor, dtype, code path) is the store's fingerprint and must match. Its files
-are described in `format`. Shape letter: N response tokens.
+Entries are keyed by content (image bytes and token ids), so a changed record has no entry and is computed again. What
+all entries depend on (weights, processor, dtype, code path) is the store's fingerprint and must match. See `format` for
+its files. Shape letter: N response tokens.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ __all__ = ["ReferenceStore", "ReferenceStoreError", "file_digest", "model_finger
 
 
 def open_or_create(directory: Path, fingerprint: dict[str, str]) -> None:
-    """Makes the store if there is none, else checks that it is this run's. One process of a job calls it, first.
+    """Creates the store, or checks that an existing one matches this run. Called first, by one process of a job.
 
     Raises:
-        ReferenceStoreError: the store has another format, or another fingerprint: says which fields differ.
+        ReferenceStoreError: the store has another format or fingerprint; names the fields that differ.
     """
     if not (directory / "fingerprint.json").exists():
         write_fingerprint(directory, fingerprint)
@@ -45,25 +45,25 @@ def open_or_create(directory: Path, fingerprint: dict[str, str]) -> None:
         raise ReferenceStoreError(
             f"the reference store {directory} was made for another model or setting:\n"
             + "\n".join(lines)
-            + "\nremove it, or give train.reference_dir another directory"
+            + "\nremove it, or set train.reference_dir to another directory"
         )
 
 
 def _difference(name: str, stored: str | None, now: str | None) -> str:
-    """One field of two fingerprints in words."""
+    """Describes the difference of one field of two fingerprints."""
     if not name.startswith("file:"):
         return f"{name}: {stored or 'not recorded'} in the store, {now or 'not recorded'} in this run"
     if stored and now:
-        return f"{name}: another content (SHA-256 {stored[:12]}... in the store, {now[:12]}... now)"
-    return f"{name}: {'no longer beside the model' if stored else 'not beside the model when the store was made'}"
+        return f"{name}: content differs (SHA-256 {stored[:12]}... in the store, {now[:12]}... now)"
+    return f"{name}: not in the model directory {'any more' if stored else 'when the store was created'}"
 
 
 class ReferenceStore:
-    """Reads all shards of a directory, appends to a shard of its own.
+    """Reads all shards of a directory and appends to its own shard.
 
-    Any number of processes and jobs may write at once, each its own shard; an entry that two of them computed is kept
-    twice and read once. A store that lacks nothing is never written to. In memory an entry takes 60 bytes; the values
-    are mapped when the index is read, so that a `bpo refs compact` afterwards takes nothing away.
+    Any number of processes and jobs may write concurrently, each to its own shard; an entry computed by two of them is
+    stored twice and read once. A complete store is never written to. An entry takes 60 bytes of memory; values are
+    mapped when the index is read, so they remain readable after a later `bpo refs compact`.
     """
 
     def __init__(self, directory: Path, fingerprint: dict[str, str], rank: int = 0):
@@ -76,28 +76,28 @@ class ReferenceStore:
         self.reload()
 
     def reload(self, also: Iterable[str | None] = ()) -> None:
-        """Reads the index of every shard, without what a killed run left unfinished.
+        """Reads the index of every shard, ignoring unfinished entries of killed runs.
 
         Args:
-            also: Names of shards that must be there, as other ranks' `close` returned them: the listing of a network
-                file system may be older than they are.
+            also: Names of shards that must exist, returned by other ranks' `close`: the directory listing of a network
+                file system may be outdated.
 
         Raises:
-            ReferenceStoreError: a shard belongs to another store, or one of `also` is not there.
+            ReferenceStoreError: a shard belongs to another store, or one of `also` does not exist.
         """
         paths = sorted({*index_files(self.directory), *(self.directory / name for name in also if name)})
         try:
             shards = [read_shard(path, self.fingerprint) for path in paths]
         except FileNotFoundError as error:
             raise ReferenceStoreError(
-                f"{error.filename}: a shard of the store is not there; was it removed, or does "
-                f"every node see {self.directory}? Start again: what is missing is computed"
+                f"{error.filename}: shard not found; check that it was not removed and that every node has access to "
+                f"{self.directory}, then restart: missing entries are computed"
             ) from error
         for shard in shards:
             if not shard.fits:
                 raise ReferenceStoreError(
-                    f"{shard.index}: was not written for this store (its header names another fingerprint or format); "
-                    f"move it away, or run `bpo refs verify {self.directory} --remove-damaged`"
+                    f"{shard.index}: belongs to another store (its header has another fingerprint or format); move it "
+                    f"away, or run `bpo refs verify {self.directory} --remove-damaged`"
                 )
         self._index = EntryIndex(shards)
         self._shards = shards
@@ -110,14 +110,14 @@ class ReferenceStore:
         return len(self._index)
 
     def has(self, keys: Sequence[str]) -> np.ndarray:
-        """Which of the keys have an entry: booleans, in their order."""
+        """Whether each key has an entry: booleans, in the order of the keys."""
         return self._index.rows([_key_bytes(key) for key in keys]) >= 0
 
     def put(self, key: str, logp_N: torch.Tensor) -> None:
-        """Appends the log-probs of one group; durable within half a minute and after `close`, readable after `reload`.
+        """Appends the log-probs of one group; durable within 30 s and after `close`, readable after `reload`.
 
         Raises:
-            ReferenceStoreError: the disk is full or cannot be written; what was stored before stays valid.
+            ReferenceStoreError: the disk is full or cannot be written; stored entries remain valid.
         """
         if self._writer is None:
             self._writer = ShardWriter(self.directory, self.fingerprint, f"rank{self.rank:05d}")
@@ -125,7 +125,7 @@ class ReferenceStore:
         self._written = self._writer.index.name
 
     def close(self) -> str | None:
-        """Ends this process's shard; returns its name, or None if it wrote nothing since the last `close`."""
+        """Closes this process's shard; returns its name, or None if nothing was written since the last `close`."""
         name, self._written = self._written, None
         if self._writer is not None:
             self._writer.close()
@@ -137,7 +137,7 @@ class ReferenceStore:
         return self.gather([key])
 
     def gather(self, keys: Sequence[str]) -> torch.Tensor:
-        """The log-probs of a packed batch, in its order of tokens.
+        """The log-probs of a packed batch, in token order.
 
         Raises:
             KeyError: the store has no such entry.
@@ -154,8 +154,8 @@ class ReferenceStore:
         values = self._values[shard][start : start + count]
         if zlib.crc32(values.data) != index.crc_E[row]:
             raise ReferenceStoreError(
-                f"{self._shards[shard].values}: entry {key[:12]} is damaged (checksum differs); run "
-                f"`bpo refs verify {self.directory} --remove-damaged` and start again: it is computed anew"
+                f"{self._shards[shard].values}: entry {key[:12]} is damaged (checksum mismatch); run "
+                f"`bpo refs verify {self.directory} --remove-damaged` and restart: it is computed again"
             )
         return values
 

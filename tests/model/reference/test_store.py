@@ -146,9 +146,9 @@ def test_another_fingerprint_is_refused_by_field(tmp_path: Path) -> None:
     lines = [line.strip() for line in str(error.value).splitlines()[1:-1]]
     assert lines == [
         "dtype: float32 in the store, bfloat16 in this run",
-        "file:gone.txt: no longer beside the model",
-        "file:model.safetensors: another content (SHA-256 abc... in the store, def... now)",
-        "file:new.json: not beside the model when the store was made",
+        "file:gone.txt: not in the model directory any more",
+        "file:model.safetensors: content differs (SHA-256 abc... in the store, def... now)",
+        "file:new.json: not in the model directory when the store was created",
         "kernels: not recorded in the store, triton in this run",
     ]
     assert "train.reference_dir" in str(error.value)
@@ -162,19 +162,19 @@ def test_a_shard_of_another_store_is_refused(tmp_path: Path) -> None:
     name = other.close()
     for suffix in ("index", "values"):
         shutil.copy(shard(tmp_path / "other", suffix), tmp_path / "mine")
-    with pytest.raises(ReferenceStoreError, match=f"{name}: was not written for this store"):
+    with pytest.raises(ReferenceStoreError, match=f"{name}: belongs to another store"):
         ReferenceStore(tmp_path / "mine", FINGERPRINT)
 
 
 def test_the_first_format_is_refused_with_the_way_out(tmp_path: Path) -> None:
     (tmp_path / "fingerprint.json").write_text(json.dumps(FINGERPRINT))
-    with pytest.raises(ReferenceStoreError, match=r"format 1; .* writes format 2. Remove it, or give "):
+    with pytest.raises(ReferenceStoreError, match=r"format 1; .* writes format 2. Remove it, or set "):
         ReferenceStore(tmp_path, FINGERPRINT)
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("[1]", "holds a list, not an object"), ('{"format": 2}', "has no `fingerprint`"), ("{", "not valid JSON")],
+    [("[1]", "contains a list, not an object"), ('{"format": 2}', "has no `fingerprint`"), ("{", "not valid JSON")],
 )
 def test_a_fingerprint_file_that_says_nothing_is_refused_by_name(tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "fingerprint.json").write_text(content)
@@ -184,7 +184,7 @@ def test_a_fingerprint_file_that_says_nothing_is_refused_by_name(tmp_path: Path,
 
 def test_a_shard_that_another_rank_wrote_and_nobody_can_see_is_an_error(tmp_path: Path) -> None:
     store = filled(tmp_path)
-    with pytest.raises(ReferenceStoreError, match="rank00001-gone.index: a shard of the store is not there"):
+    with pytest.raises(ReferenceStoreError, match="rank00001-gone.index: shard not found"):
         store.reload(also=["rank00001-gone.index", None])
 
 
@@ -242,7 +242,7 @@ def test_a_full_disk_is_named_with_what_is_needed_and_the_store_stays_usable(tmp
     """A limit on file sizes stands for the disk: the write fails half-way in the same manner."""
     printed = run_script(LIMITED, tmp_path)
     assert printed.returncode == 0, printed.stderr
-    assert f"{tmp_path}/rank00000-" in printed.stdout and "20,052 bytes are needed" in printed.stdout
+    assert f"{tmp_path}/rank00000-" in printed.stdout and "need 20,052 bytes" in printed.stdout
     assert shard(tmp_path, "values").stat().st_size == 4096  # part of the entry did reach the disk
     store = ReferenceStore(tmp_path, FINGERPRINT)
     assert len(store) == 1 and stored(store, "one") == VALUES["one"]
