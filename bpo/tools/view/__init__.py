@@ -1,1 +1,1 @@
-"""`bpo view`: a page on which people look at preference groups."""
+"""`bpo view`: an HTML page for inspecting preference groups."""

@@ -1,4 +1,4 @@
-"""Builds the page: reads, has records worked on by processes a few at a time, writes as they come."""
+"""Builds the page: a process pool turns records into page entries, which are written in order."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ from bpo.tools.view.reading import LinesById
 from bpo.tools.view.summary import COUNTED_GROUPS, Counting, SourceFigures, read_summary
 
 BATCH_RECORDS = 16
-# Batches that are under way or wait to be written, for each process.
+# Batches per process that are in progress or waiting to be written.
 BATCHES_AHEAD = 3
 
 
 @dataclass(frozen=True, slots=True)
 class Worker:
-    """What a process needs to know to make the entry of a record.
+    """Settings of a worker process; calling it turns a batch of tasks into page entries.
 
     Attributes:
-        image_root: None where no pictures are made.
-        lexicon: File of the lexicon; empty for the shipped one.
+        image_root: None if no pictures are made.
+        lexicon: Lexicon file; empty for the built-in lexicon.
     """
 
     image_root: Path | None
@@ -56,13 +56,13 @@ class Worker:
             pictures = no_pictures(group)
         else:
             pictures = make_pictures(task.number, group, self.image_root, self.folder, WeakenConfig())
-        scores = {response: one for line in task.scores for response, one in token_scores(line).items()}
+        scores = {response: score for line in task.scores for response, score in token_scores(line).items()}
         return entry_of(group, task.refused, scores, lexicon, pictures)
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A group with the lines that belong to it."""
+    """A group with its refused completions and scores."""
 
     number: int
     group: PreferenceGroup
@@ -70,18 +70,18 @@ class Task:
     scores: list[dict[str, Any]]
 
 
-def build_page(chosen: argparse.Namespace, folder: Path) -> Path:
-    """Writes the page that the command's options ask for into `folder`; returns its index.html.
+def build_page(options: argparse.Namespace, folder: Path) -> Path:
+    """Writes the page for the command's options to `folder`; returns the path of its index.html.
 
     Raises:
-        ValueError: A file has another form, too many records are bad, or the folder holds something else.
+        ValueError: A file has an unexpected format, too many records are bad, or the folder contains other files.
     """
-    inputs = _Inputs(chosen)
-    objects = load_lexicon(chosen.lexicon).objects
-    writer = PageWriter(folder, os.fsencode(chosen.data.name).decode("utf-8", "replace"))
-    worker = Worker(None if chosen.no_images else chosen.image_root, folder, chosen.lexicon)
-    for entry in tqdm(in_order(worker, inputs.tasks(), chosen.workers), desc="records", unit="record"):
-        inputs.look_at(entry)
+    inputs = _Inputs(options)
+    objects = load_lexicon(options.lexicon).objects
+    writer = PageWriter(folder, os.fsencode(options.data.name).decode("utf-8", "replace"))
+    worker = Worker(None if options.no_images else options.image_root, folder, options.lexicon)
+    for entry in tqdm(in_order(worker, inputs.tasks(), options.workers), desc="records", unit="record"):
+        inputs.count(entry)
         writer.add(entry)
     for record_id, lines in inputs.without_group():
         writer.add(refused_only(record_id, lines, objects))
@@ -96,19 +96,19 @@ def build_page(chosen: argparse.Namespace, folder: Path) -> Path:
 
 
 class _Inputs:
-    """The files of a page: groups one at a time, with the lines that belong to each; and what is wrong with them."""
+    """The input files of a page: tasks (group, refusals, scores), figures by source, warnings."""
 
-    def __init__(self, chosen: argparse.Namespace):
-        self.chosen = chosen
-        self._bad = {name: bad_records_from(chosen) for name in ("groups", "refused", "scores")}
-        if chosen.scores and not chosen.scores.exists():
-            raise ValueError(f"{chosen.scores} is missing; {SCORES_ADVICE}")
-        refused = sibling_path(chosen.data, "refused.jsonl")
+    def __init__(self, options: argparse.Namespace):
+        self.options = options
+        self._bad = {name: bad_records_from(options) for name in ("groups", "refused", "scores")}
+        if options.scores and not options.scores.exists():
+            raise ValueError(f"{options.scores} is missing; {SCORES_ADVICE}")
+        refused = sibling_path(options.data, "refused.jsonl")
         self._refused = LinesById(refused, check_refused, self._bad["refused"], REFUSED_ADVICE)
-        self._scores = LinesById(chosen.scores, token_scores, self._bad["scores"], SCORES_ADVICE)
+        self._scores = LinesById(options.scores, token_scores, self._bad["scores"], SCORES_ADVICE)
         for name, lines in (("refused", self._refused), ("scores", self._scores)):
-            self._bad[name].check_share(lines.num_lines, str(lines.path), advice="make it again")
-        self._summary = sibling_path(chosen.data, "summary.json")
+            self._bad[name].check_share(lines.num_lines, str(lines.path), advice="create the file again")
+        self._summary = sibling_path(options.data, "summary.json")
         self._known, self._summary_error = _usable_summary(self._summary)
         self.counting = Counting(changes=not self._known)
         self._with_group: set[str] = set()
@@ -116,7 +116,7 @@ class _Inputs:
         self._unseen: list[str] = []
 
     def tasks(self) -> Iterator[Task]:
-        groups = sample(iterate_groups(self.chosen.data, self._bad["groups"]), self.chosen.limit)
+        groups = sample(iterate_groups(self.options.data, self._bad["groups"]), self.options.limit)
         for number, group in enumerate(groups):
             refused = self._refused.get(group.id)
             if refused:
@@ -125,51 +125,53 @@ class _Inputs:
             yield Task(number, group, refused, self._scores.get(group.id))
 
     def without_group(self) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-        """Records of which everything was refused; none beside a sample."""
-        for record_id in () if self.chosen.limit else self._refused:
+        """Records whose completions were all refused; none if the page shows a sample."""
+        for record_id in () if self.options.limit else self._refused:
             if record_id not in self._with_group:
                 yield record_id, self._refused.get(record_id)
 
-    def look_at(self, entry: dict[str, Any]) -> None:
+    def count(self, entry: dict[str, Any]) -> None:
         self._num_scored += any("tokens" in completion for completion in entry["completions"])
         self._unseen += [image["error"] for image in entry["images"] if image["error"]]
 
     def figures(self, refused: Counter[tuple[str, str]]) -> tuple[list[SourceFigures], str]:
-        """The figures of each source, and where they come from."""
+        """The figures of each source, and their origin."""
         if self._known:
-            return self._known, f"Of all records, as bpo bootstrap counted them in {self._summary.name}."
+            return self._known, f"All records, as counted by bpo bootstrap in {self._summary.name}."
         by_source: dict[str, dict[str, int]] = {}
         for (source, reason), count in refused.items():
             by_source.setdefault(source, {})[reason] = count
-        what = f"Of the groups on this page, changes of {COUNTED_GROUPS:,} of them at most."
-        return self.counting.sources(by_source, load_lexicon(self.chosen.lexicon)), what
+        origin = f"The groups on this page; changes are counted in at most {COUNTED_GROUPS:,} of them."
+        return self.counting.sources(by_source, load_lexicon(self.options.lexicon)), origin
 
     def bad_records(self) -> BadRecords:
         return BadRecords("quarantine", 1.0, [problem for bad in self._bad.values() for problem in bad.problems])
 
     def warnings(self, folder: Path) -> Iterator[str]:
         if self._summary_error:
-            yield f"figures are counted here, for {self._summary_error}"
+            yield f"summary not used, figures counted from the groups: {self._summary_error}"
         problems = self.bad_records().problems
         if problems:
-            where = "on the page" if self.chosen.serve else f"in {folder / 'quarantine.jsonl'}"
-            yield f"left out: {len(problems):,} bad records, listed {where}; the first: {problems[0].detail}"
+            where = "on the page" if self.options.serve else f"in {folder / 'quarantine.jsonl'}"
+            yield f"skipped {len(problems):,} bad records, listed {where}; first: {problems[0].detail}"
         if self._unseen:
-            yield f"not shown: {len(self._unseen):,} images; the first: {self._unseen[0]}"
-        if self.chosen.scores and not self._num_scored:
-            yield f"no completion of {self.chosen.data} has scores in {self.chosen.scores}: are they of these groups?"
+            yield f"{len(self._unseen):,} images not shown; first: {self._unseen[0]}"
+        if self.options.scores and not self._num_scored:
+            yield f"{self.options.scores} has no scores for completions of {self.options.data}: is it the right file?"
 
 
 def _usable_summary(path: Path) -> tuple[list[SourceFigures], str]:
-    """The figures of a summary, or none and what is wrong with it."""
+    """The figures of a summary and an empty error, or no figures and the error."""
     try:
-        return [one for one in read_summary(path) if one.kept is not None or one.refused or one.similarity], ""
+        return [
+            source for source in read_summary(path) if source.kept is not None or source.refused or source.similarity
+        ], ""
     except (ValueError, OSError) as error:
         return [], str(error)
 
 
 def in_order(worker: Worker, tasks: Iterable[Task], num_processes: int) -> Iterator[dict[str, Any]]:
-    """The entries of all tasks in order; a bounded number of tasks is taken ahead."""
+    """Yields the entries of all tasks in order; prefetches a bounded number of tasks."""
     tasks = iter(tasks)
     batches = iter(lambda: list(islice(tasks, BATCH_RECORDS)), [])
     if num_processes <= 1:
@@ -191,6 +193,6 @@ def in_order(worker: Worker, tasks: Iterable[Task], num_processes: int) -> Itera
 
 
 def _prepare_process() -> None:
-    """Interrupts are the parent's; and a thread for each process, which share the cores."""
+    """Leaves SIGINT to the parent process, and uses one thread per process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)

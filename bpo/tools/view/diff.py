@@ -1,8 +1,8 @@
-"""A negative against its annotation, word by word, with the objects of a lexicon marked: what the page draws.
+"""Word-by-word diff of a negative against its annotation, with lexicon objects marked.
 
-A segment is `[op, text]` or `[op, text, object]`. Ops: `=` in both (and the space after what is not), `+` only in the
-negative, `-` only in the annotation; of a changed passage `x` is the annotation's side and `~`, right after it, the
-negative's.
+A segment is `[op, text]` or `[op, text, object]`. Ops: `=` in both texts (and the space after other segments), `+` only
+in the negative, `-` only in the annotation. A replaced passage is an `x` segment (annotation) followed by `~` segments
+(negative).
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from bpo.formats.lexicon import Mention, ObjectLexicon
 
 Segment = list[str]
 
-# Above so many pieces, common words are no anchors: time would grow with the square of their number.
+# Above this number of pieces, frequent words are not used as anchors: run time would be quadratic in their number.
 _LONG_PIECES = 2000
-# Scripts written without spaces, of which a character is a piece: Thai, Lao, Myanmar, Khmer, kana, Han.
+# Scripts written without spaces, in which each character is a piece: Thai, Lao, Myanmar, Khmer, kana, Han.
 _UNSPACED = (
     r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u31f0-\u31ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 )
 
 
 def _marks() -> str:
-    """Character class of what belongs to the character before it: vowel signs, accents, variation selectors."""
+    """Character class of marks that combine with the preceding character: vowel signs, accents, variation selectors."""
     codes = [c for c in (*range(0x300, 0x1F000), *range(0xE0100, 0xE01F0)) if unicodedata.category(chr(c))[0] == "M"]
     spans: list[list[int]] = []
     for code in codes:
@@ -33,7 +33,7 @@ def _marks() -> str:
             spans[-1][1] = code
         else:
             spans.append([code, code])
-    tones = "\\U0001f3fb-\\U0001f3ff"  # of skin
+    tones = "\\U0001f3fb-\\U0001f3ff"  # skin tones
     return "".join(f"\\U{first:08x}-\\U{last:08x}" for first, last in spans) + tones
 
 
@@ -42,10 +42,10 @@ def _piece_re() -> re.Pattern[str]:
     joiners = "\u200c\u200d"
     letter = rf"(?:[^\W_{_UNSPACED}][{marks}{joiners}]*)"
     word = rf"{letter}+(?:['’-]{letter}+)*"
-    # Flags are pairs of letters; a family or a profession is several emoji held together by joiners.
+    # Flags are pairs of letters; families and professions are several emoji connected by joiners.
     flag = "[\U0001f1e6-\U0001f1ff]{2}"
     single = rf"[^\s_][{marks}]*(?:\u200d[^\w\s][{marks}]*)*"
-    # White space goes with the piece before it, so that joined segments are the text.
+    # Whitespace belongs to the preceding piece, so that the joined segments equal the text.
     return re.compile(rf"(?:{word}|{flag}|{single}|_+)\s*|\s+")
 
 
@@ -53,7 +53,7 @@ _PIECE_RE = _piece_re()
 
 
 def diff_segments(annotation: str, response: str, lexicon: ObjectLexicon) -> list[Segment]:
-    """The `=`, `+` and `~` segments joined are `response`; `=`, `-` and `x` are `annotation`, but for white space."""
+    """Diff of two texts. `=`, `+`, `~` segments joined are `response`; `=`, `-`, `x` are `annotation` up to spaces."""
     before, after = _PIECE_RE.findall(annotation), _PIECE_RE.findall(response)
     matcher = SequenceMatcher(
         None, [_key(p) for p in before], [_key(p) for p in after], autojunk=max(len(before), len(after)) > _LONG_PIECES
@@ -71,12 +71,12 @@ def diff_segments(annotation: str, response: str, lexicon: ObjectLexicon) -> lis
 
 
 def plain_segments(text: str, lexicon: ObjectLexicon) -> list[Segment]:
-    """A text that is compared with nothing, objects marked."""
+    """A text without a diff, objects marked."""
     return list(_Marker(lexicon.mentions(text)).marked("=", text))
 
 
 class _Marker:
-    """Takes a text piece by piece, in order, and cuts each where a mention begins or ends."""
+    """Splits consecutive pieces of a text where an object mention begins or ends."""
 
     def __init__(self, mentions: Sequence[Mention]):
         self._mentions = mentions

@@ -1,4 +1,4 @@
-"""What the page shows of each record, as JSON: groups with their diffs, refusals, scores. Pure functions."""
+"""Page entries as JSON: groups with diffs, refused completions and scores. Pure functions."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from bpo.formats.lexicon import ObjectLexicon
 from bpo.records import Completion, PreferenceGroup, Turn
 from bpo.tools.view.diff import diff_segments, plain_segments
 
-SCORES_ADVICE = "write the file with `bpo score`"
+SCORES_ADVICE = "create the file with `bpo score`"
 REFUSED_ADVICE = "remove the line"
 
 
 @dataclass(frozen=True, slots=True)
 class TokenScores:
-    """Per-token log-probs of one completion: what `bpo score` writes.
+    """Per-token log-probs of one completion, as written by `bpo score`.
 
-    tokens: text of each response token, the end of the answer included.
-    policy, reference: natural log-probs, one a token.
+    tokens: text of each response token, including the end-of-sequence token.
+    policy, reference: natural log-probs, one per token.
     """
 
     tokens: tuple[str, ...]
@@ -34,30 +34,30 @@ class TokenScores:
 
 
 def token_scores(line: Mapping[str, Any]) -> dict[str, TokenScores]:
-    """Response -> scores, of one line that `bpo score` wrote.
+    """Response -> scores, from one line written by `bpo score`.
 
     Raises:
-        KeyError, TypeError, ValueError: The line has another form.
+        KeyError, TypeError, ValueError: The line has an unexpected format.
     """
     _ = line["id"]
     scores = {}
-    for one in line["completions"]:
-        tokens, policy, reference = (tuple(one[name]) for name in ("tokens", "policy", "reference"))
+    for completion in line["completions"]:
+        tokens, policy, reference = (tuple(completion[name]) for name in ("tokens", "policy", "reference"))
         if not len(tokens) == len(policy) == len(reference):
-            raise ValueError("tokens, policy and reference differ in number")
-        if not all(isinstance(token, str) for token in tokens) or not isinstance(one["response"], str):
-            raise TypeError("a token or response is no text")
+            raise ValueError("tokens, policy and reference differ in length")
+        if not all(isinstance(token, str) for token in tokens) or not isinstance(completion["response"], str):
+            raise TypeError("a token or response is not a string")
         if not all(isinstance(value, (int, float)) and math.isfinite(value) for value in (*policy, *reference)):
-            raise TypeError("a log-prob is no finite number")
-        scores[one["response"]] = TokenScores(tokens, policy, reference)
+            raise TypeError("a log-prob is not a finite number")
+        scores[completion["response"]] = TokenScores(tokens, policy, reference)
     return scores
 
 
 def check_refused(line: Mapping[str, Any]) -> None:
-    """Raises: KeyError, TypeError: A line of refused.jsonl has another form."""
+    """Validates a line of refused.jsonl. Raises: KeyError, TypeError."""
     for name in ("id", "source", "reason"):
         if not isinstance(line[name], str):
-            raise TypeError(f"field {name!r} is no text")
+            raise TypeError(f"field {name!r} is not a string")
 
 
 def entry_of(
@@ -67,42 +67,42 @@ def entry_of(
     lexicon: ObjectLexicon,
     pictures: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """One group as the page's script reads it.
+    """The page entry of a group.
 
     Args:
-        refused: What was refused of this record.
+        refused: Refused completions of this record.
         scores: Response -> scores.
         pictures: `images` [{path or None, name, error}], `weakened` {completion index: {paths, note}}.
     """
     best = max(group.completions, key=lambda completion: completion.score)
     completions = [_completion(c, best, lexicon, scores.get(c.response)) for c in group.completions]
-    for one in completions:
-        one["margin"] = _margin(one, completions)
+    for completion in completions:
+        completion["margin"] = _margin(completion, completions)
     return {
         "id": group.id,
         "prompt": [{"role": turn.role, "text": turn_text(turn)} for turn in group.prompt],
         "completions": completions,
-        "refused": [_refused(one, best.response, lexicon) for one in refused],
+        "refused": [_refused(line, best.response, lexicon) for line in refused],
         "note": "" if any(c.score < best.score for c in group.completions) else "no pair: all scores are equal",
         **pictures,
     }
 
 
 def refused_only(record_id: str, refused: Sequence[Mapping[str, Any]], lexicon: ObjectLexicon) -> dict[str, Any]:
-    """A record of which nothing was kept."""
+    """The page entry of a record without kept completions."""
     return {
         "id": record_id,
         "prompt": [],
         "completions": [],
-        "refused": [_refused(one, "", lexicon) for one in refused],
-        "note": "no group: everything of this record was refused",
+        "refused": [_refused(line, "", lexicon) for line in refused],
+        "note": "no group: all completions of this record were refused",
         "images": [],
         "weakened": {},
     }
 
 
 def turn_text(turn: Turn) -> str:
-    """The text of a turn, with `[image]` where an image stands."""
+    """The text of a turn, with `[image]` for each image."""
     return "".join(part.text if part.type == "text" else "[image] " for part in turn.content).strip()
 
 
@@ -111,7 +111,7 @@ def _completion(
 ) -> dict[str, Any]:
     is_best = completion is best
     provenance = completion.provenance.to_json() if completion.provenance else {}
-    # As text: a script's numbers have 53 bits.
+    # As strings: JavaScript numbers have 53 bits.
     provenance = {name: v if isinstance(v, str) else json.dumps(v) for name, v in provenance.items()}
     tree: dict[str, Any] = {
         "type": completion.type,
@@ -131,12 +131,12 @@ def _completion(
     return tree
 
 
-def _margin(one: Mapping[str, Any], completions: Sequence[Mapping[str, Any]]) -> float | None:
-    """The least log-ratio difference, better - this one: negative where a pair is still the wrong way round."""
-    if "log_ratio" not in one:
+def _margin(completion: Mapping[str, Any], completions: Sequence[Mapping[str, Any]]) -> float | None:
+    """Smallest log-ratio difference to a better completion, better - this; negative if a pair is ranked wrongly."""
+    if "log_ratio" not in completion:
         return None
-    better = [c["log_ratio"] for c in completions if c["score"] > one["score"] and "log_ratio" in c]
-    return round(min(better) - one["log_ratio"], 3) if better else None
+    better = [c["log_ratio"] for c in completions if c["score"] > completion["score"] and "log_ratio" in c]
+    return round(min(better) - completion["log_ratio"], 3) if better else None
 
 
 def _refused(entry: Mapping[str, Any], annotation: str, lexicon: ObjectLexicon) -> dict[str, Any]:

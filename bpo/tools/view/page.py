@@ -1,7 +1,7 @@
-"""Writes the page: an index of all records, chunks that the browser loads as they are looked at, texts to search.
+"""Writes the page: an index of all records, chunks that the browser loads on demand, texts for the search.
 
-Everything lies in one folder and works from a file: data are scripts that call one function with JSON. The policy of
-the page lets no other script run, and its own script puts text into the page as text.
+The page is one folder and works from file://: data files are scripts that call one function with JSON. The content
+security policy blocks all other scripts, and the page's own script inserts text only as text nodes.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from typing import Any
 from bpo.tools.view import plots
 from bpo.tools.view.plots import Statistics
 
-# A chunk is a page of records in the file's order; texts are found in larger files, for a search reads them all.
+# A chunk is one page of records in file order; search texts are in larger files, because a search reads all of them.
 CHUNK_RECORDS = 20
 TEXT_RECORDS = 1000
 ASSETS = ("view.css", "view.svg", "records.js", "view.js")
-# `file:` beside 'self': the origin of a page opened from a file is opaque, and nothing is 'self' to it.
+# `file:` in addition to 'self': a page opened from a file has an opaque origin, which 'self' does not match.
 POLICY = (
     "default-src 'none'; script-src 'self' file:; style-src 'self' file:; img-src 'self' file:; base-uri 'none'; "
     "form-action 'none'"
@@ -31,14 +31,14 @@ POLICY = (
 
 
 class PageWriter:
-    """Takes entries in order and writes chunks as they fill; `finish` writes index and page.
+    """Takes entries in order and writes each chunk when it is full; `finish` writes index and page.
 
     Args:
-        folder: Where the page goes; a page that lies there is replaced, anything else refused.
-        title: For people, such as the file's name.
+        folder: Output folder; an existing page is replaced.
+        title: Title of the page, such as the file name.
 
     Raises:
-        ValueError: the folder holds something else.
+        ValueError: The folder contains other files.
     """
 
     def __init__(self, folder: Path, title: str):
@@ -51,7 +51,7 @@ class PageWriter:
         self._texts: list[str] = []
 
     def add(self, entry: Mapping[str, Any]) -> None:
-        """Takes an entry of `entry_of` or `refused_only`."""
+        """Adds an entry made by `entry_of` or `refused_only`."""
         self._rows.append(self._row(entry))
         self._count(entry)
         self._chunk.append(entry)
@@ -62,13 +62,13 @@ class PageWriter:
             self._write_texts()
 
     def finish(self) -> Path:
-        """Writes what is left, the index and index.html, whose path it returns; `statistics` may be filled before."""
+        """Writes the remaining chunks, the index and index.html, and returns its path. Fill in `statistics` before."""
         if self._chunk:
             self._write_chunk()
         if self._texts:
             self._write_texts()
         sizes = {"chunk": CHUNK_RECORDS, "textChunk": TEXT_RECORDS}
-        names = {kind: list(one.numbers) for kind, one in self._names.items()}
+        names = {kind: list(of_kind.numbers) for kind, of_kind in self._names.items()}
         self._write_script("data/index.js", "bpoIndex", {**sizes, **names, "rows": self._rows})
         figures = json.dumps(plots.to_json(self.statistics), indent=1)
         (self.folder / "statistics.json").write_text(figures + "\n", encoding="ascii")
@@ -77,7 +77,7 @@ class PageWriter:
         return path
 
     def _row(self, entry: Mapping[str, Any]) -> list[Any]:
-        """What filters need of a record: id, [type, source, words, best, margin] of each completion, reasons."""
+        """A record's fields for the filters: id, [type, source, words, best, margin] of each completion, reasons."""
         types, sources, reasons = self._names.values()
         completions = [
             [types.number(c["type"]), sources.number(c["source"]), c["words"], int(c["best"]), c["margin"]]
@@ -106,13 +106,13 @@ class PageWriter:
         self._texts = []
 
     def _write_script(self, name: str, function: str, value: Any) -> None:
-        # ASCII JSON is a script whatever it says, and no byte of it ends one.
+        # ASCII JSON without `<` is valid in a script and cannot contain `</script>`.
         text = json.dumps(value, ensure_ascii=True, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
         (self.folder / name).write_text(f"{function}({text});\n", encoding="ascii")
 
 
 class _Names:
-    """Names by number: an index of many records says each name once."""
+    """Numbers the names, so that the index stores each name once."""
 
     def __init__(self) -> None:
         self.numbers: dict[str, int] = {}
@@ -122,30 +122,30 @@ class _Names:
 
 
 def searched_text(entry: Mapping[str, Any]) -> str:
-    """Id, file names, prompt, completions and refused texts, as the page's search compares them."""
+    """Id, file names, prompt, completions and refused texts, normalised for the page's search."""
 
-    def said(one: Mapping[str, Any]) -> str:
-        return "".join(segment[1] for segment in one["segments"] if segment[0] in "=+~")
+    def response(completion: Mapping[str, Any]) -> str:
+        return "".join(segment[1] for segment in completion["segments"] if segment[0] in "=+~")
 
     names: Iterable[str] = (entry["id"], *(image["name"] for image in entry["images"]))
     texts = (
         *(turn["text"] for turn in entry["prompt"]),
-        *map(said, entry["completions"]),
-        *map(said, entry["refused"]),
+        *map(response, entry["completions"]),
+        *map(response, entry["refused"]),
     )
     return unicodedata.normalize("NFC", "\n".join((*names, *texts)).lower())
 
 
 def prepare_folder(folder: Path) -> None:
-    """Makes a folder ready for a page, and empties it of an older one.
+    """Creates the folder of a page, or removes the previous page from it.
 
     Raises:
-        ValueError: it holds something that is no page.
+        ValueError: The folder is not empty and contains no page.
     """
     if folder.exists() and any(folder.iterdir()):
         if not (folder / "view.js").exists():
-            raise ValueError(f"{folder} holds something that is no page; give another folder with --out")
-        (folder / "index.html").unlink(missing_ok=True)  # until the new one is whole
+            raise ValueError(f"{folder} contains files that are not a page; give another folder with --out")
+        (folder / "index.html").unlink(missing_ok=True)  # until the new page is complete
         for name in ("data", "images"):
             shutil.rmtree(folder / name, ignore_errors=True)
     for name in ("data", "images"):
@@ -155,7 +155,7 @@ def prepare_folder(folder: Path) -> None:
 
 
 def render(title: str, statistics: Statistics) -> str:
-    """The HTML: head with its policy, statistics, and the empty places that the script fills."""
+    """The HTML: head with the policy, statistics, and empty elements that the script fills."""
     fill = {
         "policy": POLICY,
         "title": html.escape(title),
@@ -165,8 +165,8 @@ def render(title: str, statistics: Statistics) -> str:
         "left_out": plots.left_out(statistics.problems),
     }
     template = _asset("view.html").read_text(encoding="utf-8")
-    # In one pass: a title may spell a place of the template.
-    return re.sub(r"\{\{(\w+)\}\}", lambda place: str(fill[place.group(1)]), template)
+    # In one pass: a title may contain a placeholder of the template.
+    return re.sub(r"\{\{(\w+)\}\}", lambda placeholder: str(fill[placeholder.group(1)]), template)
 
 
 def _asset(name: str) -> Any:

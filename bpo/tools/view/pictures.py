@@ -1,4 +1,4 @@
-"""Small JPEGs of a group's images and of their weakened versions, made again from the provenance."""
+"""Thumbnails of a group's images and of their weakened versions, reproduced from the provenance."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from bpo.records import PreferenceGroup
 
 SIDE_PIXELS = 320
 JPEG_QUALITY = 82
-# Noise hardly compresses, and nobody looks for detail in it.
+# Noise compresses badly and has no detail to inspect.
 NOISE_SIDE_PIXELS = 224
 NOISE_JPEG_QUALITY = 65
 _KINDS = {"weakened-image": "noise", "cropped-image": "crop", "masked-image": "mask"}
-APPROXIMATION = "an approximation: the noise was added to normalised pixels; here it is added to the picture"
+APPROXIMATION = "approximation: the noise was added to normalised pixels, here it is added to the image"
 
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """A completion that saw weakened images: its index among the group's, what was done, what to say of it."""
+    """A completion generated from weakened images: its index in the group, the weakening, a note for the caption."""
 
     index: int
     weakening: Weakening
@@ -32,7 +32,7 @@ class Shown:
 
 
 def weakenings_of(group: PreferenceGroup) -> list[Shown]:
-    """The weakenings that the provenance of the group's completions tells of."""
+    """The weakenings recorded in the provenance of the group's completions."""
     found = []
     for index, completion in enumerate(group.completions):
         provenance = completion.provenance
@@ -49,27 +49,27 @@ def weakenings_of(group: PreferenceGroup) -> list[Shown]:
 
 
 def no_pictures(group: PreferenceGroup) -> dict[str, Any]:
-    """What `make_pictures` returns, without pictures."""
+    """The result of `make_pictures` without pictures."""
     return {"images": [{"path": None, "name": name, "error": ""} for name in group.images], "weakened": {}}
 
 
 def make_pictures(
     number: int, group: PreferenceGroup, root: Path, folder: Path, options: WeakenConfig
 ) -> dict[str, Any]:
-    """`images` and `weakened`, as `entry_of` takes them; files go to `folder`/images and begin with `number`."""
+    """Writes the pictures to `folder`/images/`number`-*.jpg; returns `images` and `weakened` for `entry_of`."""
     made: dict[str, Any] = {"images": [], "weakened": {}}
     pictures: list[tuple[Image.Image, Image.Image]] = []
     for place, name in enumerate(group.images):
-        one: dict[str, Any] = {"path": None, "name": name, "error": ""}
+        image: dict[str, Any] = {"path": None, "name": name, "error": ""}
         try:
             picture = load_image(root, name)
         except ImageError as error:
-            one["error"] = str(error)
+            image["error"] = str(error)
         else:
             small = _small(picture)
-            one["path"] = _save(small, folder, f"images/{number:07}-{place}.jpg")
+            image["path"] = _save(small, folder, f"images/{number:07}-{place}.jpg")
             pictures.append((picture, small))
-        made["images"].append(one)
+        made["images"].append(image)
     if not pictures or len(pictures) < len(group.images):
         return made  # the noise of the second image depends on the first
     for shown in weakenings_of(group):
@@ -81,7 +81,7 @@ def make_pictures(
                 noised = weakener(_small(small, NOISE_SIDE_PIXELS))
                 paths.append(_save(noised, folder, name, NOISE_JPEG_QUALITY))
             else:
-                # A crop shows a part, which must keep its detail; a mask looks the same on the small picture.
+                # Cropping the full image keeps detail; a mask looks the same on the thumbnail.
                 source = picture if shown.weakening.kind == "crop" else small
                 paths.append(_save(_small(weakener(source)), folder, name))
         made["weakened"][str(shown.index)] = {"paths": paths, "note": shown.note}

@@ -1,4 +1,4 @@
-"""The statistics on top of the page, as HTML: every text escaped, every plot with its figures as text."""
+"""Statistics at the top of the page, as HTML: all text is escaped, every plot also has its figures as text."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ MOST_LISTED = 50
 
 @dataclass
 class Statistics:
-    """What is plotted.
+    """The plotted figures.
 
     Attributes:
         num_records: Records of the page.
-        completions: Type -> completions.
-        lengths: Type -> percentiles (5, 50, 95) of words.
-        refused: (source, reason) -> refused completions.
-        margins: Whole nats of the least margin of a group -> groups.
-        sources: By source.
-        origin: Where those figures come from.
-        problems: Records that were left out.
+        completions: Type -> number of completions.
+        lengths: Type -> percentiles (5, 50, 95) of the number of words.
+        refused: (source, reason) -> number of refused completions.
+        margins: Smallest margin of a group, rounded to nats -> number of groups.
+        sources: Figures by source of negatives.
+        origin: Description of the records behind `sources`.
+        problems: Skipped records.
     """
 
     num_records: int = 0
@@ -52,41 +52,41 @@ def to_json(statistics: Statistics) -> dict[str, Any]:
         },
         "refused": [[source, reason, count] for (source, reason), count in statistics.refused.most_common()],
         "smallest_margin_nats": dict(sorted(statistics.margins.items())),
-        "sources": [asdict(one) for one in statistics.sources],
+        "sources": [asdict(source) for source in statistics.sources],
         "bad_records": len(statistics.problems),
     }
 
 
 def lead(statistics: Statistics) -> Markup:
-    """One line of counts."""
+    """The line of counts."""
     parts = [_number(statistics.num_records, "record"), _number(statistics.completions.total(), "completion")]
     if statistics.refused:
         parts.append(f"{statistics.refused.total():,} refused")
     if statistics.problems:
-        parts.append(f"{len(statistics.problems):,} bad, left out")
+        parts.append(f"{len(statistics.problems):,} bad, skipped")
     return Markup(" · ").join(parts)
 
 
 def overview(statistics: Statistics) -> Markup:
-    """The plots that are always seen."""
+    """The plots that are always visible."""
     types = statistics.completions.most_common(MOST_ROWS)
     charts = [_figure("Completions by type", share_bars("completions by type", types))]
     lengths = [(kind, values) for kind, values in statistics.lengths.items() if len(values) == 3][:MOST_ROWS]
     if lengths:
-        title = "Words of a completion: 5 % to 95 % of them, median marked"
-        charts.append(_figure(title, range_bars("words of a completion, 5th, 50th and 95th percentile", lengths)))
+        title = "Words per completion: 5th to 95th percentile, median marked"
+        charts.append(_figure(title, range_bars("words per completion, 5th, 50th and 95th percentile", lengths)))
     if statistics.refused:
         rows = [(f"{source}: {why}", count) for (source, why), count in statistics.refused.most_common(MOST_ROWS)]
         charts.append(_figure("Refused, by source and reason", share_bars("refused", rows)))
     if statistics.margins:
-        title = "Smallest margin of a group, nats; below 0 a pair is the wrong way round"
-        charts.append(_figure(title, histogram("smallest margin of a group in nats", statistics.margins)))
+        title = "Smallest margin per group, nats; below 0, a pair is ranked wrongly"
+        charts.append(_figure(title, histogram("smallest margin per group in nats", statistics.margins)))
     return Markup("").join(charts)
 
 
 def by_source(statistics: Statistics) -> Markup:
-    """A folded block of plots for each source."""
-    blocks = [_source(one) for one in statistics.sources]
+    """A collapsed block of plots for each source."""
+    blocks = [_source(source) for source in statistics.sources]
     blocks = [block for block in blocks if block]
     if not blocks:
         return Markup("")
@@ -95,35 +95,35 @@ def by_source(statistics: Statistics) -> Markup:
 
 
 def left_out(problems: Sequence[Problem]) -> Markup:
-    """The bad records, folded."""
+    """The bad records, collapsed."""
     if not problems:
         return Markup("")
     rows = Markup("").join(
         Markup("<li><b>{}</b> {}</li>").format(problem.code, problem.detail) for problem in problems[:MOST_LISTED]
     )
     more = len(problems) - MOST_LISTED
-    rest = Markup("<p>{:,} more in quarantine.jsonl, beside this page.</p>").format(more) if more > 0 else Markup("")
-    title = f"Left out: {_number(len(problems), 'bad record')}"
+    rest = Markup("<p>{:,} more in quarantine.jsonl, next to this page.</p>").format(more) if more > 0 else Markup("")
+    title = f"Skipped: {_number(len(problems), 'bad record')}"
     return Markup('<details class="left-out"><summary>{}</summary><ul dir="auto">{}</ul>{}</details>').format(
         title, rows, rest
     )
 
 
-def _source(one: SourceFigures) -> Markup:
-    name = f"{one.name} ({one.type})" if one.type and one.type != one.name else one.name
-    facts = [] if one.kept is None else [f"{one.kept:,} kept"]
-    num_refused = sum(one.refused.values())
+def _source(source: SourceFigures) -> Markup:
+    name = f"{source.name} ({source.type})" if source.type and source.type != source.name else source.name
+    facts = [] if source.kept is None else [f"{source.kept:,} kept"]
+    num_refused = sum(source.refused.values())
     if num_refused:
-        share = "" if one.kept is None else f" ({100 * num_refused / (one.kept + num_refused):.0f} %)"
+        share = "" if source.kept is None else f" ({100 * num_refused / (source.kept + num_refused):.0f} %)"
         facts.append(f"{num_refused:,} refused{share}")
-    if len(one.words) == 3:
-        facts.append("words {} / {} / {} (p5 / p50 / p95)".format(*one.words))
+    if len(source.words) == 3:
+        facts.append("words {} / {} / {} (p5 / p50 / p95)".format(*source.words))
     charts = [
-        _shares("Refused, by reason", name, one.refused),
-        _similarity(name, one.similarity),
-        _shares("What changed: negatives with such a change", name, one.kinds),
-        _shares("Objects added", name, one.added),
-        _shares("Objects dropped", name, one.dropped),
+        _shares("Refused, by reason", name, source.refused),
+        _similarity(name, source.similarity),
+        _shares("Negatives by kind of change", name, source.kinds),
+        _shares("Objects added", name, source.added),
+        _shares("Objects dropped", name, source.dropped),
     ]
     if not any(charts):
         return Markup("")
@@ -144,7 +144,7 @@ def _similarity(source: str, bins: Sequence[int]) -> Markup:
         at: f"{100 * at // len(bins)}–{100 * (at + 1) // len(bins)} %" for at in (0, len(bins) // 2, len(bins) - 1)
     }
     summary = "; ".join(f"{100 * at // len(bins)} % or more: {count}" for at, count in enumerate(bins) if count)
-    title = "Similarity to the annotation: words kept in place"
+    title = "Similarity to the annotation: share of words kept in place"
     return _figure(title, columns(f"{source}: {title}: {summary}", bins, labels))
 
 

@@ -1,4 +1,4 @@
-"""Groups one at a time or as a sample, and the lines that belong to them, in memory that a long file does not fill."""
+"""Random access to the lines of a JSONL file by record id; only the offsets are in memory."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from bpo.formats.bad_records import BadRecords
 from bpo.formats.problems import Problem
 
 Entry = dict[str, Any]
-# Bytes of the longest line read: as `bpo.data` bounds a record.
+# Longest line read, in bytes: the record limit of `bpo.formats`.
 MAX_LINE_BYTES = 64 << 20
 
 
 class LinesById:
-    """The objects of a JSONL file by their `id`. Places are in memory; lines are read when they are asked for.
+    """The objects of a JSONL file by their `id`. Offsets are in memory; lines are read on access.
 
     Args:
-        path: The file; None, or one that is not there, has no line.
-        check: Raises KeyError, TypeError or ValueError for an object of another form.
-        bad: Takes lines that cannot be used.
-        advice: What to do about them.
+        path: The file; None and a missing file count as empty.
+        check: Raises KeyError, TypeError or ValueError for an invalid object.
+        bad: Collects invalid lines.
+        advice: The fix, appended to the messages about invalid lines.
 
     Raises:
-        RecordError: `bad.on_bad` is error, and a line cannot be used.
+        RecordError: `bad.on_bad` is error, and a line is invalid.
     """
 
     def __init__(self, path: Path | None, check: Callable[[Entry], object], bad: BadRecords, advice: str):
@@ -60,11 +60,11 @@ class LinesById:
             self._places.setdefault(str(entry["id"]), array("Q")).append(offset)
 
     def __iter__(self) -> Iterator[str]:
-        """The ids, in the file's order."""
+        """The ids, in file order."""
         return iter(self._places)
 
     def get(self, record_id: str) -> list[Entry]:
-        """The objects of a record, in the file's order."""
+        """The objects of a record, in file order."""
         places = self._places.get(record_id)
         if not places or self.path is None:
             return []
@@ -80,9 +80,9 @@ def _parsed(line: bytes) -> Entry:
     entry = json.loads(line, parse_constant=_refuse_constant)
     if not isinstance(entry, dict):
         raise ValueError("not an object")
-    json.dumps(entry, ensure_ascii=False).encode("utf-8")  # half a surrogate pair has no place in a page
+    json.dumps(entry, ensure_ascii=False).encode("utf-8")  # raises ValueError for unpaired surrogates
     return entry
 
 
 def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} stands for a number")
+    raise ValueError(f"{name} is not a valid JSON number")

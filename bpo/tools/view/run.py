@@ -1,12 +1,11 @@
-"""A page on which people look at preference groups.
+"""An HTML page for inspecting preference groups.
 
-    bpo view groups.jsonl --image-root IMAGES --out page      # then open page/index.html; nothing else is needed
-    bpo view groups.jsonl --image-root IMAGES --serve         # on 127.0.0.1, for instance over ssh -L
+    bpo view groups.jsonl --image-root IMAGES --out page      # then open page/index.html
+    bpo view groups.jsonl --image-root IMAGES --serve         # on 127.0.0.1, for example over ssh -L
 
-Beside every image stand its weakened version, the prompt, the annotation and each negative with what it adds, drops and
-changes. Refused negatives are read from groups.jsonl.refused.jsonl and the figures of each source from
-groups.jsonl.summary.json, where those lie beside; `--scores FILE` (from `bpo score`) colours tokens by how training
-moved them.
+The page shows every image with its weakened version, the prompt, the annotation and the diff of each negative. Refused
+negatives are read from groups.jsonl.refused.jsonl and statistics by source from groups.jsonl.summary.json, if they
+exist. `--scores FILE` (from `bpo score`) colours tokens by their log-ratio of policy to reference.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from bpo.tools.view.build import build_page
 from bpo.tools.view.serve import server_of
 
 
-def options(argv: list[str]) -> argparse.Namespace:
+def parse_options(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="bpo view", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -35,29 +34,29 @@ def options(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--image-root", type=Path, default=Path("."), help="folder that image paths are relative to")
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--out", type=Path, help="folder of the page (default: DATA.page)")
-    where.add_argument("--serve", action="store_true", help="serve it on 127.0.0.1 and remove it at the end")
-    parser.add_argument("--port", type=int, default=8765, help="with --serve (default: %(default)s; 0: any free one)")
-    parser.add_argument("--limit", type=int, default=0, help="show a random sample of so many groups; 0: all")
-    parser.add_argument("--scores", type=Path, help="per-token log-probs that `bpo score` wrote")
+    where.add_argument("--serve", action="store_true", help="serve the page on 127.0.0.1, delete it afterwards")
+    parser.add_argument("--port", type=int, default=8765, help="with --serve (default: %(default)s; 0: any free port)")
+    parser.add_argument("--limit", type=int, default=0, help="number of groups, drawn at random; 0: all")
+    parser.add_argument("--scores", type=Path, help="per-token log-probs written by `bpo score`")
     parser.add_argument("--no-images", action="store_true", help="texts only")
-    parser.add_argument("--lexicon", default="", help="objects to mark: a file as bpo/bootstrap/lexicon/en.yaml")
+    parser.add_argument("--lexicon", default="", help="objects to mark, in the format of bpo/bootstrap/lexicon/en.yaml")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: %(default)s)")
     add_bad_record_options(parser)
-    chosen = parser.parse_args(argv)
+    options = parser.parse_args(argv)
     for name in ("limit", "workers", "port"):
-        if getattr(chosen, name) < 0:
-            parser.error(f"--{name} is {getattr(chosen, name)}; it must be 0 or more")
-    return chosen
+        if getattr(options, name) < 0:
+            parser.error(f"--{name} is {getattr(options, name)}; it must be 0 or more")
+    return options
 
 
-def serve(chosen: argparse.Namespace) -> None:
+def serve(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(prefix="bpo-view-") as temporary:
-        # The port first: building may take minutes.
-        with server_of(Path(temporary), chosen.port) as server:
-            build_page(chosen, Path(temporary))
+        # Bind the port first: building may take minutes.
+        with server_of(Path(temporary), options.port) as server:
+            build_page(options, Path(temporary))
             port = server.server_address[1]
             print(
-                f"http://127.0.0.1:{port}/  (over ssh: ssh -L {port}:127.0.0.1:{port} HOST; ends with Ctrl-C)",
+                f"http://127.0.0.1:{port}/  (over ssh: ssh -L {port}:127.0.0.1:{port} HOST; stop with Ctrl-C)",
                 flush=True,
             )
             server.serve_forever()
@@ -65,7 +64,7 @@ def serve(chosen: argparse.Namespace) -> None:
 
 @contextmanager
 def _ends_like_ctrl_c() -> Iterator[None]:
-    """A closed terminal or a scheduler's end removes the temporary folder, too."""
+    """Turns SIGTERM and SIGHUP into KeyboardInterrupt, so that the temporary folder is removed."""
 
     def stop(number: int, frame: Any) -> None:
         raise KeyboardInterrupt
@@ -79,16 +78,16 @@ def _ends_like_ctrl_c() -> Iterator[None]:
 
 
 def main(argv: list[str]) -> int:
-    chosen = options(argv)
+    options = parse_options(argv)
     try:
         with _ends_like_ctrl_c():
-            if chosen.serve:
-                serve(chosen)
+            if options.serve:
+                serve(options)
             else:
-                print(build_page(chosen, chosen.out or sibling_path(chosen.data, "page")).resolve())
+                print(build_page(options, options.out or sibling_path(options.data, "page")).resolve())
     except KeyboardInterrupt:
         print(file=sys.stderr)
-        return 0 if chosen.serve else 130
+        return 0 if options.serve else 130
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -1,6 +1,6 @@
-"""Serves a page to this machine alone: 127.0.0.1, its own files, nothing written.
+"""Read-only HTTP server for a page, on 127.0.0.1 only.
 
-Over ssh: `ssh -L 8765:127.0.0.1:8765 HOST`, and open http://127.0.0.1:8765/ here.
+Over ssh: `ssh -L 8765:127.0.0.1:8765 HOST`, then open http://127.0.0.1:8765/ locally.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ LOCAL_NAMES = ("127.0.0.1", "localhost")
 
 
 class _Handler(SimpleHTTPRequestHandler):
-    """GET and HEAD of files, to callers that asked for this machine by its own name."""
+    """GET and HEAD of files, for requests whose Host header is a local name."""
 
-    timeout = 60.0  # a connection on which nothing is asked is closed
+    timeout = 60.0  # closes idle connections
 
     def send_head(self) -> Any:
-        # A web page of another site may make its name point here; the browser then sends that name.
+        # Against DNS rebinding: another site's name may resolve to this address, and the browser then sends that name.
         names = [host.rsplit(":", 1)[0] for host in self.headers.get_all("Host") or [""]]
         if len(names) > 1 or names[0] not in LOCAL_NAMES:
-            self.send_error(HTTPStatus.FORBIDDEN, "ask for 127.0.0.1")
+            self.send_error(HTTPStatus.FORBIDDEN, "use http://127.0.0.1")
             return None
         if "\0" in self.translate_path(self.path):
             self.send_error(HTTPStatus.NOT_FOUND, "no such file")
@@ -52,20 +52,20 @@ class _Handler(SimpleHTTPRequestHandler):
 
 class _Server(ThreadingHTTPServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A browser that goes away in the middle of a file is no error of ours."""
+        """Ignores errors of a connection, such as a browser that disconnects."""
 
 
 def server_of(folder: Path, port: int) -> ThreadingHTTPServer:
-    """A server of `folder` on 127.0.0.1; port 0 takes any free one.
+    """Creates a server of `folder` on 127.0.0.1; port 0 selects any free port.
 
     Raises:
-        ValueError: The port is in use, or may not be used.
+        ValueError: The port is in use or not permitted.
     """
     try:
         return _Server(("127.0.0.1", port), partial(_Handler, directory=str(folder)))
     except (OSError, OverflowError) as error:
-        reasons = {errno.EADDRINUSE: "is in use", errno.EACCES: "is for the administrator alone"}
+        reasons = {errno.EADDRINUSE: "is in use", errno.EACCES: "requires root"}
         reason = reasons.get(getattr(error, "errno", None) or 0, f"cannot be used ({error})")
         raise ValueError(
-            f"port {port} of 127.0.0.1 {reason}; give another with --port, or 0 for any free one"
+            f"port {port} of 127.0.0.1 {reason}; give another port with --port, or 0 for any free port"
         ) from error

@@ -1,4 +1,4 @@
-"""What the page says of each source of negatives: from the summary that `bpo bootstrap` wrote, or counted here."""
+"""Figures of each source of negatives, read from the summary of `bpo bootstrap` or counted from the groups."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from bpo.bootstrap.completion_types import COMPLETION_TYPES
 from bpo.bootstrap.job.statistics import SIMILARITY_BINS, SourceStatistics, percentile
 from bpo.records import PreferenceGroup
 
-# Counting changes takes about as long as a diff: of more groups, so many are drawn.
+# Changes are counted in a sample of at most this many groups, because counting costs as much as a diff.
 COUNTED_GROUPS = 1000
 LONGEST_COUNTED_WORDS = 2000  # comparing longer texts may take seconds
 PERCENTS = (5, 50, 95)
@@ -23,16 +23,16 @@ PERCENTS = (5, 50, 95)
 
 @dataclass(frozen=True, slots=True)
 class SourceFigures:
-    """One source of negatives.
+    """Figures of one source of negatives.
 
     Attributes:
-        name: Of `bootstrap.sources`, or the type of the completions where no summary says more.
-        type: Of its completions in groups; empty for what is no source of negatives.
-        kept: Negatives kept; None where it is not known.
-        refused: Reason -> refused.
-        words: 5th, 50th and 95th percentile of their lengths.
-        similarity: Negatives that keep 0-10 %, 10-20 % ... of the longer text's words in place.
-        kinds, added, dropped: What changed, objects that came, objects that went -> negatives.
+        name: A name in `bootstrap.sources`; without a summary, the type of the completions.
+        type: Type of its completions in groups; empty if it is not a source of negatives.
+        kept: Number of negatives kept; None if unknown.
+        refused: Reason -> number of refused completions.
+        words: 5th, 50th and 95th percentile of the number of words.
+        similarity: Number of negatives that keep 0-10 %, 10-20 % ... of the longer text's words in place.
+        kinds, added, dropped: Kind of change, object added, object dropped -> number of negatives.
     """
 
     name: str
@@ -47,10 +47,10 @@ class SourceFigures:
 
 
 def read_summary(path: Path) -> list[SourceFigures]:
-    """The sources of a `GROUPS.summary.json`; none where there is no such file.
+    """The sources in a `GROUPS.summary.json`; empty if the file does not exist.
 
     Raises:
-        ValueError: The file has another form.
+        ValueError: The file has an unexpected format.
     """
     if not path.exists():
         return []
@@ -58,7 +58,7 @@ def read_summary(path: Path) -> list[SourceFigures]:
         tree = json.loads(path.read_text(encoding="utf-8"))
         kept, refused, statistics = (_dict(tree.get(name)) for name in ("kept", "refused", "statistics"))
     except (AttributeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: {error}; bpo bootstrap writes it") from error
+        raise ValueError(f"{path}: {error}; recreate it with bpo bootstrap") from error
     return [
         _figures(name, kept.get(name), refused.get(name), statistics.get(name))
         for name in dict.fromkeys((*kept, *statistics, *refused))
@@ -96,7 +96,7 @@ def _is_count(value: Any) -> bool:
 
 
 class Counting:
-    """Counts types and lengths of the groups that pass, and changes in a sample of them.
+    """Counts types and lengths in all added groups, and changes in a sample of them.
 
     Args:
         changes: Whether to keep a sample for `sources`.
@@ -126,19 +126,19 @@ class Counting:
         return {kind: tuple(percentile(self.words[kind], p) or 0 for p in PERCENTS) for kind in types}
 
     def sources(self, refused: Mapping[str, Mapping[str, int]], lexicon: ChangeLexicon) -> list[SourceFigures]:
-        """By type of completion, against the group's best; `refused` is source -> reason -> completions."""
+        """Figures by completion type, relative to the group's best; `refused`: source -> reason -> completions."""
         counted: dict[str, SourceStatistics] = {}
         for group in self._sample:
             best = max(group.completions, key=lambda completion: completion.score)
             for completion in group.completions:
                 longest = max(len(text.split()) for text in (best.response, completion.response))
                 if completion.score < best.score and longest <= LONGEST_COUNTED_WORDS:
-                    one = counted.setdefault(completion.type, SourceStatistics())
-                    one.add(best.response, completion.response, lexicon)
+                    statistics = counted.setdefault(completion.type, SourceStatistics())
+                    statistics.add(best.response, completion.response, lexicon)
         types = {COMPLETION_TYPES.get(source, source): source for source in refused}
         figures = []
         for kind in dict.fromkeys((*sorted(counted), *sorted(types))):
-            statistics = counted[kind].to_json() if kind in counted else {}
+            changes = counted[kind].to_json() if kind in counted else {}
             kept = self.words[kind].total() if kind in self.words else None
-            figures.append(_figures(kind, kept, refused.get(types.get(kind, "")), statistics))
+            figures.append(_figures(kind, kept, refused.get(types.get(kind, "")), changes))
         return figures

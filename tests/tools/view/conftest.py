@@ -1,4 +1,4 @@
-"""A file of groups, the page of it, and a browser."""
+"""Fixtures: a groups file, its page, a browser tab."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Groups to look at: some of each kind, one of them hostile, with refusals and scores."""
+"""Sample groups of each kind, one of them hostile, with refusals and scores."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def group(number: int, annotation: str, negatives: dict[str, str], prompt: str =
 
 
 def scored(completion: Completion, gain: float) -> dict[str, Any]:
-    """Every token `gain` nats likelier than the reference has it; of injected errors, twice that."""
+    """Scores with a log-ratio of `gain` nats per token; twice that for injected errors."""
     tokens = completion.response.split(" ")
     gain *= 2 if completion.type == "llm-hal" else 1
     reference = [-1.0] * len(tokens)
@@ -62,22 +62,23 @@ def write_data(folder: Path) -> Path:
         {"id": "gone", "source": "weaken", "reason": "empty", "detail": "there is no text", "text": ""},
     ]
     scores = [
-        {"id": one.id, "completions": [scored(c, n) for c in one.completions]} for n, one in enumerate(groups[:10])
+        {"id": record.id, "completions": [scored(c, n) for c in record.completions]}
+        for n, record in enumerate(groups[:10])
     ]
     write_lines(folder / "groups.jsonl.refused.jsonl", refused)
     write_lines(folder / "scores.jsonl", scores)
-    return write_lines(folder / "groups.jsonl", [group_to_json(one) for one in groups])
+    return write_lines(folder / "groups.jsonl", [group_to_json(record) for record in groups])
 
 
 def view(data: Path, *more: str) -> Path:
-    """The page of `data`, in the folder `page` beside it."""
+    """Creates the page of `data` in the folder `page` next to it."""
     out = data.parent / "page"
     assert main([str(data), "--image-root", str(data.parent), "--out", str(out), "--workers", "1", *more]) == 0
     return out
 
 
 def entries(page: Path) -> list[dict[str, Any]]:
-    """All records of a page, as its script reads them."""
+    """All entries of a page."""
     found = []
     for chunk in sorted((page / "data").glob("[0-9]*.js")):
         text = chunk.read_text(encoding="ascii")

@@ -1,4 +1,4 @@
-"""Takes the pictures of docs/data.md from the two pages of its walk-through.
+"""Takes the screenshots for docs/data.md from the two pages of its walk-through.
 
 python -m tests.tools.view.take_pictures mine/page mine/scored docs/images
 """

@@ -74,7 +74,7 @@ def test_groups_pictures_and_diffs_are_shown_and_no_text_runs(opened: Tab, tmp_p
 
 
 def test_an_injected_script_would_be_stopped_by_the_policy(opened: Tab) -> None:
-    """Were a text ever put in as markup, the policy of the page would not let it run."""
+    """Even if text were inserted as markup, the policy of the page would block it."""
     tab = opened
     tab.run("document.querySelector('main').insertAdjacentHTML('beforeend', '<img src=x onerror=window.pwned=3>'); 0")
     tab.run("const s = document.createElement('script'); s.textContent = 'window.pwned=4'; document.body.append(s); 0")
@@ -93,7 +93,7 @@ def test_the_served_page_is_the_same(page: Path, tab: Tab) -> None:
     assert tab.complaints() == []
 
 
-def test_filters_hold_together_and_have_an_address(opened: Tab) -> None:
+def test_filters_combine_and_are_in_the_url(opened: Tab) -> None:
     tab = opened
     for address, count in (
         ("refused=reason%3Ainject%3A+unchanged", 1),
@@ -127,7 +127,7 @@ def test_filters_hold_together_and_have_an_address(opened: Tab) -> None:
     ]
 
 
-def test_what_was_searched_for_is_marked_across_a_diff_and_nothing_else(opened: Tab) -> None:
+def test_search_matches_are_highlighted_across_a_diff(opened: Tab) -> None:
     tab = opened
     assert passing(tab, "search=a+zebra+and+7") == 1
     assert tab.run("[...CSS.highlights.get('found')].map(r => r.toString())") == ["A ", "zebra", " ", "and 7"]
@@ -140,7 +140,7 @@ def test_the_keyboard_does_everything(opened: Tab) -> None:
     tab.press("k")
     assert tab.run("document.activeElement.getAttribute('aria-label')") == "r001"
     for _ in range(20):
-        tab.press("j")  # as fast as a key that is held down
+        tab.press("j")  # as fast as a held key
     tab.until("document.activeElement.getAttribute('aria-label') === 'r021'")
     assert tab.run("location.hash") == "#page=2"
     tab.press("t")
@@ -153,7 +153,7 @@ def test_the_keyboard_does_everything(opened: Tab) -> None:
         tab.press(key)
     shown(tab, 1)
     tab.press("Escape")
-    assert len(texts_of(tab, "main .token.more")) == 2 * 5 + 2  # three nats a token
+    assert len(texts_of(tab, "main .token.more")) == 2 * 5 + 2  # three nats per token
     tab.press("Escape")
     shown(tab, 20)
     tab.press("r")
@@ -175,7 +175,7 @@ def test_the_keyboard_does_everything(opened: Tab) -> None:
     tab.until("!document.querySelector('#help').open")
 
 
-def test_a_new_page_begins_at_its_top_and_nothing_covers_what_has_the_focus(opened: Tab) -> None:
+def test_a_new_page_starts_at_the_top_and_the_focus_is_never_covered(opened: Tab) -> None:
     tab = opened
     tab.run("scrollTo(0, document.body.scrollHeight); new Promise(done => setTimeout(done, 50))")
     tab.press("n")
@@ -185,7 +185,7 @@ def test_a_new_page_begins_at_its_top_and_nothing_covers_what_has_the_focus(open
     for _ in range(3):
         tab.press("j")
     tab.until("document.activeElement.getAttribute('aria-label') === 'r022'")
-    covered = "(([bar, one]) => one.top < bar.bottom)(['#filters', 'article:focus']"
+    covered = "(([bar, article]) => article.top < bar.bottom)(['#filters', 'article:focus']"
     assert not tab.run(f"{covered}.map(s => document.querySelector(s).getBoundingClientRect()))")
 
 
@@ -215,7 +215,7 @@ def test_added_dropped_and_changed_differ_without_colour(tmp_path: Path, tab: Ta
 
 
 def awkward_groups() -> list[dict[str, Any]]:
-    """Texts that break pages: controls, direction marks, right to left, long, many, hostile names."""
+    """Texts that can break pages: control characters, right-to-left, long texts, many completions, hostile names."""
     texts = [
         "a\u0000b\u001bc\u202eevil",
         "كلب أسود على الأريكة",
@@ -233,14 +233,14 @@ def awkward_groups() -> list[dict[str, Any]]:
     return groups
 
 
-def test_awkward_texts_stay_in_their_place(tmp_path: Path, tab: Tab) -> None:
+def test_awkward_texts_do_not_break_the_layout(tmp_path: Path, tab: Tab) -> None:
     write_pictures(tmp_path, 1)
     page = view(write_lines(tmp_path / "g.jsonl", awkward_groups()))
     tab.events.clear()
     tab.open(f"file://{page}/index.html", width=400)
     shown(tab, 6)
     assert tab.run("window.pwned") is None and tab.complaints() == []
-    assert tab.run("document.documentElement.scrollWidth") <= 400  # nothing hangs over
+    assert tab.run("document.documentElement.scrollWidth") <= 400  # no overflow
     assert tab.run("Math.max(...[...document.querySelectorAll('.text.long')].map(e => e.clientHeight))") < 500
     first = texts_of(tab, "article:nth-of-type(1) .text")[0]
     assert first == "a\u2400b\u241bc\u27e8U+202E\u27e9evil"
@@ -251,7 +251,7 @@ def test_awkward_texts_stay_in_their_place(tmp_path: Path, tab: Tab) -> None:
         assert passing(tab, address) >= 1
 
 
-def test_a_page_whose_files_are_gone_says_so(opened: Tab, page: Path) -> None:
+def test_missing_data_files_are_reported(opened: Tab, page: Path) -> None:
     tab = opened
     (page / "data" / "00002.js").unlink()
     tab.open("about:blank")

@@ -1,4 +1,4 @@
-"""What a negative adds, drops and changes. Run: python -m pytest tests/tools/view/test_diff.py"""
+"""Diffs of negatives. Run: python -m pytest tests/tools/view/test_diff.py"""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_a_diff_holds_both_texts(annotation: str, response: str) -> None:
 @pytest.mark.parametrize(
     ("annotation", "response", "changed"),
     [
-        ("一只狗在草地上", "一只猫在草地上", ["狗", "猫"]),  # written without spaces: a character is a word
+        ("一只狗在草地上", "一只猫在草地上", ["狗", "猫"]),  # written without spaces: each character is a word
         ("犬がいます", "猫がいます", ["犬", "猫"]),
         ("यह एक बिल्ली है", "यह एक कुत्ता है", ["बिल्ली", "कुत्ता"]),  # vowel signs belong to their letter
         ("ein Fluß", "ein Fluss", []),

@@ -1,4 +1,4 @@
-"""The files of a page: what stands in them, whatever the data are."""
+"""Contents of the files of a page, for ordinary and hostile data."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def record(number: int, **more: Any) -> dict[str, Any]:
     return {"id": f"g{number}", "images": ["0.png"], "prompt": "Describe.", "completions": completions, **more}
 
 
-def test_no_text_of_the_data_stands_in_the_html_and_none_ends_a_script(page: Path) -> None:
+def test_no_text_of_the_data_is_in_the_html_and_none_ends_a_script(page: Path) -> None:
     assert "pwned" not in (page / "index.html").read_text()
     scripts = [path.read_text(encoding="ascii") for path in (page / "data").iterdir()]
     assert any("pwned" in script for script in scripts) and not any("<" in script for script in scripts)
@@ -38,7 +38,7 @@ def test_weakened_pictures_are_made_from_the_provenance(page: Path) -> None:
 
 
 def test_a_provenance_of_any_values_is_shown(tmp_path: Path) -> None:
-    """Nothing says that a seed is a number; and one beyond 53 bits is shown to its last digit."""
+    """A seed need not be a number, and a seed beyond 53 bits is shown with all digits."""
     write_pictures(tmp_path)
     kinds = [{"seed": "7", "noise_step": "x"}, {"seed": 2**60 + 1, "noise_step": 5000}, {"seed": [1], "noise_step": 3}]
     more = [{"response": "A.", "score": 0, "type": "x", "provenance": {"source": "weakened-image", **k}} for k in kinds]
@@ -64,7 +64,7 @@ def test_every_image_of_a_record_is_shown_with_its_weakened_version(tmp_path: Pa
     assert "missing" in second["images"][1]["error"] and "leads out" in second["images"][2]["error"]
 
 
-def test_forms_of_groups_that_are_easily_forgotten(tmp_path: Path) -> None:
+def test_unusual_groups(tmp_path: Path) -> None:
     write_pictures(tmp_path)
     one = {"response": "A dog.", "score": 1, "type": "gt"}
     turns = [
@@ -117,10 +117,10 @@ def test_other_forms_of_groups_are_shown_as_they_are(tmp_path: Path, name: str) 
 def test_annotations_are_refused_with_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = write_lines(tmp_path / "a.jsonl", [{"id": "1", "images": ["0.png"], "prompt": "?", "response": "A dog."}])
     assert main([str(data), "--out", str(tmp_path / "page")]) == 1
-    assert "run bpo bootstrap" in capsys.readouterr().err
+    assert "with bpo bootstrap" in capsys.readouterr().err
     (tmp_path / "empty.jsonl").write_text("")
     assert main([str(tmp_path / "empty.jsonl"), "--out", str(tmp_path / "page")]) == 1
-    assert "no record" in capsys.readouterr().err
+    assert "has no records" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- statistics
@@ -149,7 +149,7 @@ def test_the_figures_of_each_source_are_plotted_from_the_summary(data: Path) -> 
     assert list(blocks) == ["weaken (mllm-hal)", "inject (llm-hal)", "annotation"]
     weaken = blocks["weaken (mllm-hal)"]
     assert "30 kept" in weaken and "4 / 11 / 23 (p5 / p50 / p95)" in weaken
-    for title in ("Similarity to the annotation", "What changed", "Objects added", "Objects dropped"):
+    for title in ("Similarity to the annotation", "Negatives by kind of change", "Objects added", "Objects dropped"):
         assert f"<figcaption>{title}" in weaken
     assert "60 % or more: 8" in weaken and "object 25; count 5" in weaken and "zebra" in weaken
     assert "20 kept · 8 refused (29 %)" in blocks["inject (llm-hal)"] and "too-long 2" in blocks["annotation"]
@@ -171,13 +171,13 @@ def test_without_a_summary_the_figures_are_counted(data: Path) -> None:
 @pytest.mark.parametrize(
     "text", ["[]", "{", '{"statistics": 3, "kept": [], "refused": {"a": 1}}', '{"kept": {"weaken": -1}}']
 )
-def test_a_summary_of_another_form_costs_the_summary_alone(data: Path, text: str) -> None:
+def test_an_invalid_summary_is_ignored(data: Path, text: str) -> None:
     (data.parent / "groups.jsonl.summary.json").write_text(text)
     page = view(data, "--no-images")
     assert len(entries(page)) == 61 and '<details class="source"' in (page / "index.html").read_text()
 
 
-def test_charts_of_nothing_and_of_hostile_names_are_whole() -> None:
+def test_empty_charts_and_charts_of_hostile_names_are_well_formed() -> None:
     for chart in (
         columns("t", [], {}),
         share_bars("t", []),
@@ -191,11 +191,11 @@ def test_charts_of_nothing_and_of_hostile_names_are_whole() -> None:
 # ---------------------------------------------------------------- folders, names, samples
 
 
-def test_a_folder_that_holds_something_else_is_left_alone(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_with_other_files_is_not_touched(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (data.parent / "mine").mkdir()
     (data.parent / "mine" / "thesis.txt").write_text("x")
     assert main([str(data), "--no-images", "--out", str(data.parent / "mine")]) == 1
-    assert "holds something that is no page" in capsys.readouterr().err
+    assert "contains files that are not a page" in capsys.readouterr().err
     assert [p.name for p in (data.parent / "mine").iterdir()] == ["thesis.txt"]
 
 
@@ -208,9 +208,7 @@ def test_a_page_may_be_made_again_and_a_sample_is_the_same_each_time(data: Path)
     assert view(data, "--no-images", "--limit", "600") and len(entries(page)) == 60
 
 
-def test_a_building_that_was_broken_off_leaves_no_page_and_may_be_repeated(
-    data: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_build_leaves_no_page_and_can_be_repeated(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = view(data, "--no-images")
     with monkeypatch.context() as patch:
         patch.setattr("bpo.tools.view.page.PageWriter.finish", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))

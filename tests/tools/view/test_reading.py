@@ -1,4 +1,4 @@
-"""Bad records, and lines that belong to records. Run: python -m pytest tests/tools/view/test_reading.py"""
+"""Bad records, refusals and scores by record. Run: python -m pytest tests/tools/view/test_reading.py"""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ ARGUMENTS = ("--no-images", "--workers", "1")
 
 
 def spoil(data: Path, *lines: str) -> Path:
-    """Puts `lines` in the middle of a file."""
+    """Inserts `lines` in the middle of a file."""
     whole = data.read_text().splitlines()
     data.write_text("\n".join([*whole[:3], *lines, *whole[3:]]) + "\n")
     return data
 
 
-def test_a_bad_record_is_left_out_and_listed(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_bad_record_is_skipped_and_listed(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     spoil(data, "{torn", json.dumps({"id": HOSTILE, "completions": []}))
     page = view(data, *ARGUMENTS)
     assert len(entries(page)) == 61
     lines = [json.loads(line) for line in (page / "quarantine.jsonl").read_text().splitlines()]
     assert [line["code"] for line in lines] == ["not-json", "wrong-type"]
-    assert "left out: 2 bad records" in capsys.readouterr().err
+    assert "skipped 2 bad records" in capsys.readouterr().err
     html = (page / "index.html").read_text()
-    assert "2 bad, left out" in html and "&lt;script&gt;window" in html and "<script>window" not in html
+    assert "2 bad, skipped" in html and "&lt;script&gt;window" in html and "<script>window" not in html
     data.write_text("".join(line + "\n" for line in data.read_text().splitlines() if "A dog" in line))
     assert not (view(data, *ARGUMENTS) / "quarantine.jsonl").exists()  # the list of the older page
 
@@ -50,7 +50,7 @@ def test_too_many_bad_records_stop_it(data: Path, capsys: pytest.CaptureFixture[
 
 
 @pytest.mark.parametrize("line", ["{", "[]", '{"id": "a"}', '{"id": 3, "source": "x", "reason": "y"}', '"\\ud800"'])
-def test_bad_lines_of_refusals_are_left_out(data: Path, line: str) -> None:
+def test_bad_lines_of_refusals_are_skipped(data: Path, line: str) -> None:
     spoil(data.with_name("groups.jsonl.refused.jsonl"), line)
     page = view(data, *ARGUMENTS, "--max-bad-share", "0.4")
     assert sum(len(entry["refused"]) for entry in entries(page)) == 2
@@ -76,7 +76,7 @@ def completion(**more: Any) -> str:
         '{"id": "a", "completions": [{"resp',
     ],
 )
-def test_bad_lines_of_scores_are_left_out_by_number(data: Path, line: str) -> None:
+def test_bad_lines_of_scores_are_reported_by_number(data: Path, line: str) -> None:
     scores = spoil(data.with_name("scores.jsonl"), line)
     page = view(data, *ARGUMENTS, "--scores", str(scores))
     assert sum("tokens" in entry["completions"][0] for entry in entries(page) if entry["completions"]) == 10
@@ -86,10 +86,10 @@ def test_bad_lines_of_scores_are_left_out_by_number(data: Path, line: str) -> No
     assert main([*arguments, "--max-bad-share", "0.05"]) == 1
 
 
-def test_scores_of_other_groups_are_told(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_scores_of_other_groups_cause_a_warning(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     scores = data.with_name("scores.jsonl")
     scores.write_text(scores.read_text().replace('"r0', '"q0'))
     view(data, *ARGUMENTS, "--scores", str(scores))
-    assert "are they of these groups?" in capsys.readouterr().err
+    assert "is it the right file?" in capsys.readouterr().err
     assert main([str(data), *ARGUMENTS, "--scores", str(data.with_name("no.jsonl"))]) == 1
     assert "no.jsonl is missing" in capsys.readouterr().err

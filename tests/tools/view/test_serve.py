@@ -1,4 +1,4 @@
-"""The server of a page: this machine alone, its own files alone."""
+"""The server of a page: local requests only, files of the page only."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def ask(port: int, path: str, host: str | None = "127.0.0.1", method: str = "GET
     return answer.status, answer.headers, answer.read()
 
 
-def test_files_are_given_with_a_policy_that_lets_only_them_run(port: int) -> None:
+def test_files_are_served_with_a_policy_that_blocks_other_scripts(port: int) -> None:
     status, headers, body = ask(port, "/")
     assert status == 200 and body == b"groups.jsonl"
     assert "script-src 'self';" in headers["Content-Security-Policy"]
@@ -82,7 +82,7 @@ def test_a_request_of_two_names_or_none_is_refused(port: int, head: str) -> None
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.1:8765", "localhost", "localhost:1"])
-def test_its_own_names_are_not(port: int, host: str) -> None:
+def test_local_names_are_accepted(port: int, host: str) -> None:
     assert ask(port, "/", host)[0] == 200
 
 
@@ -113,7 +113,7 @@ def test_nothing_can_be_written(port: int, method: str) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="needs /proc/net/tcp, which Linux has")
-def test_it_listens_on_127_0_0_1_alone(port: int) -> None:
+def test_it_listens_on_127_0_0_1_only(port: int) -> None:
     listening = [
         line.split()[1]
         for table in ("tcp", "tcp6")
@@ -124,7 +124,7 @@ def test_it_listens_on_127_0_0_1_alone(port: int) -> None:
     assert listening == [f"0100007F:{port:04X}"]
 
 
-def test_a_port_in_use_is_told_before_anything_is_built(
+def test_a_port_in_use_is_reported_before_anything_is_built(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("bpo.tools.view.run.build_page", lambda *_: pytest.fail("built"))
@@ -138,7 +138,7 @@ def test_a_port_in_use_is_told_before_anything_is_built(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_command_serves_until_it_is_told_to_end_and_leaves_nothing(data: Path, number: signal.Signals) -> None:
+def test_the_command_serves_until_a_signal_and_leaves_no_files(data: Path, number: signal.Signals) -> None:
     command = [sys.executable, "-c", "import sys; from bpo.tools.view.run import main; sys.exit(main(sys.argv[1:]))"]
     (data.parent / "tmp").mkdir()
     process = subprocess.Popen(

@@ -1,9 +1,9 @@
-// Draws the records of `bpo view`. Texts of the data set only ever become text nodes.
+// Renders the records of `bpo view`. Texts of the data set are only inserted as text nodes.
 "use strict";
 const bpoRecords = (() => {
   const LONG_WORDS = 400;
 
-  // What cannot be seen, or turns the line around, is shown by its name.
+  // Invisible and bidirectional control characters are shown by name.
   const UNSEEN = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff]/g;
   const visible = (text) => String(text).replace(UNSEEN, (character) => {
     const code = character.charCodeAt(0);
@@ -112,8 +112,8 @@ const bpoRecords = (() => {
     });
   }
 
-  // Marks what was searched for, where the browser can; a phrase is found across the marks of a diff, whose dropped
-  // words are no part of the text.
+  // Highlights search matches, if the browser supports it. A phrase may span the segments of a diff; dropped words are
+  // not part of the text.
   function highlight(query) {
     if (!window.Highlight || !CSS.highlights) return;
     const ranges = [];

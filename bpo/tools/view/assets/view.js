@@ -1,4 +1,4 @@
-// The page of `bpo view`: filters, order, keys. Data come as calls of bpoIndex, bpoChunk and bpoTexts; records.js draws.
+// Filters, order and keys of the `bpo view` page. Data files call bpoIndex, bpoChunk and bpoTexts; records.js renders.
 "use strict";
 (() => {
   const PAGE = 20;
@@ -10,14 +10,14 @@
   const [TYPE, SOURCE, WORDS, BEST, MARGIN] = [0, 1, 2, 3, 4]; // of a completion in the index
   const { element, article, highlight } = bpoRecords;
   const byId = (id) => document.getElementById(id);
-  const chunks = new Map(); // number -> array of records, the last used last
-  const texts = new Map(); // number -> array of what a search looks at
-  const waiting = new Map(); // file name -> promise of its arrival
+  const chunks = new Map(); // number -> array of records, in order of last use
+  const texts = new Map(); // number -> array of searched texts
+  const waiting = new Map(); // file name -> promise that settles when it is loaded
   let index = null;
   let found = [];
   let page = 0;
-  let current = -1; // of the records on the page
-  let run = 0; // counts filterings: one that another overtook stops
+  let current = -1; // index of the focused record on the page
+  let run = 0; // number of the latest filter run; earlier runs stop
   let seed = 1;
 
   // ------------------------------------------------------------------ data
@@ -25,10 +25,10 @@
   window.bpoIndex = (value) => {
     index = value;
     index.rows = value.rows.map(([id, completions, refused]) => {
-      const margins = completions.map((one) => one[MARGIN]).filter((one) => one !== null);
+      const margins = completions.map((completion) => completion[MARGIN]).filter((margin) => margin !== null);
       return {
         id, completions, refused,
-        words: completions.reduce((most, one) => Math.max(most, one[WORDS]), 0),
+        words: completions.reduce((most, completion) => Math.max(most, completion[WORDS]), 0),
         margin: margins.length ? Math.min(...margins) : null,
       };
     });
@@ -85,7 +85,7 @@
     const counts = { type: new Map(), source: new Map() };
     for (const row of index.rows) {
       for (const [kind, at] of [["type", TYPE], ["source", SOURCE]]) {
-        for (const number of new Set(row.completions.map((one) => one[at]))) {
+        for (const number of new Set(row.completions.map((completion) => completion[at]))) {
           counts[kind].set(number, (counts[kind].get(number) || 0) + 1);
         }
       }
@@ -120,7 +120,7 @@
   const number = (id) => (byId(id).value === "" ? null : Number(byId(id).value));
   const within = (value, least, most) => (least === null || value >= least) && (most === null || value <= most);
 
-  /** Whether a row passes, as the fields stand now. */
+  /** A predicate for rows, from the current values of the fields. */
   function passes() {
     const [kind, name] = cut(byId("source").value);
     const at = kind === "type" ? TYPE : SOURCE;
@@ -129,26 +129,26 @@
     const [least, most] = ["min-words", "max-words"].map(number);
     const [low, high] = ["min-margin", "max-margin"].map(number);
     const unbounded = low === null && high === null;
-    const ofSource = (one) => wanted === null || one[at] === wanted;
-    const ofLength = (one) => of !== "negative" || (least === null && most === null) || (!one[BEST] && within(one[WORDS], least, most));
-    const ofMargin = (one) => unbounded || (one[MARGIN] !== null && within(one[MARGIN], low, high));
+    const ofSource = (completion) => wanted === null || completion[at] === wanted;
+    const ofLength = (completion) => of !== "negative" || (least === null && most === null) || (!completion[BEST] && within(completion[WORDS], least, most));
+    const ofMargin = (completion) => unbounded || (completion[MARGIN] !== null && within(completion[MARGIN], low, high));
     const [refusedKind, refusedName] = cut(byId("refused").value);
     const refusal = {
       "": () => true,
       any: (row) => row.refused.length > 0,
       none: (row) => row.refused.length === 0,
-      source: (row) => row.refused.some((one) => refusedBy(index.reasons[one]) === refusedName),
-      reason: (row) => row.refused.some((one) => index.reasons[one] === refusedName),
+      source: (row) => row.refused.some((reason) => refusedBy(index.reasons[reason]) === refusedName),
+      reason: (row) => row.refused.some((reason) => index.reasons[reason] === refusedName),
     }[refusedKind];
     const anyCompletion = wanted === null && unbounded && (of !== "negative" || (least === null && most === null));
     const ofWhole = {
       longest: (row) => within(row.words, least, most),
-      best: (row) => (least === null && most === null) || row.completions.some((one) => one[BEST] && within(one[WORDS], least, most)),
+      best: (row) => (least === null && most === null) || row.completions.some((completion) => completion[BEST] && within(completion[WORDS], least, most)),
       negative: () => true,
     }[of];
     return (row) =>
       refusal(row) && ofWhole(row) &&
-      (anyCompletion || row.completions.some((one) => ofSource(one) && ofLength(one) && ofMargin(one)));
+      (anyCompletion || row.completions.some((completion) => ofSource(completion) && ofLength(completion) && ofMargin(completion)));
   }
   function cut(value) {
     const at = value.indexOf(":");
@@ -258,13 +258,13 @@
     byId("previous").disabled = page === 0;
     byId("next").disabled = page >= last;
     const first = page * PAGE + 1;
-    const all = found.length === index.rows.length ? "" : ` that pass, of ${index.rows.length.toLocaleString("en")}`;
+    const all = found.length === index.rows.length ? "" : ` (filtered from ${index.rows.length.toLocaleString("en")})`;
     status(
       found.length
         ? `${first.toLocaleString("en")}\u2013${(first + records.length - 1).toLocaleString("en")} of ${found.length.toLocaleString("en")} records${all}`
-        : "no record passes the filters",
+        : "no records match the filters",
     );
-    loadAll(found.slice((page + 1) * PAGE, (page + 2) * PAGE)).catch(() => {}); // said when it is looked at
+    loadAll(found.slice((page + 1) * PAGE, (page + 2) * PAGE)).catch(() => {}); // prefetch; errors are shown when the page is opened
   }
 
   // ------------------------------------------------------------------ keys
@@ -307,7 +307,7 @@
     show();
   }
 
-  // One after the other: a key held down must not overtake the page that it turned.
+  // Sequential: with a key held down, the next step waits for the page to load.
   let moving = Promise.resolve();
   const move = (action) => { moving = moving.then(action); };
 
@@ -335,7 +335,7 @@
     keys[event.key]();
   });
 
-  // The bar of filters stays on top: what is scrolled to must not lie under it.
+  // The filter bar is sticky: scroll targets must not be covered by it.
   new ResizeObserver(() => {
     const height = getComputedStyle(byId("filters")).position === "sticky" ? byId("filters").offsetHeight : 0;
     document.documentElement.style.setProperty("--bar", `${height}px`);
