@@ -26,8 +26,8 @@ from bpo.bootstrap.engines.models import Generators
 from bpo.bootstrap.engines.text import Reply
 from bpo.bootstrap.inject import InjectionRequest
 from bpo.bootstrap.job.merge import merge
-from bpo.bootstrap.job.outcomes import PartReader
-from bpo.bootstrap.job.queue import is_finished, plan_work
+from bpo.bootstrap.job.outcomes import OutcomeReader
+from bpo.bootstrap.job.queue import is_finished, build_queues
 from bpo.bootstrap.job.spool import AnnotationSpool
 from bpo.bootstrap.run import run_bootstrap
 from bpo.bootstrap.sources import InjectedErrors
@@ -101,8 +101,8 @@ def measure_again(folder: Path, count: int) -> dict[str, Any]:
     bad = BadRecords.from_config(data)
     annotations = AnnotationSpool(iterate_annotations(Path(data.annotations), bad), 0, data.max_completion_words)
     lap("read")
-    reader = PartReader(folder / "groups.jsonl.parts")
-    work = plan_work(annotations, config, reader)
+    reader = OutcomeReader(folder / "groups.jsonl.parts")
+    work = build_queues(annotations, config, reader)
     lap("plan")
     reader.poll()
     lap("index")

@@ -55,7 +55,7 @@ def step_costs(quick: bool) -> dict[str, Any]:
     from benchmarks.synthetic import config_for, interleaved_seconds, random_batch, small_llava, trainer_of
     from bpo import engine
     from bpo.job.launch import Ranks
-    from bpo.train import run_step
+    from bpo.training.step import run_step
 
     engine.init_distributed(Ranks())
     with tempfile.TemporaryDirectory() as folder:
@@ -69,10 +69,11 @@ def step_costs(quick: bool) -> dict[str, Any]:
         for size in tokens:
             shape = (size // GROUP_TOKENS, GROUP_TOKENS // 2) if name != "one group" else (1, size // 2)
             batch = random_batch(trainer.policy, *shape, response_tokens=shape[1] // 2)
+            batch = batch.to(trainer.device, trainer.dtype)
             assert batch.input_ids_T.numel() == size
 
             def step(batch: Any = batch) -> None:
-                run_step(trainer, [batch], config, len(batch.pairs_P2), step=1)
+                run_step(trainer, [batch], config, len(batch.loss_inputs.pairs_P2), step=1)
                 trainer.step(1.0)
 
             cases[str(size)] = step

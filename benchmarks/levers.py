@@ -17,7 +17,7 @@ from typing import Any
 
 from bpo.config.training import Config, TrainableConfig
 from bpo.data.useful_work import attended_pairs
-from bpo.records import Work
+from bpo.records import UsefulWork
 from bpo.tools.plan.activations import activation_costs
 from bpo.tools.plan.shape import shape_of
 from bpo.training.flops import ModelFlops
@@ -26,9 +26,9 @@ IMAGE_TOKENS = 576
 PATCHES = IMAGE_TOKENS + 1
 
 
-def group_work(prefix: int, completions: list[int]) -> Work:
+def group_work(prefix: int, completions: list[int]) -> UsefulWork:
     """One image, one prefix and its completions, packed."""
-    return Work(
+    return UsefulWork(
         tokens=prefix + sum(completions),
         responses=sum(completions),
         image_tokens=IMAGE_TOKENS,
@@ -38,9 +38,9 @@ def group_work(prefix: int, completions: list[int]) -> Work:
     )
 
 
-def separate_work(prefix: int, completions: list[int], *, whole_head: bool) -> Work:
+def separate_work(prefix: int, completions: list[int], *, whole_head: bool) -> UsefulWork:
     """Each completion with an image and a prefix of its own; `whole_head`: every row reaches the LM head."""
-    total = Work()
+    total = UsefulWork()
     for length in completions:
         one = group_work(prefix, [length])
         total += replace(one, responses=one.tokens) if whole_head else one

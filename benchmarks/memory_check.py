@@ -17,7 +17,7 @@ import json
 import platform
 import sys
 import tempfile
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from bpo.config.training import Config, LoraConfig, ModelConfig, TrainableConfig
 from bpo.data.collate import collate_groups  # noqa: E402
 from bpo.data.encode import EncodedGroup, EncodedPrompt  # noqa: E402
 from bpo.data.families import family_of  # noqa: E402
+from bpo.data.transfer import on_device  # noqa: E402
 from bpo.job import collectives  # noqa: E402
 from bpo.job.launch import Ranks, ranks_from_environment  # noqa: E402
 from bpo.model.load import load_model  # noqa: E402
@@ -41,7 +42,8 @@ from bpo.tools.plan.activations import activation_costs  # noqa: E402
 from bpo.tools.plan.live_bytes import LiveBytes  # noqa: E402
 from bpo.tools.plan.memory import Load, Zero, rank_memory  # noqa: E402
 from bpo.tools.plan.shape import shape_of  # noqa: E402
-from bpo.train import run_step  # noqa: E402
+from bpo.training.batches import StepBatches  # noqa: E402
+from bpo.training.step import run_step  # noqa: E402
 from bpo_kernels.provenance import source_commit  # noqa: E402
 
 TOLERANCE = 0.10
@@ -203,7 +205,7 @@ def measure(case: Case, config: Config, dtype: torch.dtype, ranks: Ranks) -> tup
         meter.live.follow(getattr(p, "ds_tensor", p) for p in model.parameters())
         if dtype == torch.float32:
             meter.live.follow(batch.tensors())  # in half precision the step's copy counts, and not the host's
-        batch = replace(batch, reference_logp_N=trainer.reference_logp(batch.to(trainer.device, trainer.dtype)))
+        batch = batch.with_reference(trainer.reference_logp(batch.to(trainer.device, trainer.dtype)))
         backward = trainer.backward
 
         def timed_backward(loss: torch.Tensor, *, is_last: bool) -> None:
@@ -216,7 +218,8 @@ def measure(case: Case, config: Config, dtype: torch.dtype, ranks: Ranks) -> tup
         for step in range(2):
             gc.collect()
             meter.reset()
-            run_step(trainer, [batch], config, int(batch.pair_weight_P.sum()), step)
+            batches = StepBatches(1, on_device([batch], trainer.device, trainer.dtype))
+            run_step(trainer, batches, config, int(batch.loss_inputs.pair_weight_P.sum()), step)
             meter.reset()
             trainer.step(1.0)
             peaks["step"] = meter.peak()
@@ -233,7 +236,8 @@ def compare(case: Case, directory: Path, work: Path, ranks: Ranks) -> Outcome:
     torch.nn.functional.linear = linear  # ZeRO-3 puts its own there and leaves it, for the cases after it too
     shape = shape_of(str(directory), config)
     settings = engine.with_fitting_buckets(json.loads(Path(config.train.ds_config).read_text()), shape.num_trained)
-    load = Load(batch.work.tokens, batch.work.responses, batch.work.image_tokens, batch.work.patches)
+    work = batch.useful_work
+    load = Load(work.tokens, work.responses, work.image_tokens, work.patches)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     zero = Zero.from_settings(settings)
     predicted = rank_memory(

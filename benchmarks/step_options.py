@@ -37,13 +37,14 @@ from bpo.data.encode import load_encoder
 from bpo.job import collectives
 from bpo.job.launch import Ranks
 from bpo.model.attention.shared_prefix import packed_layout
+from bpo.model.load import resolve_model
 from bpo.model.policy import model_inputs
 from bpo.tools.plan.live_bytes import LiveBytes
-from bpo.train import run_step
 from bpo.training.batches import training_batches
 from bpo.training.measure import measure_groups
 from bpo.training.plan import plan_training
 from bpo.training.reference_pass import fill_reference_store
+from bpo.training.step import run_step
 from tests.tiny import tiny_llava
 
 CPU = torch.device("cpu")
@@ -61,7 +62,7 @@ def recomputation(folder: Path, quick: bool) -> dict[str, Any]:
             # Without DeepSpeed, whose buckets would count among the bytes.
             policy = policy_of(config_for(model, folder, language=language, gradient_checkpointing=mode))
             batch = random_batch(policy, 2 if quick else 8, 256, 128)
-            inputs = model_inputs(batch, CPU, torch.float32)
+            inputs = model_inputs(batch.to(CPU, torch.float32))
 
             def both(policy: Any = policy, batch: Any = batch, inputs: Any = inputs) -> None:
                 with packed_layout(batch.layout):
@@ -120,7 +121,8 @@ def workers(folder: Path, quick: bool) -> dict[str, Any]:
 def _epochs(config: Config, trainer: engine.TrainingEngine) -> dict[str, float]:
     measured = measure_groups(config, load_encoder(config), Ranks(), collectives.gather_from_ranks)
     steps = plan_training(config, measured, Ranks())
-    store = fill_reference_store(config, trainer, measured)
+    resolved = resolve_model(config.model, trainer.device, for_training=True)
+    store = fill_reference_store(config, resolved, trainer, measured)
     waited = computed = 0.0
     num_micro_batches = 0
     for step, batches in zip(steps, training_batches(config, measured, steps, store, trainer), strict=True):
@@ -157,10 +159,10 @@ def zero(folder: Path, quick: bool) -> dict[str, Any]:
     for name, ds_config in files.items():
         config = config_for(model, folder, ds_config=ds_config)
         trainer = trainer_of(config)
-        batch = random_batch(trainer.policy, 2, 256, 128)
+        batch = random_batch(trainer.policy, 2, 256, 128).to(trainer.device, trainer.dtype)
 
         def step(trainer: Any = trainer, batch: Any = batch, config: Any = config) -> None:
-            run_step(trainer, [batch], config, len(batch.pairs_P2), step=1)
+            run_step(trainer, [batch], config, len(batch.loss_inputs.pairs_P2), step=1)
             trainer.step(1.0)
 
         cases[name] = step

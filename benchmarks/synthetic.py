@@ -6,7 +6,6 @@ import os
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +117,7 @@ def random_batch(policy: PolicyModel, num_groups: int, prefix_tokens: int, respo
         prompt = EncodedPrompt(f"g{number}", prefix, {"pixel_values": pixels})
         groups.append(EncodedGroup(prompt, (ids(response_tokens), ids(response_tokens)), (1.0, 0.0)))
     batch = collate_groups(groups, family)
-    return replace(batch, reference_logp_N=torch.full(batch.target_N.shape, -7.0))
+    return batch.with_reference(torch.full(batch.target_N.shape, -7.0))
 
 
 def interleaved_seconds(

@@ -199,8 +199,8 @@ def main(argv: list[str] | None = None) -> int:
     if arguments[0] not in COMMANDS:
         print(f"bpo: unknown command {arguments[0]!r}; the commands are {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
-    from bpo.job.lock import NoProgressError
-    from bpo.job.signals import EXIT_INTERRUPTED, EXIT_NO_PROGRESS, Interrupted
+    from bpo.job.exits import EXIT_INTERRUPTED, EXIT_NO_PROGRESS, Interrupted
+    from bpo.job.restarts import NoProgressError
 
     try:
         return COMMANDS[arguments[0]](arguments[1:])

@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 
-from bpo.config.training import Config, TrainConfig
+from bpo.config.training import Config, LossConfig, TrainConfig
 from bpo.data.families import Family
 from bpo.job.collectives import JobRanks
 from bpo.job.compile_locks import named_compile_locks
 from bpo.job.launch import Ranks, export_torch_environment, pick_device
+from bpo.losses import LossOutput, fused_loss, is_fused, loss_of_logp
 from bpo.model.attention.shared_prefix import packed_layout
-from bpo.model.head import PreferenceTerms
 from bpo.model.policy import PolicyModel, model_inputs
 from bpo.model.trainable import parameter_groups
 from bpo.records import GroupBatch
@@ -184,20 +184,27 @@ class TrainingEngine:
     def policy(self) -> PolicyModel:
         return self.deepspeed.module
 
-    def forward(self, batch: GroupBatch, terms: PreferenceTerms | None = None) -> Any:
-        """fp32 log-probs [N] of the response tokens, or with `terms` the preference loss; see `PolicyModel.forward`.
+    def forward(self, batch: GroupBatch, loss: LossConfig) -> LossOutput:
+        """The preference loss of a batch on this device, in one autograd function with the LM head where the kernels
+        know the loss.
 
         Call inside `packed_layout(batch.layout)`, backward included.
         """
+        inputs = batch.loss_inputs
+        if not is_fused(loss):
+            return loss_of_logp(self._call(batch), inputs, loss)
+        return fused_loss(self._call(batch, loss_inputs=inputs, loss=loss), inputs, loss)
+
+    def _call(self, batch: GroupBatch, **loss: Any) -> Any:
         self.on_forward()
-        return self.deepspeed(**model_inputs(batch, self.device, self.dtype), terms=terms)
+        return self.deepspeed(**model_inputs(batch), **loss)
 
     @torch.no_grad()
     def reference_logp(self, batch: GroupBatch) -> torch.Tensor:
-        """The same, without dropout and gradient. Before the first step the policy *is* the reference."""
+        """fp32 log-probs [N] without dropout and gradient. Before the first step the policy *is* the reference."""
         self.deepspeed.eval()
         with packed_layout(batch.layout):
-            logp_N = self.forward(batch)
+            logp_N = self._call(batch)
         self.deepspeed.train()
         return logp_N
 

@@ -1,6 +1,6 @@
 """The records that pass between the stages of bpo. Every stage takes and returns one of these.
 
-Shape letters: T packed tokens, N response tokens (predictor rows), G groups, C completions, P pairs.
+Shape letters: T packed tokens, N response tokens (predictor rows), G groups, K completions, P pairs.
 """
 
 from __future__ import annotations
@@ -123,8 +123,8 @@ class PackedLayout:
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
-    """What a micro-batch (or a step) brings to compute: rows of each part of the model, and pairs that attend.
+class UsefulWork:
+    """Work of a micro-batch or a step that a FLOP count needs: rows per part of the model, and pairs that attend.
 
     tokens: packed tokens through the language model.
     responses: rows that reach the LM head.
@@ -142,8 +142,36 @@ class Work:
     patch_pairs: int = 0
     patch_window_pairs: int = 0
 
-    def __add__(self, other: Work) -> Work:
-        return Work(*(getattr(self, one.name) + getattr(other, one.name) for one in fields(self)))
+    def __add__(self, other: UsefulWork) -> UsefulWork:
+        return UsefulWork(*(getattr(self, entry.name) + getattr(other, entry.name) for entry in fields(self)))
+
+
+@dataclass(frozen=True, slots=True)
+class LossInputs:
+    """What a preference loss needs besides the policy's log-probs; collated once and passed on as it is.
+
+    completion_of_token_N: [N] int64, index into the K completions of the batch.
+    completion_starts_K1: [K + 1] int64, offset of each completion's first token among the N, and N at the end.
+    pairs_P2: [P, 2] int64, (preferred, dispreferred) completion indices.
+    pair_weight_P: [P] 1, or 0 in a filler: a batch that only keeps a rank in step with the others.
+    token_weight_N: [N] weight of each token's log-ratio, or None for 1.
+    reference: [N] fp32 log-probs of the reference, or None while they are being computed.
+    """
+
+    completion_of_token_N: torch.Tensor
+    completion_starts_K1: torch.Tensor
+    pairs_P2: torch.Tensor
+    pair_weight_P: torch.Tensor
+    token_weight_N: torch.Tensor | None = None
+    reference: torch.Tensor | None = None
+
+    @property
+    def num_completions(self) -> int:
+        return self.completion_starts_K1.numel() - 1
+
+    def sequence_sum(self, value_N: torch.Tensor) -> torch.Tensor:
+        """Sums a token quantity over each completion: [N] -> [K]."""
+        return value_N.new_zeros(self.num_completions).index_add(0, self.completion_of_token_N, value_N)
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,13 +185,9 @@ class GroupBatch:
     position_ids_XT: [1, T], or [3, T] for multimodal rotary positions; restart after the prefix for each completion.
     image_inputs: keyword arguments of the vision tower, the images of all groups in order.
     predictor_rows_N: the row of T whose hidden state predicts `target_N`.
-    completion_of_token_N: index into the C completions of this batch.
-    completion_starts_C1: [C + 1] where each completion's tokens begin among the N, and N at the end.
-    pairs_P2: (preferred, dispreferred) completion indices.
-    pair_weight_P: 1, or 0 in a filler: a batch that only keeps a rank in step with the others.
-    reference_logp_N: fp32 log-probs of the reference, or None while they are being computed.
+    loss_inputs: tokens -> completions -> pairs, their weights and the reference.
     is_filler: all pairs have weight 0; known here without a look at the device.
-    work: What of it is useful: nothing of a filler or a stand-in image.
+    useful_work: the work that training needs: none for a filler or a stand-in image.
     sequence_inputs: what the model takes beside ids and positions for B padded rows; empty for one packed row.
     feature_rows_F: which entry of `pixel_values` gives the features of each image (or tile) in the rows, where one
         image stands in several and is encoded once; None where each is an entry of its own.
@@ -176,14 +200,10 @@ class GroupBatch:
     image_inputs: dict[str, torch.Tensor]
     predictor_rows_N: torch.Tensor
     target_N: torch.Tensor
-    completion_of_token_N: torch.Tensor
-    completion_starts_C1: torch.Tensor
-    pairs_P2: torch.Tensor
-    pair_weight_P: torch.Tensor
-    reference_logp_N: torch.Tensor | None = None
+    loss_inputs: LossInputs
     reference_keys: tuple[str, ...] = field(default=())
     is_filler: bool = False
-    work: Work = field(default_factory=Work)
+    useful_work: UsefulWork = field(default_factory=UsefulWork)
     sequence_inputs: dict[str, torch.Tensor] = field(default_factory=dict)
     feature_rows_F: torch.Tensor | None = None
 
@@ -201,21 +221,33 @@ class GroupBatch:
         pixels = {k: v.to(dtype) if v.is_floating_point() else v for k, v in moved.image_inputs.items()}
         return replace(moved, image_inputs=pixels)
 
+    def with_reference(self, logp_N: torch.Tensor) -> GroupBatch:
+        """The batch with the log-probs [N] of the reference."""
+        return replace(self, loss_inputs=replace(self.loss_inputs, reference=logp_N))
+
     def tensors(self) -> list[torch.Tensor]:
         """Every tensor of the batch."""
-        values = [*self.image_inputs.values(), *self.sequence_inputs.values()]
-        values += [getattr(self, entry.name) for entry in fields(self)]
-        return [value for value in values if hasattr(value, "pin_memory")]
+        return [
+            *self.image_inputs.values(),
+            *self.sequence_inputs.values(),
+            *_tensor_fields(self.loss_inputs).values(),
+            *_tensor_fields(self).values(),
+        ]
 
     def _with_tensors(self, change: Callable[[torch.Tensor], torch.Tensor]) -> GroupBatch:
-        dicts = {"image_inputs": self.image_inputs, "sequence_inputs": self.sequence_inputs}
-        changed: dict[str, Any] = {name: {key: change(value) for key, value in d.items()} for name, d in dicts.items()}
-        for entry in fields(self):
-            value = getattr(self, entry.name)
-            if hasattr(value, "pin_memory"):  # a tensor; importing torch here would slow every command down
-                changed[entry.name] = change(value)
-        return replace(self, **changed)
+        def changed(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            return {name: change(tensor) for name, tensor in tensors.items()}
 
-    @property
-    def num_completions(self) -> int:
-        return sum(len(spans) for spans in self.layout.completion_spans)
+        return replace(
+            self,
+            image_inputs=changed(self.image_inputs),
+            sequence_inputs=changed(self.sequence_inputs),
+            loss_inputs=replace(self.loss_inputs, **changed(_tensor_fields(self.loss_inputs))),
+            **changed(_tensor_fields(self)),  # type: ignore[arg-type]
+        )
+
+
+def _tensor_fields(record: LossInputs | GroupBatch) -> dict[str, torch.Tensor]:
+    """The fields that hold a tensor, recognised by a method: importing torch here would slow every command down."""
+    values = {entry.name: getattr(record, entry.name) for entry in fields(record)}
+    return {name: value for name, value in values.items() if hasattr(value, "pin_memory")}

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +21,15 @@ from bpo.data.encode import load_encoder
 from bpo.job import collectives
 from bpo.job.launch import Ranks, ranks_from_environment, setup_logging
 from bpo.model import recompute
-from bpo.model.load import load_model
+from bpo.model.load import load_resolved, resolve_model
 from bpo.model.policy import PolicyModel
 from bpo.model.trainable import prepare_trainable
-from bpo.train import run_step
 from bpo.training.batches import training_batches
 from bpo.training.measure import measure_groups
 from bpo.training.metrics import step_metrics
 from bpo.training.plan import plan_training
 from bpo.training.reference_pass import fill_reference_store
+from bpo.training.step import run_step
 
 # Policy and reference differ, so that every pair has a loss and a gradient of its own.
 REFERENCE_SCALE = 0.9
@@ -59,18 +58,19 @@ def config_of(root: Path, case: str) -> Config:
 
 
 def first_step(config: Config, ranks: Ranks) -> dict[str, Any]:
-    encoder = load_encoder(config)
+    resolved = resolve_model(config.model, for_training=True)
+    encoder = load_encoder(config, resolved.config)
     data = measure_groups(config, encoder, ranks, collectives.gather_from_ranks)
     (step,) = plan_training(config, data, ranks)
     settings = engine.deepspeed_config(config, torch.float32, len(step.micro_batches[0]))
     with engine.partitioned_loading(settings):
-        model = load_model(config.model, for_training=True)
+        model = load_resolved(resolved)
     prepare_trainable(model, encoder.family, config)
     trainer = engine.TrainingEngine(PolicyModel(model), encoder.family, config, settings, ranks)
-    store = fill_reference_store(config, trainer, data)
+    store = fill_reference_store(config, resolved, trainer, data)
     (batches,) = training_batches(config, data, [step], store, trainer)
-    batches = [replace(one, reference_logp_N=REFERENCE_SCALE * one.reference_logp_N) for one in batches]
-    num_stand_ins = [len(one.layout.prefix_spans) - len(one.group_ids) for one in batches]
+    batches = [batch.with_reference(REFERENCE_SCALE * batch.loss_inputs.reference) for batch in batches]
+    num_stand_ins = [len(batch.layout.prefix_spans) - len(batch.group_ids) for batch in batches]
     sums = run_step(trainer, batches, config, data.num_pairs(step.groups), step=1)
     return {
         "loss": step_metrics(trainer.sum_over_ranks(sums.flat()))["loss"],

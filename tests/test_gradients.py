@@ -86,16 +86,16 @@ def truth(root: Path) -> dict[str, dict[str, Any]]:
             batch = collate_groups([encoded], encoder.family)  # type: ignore[list-item]
             assert bool(batch.image_inputs) == bool(group.images)
             with packed_layout(batch.layout):
-                logp_N = policy(**model_inputs(batch, torch.device("cpu"), torch.float32))
+                logp_N = policy(**model_inputs(batch.to(torch.device("cpu"), torch.float32)))
                 per_completion = logp_N.split([end - start for start, end in batch.layout.completion_spans[0]])
                 loss = torch.zeros(())
-                for better, worse in batch.pairs_P2.tolist():
+                for better, worse in batch.loss_inputs.pairs_P2.tolist():
                     ratio = [one.sum() - REFERENCE_SCALE * one.detach().sum() for one in per_completion]
                     loss = loss + F.softplus(-config.loss.beta * (ratio[better] - ratio[worse]))
                     loss = loss - config.loss.chosen_nll_weight * per_completion[better].mean()
                 loss.backward()
             total += float(loss.detach())
-            num_pairs += len(batch.pairs_P2)
+            num_pairs += len(batch.loss_inputs.pairs_P2)
         gradients = {n: p.grad / num_pairs for n, p in policy.model.named_parameters() if p.grad is not None}
         results[name] = {"loss": total / num_pairs, "gradients": gradients}
     return results

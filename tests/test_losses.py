@@ -1,37 +1,47 @@
 """Preference losses by their closed forms. Run: python -m pytest tests/test_losses.py
 
-Shape letters: N response tokens, C completions, P pairs.
+Shape letters: N response tokens, K completions, P pairs.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from bpo.config.training import LossConfig
-from bpo.losses import LOSSES, LossInputs, LossOutput, chosen_nll, get_loss, loss_at_reference, register_loss
+from bpo.losses import (
+    LOSSES,
+    LossOutput,
+    chosen_nll,
+    fused_loss,
+    get_loss,
+    loss_at_reference,
+    loss_of_logp,
+    register_loss,
+)
+from bpo.records import LossInputs
+from bpo_kernels.dispatch import preference_loss
 
-COMPLETION_OF_TOKEN = torch.tensor([0, 0, 0, 1, 1, 2])
+COMPLETION_OF_TOKEN, STARTS = torch.tensor([0, 0, 0, 1, 1, 2]), torch.tensor([0, 3, 5, 6])
 PAIRS = torch.tensor([[0, 1], [0, 2]])
 REFERENCE = torch.tensor([-1.0, -2.0, -0.5, -3.0, -1.5, -0.25])
 
 
-def inputs_of(policy_N: torch.Tensor | None = None, weight_N: torch.Tensor | None = None) -> LossInputs:
-    policy_N = REFERENCE.clone() if policy_N is None else policy_N
-    return LossInputs(policy_N.requires_grad_(), REFERENCE, COMPLETION_OF_TOKEN, 3, PAIRS, weight_N)
+def inputs_of(pairs_P2: torch.Tensor = PAIRS, weight_N: torch.Tensor | None = None) -> LossInputs:
+    return LossInputs(COMPLETION_OF_TOKEN, STARTS, pairs_P2, torch.ones(len(pairs_P2)), weight_N, REFERENCE)
 
 
-def moved(*shift_C: float) -> LossInputs:
+def moved(*shift_K: float) -> torch.Tensor:
     """A policy whose completions' log-probs differ from the reference by given sums, spread over their tokens."""
-    num_tokens_C = torch.bincount(COMPLETION_OF_TOKEN)
-    return inputs_of(REFERENCE + (torch.tensor(shift_C) / num_tokens_C)[COMPLETION_OF_TOKEN])
+    num_tokens_K = torch.bincount(COMPLETION_OF_TOKEN)
+    return (REFERENCE + (torch.tensor(shift_K) / num_tokens_K)[COMPLETION_OF_TOKEN]).requires_grad_()
 
 
-def loss_of(inputs: LossInputs, **options: float | str) -> LossOutput:
-    config = LossConfig(**options)  # type: ignore[arg-type]
-    return get_loss(config.type)(inputs, config)
+def loss_of(policy_N: torch.Tensor, inputs: LossInputs | None = None, **options: float | str) -> LossOutput:
+    return loss_of_logp(policy_N, inputs or inputs_of(), LossConfig(**options))  # type: ignore[arg-type]
 
 
 def log_sigmoid(x: float) -> float:
@@ -39,13 +49,13 @@ def log_sigmoid(x: float) -> float:
 
 
 def test_sigmoid_at_the_reference_is_log_2_with_gradient_beta_over_2() -> None:
-    inputs = inputs_of()
-    output = loss_of(inputs, beta=0.1)
+    policy_N = moved(0.0, 0.0, 0.0)
+    output = loss_of(policy_N, beta=0.1)
     assert output.loss_P.tolist() == pytest.approx([math.log(2)] * 2, abs=1e-7)
     assert output.chosen_reward_P.tolist() == output.rejected_reward_P.tolist() == [0.0, 0.0]
     output.loss_P[0].backward()
     # -beta/2 for every token of the chosen answer, +beta/2 of the rejected one, nothing of the bystander
-    assert inputs.policy_logp_N.grad.tolist() == pytest.approx([-0.05] * 3 + [0.05] * 2 + [0.0], abs=1e-8)
+    assert policy_N.grad.tolist() == pytest.approx([-0.05] * 3 + [0.05] * 2 + [0.0], abs=1e-8)
 
 
 def test_losses_and_rewards_equal_their_closed_forms() -> None:
@@ -80,47 +90,65 @@ def test_label_smoothing_makes_overconfidence_costly() -> None:
 
 
 def test_sft_is_the_chosen_likelihood_alone_with_the_rewards_of_dpo() -> None:
-    inputs = moved(2.0, -1.0, 3.0)
-    output = loss_of(inputs, type="sft", beta=0.5)
-    expected = -inputs.policy_logp_N[:3].mean().item()
+    policy_N = moved(2.0, -1.0, 3.0)
+    output = loss_of(policy_N, type="sft", beta=0.5)
+    expected = -policy_N[:3].mean().item()
     assert output.loss_P.tolist() == pytest.approx([expected] * 2)
     assert output.rejected_reward_P.tolist() == pytest.approx([-0.5, 1.5], abs=1e-6)
     assert not output.chosen_reward_P.requires_grad
     output.loss_P.sum().backward()
-    assert inputs.policy_logp_N.grad.tolist() == pytest.approx([-2 / 3] * 3 + [0.0] * 3)
+    assert policy_N.grad.tolist() == pytest.approx([-2 / 3] * 3 + [0.0] * 3)
 
 
 def test_chosen_nll_is_a_mean_over_the_tokens_of_the_chosen_answer() -> None:
-    reversed_pairs = LossInputs(REFERENCE, REFERENCE, COMPLETION_OF_TOKEN, 3, torch.tensor([[1, 0], [2, 0]]))
-    assert chosen_nll(reversed_pairs).tolist() == pytest.approx([2.25, 0.25])
+    assert chosen_nll(REFERENCE, inputs_of(torch.tensor([[1, 0], [2, 0]]))).tolist() == pytest.approx([2.25, 0.25])
 
 
 def test_token_weights_weigh_the_log_ratios() -> None:
     weight_N = torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0, 1.0])
-    inputs = inputs_of(REFERENCE + torch.tensor([0.5, 9.0, 9.0, 0.0, 0.0, 0.0]), weight_N)
-    output = loss_of(inputs, beta=1.0)
+    policy_N = (REFERENCE + torch.tensor([0.5, 9.0, 9.0, 0.0, 0.0, 0.0])).requires_grad_()
+    output = loss_of(policy_N, inputs_of(weight_N=weight_N), beta=1.0)
     assert output.chosen_reward_P.tolist() == pytest.approx([0.5, 0.5], abs=1e-6)
     output.loss_P.sum().backward()
-    assert inputs.policy_logp_N.grad[1:3].tolist() == [0.0, 0.0]
+    assert policy_N.grad[1:3].tolist() == [0.0, 0.0]
 
 
 @pytest.mark.parametrize("name", ["sigmoid", "hinge", "ipo", "robust", "sft"])
-def test_the_loss_at_the_reference_ignores_the_policy(name: str) -> None:
+def test_the_loss_at_the_reference_is_that_of_a_policy_equal_to_it(name: str) -> None:
     config = LossConfig(type=name, beta=0.1, label_smoothing=0.1 if name in ("sigmoid", "robust") else 0.0)
-    expected = get_loss(name)(inputs_of(), config).loss_P
-    assert torch.equal(loss_at_reference(config, moved(5.0, 1.0, -4.0)), expected)
+    expected = loss_of_logp(REFERENCE, inputs_of(), config).preference_P
+    assert torch.equal(loss_at_reference(inputs_of(), config), expected)
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "hinge", "ipo", "robust"])
+def test_the_fused_loss_is_the_equation(name: str) -> None:
+    """The kernels' losses and rewards equal those of this module, and so do their gradients."""
+    config = LossConfig(type=name, beta=0.3, label_smoothing=0.1 if name in ("sigmoid", "robust") else 0.0)
+    weight_N = torch.tensor([1.0, 0.5, 0.0, 1.0, 2.0, 1.0])
+    inputs = inputs_of(weight_N=weight_N)
+    gradients = []
+    for fused in (True, False):
+        policy_N = moved(2.0, -1.0, 3.0).detach().requires_grad_()
+        if fused:
+            options = (config.beta, config.label_smoothing, name, weight_N)
+            pairs = preference_loss(policy_N, REFERENCE, COMPLETION_OF_TOKEN, PAIRS, *options)
+            output = fused_loss((*pairs, policy_N), inputs, config)
+            expected = output
+        else:
+            output = loss_of_logp(policy_N, inputs, config)
+        output.loss_P.sum().backward()
+        gradients.append(policy_N.grad)
+    for field in ("loss_P", "preference_P", "nll_P", "chosen_reward_P", "rejected_reward_P"):
+        assert getattr(output, field).tolist() == pytest.approx(getattr(expected, field).tolist(), abs=1e-6), field
+    assert gradients[0].tolist() == pytest.approx(gradients[1].tolist(), abs=1e-6)
 
 
 @pytest.mark.parametrize("name", ["sigmoid", "hinge", "ipo", "robust", "sft"])
 def test_gradients_match_finite_differences(name: str) -> None:
-    config = LossConfig(type=name, beta=0.3)
+    config = LossConfig(type=name, beta=0.3, chosen_nll_weight=0.5)
     policy_N = (REFERENCE + torch.linspace(-1, 1, 6)).double().requires_grad_()
-
-    def total(policy_N: torch.Tensor) -> torch.Tensor:
-        inputs = LossInputs(policy_N, REFERENCE.double(), COMPLETION_OF_TOKEN, 3, PAIRS)
-        return get_loss(name)(inputs, config).loss_P.sum()
-
-    assert torch.autograd.gradcheck(total, (policy_N,), atol=1e-5)
+    inputs = replace(inputs_of(), reference=REFERENCE.double())
+    assert torch.autograd.gradcheck(lambda policy_N: loss_of_logp(policy_N, inputs, config).loss_P.sum(), (policy_N,))
 
 
 def test_unknown_name_lists_the_known_ones() -> None:

@@ -77,14 +77,14 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
 
 
 def check_options(
-    manifest: Mapping[str, Any], now: Mapping[str, Any], world_size: int, accepted: Sequence[str], *, aloud: bool = True
+    manifest: Mapping[str, Any], now: Mapping[str, Any], world_size: int, accepted: Sequence[str], *, warn: bool = True
 ) -> None:
     """Compares the configuration of a checkpoint with this run's; says aloud what changes rounding.
 
     Options that one of the two versions of bpo does not know are left out.
 
     Args:
-        aloud: Warn; one rank of a job is enough.
+        warn: Warn; one rank of a job is enough.
 
     Raises:
         CheckpointError: an option that decides what a step computes has another value and is not in `accepted`.
@@ -94,18 +94,18 @@ def check_options(
     rounding = [f"{key} {old[key]!r} -> {new[key]!r}" for key in differing if key in ROUNDING]
     if manifest["world_size"] != world_size:
         rounding.insert(0, f"{manifest['world_size']} -> {world_size} ranks")
-    if rounding and aloud:
+    if rounding and warn:
         logger.warning(
             "resuming with %s: the same groups in the same steps, losses equal to rounding (dropout draws anew), not "
             "bit for bit",
             ", ".join(rounding),
         )
     breaking = [key for key in differing if key not in ROUNDING]
-    refuse([(key, old[key], new[key]) for key in breaking], manifest["step"], accepted, aloud=aloud)
+    refuse([(key, old[key], new[key]) for key in breaking], manifest["step"], accepted, warn=warn)
 
 
 def check_content(
-    manifest: Mapping[str, Any], name: str, fingerprint: str, accepted: Sequence[str], *, aloud: bool = True
+    manifest: Mapping[str, Any], name: str, fingerprint: str, accepted: Sequence[str], *, warn: bool = True
 ) -> None:
     """Compares the fingerprint of the data or the base weights with the checkpoint's.
 
@@ -114,14 +114,14 @@ def check_content(
     """
     before = manifest["fingerprints"][name]
     if before != fingerprint:
-        refuse([(name, before[:16], fingerprint[:16])], manifest["step"], accepted, aloud=aloud)
+        refuse([(name, before[:16], fingerprint[:16])], manifest["step"], accepted, warn=warn)
 
 
-def refuse(changes: Sequence[tuple[str, Any, Any]], step: int, accepted: Sequence[str], *, aloud: bool) -> None:
+def refuse(changes: Sequence[tuple[str, Any, Any]], step: int, accepted: Sequence[str], *, warn: bool) -> None:
     """Raises CheckpointError for changes that were not accepted, warns of those that were."""
     refused = [change for change in changes if change[0] not in accepted]
     for name, old, new in changes:
-        if name in accepted and aloud:
+        if name in accepted and warn:
             logger.warning("resuming at step %d with another %s (accepted): %r -> %r", step, name, old, new)
     if not refused:
         return

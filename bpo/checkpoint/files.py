@@ -24,6 +24,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from bpo.job.collectives import Alone, Collectives
+from bpo.job.durable import sync_directory, write_durably
+from bpo.job.exits import JobError
 from bpo.model.reference.fingerprint import file_digest
 
 logger = logging.getLogger(__name__)
@@ -36,7 +38,7 @@ STAGES = ("temporary", "written", "hashed", "manifest", "renamed", "pointer", "r
 Hook = Callable[[str], None]
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(JobError):
     """A checkpoint that cannot be used or written; names what is wrong with it."""
 
 
@@ -60,26 +62,6 @@ def checkpoint_dirs(output_dir: Path) -> list[Path]:
 
 def _step_of(directory: Path) -> int:
     return int(directory.name.removeprefix("step-").split(".")[0])
-
-
-def sync_directory(directory: Path) -> None:
-    """Makes new names in a directory durable."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_durably(path: Path, text: str) -> None:
-    """Replaces a small file as a whole; on disk when it returns."""
-    temporary = path.with_name(path.name + ".new")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync_directory(path.parent)
 
 
 def seal_file(path: Path) -> dict[str, Any]:

@@ -77,7 +77,7 @@ def find_resumable(config: Config, job: JobRanks) -> Found | None:
         if job.rank == 0:
             logger.warning("--resume: no checkpoint in %s yet; starting at step 0", checkpoints_root(output_dir))
         return None
-    check_options(found[1], to_tree(config), job.world_size, config.train.accept_changes, aloud=job.rank == 0)
+    check_options(found[1], to_tree(config), job.world_size, config.train.accept_changes, warn=job.rank == 0)
     return found
 
 
@@ -95,7 +95,7 @@ class RunDescription:
             "reference": content_digest(f"{name} {value}" for name, value in sorted(reference.items())),
         }
 
-    def plan_of(self, done: int) -> str:
+    def plan_digest(self, done: int) -> str:
         """Digest of the order of groups in the first `done` steps; the same for any number of ranks."""
         return content_digest(f"{step.epoch} {step.groups}" for step in self.steps[:done])
 
@@ -111,19 +111,19 @@ class RunDescription:
                 "groups_done": sum(len(one.groups) for one in self.steps[:step]),
             },
             "seeds": {"train.seed": self.config.train.seed},
-            "fingerprints": {**self.fingerprints, PLAN: self.plan_of(step)},
+            "fingerprints": {**self.fingerprints, PLAN: self.plan_digest(step)},
             "versions": versions(),
             "config": to_tree(self.config),
         }
 
-    def check(self, manifest: dict[str, Any], *, aloud: bool) -> None:
+    def check(self, manifest: dict[str, Any], *, warn: bool) -> None:
         """Raises CheckpointError where data, plan or base weights are not the checkpoint's; warns of other versions."""
         accepted = self.config.train.accept_changes
-        check_content(manifest, DATA, self.fingerprints[DATA], accepted, aloud=aloud)
-        check_content(manifest, WEIGHTS, self.fingerprints[WEIGHTS], accepted, aloud=aloud)
-        check_content(manifest, PLAN, self.plan_of(manifest["step"]), accepted, aloud=aloud)
+        check_content(manifest, DATA, self.fingerprints[DATA], accepted, warn=warn)
+        check_content(manifest, WEIGHTS, self.fingerprints[WEIGHTS], accepted, warn=warn)
+        check_content(manifest, PLAN, self.plan_digest(manifest["step"]), accepted, warn=warn)
         changed = [f"{k} {v} -> {versions().get(k)}" for k, v in manifest["versions"].items() if versions().get(k) != v]
-        if changed and aloud:
+        if changed and warn:
             logger.warning(
                 "other versions than the checkpoint's: %s; losses may differ in rounding", ", ".join(changed)
             )
@@ -225,9 +225,16 @@ class Partition:
         return torch.tensor(float(step), device=flat.device if fused else "cpu")
 
 
-def resume(engine: TrainingEngine, found: Found) -> int:
-    """Loads weights and optimizer of a verified checkpoint, written by any number of ranks; returns the steps done."""
+def resume(engine: TrainingEngine, description: RunDescription, found: Found | None) -> int:
+    """Loads weights and optimizer of a verified checkpoint, written by any number of ranks; returns the steps done.
+
+    Raises:
+        CheckpointError: data, plan or base weights are not the checkpoint's, or other parameters are trained.
+    """
+    if found is None:
+        return 0
     directory, manifest = found
+    description.check(manifest, warn=engine.ranks.is_main)
     shards = ShardSet(directory, [name for name in manifest["files"] if name.endswith(".safetensors")])
     Partition(engine).restore(shards)
     engine.deepspeed.global_steps = int(manifest["step"])
@@ -236,7 +243,7 @@ def resume(engine: TrainingEngine, found: Found) -> int:
     return int(manifest["step"])
 
 
-def saver_of(
+def build_saver(
     engine: TrainingEngine, options: TrainConfig, description: RunDescription, guard: RunGuard, at_stage: Hook = no_hook
 ) -> CheckpointSaver:
     """Saves the engine's state as `train.*` says; nothing gets its name after another job took the directory over."""

@@ -32,10 +32,11 @@ from bpo.checkpoint.files import (
     remove_unfinished,
     seal_file,
     step_dir,
-    sync_directory,
 )
 from bpo.checkpoint.shards import Shard, shard_name
 from bpo.job.collectives import Collectives
+from bpo.job.durable import sync_directory
+from bpo.job.exits import EXIT_CANNOT_SAVE, JobError
 
 logger = logging.getLogger(__name__)
 
@@ -46,8 +47,10 @@ _POLL_S = 0.05
 _SPARE_BYTES = 1 << 20
 
 
-class SaveFailedError(RuntimeError):
+class SaveFailedError(JobError):
     """No checkpoint could be written; says what the file system said and which one is the newest that stands."""
+
+    exit_code = EXIT_CANNOT_SAVE
 
 
 class CheckpointSaver:

@@ -21,7 +21,7 @@ import torch
 from bpo.data.encode import EncodedGroup, EncodedPrompt
 from bpo.data.families import Family
 from bpo.data.useful_work import useful_work
-from bpo.records import GroupBatch, PackedLayout, Work
+from bpo.records import GroupBatch, LossInputs, PackedLayout, UsefulWork
 
 
 def preference_pairs(scores: Sequence[float]) -> list[tuple[int, int]]:
@@ -152,12 +152,14 @@ def collate_groups(
         image_inputs=image_inputs,
         predictor_rows_N=torch.tensor(row.rows, dtype=torch.long),
         target_N=torch.tensor(row.targets, dtype=torch.long),
-        completion_of_token_N=torch.tensor(row.completion_of_token, dtype=torch.long),
-        completion_starts_C1=torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.long),
-        pairs_P2=torch.tensor(row.pairs, dtype=torch.long).reshape(-1, 2),
-        pair_weight_P=torch.full((len(row.pairs),), 0.0 if is_filler else 1.0),
+        loss_inputs=LossInputs(
+            completion_of_token_N=torch.tensor(row.completion_of_token, dtype=torch.long),
+            completion_starts_K1=torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.long),
+            pairs_P2=torch.tensor(row.pairs, dtype=torch.long).reshape(-1, 2),
+            pair_weight_P=torch.full((len(row.pairs),), 0.0 if is_filler else 1.0),
+        ),
         is_filler=is_filler,
-        work=Work() if is_filler else useful_work(groups, family.config),
+        useful_work=UsefulWork() if is_filler else useful_work(groups, family.config),
         reference_keys=tuple(reference_keys),
         sequence_inputs=_sequence_inputs(row, family) if isinstance(row, _PaddedRows) else {},
         feature_rows_F=feature_rows_F,

@@ -296,14 +296,15 @@ def keep_types(group: PreferenceGroup, types: Sequence[str]) -> PreferenceGroup:
     return PreferenceGroup(group.id, group.images, group.prompt, kept)
 
 
-def load_encoder(config: Config) -> Encoder:
-    """Reads processor and model config from `model.path`."""
+def load_encoder(config: Config, model_config: Any = None) -> Encoder:
+    """Reads the processor from `model.path`, and the model's config unless it is given."""
     from transformers import AutoConfig
 
     if not config.model.path:
         raise ValueError("model.path is empty; give the directory (or hub id) of the model")
     trust = config.model.trust_remote_code
     processor = load_processor(config.model.path, trust_remote_code=trust)
-    model_config = AutoConfig.from_pretrained(config.model.path, trust_remote_code=trust)
+    if model_config is None:
+        model_config = AutoConfig.from_pretrained(config.model.path, trust_remote_code=trust)
     image_root = Path(config.data.image_root or ".")
     return Encoder(processor, model_config, image_root, config.data.max_length_tokens, config.model.share_prefix)

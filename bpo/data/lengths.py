@@ -15,12 +15,13 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from bpo.data.encode import Dropped, Encoder
 from bpo.data.groups import GroupDataset, MeasuredGroup
 from bpo.formats.files import group_to_json
 from bpo.formats.images import ImageError, resolve_image_path
+from bpo.job.journal import JournalReader, JournalWriter, to_line
 from bpo.records import PreferenceGroup
 
 logger = logging.getLogger(__name__)
@@ -85,14 +86,9 @@ class MeasuredLengths:
         """Every entry of the wanted groups: one whose images have changed since may stand beside its successor."""
         known: dict[str, list[dict[str, Any]]] = {}
         for path in sorted(self.directory.glob("*.jsonl")):
-            with path.open(encoding="utf-8") as file:
-                for line in file:
-                    try:
-                        entry = json.loads(line)
-                    except json.JSONDecodeError:
-                        continue  # the line a killed process did not finish: its group is measured again
-                    if entry["key"] in wanted:
-                        known.setdefault(entry["key"], []).append(entry)
+            for _, (key, entry) in JournalReader(path).poll(lambda entry: (entry["key"], entry)):
+                if key in wanted:
+                    known.setdefault(key, []).append(entry)
         return known
 
     def known(self, index: int) -> Measured | None:
@@ -114,29 +110,24 @@ class MeasuredLengths:
         # Taken before the images are read: a file that changes in between is measured again next time.
         before = {index: image_identities(self.dataset.groups[index], self.dataset) for index in missing}
         fresh = self.dataset.measure_all(missing, num_workers) if missing else iter(())
-        writer: IO[str] | None = None
+        writer: JournalWriter | None = None
         try:
             for index in self.indices:
                 one = known.get(index)
                 if one is None:
                     one = next(fresh)
-                    writer = writer or self._new_file()
-                    self._write(writer, index, before[index], one)
+                    writer = writer or self._new_journal()
+                    what = "dropped" if isinstance(one, Dropped) else "measured"
+                    entry = {"key": self._keys[index], "images": before[index], what: asdict(one)}
+                    writer.append(to_line(entry))
                 yield one
         finally:
             if writer is not None:
-                writer.flush()
-                os.fsync(writer.fileno())
                 writer.close()
 
-    def _new_file(self) -> IO[str]:
-        self.directory.mkdir(parents=True, exist_ok=True)
+    def _new_journal(self) -> JournalWriter:
         name = f"rank{self.rank:05d}-{os.getpid()}-{os.urandom(3).hex()}.jsonl"
-        return (self.directory / name).open("w", encoding="utf-8", buffering=1)
-
-    def _write(self, file: IO[str], index: int, images: list[list[int] | None], one: Measured) -> None:
-        what = "dropped" if isinstance(one, Dropped) else "measured"
-        file.write(json.dumps({"key": self._keys[index], "images": images, what: asdict(one)}) + "\n")
+        return JournalWriter(self.directory / name, exclusive=False, sync_each=False)
 
 
 def image_identities(group: PreferenceGroup, dataset: GroupDataset) -> list[list[int] | None]:

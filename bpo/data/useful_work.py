@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import torch
 
 from bpo.data.encode import EncodedGroup
-from bpo.records import Work
+from bpo.records import UsefulWork
 
 
-def useful_work(groups: Sequence[EncodedGroup], config: Any) -> Work:
+def useful_work(groups: Sequence[EncodedGroup], config: Any) -> UsefulWork:
     """The work of the groups with every prefix and image once, however they are batched.
 
     Args:
@@ -29,7 +29,7 @@ def useful_work(groups: Sequence[EncodedGroup], config: Any) -> Work:
         image_tokens += prefix_ids.count(config.image_token_id)
         pairs += attended_pairs(len(prefix_ids), lengths)
         images = Rows(*(a + b for a, b in zip(images, image_rows(group.prompt.image_inputs, config), strict=True)))
-    return Work(
+    return UsefulWork(
         tokens=tokens,
         responses=responses,
         image_tokens=image_tokens,

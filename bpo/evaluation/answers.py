@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from bpo.evaluation.kept import KeptAnswers
+from bpo.evaluation.answer_journal import AnswerJournal
 from bpo.records import ContentPart, Turn
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def answer_requests(
     model: Any,
     encoder: Encoder,
     requests: Sequence[Request],
-    kept: KeptAnswers,
+    journal: AnswerJournal,
     benchmark: str,
     *,
     max_new_tokens: int,
@@ -41,7 +41,7 @@ def answer_requests(
     label: str = "answering",
     progress: bool = True,
 ) -> None:
-    """Gives this rank's greedy answers into `kept`, batch by batch; those that it has are not given again.
+    """Gives this rank's greedy answers into `journal`, batch by batch; those that it has are not given again.
 
     Raises:
         ImageError: An image cannot be read; names it.
@@ -49,11 +49,11 @@ def answer_requests(
     """
     from bpo.model.generate import generate_answers
 
-    batches = kept.batches(benchmark, len(requests), batch_size)
+    batches = journal.batches(benchmark, len(requests), batch_size)
     total = sum(map(len, batches))
-    with tqdm(total=total, desc=label, unit="answer", disable=not (progress and kept.ranks.is_main)) as bar:
+    with tqdm(total=total, desc=label, unit="answer", disable=not (progress and journal.ranks.is_main)) as bar:
         for batch, prompts in zip(batches, _encoded_batches(encoder, requests, batches), strict=True):
-            kept.check_stop()
+            journal.check_stop()
             answers = generate_answers(
                 model,
                 encoder,
@@ -63,7 +63,7 @@ def answer_requests(
                 top_p=1.0,
                 seeds=[0] * len(prompts),
             )
-            kept.put(benchmark, dict(zip(batch, answers, strict=True)))
+            journal.put(benchmark, dict(zip(batch, answers, strict=True)))
             bar.update(len(prompts))
 
 

@@ -13,17 +13,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bpo.config.training import Config, EvaluationConfig
+from bpo.evaluation.answer_journal import AnswerJournal
 from bpo.evaluation.answers import Request, answer_requests
 from bpo.evaluation.chair import ChairResult, DescriptionScore, score_descriptions
 from bpo.evaluation.files import CocoImages, read_coco, read_pope
-from bpo.evaluation.kept import KeptAnswers
 from bpo.evaluation.pope import PopeQuestion, PopeResult, says_yes, score_answers
 from bpo.formats.bad_records import BadRecords
 from bpo.formats.images import ImageError, load_image
 from bpo.formats.problems import Problem
 from bpo.job.compile_locks import named_compile_locks
+from bpo.job.durable import write_durably
 from bpo.job.launch import ranks_from_environment, restart_count
-from bpo.job.lock import RestartCount
+from bpo.job.restarts import RestartCount
 from bpo.job.signals import StopRequest
 
 if TYPE_CHECKING:
@@ -94,16 +95,16 @@ def run_evaluation(config: Config, progress: bool = True, stop: StopRequest | No
     output = Path(config.evaluation.output)
     folder = output.with_name(output.name + ".answers")
     ranks = ranks_from_environment()
-    kept = KeptAnswers(folder / _identity(config, benchmarks), ranks, stop)
+    journal = AnswerJournal(folder / _identity(config, benchmarks), ranks, stop)
     if ranks.is_main and restart_count():
         count = RestartCount(folder, progress="answer {}", option="evaluation.max_idle_restarts")
-        count.start(len(kept), config.evaluation.max_idle_restarts)
+        count.start(len(journal), config.evaluation.max_idle_restarts)
     encoder = load_encoder(config)
     model = load_model(config.model, pick_device())
-    give_answers(model, encoder, benchmarks, config.evaluation, kept, progress=progress)
+    give_answers(model, encoder, benchmarks, config.evaluation, journal, progress=progress)
     if not ranks.is_main:
         return {}
-    result = score(benchmarks, kept, config.evaluation.stall_timeout_s)
+    result = score(benchmarks, journal, config.evaluation.stall_timeout_s)
     tree = result_to_json(result, benchmarks)
     tree = {"model": config.model.path, "evaluation": asdict(config.evaluation), **tree}
     tree["bad_images"] = [problem.to_json() for problem in bad.problems]
@@ -198,9 +199,9 @@ def evaluate_model(
         encoder: Of the same model.
         benchmarks: From `read_benchmarks`.
     """
-    kept = KeptAnswers()
-    give_answers(model, encoder, benchmarks, options, kept, progress=progress)
-    return score(benchmarks, kept, 0.0)
+    journal = AnswerJournal()
+    give_answers(model, encoder, benchmarks, options, journal, progress=progress)
+    return score(benchmarks, journal, 0.0)
 
 
 def give_answers(
@@ -208,11 +209,11 @@ def give_answers(
     encoder: Encoder,
     benchmarks: Benchmarks,
     options: EvaluationConfig,
-    kept: KeptAnswers,
+    journal: AnswerJournal,
     *,
     progress: bool = True,
 ) -> None:
-    """This rank's share of all answers that `kept` lacks; raises as `answer_requests` does."""
+    """This rank's share of all answers that `journal` lacks; raises as `answer_requests` does."""
     describe, ask = [], []
     if benchmarks.coco is not None:
         images = benchmarks.coco.file_of_image
@@ -225,7 +226,7 @@ def give_answers(
                 model,
                 encoder,
                 requests,
-                kept,
+                journal,
                 name,
                 max_new_tokens=options.max_new_tokens,
                 batch_size=options.batch_size,
@@ -234,17 +235,17 @@ def give_answers(
             )
 
 
-def score(benchmarks: Benchmarks, kept: KeptAnswers, stall_timeout_s: float) -> EvaluationResult:
-    """Scores the answers, waiting for those of other ranks; raises as `KeptAnswers.all` does."""
+def score(benchmarks: Benchmarks, journal: AnswerJournal, stall_timeout_s: float) -> EvaluationResult:
+    """Scores the answers, waiting for those of other ranks; raises as `AnswerJournal.all` does."""
     chair, pope = None, None
     if benchmarks.coco is not None:
         images = benchmarks.coco.file_of_image
-        pairs = list(zip(images, kept.all("chair", len(images), stall_timeout_s), strict=True))
+        pairs = list(zip(images, journal.all("chair", len(images), stall_timeout_s), strict=True))
         chair = score_descriptions(pairs, benchmarks.coco.present_of_image, benchmarks.coco.lexicon)
         if not chair.num_mentions:
             logger.warning("no description names any object: chair_i of 0 means nothing here; read the answers")
     if benchmarks.questions:
-        answers = kept.all("pope", len(benchmarks.questions), stall_timeout_s)
+        answers = journal.all("pope", len(benchmarks.questions), stall_timeout_s)
         pope = score_answers(benchmarks.questions, answers)
     return EvaluationResult(chair, pope)
 
@@ -319,6 +320,4 @@ def _yes_no(value: bool) -> str:
 
 def _write_json(path: Path, tree: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")  # a killed run leaves no half-written results under the real name
-    part.write_text(json.dumps(tree, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    part.replace(path)
+    write_durably(path, json.dumps(tree, indent=1, ensure_ascii=False) + "\n")

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import logging
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
@@ -13,18 +10,17 @@ from typing import Any
 
 from bpo.config.training import TrainConfig
 from bpo.job.collectives import from_rank_0
+from bpo.job.exits import EXIT_RANK_LOST, Interrupted, JobError
 from bpo.job.launch import Ranks
-from bpo.job.lock import NoProgressError, RestartCount, RunLock, RunLockError
-from bpo.job.signals import EXIT_RANK_LOST, Interrupted
+from bpo.job.lock import RunLock
+from bpo.job.restarts import RestartCount
 from bpo.job.watchdog import Watchdog
 
-logger = logging.getLogger(__name__)
 
-__all__ = ["NoProgressError", "RankLostError", "RunGuard", "RunLockError"]
-
-
-class RankLostError(RuntimeError):
+class RankLostError(JobError):
     """Another rank died, failed or froze; names it, its host and its last step."""
+
+    exit_code = EXIT_RANK_LOST
 
 
 class RunGuard:
@@ -110,8 +106,8 @@ class RunGuard:
             and self.ranks.world_size > 1
         ):
             lost = self.watchdog.culprit()
-        as_it_should = error is None or isinstance(error, Interrupted)
-        self.watchdog.stop("" if as_it_should else f"{type(error).__name__}: {error}"[:300])
+        clean_exit = error is None or isinstance(error, Interrupted)
+        self.watchdog.stop("" if clean_exit else f"{type(error).__name__}: {error}"[:300])
         self._release()
         if error is None and self.ranks.is_main:
             RestartCount(self.output_dir).clear()
@@ -124,16 +120,3 @@ class RunGuard:
         if self._lock is not None:
             self._lock.release()
             self._lock = None
-
-
-def write_status(output_dir: Path, exit_code: int, message: str) -> None:
-    """OUTPUT/status.json: how the last start ended; exit codes get lost in launchers, a file does not."""
-    path = output_dir / "status.json"
-    if not output_dir.is_dir():
-        return
-    temporary = path.with_suffix(".new")
-    try:
-        temporary.write_text(json.dumps({"exit_code": exit_code, "message": message}) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:  # the message is in the log as well, and the code is what it was
-        logger.warning("%s cannot be written: %s", path, error)

@@ -1,8 +1,7 @@
-"""One job per output directory, and no endless restarts: a lock that outlives nobody, a count of starts in vain.
+"""A crash-safe lock: one job per output directory.
 
-OUTPUT/job.lock          who owns the directory: host, process, job id, a random token
+OUTPUT/job.lock          owner of the directory: host, process, job id, a random token
 OUTPUT/job.lock.TOKEN    beats: rewritten every few seconds by the owner
-OUTPUT/restarts.json     starts since the newest checkpoint
 
 The lock gets its name by link(), which is atomic on local disks, Lustre and NFS; flock is not used, because many
 clusters mount their file systems without it. Whether an owner lives is decided without clocks: on the same host by its
@@ -22,43 +21,26 @@ import time
 from pathlib import Path
 from typing import Any
 
+from bpo.job.exits import JobError
+from bpo.job.process import ProcessIdentity, is_running, this_process
+
 logger = logging.getLogger(__name__)
 
-LOCK, RESTARTS = "job.lock", "restarts.json"
+LOCK = "job.lock"
 BEAT_EVERY_S = 5.0
 # Longer than attribute caches of NFS keep an old file (60 s).
 STALE_S = 75.0
 
 
-class RunLockError(RuntimeError):
+class RunLockError(JobError):
     """The output directory belongs to another job or cannot be written; says to which, and what to do."""
 
-
-class NoProgressError(RuntimeError):
-    """The job starts again and again without ever reaching a new checkpoint."""
-
-
-def process_start(pid: int) -> str | None:
-    """When a process of this host started, in clock ticks since boot: tells it from a later one of its number."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    state, *rest = stat.rsplit(")", 1)[1].split()
-    return None if state in "ZX" else rest[18]
-
-
-def boot_id() -> str:
-    path = Path("/proc/sys/kernel/random/boot_id")
-    return path.read_text(encoding="utf-8").strip() if path.is_file() else ""
+    owns_directory = False
 
 
 def owner_record() -> dict[str, Any]:
     return {
-        "host": os.uname().nodename,
-        "boot": boot_id(),
-        "pid": os.getpid(),
-        "started": process_start(os.getpid()),
+        **this_process()._asdict(),
         "job": os.environ.get("SLURM_JOB_ID", ""),
         "token": secrets.token_hex(8),
     }
@@ -140,11 +122,10 @@ class RunLock:
         moved.unlink()
 
     def _why_gone(self, other: dict[str, Any]) -> str | None:
-        mine = self.owner
-        if other.get("host") == mine["host"] and other.get("boot") == mine["boot"]:
-            alive = process_start(int(other["pid"])) == other["started"]
-            return None if alive else "no longer runs"
-        if mine["job"] and other.get("job") == mine["job"]:
+        running = is_running(ProcessIdentity(other["host"], other.get("boot", ""), other["pid"], other.get("started")))
+        if running is not None:
+            return None if running else "no longer runs"
+        if self.owner["job"] and other.get("job") == self.owner["job"]:
             return "was an earlier start of this job"
         logger.warning("%s: owned by %s; watching it for %.0f s", self.path, _name(other), self._stale_s)
         beats = self.path.parent / f"{LOCK}.{other['token']}"
@@ -187,51 +168,3 @@ def _cannot_write(output_dir: Path, error: OSError) -> str:
     why = {errno.EROFS: "it is on a read-only file system", errno.EACCES: "this user may not write there"}
     reason = why.get(error.errno or 0, error.strerror)
     return f"train.output_dir {output_dir} cannot be written: {reason}. Make it writable or give another directory"
-
-
-class RestartCount:
-    """Starts since the last progress. A job that dies before every new checkpoint must not be requeued for ever.
-
-    Args:
-        directory: Where the count is kept, in the file `name`.
-        progress: What a start is to get beyond, with a place for its number.
-        option: Which option gives the limit.
-    """
-
-    def __init__(
-        self,
-        directory: Path,
-        name: str = RESTARTS,
-        *,
-        progress: str = "the checkpoint of step {}",
-        option: str = "train.max_idle_restarts",
-    ):
-        self.path = directory / name
-        self._progress, self._option = progress, option
-
-    def start(self, step: int, limit: int) -> int:
-        """Counts a restart from `step` (0: the beginning); returns how many there were without progress.
-
-        Raises:
-            NoProgressError: `limit` restarts (0: any number) have not got beyond `step`.
-        """
-        before = {"step": -1, "restarts": 0}
-        if self.path.is_file():
-            try:
-                before = json.loads(self.path.read_text(encoding="utf-8"))
-            except json.JSONDecodeError:
-                logger.warning("%s is damaged; counting anew", self.path)
-        restarts = int(before["restarts"]) + 1 if before["step"] == step else 1
-        if limit and restarts > limit:
-            raise NoProgressError(
-                f"{limit} restarts since {self._progress.format(step)} have not brought a new one; look at the logs of "
-                f"these starts. To try again all the same, remove {self.path} ({self._option} is {limit})"
-            )
-        temporary = self.path.with_name(self.path.name + ".new")
-        temporary.write_text(json.dumps({"step": step, "restarts": restarts}), encoding="utf-8")
-        os.replace(temporary, self.path)
-        return restarts
-
-    def clear(self) -> None:
-        """The run ended as it should."""
-        self.path.unlink(missing_ok=True)

@@ -1,7 +1,4 @@
-"""Exit codes, and how a scheduler's warning becomes a checkpoint at the next step boundary.
-
-From sysexits.h where it has a fitting code: they do not collide with a shell's (126 and above) or Python's (1, 2).
-"""
+"""A signal of the scheduler becomes a stop at the next boundary of the work."""
 
 from __future__ import annotations
 
@@ -9,20 +6,9 @@ import logging
 import signal
 from types import FrameType, TracebackType
 
+from bpo.job.exits import Interrupted
+
 logger = logging.getLogger(__name__)
-
-# EX_IOERR: no checkpoint can be written. Make room, then --resume; a requeue would only repeat it.
-EXIT_CANNOT_SAVE = 74
-# EX_TEMPFAIL: a signal came and a checkpoint is written; start again. slurm/train.sh requeues on it.
-EXIT_INTERRUPTED = 75
-# EX_PROTOCOL: a rank died, froze or hangs; start again.
-EXIT_RANK_LOST = 76
-# Restarts bring no new checkpoint: do not start again. The number that NVIDIA's resiliency extension uses for it.
-EXIT_NO_PROGRESS = 93
-
-
-class Interrupted(Exception):
-    """The work stopped at a boundary because a signal asked for it; a further start goes on. Exit code 75."""
 
 
 class StopRequest:

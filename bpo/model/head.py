@@ -1,71 +1,55 @@
 """The LM head as a module that returns log-probs, or the preference loss, never logits of all rows.
 
-Shape letters: N response tokens, H hidden size, C completions, P pairs.
+Shape letters: N response tokens, H hidden size, P pairs.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 
+from bpo.config.training import LossConfig
+from bpo.records import LossInputs
 from bpo_kernels.dispatch import linear_logprob, linear_preference_loss
-
-
-@dataclass(frozen=True)
-class PreferenceTerms:
-    """What the preference loss needs beside the policy's hidden states; see `bpo_kernels`' `linear_preference_loss`.
-
-    reference: [N] stored log-probs, or the hidden states [N, H] of a live reference that shares the head.
-    """
-
-    reference: torch.Tensor
-    completion_of_token_N: torch.Tensor
-    completion_starts_C1: torch.Tensor | None
-    pairs_P2: torch.Tensor
-    num_completions: int
-    loss_type: str
-    beta: float
-    label_smoothing: float
-    token_weight_N: torch.Tensor | None = None
 
 
 class LogProbHead(torch.nn.Linear):
     """`nn.Linear` whose `forward(hidden, targets)` gives `log_softmax(hidden @ weight.T)[targets]` in fp32.
 
-    With `terms` it gives the preference loss instead: losses [P], rewards of both sides [P] and the log-probs [N], in
-    one autograd function. Being a module, ZeRO-3 gathers its weight as for any other, tied weights stay tied and the
-    state dict keeps its names. Without targets it is the ordinary linear layer, for generation.
+    With a loss that the kernels know it gives losses [P], rewards of both sides [P] and the log-probs [N], in one
+    autograd function. Being a module, ZeRO-3 gathers its weight as for any other, tied weights stay tied and the state
+    dict keeps its names. Without targets it is the ordinary linear layer, for generation.
     """
 
     def forward(  # type: ignore[override]
         self,
         hidden: torch.Tensor,
         target_N: torch.Tensor | None = None,
-        terms: PreferenceTerms | None = None,
+        inputs: LossInputs | None = None,
+        loss: LossConfig | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         if target_N is None:
             return F.linear(hidden, self.weight, self.bias)
-        if terms is None:
+        if inputs is None or loss is None:
             # The reference pass takes the GEMM that training takes: another one rounds differently, and the first
             # step's loss would no longer show by its gap whether policy and reference are the same.
             mode = "auto" if torch.is_grad_enabled() else "store"
             return linear_logprob(hidden, self.weight, target_N, bias=self.bias, mode=mode)
+        assert inputs.reference is not None
         return linear_preference_loss(
             hidden,
             self.weight,
             target_N,
-            terms.reference,
-            terms.completion_of_token_N,
-            terms.pairs_P2,
-            terms.beta,
+            inputs.reference,
+            inputs.completion_of_token_N,
+            inputs.pairs_P2,
+            loss.beta,
             bias=self.bias,
-            label_smoothing=terms.label_smoothing,
-            loss_type=terms.loss_type,
-            token_weight_N=terms.token_weight_N,
-            completion_starts_K1=terms.completion_starts_C1,
-            num_completions=terms.num_completions,
+            label_smoothing=loss.label_smoothing,
+            loss_type=loss.type,
+            token_weight_N=inputs.token_weight_N,
+            completion_starts_K1=inputs.completion_starts_K1,
+            num_completions=inputs.num_completions,
         )
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import logging
+import copy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,71 +14,81 @@ from bpo.model.attention import shared_prefix
 from bpo.model.attention.choice import Choice, Needs, choose_backend
 from bpo.model.recompute import checkpoint_layers
 
-logger = logging.getLogger(__name__)
 
+@dataclass(frozen=True)
+class ResolvedModel:
+    """The options of a model and what its stored config makes of them; resolved once per start.
 
-def resolve_dtype(config: ModelConfig) -> torch.dtype:
-    """The dtype a config names; `config` means the one stored with the model."""
-    if config.dtype != "config":
-        return getattr(torch, config.dtype)
-    from transformers import AutoConfig
-
-    stored = AutoConfig.from_pretrained(config.path, trust_remote_code=config.trust_remote_code).dtype
-    return torch.float32 if stored is None else stored
-
-
-def choose_attention(config: ModelConfig, device: torch.device) -> Choice | None:
-    """How packed groups attend on `device`, or None for a model that trains on separate sequences.
-
-    Raises:
-        ValueError: `model.attention` asks for what cannot run there.
+    options: `model.*`.
+    config: The model's own config, as transformers reads it.
+    device: Where it computes.
+    dtype: Of weights and activations.
+    for_training: Whether it trains on packed groups; otherwise it generates.
+    attention: How packed groups attend; None for a model that trains on separate sequences, or generates.
     """
-    from transformers import AutoConfig
 
-    model_config = AutoConfig.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
-    if family_of(model_config, config.share_prefix).separate_reason is not None:
-        return None
-    needs = Needs.of_model(model_config.get_text_config(), device, resolve_dtype(config))
-    return choose_backend(config.attention, needs)
+    options: ModelConfig
+    config: Any
+    device: torch.device
+    dtype: torch.dtype
+    for_training: bool
+    attention: Choice | None
 
 
-def load_model(config: ModelConfig, device: torch.device | None = None, *, for_training: bool = False) -> Any:
-    """A `*ForConditionalGeneration` model of a supported family.
-
-    With `for_training` the text model gets the shared-prefix attention, unless it cannot share prefixes or
-    `model.share_prefix` is never, and the key-value cache is off; the model is left where `from_pretrained` puts it
-    (under ZeRO-3 its weights are partitioned as they load).
+def resolve_model(
+    options: ModelConfig, device: torch.device | None = None, *, for_training: bool = False
+) -> ResolvedModel:
+    """Reads the model's config and settles dtype and attention; loads no weights.
 
     Args:
-        config: Which model, and how it is held.
-        device: Where it will compute; the CPU unless given. Only a model for generation is put there.
-        for_training: See above.
+        device: Where the model will compute; the CPU unless given.
 
     Raises:
-        ValueError: the model type is not supported, `model.path` is empty, or `model.attention` cannot run on `device`.
+        ValueError: `model.path` is empty, the model type is not supported, or `model.attention` cannot run on `device`.
     """
-    from transformers import AutoConfig, AutoModelForImageTextToText
+    from transformers import AutoConfig
 
-    if not config.path:
+    if not options.path:
         raise ValueError("model.path is empty; give the directory (or hub id) of the model")
-    model_config = AutoConfig.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
-    family_of(model_config, config.share_prefix)  # refuses an unsupported type before any weight is read
+    config = AutoConfig.from_pretrained(options.path, trust_remote_code=options.trust_remote_code)
+    shares_prefix = family_of(config, options.share_prefix).separate_reason is None
     device = device or torch.device("cpu")
-    choice = choose_attention(config, device) if for_training else None
-    attentions = {"vision_config": config.vision_attention}
-    if choice is not None:  # else transformers' own choice: SDPA where the text model has it
-        attentions["text_config"] = shared_prefix.register(choice)
-    elif getattr(model_config.get_text_config(), "attn_logit_softcapping", None):
-        attentions["text_config"] = "eager"  # SDPA has no cap on scores, and in some versions is chosen all the same
-    model = AutoModelForImageTextToText.from_pretrained(
-        config.path,
-        config=model_config,
-        dtype=resolve_dtype(config),
+    dtype = (config.dtype or torch.float32) if options.dtype == "config" else getattr(torch, options.dtype)
+    attention = None
+    if for_training and shares_prefix:
+        attention = choose_backend(options.attention, Needs.of_model(config.get_text_config(), device, dtype))
+    return ResolvedModel(options, config, device, dtype, for_training, attention)
+
+
+def load_model(options: ModelConfig, device: torch.device | None = None, *, for_training: bool = False) -> Any:
+    """`load_resolved(resolve_model(...))`: a `*ForConditionalGeneration` model of a supported family."""
+    return load_resolved(resolve_model(options, device, for_training=for_training))
+
+
+def load_resolved(model: ResolvedModel) -> Any:
+    """Loads the weights.
+
+    For training the text model gets the shared-prefix attention, unless it cannot share prefixes or
+    `model.share_prefix` is never, and the key-value cache is off; the model is left where `from_pretrained` puts it
+    (under ZeRO-3 its weights are partitioned as they load). For generation it is moved to its device.
+    """
+    from transformers import AutoModelForImageTextToText
+
+    options = model.options
+    attentions = {"vision_config": options.vision_attention}
+    if model.attention is not None:  # else transformers' own choice: SDPA where the text model has it
+        attentions["text_config"] = shared_prefix.register(model.attention)
+    elif getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
+        attentions["text_config"] = "eager"  # SDPA has no cap on scores, and some versions choose it nevertheless
+    loaded = AutoModelForImageTextToText.from_pretrained(
+        options.path,
+        config=copy.deepcopy(model.config),  # it is changed, and `model.config` describes what is stored
+        dtype=model.dtype,
         attn_implementation=attentions,
-        trust_remote_code=config.trust_remote_code,
+        trust_remote_code=options.trust_remote_code,
     )
-    if for_training:
-        model.config.use_cache = False
-        checkpoint_layers(model, str(config.gradient_checkpointing))
-        return model
-    return model.to(device).eval()
+    if model.for_training:
+        loaded.config.use_cache = False
+        checkpoint_layers(loaded, str(options.gradient_checkpointing))
+        return loaded
+    return loaded.to(model.device).eval()

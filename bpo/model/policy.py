@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
+from bpo.config.training import LossConfig
 from bpo.data.families import family_of
-from bpo.model.head import PreferenceTerms, install_logprob_head
-from bpo.records import GroupBatch
+from bpo.model.head import install_logprob_head
+from bpo.records import GroupBatch, LossInputs
 
 
 class PolicyModel(torch.nn.Module):
@@ -39,11 +40,12 @@ class PolicyModel(torch.nn.Module):
         predictor_rows_N: torch.Tensor,
         target_N: torch.Tensor,
         image_inputs: dict[str, torch.Tensor],
-        terms: PreferenceTerms | None = None,
+        loss_inputs: LossInputs | None = None,
+        loss: LossConfig | None = None,
         sequence_inputs: dict[str, torch.Tensor] | None = None,
         feature_rows_F: torch.Tensor | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """fp32 log-probs [N] of `target_N`, or with `terms` losses and rewards [P] and the log-probs.
+        """fp32 log-probs [N] of `target_N`, or with a fused `loss` losses and rewards [P] and the log-probs.
 
         Call it, and its backward, inside `packed_layout`. With `sequence_inputs` T is B rows of [prefix | completion |
         padding] one after the other, through the model's own attention.
@@ -59,11 +61,10 @@ class PolicyModel(torch.nn.Module):
             **image_inputs,
         ).last_hidden_state.flatten(0, 1)
         # Only rows that predict a response token reach the LM head; prompt and image rows never do.
-        return self.model.lm_head(hidden_TD[predictor_rows_N], target_N, terms)
+        return self.model.lm_head(hidden_TD[predictor_rows_N], target_N, loss_inputs, loss)
 
 
-def model_inputs(batch: GroupBatch, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """The keyword arguments of `PolicyModel.forward`, on the device; pixels in the model's dtype."""
-    there = batch.to(device, dtype)
+def model_inputs(batch: GroupBatch) -> dict[str, Any]:
+    """The keyword arguments of `PolicyModel.forward`, for a batch on the model's device (`GroupBatch.to`)."""
     tensors = ("input_ids_T", "position_ids_XT", "predictor_rows_N", "target_N", "feature_rows_F")
-    return {name: getattr(there, name) for name in (*tensors, "image_inputs", "sequence_inputs")}
+    return {name: getattr(batch, name) for name in (*tensors, "image_inputs", "sequence_inputs")}

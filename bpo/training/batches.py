@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from bpo.config.training import Config
@@ -59,8 +59,7 @@ def training_batches(
     rank = engine.ranks.rank
     flat = [pair for s in steps for pair in zip(s.micro_batches[rank], s.is_filler[rank], strict=True)]
     with_reference = (
-        replace(batch, reference_logp_N=store.gather(batch.reference_keys))
-        for batch in micro_batches(config, data, flat, engine)
+        batch.with_reference(store.gather(batch.reference_keys)) for batch in micro_batches(config, data, flat, engine)
     )
     source = on_device(with_reference, engine.device, engine.dtype)
     for step in steps:

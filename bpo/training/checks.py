@@ -8,21 +8,23 @@ import math
 
 import torch
 
-from bpo.config.training import Config
+from bpo.config.training import Config, LossConfig
 from bpo.data.schedule import PlannedStep
 from bpo.engine import TrainingEngine
 from bpo.job.collectives import gather_from_ranks
-from bpo.losses import LossInputs, loss_at_reference
+from bpo.job.exits import JobError
+from bpo.losses import loss_at_reference
+from bpo.records import LossInputs
 from bpo.training.metrics import StepSums, step_metrics
 
 logger = logging.getLogger(__name__)
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(JobError):
     """The loss or gradient of a step is not a number; names the records."""
 
 
-class FirstStepError(RuntimeError):
+class FirstStepError(JobError):
     """Policy and reference differ before the first step."""
 
 
@@ -80,6 +82,6 @@ def check_first_step(
 
 
 @torch.no_grad()
-def expected_loss(inputs: LossInputs, config: Config, weight_P: torch.Tensor) -> float:
+def expected_loss(inputs: LossInputs, config: LossConfig) -> float:
     """Weighted sum of the preference loss of a policy equal to the reference."""
-    return float((loss_at_reference(config.loss, inputs).double() * weight_P).sum())
+    return float((loss_at_reference(inputs, config).double() * inputs.pair_weight_P).sum())

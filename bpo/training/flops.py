@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from bpo.data.families import Family
-from bpo.records import Work
+from bpo.records import UsefulWork
 
 # What reads the input of a decoder layer; in the first layer that input may need no gradient.
 _READS_LAYER_INPUT = re.compile(r"\.layers\.0\..*\.(q_proj|k_proj|v_proj|qkv_proj)\b")
@@ -61,11 +61,11 @@ class ModelFlops:
     vision_window_width: int
     vision_trained: bool
 
-    def forward(self, work: Work) -> int:
+    def forward(self, work: UsefulWork) -> int:
         """FLOPs of one forward pass over `work`; the reference pass needs no more than this."""
         return sum(2 * macs for macs in self.forward_macs(work).values())
 
-    def backward(self, work: Work) -> int:
+    def backward(self, work: UsefulWork) -> int:
         """FLOPs of the gradients: of activations on the way to what is trained, and of the trained weights."""
         attention = 2 * self._attention(work)
         vision_attention = 2 * self._vision_attention(work) if self.vision_trained else 0
@@ -73,11 +73,11 @@ class ModelFlops:
         macs += self.projector.backward * work.image_tokens + self.vision.backward * work.patches + vision_attention
         return 2 * macs
 
-    def step(self, work: Work) -> int:
+    def step(self, work: UsefulWork) -> int:
         """Forward and backward."""
         return self.forward(work) + self.backward(work)
 
-    def forward_macs(self, work: Work) -> dict[str, int]:
+    def forward_macs(self, work: UsefulWork) -> dict[str, int]:
         """Multiply-accumulates of the forward pass by part."""
         return {
             "language": self.language.forward * work.tokens,
@@ -87,10 +87,10 @@ class ModelFlops:
             "vision": self.vision.forward * work.patches + self._vision_attention(work),
         }
 
-    def _attention(self, work: Work) -> int:
+    def _attention(self, work: UsefulWork) -> int:
         return 2 * self.attention_width * work.pairs  # query x key, and probability x value
 
-    def _vision_attention(self, work: Work) -> int:
+    def _vision_attention(self, work: UsefulWork) -> int:
         return 2 * (self.vision_width * work.patch_pairs + self.vision_window_width * work.patch_window_pairs)
 
 

@@ -17,8 +17,9 @@ from bpo.data.lengths import MeasuredLengths, encoder_fingerprint, lengths_direc
 from bpo.formats.bad_records import BadRecords
 from bpo.formats.files import read_groups
 from bpo.formats.problems import Problem
+from bpo.job.exits import Interrupted
 from bpo.job.launch import Ranks
-from bpo.job.signals import Interrupted, StopRequest
+from bpo.job.signals import StopRequest
 
 logger = logging.getLogger(__name__)
 

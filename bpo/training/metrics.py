@@ -1,6 +1,6 @@
 """Training metrics under their standard names, to JSONL, TensorBoard and a progress bar.
 
-Shape letters: P pairs, C completions, N response tokens.
+Shape letters: P pairs, K completions, N response tokens.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
-from bpo.losses import LossInputs, LossOutput
-from bpo.records import GroupBatch, Work
+from bpo.job.durable import write_durably
+from bpo.losses import LossOutput
+from bpo.records import GroupBatch, UsefulWork
 from bpo.training.flops import ModelFlops
 
 _NAMES = (
@@ -35,7 +36,7 @@ class _Unread:
     """A micro-batch's sums (those of `_NAMES`, and the reference gap) on the device, and whose losses they are."""
 
     sums: torch.Tensor
-    total_loss_P: torch.Tensor
+    loss_P: torch.Tensor
     pairs_P2: torch.Tensor
     group_of_completion: tuple[str, ...]
 
@@ -51,7 +52,7 @@ class StepSums:
     values: list[float]
     num_pairs: float = 0.0
     num_tokens: float = 0.0
-    work: Work = field(default_factory=Work)
+    useful_work: UsefulWork = field(default_factory=UsefulWork)
     reference_gap: float = 0.0
     expected_first_loss: float = 0.0
     groups: list[str] = field(default_factory=list)
@@ -63,60 +64,54 @@ class StepSums:
         return cls([0.0] * len(_NAMES))
 
     @torch.no_grad()
-    def add(
-        self,
-        total_loss_P: torch.Tensor,
-        output: LossOutput,
-        nll_P: torch.Tensor,
-        inputs: LossInputs,
-        weight_P: torch.Tensor,
-        batch: GroupBatch,
-    ) -> None:
+    def add(self, output: LossOutput, batch: GroupBatch) -> None:
         """Adds a micro-batch; a filler's pairs have weight 0 and count nowhere."""
         if batch.is_filler:
             return
-        logp_C = inputs.sequence_sum(inputs.policy_logp_N)
+        inputs = batch.loss_inputs
+        assert inputs.reference is not None
+        logp_K = inputs.sequence_sum(output.logp_N)
         chosen, rejected = inputs.pairs_P2.unbind(1)
         columns = (
-            total_loss_P,
             output.loss_P,
+            output.preference_P,
             output.chosen_reward_P,
             output.rejected_reward_P,
             output.chosen_reward_P - output.rejected_reward_P,
             (output.chosen_reward_P > output.rejected_reward_P).float(),
-            logp_C[chosen],
-            logp_C[rejected],
-            nll_P,
+            logp_K[chosen],
+            logp_K[rejected],
+            output.nll_P,
         )
-        gap = (inputs.policy_logp_N - inputs.reference_logp_N).abs().max()
-        sums = torch.stack(columns).double() @ weight_P.double()
+        gap = (output.logp_N - inputs.reference).abs().max()
+        sums = torch.stack(columns).double() @ inputs.pair_weight_P.double()
         # Not the batch itself, whose pixels would stay on the device until the end of the step.
         owners = tuple(
             g for g, spans in zip(batch.group_ids, batch.layout.completion_spans, strict=False) for _ in spans
         )
         self._unread.append(
-            _Unread(torch.cat([sums, gap.double()[None]]), total_loss_P.detach(), inputs.pairs_P2, owners)
+            _Unread(torch.cat([sums, gap.double()[None]]), output.loss_P.detach(), inputs.pairs_P2, owners)
         )
-        self.num_pairs += weight_P.numel()  # outside a filler each weighs 1
+        self.num_pairs += inputs.pair_weight_P.numel()  # outside a filler each weighs 1
         self.num_tokens += batch.input_ids_T.numel()
-        self.work += batch.work
+        self.useful_work += batch.useful_work
         self.groups.extend(batch.group_ids)
 
     def _read(self) -> None:
         unread, self._unread = self._unread, []
         if not unread:
             return
-        for (*sums, gap), one in zip(torch.stack([one.sums for one in unread]).tolist(), unread, strict=True):
+        for (*sums, gap), part in zip(torch.stack([part.sums for part in unread]).tolist(), unread, strict=True):
             self.values = [value + more for value, more in zip(self.values, sums, strict=True)]
             self.reference_gap = max(self.reference_gap, gap)
             if not math.isfinite(sums[0]):
-                lost = one.pairs_P2[~torch.isfinite(one.total_loss_P), 0].tolist()
-                self.non_finite_groups.extend(sorted({one.group_of_completion[c] for c in lost}))
+                lost = part.pairs_P2[~torch.isfinite(part.loss_P), 0].tolist()
+                self.non_finite_groups.extend(sorted({part.group_of_completion[c] for c in lost}))
 
     def flat(self) -> list[float]:
         """This rank's sums and its work, ready to be summed over ranks."""
         self._read()
-        return [*self.values, self.num_pairs, self.num_tokens, *map(float, astuple(self.work))]
+        return [*self.values, self.num_pairs, self.num_tokens, *map(float, astuple(self.useful_work))]
 
 
 def step_metrics(flat: list[float]) -> dict[str, float]:
@@ -141,7 +136,7 @@ def step_rates(
         alone: a stand-in image, padding and repeated prefixes are in the first and not in the second.
     """
     num_pairs, num_tokens = flat[len(_NAMES) : len(_NAMES) + 2]
-    work = Work(*map(int, flat[len(_NAMES) + 2 :]))
+    work = UsefulWork(*map(int, flat[len(_NAMES) + 2 :]))
     rates = {
         "pairs_per_second": num_pairs / seconds,
         "tokens_per_second": num_tokens / seconds,
@@ -198,4 +193,4 @@ def _drop_from(path: Path, start_step: int) -> None:
                 kept.append(line)
         except json.JSONDecodeError:
             continue  # the line a killed run did not finish
-    path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    write_durably(path, "".join(line + "\n" for line in kept))

@@ -14,8 +14,9 @@ from bpo.data.schedule import split_into_micro_batches
 from bpo.data.transfer import on_device
 from bpo.engine import TrainingEngine
 from bpo.job.collectives import barrier, from_rank_0, gather_from_ranks
-from bpo.job.signals import Interrupted, StopRequest
-from bpo.model.load import choose_attention
+from bpo.job.exits import Interrupted
+from bpo.job.signals import StopRequest
+from bpo.model.load import ResolvedModel
 from bpo.model.reference.fingerprint import DIGESTS, model_fingerprint
 from bpo.model.reference.format import ReferenceStoreError
 from bpo.model.reference.store import ReferenceStore, open_or_create
@@ -31,7 +32,7 @@ _KERNELS_IN_STORES = {"triton": "triton", "plain": "reference"}
 
 
 def fill_reference_store(
-    config: Config, engine: TrainingEngine, data: TrainingData, stop: StopRequest | None = None
+    config: Config, model: ResolvedModel, engine: TrainingEngine, data: TrainingData, stop: StopRequest | None = None
 ) -> ReferenceStore:
     """Computes what the store lacks, on the engine that will train, before its first step; every rank its share.
 
@@ -42,7 +43,7 @@ def fill_reference_store(
         Interrupted: on all ranks, where any of them was asked to stop; what was computed is stored.
     """
     directory = Path(config.train.reference_dir or Path(config.train.output_dir) / "reference")
-    fingerprint = from_rank_0(lambda: _open_store(config, engine, data, directory))
+    fingerprint = from_rank_0(lambda: _open_store(config, model, directory))
     store = ReferenceStore(directory, fingerprint, engine.ranks.rank)
     first_with_key = {one.reference_key: g for g, one in reversed(list(enumerate(data.measured)))}
     # Decided by one rank: another job may be adding to the store, and all ranks must agree on the passes to make.
@@ -64,17 +65,17 @@ def fill_reference_store(
     return store
 
 
-def _open_store(config: Config, engine: TrainingEngine, data: TrainingData, directory: Path) -> dict[str, str]:
+def _open_store(config: Config, model: ResolvedModel, directory: Path) -> dict[str, str]:
     # Another order of sums rounds differently, and the first step compares policy and reference to rounding.
-    choice = choose_attention(config.model, engine.device)
+    choice = model.attention
     sequences = {"sequences": "separate"} if choice is None else {"attention": choice.backend}
     fingerprint = model_fingerprint(
         config.model.path,
         kept_digests=directory / DIGESTS,
         rehash=config.train.rehash_weights,
-        dtype=str(engine.dtype).removeprefix("torch."),
+        dtype=str(model.dtype).removeprefix("torch."),
         vision_attention=config.model.vision_attention,
-        kernels=_KERNELS_IN_STORES[chosen_implementation(torch.empty(0, device=engine.device))],
+        kernels=_KERNELS_IN_STORES[chosen_implementation(torch.empty(0, device=model.device))],
         **sequences,
     )
     open_or_create(directory, fingerprint)

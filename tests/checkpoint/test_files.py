@@ -110,7 +110,7 @@ def test_a_step_of_nine_digits_is_newer_than_one_of_eight(tmp_path: Path) -> Non
     assert checkpoint_dirs(tmp_path)[0].name == "step-100000000"
 
 
-def test_a_damaged_one_is_passed_over_aloud_and_set_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_one_is_skipped_with_an_error_and_set_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_checkpoint(tmp_path, 10)
     flip_a_bit(write_checkpoint(tmp_path, 20) / shard_name(0))
     (write_checkpoint(tmp_path, 30) / "manifest.json").write_text("{}")
@@ -135,7 +135,9 @@ def test_none_left_is_an_error_that_lists_the_damage_and_moves_nothing(tmp_path:
 
 
 @pytest.mark.parametrize("state", ["empty", "missing", "dangling"])
-def test_a_broken_pointer_is_repaired_aloud(tmp_path: Path, state: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_broken_pointer_is_repaired_and_logged(
+    tmp_path: Path, state: str, caplog: pytest.LogCaptureFixture
+) -> None:
     write_checkpoint(tmp_path, 10)
     pointer = checkpoints_root(tmp_path) / "latest"
     {

@@ -44,11 +44,11 @@ def test_row_is_prefixes_and_completions_without_padding(encoder: Encoder) -> No
     # The prefix's last row predicts every completion's first token; a completion's last token predicts nothing.
     assert batch.predictor_rows_N.tolist() == [2, 3, 2, 2, 6, 9, 9, 11]
     assert batch.target_N.tolist() == [10, 11, 20, 30, 31, 40, 50, 51]
-    assert batch.completion_of_token_N.tolist() == [0, 0, 1, 2, 2, 3, 4, 4]
-    assert batch.pairs_P2.tolist() == [[0, 1], [0, 2], [3, 4]]
-    assert batch.pair_weight_P.tolist() == [1.0, 1.0, 1.0]
+    assert batch.loss_inputs.completion_of_token_N.tolist() == [0, 0, 1, 2, 2, 3, 4, 4]
+    assert batch.loss_inputs.pairs_P2.tolist() == [[0, 1], [0, 2], [3, 4]]
+    assert batch.loss_inputs.pair_weight_P.tolist() == [1.0, 1.0, 1.0]
     assert batch.group_ids == ("a", "b") and batch.reference_keys == ("key-a", "key-b")
-    assert batch.num_completions == 5
+    assert batch.loss_inputs.num_completions == 5
     assert batch.image_inputs == {}
 
 
@@ -69,8 +69,8 @@ def test_separate_sequences_are_padded_rows_that_predict_in_themselves(tiny_llav
     assert batch.layout.completion_spans == (((3, 5), (8, 9)), ((12, 13), (17, 19)))
     assert batch.predictor_rows_N.tolist() == [2, 3, 7, 11, 16, 17]
     assert batch.target_N.tolist() == [10, 11, 20, 40, 50, 51]
-    assert batch.completion_of_token_N.tolist() == [0, 0, 1, 2, 3, 3]
-    assert batch.pairs_P2.tolist() == [[0, 1], [2, 3]]
+    assert batch.loss_inputs.completion_of_token_N.tolist() == [0, 0, 1, 2, 3, 3]
+    assert batch.loss_inputs.pairs_P2.tolist() == [[0, 1], [2, 3]]
     assert batch.feature_rows_F is None and batch.image_inputs == {}
 
 
@@ -104,7 +104,8 @@ def test_order_of_groups_changes_nothing_within_a_group(encoder: Encoder, encode
 def test_filler_is_the_same_work_that_counts_nothing(encoder: Encoder, encoded: list[EncodedGroup]) -> None:
     real, filler = (collate_groups(encoded, encoder.family, is_filler=flag) for flag in (False, True))
     assert torch.equal(real.input_ids_T, filler.input_ids_T)
-    assert real.pair_weight_P.tolist() == [1.0] * 4 and filler.pair_weight_P.tolist() == [0.0] * 4
+    assert real.loss_inputs.pair_weight_P.tolist() == [1.0] * 4
+    assert filler.loss_inputs.pair_weight_P.tolist() == [0.0] * 4
     assert filler.is_filler and not real.is_filler
 
 

@@ -48,7 +48,7 @@ def test_worker_processes_measure_and_pack_the_same(encoder: Encoder) -> None:
     one, two, filler = iterate_micro_batches(dataset, keys, plan, num_workers=1)
     assert one.group_ids == ("a", "c") and two.group_ids == filler.group_ids == ("b",)
     assert one.reference_keys == (keys[0], keys[2])
-    assert two.pair_weight_P.tolist() == [1.0] and filler.pair_weight_P.tolist() == [0.0]
+    assert two.loss_inputs.pair_weight_P.tolist() == [1.0] and filler.loss_inputs.pair_weight_P.tolist() == [0.0]
     again, *_ = iterate_micro_batches(dataset, keys, plan, num_workers=0)
     assert torch.equal(one.input_ids_T, again.input_ids_T)
     assert torch.equal(one.image_inputs["pixel_values"], again.image_inputs["pixel_values"])

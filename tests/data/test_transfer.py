@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 import pytest
 import torch
@@ -18,7 +17,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module", params=["llava", "qwen"])
 def batch(request: pytest.FixtureRequest, photo_root) -> GroupBatch:
     encoder = encoder_of(request.getfixturevalue(f"tiny_{request.param}_dir"), photo_root)
-    return replace(packed_batch(encoder, three_groups()), reference_logp_N=torch.arange(3.0))
+    return packed_batch(encoder, three_groups()).with_reference(torch.arange(3.0))
 
 
 def test_moving_changes_the_dtype_of_pixels_and_nothing_else(batch: GroupBatch) -> None:
@@ -26,7 +25,7 @@ def test_moving_changes_the_dtype_of_pixels_and_nothing_else(batch: GroupBatch) 
     assert all(tensor.is_meta for tensor in moved.tensors()) and len(moved.tensors()) == len(batch.tensors()) > 9
     for name, value in batch.image_inputs.items():
         assert moved.image_inputs[name].dtype == (torch.bfloat16 if name == "pixel_values" else value.dtype)
-    assert moved.reference_logp_N is not None and moved.reference_logp_N.dtype == torch.float32
+    assert moved.loss_inputs.reference is not None and moved.loss_inputs.reference.dtype == torch.float32
     assert moved.layout is batch.layout and moved.group_ids == batch.group_ids
 
 

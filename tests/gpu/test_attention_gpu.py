@@ -196,11 +196,11 @@ def test_a_whole_model_agrees_with_sdpa(
     batch = packed_batch(encoder_of(wide_heads, photo_root), three_groups())
     results = []
     for name in (backend, "sdpa"):
-        monkeypatch.setattr(load, "choose_attention", lambda config, device, name=name: Choice(name, "tested"))
+        monkeypatch.setattr(load, "choose_backend", lambda wanted, needs, name=name: Choice(name, "tested"))
         config = ModelConfig(path=str(wide_heads), dtype="bfloat16", gradient_checkpointing=checkpointing)
         policy = PolicyModel(load.load_model(config, CUDA, for_training=True)).to(CUDA)
         with packed_layout(batch.layout):
-            logp_N = policy(**model_inputs(batch, CUDA, torch.bfloat16))
+            logp_N = policy(**model_inputs(batch.to(CUDA, torch.bfloat16)))
             logp_N.sum().backward()
         norm = torch.stack([p.grad.float().norm() for p in policy.parameters() if p.grad is not None]).norm()
         results.append((logp_N.detach(), norm))

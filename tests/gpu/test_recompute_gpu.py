@@ -30,7 +30,7 @@ def test_the_same_gradients_in_bfloat16(tiny_llava_dir: Path, photo_root: Path, 
         config = ModelConfig(path=str(tiny_llava_dir), dtype="bfloat16", gradient_checkpointing=name)  # type: ignore[arg-type]
         policy = PolicyModel(load_model(config, for_training=True).to(device)).train()
         with packed_layout(batch.layout):
-            logp_N = policy(**model_inputs(batch, device, torch.bfloat16))
+            logp_N = policy(**model_inputs(batch.to(device, torch.bfloat16)))
             logp_N.sum().backward()
         gradients[name] = {n: p.grad for n, p in policy.named_parameters() if p.grad is not None}
     for name, expected in gradients["none"].items():

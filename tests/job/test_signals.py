@@ -10,10 +10,11 @@ import pytest
 
 from bpo.checkpoint.files import clean_leftovers
 from bpo.config.training import TrainConfig
+from bpo.job.exits import Interrupted
 from bpo.job.guard import RunGuard
 from bpo.job.launch import Ranks
-from bpo.job.lock import RestartCount
-from bpo.job.signals import Interrupted, StopRequest
+from bpo.job.restarts import RestartCount
+from bpo.job.signals import StopRequest
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])

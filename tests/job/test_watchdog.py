@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from bpo.job.signals import EXIT_RANK_LOST
+from bpo.job.exits import EXIT_RANK_LOST
 from bpo.job.watchdog import Watchdog, heartbeat_path, read_heartbeat
 
 ROOT = Path(__file__).resolve().parents[2]

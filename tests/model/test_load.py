@@ -10,7 +10,7 @@ from transformers import LlamaConfig
 
 from bpo.config.training import ModelConfig
 from bpo.model.attention import shared_prefix as attention
-from bpo.model.load import load_model, resolve_dtype
+from bpo.model.load import load_model, resolve_model
 
 
 def test_for_generation_in_eval_mode_with_plain_attention(tiny_qwen_dir: Path) -> None:
@@ -37,7 +37,7 @@ def test_two_loaded_models_do_not_share_their_attention(tiny_llava_dir: Path) ->
 
 @pytest.mark.parametrize(("name", "dtype"), [("bfloat16", torch.bfloat16), ("config", torch.float32)])
 def test_dtype_by_name_or_as_stored(name: str, dtype: torch.dtype, tiny_llava_dir: Path) -> None:
-    assert resolve_dtype(ModelConfig(path=str(tiny_llava_dir), dtype=name)) == dtype
+    assert resolve_model(ModelConfig(path=str(tiny_llava_dir), dtype=name)).dtype == dtype
 
 
 def test_missing_path_and_unsupported_type_say_what_to_do(tmp_path: Path) -> None:

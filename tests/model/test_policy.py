@@ -68,7 +68,7 @@ def make_policy(case: tuple[Path, str]) -> Callable[..., PolicyModel]:
 
 def packed_logp(policy: PolicyModel, batch: GroupBatch) -> torch.Tensor:
     with packed_layout(batch.layout):
-        return policy(**model_inputs(batch, CPU, torch.float32))
+        return policy(**model_inputs(batch.to(CPU, torch.float32)))
 
 
 def separate_logp(model: Any, encoder: Encoder, groups: list[EncodedGroup]) -> torch.Tensor:
@@ -120,7 +120,7 @@ def test_packed_groups_equal_separate_sequences(
     batch = collate_groups(encoded, encoder.family)
     assert [len(spans) for spans in batch.layout.completion_spans] == [3, 2, 2]
     with packed_layout(batch.layout):
-        logp_N = policy(**model_inputs(batch, CPU, torch.float32))
+        logp_N = policy(**model_inputs(batch.to(CPU, torch.float32)))
         (logp_N * weight_N).sum().backward()
     expected_N, expected = truth
     assert logp_N.dtype == torch.float32
@@ -154,7 +154,7 @@ def test_a_completion_sees_no_sibling(
     batch, altered = (collate_groups([one, *encoded[1:]], encoder.family) for one in (first, other))
     with torch.no_grad():
         before_N, after_N = packed_logp(policy, batch), packed_logp(policy, altered)
-    is_changed_N = batch.completion_of_token_N == 1
+    is_changed_N = batch.loss_inputs.completion_of_token_N == 1
     assert torch.equal(before_N[~is_changed_N], after_N[~is_changed_N])
     assert not torch.allclose(before_N[is_changed_N], after_N[is_changed_N])
 
@@ -164,7 +164,7 @@ def test_a_completion_sees_its_prefix_image_and_own_past_only(
 ) -> None:
     policy = make_policy().eval()
     batch = collate_groups(encoded, encoder.family)
-    own = [i for i, c in enumerate(batch.completion_of_token_N.tolist()) if c == 0]
+    own = [i for i, c in enumerate(batch.loss_inputs.completion_of_token_N.tolist()) if c == 0]
     with torch.no_grad():
         before_N = packed_logp(policy, batch)
         # Its last-but-one token is input only to the prediction of the last.
@@ -176,8 +176,9 @@ def test_a_completion_sees_its_prefix_image_and_own_past_only(
         negative = {**prompt.image_inputs, "pixel_values": -prompt.image_inputs["pixel_values"]}
         other = replace(encoded[0], prompt=replace(prompt, image_inputs=negative))
         differs_N = packed_logp(policy, collate_groups([other, *encoded[1:]], encoder.family)) != before_N
-        assert differs_N[batch.completion_of_token_N <= 2].all()
-        assert not differs_N[batch.completion_of_token_N > 2].any()  # the other groups have their own images
+        of_group_N = batch.loss_inputs.completion_of_token_N <= 2
+        assert differs_N[of_group_N].all()
+        assert not differs_N[~of_group_N].any()  # the other groups have their own images
 
 
 def test_packing_does_not_change_a_group(
@@ -209,7 +210,7 @@ def test_without_a_layout_the_training_model_generates_like_the_plain_one(
 
 
 def test_model_inputs_take_the_models_dtype_for_pixels_only(encoder: Encoder, encoded: list[EncodedGroup]) -> None:
-    inputs = model_inputs(collate_groups(encoded, encoder.family), CPU, torch.bfloat16)
+    inputs = model_inputs(collate_groups(encoded, encoder.family).to(CPU, torch.bfloat16))
     assert inputs["image_inputs"]["pixel_values"].dtype == torch.bfloat16
     assert inputs["input_ids_T"].dtype == torch.long
     assert all(v.dtype == torch.long for k, v in inputs["image_inputs"].items() if k != "pixel_values")

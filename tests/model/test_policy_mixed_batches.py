@@ -53,7 +53,7 @@ def trained(policy: PolicyModel, batch: GroupBatch) -> tuple[torch.Tensor, dict[
     """Log-probs [N], and the gradients of a sum in which every token has another weight."""
     policy.zero_grad()
     with packed_layout(batch.layout):
-        logp_N = policy(**model_inputs(batch, CPU, torch.float32))
+        logp_N = policy(**model_inputs(batch.to(CPU, torch.float32)))
         (logp_N * torch.arange(1, len(logp_N) + 1)).sum().backward()
     gradients = {name: p.grad for name, p in policy.model.named_parameters() if p.requires_grad}
     return logp_N.detach(), gradients

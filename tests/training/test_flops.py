@@ -23,7 +23,7 @@ from bpo.model.attention.shared_prefix import packed_layout
 from bpo.model.load import load_model
 from bpo.model.policy import PolicyModel, model_inputs
 from bpo.model.trainable import prepare_trainable
-from bpo.records import GroupBatch, Work
+from bpo.records import GroupBatch, UsefulWork
 from bpo.training.flops import ModelFlops, model_flops
 from tests.sample_groups import encode_all, encoder_of, packed_batch, three_groups
 
@@ -38,7 +38,7 @@ CASES = {
 }
 
 
-def executed_work(batch: GroupBatch, work: Work) -> Work:
+def executed_work(batch: GroupBatch, work: UsefulWork) -> UsefulWork:
     """The same with the masked pairs that SDPA computes too: a prefix's square, and all completions against all."""
     pairs = 0
     for (start, prefix_end), completions in zip(batch.layout.prefix_spans, batch.layout.completion_spans, strict=True):
@@ -51,7 +51,7 @@ def counted_flops(policy: PolicyModel, batch: GroupBatch, *, backward: bool) -> 
     counter = FlopCounterMode(display=False)
     # A frozen head computes its gradient in the forward pass, unless there is none to compute.
     with counter, sdpa_kernel(SDPBackend.MATH), packed_layout(batch.layout), torch.set_grad_enabled(backward):
-        logp_N = policy(**model_inputs(batch, CPU, torch.float32))
+        logp_N = policy(**model_inputs(batch.to(CPU, torch.float32)))
         if backward:
             logp_N.sum().backward()
     return counter.get_total_flops()
@@ -69,7 +69,7 @@ def prepared(directory: Path, trainable: TrainableConfig, **options: Any) -> tup
     return PolicyModel(model), model_flops(model, family)
 
 
-def forward_of_all_layers(policy: PolicyModel, work: Work) -> int:
+def forward_of_all_layers(policy: PolicyModel, work: UsefulWork) -> int:
     """With the last layer of a LLaVA's tower: it is computed, its output is not used, and it does not count."""
     model = policy.model
     chosen = getattr(model.config, "vision_feature_layer", None)
@@ -93,7 +93,7 @@ def test_equals_what_pytorch_counts(
     directory = family_dir(family)
     batch = packed_batch(encoder_of(directory, photo_root), three_groups())
     policy, flops = prepared(directory, CASES[name])
-    work = executed_work(batch, batch.work)
+    work = executed_work(batch, batch.useful_work)
     forward = forward_of_all_layers(policy, work)
     assert forward == pytest.approx(counted_flops(policy, batch, backward=False), rel=0.01)
     assert forward + flops.backward(work) == pytest.approx(counted_flops(policy, batch, backward=True), rel=0.01)
@@ -105,7 +105,7 @@ def test_frozen_weights_need_no_gradient_and_recomputation_is_not_useful(
 ) -> None:
     batch = packed_batch(encoder_of(tiny_llava_dir, photo_root), three_groups())
     lora, full = (prepared(tiny_llava_dir, CASES[name])[1] for name in ("lora", "full"))
-    work = batch.work
+    work = batch.useful_work
     assert lora.head.weight_grad == 0 < full.head.weight_grad
     assert 4 * lora.language.weight_grad < full.language.weight_grad == full.language.forward
     assert lora.backward(work) < full.backward(work)
@@ -124,12 +124,12 @@ def test_fillers_and_stand_ins_do_no_useful_work(tiny_llava_dir: Path, photo_roo
     encoder = encoder_of(tiny_llava_dir, photo_root)
     with_image = encode_all(encoder, three_groups())[:1]
     batch = collate_groups(with_image, encoder.family)
-    assert batch.work.patches == 5 and batch.work.image_tokens == 4
-    assert collate_groups(with_image, encoder.family, is_filler=True).work == Work()
+    assert batch.useful_work.patches == 5 and batch.useful_work.image_tokens == 4
+    assert collate_groups(with_image, encoder.family, is_filler=True).useful_work == UsefulWork()
 
     text_only = [replace(with_image[0], prompt=replace(with_image[0].prompt, prefix_ids=(5, 6, 7), image_inputs={}))]
-    alone = collate_groups(text_only, encoder.family).work
-    beside = collate_groups(text_only, encoder.family, stand_in=encoder.stand_in()).work
+    alone = collate_groups(text_only, encoder.family).useful_work
+    beside = collate_groups(text_only, encoder.family, stand_in=encoder.stand_in()).useful_work
     assert alone == beside
     assert beside.patches == beside.image_tokens == 0 and beside.tokens == 3 + beside.responses
 

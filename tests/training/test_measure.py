@@ -9,8 +9,9 @@ import pytest
 
 from bpo.config.training import Config
 from bpo.data import encode
+from bpo.job.exits import Interrupted
 from bpo.job.launch import Ranks
-from bpo.job.signals import Interrupted, StopRequest
+from bpo.job.signals import StopRequest
 from bpo.training.measure import measure_groups
 from tests.training.doubles import NUM_GROUPS
 

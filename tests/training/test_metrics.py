@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bpo.losses import LossInputs, LossOutput
-from bpo.records import GroupBatch, PackedLayout, Work
+from bpo.losses import LossOutput
+from bpo.records import GroupBatch, LossInputs, PackedLayout, UsefulWork
 from bpo.training.flops import ModelFlops, Products
 from bpo.training.hardware import peak_flops
 from bpo.training.metrics import MetricsWriter, StepSums, step_metrics, step_rates
@@ -27,14 +27,13 @@ def add(
     losses: list[float],
     rewards: list[tuple[float, float]],
     is_filler: bool = False,
-    work: Work | None = None,
+    work: UsefulWork | None = None,
 ) -> None:
     """Adds a batch of groups of two completions, one token each: completion c has log-prob -c."""
     num_pairs = len(losses)
     spans = tuple(((4 * g + 2, 4 * g + 3), (4 * g + 3, 4 * g + 4)) for g in range(num_pairs))
     logp_N = -torch.arange(2.0 * num_pairs)
     pairs_P2 = torch.arange(2 * num_pairs).reshape(-1, 2)
-    inputs = LossInputs(logp_N, logp_N - 0.125, torch.arange(2 * num_pairs), 2 * num_pairs, pairs_P2)
     batch = GroupBatch(
         group_ids=tuple(f"g{g}" for g in range(num_pairs)),
         layout=PackedLayout(tuple((4 * g, 4 * g + 2) for g in range(num_pairs)), spans),
@@ -43,16 +42,18 @@ def add(
         image_inputs={},
         predictor_rows_N=torch.zeros(2 * num_pairs, dtype=torch.long),
         target_N=torch.zeros(2 * num_pairs, dtype=torch.long),
-        completion_of_token_N=torch.arange(2 * num_pairs),
-        completion_starts_C1=torch.arange(2 * num_pairs + 1),
-        pairs_P2=pairs_P2,
-        pair_weight_P=torch.full((num_pairs,), 0.0 if is_filler else 1.0),
+        loss_inputs=LossInputs(
+            completion_of_token_N=torch.arange(2 * num_pairs),
+            completion_starts_K1=torch.arange(2 * num_pairs + 1),
+            pairs_P2=pairs_P2,
+            pair_weight_P=torch.full((num_pairs,), 0.0 if is_filler else 1.0),
+            reference=logp_N - 0.125,
+        ),
         is_filler=is_filler,
-        work=work or Work(),
+        useful_work=work or UsefulWork(),
     )
     loss_P, reward_P2 = torch.tensor(losses), torch.tensor(rewards)
-    output = LossOutput(loss_P / 2, reward_P2[:, 0], reward_P2[:, 1])
-    sums.add(loss_P, output, loss_P / 4, inputs, batch.pair_weight_P, batch)
+    sums.add(LossOutput(loss_P, loss_P / 2, loss_P / 4, reward_P2[:, 0], reward_P2[:, 1], logp_N), batch)
 
 
 def test_means_over_the_pairs_of_all_micro_batches() -> None:
@@ -170,12 +171,12 @@ def test_rates_count_useful_work_only() -> None:
         vision_trained=False,
     )
     sums = StepSums.zero()
-    add(sums, [1.0, 3.0, 8.0], [(0.0, 0.0)] * 3, work=Work(tokens=8))
+    add(sums, [1.0, 3.0, 8.0], [(0.0, 0.0)] * 3, work=UsefulWork(tokens=8))
     rates = step_rates(sums.flat(), 2.0, flops, 600.0)
     assert rates["tokens_per_second"] == 6 and rates["useful_tokens_per_second"] == 4
     assert rates["model_tflops_per_second"] == 120e-12 and rates["mfu"] == 0.2
     assert "mfu" not in step_rates(sums.flat(), 2.0, flops, None)
-    add(sums, [1.0], [(0.0, 0.0)], is_filler=True, work=Work(tokens=5))
+    add(sums, [1.0], [(0.0, 0.0)], is_filler=True, work=UsefulWork(tokens=5))
     assert step_rates(sums.flat(), 2.0, flops, 600.0) == rates
 
 

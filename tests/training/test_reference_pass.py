@@ -10,8 +10,10 @@ import torch
 
 from bpo.config.training import Config
 from bpo.data import encode
+from bpo.job.exits import Interrupted
 from bpo.job.launch import Ranks
-from bpo.job.signals import Interrupted, StopRequest
+from bpo.job.signals import StopRequest
+from bpo.model.load import ResolvedModel, resolve_model
 from bpo.model.reference import format as reference_format
 from bpo.training import reference_pass
 from bpo.training.batches import training_batches
@@ -32,15 +34,15 @@ def test_an_interrupted_reference_pass_is_completed(run: Config, monkeypatch: py
         data = measure_groups(run, encode.load_encoder(run), Ranks(), lambda mine: [mine])
         engine: Any = EngineWithoutModel(killed_after=killed_after)
         try:
-            store = fill_reference_store(run, engine, data)
+            store = fill_reference_store(run, resolved(run), engine, data)
         except KeyboardInterrupt:
             return engine.computed
         assert len(store) >= NUM_GROUPS
         steps = plan_training(run, data, engine.ranks)
         for batches in training_batches(run, data, steps, store, engine):
             for batch in batches:
-                assert batch.reference_logp_N is not None
-                assert torch.equal(batch.reference_logp_N, -batch.target_N.float())
+                assert batch.loss_inputs.reference is not None
+                assert torch.equal(batch.loss_inputs.reference, -batch.target_N.float())
         return engine.computed
 
     before = passed(killed_after=2)
@@ -50,6 +52,10 @@ def test_an_interrupted_reference_pass_is_completed(run: Config, monkeypatch: py
     groups = Path(run.data.groups)
     groups.write_text(groups.read_text().replace("yes 7", "certainly 7"))
     assert passed() == ["g7"]
+
+
+def resolved(run: Config) -> ResolvedModel:
+    return resolve_model(run.model, for_training=True)
 
 
 def no_collectives(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,10 +73,10 @@ def test_a_signal_ends_the_reference_pass_after_its_micro_batch(run: Config, mon
     others = iter([0.0, 0.0, 1.0])
     engine.sum_over_ranks = lambda values: [values[0] + next(others)]
     with StopRequest() as stop, pytest.raises(Interrupted, match="in the reference pass; 6 of 12 are to be done"):
-        fill_reference_store(run, engine, data, stop)
+        fill_reference_store(run, resolved(run), engine, data, stop)
     again: Any = EngineWithoutModel()
     with StopRequest() as stop:
-        assert len(fill_reference_store(run, again, data, stop)) == NUM_GROUPS
+        assert len(fill_reference_store(run, resolved(run), again, data, stop)) == NUM_GROUPS
     assert len(engine.computed) == 6 and sorted(engine.computed + again.computed) == sorted(
         f"g{i}" for i in range(NUM_GROUPS)
     )

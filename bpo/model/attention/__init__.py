@@ -1,1 +1,1 @@
-"""Attention over packed groups: one layout, several backends, the choice between them."""
+"""Attention over packed groups: layout, backends, backend selection."""

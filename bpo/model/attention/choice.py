@@ -1,4 +1,4 @@
-"""Which backend computes attention over packed groups on a device, and why: `model.attention`."""
+"""Selection of the attention backend for packed groups (`model.attention`), with the reason for it."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ import torch
 
 from bpo.model.attention.flash import flash_attn_2, flash_attn_3, torch_varlen_attn
 
-# `flash3` is what `model.attention: flash` takes where flash-attn 3 can run: results differ in rounding from those of
-# flash-attn 2, and the reference store remembers which one made them.
+# `flash3` is selected for `model.attention: flash` if flash-attn 3 can run. Its results differ in rounding from those of
+# flash-attn 2, so the reference store's fingerprint distinguishes the two.
 BackendName = Literal["flash3", "flash", "varlen", "flex", "sdpa"]
 
 FLASH_VERSION = (2, 8)
 FLASH_MAX_HEAD_SIZE = 256
 FLASH_MIN_CAPABILITY = (8, 0)
 FLASH_3_CAPABILITY = (9, 0)
-# flash-attn pads heads itself; PyTorch's copy of it does so for SDPA alone.
+# flash-attn pads heads itself; PyTorch's copy of it does so only for SDPA.
 VARLEN_HEAD_MULTIPLE = 8
 FLEX_MIN_HEAD_SIZE = 16
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A backend, and the reason for it."""
+    """The selected backend, and the reason."""
 
     backend: BackendName
     reason: str
@@ -35,12 +35,12 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """What attention must do.
+    """Requirements on the attention backend.
 
     Attributes:
-        device: Where it computes.
+        device: Device of the computation.
         dtype: Of queries, keys and values.
-        head_size: Largest head, in elements; 0 where it is not known.
+        head_size: Largest head, in elements; 0 if unknown.
         dropout: Of attention probabilities, in training.
     """
 
@@ -51,7 +51,7 @@ class Needs:
 
     @classmethod
     def of_model(cls, text_config: Any, device: torch.device, dtype: torch.dtype) -> Needs:
-        """What the language model with this transformers config asks for."""
+        """Requirements of the language model with this transformers config."""
         head_size = getattr(text_config, "head_dim", None)
         head_size = head_size or text_config.hidden_size // text_config.num_attention_heads
         return cls(device, dtype, head_size, getattr(text_config, "attention_dropout", 0.0) or 0.0)
@@ -60,10 +60,11 @@ class Needs:
 def choose_backend(requested: str, needs: Needs) -> Choice:
     """The backend for `model.attention`.
 
-    `auto` takes on CUDA the first that can run of flash (flash-attn 3, then 2), varlen, flex and sdpa, elsewhere sdpa.
+    On CUDA, `auto` selects the first of flash (flash-attn 3, then 2), varlen, flex and sdpa that can run; elsewhere
+    sdpa.
 
     Raises:
-        ValueError: the requested backend cannot run, with the reason and the way out.
+        ValueError: the requested backend cannot run; gives the reason and the fix.
     """
     if requested == "sdpa":
         return Choice("sdpa", "model.attention is sdpa")
@@ -89,7 +90,7 @@ def choose_backend(requested: str, needs: Needs) -> Choice:
 
 
 def obstacle(backend: BackendName, needs: Needs) -> str | None:
-    """Why this one backend cannot serve, and the way out; None where it can."""
+    """Why this backend cannot run, and the fix; None if it can."""
     return None if backend == "sdpa" else _OBSTACLES[backend](needs)
 
 
@@ -120,23 +121,23 @@ def _version(package: str) -> str | None:
 
 
 def _why_not_flash_kernel(library: str, needs: Needs) -> str | None:
-    """What rules out every kernel of the flash-attention family, and the way out."""
+    """Why no kernel of the flash-attention family can run, and the fix; None if they can."""
     if needs.device.type != "cuda":
         return f"{library} needs a CUDA GPU and this is {needs.device.type}: set it to sdpa"
     if needs.dtype not in (torch.bfloat16, torch.float16):
-        return f"{library} computes in bfloat16 or float16 and model.dtype gives {_name(needs.dtype)}: set model.dtype"
+        return f"{library} supports bfloat16 and float16 and model.dtype is {_name(needs.dtype)}: set model.dtype"
     capability = torch.cuda.get_device_capability(needs.device)
     if capability < FLASH_MIN_CAPABILITY:
         has = ".".join(map(str, capability))
         return f"{library} needs compute capability 8.0 and this GPU has {has}: set it to flex"
     if needs.head_size > FLASH_MAX_HEAD_SIZE:
         most = FLASH_MAX_HEAD_SIZE
-        return f"{library}'s heads have at most {most} elements, this model's {needs.head_size}: set it to flex"
+        return f"{library} supports head sizes up to {most} and this model's is {needs.head_size}: set it to flex"
     return None
 
 
 def _why_not_flash_3(needs: Needs) -> str | None:
-    """Why flash-attn 3 cannot serve, and the way out."""
+    """Why flash-attn 3 cannot run, and the fix."""
     why_not = _why_not_flash_kernel("flash-attn", needs)
     if why_not is not None:
         return why_not
@@ -148,12 +149,12 @@ def _why_not_flash_3(needs: Needs) -> str | None:
         dropout = needs.dropout
         return f"flash-attn 3 has no dropout and the model's attention_dropout is {dropout}: pip install 'bpo[flash]'"
     if not _is_installed("flash_attn_interface"):
-        return "flash-attn 3 is not installed: build it from the folder hopper of flash-attn's sources"
+        return "flash-attn 3 is not installed: build it from the `hopper` folder of the flash-attn sources"
     return _why_not_imported(flash_attn_3, f"flash-attn 3 ({_version('flash_attn_3') or 'of unknown version'})")
 
 
 def _why_not_flash(needs: Needs) -> str | None:
-    """Why flash-attn 2 cannot serve, and the way out."""
+    """Why flash-attn 2 cannot run, and the fix."""
     why_not = _why_not_flash_kernel("flash-attn", needs)
     if why_not is not None:
         return why_not
@@ -169,17 +170,17 @@ def _why_not_imported(look_up: Callable[[], Any], library: str) -> str | None:
     try:
         look_up()
     except ImportError as error:
-        return f"{library} does not import ({error}): reinstall it for PyTorch {torch.__version__}"
+        return f"{library} cannot be imported ({error}): reinstall it for PyTorch {torch.__version__}"
     return None
 
 
 def _why_not_varlen(needs: Needs) -> str | None:
-    """Why PyTorch's varlen_attn cannot serve, and the way out."""
+    """Why PyTorch's varlen_attn cannot run, and the fix."""
     why_not = _why_not_flash_kernel("varlen_attn", needs)
     if why_not is not None:
         return why_not
     if needs.head_size % VARLEN_HEAD_MULTIPLE:
-        return f"varlen_attn's heads have a multiple of 8 elements, this model's {needs.head_size}: set it to flex"
+        return f"varlen_attn supports head sizes divisible by 8 and this model's is {needs.head_size}: set it to flex"
     if needs.dropout:
         return f"varlen_attn has no dropout and the model's attention_dropout is {needs.dropout}: set it to sdpa"
     if not torch.backends.cuda.is_flash_attention_available():
@@ -192,12 +193,12 @@ def _why_not_varlen(needs: Needs) -> str | None:
 
 
 def _why_not_flex(needs: Needs) -> str | None:
-    """Why FlexAttention cannot serve, and the way out."""
+    """Why FlexAttention cannot run, and the fix."""
     if needs.device.type != "cuda":
         return f"FlexAttention has no backward pass on {needs.device.type}: set it to sdpa"
     if 0 < needs.head_size < FLEX_MIN_HEAD_SIZE:
         least = FLEX_MIN_HEAD_SIZE
-        return f"FlexAttention's heads have at least {least} elements, this model's {needs.head_size}: set it to sdpa"
+        return f"FlexAttention supports head sizes from {least} and this model's is {needs.head_size}: set it to sdpa"
     if needs.dropout:
         return f"FlexAttention has no dropout and the model's attention_dropout is {needs.dropout}: set it to sdpa"
     if not _is_installed("triton"):
@@ -205,7 +206,7 @@ def _why_not_flex(needs: Needs) -> str | None:
     return None
 
 
-# In the order in which `auto` tries them.
+# In the order of `auto`.
 _OBSTACLES: dict[BackendName, Callable[[Needs], str | None]] = {
     "flash3": _why_not_flash_3,
     "flash": _why_not_flash,

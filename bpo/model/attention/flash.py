@@ -1,8 +1,8 @@
-"""Variable-length attention from three libraries, behind one signature: flash-attn 2, flash-attn 3 and PyTorch.
+"""Variable-length attention of three libraries with one signature: flash-attn 2, flash-attn 3 and PyTorch.
 
 Each function takes (query_THD, key_RKD, value_RKD, plan, scaling, dropout) and returns [T, H, D]: causal attention of
-every sequence of the plan. With fewer queries than keys the mask is aligned bottom-right. K divides H; no library needs
-repeated key heads.
+every sequence of the plan. With fewer queries than keys the mask is aligned bottom-right. K divides H; no library
+requires repeated key heads.
 
 Shape letters: T packed tokens, R gathered rows of keys, H query heads, K key heads, D head size.
 """
@@ -23,7 +23,7 @@ Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, VarlenPlan, float |
 
 @functools.cache
 def flash_attn_2() -> Callable[..., torch.Tensor]:
-    """flash-attn's function. It is looked up here alone: what replaces it must keep its contract."""
+    """flash-attn's function, imported only here, so that tests can substitute it."""
     from flash_attn import flash_attn_varlen_func
 
     return flash_attn_varlen_func
@@ -31,7 +31,7 @@ def flash_attn_2() -> Callable[..., torch.Tensor]:
 
 @functools.cache
 def flash_attn_3() -> Callable[..., torch.Tensor | tuple[torch.Tensor, ...]]:
-    """The function of flash-attn's `hopper` folder, a package of its own. Early versions also return log-sum-exps."""
+    """The function of flash-attn's `hopper` folder, a separate package. Early versions also return log-sum-exps."""
     from flash_attn_interface import flash_attn_varlen_func
 
     return flash_attn_varlen_func
@@ -39,10 +39,10 @@ def flash_attn_3() -> Callable[..., torch.Tensor | tuple[torch.Tensor, ...]]:
 
 @functools.cache
 def torch_varlen_attn() -> Callable[..., Any]:
-    """PyTorch's function, with fewer key heads than query heads allowed.
+    """PyTorch's function, with grouped-query heads enabled.
 
-    Later versions ask for `enable_gqa`. 2.11 has no such argument and passes the heads to the same kernel, which takes
-    any number that divides those of the queries.
+    Later versions require `enable_gqa`. 2.11 has no such argument and passes the heads to the same kernel, which accepts
+    any number of key heads that divides the number of query heads.
     """
     from torch.nn.attention.varlen import varlen_attn
 
@@ -58,7 +58,7 @@ def attend_flash_2(
     scaling: float | None,
     dropout: float,
 ) -> torch.Tensor:
-    """flash-attn 2. Its backward pass adds the gradient of the queries with atomics, unless
+    """flash-attn 2. Its backward pass accumulates the gradient of the queries with atomics, unless
     `torch.use_deterministic_algorithms` is on.
     """
     return flash_attn_2()(
@@ -84,7 +84,7 @@ def attend_flash_3(
     scaling: float | None,
     dropout: float,
 ) -> torch.Tensor:
-    """flash-attn 3, for compute capability 9.0; deterministic as flash-attn 2.
+    """flash-attn 3, for compute capability 9.0; deterministic under the same condition as flash-attn 2.
 
     Raises:
         ValueError: `dropout` is not 0.
@@ -134,4 +134,4 @@ def attend_torch_varlen(
 
 def _refuse_dropout(library: str, dropout: float) -> None:
     if dropout:
-        raise ValueError(f"{library} has no dropout, and the model asks for {dropout}; set model.attention to sdpa")
+        raise ValueError(f"{library} has no dropout, but the model's is {dropout}; set model.attention to sdpa")

@@ -1,4 +1,4 @@
-"""FlexAttention over a packed row: one compiled call a layer, which skips every block of keys that no query may see.
+"""FlexAttention over a packed row: one compiled call per layer, which skips fully masked blocks of keys.
 
 Shape letters: B batch (always 1), H query heads, K key heads, T packed tokens, D head size, Q blocks of 128 tokens,
 S pieces: the rows of one segment in one block.
@@ -20,12 +20,12 @@ from bpo.records import PackedLayout
 
 BLOCK = 128
 
-# Without the variant for short queries, the choice of which is a guard on the length; packed rows are not short.
+# Disables the variant for short queries, whose selection adds a guard on the length; packed rows are not short.
 _KERNEL_OPTIONS = {"FORCE_USE_FLEX_ATTENTION": True}
 
 
 class FlexPlan(NamedTuple):
-    """The block mask of a packed row, and the pairs of query and key per head by which its FLOPs count."""
+    """The block mask of a packed row, and its query-key pairs per head for the FLOP count."""
 
     mask: BlockMask
     counted_pairs: int
@@ -33,28 +33,28 @@ class FlexPlan(NamedTuple):
 
 @cache
 def compiled_flex_attention() -> Callable[..., torch.Tensor]:
-    """FlexAttention, compiled for rows of every length at once.
+    """FlexAttention, compiled once for all row lengths.
 
-    Passes that keep a graph (training, and what checkpointing computes again) share one compilation, those that do not
-    (the reference) another. Rows are not padded: with dynamic shapes the kernel checks its bounds all the same.
+    Passes with a graph (training and recomputation) share one compilation, passes without (the reference) another.
+    Rows are not padded, because with dynamic shapes the kernel checks bounds anyway.
     """
     return torch.compile(flex_attention, dynamic=True)
 
 
 def flex_plan(layout: PackedLayout, device: torch.device) -> FlexPlan:
-    """The plan of `layout`. Its block mask is equal to `create_block_mask`'s, which would evaluate all T x T pairs.
+    """The plan of `layout`. Its block mask equals that of `create_block_mask`, which would evaluate all T x T pairs.
 
-    Pairs are counted on the CPU from the spans and copied in one transfer; nothing waits for the device.
+    Pairs are counted on the CPU from the spans and copied in one transfer without a device synchronization.
     """
     segments = segments_of(layout)
     lengths = torch.tensor([segment.end - segment.start for segment in segments])
     spans_3T = torch.tensor(segments)[:, :3].T.repeat_interleave(lengths, dim=1)
     num_tokens = spans_3T.shape[1]
-    # At least two blocks: the compiler takes a size of 1 for a constant, and would compile for it separately.
+    # At least two blocks: the compiler specializes on a size of 1 and would compile it separately.
     num_blocks = max(2, -(-num_tokens // BLOCK))
     pairs_QQ = _visible_pairs(segments, num_blocks)
     moved = to_device(torch.cat([spans_3T.flatten(), pairs_QQ.flatten()]).to(torch.int32), device)
-    # Cloned: each offset into a shared storage would be one more symbol of the compiled code.
+    # Cloned, because each offset into a shared storage would add a symbol to the compiled code.
     prefix_start_T, prefix_end_T, start_T = (span_T.clone() for span_T in moved[: 3 * num_tokens].view(3, num_tokens))
     pairs_QQ = moved[3 * num_tokens :].view(num_blocks, num_blocks)
 
@@ -72,13 +72,13 @@ def flex_plan(layout: PackedLayout, device: torch.device) -> FlexPlan:
     )
     for tensor in mask.as_tuple():
         if isinstance(tensor, torch.Tensor):
-            # dynamic=True does not reach all of these: the first batch's number of blocks would be a constant.
+            # dynamic=True does not cover all of these: the first batch's number of blocks would be a constant.
             torch._dynamo.maybe_mark_dynamic(tensor, list(range(2, tensor.dim())))
     return FlexPlan(mask, sequence_pairs(layout))
 
 
 def _visible_pairs(segments: list[Segment], num_blocks: int) -> torch.Tensor:
-    """[Q, Q] how many pairs of a query in block i and a key in block j are visible, by arithmetic on the spans."""
+    """[Q, Q] number of visible pairs of a query in block i and a key in block j, computed from the spans."""
     pieces = [
         (*segment[:3], max(segment.start, block * BLOCK), min(segment.end, (block + 1) * BLOCK), block)
         for segment in segments
@@ -100,7 +100,7 @@ def _visible_pairs(segments: list[Segment], num_blocks: int) -> torch.Tensor:
 
 
 def _as_lists(is_there_QQ: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """[B, 1, Q] how many blocks of keys each block of queries has; [B, 1, Q, Q] which ones, these first."""
+    """[B, 1, Q] number of key blocks per query block; [B, 1, Q, Q] their indices, followed by all others."""
     which_QQ = is_there_QQ.int().argsort(dim=-1, descending=True, stable=True)
     return is_there_QQ.sum(-1, dtype=torch.int32)[None, None], which_QQ.int()[None, None]
 
@@ -119,8 +119,8 @@ def flex_attend(
         ValueError: `dropout` is not 0.
     """
     if dropout:
-        raise ValueError(f"FlexAttention has no dropout, and the model asks for {dropout}; set model.attention to sdpa")
-    # Under a dispatch mode, such as a FLOP counter, the compiler does nothing and FlexAttention holds all T x T scores.
+        raise ValueError(f"FlexAttention has no dropout, but the model's is {dropout}; set model.attention to sdpa")
+    # Under a dispatch mode, such as a FLOP counter, nothing is compiled and FlexAttention stores all T x T scores.
     with _disable_current_modes():
         output_BHTD = compiled_flex_attention()(
             query_BHTD,

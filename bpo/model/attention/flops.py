@@ -1,9 +1,9 @@
-"""FLOPs of attention under `torch.utils.flop_counter.FlopCounterMode`, which has formulas for few attention operators.
+"""FLOP formulas of attention for `torch.utils.flop_counter.FlopCounterMode`, which covers few attention operators.
 
-The convention is PyTorch's own: a causal mask is not subtracted, so that each query of a sequence counts with each of
-its keys. Two products in the forward pass, five in the backward pass, which computes the scores again. A packed row has
-the sequences of `causal_sequences`: `flash`, `varlen` and `flex` count alike. `sdpa` counts its two calls per group,
-which also compute each completion against its siblings.
+The convention is PyTorch's: a causal mask is not subtracted, so each query of a sequence is counted with each of its
+keys. The forward pass has two products, the backward pass five, since it recomputes the scores. A packed row consists
+of the sequences of `causal_sequences`: `flash`, `varlen` and `flex` have the same count. `sdpa` counts its two calls
+per group, which also compute each completion against its siblings.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from bpo.records import PackedLayout
 
 
 class _Signature(NamedTuple):
-    """How a family of operators names its arguments, and which dimension of a dense batch counts the tokens."""
+    """Argument names of a family of operators, and the token dimension of a dense batch."""
 
     query: str
     key: str
@@ -34,12 +34,12 @@ _FLASH_ATTN = _Signature("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", -3)
 _TORCH_VARLEN = _Signature("query", "key", "value", "cu_seq_q", "cu_seq_k", -3)
 _SDPA = _Signature("query", "key", "value", "", "", -2)
 
-# Forward operator, backward operator, their arguments. A library's operators exist once it has been imported.
+# Forward operator, backward operator, their arguments. A library's operators exist only after its import.
 _LIBRARIES = (
     ("flash_attn::_flash_attn_varlen_forward", "flash_attn::_flash_attn_varlen_backward", _FLASH_ATTN),
     ("flash_attn::_flash_attn_forward", "flash_attn::_flash_attn_backward", _FLASH_ATTN),  # towers
     ("flash_attn_3::_flash_attn_forward", "flash_attn_3::_flash_attn_backward", _FLASH_ATTN),
-    ("flash_attn_3::fwd", "flash_attn_3::bwd", _FLASH_ATTN),  # earlier versions have these alone
+    ("flash_attn_3::fwd", "flash_attn_3::bwd", _FLASH_ATTN),  # earlier versions have only these
     ("torch_attn::_varlen_attn", "torch_attn::_varlen_attn_backward", _TORCH_VARLEN),
 )
 _SDPA_KERNELS = (
@@ -50,24 +50,24 @@ _SDPA_KERNELS = (
 
 
 def sequence_pairs(layout: PackedLayout) -> int:
-    """Pairs of a query and a key of its sequence, by which a packed row counts."""
+    """Query-key pairs of all sequences of a packed row."""
     return sum(sequence.num_queries * sequence.num_keys for sequence in causal_sequences(layout))
 
 
 def forward_flops(pairs: int, size: int, value_size: int) -> int:
-    """FLOPs of query x key and probability x value, over `pairs` of all heads."""
+    """FLOPs of query x key and probability x value, for `pairs` summed over heads."""
     return 2 * pairs * (size + value_size)
 
 
 def backward_flops(pairs: int, size: int, value_size: int) -> int:
-    """FLOPs of the scores again, and of the gradients of probabilities, values, queries and keys."""
+    """FLOPs of recomputing the scores and of the gradients of probabilities, values, queries and keys."""
     return 2 * pairs * (3 * size + 2 * value_size)
 
 
 def register_flop_formulas() -> None:
-    """Teaches every later `FlopCounterMode` the attention operators that are loaded and that PyTorch does not know.
+    """Registers formulas of loaded attention operators that PyTorch lacks, for every later `FlopCounterMode`.
 
-    PyTorch 2.11 also refuses to count SDPA with fewer key heads than query heads; those formulas are replaced.
+    PyTorch 2.11 also fails to count SDPA with fewer key heads than query heads; those formulas are replaced.
     """
     for forward, backward, signature in _LIBRARIES:
         _register(forward, signature, forward_flops)
@@ -109,14 +109,14 @@ def _pairs(
     starts_k: torch.Tensor | None,
     tokens_dim: int,
 ) -> int:
-    """Pairs of all heads and sequences; key heads that several query heads share count for each of them."""
+    """Query-key pairs of all heads and sequences, counted per query head."""
     if starts_q is not None and starts_k is not None:
         return query.shape[-2] * int((starts_q.diff().long() * starts_k.diff().long()).sum())
     return query.shape[:-1].numel() * key.shape[tokens_dim]
 
 
-# FlexAttention runs as compiled code, in which a counter sees nothing. This operator does nothing; its formula is its
-# argument, and it is called once per forward pass and once per backward pass.
+# FlexAttention runs as compiled code, which is invisible to a counter. This no-op's formula returns its argument; it is
+# called once per forward pass and once per backward pass.
 torch.library.define("bpo::flex_attention_flops", "(int flops) -> ()")
 
 
@@ -145,9 +145,9 @@ class _CountBackward(torch.autograd.Function):
 
 
 def count_compiled(output_BHTD: torch.Tensor, pairs: int, size: int, value_size: int) -> torch.Tensor:
-    """Reports the FLOPs of a compiled attention of `pairs` per head that gave `output_BHTD`, and of its gradient.
+    """Reports the FLOPs of the compiled attention that returned `output_BHTD`, with `pairs` per head, and its gradient.
 
-    Without a dispatch mode there is no counter, and nothing is done.
+    A no-op without a dispatch mode, as there is no counter.
     """
     if _get_current_dispatch_mode() is None:
         return output_BHTD

@@ -1,4 +1,4 @@
-"""What the attention backends share: the segments and sequences of a packed row, copies to the device."""
+"""Helpers of the attention backends: segments and sequences of a packed row, copies to the device."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from bpo.records import PackedLayout
 class Segment(NamedTuple):
     """Rows [start, end) of a prefix or of a completion.
 
-    A query at r sees the keys of [prefix_start, prefix_end) and of [start, r]. To a token of a prefix its own sequence
-    is the prefix, and the first span is empty.
+    A query at r attends to the keys of [prefix_start, prefix_end) and of [start, r]. For a prefix, the first span is
+    empty.
     """
 
     prefix_start: int
@@ -23,7 +23,7 @@ class Segment(NamedTuple):
 
 
 def segments_of(layout: PackedLayout) -> list[Segment]:
-    """Each prefix followed by its completions, in the order of the row."""
+    """Each prefix followed by its completions, in row order."""
     segments = []
     for (start, prefix_end), completions in zip(layout.prefix_spans, layout.completion_spans, strict=True):
         segments.append(Segment(start, start, start, prefix_end))
@@ -32,9 +32,9 @@ def segments_of(layout: PackedLayout) -> list[Segment]:
 
 
 class CausalSequence(NamedTuple):
-    """Queries at rows [start, end) of a packed row, and the spans of rows that their keys come from, in order.
+    """Queries at rows [start, end) of a packed row, and the spans of rows of their keys, in order.
 
-    The mask is causal and aligned bottom-right: the last query sees all keys.
+    The mask is causal and aligned bottom-right: the last query attends to all keys.
     """
 
     start: int
@@ -51,7 +51,7 @@ class CausalSequence(NamedTuple):
 
 
 def causal_sequences(layout: PackedLayout) -> list[CausalSequence]:
-    """The row as sequences: each prefix with its first completion, then each further completion after its prefix."""
+    """The sequences of a row: each prefix with its first completion, then each further completion with its prefix."""
     sequences = []
     for prefix, completions in zip(layout.prefix_spans, layout.completion_spans, strict=True):
         whole = (prefix[0], completions[0][1] if completions else prefix[1])
@@ -61,5 +61,5 @@ def causal_sequences(layout: PackedLayout) -> list[CausalSequence]:
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A copy that the host does not wait for; on CUDA it comes from page-locked memory."""
+    """An asynchronous copy; on CUDA, from page-locked memory."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

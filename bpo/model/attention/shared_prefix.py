@@ -1,7 +1,7 @@
 """Attention over packed groups that share their prefixes: one interface, several backends.
 
-A completion attends to its own prefix and to itself, causally, and never to a sibling. The function is registered with
-transformers for the text model only; without a layout it is ordinary SDPA, so the same model also generates.
+A completion attends causally to its own prefix and itself, never to its siblings. The function is registered with
+transformers for the text model only; without a layout it is ordinary SDPA, so the same model can also generate.
 
 Shape letters: B batch (always 1 while packed), H query heads, K key heads, T packed tokens, D head size.
 """
@@ -28,14 +28,14 @@ logger = logging.getLogger(__name__)
 
 
 class Backend(NamedTuple):
-    """A way to compute attention over a packed row.
+    """An implementation of attention over a packed row.
 
     Attributes:
-        registered_name: For transformers' `attn_implementation`. transformers looks for parts of names, such as
-            "flash", and would then prepare other masks.
-        plan: Of a layout, on a device: index tensors or masks, the same for all layers.
+        registered_name: For transformers' `attn_implementation`. Must not contain names such as "flash", for which
+            transformers would prepare other masks.
+        plan: (layout, device) -> index tensors or masks, the same for all layers.
         attend: (query, key, value, plan, scaling, dropout) -> [B, T, H, D].
-        about: For the log.
+        about: Description for the log.
     """
 
     registered_name: str
@@ -59,7 +59,7 @@ BACKENDS: dict[BackendName, Backend] = {
 
 
 class _PackedBatch:
-    """A layout and the plans made of it, which go with their batch: no two batches have the same lengths."""
+    """A layout and its plans. Plans are cached per batch, as batches differ in lengths."""
 
     def __init__(self, layout: PackedLayout):
         self.layout = layout
@@ -71,14 +71,14 @@ class _PackedBatch:
         return self.plans[backend, device]
 
 
-# A plain global and not a context variable: the backward pass of CUDA runs in a thread of its own, where gradient
-# checkpointing calls the attention again.
+# A global, not a context variable: CUDA's backward pass runs in its own thread, where gradient checkpointing calls the
+# attention again.
 _batches: list[_PackedBatch] = []
 
 
 @contextlib.contextmanager
 def packed_layout(layout: PackedLayout) -> Iterator[None]:
-    """Makes attention follow `layout`; must span forward *and* backward (checkpointing recomputes there)."""
+    """Applies `layout` to all attention calls; must enclose forward *and* backward (which may recompute layers)."""
     _batches.append(_PackedBatch(layout))
     try:
         yield
@@ -98,14 +98,14 @@ def shared_prefix_attention(
 ) -> torch.Tensor:
     """Softmax attention of every group's prefix and completions.
 
-    Equals, for each completion, `F.scaled_dot_product_attention(q, k, v, is_causal=True)` on [prefix | completion]
-    alone. K may divide H (grouped-query heads).
+    For each completion, equals `F.scaled_dot_product_attention(q, k, v, is_causal=True)` on [prefix | completion].
+    K may divide H (grouped-query heads).
 
     Returns:
         [B, T, H, D] in the dtype of `query_BHTD`.
 
     Raises:
-        ValueError: dropout with `flash3`, `varlen` or `flex`, which have none.
+        ValueError: dropout with `flash3`, `varlen` or `flex`, which do not support it.
     """
     return _attend(query_BHTD, key_BKTD, value_BKTD, _PackedBatch(layout), backend, scaling, dropout)
 
@@ -144,7 +144,7 @@ def _attention_interface(
     for option in ("sliding_window", "softcap", "s_aux"):
         if kwargs.get(option) is not None:
             raise ValueError(
-                f"attention over packed groups leaves out {option}, which this model asks for: model.share_prefix=never"
+                f"attention over packed groups does not support {option} of this model; set model.share_prefix=never"
             )
     return _attend(query, key, value, _batches[-1], backend, scaling, dropout), None
 

@@ -1,8 +1,8 @@
 """Variable-length attention over a packed row: one call per layer.
 
-Each completion is a sequence whose queries are its own tokens and whose keys are its prefix and its own tokens, under a
+Each completion is a sequence whose queries are its own tokens and whose keys are its prefix and its own tokens, with a
 causal mask aligned bottom-right. A prefix and its first completion are adjacent in the row and form one ordinary causal
-sequence, so that a group of n completions needs n copies of its prefix's keys and not n + 1.
+sequence, so a group of n completions needs n instead of n + 1 copies of its prefix's keys.
 
 Shape letters: B batch (always 1), H query heads, K key heads, T packed tokens, D head size, S sequences, R gathered
 rows of keys, F = K * D.
@@ -24,12 +24,12 @@ from bpo.records import PackedLayout
 
 @dataclass(frozen=True, slots=True)
 class VarlenPlan:
-    """Where the sequences of a packed row begin, and which keys they read; all tensors int32, on the device.
+    """Boundaries and gathered keys of the sequences of a packed row; all tensors int32, on the device.
 
     cu_seqlens_q_S1, cu_seqlens_k_S1: first query and first gathered key of each sequence, and the ends.
-    max_seqlen_q, max_seqlen_k: tokens of the longest.
-    rows_R: the packed token whose key and value are at each gathered place.
-    places_R, place_starts_T: the places of each packed token, token by token.
+    max_seqlen_q, max_seqlen_k: tokens of the longest sequence.
+    rows_R: the packed token whose key and value are gathered to each place.
+    places_R, place_starts_T: the places of each packed token, grouped by token.
     """
 
     cu_seqlens_q_S1: torch.Tensor
@@ -42,12 +42,12 @@ class VarlenPlan:
 
     @property
     def repeats(self) -> bool:
-        """Whether some key is read by several sequences; otherwise the row is as it must be."""
+        """Whether any key is read by several sequences; otherwise no gather is needed."""
         return len(self.rows_R) != len(self.place_starts_T)
 
 
 def varlen_plan(layout: PackedLayout, device: torch.device) -> VarlenPlan:
-    """The plan of `layout`, made on the CPU and copied in one transfer; nothing waits for the device."""
+    """The plan of `layout`, built on the CPU and copied in one transfer without a device synchronization."""
     sequences = causal_sequences(layout)
     query_lengths = [sequence.num_queries for sequence in sequences]
     key_lengths = [sequence.num_keys for sequence in sequences]
@@ -65,10 +65,10 @@ def varlen_plan(layout: PackedLayout, device: torch.device) -> VarlenPlan:
 
 
 class _GatherRows(torch.autograd.Function):
-    """source[rows], whose gradient has the same bits every time.
+    """source[rows] with a deterministic gradient.
 
     On CUDA the gradient of `index_select` adds the copies of a row with atomics, in any order, and rounds to bf16 each
-    time. `embedding_bag` sums them one after the other in fp32 and rounds once, in one launch without temporaries.
+    time. `embedding_bag` sums them sequentially in fp32 and rounds once, in one launch without temporaries.
     """
 
     @staticmethod

@@ -1,13 +1,13 @@
-"""The files of a reference store and their durability; numpy alone, so that `bpo refs` needs no torch.
+"""File format and durability of a reference store; uses only numpy, so that `bpo refs` needs no torch.
 
-    DIR/fingerprint.json   the format, and all that every entry's log-probs depend on
+    DIR/fingerprint.json   the format, and the fingerprint of everything that log-probs depend on
     DIR/NAME.values        log-probs, little-endian fp32
-    DIR/NAME.index         a header with the fingerprint's digest, then one record of 52 bytes an entry
+    DIR/NAME.index         a header with the fingerprint's digest, then one record of 52 bytes per entry
     DIR/digests.json       SHA-256 of the model's files, for `fingerprint`
 
-A shard (the two files of one NAME) has one writer, which only appends. Values reach the disk before the records that
-point at them, and each record has a checksum of its own, so whatever a killed process leaves at the end of either file
-is recognised and left out. Shape letter: E entries.
+A shard (the two files of one NAME) has one writer, which only appends. Values are synced to disk before the records
+that reference them, and each record has its own checksum, so a partial write at the end of either file is detected and
+ignored. Shape letter: E entries.
 """
 
 from __future__ import annotations
@@ -24,37 +24,39 @@ from pathlib import Path
 
 import numpy as np
 
+from bpo.job.durable import sync_directory, write_durably
+
 FORMAT = 2
 KEY_BYTES = 32
 MAGIC = b"BPOREF2\n"
 HEADER_BYTES = len(MAGIC) + 32
 
-# offset and count are in values, not bytes; `crc` is of the values' bytes, `own_crc` of the record before it.
+# offset and count are in values, not bytes; `crc` covers the values' bytes, `own_crc` the preceding fields.
 RECORD = np.dtype(
     [("key", "u1", (KEY_BYTES,)), ("offset", "<u8"), ("count", "<u4"), ("crc", "<u4"), ("own_crc", "<u4")]
 )
 _SIGNED_BYTES = RECORD.itemsize - 4
 
-# A killed pass loses what it computed since its last commit; a commit costs two fsyncs.
+# A killed pass loses the entries since its last commit; a commit costs two fsyncs.
 COMMIT_EVERY_S = 30.0
 COMMIT_BYTES = 64 << 20
 
 
 class ReferenceStoreError(ValueError):
-    """The store does not fit the run, is damaged or cannot be written; the message says where and what to do."""
+    """The store does not match the run, is damaged or cannot be written; the message names the file and the fix."""
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One shard as it was found on disk.
+    """One shard as read from disk.
 
     Attributes:
-        index: The index file; its values lie beside it.
-        fits: The header is whole and names the store's fingerprint; without it nothing is read.
-        records_E: The intact records (`RECORD`), whose values are all there.
-        num_values: Whole fp32 values in the file beside the index.
-        num_damaged: Whole records that fail their checksum, apart from those at the end.
-        torn_bytes: What a killed or interrupted writer left at the end of the index: no whole, valid record.
+        index: The index file; the values file is in the same directory.
+        fits: The header is complete and has the store's fingerprint; otherwise no record is read.
+        records_E: The valid records (`RECORD`) whose values are all in the values file.
+        num_values: Complete fp32 values in the values file.
+        num_damaged: Complete records that fail their checksum, except at the end.
+        torn_bytes: Bytes at the end of the index, left by a killed or interrupted writer, without a valid record.
     """
 
     index: Path
@@ -69,19 +71,19 @@ class Shard:
         return self.index.with_suffix(".values")
 
     def map_values(self) -> np.ndarray:
-        """The values, memory-mapped; whole ones only, since a killed writer may leave part of one."""
+        """The values, memory-mapped; complete ones only, since a killed writer may leave part of one."""
         if not self.num_values:
             return np.zeros(0, dtype="<f4")  # an empty file cannot be mapped
         return np.memmap(self.values, dtype="<f4", mode="r", shape=(self.num_values,))
 
 
 def fingerprint_digest(fingerprint: dict[str, str]) -> bytes:
-    """32 bytes for the whole fingerprint: stands in every shard, so that none strays into another store."""
+    """32-byte digest of the fingerprint; stored in every shard, so that shards of different stores cannot be mixed."""
     return hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).digest()
 
 
 def read_fingerprint(directory: Path) -> dict[str, str]:
-    """What the store in `directory` was made for.
+    """The fingerprint of the store in `directory`.
 
     Raises:
         ReferenceStoreError: there is no store, or it has another format.
@@ -90,21 +92,19 @@ def read_fingerprint(directory: Path) -> dict[str, str]:
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise ReferenceStoreError(f"{directory}: no reference store (it has no fingerprint.json)") from error
+        raise ReferenceStoreError(f"{directory}: not a reference store (no fingerprint.json)") from error
     except json.JSONDecodeError as error:
         raise ReferenceStoreError(f"{path}: not valid JSON ({error}); remove the store") from error
     if not isinstance(stored, dict):
-        raise ReferenceStoreError(f"{path}: holds a {type(stored).__name__}, not an object; remove the store")
+        raise ReferenceStoreError(f"{path}: contains a {type(stored).__name__}, not an object; remove the store")
     found = stored.get("format", 1)
     if found != FORMAT:
         raise ReferenceStoreError(
             f"{directory}: a reference store of format {found}; this version of bpo reads and writes format {FORMAT}. "
-            "Remove it, or give train.reference_dir another directory: its log-probs are computed anew, once"
+            "Remove it, or set train.reference_dir to another directory: its log-probs are computed again, once"
         )
     if not isinstance(stored.get("fingerprint"), dict):
-        raise ReferenceStoreError(
-            f"{path}: has no `fingerprint`, so nothing says what the store is of; remove the store"
-        )
+        raise ReferenceStoreError(f"{path}: has no `fingerprint`, so the store cannot be validated; remove the store")
     return stored["fingerprint"]
 
 
@@ -114,31 +114,16 @@ def write_fingerprint(directory: Path, fingerprint: dict[str, str]) -> None:
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Writes `path` as a whole or not at all, and durably.
+    """Writes `path` atomically and durably.
 
     Raises:
         ReferenceStoreError: it cannot be written.
     """
-    temporary = path.with_name(f"{path.name}.{os.getpid()}-{os.urandom(3).hex()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb", buffering=0) as file:
-            write_all(file.fileno(), content)
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_directory(path.parent)
+        write_durably(path, content)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise _cannot_write(path, len(content), error) from error
-
-
-def sync_directory(directory: Path) -> None:
-    """Makes new names in a directory durable."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def write_all(descriptor: int, content: bytes) -> None:
@@ -152,7 +137,7 @@ def index_files(directory: Path) -> list[Path]:
 
 
 def read_shard(index: Path, fingerprint: dict[str, str]) -> Shard:
-    """What of a shard can be used; torn ends and damaged records are counted and left out."""
+    """Reads the valid records of a shard; torn ends and damaged records are counted and skipped."""
     content = index.read_bytes()
     values = index.with_suffix(".values")
     num_values = values.stat().st_size // 4 if values.exists() else 0
@@ -165,7 +150,7 @@ def read_shard(index: Path, fingerprint: dict[str, str]) -> Shard:
     records_E = np.frombuffer(content, dtype=RECORD, count=whole, offset=HEADER_BYTES)
     intact_E = _checksums(content, whole) == records_E["own_crc"]
     intact_E &= records_E["offset"] + records_E["count"] <= num_values
-    # What is not intact at the end was never finished; what is not intact before an intact record was damaged later.
+    # Invalid records at the end were never finished; invalid records before a valid one were damaged later.
     finished = int(np.flatnonzero(intact_E)[-1]) + 1 if intact_E.any() else 0
     torn_bytes = len(content) - HEADER_BYTES - finished * RECORD.itemsize
     num_damaged = finished - int(intact_E.sum())
@@ -183,7 +168,7 @@ def _checksums(content: bytes, count: int) -> np.ndarray:
 
 
 def new_record(key: bytes, offset: int, raw: bytes) -> bytes:
-    """The record of an entry whose values' bytes `raw` begin at value `offset` of the shard."""
+    """The record of an entry with value bytes `raw` at value `offset` of the shard."""
     record = np.zeros((), dtype=RECORD)
     record["key"] = np.frombuffer(key, dtype=np.uint8)
     record["offset"], record["count"], record["crc"] = offset, len(raw) // 4, zlib.crc32(raw)
@@ -192,9 +177,9 @@ def new_record(key: bytes, offset: int, raw: bytes) -> bytes:
 
 
 class ShardWriter:
-    """Appends entries to a new shard; they are durable after `commit`, which `add` calls every half minute.
+    """Appends entries to a new shard; they are durable after `commit`, which `add` calls every 30 s.
 
-    Nothing is created before the first commit. After an error the writer is closed; what it has committed stays valid.
+    No file is created before the first commit. After an error the writer is closed; committed entries remain valid.
     """
 
     def __init__(self, directory: Path, fingerprint: dict[str, str], label: str):
@@ -209,7 +194,7 @@ class ShardWriter:
         self._last_commit = time.monotonic()
 
     def add(self, key: bytes, values_E: np.ndarray) -> None:
-        """One entry; `values_E` is converted to fp32."""
+        """Adds one entry; `values_E` is converted to fp32."""
         raw = values_E.astype("<f4", copy=False).tobytes()
         self._records.append(new_record(key, self._num_values, raw))
         self._values.append(raw)
@@ -219,7 +204,7 @@ class ShardWriter:
             self.commit()
 
     def commit(self) -> None:
-        """Makes everything added so far durable: values first, then the records that point at them.
+        """Makes all added entries durable: values first, then the records that reference them.
 
         Raises:
             ReferenceStoreError: the disk is full or cannot be written, or another process removed the shard.
@@ -269,19 +254,19 @@ def _cannot_write(path: Path, needed_bytes: int, error: OSError) -> ReferenceSto
     full = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
     if error.errno not in full:
         return ReferenceStoreError(
-            f"{path}: cannot be written ({error.strerror}); make the directory writable, or copy the store to one "
-            "that is and give it as train.reference_dir"
+            f"{path}: cannot be written ({error.strerror}); make the directory writable, or copy the store to a "
+            "writable one and set train.reference_dir to it"
         )
     free = shutil.disk_usage(path.parent).free
     return ReferenceStoreError(
-        f"{path}: {error.strerror}: {needed_bytes:,} bytes are needed for the next entries alone, {free:,} are free "
-        "there (a quota or file size limit may be lower). What was stored stays valid: make room and start again, and "
-        "only what is missing is computed"
+        f"{path}: {error.strerror}: the next entries need {needed_bytes:,} bytes, {free:,} are free there (a quota or "
+        "file size limit may be lower). Stored entries remain valid: free space and restart; only missing entries are "
+        "computed"
     )
 
 
 def settled(shard: Shard, older_than_minutes: float) -> bool:
-    """Whether nobody has written to the shard for so long; a younger one may have a writer still."""
+    """Whether the last write to the shard is at least this old; a younger shard may still have a writer."""
     newest = max(file.stat().st_mtime for file in (shard.index, shard.values) if file.exists())
     return time.time() - newest >= 60 * older_than_minutes
 
@@ -295,5 +280,5 @@ def damaged_rows(shard: Shard) -> np.ndarray:
 
 
 def write_index(path: Path, fingerprint: dict[str, str], records_E: np.ndarray) -> None:
-    """An index file with these records, replaced as a whole."""
+    """Writes an index file with these records, atomically."""
     replace_file(path, header(fingerprint) + records_E.tobytes())

@@ -14,19 +14,19 @@ from bpo.data.encode import load_encoder
 from bpo.engine import TrainingEngine
 from bpo.job import collectives
 from bpo.job.launch import Ranks, pick_device
-from bpo.model.load import load_model, resolve_dtype
+from bpo.model.load import load_resolved, resolve_model
 from bpo.model.policy import PolicyModel
 from bpo.model.trainable import prepare_trainable
 from bpo.records import GroupBatch
 from bpo.tools.bench.case import StepCase, pair_label, set_adapter
 from bpo.tools.bench.meter import Meter
 from bpo.tools.bench.workers import Session
-from bpo.train import run_step
 from bpo.training.batches import training_batches
 from bpo.training.flops import model_flops
 from bpo.training.measure import measure_groups
 from bpo.training.plan import plan_training
 from bpo.training.reference_pass import fill_reference_store
+from bpo.training.step import run_step
 from bpo_kernels.dispatch import chosen_implementation
 
 logger = logging.getLogger(__name__)
@@ -52,18 +52,18 @@ def serve(case: StepCase, session: Session, provider: str) -> None:
     config = case.config()
     ranks = Ranks()
     engine.init_distributed(ranks)
-    dtype = resolve_dtype(config.model)
-    encoder = load_encoder(config)
+    resolved = resolve_model(config.model, pick_device(ranks), for_training=True)
+    encoder = load_encoder(config, resolved.config)
     data = measure_groups(config, encoder, ranks, collectives.gather_from_ranks)
     (step,) = plan_training(config, data, ranks)
-    settings = engine.deepspeed_config(config, dtype, len(step.micro_batches[0]))
-    model = load_model(config.model, pick_device(ranks), for_training=True)
+    settings = engine.deepspeed_config(config, resolved.dtype, len(step.micro_batches[0]))
+    model = load_resolved(resolved)
     prepare_trainable(model, encoder.family, config)
-    adapter = set_adapter(model, dtype)
+    adapter = set_adapter(model, resolved.dtype)
     trainer = TrainingEngine(PolicyModel(model), encoder.family, config, settings, ranks)
     meter = Meter(model, encoder.family.language_module, encoder.family.vision_module, trainer.device)
     with without_adapter(model):
-        store = fill_reference_store(config, trainer, data)
+        store = fill_reference_store(config, resolved, trainer, data)
     batches = list(next(training_batches(config, data, [step], store, trainer)))
     outputs: list[Any] = []
     trainer.policy.register_forward_hook(lambda module, args, output: outputs.append(output))
@@ -72,7 +72,7 @@ def serve(case: StepCase, session: Session, provider: str) -> None:
     session.ready(
         adapter=adapter,
         kernels=chosen_implementation(torch.empty(0, device=trainer.device)),
-        useful_flops=sum(useful.step(batch.work) for batch in batches),
+        useful_flops=sum(useful.step(batch.useful_work) for batch in batches),
     )
     while (command := session.receive()).what != "stop":
         outputs.clear()
@@ -100,16 +100,16 @@ def _pairs(batches: list[GroupBatch], outputs: list[Any]) -> dict[str, dict[str,
     """Summed log-probs of both sides by pair, of policy and reference."""
     pairs: dict[str, dict[str, float]] = {}
     for batch, (_, _, _, logp_N) in zip(batches, outputs, strict=True):
-        assert batch.reference_logp_N is not None
-        owner_N = batch.completion_of_token_N.cpu()
-        zeros_C = torch.zeros(batch.num_completions, dtype=torch.float64)
+        assert batch.loss_inputs.reference is not None
+        owner_N = batch.loss_inputs.completion_of_token_N.cpu()
+        zeros_C = torch.zeros(batch.loss_inputs.num_completions, dtype=torch.float64)
         policy_C = zeros_C.index_add(0, owner_N, logp_N.detach().double().cpu())
-        reference_C = zeros_C.index_add(0, owner_N, batch.reference_logp_N.double().cpu())
+        reference_C = zeros_C.index_add(0, owner_N, batch.loss_inputs.reference.double().cpu())
         owner, first = [], 0
         for group_id, spans in zip(batch.group_ids, batch.layout.completion_spans, strict=True):
             owner += [(int(group_id), first)] * len(spans)
             first += len(spans)
-        for i, j in batch.pairs_P2.tolist():
+        for i, j in batch.loss_inputs.pairs_P2.tolist():
             group, start = owner[i]
             pairs[pair_label(group, i - start, j - start)] = {
                 "chosen": float(policy_C[i]),

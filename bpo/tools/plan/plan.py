@@ -12,7 +12,7 @@ import torch
 from bpo.config.training import Config
 from bpo.data.useful_work import attended_pairs, has_class_token
 from bpo.engine import find_ds_config, with_fitting_buckets
-from bpo.records import Work
+from bpo.records import UsefulWork
 from bpo.tools.plan.activations import ActivationCosts, activation_costs
 from bpo.tools.plan.memory import GB, Load, RankMemory, Zero, head_bytes, node_host_bytes, rank_memory
 from bpo.tools.plan.shape import ModelShape, shape_of
@@ -40,7 +40,7 @@ class GroupShape:
     def tokens(self) -> int:
         return self.image_tokens + self.prompt_tokens + self.completions * self.response_tokens
 
-    def work(self, num_groups: float) -> Work:
+    def work(self, num_groups: float) -> UsefulWork:
         """What `num_groups` of them bring; a tower over windows is counted as if each saw its image whole."""
         pairs = attended_pairs(self.image_tokens + self.prompt_tokens, [self.response_tokens] * self.completions)
         one = (
@@ -52,7 +52,7 @@ class GroupShape:
             self.patches**2,
             self.patches * 64,
         )
-        return Work(*(round(num_groups * value) for value in one))
+        return UsefulWork(*(round(num_groups * value) for value in one))
 
     def load(self, tokens: float) -> Load:
         """The rows of a micro-batch of `tokens` packed tokens."""

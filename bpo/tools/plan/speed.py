@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bpo.records import Work
+from bpo.records import UsefulWork
 from bpo.tools.plan.memory import Zero
 from bpo.tools.plan.shape import ModelShape
 from bpo.training.hardware import Accelerator
@@ -65,7 +65,7 @@ class StepTime:
         return self.useful / self.total if self.total else 0.0
 
 
-def recomputed_flops(shape: ModelShape, work: Work, checkpointing: str) -> float:
+def recomputed_flops(shape: ModelShape, work: UsefulWork, checkpointing: str) -> float:
     """FLOPs that the backward pass repeats: the language model's forward, and the tower's where it is trained.
 
     `selective` keeps the results of matrix products and attention, so it repeats none that count.
@@ -96,7 +96,13 @@ def communicated_bytes(shape: ModelShape, zero: Zero, world_size: int, micro_bat
 
 
 def step_time(
-    shape: ModelShape, zero: Zero, machine: Machine, work: Work, micro_batches: int, checkpointing: str, size: int = 2
+    shape: ModelShape,
+    zero: Zero,
+    machine: Machine,
+    work: UsefulWork,
+    micro_batches: int,
+    checkpointing: str,
+    size: int = 2,
 ) -> StepTime:
     """Seconds of a step in which every rank does `work` in `micro_batches` micro-batches.
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from bpo.config.io import load_config
 from bpo.config.training import Config, ModelConfig
 from bpo.model.attention import choice as attention_choice
 from bpo.model.attention.choice import Choice, Needs, choose_backend, obstacle
-from bpo.model.load import choose_attention, load_model
+from bpo.model.load import ResolvedModel, load_model, resolve_model
 from bpo.training import reference_pass
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
@@ -178,7 +177,7 @@ def test_the_option_is_refused_before_the_weights_are_read(tiny_llava_dir: Path,
 
 def test_separate_sequences_have_no_backend(tiny_llava_dir: Path) -> None:
     config = ModelConfig(path=str(tiny_llava_dir), dtype="float32", share_prefix="never", attention="flash")
-    assert choose_attention(config, CPU) is None
+    assert resolve_model(config, CPU, for_training=True).attention is None
 
 
 def test_an_unknown_backend_is_refused(capsys: pytest.CaptureFixture) -> None:
@@ -193,9 +192,8 @@ def test_an_unknown_backend_is_refused(capsys: pytest.CaptureFixture) -> None:
 def test_the_reference_store_remembers_the_backend(
     choice: Choice | None, said: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reference_pass, "choose_attention", lambda config, device: choice)
     monkeypatch.setattr(reference_pass, "model_fingerprint", lambda path, **fields: fields)
     monkeypatch.setattr(reference_pass, "open_or_create", lambda directory, fingerprint: None)
-    engine, data = SimpleNamespace(device=CPU, dtype=torch.bfloat16), SimpleNamespace(separate_reason=None)
-    fingerprint = reference_pass._open_store(Config(), engine, data, tmp_path)
+    resolved = ResolvedModel(ModelConfig(), None, CPU, torch.bfloat16, True, choice)
+    fingerprint = reference_pass._open_store(Config(), resolved, tmp_path)
     assert {name: fingerprint.get(name) for name in ("attention", "sequences") if name in fingerprint} == said

@@ -114,13 +114,13 @@ def test_a_step_counts_what_it_needs(
 ) -> None:
     """As `bpo bench step` asks: at least 99 % of what `bpo.training.flops` says the step needs."""
     torch._dynamo.reset()
-    monkeypatch.setattr(load, "choose_attention", lambda config, device: Choice(backend, "tested"))
+    monkeypatch.setattr(load, "choose_backend", lambda wanted, needs: Choice(backend, "tested"))
     config = ModelConfig(path=str(tiny_llava_dir), dtype="float32", gradient_checkpointing=checkpointing)
     policy = PolicyModel(load.load_model(config, for_training=True)).train()
     batch = packed_batch(encoder_of(tiny_llava_dir, photo_root), three_groups())
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), packed_layout(batch.layout):
-        policy(**model_inputs(batch, CPU, torch.float32)).sum().backward()
-    useful = model_flops(policy.model, family_of(policy.model.config)).step(batch.work)
+        policy(**model_inputs(batch.to(CPU, torch.float32))).sum().backward()
+    useful = model_flops(policy.model, family_of(policy.model.config)).step(batch.useful_work)
     assert counter.get_total_flops() >= 0.99 * useful
     by_operator = {str(operator): flops for operator, flops in counter.get_flop_counts()["Global"].items()}
     attention = {

@@ -155,14 +155,14 @@ def test_a_whole_model_equals_separate_sequences(
     results = []
     for share in ("never", "auto"):
         choice = None if share == "never" else Choice(backend, "tested")
-        monkeypatch.setattr(load, "choose_attention", lambda config, device, choice=choice: choice)
+        monkeypatch.setattr(load, "choose_backend", lambda wanted, needs, choice=choice: choice)
         encoder = encoder_of(tiny_llava_dir, photo_root, share_prefix=share)
         config = ModelConfig(
             path=str(tiny_llava_dir), dtype="float32", share_prefix=share, gradient_checkpointing=checkpointing
         )
         policy = PolicyModel(load.load_model(config, for_training=True)).train()
         batch = collate_groups(encode_all(encoder, three_groups()), encoder.family)
-        inputs = model_inputs(batch, torch.device("cpu"), torch.float32)
+        inputs = model_inputs(batch.to(torch.device("cpu"), torch.float32))
         with packed_layout(batch.layout):
             with torch.no_grad():
                 reference_N = policy(**inputs)

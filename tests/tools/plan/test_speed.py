@@ -7,13 +7,13 @@ import functools
 import pytest
 
 from bpo.config.training import Config, TrainableConfig
-from bpo.records import Work
+from bpo.records import UsefulWork
 from bpo.tools.plan.memory import Zero
 from bpo.tools.plan.shape import ModelShape, shape_of
 from bpo.tools.plan.speed import Machine, communicated_bytes, recomputed_flops, step_time
 from bpo.training.hardware import ACCELERATORS, accelerator
 
-WORK = Work(tokens=8000, responses=2000, image_tokens=4000, pairs=4_000_000, patches=16000, patch_pairs=10**7)
+WORK = UsefulWork(tokens=8000, responses=2000, image_tokens=4000, pairs=4_000_000, patches=16000, patch_pairs=10**7)
 
 
 @functools.cache

@@ -9,22 +9,19 @@ twice is the same.
 
 from __future__ import annotations
 
-import json
-import logging
-import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from bpo.job.journal import JournalReader, JournalWriter, to_line
 from bpo.job.launch import Ranks
 from bpo.job.signals import StopRequest
-
-logger = logging.getLogger(__name__)
 
 _POLL_S = 1.0
 
 
-class KeptAnswers:
+class AnswerJournal:
     """The answers to the numbered questions of some benchmarks.
 
     Args:
@@ -36,7 +33,7 @@ class KeptAnswers:
     def __init__(self, folder: Path | None = None, ranks: Ranks | None = None, stop: StopRequest | None = None):
         self.folder, self.ranks, self.stop = folder, ranks or Ranks(), stop
         self._answers: dict[tuple[str, int], str] = {}
-        self._offsets: dict[Path, int] = {}
+        self._journals: dict[Path, JournalReader] = {}
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
             self.poll()
@@ -60,28 +57,14 @@ class KeptAnswers:
         self._answers |= {(benchmark, number): text for number, text in answers.items()}
         if self.folder is None:
             return
-        lines = "".join(json.dumps([benchmark, number, text]) + "\n" for number, text in answers.items())
-        with (self.folder / f"rank-{self.ranks.rank:05d}.jsonl").open("ab") as file:
-            # The end of a line that an earlier start did not finish; an empty line is no answer either.
-            file.write(b"\n" + lines.encode())
-            file.flush()
-            os.fsync(file.fileno())
+        with JournalWriter(self.folder / f"rank-{self.ranks.rank:05d}.jsonl", exclusive=False) as writer:
+            writer.append(b"".join(to_line([benchmark, number, text]) for number, text in answers.items()))
 
     def poll(self) -> int:
         """Reads what all ranks have added; returns the number of new answers."""
         before = len(self._answers)
         for path in sorted(self.folder.glob("rank-*.jsonl")) if self.folder else ():
-            with path.open("rb") as file:
-                file.seek(self._offsets.get(path, 0))
-                content = file.read()
-            complete = content.rfind(b"\n") + 1
-            self._offsets[path] = self._offsets.get(path, 0) + complete
-            for line in filter(None, content[:complete].split(b"\n")):
-                try:
-                    benchmark, number, text = json.loads(line)
-                except ValueError:
-                    logger.warning("%s: a line was cut short; its question is asked again", path)
-                    continue
+            for _, (benchmark, number, text) in self._journals.setdefault(path, JournalReader(path)).poll(_answer):
                 self._answers[benchmark, number] = text
         return len(self._answers) - before
 
@@ -107,3 +90,8 @@ class KeptAnswers:
             self.check_stop()
             time.sleep(min(_POLL_S, stall_timeout_s))
         return [self._answers[key] for key in wanted]
+
+
+def _answer(entry: Any) -> tuple[str, int, str]:
+    benchmark, number, text = entry
+    return benchmark, number, text

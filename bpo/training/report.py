@@ -1,0 +1,75 @@
+"""What a training run reports of its steps: the progress bar, metrics.jsonl, TensorBoard."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from bpo.config.training import TrainConfig
+from bpo.job.launch import Ranks
+from bpo.training.flops import ModelFlops
+from bpo.training.hardware import peak_flops
+from bpo.training.metrics import MetricsWriter, step_metrics, step_rates
+
+logger = logging.getLogger(__name__)
+
+
+class StepReport:
+    """Reports finished steps on rank 0.
+
+    Args:
+        done: Steps that an earlier start has finished.
+        total: Steps of the run.
+        groups_per_epoch: Groups that are trained on in an epoch.
+        flops: Useful FLOPs of the model, for model_tflops_per_second and mfu.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        ranks: Ranks,
+        device: torch.device,
+        *,
+        done: int,
+        total: int,
+        groups_per_epoch: int,
+        flops: ModelFlops,
+    ):
+        self.config, self.total, self.groups_per_epoch, self.flops = config, total, groups_per_epoch, flops
+        self.peak = peak_of_all(device, config.peak_tflops, ranks)
+        self._writer = MetricsWriter(
+            Path(config.output_dir), enabled=ranks.is_main, tensorboard=config.tensorboard, start_step=done
+        )
+        self._progress = tqdm(total=total, initial=done, desc="training", disable=not ranks.is_main)
+
+    def step(self, number: int, totals: list[float], seconds: float, lr: float, grad_norm: float) -> None:
+        """Step `number`, from 1.
+
+        Args:
+            totals: Sums of `StepSums.flat` over all ranks.
+            seconds: From the first forward pass to the end of the optimizer's step.
+        """
+        metrics = step_metrics(totals) | step_rates(totals, seconds, self.flops, self.peak)
+        metrics |= {"lr": lr, "grad_norm": grad_norm}
+        self._progress.update()
+        self._progress.set_postfix(loss=f"{metrics['loss']:.4f}", acc=f"{metrics['rewards/accuracies']:.2f}")
+        if number % self.config.log_every_steps == 0 or number == self.total:
+            metrics["epoch"] = round(number * self.config.groups_per_step / self.groups_per_epoch, 4)
+            self._writer.write(number, metrics)
+
+    def close(self) -> None:
+        self._progress.close()
+        self._writer.close()
+
+
+def peak_of_all(device: torch.device, peak_tflops: float, ranks: Ranks) -> float | None:
+    """FLOP/s of all devices together, for MFU; None, logged once, if the device's peak is unknown."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    peak = peak_flops(name, peak_tflops)
+    if peak is None:
+        logger.info("mfu is left out: the peak of `%s` is not known; train.peak_tflops gives it", name)
+        return None
+    return peak * ranks.world_size
