@@ -1,1 +1,1 @@
-"""Every option of bpo, its default and its range check; reading and writing them."""
+"""Configuration: all options with defaults and range checks; reading and writing."""

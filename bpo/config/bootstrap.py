@@ -1,4 +1,4 @@
-"""The options of bootstrapping, and the check that every section of the configuration uses."""
+"""Bootstrapping options, and the `check` helper of all configuration sections."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ def check(condition: bool, message: str) -> None:
 
 @dataclass(kw_only=True)
 class ServerConfig:
-    """An OpenAI-compatible server (vLLM, SGLang, llama.cpp ...); its key comes from the variable OPENAI_API_KEY.
+    """OpenAI-compatible server (vLLM, SGLang, llama.cpp, ...). The API key is read from OPENAI_API_KEY.
 
     Attributes:
-        url: Base URL, such as http://localhost:8000/v1; empty: no server.
-        model: Name of the model on that server.
-        concurrency: Requests in flight at a time.
-        timeout_s: Seconds until a request is given up and tried again.
-        requests_per_minute: Upper limit; 0 sets none.
-        patience_s: The job ends, its finished records kept, when the server answers nothing for so many seconds.
+        url: Base URL, such as http://localhost:8000/v1. Empty disables the server.
+        model: Name of the model on the server.
+        concurrency: Maximum number of concurrent requests.
+        timeout_s: Timeout of a request in seconds, after which it is retried.
+        requests_per_minute: Rate limit in requests per minute; 0 means no limit.
+        patience_s: Seconds without any response after which the job stops; finished records are kept.
     """
 
     url: str = ""
@@ -37,9 +37,9 @@ class ServerConfig:
     def __post_init__(self) -> None:
         check(
             not self.url or self.url.startswith(("http://", "https://")),
-            f"server.url is {self.url!r}; write it as http://HOST:PORT/v1",
+            f"server.url is {self.url!r}; it must have the form http://HOST:PORT/v1",
         )
-        check(bool(self.model) or not self.url, "server.url is set but server.model is empty; name the model it serves")
+        check(bool(self.model) or not self.url, "server.url is set but server.model is empty; set the served model")
         check(self.concurrency >= 1, f"server.concurrency is {self.concurrency}; it must be at least 1")
         check(self.timeout_s > 0 and self.patience_s > 0, "server.timeout_s and server.patience_s must be positive")
         check(self.requests_per_minute >= 0, "server.requests_per_minute must be 0 (no limit) or more")
@@ -47,22 +47,22 @@ class ServerConfig:
 
 @dataclass(kw_only=True)
 class WeakenConfig:
-    """Negatives from the model's answers to images that say less (types `mllm-hal`, `mllm-crop`, `mllm-mask` ...).
+    """Negatives from the model's answers to weakened images (types `mllm-hal`, `mllm-crop`, `mllm-mask`, ...).
 
-    The sampling options hold for every source in which the multimodal model answers.
+    The sampling options apply to all sources answered by the multimodal model.
 
     Attributes:
-        noise_step: Step t of the forward diffusion x_t = sqrt(abar_t) x + sqrt(1 - abar_t) eps, 0..999; -1: none.
-        noise_steps: Several steps, of which each record gets one by its seed; empty takes `noise_step` for all.
-        space: Where noise is added: to the `normalised` pixels that the model takes (the paper), or to the `pixel`s of
-            the picture before its processor (clipped to 0..255), all that a server or vLLM can be sent.
-        pixel_side: In pixel space a picture is first scaled down to this longer side, or scaling down afterwards would
-            average the noise away; 0 leaves its size.
-        crop_share: Share of the area that the source `crop` shows, at a place of the record's seed.
-        mask_share: Share of a 14 x 14 grid of cells that the source `mask` covers in grey.
-        temperature: Sampling temperature; 0 is greedy.
-        top_p: Nucleus of the sampling distribution.
-        max_new_tokens: Longest answer.
+        noise_step: Step t of the forward diffusion x_t = sqrt(abar_t) x + sqrt(1 - abar_t) eps, 0..999; -1: no noise.
+        noise_steps: List of diffusion steps, one of which is drawn per record; empty uses `noise_step` for all records.
+        space: Where noise is added: `normalised`, to the model's input pixels (as in the paper), or `pixel`, to the
+            image before the image processor (clipped to 0..255), as required for servers and vLLM.
+        pixel_side: Longer side in pixels to which images are downscaled before noise is added in pixel space, because
+            downscaling afterwards would average out the noise; 0 keeps the size.
+        crop_share: Fraction of the image area shown by the source `crop`, at a random position.
+        mask_share: Fraction of the cells of a 14 x 14 grid that the source `mask` covers with grey.
+        temperature: Sampling temperature; 0 means greedy decoding.
+        top_p: Cumulative probability of nucleus sampling.
+        max_new_tokens: Maximum number of tokens per answer.
     """
 
     noise_step: int = 900
@@ -78,20 +78,20 @@ class WeakenConfig:
     def __post_init__(self) -> None:
         for step in (self.noise_step, *self.noise_steps):
             check(-1 <= step <= 999, f"noise_step is {step}; the schedule has steps 0..999 (-1: no noise)")
-        check(self.pixel_side >= 0, "bootstrap.weaken.pixel_side must be 0 (leave the size) or more")
+        check(self.pixel_side >= 0, "bootstrap.weaken.pixel_side must be 0 (keep the size) or more")
         for name in ("crop_share", "mask_share"):
-            check(0 < getattr(self, name) < 1, f"bootstrap.weaken.{name} must lie in (0, 1)")
+            check(0 < getattr(self, name) < 1, f"bootstrap.weaken.{name} must be in (0, 1)")
         _check_sampling("bootstrap.weaken", self.temperature, self.top_p, self.max_new_tokens)
 
 
 @dataclass(kw_only=True)
 class RegenerateConfig:
-    """Negatives that begin as the annotation does and go on as the model would (type `mllm-cont`).
+    """Negatives that keep the start of the annotation and are continued by the model (type `mllm-cont`).
 
     Attributes:
-        cut_min: Least share of the annotation's words that is kept; the record's seed draws between the two.
-        cut_max: Largest share that is kept.
-        weakened: Show the model the weakened image and not the clean one.
+        cut_min: Smallest fraction of the annotation's words to keep; the fraction is drawn per record.
+        cut_max: Largest fraction of the annotation's words to keep.
+        weakened: Whether to show the model the weakened image instead of the clean one.
     """
 
     cut_min: float = 0.2
@@ -99,16 +99,16 @@ class RegenerateConfig:
     weakened: bool = True
 
     def __post_init__(self) -> None:
-        check(0 < self.cut_min <= self.cut_max < 1, "bootstrap.regenerate: 0 < cut_min <= cut_max < 1 must hold")
+        check(0 < self.cut_min <= self.cut_max < 1, "bootstrap.regenerate requires 0 < cut_min <= cut_max < 1")
 
 
 @dataclass(kw_only=True)
 class VisionConfig:
-    """What runs the multimodal model that answers images; weights are `model.path`, or the server's.
+    """Inference engine of the multimodal model. Weights are loaded from `model.path`, or by the server.
 
     Attributes:
-        engine: `transformers` in this process; `vllm` in this process (extra `vllm`); `server`.
-        server: Where `engine` is `server`.
+        engine: `transformers` or `vllm` (requires the extra `vllm`) run in this process; `server` sends requests.
+        server: Server options, used if `engine` is `server`.
     """
 
     engine: Literal["transformers", "vllm", "server"] = "transformers"
@@ -117,7 +117,7 @@ class VisionConfig:
     def __post_init__(self) -> None:
         check(
             (self.engine == "server") == bool(self.server.url),
-            "bootstrap.vision: engine `server` and server.url go together; set both or neither",
+            "bootstrap.vision: engine `server` and server.url require each other; set both or neither",
         )
 
 
@@ -126,19 +126,19 @@ class InjectConfig:
     """Negatives from a text-only LLM that rewrites the annotation with plausible errors (type `llm-hal`).
 
     Attributes:
-        mode: `description` rewrites a description; `qa` answers for a similar but different image; `auto` takes
-            `description` for prompts that ask for one and `qa` for others.
-        prompt_dir: Folder with your own description.yaml and qa.yaml; empty takes those in bpo/bootstrap/prompts. Small
-            LLMs need worked examples in the style of the annotations.
-        llm: Directory of a transformers causal LM; empty takes the multimodal model's own language model.
-        gguf_file: Name of a GGUF file in that directory, when its weights come as one.
-        engine: What runs `llm`: `transformers`, or `vllm` (extra `vllm`).
-        server: An OpenAI-compatible server in place of `llm`.
-        temperature: Sampling temperature; 0 is greedy.
-        top_p: Nucleus of the sampling distribution.
-        max_new_tokens: Longest rewriting.
-        attempts: Tries for a record whose rewriting was refused, each with its own seed.
-        dtype: Precision of the text-only LLM.
+        mode: `description` rewrites a description; `qa` answers for a similar but different image; `auto` uses
+            `description` for prompts that ask for one and `qa` otherwise.
+        prompt_dir: Folder with custom description.yaml and qa.yaml; empty uses bpo/bootstrap/prompts. Small LLMs need
+            few-shot examples in the style of the annotations.
+        llm: Directory of a transformers causal LM; empty uses the language model of the multimodal model.
+        gguf_file: Name of a GGUF weights file in the directory `llm`, if any.
+        engine: Inference engine of `llm`: `transformers`, or `vllm` (requires the extra `vllm`).
+        server: OpenAI-compatible server to use instead of `llm`.
+        temperature: Sampling temperature; 0 means greedy decoding.
+        top_p: Cumulative probability of nucleus sampling.
+        max_new_tokens: Maximum number of tokens per rewritten answer.
+        attempts: Maximum number of attempts per record if its rewriting is rejected, each with a different seed.
+        dtype: Data type of the text-only LLM.
     """
 
     mode: Literal["description", "qa", "auto"] = "auto"
@@ -160,25 +160,25 @@ class InjectConfig:
         check(not both, "bootstrap.inject.llm and bootstrap.inject.server.url are both set; choose one")
         check(
             self.engine == "transformers" or bool(self.llm),
-            "bootstrap.inject.engine is vllm but llm is empty; name the text-only LLM that it is to load",
+            "bootstrap.inject.engine is vllm but llm is empty; set llm to the text-only LLM to load",
         )
 
 
 @dataclass(kw_only=True)
 class ValidateConfig:
-    """When a negative is refused, beside what is always refused: empty, cut off, or the annotation itself.
+    """Validation of negatives. Empty, truncated and unchanged texts are always rejected.
 
     Attributes:
-        max_repeats: Times that a phrase of up to 8 words may stand in a row.
-        min_distinct_share: Least share of different words among 12 words or more; 0 asks for none.
-        min_changed_words: Least number of words in which it differs from the annotation.
-        max_changed_share: Largest share of words in which an injected error may differ; 1 sets no bound.
-        min_length_ratio: Least words against the annotation's, both counted with 8 words more.
-        max_length_ratio: Most words against the annotation's, both counted with 8 words more.
-        require_real_change: Refuse what changes style alone: no object, attribute, count, relation or unknown word.
-        same_language: Refuse another script or, where function words tell, another language than the annotation's.
-        refuse_duplicates: Of a group's negatives with the same words keep the first alone.
-        lexicon: Your own file of objects, attributes ... in place of bpo/bootstrap/lexicon/en.yaml, of the same form.
+        max_repeats: Maximum number of consecutive repeats of a phrase of up to 8 words.
+        min_distinct_share: Minimum fraction of distinct words in texts of 12 or more words; 0 disables the check.
+        min_changed_words: Minimum number of words that differ from the annotation.
+        max_changed_share: Maximum fraction of words that may differ in an injected error; 1 means no limit.
+        min_length_ratio: Minimum ratio of the word counts of negative and annotation, after adding 8 to each.
+        max_length_ratio: Maximum ratio of the word counts of negative and annotation, after adding 8 to each.
+        require_real_change: Reject changes of style only: no object, attribute, count, relation or unknown word.
+        same_language: Reject a script, or a language identified by function words, that differs from the annotation's.
+        refuse_duplicates: Keep only the first of a group's negatives with the same words.
+        lexicon: Custom file of objects, attributes, ... in the format of bpo/bootstrap/lexicon/en.yaml, used instead.
     """
 
     max_repeats: int = 3
@@ -194,45 +194,44 @@ class ValidateConfig:
 
     def __post_init__(self) -> None:
         check(self.max_repeats >= 1, "bootstrap.validate.max_repeats must be 1 or more")
-        check(0 <= self.min_distinct_share < 1, "bootstrap.validate.min_distinct_share must lie in [0, 1)")
+        check(0 <= self.min_distinct_share < 1, "bootstrap.validate.min_distinct_share must be in [0, 1)")
         check(self.min_changed_words >= 0, "bootstrap.validate.min_changed_words must be 0 or more")
-        check(0 < self.max_changed_share <= 1, "bootstrap.validate.max_changed_share must lie in (0, 1]")
+        check(0 < self.max_changed_share <= 1, "bootstrap.validate.max_changed_share must be in (0, 1]")
         check(
             0 <= self.min_length_ratio <= 1 <= self.max_length_ratio,
-            "bootstrap.validate: min_length_ratio must lie in [0, 1] and max_length_ratio be 1 or more",
+            "bootstrap.validate: min_length_ratio must be in [0, 1], and max_length_ratio 1 or more",
         )
 
 
 @dataclass(kw_only=True)
 class BootstrapConfig:
-    """How negatives are made from annotations.
+    """Generation of negatives from annotations.
 
     Attributes:
-        sources: Which negatives to make. The paper's: `weaken` (answers to noised images) and `inject` (errors written
-            into the annotation). Further: `crop` and `mask` (answers to a part of the image), `regenerate` (the
-            annotation's beginning, continued), `text-only` (answers without any image), `unweakened` (answers to the
-            clean image, a control).
-        weaken: Options of the weakened image, and sampling of all the multimodal model's answers.
-        inject: Options of the injected errors.
-        regenerate: Where an annotation is cut.
-        vision: What runs the multimodal model.
-        validate: When a negative is refused.
-        target_shares: Source -> share of the negatives that it is to have; what others made beyond that is left out by
-            the seed. Empty keeps all.
-        batch_size: Answers generated at a time.
-        cache: Where transformers keeps keys and values: `reserved` appends in place, `dynamic` copies them for every
-            token, `static` has one size, for which transformers compiles decoding on CUDA (without shared prefixes).
-        seed: With the record's id it decides noise and sampling.
-        limit: Use only the first so many annotations; 0 takes all.
-        max_inject_records: Inject errors into only the first so many annotations; 0 takes all.
-        num_shards: Jobs that share the annotations, such as tasks of an array; after more than one comes `bpo merge`.
-        shard_index: Which of them this is, from 0.
-        claim_timeout_s: The work of a rank that gave no sign of life for so many seconds goes to others.
-        num_workers: Threads that read and weaken the images of the next batch; 0: none is prepared ahead. By default
-            1 beside a model in this process, which more of them would keep from its work, and 8 for a server or vLLM.
-        max_idle_restarts: Starts by SLURM that finish no batch, after which the job gives up; 0 never does.
-        stall_timeout_s: Rank 0 gives up waiting for what living ranks have claimed when none finished a batch for so
-            many seconds.
+        sources: Sources of negatives. From the paper: `weaken` (answers to noised images) and `inject` (annotations
+            with injected errors). Additional: `crop` and `mask` (answers to a part of the image), `regenerate`
+            (continuations of the annotation's start), `text-only` (answers without an image), `unweakened` (answers
+            to the clean image, as a control).
+        weaken: Image weakening, and sampling options of the multimodal model.
+        inject: Error injection.
+        regenerate: Truncation of annotations before their continuation.
+        vision: Inference engine of the multimodal model.
+        validate: Validation of negatives.
+        target_shares: Mapping of sources to their target fraction of negatives; surplus negatives are dropped at
+            random. Empty keeps all.
+        batch_size: Number of answers generated per batch.
+        cache: Key-value cache of transformers: `reserved` appends in place; `dynamic` copies the cache for every token;
+            `static` has a fixed size, so that transformers can compile decoding on CUDA (without shared prefixes).
+        seed: Random seed of noise and sampling, combined with the record's id.
+        limit: Use only the first `limit` annotations; 0 uses all.
+        max_inject_records: Inject errors only into the first `max_inject_records` annotations; 0 uses all.
+        num_shards: Number of jobs that share the annotations, such as array tasks; if above 1, finish with `bpo merge`.
+        shard_index: Index of this job, starting from 0.
+        claim_timeout_s: Seconds without a heartbeat after which the work of a rank is reassigned.
+        num_workers: Number of threads that read and weaken images of the next batch; 0 disables prefetching. Default: 1
+            with a model in this process, which more threads would slow down, and 8 with a server or vLLM.
+        max_idle_restarts: Maximum SLURM restarts without a finished batch before the job fails; 0 means no limit.
+        stall_timeout_s: Seconds without a batch finished by any rank after which rank 0 stops waiting for claimed work.
     """
 
     sources: list[Source] = field(default_factory=lambda: ["weaken", "inject"])
@@ -256,7 +255,7 @@ class BootstrapConfig:
 
     def __post_init__(self) -> None:
         for source, share in self.target_shares.items():
-            check(source in self.sources, f"bootstrap.target_shares.{source}: not among bootstrap.sources")
+            check(source in self.sources, f"bootstrap.target_shares.{source} is not in bootstrap.sources")
             check(share > 0, f"bootstrap.target_shares.{source} is {share}; it must be positive")
         check(self.batch_size >= 1, f"bootstrap.batch_size is {self.batch_size}; it must be at least 1")
         check(self.limit >= 0, f"bootstrap.limit is {self.limit}; it must be 0 (all) or more")
@@ -271,21 +270,21 @@ class BootstrapConfig:
         check(self.claim_timeout_s > 0, "bootstrap.claim_timeout_s must be positive")
         check(
             self.num_workers is None or self.num_workers >= 0,
-            "bootstrap.num_workers must be 0 (prepare no batch ahead) or more",
+            "bootstrap.num_workers must be 0 (no prefetching) or more",
         )
         if "weaken" in self.sources and self.vision.engine != "transformers":
             check(
                 self.weaken.space == "pixel",
-                f"bootstrap.vision.engine {self.vision.engine} takes pictures, not normalised pixels; set "
-                "bootstrap.weaken.space pixel",
+                f"bootstrap.vision.engine {self.vision.engine} takes images, not normalised pixels; set "
+                "bootstrap.weaken.space to pixel",
             )
         check(
             len(self.sources) == len(set(self.sources)) and bool(self.sources),
-            "bootstrap.sources must name each source once",
+            "bootstrap.sources must not be empty or contain duplicates",
         )
 
 
 def _check_sampling(where: str, temperature: float, top_p: float, max_new_tokens: int) -> None:
     check(temperature >= 0, f"{where}.temperature is {temperature}; it must be 0 (greedy) or more")
-    check(0 < top_p <= 1, f"{where}.top_p is {top_p}; it must lie in (0, 1]")
+    check(0 < top_p <= 1, f"{where}.top_p is {top_p}; it must be in (0, 1]")
     check(max_new_tokens >= 1, f"{where}.max_new_tokens is {max_new_tokens}; it must be at least 1")

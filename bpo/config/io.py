@@ -1,7 +1,7 @@
-"""Reads the configuration from YAML and dotted flags, and writes the resolved one.
+"""Reads the configuration from YAML files and dotted flags, and writes the resolved configuration.
 
-`load_config(["--config", "FILE", "--train.lr", "1e-5"])` gives a `Config`. A key that does not exist is an error that
-names the nearest one that does. What every command on data understands has the short name of `ALIASES`, too.
+`load_config(["--config", "FILE", "--train.lr", "1e-5"])` returns a `Config`. An unknown key is an error that suggests
+the closest match. Options common to all data commands have the short names in `ALIASES`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ ALIASES = {"--on-bad": "--data.on_bad", "--max-bad-share": "--data.max_bad_share
 
 
 def all_keys(node: type = Config, prefix: str = "") -> list[str]:
-    """Every dotted key of the tree, such as `train.lr`, sections included."""
+    """Returns all dotted keys of the tree, such as `train.lr`, including sections."""
     keys = []
     for entry in fields(node):
         keys.append(prefix + entry.name)
@@ -28,7 +28,7 @@ def all_keys(node: type = Config, prefix: str = "") -> list[str]:
 
 
 def check_keys(tree: dict[str, Any], source: str, prefix: str = "", keys: list[str] | None = None) -> None:
-    """Raises ValueError for a key of `tree` that no option has, naming the nearest that exists, or an empty section."""
+    """Raises ValueError if `tree` has an empty section or an unknown key; suggests the closest match."""
     known = all_keys() if keys is None else keys
     for key, value in tree.items():
         dotted = f"{prefix}{key}"
@@ -36,7 +36,7 @@ def check_keys(tree: dict[str, Any], source: str, prefix: str = "", keys: list[s
             raise ValueError(f"{source}: unknown key `{dotted}`{_nearest(dotted, known)}")
         is_section = any(other.startswith(f"{dotted}.") for other in known)
         if is_section and not isinstance(value, dict):
-            raise ValueError(f"{source}: section `{dotted}` holds {value!r} instead of keys; fill it or remove it")
+            raise ValueError(f"{source}: section `{dotted}` is {value!r}, not a mapping of keys; add keys or remove it")
         if isinstance(value, dict):
             check_keys(value, source, f"{dotted}.", known)
 
@@ -51,18 +51,18 @@ def _nearest(dotted: str, known: list[str]) -> str:
 
 
 def load_config(argv: list[str], prog: str = "bpo", description: str = "") -> Config:
-    """Reads `--config FILE` (YAML; several are merged in order) and dotted overrides into a `Config`.
+    """Parses `--config FILE` (YAML; several files are merged in order) and dotted overrides into a `Config`.
 
     Raises:
-        ValueError: an unknown key, or a value out of range; names the key and the nearest valid one.
-        SystemExit: `--help`, or a value of the wrong type (jsonargparse's message names the key).
+        ValueError: A key is unknown or a value out of range; names the key and the closest match.
+        SystemExit: `--help` was given, or a value has the wrong type (jsonargparse's message names the key).
     """
     import yaml
     from jsonargparse import ArgumentParser
 
     short = "; ".join(f"{alias} is short for {flag}" for alias, flag in ALIASES.items())
     parser = ArgumentParser(prog=prog, description=description, epilog=short, exit_on_error=True)
-    parser.add_argument("--config", action="config", help="YAML file; later files and flags win.")
+    parser.add_argument("--config", action="config", help="YAML file; later files and flags take precedence.")
     parser.add_class_arguments(Config, as_group=False)
     argv = ["=".join([ALIASES.get(name, name), *value]) for name, *value in (flag.split("=", 1) for flag in argv)]
     for flag, value in zip(argv, [*argv[1:], ""], strict=False):
@@ -83,7 +83,7 @@ def load_config(argv: list[str], prog: str = "bpo", description: str = "") -> Co
 
 
 def to_tree(config: Config) -> dict[str, Any]:
-    """The resolved configuration as plain dictionaries, ready for YAML or JSON."""
+    """Returns the resolved configuration as nested dictionaries, for YAML or JSON."""
     return asdict(config)
 
 

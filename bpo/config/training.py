@@ -1,4 +1,4 @@
-"""Every option of bpo: one tree of dataclasses with all defaults, a line of documentation a field, range checks."""
+"""All options of bpo: a tree of dataclasses with defaults, documentation (shown by --help) and range checks."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from bpo.config.bootstrap import BootstrapConfig, check
 
 @dataclass(kw_only=True)
 class ModelConfig:
-    """Which model, and how it is held.
+    """Model loading and execution.
 
     Attributes:
-        path: Directory (or hub id) that `AutoModelForImageTextToText.from_pretrained` reads.
-        dtype: Weights and activations: float32, bfloat16 or float16; `config` takes what the model's config says.
-        attention: How packed groups attend: `flash` (flash-attn 3 or 2, on CUDA in half precision), `varlen` (PyTorch's
-            copy of flash-attn 2, likewise), `flex` (FlexAttention, on CUDA), `sdpa`; `auto` takes the first of these
-            that the machine has, on CPU sdpa.
-        vision_attention: Attention implementation of the vision tower, as transformers names it.
-        gradient_checkpointing: What the backward pass computes again: `none`; `full`, whole layers, of which it keeps
-            the inputs; `selective`, all but matrix products and attention. true means full, false none.
-        share_prefix: `auto` computes image and prompt once for all completions of a group where the model's attention
-            allows it; `never` gives each completion its own copy, in padded rows: same results, more work.
-        trust_remote_code: Run code that comes with the model. Leave it off for models you did not write.
+        path: Model directory or Hub id, as for `AutoModelForImageTextToText.from_pretrained`.
+        dtype: Data type of weights and activations: float32, bfloat16 or float16; `config` uses the model config's.
+        attention: Attention backend for packed groups: `flash` (flash-attn 3 or 2; CUDA, half precision), `varlen`
+            (PyTorch's copy of flash-attn 2; CUDA, half precision), `flex` (FlexAttention; CUDA) or `sdpa`; `auto`
+            selects the first available in this order, and `sdpa` on CPU.
+        vision_attention: Attention implementation of the vision tower, by its name in transformers.
+        gradient_checkpointing: What to recompute in the backward pass: `none`; `full` recomputes layers from their
+            inputs; `selective` recomputes all but matrix products and attention. true means `full`, false `none`.
+        share_prefix: `auto` computes image and prompt once per group if the model's attention supports it; `never` uses
+            a separate padded sequence per completion, with the same results and more compute.
+        trust_remote_code: Run code shipped with the model. Enable only for models you trust.
     """
 
     path: str = ""
@@ -41,22 +41,22 @@ class ModelConfig:
 
 @dataclass(kw_only=True)
 class DataConfig:
-    """Where the data lies and what fits.
+    """Data files, length limits and handling of bad records.
 
     Attributes:
-        annotations: File whose answers become the chosen side: LLaVA, ShareGPT, COCO captions, CSV (docs/data.md).
-        groups: Preference groups, JSONL (or the paper's release, TRL, RLHF-V ...): written by bootstrap, read by train.
-        image_root: Folder that image paths are relative to; no path may leave it.
-        max_length_tokens: Longest sequence, prefix and one completion; completions are cut to it, prompts never.
-        max_completion_words: No negative is longer; a group with a longer completion is dropped, as in the paper.
-        keep_lengths: Keep measured lengths beside the groups (GROUPS.lengths): a restart then opens no image whose file
-            has the size and modification time that it had.
-        on_bad: What becomes of a record or image that cannot be used: `quarantine` lists it and goes on, `error` stops.
-        max_bad_share: Largest share of bad records with which a stage goes on.
-        text_only: What becomes of groups without an image: `drop` lists them in dropped.jsonl (such a pair teaches no
-            looking), `keep` trains on them among the others.
-        num_workers: Processes that decode and preprocess images ahead of training; 0 does it in line.
-        prefetch_factor: Micro-batches that each of these processes prepares ahead, in host memory.
+        annotations: File whose answers become chosen completions: LLaVA, ShareGPT, COCO captions, CSV (docs/data.md).
+        groups: Preference groups, written by bootstrap and read by train: JSONL, the paper's release, TRL, RLHF-V, ...
+        image_root: Base folder of image paths; paths must not lead out of it.
+        max_length_tokens: Maximum length of prefix plus one completion; completions are truncated to it, prompts never.
+        max_completion_words: Maximum words per completion; groups with a longer one are dropped, as in the paper.
+        keep_lengths: Cache measured lengths in GROUPS.lengths, so that a restart does not open images whose size and
+            modification time are unchanged.
+        on_bad: Handling of unusable records and images: `quarantine` lists them and continues, `error` stops.
+        max_bad_share: Maximum fraction of bad records; a stage fails above it.
+        text_only: Handling of groups without an image: `drop` lists them in dropped.jsonl, since they give no visual
+            grounding signal; `keep` trains on them.
+        num_workers: Number of processes that decode and preprocess images during training; 0 uses the main process.
+        prefetch_factor: Number of micro-batches prefetched to host memory by each worker process.
     """
 
     annotations: str = ""
@@ -80,20 +80,20 @@ class DataConfig:
             self.max_completion_words > 0,
             f"data.max_completion_words is {self.max_completion_words}; it must be positive",
         )
-        check(0 <= self.max_bad_share <= 1, f"data.max_bad_share is {self.max_bad_share}; it must lie in [0, 1]")
+        check(0 <= self.max_bad_share <= 1, f"data.max_bad_share is {self.max_bad_share}; it must be in [0, 1]")
         check(self.num_workers >= 0, f"data.num_workers is {self.num_workers}; it must be 0 or more")
         check(self.prefetch_factor >= 1, f"data.prefetch_factor is {self.prefetch_factor}; it must be at least 1")
 
 
 @dataclass(kw_only=True)
 class LoraConfig:
-    """Low-rank adaptation of the language model (the paper's values).
+    """Low-rank adaptation (LoRA) of the language model. Defaults are the paper's.
 
     Attributes:
-        r: Rank.
-        alpha: Scale; the adapter's output is multiplied by alpha / r.
-        dropout: Dropout before the adapter.
-        target: Names of linear layers to adapt; empty takes every linear of the language model (never the LM head).
+        r: Rank of the adapter.
+        alpha: Scale of the adapter; its output is multiplied by alpha / r.
+        dropout: Dropout probability of the adapter's input.
+        target: Names of the linear layers to adapt; empty adapts all of the language model except the LM head.
     """
 
     r: int = 32
@@ -103,18 +103,18 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         check(self.r >= 1, f"lora.r is {self.r}; it must be at least 1")
-        check(0 <= self.dropout < 1, f"lora.dropout is {self.dropout}; it must lie in [0, 1)")
+        check(0 <= self.dropout < 1, f"lora.dropout is {self.dropout}; it must be in [0, 1)")
 
 
 @dataclass(kw_only=True)
 class TrainableConfig:
-    """What learns.
+    """Trainable parts of the model.
 
     Attributes:
-        language: The language model: by LoRA, in full, or frozen.
-        projector: The map from vision features to the language model.
-        vision: The vision tower.
-        lm_head: The LM head and the token embeddings, when `language` is full.
+        language: How to train the language model: `lora`, `full` or `frozen`.
+        projector: How to train the projector from vision features to the language model.
+        vision: How to train the vision tower.
+        lm_head: How to train the LM head and token embeddings, if `language` is `full`.
     """
 
     language: Literal["lora", "full", "frozen"] = "lora"
@@ -125,19 +125,19 @@ class TrainableConfig:
     def __post_init__(self) -> None:
         check(
             self.language != "frozen" or self.projector == "full" or self.vision == "full",
-            "trainable: language, projector and vision are all frozen; nothing would learn",
+            "trainable: language, projector and vision are all frozen; make at least one trainable",
         )
 
 
 @dataclass(kw_only=True)
 class LossConfig:
-    """The preference loss.
+    """Preference loss.
 
     Attributes:
-        type: Name of a loss in bpo/losses.py: sigmoid (DPO), hinge, ipo, robust, sft (chosen side alone, a control).
+        type: Loss in bpo/losses.py: sigmoid (DPO), hinge, ipo, robust or sft (chosen completions only, as a control).
         beta: Inverse temperature of the implicit reward.
-        label_smoothing: Share of pairs taken to be labelled the wrong way round.
-        chosen_nll_weight: Weight of the mean negative log-likelihood per token of the chosen answers in the loss.
+        label_smoothing: Assumed fraction of pairs with swapped labels.
+        chosen_nll_weight: Weight of the mean negative log-likelihood per token of the chosen completions.
     """
 
     type: str = "sigmoid"
@@ -149,7 +149,7 @@ class LossConfig:
         check(self.beta > 0, f"loss.beta is {self.beta}; it must be positive")
         check(
             0 <= self.label_smoothing < 0.5,
-            f"loss.label_smoothing is {self.label_smoothing}; it must lie in [0, 0.5)",
+            f"loss.label_smoothing is {self.label_smoothing}; it must be in [0, 0.5)",
         )
         check(
             self.chosen_nll_weight >= 0,
@@ -159,43 +159,43 @@ class LossConfig:
 
 @dataclass(kw_only=True)
 class TrainConfig:
-    """Optimisation, batches and saving.
+    """Optimisation, batching, checkpoints and logging.
 
     Attributes:
-        output_dir: Where checkpoints, metrics and the reference store go.
-        ds_config: ZeRO, offload and communication: a file such as ds_configs/zero3.json (also installed).
-        epochs: Passes over the groups.
-        max_steps: Stop after so many optimizer steps; 0 runs all epochs.
-        groups_per_step: Groups in one optimizer step over all ranks; its content is the same for any number of them.
-        max_micro_batch_tokens: Packed tokens in one forward pass of one rank.
-        completion_types: Train only on completions of these types (the best-scored are always kept); empty: all.
+        output_dir: Output directory for checkpoints, metrics and the reference store.
+        ds_config: DeepSpeed config (ZeRO, offload, communication), such as ds_configs/zero3.json (also installed).
+        epochs: Number of passes over the groups.
+        max_steps: Maximum number of optimizer steps; 0 runs all epochs.
+        groups_per_step: Number of groups per optimizer step over all ranks; its content does not depend on the ranks.
+        max_micro_batch_tokens: Maximum number of packed tokens per forward pass and rank.
+        completion_types: Completion types to train on, in addition to the best-scored completions; empty uses all.
         lr: Peak learning rate.
-        projector_lr: Peak learning rate of the projector; 0 takes `lr`.
-        lr_schedule: Shape after warm-up.
-        warmup_ratio: Share of the steps over which the learning rate rises from 0.
-        weight_decay: Decoupled weight decay.
-        adam_beta1: Decay of AdamW's first moment.
-        adam_beta2: Decay of AdamW's second moment.
-        adam_eps: AdamW's epsilon.
-        max_grad_norm: Gradients are scaled down to this norm; 0 leaves them.
-        seed: Order of the groups, dropout and the adapter's initialisation.
-        save_every_steps: A checkpoint every so many steps; 0 saves at the end only.
-        keep_last: Newest checkpoints that are kept; 0 keeps all.
-        keep_every: Checkpoints of steps divisible by it are kept besides; 0 keeps none besides.
-        save_in_background: Write checkpoints while training goes on, from a copy in host memory.
-        hang_timeout_seconds: A rank that is silent or does not move for so long ends the job; 0 watches nothing.
-        max_idle_restarts: Resumed starts without a new checkpoint after which the run gives up; 0 never does.
-        accept_changes: Options (or `data`, `weights`, `plan`) that may differ from the checkpoint's when resuming.
-        log_every_steps: Metrics every so many steps.
-        resume: Continue from the newest checkpoint in output_dir.
-        tensorboard: Write TensorBoard files beside metrics.jsonl.
-        reference_dir: The reference store; empty puts it in output_dir/reference. Runs may share one.
-        reference_micro_batch_tokens: Packed tokens in one forward pass of the reference, which keeps no activations;
-            0 takes 4 times max_micro_batch_tokens.
-        rehash_weights: Hash the model's files at start even where path, size, time and inode are as they were.
-        first_loss_tolerance: Allowed gap between the first step's loss and its value for policy = reference;
-            0 takes 1e-4 in float32 and 2e-2 in half precision.
-        peak_tflops: Peak of one device in TFLOP/s, which MFU is a share of; 0 looks the device's name up.
+        projector_lr: Peak learning rate of the projector; 0 uses `lr`.
+        lr_schedule: Learning rate schedule after warm-up.
+        warmup_ratio: Fraction of the steps used for linear warm-up from 0.
+        weight_decay: Decoupled weight decay coefficient.
+        adam_beta1: Decay rate of AdamW's first moment.
+        adam_beta2: Decay rate of AdamW's second moment.
+        adam_eps: Epsilon of AdamW.
+        max_grad_norm: Maximum gradient norm for clipping; 0 disables clipping.
+        seed: Random seed of the group order, dropout and adapter initialisation.
+        save_every_steps: Steps between checkpoints; 0 saves only at the end.
+        keep_last: Number of latest checkpoints to keep; 0 keeps all.
+        keep_every: Also keep checkpoints whose step is a multiple of this number; 0 disables it.
+        save_in_background: Write checkpoints from a copy in host memory while training continues.
+        hang_timeout_seconds: Seconds without progress of a rank after which the job is aborted; 0 disables the check.
+        max_idle_restarts: Maximum restarts without a new checkpoint before the run fails; 0 means no limit.
+        accept_changes: Options (or `data`, `weights`, `plan`) that may differ from the checkpoint when resuming.
+        log_every_steps: Steps between logged metrics.
+        resume: Resume from the latest checkpoint in output_dir.
+        tensorboard: Write TensorBoard files in addition to metrics.jsonl.
+        reference_dir: Directory of the reference store, which runs may share; empty uses output_dir/reference.
+        reference_micro_batch_tokens: Maximum number of packed tokens per forward pass of the reference, which stores no
+            activations; 0 uses 4 times max_micro_batch_tokens.
+        rehash_weights: Hash the model's files at start even if path, size, modification time and inode are unchanged.
+        first_loss_tolerance: Tolerance between the loss of the first step and its value for policy = reference; 0 uses
+            1e-4 in float32 and 2e-2 in half precision.
+        peak_tflops: Peak TFLOP/s of one device, for MFU; 0 looks it up by the device's name.
     """
 
     output_dir: str = "runs/train"
@@ -243,7 +243,7 @@ class TrainConfig:
             self.projector_lr >= 0,
             f"train.projector_lr is {self.projector_lr}; it must be 0 (train.lr) or positive",
         )
-        check(0 <= self.warmup_ratio < 1, f"train.warmup_ratio is {self.warmup_ratio}; it must lie in [0, 1)")
+        check(0 <= self.warmup_ratio < 1, f"train.warmup_ratio is {self.warmup_ratio}; it must be in [0, 1)")
         check(self.log_every_steps >= 1, "train.log_every_steps must be at least 1")
         for name in (
             "max_steps",
@@ -263,20 +263,20 @@ class TrainConfig:
 
 @dataclass(kw_only=True)
 class EvaluationConfig:
-    """What `bpo evaluate` measures.
+    """Benchmarks of `bpo evaluate`.
 
     Attributes:
         output: JSON file for the results.
         chair_instances: COCO instances JSON (`images`, `annotations`, `categories`); empty skips CHAIR.
-        chair_captions: COCO captions JSON; objects named there count as present too.
-        synonyms: One line an object: canonical name, then its synonyms; empty takes the categories' names.
-        chair_prompt: The request for a description.
-        pope_questions: POPE files (JSONL: question_id, image, text, label); the file's name gives the split.
-        max_new_tokens: Longest answer.
-        batch_size: Answers generated at a time.
-        limit: Score only the first so many images and questions; 0 takes all.
-        max_idle_restarts: Starts by SLURM that add no answer, after which the job gives up; 0 never does.
-        stall_timeout_s: Rank 0 gives up waiting for the other ranks when none answered a batch for so many seconds.
+        chair_captions: COCO captions JSON; objects mentioned in captions also count as present.
+        synonyms: File with one object per line, its canonical name followed by synonyms; empty uses the category names.
+        chair_prompt: Prompt that asks for a description.
+        pope_questions: POPE files (JSONL: question_id, image, text, label); the split is taken from the file name.
+        max_new_tokens: Maximum number of tokens per answer.
+        batch_size: Number of answers generated per batch.
+        limit: Score only the first `limit` images and questions; 0 uses all.
+        max_idle_restarts: Maximum SLURM restarts without a new answer before the job fails; 0 means no limit.
+        stall_timeout_s: Seconds without a batch answered by any rank after which rank 0 stops waiting for the others.
     """
 
     output: str = ""
@@ -300,12 +300,12 @@ class EvaluationConfig:
 
 @dataclass(kw_only=True)
 class ExportConfig:
-    """What `bpo export` writes.
+    """Options of `bpo export`.
 
     Attributes:
-        checkpoint: A checkpoint directory, or a run's output_dir for its newest checkpoint.
-        output: Directory to write.
-        form: `merged` writes whole weights and the processor; `adapter` only what was trained, as a PEFT adapter.
+        checkpoint: Checkpoint directory, or a run's output_dir for its latest checkpoint.
+        output: Output directory.
+        form: `merged` writes full weights and the processor; `adapter` only the trained weights, as a PEFT adapter.
     """
 
     checkpoint: str = ""
@@ -315,18 +315,18 @@ class ExportConfig:
 
 @dataclass(kw_only=True)
 class Config:
-    """The whole configuration.
+    """Complete configuration.
 
     Attributes:
-        model: Which model, and how it is held.
-        data: Where the data lies and what fits.
-        bootstrap: How negatives are made from annotations.
+        model: Model loading and execution.
+        data: Data files, length limits and handling of bad records.
+        bootstrap: Generation of negatives from annotations.
         lora: Low-rank adaptation of the language model.
-        trainable: What learns.
-        loss: The preference loss.
-        train: Optimisation, batches and saving.
-        evaluation: What `bpo evaluate` measures.
-        export: What `bpo export` writes.
+        trainable: Trainable parts of the model.
+        loss: Preference loss.
+        train: Optimisation, batching, checkpoints and logging.
+        evaluation: Benchmarks of `bpo evaluate`.
+        export: Options of `bpo export`.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)

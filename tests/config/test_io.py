@@ -1,4 +1,4 @@
-"""Options, files and flags. Run: python -m pytest tests/config/test_io.py"""
+"""Configuration options, files and flags. Run: python -m pytest tests/config/test_io.py"""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def write(path: Path, tree: dict[str, Any]) -> str:
 
 
 @pytest.mark.parametrize("section", list(sections()), ids=lambda section: section.__name__)
-def test_every_option_has_its_line_of_documentation(section: type) -> None:
+def test_every_option_is_documented(section: type) -> None:
     attributes = inspect.getdoc(section).split("Attributes:\n")[1]  # type: ignore[union-attr]
     documented = re.findall(r"^    (\w+): \S.*", attributes, flags=re.MULTILINE)
     assert documented == [entry.name for entry in fields(section)]
@@ -43,11 +43,11 @@ def test_every_section_of_the_module_is_in_the_tree() -> None:
     assert defined == set(sections())
 
 
-def test_without_arguments_the_defaults() -> None:
+def test_no_arguments_give_the_defaults() -> None:
     assert load_config([]) == Config()
 
 
-def test_flags_win_over_files_and_later_files_over_earlier(tmp_path: Path) -> None:
+def test_flags_override_files_and_later_files_override_earlier_ones(tmp_path: Path) -> None:
     first = write(tmp_path / "1.yaml", {"train": {"lr": 1e-3, "seed": 5, "epochs": 7}, "loss": {"beta": 0.2}})
     second = write(tmp_path / "2.yaml", {"train": {"seed": 6, "epochs": 8}})
     config = load_config(["--config", first, f"--config={second}", "--train.epochs", "9", "--data.groups=g.jsonl"])
@@ -125,14 +125,14 @@ def test_value_of_the_wrong_type_names_the_option(capsys: pytest.CaptureFixture[
         assert argv[0][2:] in capsys.readouterr().err
 
 
-def test_missing_file_and_file_that_is_no_mapping(tmp_path: Path) -> None:
+def test_missing_file_and_file_that_is_not_a_mapping(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"nowhere\.yaml: no such file"):
         load_config(["--config", str(tmp_path / "nowhere.yaml")])
     (tmp_path / "list.yaml").write_text("- 1\n")
     with pytest.raises(ValueError, match="expected a mapping of sections, found list"):
         load_config(["--config", str(tmp_path / "list.yaml")])
     (tmp_path / "empty_section.yaml").write_text("train:\n# lr: 1e-5\n")
-    with pytest.raises(ValueError, match=r"section\.yaml: section `train` holds None instead of keys"):
+    with pytest.raises(ValueError, match=r"section\.yaml: section `train` is None, not a mapping of keys"):
         load_config(["--config", str(tmp_path / "empty_section.yaml")])
     (tmp_path / "empty.yaml").write_text("# nothing\n")
     with pytest.raises(ValueError, match="expected a mapping of sections, found NoneType"):
@@ -151,7 +151,7 @@ def test_save_and_load_give_the_same_configuration(tmp_path: Path) -> None:
     assert to_tree(config)["lora"]["target"] == ["q_proj", "v_proj"]
 
 
-def test_bad_records_have_the_short_options_of_every_command() -> None:
+def test_bad_record_options_have_short_names() -> None:
     data = load_config(["--on-bad", "error", "--max-bad-share=0.25"]).data
     assert (data.on_bad, data.max_bad_share) == ("error", 0.25)
     with pytest.raises(ValueError, match="data.max_bad_share is 2"):
