@@ -1,6 +1,4 @@
-"""The public operations: Triton on CUDA, plain PyTorch elsewhere, one signature.
-
-Legend: N rows (response tokens), H hidden size, V vocabulary, P pairs.
+"""The public operations: Triton on CUDA, plain PyTorch elsewhere, one signature: that of `plain`.
 
 The environment variable BPO_KERNELS chooses: `auto` (default), `triton` or `plain`. Each choice is logged
 once. Triton is imported at the first call that uses it, so this module imports where Triton is missing. An
@@ -9,10 +7,13 @@ implementation that was chosen and fails is an error, never a silent change to a
 
 from __future__ import annotations
 
+import functools
+import inspect
 import logging
 import os
+from collections.abc import Callable
 from types import ModuleType
-from typing import Any
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,10 +25,12 @@ logger = logging.getLogger(__name__)
 ENVIRONMENT_VARIABLE = "BPO_KERNELS"
 CHOICES = ("auto", "triton", "plain")
 _logged: set[str] = set()
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def chosen_implementation(tensor: Tensor) -> str:
-    """`triton` or `plain`: what the operations use for `tensor` (its device and dtype decide).
+    """`triton` or `plain`: what the operations use for `tensor`, by its device and dtype.
 
     Raises:
         ValueError: BPO_KERNELS holds another word, or asks for Triton where it cannot run.
@@ -71,76 +74,20 @@ def _implementation(operation: str, tensor: Tensor) -> ModuleType:
     return modules[operation]
 
 
-def logprob_gather(logits_NV: Tensor, target_N: Tensor, *, inplace_backward: bool = False) -> Tensor:
-    """Log-probs of the targets from logits; see `plain.logprob_gather`."""
-    operation = _implementation("logprob_gather", logits_NV).logprob_gather
-    return operation(logits_NV, target_N, inplace_backward=inplace_backward)
+def dispatched(twin: Callable[P, R]) -> Callable[P, R]:
+    """The operation of `twin`'s name and signature, by the implementation that its first tensor chooses."""
+    name = twin.__name__
+    first = next(iter(inspect.signature(twin).parameters))
+
+    @functools.wraps(twin)
+    def operation(*args: P.args, **kwargs: P.kwargs) -> R:
+        tensor = args[0] if args else kwargs[first]
+        return getattr(_implementation(name, tensor), name)(*args, **kwargs)
+
+    return operation
 
 
-def linear_logprob(
-    hidden_NH: Tensor,
-    weight_VH: Tensor,
-    target_N: Tensor,
-    bias: Tensor | None = None,
-    softcap: float | None = None,
-    scale: float = 1.0,
-    *,
-    mode: str = "auto",
-    budget_bytes: int | None = None,
-    statistics: bool = False,
-) -> Any:
-    """Log-probs of the targets from hidden states and the LM head; see `plain.linear_logprob`."""
-    return _implementation("linear_logprob", hidden_NH).linear_logprob(
-        hidden_NH,
-        weight_VH,
-        target_N,
-        bias,
-        softcap,
-        scale,
-        mode=mode,
-        budget_bytes=budget_bytes,
-        statistics=statistics,
-    )
-
-
-def preference_loss(
-    policy_logp_N: Tensor,
-    reference_logp_N: Tensor,
-    completion_of_token_N: Tensor,
-    pairs_P2: Tensor,
-    beta: float,
-    label_smoothing: float = 0.0,
-    loss_type: str = "sigmoid",
-    token_weight_N: Tensor | None = None,
-    num_completions: int | None = None,
-    completion_starts_K1: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses and rewards of every pair; see `plain.preference_loss`."""
-    return _implementation("preference_loss", policy_logp_N).preference_loss(
-        policy_logp_N,
-        reference_logp_N,
-        completion_of_token_N,
-        pairs_P2,
-        beta,
-        label_smoothing,
-        loss_type,
-        token_weight_N,
-        num_completions,
-        completion_starts_K1,
-    )
-
-
-def linear_preference_loss(
-    hidden_NH: Tensor,
-    weight_VH: Tensor,
-    target_N: Tensor,
-    reference: Tensor,
-    completion_of_token_N: Tensor,
-    pairs_P2: Tensor,
-    beta: float,
-    **options: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Head and preference loss of policy and reference together; see `plain.linear_preference_loss`."""
-    return _implementation("linear_preference_loss", hidden_NH).linear_preference_loss(
-        hidden_NH, weight_VH, target_N, reference, completion_of_token_N, pairs_P2, beta, **options
-    )
+logprob_gather = dispatched(plain.logprob_gather)
+linear_logprob = dispatched(plain.linear_logprob)
+preference_loss = dispatched(plain.preference_loss)
+linear_preference_loss = dispatched(plain.linear_preference_loss)

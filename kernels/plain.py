@@ -111,7 +111,7 @@ def preference_loss(
 
         sigmoid  -(1 - eps) log sigmoid(x) - eps log sigmoid(-x)                    DPO, arXiv 2305.18290 eq. 7
         robust   (-(1 - eps) log sigmoid(x) + eps log sigmoid(-x)) / (1 - 2 eps)    arXiv 2403.00409
-        hinge    max(0, 1 - x)                                                      SLiC, arXiv 2309.06657
+        hinge    max(0, 1 - x)                     SLiC-HF, arXiv 2305.10425, on log-ratios as in RSO, arXiv 2309.06657
         ipo      (x / beta - 1 / (2 beta))^2                                        arXiv 2310.12036 eq. 17
 
     Args:
