@@ -1,12 +1,12 @@
-"""Is the memory model of `bpo plan` right? Trains small models, counts every live byte, and compares.
+"""Validates the memory model of `bpo plan`: trains small models, counts all live bytes, and compares.
 
     python benchmarks/memory_check.py [--json FILE] [--only NAME ...]          one rank
-    deepspeed --num_accelerators 2 benchmarks/memory_check.py [--json FILE]    two
+    deepspeed --num_accelerators 2 benchmarks/memory_check.py [--json FILE]    two ranks
 
-On a CPU the measure is exact: `LiveBytes` sums the storages of all tensors that are alive, whoever holds them, from
-before the model is read until after two optimizer steps; what an operator holds inside itself is not seen. On a GPU it
-is `torch.cuda.max_memory_allocated`. Compared are the peaks of the second step, when the optimizer's state exists, of
-its forward pass, backward pass and update, and the largest of them. Exit status 1 where that differs by more than 10 %.
+On a CPU the measurement is exact: `LiveBytes` sums the storages of all live tensors, from before the model is loaded
+until after two optimizer steps; memory inside an operator is not visible. On a GPU it is
+`torch.cuda.max_memory_allocated`. Compares the peaks of the forward pass, backward pass and update of the second step,
+when the optimizer state exists, and the largest of them. Exit status 1 if that differs by more than 10 %.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """One small training run; `bucket` elements stand for every size in the DeepSpeed file, or leave it as it is."""
+    """One small training run; `bucket` replaces every size in the DeepSpeed file, None keeps the file's sizes."""
 
     name: str
     model: str = "llava"
@@ -137,7 +137,7 @@ class Outcome:
 
 
 def make_batch(case: Case, family: Any, num_groups: int = 6) -> GroupBatch:
-    """Groups of one image of 16 tokens, 40 to 90 tokens of prompt and two completions of 30 to 60 tokens."""
+    """Groups with an image of 16 tokens, a prompt of 40 to 90 tokens and two completions of 30 to 60 tokens."""
     generator = torch.Generator().manual_seed(0)
 
     def words(count: int) -> list[int]:
@@ -172,13 +172,13 @@ def make_config(case: Case, directory: Path, work: Path) -> Config:
 
 
 class _Meter:
-    """Live bytes and their peak on the device that trains."""
+    """Measures live bytes and their peak on the training device."""
 
     def __init__(self, device: torch.device, host_batch: GroupBatch | None):
         self.cuda = device.type == "cuda"
         known = [] if host_batch is None else host_batch.tensors()
         self.live = LiveBytes(known, device="cpu")
-        self.before = torch.cuda.memory_allocated() if self.cuda else 0  # what an earlier case has left
+        self.before = torch.cuda.memory_allocated() if self.cuda else 0  # left over from an earlier case
 
     def reset(self) -> None:
         torch.cuda.reset_peak_memory_stats() if self.cuda else self.live.reset_peak()
@@ -188,11 +188,11 @@ class _Meter:
 
 
 def measure(case: Case, config: Config, dtype: torch.dtype, ranks: Ranks) -> tuple[dict[str, float], GroupBatch]:
-    """Peaks of the phases of the second optimizer step, and the micro-batch of both."""
+    """Peaks of the phases of the second optimizer step, and the micro-batch of both steps."""
     from transformers import AutoConfig
 
     gc.collect()
-    settings = engine.deepspeed_config(config, dtype, 1)
+    settings = engine.deepspeed_config(config.train, dtype, 1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     batch = make_batch(case, family_of(AutoConfig.from_pretrained(config.model.path)))
     meter, peaks = _Meter(device, None if dtype == torch.float32 else batch), {}
@@ -204,7 +204,7 @@ def measure(case: Case, config: Config, dtype: torch.dtype, ranks: Ranks) -> tup
         trainer = engine.TrainingEngine(PolicyModel(model), family, config, settings, ranks)
         meter.live.follow(getattr(p, "ds_tensor", p) for p in model.parameters())
         if dtype == torch.float32:
-            meter.live.follow(batch.tensors())  # in half precision the step's copy counts, and not the host's
+            meter.live.follow(batch.tensors())  # in half precision only the step's copy counts, not the host's
         batch = batch.with_reference(trainer.reference_logp(batch.to(trainer.device, trainer.dtype)))
         backward = trainer.backward
 
@@ -228,12 +228,12 @@ def measure(case: Case, config: Config, dtype: torch.dtype, ranks: Ranks) -> tup
 
 
 def compare(case: Case, directory: Path, work: Path, ranks: Ranks) -> Outcome:
-    """Measures one case and computes the same with the model of bpo/tools/plan."""
+    """Measures one case and computes the same figures with the model of bpo/tools/plan."""
     config = make_config(case, directory, work)
     dtype = getattr(torch, case.dtype)
     linear = torch.nn.functional.linear
     measured, batch = measure(case, config, dtype, ranks)
-    torch.nn.functional.linear = linear  # ZeRO-3 puts its own there and leaves it, for the cases after it too
+    torch.nn.functional.linear = linear  # ZeRO-3 replaces it permanently, which would affect later cases
     shape = shape_of(str(directory), config)
     settings = engine.with_fitting_buckets(json.loads(Path(config.train.ds_config).read_text()), shape.num_trained)
     work = batch.useful_work
@@ -250,13 +250,13 @@ def compare(case: Case, directory: Path, work: Path, ranks: Ranks) -> Outcome:
         device,
         accumulates=False,
     )
-    # On a GPU the context is outside of what PyTorch's allocator counts.
+    # On a GPU the context is not counted by PyTorch's allocator.
     error = max(predicted.phases.values()) / max(measured.values()) - 1
     return Outcome(case, measured, predicted.phases, error)
 
 
 def run(names: list[str], ranks: Ranks, work: Path) -> list[Outcome]:
-    """All cases that are asked for; every rank takes part, and every rank gets the outcomes of its own."""
+    """Runs the selected cases; all ranks take part, and each returns its own outcomes."""
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     if ranks.is_main:
@@ -267,7 +267,7 @@ def run(names: list[str], ranks: Ranks, work: Path) -> list[Outcome]:
     collectives.barrier()
     chosen = [case for case in CASES if not names or case.name in names]
     if chosen and torch.cuda.is_available():
-        # Not counted: the first products of the forward and of the backward pass allocate workspaces that cuBLAS keeps,
+        # Warm-up: the first products of the forward and of the backward pass allocate persistent cuBLAS workspaces,
         # which are as large as the peak of such a small model.
         compare(chosen[0], work / chosen[0].model, work, ranks)
     outcomes = []
@@ -279,8 +279,8 @@ def run(names: list[str], ranks: Ranks, work: Path) -> list[Outcome]:
 
 
 def table(report: dict[str, Any]) -> str:
-    """A report as the table of docs/sizing.md."""
-    outcomes = [Outcome(Case(**one.pop("case")), **one) for one in report["outcomes"]]
+    """Renders a report as the table of docs/sizing.md."""
+    outcomes = [Outcome(Case(**outcome.pop("case")), **outcome) for outcome in report["outcomes"]]
     head = "| case | forward | backward | update | error of the peak |"
     return "\n".join([head, "|---|---|---|---|---|", *map(line, outcomes)])
 
@@ -312,7 +312,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure")
     parser.add_argument("--table", type=Path, metavar="FILE", help="only print a report as Markdown")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help=", ".join(case.name for case in CASES))
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher gives it
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by DeepSpeed's launcher
     options = parser.parse_args(argv)
     if options.table:
         print(table(json.loads(options.table.read_text())))
@@ -322,7 +322,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--only {', '.join(unknown)}: no such case")
     ranks = ranks_from_environment()
     engine.init_distributed(ranks)
-    # One folder for all ranks of this node: rank 0 makes it, and its name is told to the others.
+    # One folder for all ranks of this node: rank 0 creates it and broadcasts its name.
     with tempfile.TemporaryDirectory() as own:
         work = Path(collectives.from_rank_0(lambda: own))
         outcomes = run(options.only, ranks, work)

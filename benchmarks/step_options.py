@@ -1,8 +1,8 @@
-"""The options of a training step beside their alternatives: python -m benchmarks.step_options [--json FILE] [--quick]
+"""Comparison of the options of a training step: python -m benchmarks.step_options [--json FILE] [--quick]
 
-Recomputation: bytes held for the backward pass, FLOPs and seconds. Worker processes that prepare images: seconds of a
-micro-batch and the share spent waiting for one. ZeRO stage and offload of one rank: seconds of a step. All on this
-machine's CPU; alternatives take turns, so that ratios mean more than seconds.
+Recomputation: bytes held for the backward pass, FLOPs and seconds. Worker processes that prepare images: seconds per
+micro-batch and the share spent waiting for it. ZeRO stage and offload on one rank: seconds per step. All on this
+machine's CPU; alternatives are interleaved, so ratios are more reliable than seconds.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def recomputation(folder: Path, quick: bool) -> dict[str, Any]:
         cases: dict[str, Callable[[], Any]] = {}
         rows: dict[str, dict[str, float]] = {}
         for mode in ("none", "selective", "full"):
-            # Without DeepSpeed, whose buckets would count among the bytes.
+            # Without DeepSpeed, whose buckets would be counted too.
             policy = policy_of(config_for(model, folder, language=language, gradient_checkpointing=mode))
             batch = random_batch(policy, 2 if quick else 8, 256, 128)
             inputs = model_inputs(batch.to(CPU, torch.float32))
@@ -84,7 +84,7 @@ def recomputation(folder: Path, quick: bool) -> dict[str, Any]:
 
 
 def _photos(folder: Path, count: int, size: tuple[int, int]) -> None:
-    """Pictures with structure at every scale, so that JPEG has as much to decode as in a photograph."""
+    """Pictures with structure at every scale, so that JPEG decoding takes as long as for photographs."""
     rng = np.random.default_rng(0)
     folder.mkdir()
     for number in range(count):
@@ -93,7 +93,7 @@ def _photos(folder: Path, count: int, size: tuple[int, int]) -> None:
 
 
 def workers(folder: Path, quick: bool) -> dict[str, Any]:
-    """data.num_workers: training steps over JPEG files of 1.2 megapixels, about four a micro-batch; best of 3 runs."""
+    """data.num_workers: training steps over 1.2-megapixel JPEG files, about four per micro-batch; best of 3 runs."""
     count = 8 if quick else 32
     _photos(folder / "photos", count, (1280, 960))
     with (folder / "groups.jsonl").open("w", encoding="utf-8") as file:
@@ -120,19 +120,19 @@ def workers(folder: Path, quick: bool) -> dict[str, Any]:
 
 def _epochs(config: Config, trainer: engine.TrainingEngine) -> dict[str, float]:
     measured = measure_groups(config, load_encoder(config), Ranks(), collectives.gather_from_ranks)
-    steps = plan_training(config, measured, Ranks())
+    steps = plan_training(config.train, measured, Ranks())
     resolved = resolve_model(config.model, trainer.device, for_training=True)
     store = fill_reference_store(config, resolved, trainer, measured)
     waited = computed = 0.0
     num_micro_batches = 0
-    for step, batches in zip(steps, training_batches(config, measured, steps, store, trainer), strict=True):
+    for step, batches in zip(steps, training_batches(config.data, measured, steps, store, trainer), strict=True):
         source = iter(batches)
         for _ in range(len(batches)):
             started = time.perf_counter()
             batch = next(source)
             got = time.perf_counter()
             run_step(trainer, [batch], config, measured.num_pairs(step.groups), step=1)
-            if step.index:  # the first step starts the processes
+            if step.index:  # skip the first step, which starts the processes
                 waited += got - started
                 computed += time.perf_counter() - got
                 num_micro_batches += 1
@@ -175,12 +175,12 @@ def zero(folder: Path, quick: bool) -> dict[str, Any]:
 
 
 NOT_MEASURED = {
-    "pinned memory and the copy ahead (bpo/data/transfer.py)": "needs a GPU",
+    "pinned memory and the asynchronous copy (bpo/data/transfer.py)": "needs a GPU",
     "overlap_comm with NCCL on several GPUs": "needs GPUs",
     "pin_memory of offload": "needs a GPU: without one nothing is pinned",
-    "offload_optimizer.ratio, ZeRO-3 only": "needs a GPU: part of the optimizer's states stays on it",
-    "offload_optimizer.super_offload, ZeRO-3 only": "needs a CUDA GPU: DeepSpeed refuses any other device",
-    "zenflow": "needs a GPU; it also updates with gradients of earlier steps, so that a run is another run",
+    "offload_optimizer.ratio, ZeRO-3 only": "needs a GPU: part of the optimizer states stays on it",
+    "offload_optimizer.super_offload, ZeRO-3 only": "needs a CUDA GPU: DeepSpeed supports no other device",
+    "zenflow": "needs a GPU; it also updates with gradients of earlier steps, which changes the training",
 }
 
 

@@ -1,4 +1,4 @@
-"""What the step benchmarks run: a small LLaVA with random weights, packed batches of random tokens, and the machine."""
+"""Inputs of the step benchmarks: a small LLaVA with random weights, packed random batches, machine description."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ VOCABULARY = 2048
 
 
 def machine_of_run() -> dict[str, Any]:
-    """Hardware, versions and commit, as every committed figure needs them."""
+    """Hardware, versions and commit, recorded with every committed figure."""
     names = [
         line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
     ]
@@ -48,7 +48,7 @@ def machine_of_run() -> dict[str, Any]:
 
 
 def small_llava(directory: Path, *, hidden: int = 128, layers: int = 2) -> Path:
-    """Weights and configuration without a processor: the batches are made of token ids."""
+    """Saves weights and configuration without a processor, since the batches consist of token ids."""
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
     torch.manual_seed(0)
@@ -95,15 +95,15 @@ def policy_of(config: Config) -> PolicyModel:
 
 
 def trainer_of(config: Config) -> TrainingEngine:
-    """The engine as bpo/train.py builds it, of one rank; `engine.init_distributed` comes first."""
-    settings = deepspeed_config(config, torch.float32, 1)
+    """The engine as bpo/train.py builds it, on one rank; call `engine.init_distributed` first."""
+    settings = deepspeed_config(config.train, torch.float32, 1)
     with partitioned_loading(settings):
         policy = policy_of(config)
     return TrainingEngine(policy, family_of(policy.model.config), config, settings, Ranks())
 
 
 def random_batch(policy: PolicyModel, num_groups: int, prefix_tokens: int, response_tokens: int) -> GroupBatch:
-    """`num_groups` groups of one image and two completions, packed, with a reference that differs from the policy."""
+    """Packs `num_groups` groups of one image and two completions; the reference differs from the policy."""
     generator = torch.Generator().manual_seed(num_groups * prefix_tokens)
     family = family_of(policy.model.config)
 
@@ -123,7 +123,7 @@ def random_batch(policy: PolicyModel, num_groups: int, prefix_tokens: int, respo
 def interleaved_seconds(
     cases: dict[str, Callable[[], Any]], rounds: int, clock: Callable[[], float] = time.perf_counter
 ) -> dict[str, list[float]]:
-    """Seconds of each case in every round, after one that is not counted; cases take turns, so that drift hits all."""
+    """Seconds of each case in every round, after a warm-up round; cases are interleaved, so that drift affects all."""
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for number in range(rounds + 1):
         for name, run in cases.items():

@@ -57,7 +57,7 @@ def find_ds_config(name: str) -> Path:
     raise ValueError(f"train.ds_config {name}: no such file; shipped: {available}")
 
 
-def deepspeed_config(config: Config, dtype: torch.dtype, accumulation_steps: int) -> dict[str, Any]:
+def deepspeed_config(config: TrainConfig, dtype: torch.dtype, accumulation_steps: int) -> dict[str, Any]:
     """The file's ZeRO and offload settings, completed from the configuration.
 
     Raises:
@@ -65,7 +65,7 @@ def deepspeed_config(config: Config, dtype: torch.dtype, accumulation_steps: int
     """
     if dtype == torch.float16:
         raise ValueError("model.dtype float16 is not for training: log-ratios overflow; use bfloat16 or float32")
-    path = find_ds_config(config.train.ds_config)
+    path = find_ds_config(config.ds_config)
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
@@ -75,7 +75,7 @@ def deepspeed_config(config: Config, dtype: torch.dtype, accumulation_steps: int
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": accumulation_steps,
-        "gradient_clipping": config.train.max_grad_norm,
+        "gradient_clipping": config.max_grad_norm,
         "bf16": {"enabled": dtype == torch.bfloat16},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
@@ -167,18 +167,21 @@ class TrainingEngine:
         self.dtype: torch.dtype = policy.model.dtype
         self.on_forward: Callable[[], None] = lambda: None  # a sign of life a micro-batch
         self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
-            model=policy, optimizer=self._optimizer(groups, config), config=self.settings, dist_init_required=False
+            model=policy,
+            optimizer=self._optimizer(groups, config.train),
+            config=self.settings,
+            dist_init_required=False,
         )
 
-    def _optimizer(self, groups: list[dict[str, Any]], config: Config) -> torch.optim.Optimizer:
-        betas = (config.train.adam_beta1, config.train.adam_beta2)
+    def _optimizer(self, groups: list[dict[str, Any]], config: TrainConfig) -> torch.optim.Optimizer:
+        betas = (config.adam_beta1, config.adam_beta2)
         offload = self.settings.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
         if offload != "none":
             from deepspeed.ops.adam import DeepSpeedCPUAdam  # vectorised on the host, where the states lie
 
-            return DeepSpeedCPUAdam(groups, lr=config.train.lr, betas=betas, eps=config.train.adam_eps, adamw_mode=True)
+            return DeepSpeedCPUAdam(groups, lr=config.lr, betas=betas, eps=config.adam_eps, adamw_mode=True)
         fused = self.device.type == "cuda"
-        return torch.optim.AdamW(groups, lr=config.train.lr, betas=betas, eps=config.train.adam_eps, fused=fused)
+        return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.adam_eps, fused=fused)
 
     @property
     def policy(self) -> PolicyModel:

@@ -68,8 +68,8 @@ def prepare(
     encoder = load_encoder(config, resolved.config)
     with guard.phase("measuring the groups"):
         data = measure_groups(config, encoder, ranks, collectives.gather_from_ranks, stop)
-    steps = plan_training(config, data, ranks)
-    settings = engine.deepspeed_config(config, resolved.dtype, max(len(s.micro_batches[0]) for s in steps))
+    steps = plan_training(config.train, data, ranks)
+    settings = engine.deepspeed_config(config.train, resolved.dtype, max(len(s.micro_batches[0]) for s in steps))
     with guard.phase("loading the model"), engine.partitioned_loading(settings):
         model = load_resolved(resolved)
     prepare_trainable(model, encoder.family, config)
@@ -98,7 +98,7 @@ def train(config: Config, ranks: Ranks, stop: StopRequest | None = None) -> bool
     # What can be refused is refused before the hours of measuring, loading and the reference pass.
     losses.check_loss(config.loss)
     resolved = resolve_model(config.model, pick_device(ranks), for_training=True)
-    partition.check_settings(engine.deepspeed_config(config, resolved.dtype, 1))
+    partition.check_settings(engine.deepspeed_config(config.train, resolved.dtype, 1))
     with RunGuard(config.train, ranks, clean_leftovers) as guard:
         return run_steps(config, prepare(config, resolved, ranks, guard, stop), guard, stop)
 
@@ -108,7 +108,7 @@ def run_steps(config: Config, run: Prepared, guard: RunGuard, stop: StopRequest 
     trainer, todo, total, number = run.trainer, run.steps[run.done :], len(run.steps), run.done
     progress = {"done": run.done, "total": total, "groups_per_epoch": len(run.data.usable)}
     report = StepReport(config.train, trainer.ranks, trainer.device, flops=run.flops, **progress)
-    batches = training_batches(config, run.data, todo, run.store, trainer)
+    batches = training_batches(config.data, run.data, todo, run.store, trainer)
     for step in todo:
         guard.at_step(number)
         started = time.perf_counter()
@@ -116,7 +116,7 @@ def run_steps(config: Config, run: Prepared, guard: RunGuard, stop: StopRequest 
         totals = trainer.sum_over_ranks(sums.flat())
         check_finite(sums, step, totals, trainer)
         if step.index == 0:
-            check_first_step(config, totals, sums, trainer, trainer.dtype)
+            check_first_step(config.train, totals, sums, trainer)
         lr_factor = engine.learning_rate_factor(step.index, total, config.train)
         grad_norm = trainer.step(lr_factor)
         check_finite(sums, step, [grad_norm], trainer)

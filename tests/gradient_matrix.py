@@ -61,14 +61,14 @@ def first_step(config: Config, ranks: Ranks) -> dict[str, Any]:
     resolved = resolve_model(config.model, for_training=True)
     encoder = load_encoder(config, resolved.config)
     data = measure_groups(config, encoder, ranks, collectives.gather_from_ranks)
-    (step,) = plan_training(config, data, ranks)
-    settings = engine.deepspeed_config(config, torch.float32, len(step.micro_batches[0]))
+    (step,) = plan_training(config.train, data, ranks)
+    settings = engine.deepspeed_config(config.train, torch.float32, len(step.micro_batches[0]))
     with engine.partitioned_loading(settings):
         model = load_resolved(resolved)
     prepare_trainable(model, encoder.family, config)
     trainer = engine.TrainingEngine(PolicyModel(model), encoder.family, config, settings, ranks)
     store = fill_reference_store(config, resolved, trainer, data)
-    (batches,) = training_batches(config, data, [step], store, trainer)
+    (batches,) = training_batches(config.data, data, [step], store, trainer)
     batches = [batch.with_reference(REFERENCE_SCALE * batch.loss_inputs.reference) for batch in batches]
     num_stand_ins = [len(batch.layout.prefix_spans) - len(batch.group_ids) for batch in batches]
     sums = run_step(trainer, batches, config, data.num_pairs(step.groups), step=1)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bpo.config.training import Config, TrainConfig
+from bpo.config.training import TrainConfig
 from bpo.engine import (
     _CONFIG_OWNED,
     deepspeed_config,
@@ -53,7 +53,7 @@ def test_shipped_files_are_found_from_anywhere(tmp_path: Path, monkeypatch: pyte
 
 def settings_of(path: Path, tree: dict, dtype: torch.dtype = torch.bfloat16) -> dict:
     path.write_text(json.dumps(tree))
-    return deepspeed_config(Config(train=TrainConfig(ds_config=str(path), max_grad_norm=0.5)), dtype, 3)
+    return deepspeed_config(TrainConfig(ds_config=str(path), max_grad_norm=0.5), dtype, 3)
 
 
 def test_the_file_is_completed_from_the_configuration(tmp_path: Path) -> None:
@@ -73,7 +73,7 @@ def test_a_key_that_the_configuration_owns_is_refused(tmp_path: Path, key: str) 
 def test_a_file_that_is_no_json_is_named(tmp_path: Path) -> None:
     (tmp_path / "ds.json").write_text("{stage: 3}")
     with pytest.raises(ValueError, match=r"ds\.json: not valid JSON"):
-        deepspeed_config(Config(train=TrainConfig(ds_config=str(tmp_path / "ds.json"))), torch.float32, 1)
+        deepspeed_config(TrainConfig(ds_config=str(tmp_path / "ds.json")), torch.float32, 1)
 
 
 def test_float16_training_is_refused(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from bpo.config.training import Config
+from bpo.config.training import DataConfig
 from bpo.data.groups import iterate_micro_batches
 from bpo.data.schedule import PlannedStep
 from bpo.data.transfer import on_device
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 def micro_batches(
-    config: Config, data: TrainingData, batches: list[tuple[Any, bool]], engine: TrainingEngine
+    config: DataConfig, data: TrainingData, batches: list[tuple[Any, bool]], engine: TrainingEngine
 ) -> Iterator[GroupBatch]:
     """This rank's micro-batches, given as (planned groups, is_filler), in host memory."""
     indices = [([data.usable[g] for g in groups], is_filler) for groups, is_filler in batches]
@@ -29,8 +29,8 @@ def micro_batches(
         data.dataset,
         data.keys,
         indices,
-        num_workers=config.data.num_workers,
-        prefetch_factor=config.data.prefetch_factor,
+        num_workers=config.num_workers,
+        prefetch_factor=config.prefetch_factor,
         pin_memory=engine.device.type == "cuda",
     )
 
@@ -53,7 +53,7 @@ class StepBatches:
 
 
 def training_batches(
-    config: Config, data: TrainingData, steps: list[PlannedStep], store: ReferenceStore, engine: TrainingEngine
+    config: DataConfig, data: TrainingData, steps: list[PlannedStep], store: ReferenceStore, engine: TrainingEngine
 ) -> Iterator[StepBatches]:
     """For every step, this rank's micro-batches with their reference log-probs, on the device."""
     rank = engine.ranks.rank

@@ -8,7 +8,7 @@ import math
 
 import torch
 
-from bpo.config.training import Config, LossConfig
+from bpo.config.training import LossConfig, TrainConfig
 from bpo.data.schedule import PlannedStep
 from bpo.engine import TrainingEngine
 from bpo.job.collectives import gather_from_ranks
@@ -51,16 +51,14 @@ def check_finite(sums: StepSums, step: PlannedStep, reduced: list[float], engine
     )
 
 
-def check_first_step(
-    config: Config, flat: list[float], sums: StepSums, engine: TrainingEngine, dtype: torch.dtype
-) -> None:
+def check_first_step(config: TrainConfig, flat: list[float], sums: StepSums, engine: TrainingEngine) -> None:
     """Asserts that the first step's preference loss is its value for policy = reference (log 2 for DPO).
 
     Raises:
         FirstStepError: the gap is above the tolerance: the reference is not the model that is being trained.
     """
-    half_precision = dtype != torch.float32
-    tolerance = config.train.first_loss_tolerance or (2e-2 if half_precision else 1e-4)
+    half_precision = engine.dtype != torch.float32
+    tolerance = config.first_loss_tolerance or (2e-2 if half_precision else 1e-4)
     loss = step_metrics(flat)["preference_loss"]
     expected_sum, num_pairs = engine.sum_over_ranks([sums.expected_first_loss, sums.num_pairs])
     expected = expected_sum / num_pairs

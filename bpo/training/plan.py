@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from bpo.config.training import Config, TrainConfig
+from bpo.config.training import TrainConfig
 from bpo.data.schedule import PlannedStep, plan_balance, plan_steps
 from bpo.job.launch import Ranks
 from bpo.training.measure import TrainingData
@@ -15,22 +15,22 @@ logger = logging.getLogger(__name__)
 MAX_IMBALANCE = 0.02
 
 
-def plan_training(config: Config, data: TrainingData, ranks: Ranks) -> list[PlannedStep]:
+def plan_training(config: TrainConfig, data: TrainingData, ranks: Ranks) -> list[PlannedStep]:
     """The steps of the run; logs how level they are, and warns where ranks will wait for each other."""
     num_tokens = data.num_tokens
     steps = plan_steps(
         num_tokens,
-        groups_per_step=config.train.groups_per_step,
-        epochs=config.train.epochs,
-        seed=config.train.seed,
+        groups_per_step=config.groups_per_step,
+        epochs=config.epochs,
+        seed=config.seed,
         world_size=ranks.world_size,
-        max_tokens=max(1, config.train.max_micro_batch_tokens - data.stand_in_tokens),
-        max_steps=config.train.max_steps,
+        max_tokens=max(1, config.max_micro_batch_tokens - data.stand_in_tokens),
+        max_steps=config.max_steps,
         row_tokens=data.row_tokens,
     )
     if ranks.is_main:
         _report_sequences(data)
-        _report_balance(config.train, steps, num_tokens, ranks.world_size)
+        _report_balance(config, steps, num_tokens, ranks.world_size)
     return steps
 
 

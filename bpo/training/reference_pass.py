@@ -113,7 +113,7 @@ def _reference_pass(
     hidden = not engine.ranks.is_main
     done_tokens, stopped = 0, False
     with tqdm(total=share, unit="tok", unit_scale=True, desc="reference log-probs", disable=hidden) as progress:
-        for batch in on_device(micro_batches(config, data, mine, engine), engine.device, engine.dtype):
+        for batch in on_device(micro_batches(config.data, data, mine, engine), engine.device, engine.dtype):
             _store_batch(store, batch, engine.reference_logp(batch))
             progress.update(batch.input_ids_T.numel())
             done_tokens += batch.input_ids_T.numel()

@@ -23,10 +23,10 @@ def test_a_step_decodes_each_image_of_its_groups_once_and_only_when_it_is_needed
     expected: Counter[str] = Counter()
     for rank in (0, 1):
         engine: Any = EngineWithoutModel(Ranks(rank, 2, rank))
-        (step,) = plan_training(run, data, engine.ranks)
+        (step,) = plan_training(run.train, data, engine.ranks)
         own = [g for micro_batch in step.micro_batches[rank] for g in micro_batch]
         assert not any(step.is_filler[rank]) and len(step.micro_batches[rank]) > 1
-        (batches,) = training_batches(run, data, [step], NO_STORE, engine)
+        (batches,) = training_batches(run.data, data, [step], NO_STORE, engine)
         before = sum(decoded.values())
         for k, batch in enumerate(batches):
             before += len(batch.group_ids)
@@ -39,11 +39,11 @@ def test_a_step_decodes_each_image_of_its_groups_once_and_only_when_it_is_needed
 def test_worker_processes_decode_and_give_the_same_batches(run: Config, decoded) -> None:
     data = measure_groups(run, encode.load_encoder(run), Ranks(), lambda mine: [mine])
     engine: Any = EngineWithoutModel()
-    steps = plan_training(run, data, engine.ranks)
-    in_line = [batch for step in training_batches(run, data, steps, NO_STORE, engine) for batch in step]
+    steps = plan_training(run.train, data, engine.ranks)
+    in_line = [batch for step in training_batches(run.data, data, steps, NO_STORE, engine) for batch in step]
     decoded.clear()
     run.data.num_workers = 1
-    by_workers = [batch for step in training_batches(run, data, steps, NO_STORE, engine) for batch in step]
+    by_workers = [batch for step in training_batches(run.data, data, steps, NO_STORE, engine) for batch in step]
     assert not decoded  # here, in the process that trains
     assert [one.group_ids for one in by_workers] == [one.group_ids for one in in_line]
     for one, other in zip(by_workers, in_line, strict=True):

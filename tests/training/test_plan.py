@@ -37,7 +37,7 @@ def config_of(groups_per_step: int, max_micro_batch_tokens: int = 1000) -> Confi
 def test_the_start_says_how_level_the_plan_is(encoder: Encoder, caplog: pytest.LogCaptureFixture) -> None:
     data = data_of(encoder, [100, 100, 50, 50])
     with caplog.at_level("INFO"):
-        plan_training(config_of(4), data, Ranks(0, 2, 0))
+        plan_training(config_of(4).train, data, Ranks(0, 2, 0))
     assert "1 steps of 4 groups, up to 1 micro-batches a rank" in caplog.text
     assert "the busiest of 2 ranks carries 0.0 % more tokens" in caplog.text
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
@@ -46,14 +46,14 @@ def test_the_start_says_how_level_the_plan_is(encoder: Encoder, caplog: pytest.L
 def test_ranks_that_will_wait_are_warned_of_once_with_the_fix(encoder: Encoder, caplog) -> None:
     data = data_of(encoder, [100, 60])
     with caplog.at_level("INFO"):
-        plan_training(config_of(2), data, Ranks(0, 2, 0))
+        plan_training(config_of(2).train, data, Ranks(0, 2, 0))
     (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert "wait for each other 20 % of the time" in warning  # the mean is 80 where one rank has 100
     assert "train.groups_per_step=2 is 1.0 groups a rank and 1.0 a micro-batch" in warning
     assert "train.max_micro_batch_tokens=1000" in warning
     caplog.clear()
     with caplog.at_level("INFO"):
-        plan_training(config_of(2), data, Ranks(1, 2, 1))
+        plan_training(config_of(2).train, data, Ranks(1, 2, 1))
     assert caplog.text == ""
 
 
@@ -61,11 +61,11 @@ def test_a_micro_batch_keeps_room_for_the_stand_in_where_a_group_has_no_image(en
     """LLaVA's image takes 4 tokens here: three groups of 100 and an image are more than 300."""
     ranks = Ranks(0, 1, 0)
     text_only = PreferenceGroup("text", (), (turn("What?"),), group("x", "a", "b").completions)
-    (with_images,) = plan_training(config_of(3, 300), data_of(encoder, [100] * 3), ranks)
-    (mixed,) = plan_training(config_of(3, 300), data_of(encoder, [100] * 3, text_only), ranks)
+    (with_images,) = plan_training(config_of(3, 300).train, data_of(encoder, [100] * 3), ranks)
+    (mixed,) = plan_training(config_of(3, 300).train, data_of(encoder, [100] * 3, text_only), ranks)
     assert len(with_images.micro_batches[0]) == 1
     assert len(mixed.micro_batches[0]) == 2
-    (wider,) = plan_training(config_of(3, 304), data_of(encoder, [100] * 3, text_only), ranks)
+    (wider,) = plan_training(config_of(3, 304).train, data_of(encoder, [100] * 3, text_only), ranks)
     assert len(wider.micro_batches[0]) == 1
 
 
@@ -75,11 +75,11 @@ def test_separate_sequences_are_said_aloud_once_with_reason_and_cost(encoder: En
     dataset = GroupDataset([group(name, "a", "b", "c") for name in "xy"], separate, max_words=9, types=())
     measured = tuple(MeasuredGroup(70, 2, name, num_completions=3, longest_tokens=50) for name in "xy")
     with caplog.at_level("INFO"):
-        (step,) = plan_training(config_of(2, 300), TrainingData(dataset, (0, 1), measured), Ranks(0, 1, 0))
+        (step,) = plan_training(config_of(2, 300).train, TrainingData(dataset, (0, 1), measured), Ranks(0, 1, 0))
     assert [sorted(one) for one in step.micro_batches[0]] == [[0, 1]]
     (line,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert "model.share_prefix is never" in line and "300 tokens" in line and "2.14 times the 140" in line
-    (step,) = plan_training(config_of(2, 299), TrainingData(dataset, (0, 1), measured), Ranks(0, 1, 0))
+    (step,) = plan_training(config_of(2, 299).train, TrainingData(dataset, (0, 1), measured), Ranks(0, 1, 0))
     assert sorted(step.micro_batches[0]) == [(0,), (1,)]
 
 
@@ -94,14 +94,14 @@ def test_batches_of_separate_sequences_are_within_the_limit_with_their_padding(
     measured: Any = tuple(dataset.measure(i) for i in range(7))
     data = TrainingData(dataset, tuple(range(7)), measured)
     for limit in (150, 400, 1000):
-        (step,) = plan_training(config_of(7, limit), data, Ranks(0, 2, 0))
+        (step,) = plan_training(config_of(7, limit).train, data, Ranks(0, 2, 0))
         largest = []
         for rank in (0, 1):
             engine: Any = EngineWithoutModel(Ranks(rank, 2, rank))
             config = config_of(7, limit)
             config.data.num_workers = 0
             keys: Any = SimpleNamespace(gather=lambda keys: torch.zeros(1))
-            (batches,) = training_batches(config, data, [step], keys, engine)
+            (batches,) = training_batches(config.data, data, [step], keys, engine)
             largest += [one.input_ids_T.numel() for one in batches if len(one.group_ids) > 1]
         assert all(tokens <= limit for tokens in largest)
         assert limit < 400 or largest
@@ -116,6 +116,6 @@ def test_padded_rows_of_text_alone_leave_room_for_the_row_of_the_stand_in(tiny_l
     measured: Any = tuple(dataset.measure(i) for i in range(2))
     data = TrainingData(dataset, (0, 1), measured)
     length = measured[0].longest_tokens
-    (tight,) = plan_training(config_of(2, 4 * length), data, Ranks(0, 1, 0))  # four rows and no fifth
-    (wide,) = plan_training(config_of(2, 6 * length), data, Ranks(0, 1, 0))
+    (tight,) = plan_training(config_of(2, 4 * length).train, data, Ranks(0, 1, 0))  # four rows and no fifth
+    (wide,) = plan_training(config_of(2, 6 * length).train, data, Ranks(0, 1, 0))
     assert [len(step.micro_batches[0]) for step in (tight, wide)] == [2, 1]

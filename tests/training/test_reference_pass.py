@@ -38,8 +38,8 @@ def test_an_interrupted_reference_pass_is_completed(run: Config, monkeypatch: py
         except KeyboardInterrupt:
             return engine.computed
         assert len(store) >= NUM_GROUPS
-        steps = plan_training(run, data, engine.ranks)
-        for batches in training_batches(run, data, steps, store, engine):
+        steps = plan_training(run.train, data, engine.ranks)
+        for batches in training_batches(run.data, data, steps, store, engine):
             for batch in batches:
                 assert batch.loss_inputs.reference is not None
                 assert torch.equal(batch.loss_inputs.reference, -batch.target_N.float())

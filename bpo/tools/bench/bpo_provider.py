@@ -55,8 +55,8 @@ def serve(case: StepCase, session: Session, provider: str) -> None:
     resolved = resolve_model(config.model, pick_device(ranks), for_training=True)
     encoder = load_encoder(config, resolved.config)
     data = measure_groups(config, encoder, ranks, collectives.gather_from_ranks)
-    (step,) = plan_training(config, data, ranks)
-    settings = engine.deepspeed_config(config, resolved.dtype, len(step.micro_batches[0]))
+    (step,) = plan_training(config.train, data, ranks)
+    settings = engine.deepspeed_config(config.train, resolved.dtype, len(step.micro_batches[0]))
     model = load_resolved(resolved)
     prepare_trainable(model, encoder.family, config)
     adapter = set_adapter(model, resolved.dtype)
@@ -64,7 +64,7 @@ def serve(case: StepCase, session: Session, provider: str) -> None:
     meter = Meter(model, encoder.family.language_module, encoder.family.vision_module, trainer.device)
     with without_adapter(model):
         store = fill_reference_store(config, resolved, trainer, data)
-    batches = list(next(training_batches(config, data, [step], store, trainer)))
+    batches = list(next(training_batches(config.data, data, [step], store, trainer)))
     outputs: list[Any] = []
     trainer.policy.register_forward_hook(lambda module, args, output: outputs.append(output))
     useful = model_flops(model, encoder.family)
