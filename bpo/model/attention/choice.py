@@ -12,8 +12,8 @@ import torch
 
 from bpo.model.attention.flash import flash_attn_2, flash_attn_3, torch_varlen_attn
 
-# `flash3` is selected for `model.attention: flash` if flash-attn 3 can run. Its results differ in rounding from those of
-# flash-attn 2, so the reference store's fingerprint distinguishes the two.
+# `flash3` is selected for `model.attention: flash` if flash-attn 3 can run. Its results differ in rounding from those
+# of flash-attn 2, so the reference store's fingerprint distinguishes the two.
 BackendName = Literal["flash3", "flash", "varlen", "flex", "sdpa"]
 
 FLASH_VERSION = (2, 8)
@@ -60,8 +60,7 @@ class Needs:
 def choose_backend(requested: str, needs: Needs) -> Choice:
     """The backend for `model.attention`.
 
-    On CUDA, `auto` selects the first of flash (flash-attn 3, then 2), varlen, flex and sdpa that can run; elsewhere
-    sdpa.
+    `auto` selects, on CUDA, the first of flash (flash-attn 3, then 2), varlen, flex and sdpa that can run, else sdpa.
 
     Raises:
         ValueError: the requested backend cannot run; gives the reason and the fix.
@@ -121,7 +120,7 @@ def _version(package: str) -> str | None:
 
 
 def _why_not_flash_kernel(library: str, needs: Needs) -> str | None:
-    """Why no kernel of the flash-attention family can run, and the fix; None if they can."""
+    """Restrictions of all kernels of the flash-attention family: the first violated one and the fix, or None."""
     if needs.device.type != "cuda":
         return f"{library} needs a CUDA GPU and this is {needs.device.type}: set it to sdpa"
     if needs.dtype not in (torch.bfloat16, torch.float16):

@@ -23,7 +23,7 @@ Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, VarlenPlan, float |
 
 @functools.cache
 def flash_attn_2() -> Callable[..., torch.Tensor]:
-    """flash-attn's function, imported only here, so that tests can substitute it."""
+    """flash-attn's function, imported only here. A replacement must keep its contract."""
     from flash_attn import flash_attn_varlen_func
 
     return flash_attn_varlen_func
@@ -41,8 +41,8 @@ def flash_attn_3() -> Callable[..., torch.Tensor | tuple[torch.Tensor, ...]]:
 def torch_varlen_attn() -> Callable[..., Any]:
     """PyTorch's function, with grouped-query heads enabled.
 
-    Later versions require `enable_gqa`. 2.11 has no such argument and passes the heads to the same kernel, which accepts
-    any number of key heads that divides the number of query heads.
+    Later versions require `enable_gqa`. 2.11 has no such argument and passes the heads to the same kernel, which
+    accepts any number of key heads that divides the number of query heads.
     """
     from torch.nn.attention.varlen import varlen_attn
 

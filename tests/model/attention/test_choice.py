@@ -94,7 +94,7 @@ def test_flash_takes_version_3_where_it_runs_and_version_2_where_3_is_broken(mac
     machine(flash3="3.0.0", flash=None)
     assert choose_backend("flash", BF16).backend == "flash3"
     machine(flash3="3.0.0", error="undefined symbol")
-    message = r"flash-attn 3 \(3.0.0\) does not import \(undefined symbol\).*; flash-attn 2.8.3 does not import"
+    message = r"flash-attn 3 \(3.0.0\) cannot be imported \(undefined symbol\).*; flash-attn 2.8.3 cannot be imported"
     with pytest.raises(ValueError, match=message):
         choose_backend("flash", BF16)
 
@@ -104,10 +104,10 @@ def test_flash_takes_version_3_where_it_runs_and_version_2_where_3_is_broken(mac
     [
         ({"flash": None}, BF16, r"not installed: pip install 'bpo\[flash\]'"),
         ({"flash": "2.7.4.post1"}, BF16, "flash-attn is 2.7.4.post1"),
-        ({"error": "undefined symbol"}, BF16, r"does not import \(undefined symbol\)"),
+        ({"error": "undefined symbol"}, BF16, r"cannot be imported \(undefined symbol\)"),
         ({"capability": (7, 5)}, BF16, r"has 7\.5"),
-        ({}, Needs(CUDA, torch.float32), "gives float32: set model.dtype"),
-        ({}, Needs(CUDA, torch.bfloat16, head_size=320), "this model's 320"),
+        ({}, Needs(CUDA, torch.float32), "model.dtype is float32: set model.dtype"),
+        ({}, Needs(CUDA, torch.bfloat16, head_size=320), "this model's is 320"),
         ({}, Needs(CPU, torch.bfloat16), "needs a CUDA GPU"),
     ],
 )
@@ -127,9 +127,9 @@ def test_flash_where_it_cannot_run_is_refused_and_auto_says_why(machine, has: di
         ({"varlen": False}, BF16, "was built without flash attention: set it to flex"),
         ({"varlen_error": "cannot import name"}, BF16, "has no varlen_attn .* update to 2.11, or set it to flex"),
         ({"capability": (7, 5)}, BF16, r"varlen_attn needs compute capability 8\.0 and this GPU has 7\.5"),
-        ({}, Needs(CUDA, torch.float32), "varlen_attn computes in bfloat16 or float16"),
-        ({}, Needs(CUDA, torch.bfloat16, head_size=320), "at most 256 elements, this model's 320"),
-        ({}, Needs(CUDA, torch.bfloat16, head_size=36), "a multiple of 8 elements, this model's 36"),
+        ({}, Needs(CUDA, torch.float32), "varlen_attn supports bfloat16 and float16"),
+        ({}, Needs(CUDA, torch.bfloat16, head_size=320), "up to 256 and this model's is 320"),
+        ({}, Needs(CUDA, torch.bfloat16, head_size=36), "divisible by 8 and this model's is 36"),
         ({}, Needs(CUDA, torch.bfloat16, dropout=0.1), "varlen_attn has no dropout"),
         ({}, Needs(CPU, torch.bfloat16), "varlen_attn needs a CUDA GPU and this is cpu: set it to sdpa"),
     ],
@@ -145,7 +145,7 @@ def test_varlen_where_it_cannot_run_is_refused(machine, has: dict, needs: Needs,
     [
         (Needs(CPU, torch.float32), "no backward pass on cpu"),
         (Needs(CUDA, torch.float32, dropout=0.1), "no dropout"),
-        (Needs(CUDA, torch.float32, head_size=8), "at least 16 elements, this model's 8"),
+        (Needs(CUDA, torch.float32, head_size=8), "from 16 and this model's is 8"),
     ],
 )
 def test_flex_where_it_cannot_run_is_refused(machine, needs: Needs, message: str) -> None:
