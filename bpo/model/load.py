@@ -17,14 +17,14 @@ from bpo.model.recompute import checkpoint_layers
 
 @dataclass(frozen=True)
 class ResolvedModel:
-    """The options of a model and what its stored config makes of them; resolved once per start.
+    """The options of a model, resolved against its stored config once per start.
 
     options: `model.*`.
-    config: The model's own config, as transformers reads it.
-    device: Where it computes.
+    config: The model's own config, as read by transformers.
+    device: Device of the computation.
     dtype: Of weights and activations.
-    for_training: Whether it trains on packed groups; otherwise it generates.
-    attention: How packed groups attend; None for a model that trains on separate sequences, or generates.
+    for_training: Whether the model trains on packed groups; otherwise it generates.
+    attention: Backend for packed groups; None for training on separate sequences and for generation.
     """
 
     options: ModelConfig
@@ -38,10 +38,10 @@ class ResolvedModel:
 def resolve_model(
     options: ModelConfig, device: torch.device | None = None, *, for_training: bool = False
 ) -> ResolvedModel:
-    """Reads the model's config and settles dtype and attention; loads no weights.
+    """Reads the model's config and resolves dtype and attention; loads no weights.
 
     Args:
-        device: Where the model will compute; the CPU unless given.
+        device: Device of the computation; defaults to the CPU.
 
     Raises:
         ValueError: `model.path` is empty, the model type is not supported, or `model.attention` cannot run on `device`.
@@ -49,7 +49,7 @@ def resolve_model(
     from transformers import AutoConfig
 
     if not options.path:
-        raise ValueError("model.path is empty; give the directory (or hub id) of the model")
+        raise ValueError("model.path is empty; set it to the directory (or hub id) of the model")
     config = AutoConfig.from_pretrained(options.path, trust_remote_code=options.trust_remote_code)
     shares_prefix = family_of(config, options.share_prefix).separate_reason is None
     device = device or torch.device("cpu")
@@ -68,9 +68,9 @@ def load_model(options: ModelConfig, device: torch.device | None = None, *, for_
 def load_resolved(model: ResolvedModel) -> Any:
     """Loads the weights.
 
-    For training the text model gets the shared-prefix attention, unless it cannot share prefixes or
-    `model.share_prefix` is never, and the key-value cache is off; the model is left where `from_pretrained` puts it
-    (under ZeRO-3 its weights are partitioned as they load). For generation it is moved to its device.
+    For training, the text model uses the shared-prefix attention, unless it cannot share prefixes or
+    `model.share_prefix` is never, and the KV cache is disabled; the weights stay where `from_pretrained` loads them
+    (under ZeRO-3 they are partitioned during loading). For generation, the model is moved to its device.
     """
     from transformers import AutoModelForImageTextToText
 
@@ -79,10 +79,10 @@ def load_resolved(model: ResolvedModel) -> Any:
     if model.attention is not None:  # else transformers' own choice: SDPA where the text model has it
         attentions["text_config"] = shared_prefix.register(model.attention)
     elif getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
-        attentions["text_config"] = "eager"  # SDPA has no cap on scores, and some versions choose it nevertheless
+        attentions["text_config"] = "eager"  # SDPA does not support softcapping, but some versions select it anyway
     loaded = AutoModelForImageTextToText.from_pretrained(
         options.path,
-        config=copy.deepcopy(model.config),  # it is changed, and `model.config` describes what is stored
+        config=copy.deepcopy(model.config),  # modified by from_pretrained; `model.config` describes the stored model
         dtype=model.dtype,
         attn_implementation=attentions,
         trust_remote_code=options.trust_remote_code,
