@@ -1,11 +1,11 @@
-"""What a bootstrapping job of many annotations costs beside its generation, from a thousand to a million of them.
+"""Cost of a bootstrapping job without its generation, for a thousand to a million annotations.
 
     python -m benchmarks.bootstrap_scale [--records 1000 1000000] [--json benchmarks/results/bootstrap-scale-cpu.json]
 
-A LLaVA JSON list of descriptions of about 60 words, rewritten by an LLM that takes no time: `job` is `bpo bootstrap`
-from beginning to end (read, plan, claim, ask, validate, write durably, merge) in one process. `again` is what a restart
-of the finished job does, by its parts: read, plan, index what is there, look every record up, merge. Both have a
-process of their own for each number of records; resident memory is its most, beside what its imports took.
+A LLaVA JSON list of descriptions of about 60 words, rewritten by an LLM that returns instantly. `job` is the whole of
+`bpo bootstrap` (read, plan, claim, generate, validate, write durably, merge) in one process. `again` is a restart of
+the finished job, by stage: read, plan, index the outcomes, look up every record, merge. Each runs in a separate process
+for each number of records; memory is the peak resident memory minus that of the imports.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from bpo.bootstrap.engines.text import Reply
 from bpo.bootstrap.inject import InjectionRequest
 from bpo.bootstrap.job.merge import merge
 from bpo.bootstrap.job.outcomes import OutcomeReader
-from bpo.bootstrap.job.queue import is_finished, build_queues
+from bpo.bootstrap.job.queue import build_queues, is_finished
 from bpo.bootstrap.job.spool import AnnotationSpool
 from bpo.bootstrap.run import run_bootstrap
 from bpo.bootstrap.sources import InjectedErrors
@@ -51,7 +51,7 @@ def write_data(folder: Path, count: int) -> None:
 
 
 class InstantRewriter:
-    """Stands for a text-only LLM: it writes a zebra into whatever it is given."""
+    """Replaces a text-only LLM: adds a zebra to every description."""
 
     name, whole_batches, special_tokens = "instant", False, ()
 
@@ -62,7 +62,7 @@ class InstantRewriter:
 
 
 def rss_mib() -> float:
-    """Most resident memory of this process so far; not `getrusage`, which tells of the process it was forked from."""
+    """Peak resident memory of this process; `getrusage` would include the process it was forked from."""
     status = Path("/proc/self/status").read_text(encoding="ascii")
     return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) / 1024
 
@@ -71,13 +71,13 @@ def config_of(folder: Path) -> Config:
     data = DataConfig(
         annotations=str(folder / "annotations.json"), groups=str(folder / "groups.jsonl"), image_root=str(folder)
     )
-    # No server is asked: the rewriter stands in its place.
+    # No server is contacted: the rewriter replaces it.
     inject = InjectConfig(mode="description", server=ServerConfig(url="http://127.0.0.1:9/v1", model="instant"))
     return Config(data=data, bootstrap=BootstrapConfig(sources=["inject"], inject=inject))
 
 
 def measure_job(folder: Path, count: int) -> dict[str, Any]:
-    """The whole job. Images are not looked at, as where another source has looked at them."""
+    """Runs the whole job. Images are not checked, as if another source had already checked them."""
     Generators.text = lambda self: InstantRewriter()  # type: ignore[method-assign]
     InjectedErrors.prepare = lambda self, annotation: None  # type: ignore[method-assign]
     imports_mib, started = rss_mib(), time.perf_counter()
@@ -87,7 +87,7 @@ def measure_job(folder: Path, count: int) -> dict[str, Any]:
 
 
 def measure_again(folder: Path, count: int) -> dict[str, Any]:
-    """A restart of the finished job, by its parts."""
+    """Restarts the finished job and times each stage."""
     config = config_of(folder)
     data = config.data
     figures: dict[str, Any] = {}

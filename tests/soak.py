@@ -37,7 +37,8 @@ from bpo.checkpoint.save import CheckpointSaver
 from bpo.checkpoint.shards import Fragment, Shard, ShardSet, shard_name
 from bpo.data.schedule import PlannedStep, plan_steps
 from bpo.job.collectives import Alone
-from bpo.job.lock import RestartCount, RunLock
+from bpo.job.lock import RunLock
+from bpo.job.restarts import RestartCount
 from bpo.job.watchdog import Watchdog
 from bpo.model.reference.store import ReferenceStore
 from bpo.training.metrics import MetricsWriter

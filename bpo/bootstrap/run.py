@@ -24,13 +24,13 @@ import torch
 from bpo.bootstrap.engines.models import Generators, num_prepare_threads, required_paths
 from bpo.bootstrap.engines.prefetch import Prefetcher
 from bpo.bootstrap.inject import choose_mode
-from bpo.bootstrap.job.broken import BrokenRecords
+from bpo.bootstrap.job.broken_images import BrokenImages
 from bpo.bootstrap.job.identity import check_identity
-from bpo.bootstrap.job.leases import Claims
+from bpo.bootstrap.job.leases import Leases
 from bpo.bootstrap.job.merge import BootstrapSummary, merge, sibling_path
-from bpo.bootstrap.job.outcomes import Outcome, PartReader, PartWriter
+from bpo.bootstrap.job.outcomes import Outcome, OutcomeReader, OutcomeWriter
 from bpo.bootstrap.job.progress import ProgressBar
-from bpo.bootstrap.job.queue import ClaimedBatch, SourceWork, is_finished, lacking, plan_work
+from bpo.bootstrap.job.queue import LeasedBatch, SourceQueue, build_queues, is_finished, lacking
 from bpo.bootstrap.job.spool import AnnotationSpool
 from bpo.bootstrap.sources import ImageAnswers, InjectedErrors, NegativeSource
 from bpo.config.bootstrap import Source
@@ -97,26 +97,26 @@ def run_bootstrap(config: Config, progress: bool = True, stop: StopRequest | Non
     annotations = _spooled(config, bad, skipped)
     folder = sibling_path(Path(config.data.groups), "parts")
     check_identity(config, folder)
-    reader = PartReader(folder)
+    reader = OutcomeReader(folder)
     reader.poll()
-    work = plan_work(annotations, config, reader)
+    queues = build_queues(annotations, config, reader)
     seconds: dict[str, float] = {}
-    broken = BrokenRecords(config.data, len(annotations), bad, folder, reader.broken())
-    claims = Claims(folder / "claims", f"worker-{share.worker:05d}", config.bootstrap.claim_timeout_s)
-    with PartWriter(folder, share.worker) as writer, claims, Prefetcher(num_prepare_threads(config)) as prefetcher:
-        restarts = _count_restart(config, folder, share, work, reader)
-        worker = Worker(Results(reader, writer, broken), claims, prefetcher, stop, progress and ranks.is_main)
+    broken = BrokenImages(config.data, len(annotations), bad, folder, reader.broken())
+    leases = Leases(folder / "claims", f"worker-{share.worker:05d}", config.bootstrap.claim_timeout_s)
+    with OutcomeWriter(folder, share.worker) as writer, leases, Prefetcher(num_prepare_threads(config)) as prefetcher:
+        restarts = _count_restart(config, folder, share, queues, reader)
+        worker = Worker(Results(reader, writer, broken), leases, prefetcher, stop, progress and ranks.is_main)
         stall = StallTimeout(config.bootstrap.stall_timeout_s)
         while True:
             for source, make in _sources(config, annotations.most_images, ranks):
                 started = time.monotonic()
-                worker.run_source(make, work[source])
+                worker.run_source(make, queues[source])
                 seconds[source] = seconds.get(source, 0.0) + time.monotonic() - started
             reader.poll()
-            if not share.merges or is_finished(work):
+            if not share.merges or is_finished(queues):
                 break
             # Live workers hold the remaining claims: the batches will be finished, or become claimable again.
-            stall.wait(reader, work, stop)
+            stall.wait(reader, queues, stop)
         if ranks.is_main:
             restarts.clear()
     if not share.merges:
@@ -139,12 +139,12 @@ def run_merge(config: Config) -> BootstrapSummary:
     bad = BadRecords.from_config(config.data)
     annotations = _spooled(config, bad, skipped)
     check_identity(config, folder)
-    reader = PartReader(folder)
+    reader = OutcomeReader(folder)
     reader.poll()
-    work = plan_work(annotations, config, reader)
-    if not is_finished(work):
+    queues = build_queues(annotations, config, reader)
+    if not is_finished(queues):
         raise ValueError(
-            f"{folder}: {lacking(work)}; rerun `bpo bootstrap` with any number of shards: finished records are kept"
+            f"{folder}: {lacking(queues)}; rerun `bpo bootstrap` with any number of shards: finished records are kept"
         )
     return merge(config, annotations, reader, skipped, {}, bad)
 
@@ -161,12 +161,12 @@ def _spooled(config: Config, bad: BadRecords, skipped: dict[str, list[str]]) -> 
 
 
 def _count_restart(
-    config: Config, folder: Path, share: Share, work: dict[str, SourceWork], reader: PartReader
+    config: Config, folder: Path, share: Share, queues: dict[str, SourceQueue], reader: OutcomeReader
 ) -> RestartCount:
     """Counts a restart by SLURM if this shard made no progress since the last one; see `RestartCount.start`."""
     name = f"restarts-{share.shard:05d}-of-{share.num_shards:05d}.json"
     restarts = RestartCount(folder, name, progress="outcome {}", option="bootstrap.max_idle_restarts")
-    if share.ranks.is_main and restart_count() and not is_finished(work):
+    if share.ranks.is_main and restart_count() and not is_finished(queues):
         done = sum(reader.num_by(worker) for worker in share.workers_of_shard)
         restarts.start(done, config.bootstrap.max_idle_restarts)
     return restarts
@@ -182,9 +182,9 @@ def _check_paths(config: Config) -> None:
 class Results:
     """Storage of finished outcomes: the reader of all parts and the writer of this worker's."""
 
-    reader: PartReader
-    writer: PartWriter
-    broken: BrokenRecords
+    reader: OutcomeReader
+    writer: OutcomeWriter
+    broken: BrokenImages
 
     def write_as_finished(self, outcomes: Iterable[Outcome]) -> Iterator[int]:
         """Writes at the end of a batch, and every second during a long one; yields the number of outcomes written.
@@ -192,7 +192,7 @@ class Results:
         Outcomes produced before an error are written.
 
         Raises:
-            RecordError, TooManyBadRecords: see `BrokenRecords.check`; the outcomes being checked are not written.
+            RecordError, TooManyBadRecords: see `BrokenImages.check`; the outcomes being checked are not written.
         """
         finished: list[Outcome] = []
         written_s = time.monotonic()
@@ -221,37 +221,39 @@ class Worker:
     """One worker of a job: generates the batches it can claim and shows the progress of all workers."""
 
     results: Results
-    claims: Claims
+    leases: Leases
     prefetcher: Prefetcher
     stop: StopRequest | None
     progress: bool
 
-    def run_source(self, make: Callable[[], NegativeSource], work: SourceWork) -> None:
+    def run_source(self, make: Callable[[], NegativeSource], queue: SourceQueue) -> None:
         """Generates all batches that are unfinished and unclaimed; loads the model only if there is one."""
-        batches = work.claimed(self.claims)
+        batches = queue.leased(self.leases)
         first = next(batches, None)
         if first is None:
             return
         negatives = make()
-        with ProgressBar(work, self.results.reader, self.progress) as bar:
-            for claimed, batch, prepared in self.prefetcher.of(self._batches(chain([first], batches), work, negatives)):
+        with ProgressBar(queue, self.results.reader, self.progress) as bar:
+            for claimed, batch, prepared in self.prefetcher.of(
+                self._batches(chain([first], batches), queue, negatives)
+            ):
                 if self.stop is not None:
-                    done = f"{bar.num_done} of {work.num_records} records of source `{work.source}` are done and kept"
+                    done = f"{bar.num_done} of {queue.num_records} records of source `{queue.source}` are done and kept"
                     self.stop.check(done)
                 with _advice_on_memory(len(batch)):
                     for number in self.results.write_as_finished(negatives.outcomes(batch, prepared)):
                         bar.add(number)
                 if claimed.ends:
-                    self.claims.release(claimed.ends)
+                    self.leases.release(claimed.ends)
 
     def _batches(
-        self, claimed: Iterable[ClaimedBatch], work: SourceWork, negatives: NegativeSource
-    ) -> Iterator[tuple[ClaimedBatch, list[Annotation], list[Callable[[], Any]]]]:
+        self, claimed: Iterable[LeasedBatch], queue: SourceQueue, negatives: NegativeSource
+    ) -> Iterator[tuple[LeasedBatch, list[Annotation], list[Callable[[], Any]]]]:
         """Yields each batch with its preparation functions."""
         for claim in claimed:
-            batch = work.batches[claim.number]
+            batch = queue.batches[claim.number]
             if not negatives.whole_batches:
-                has = work.has(claim.number)
+                has = queue.has(claim.number)
                 batch = [annotation for annotation, there in zip(batch, has, strict=True) if not there]
             yield claim, batch, [partial(negatives.prepare, annotation) for annotation in batch]
 
@@ -292,7 +294,7 @@ class StallTimeout:
         self._stall_timeout_s = stall_timeout_s
         self._num_known, self._last_change_s = -1, 0.0
 
-    def wait(self, reader: PartReader, work: dict[str, SourceWork], stop: StopRequest | None) -> None:
+    def wait(self, reader: OutcomeReader, queues: dict[str, SourceQueue], stop: StopRequest | None) -> None:
         """Sleeps for one polling interval.
 
         Raises:
@@ -305,7 +307,7 @@ class StallTimeout:
             self._num_known, self._last_change_s = len(reader), time.monotonic()
         elif time.monotonic() - self._last_change_s > self._stall_timeout_s:
             raise TimeoutError(
-                f"{reader.folder}: {lacking(work)} and the workers that claimed them wrote none for "
+                f"{reader.folder}: {lacking(queues)} and the workers that claimed them wrote none for "
                 f"{self._stall_timeout_s:.0f} s (bootstrap.stall_timeout_s); check the other ranks' logs, then "
                 "restart: finished records are kept"
             )
@@ -313,7 +315,7 @@ class StallTimeout:
 
 
 def _rank_summary(
-    config: Config, num_annotations: int, reader: PartReader, seconds: dict[str, float]
+    config: Config, num_annotations: int, reader: OutcomeReader, seconds: dict[str, float]
 ) -> BootstrapSummary:
     kept: dict[str, int] = {source: 0 for source in config.bootstrap.sources}
     refused: dict[str, dict[str, int]] = {}

@@ -24,9 +24,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from bpo.job.collectives import Alone, Collectives
-from bpo.job.durable import sync_directory, write_durably
+from bpo.job.durable import file_digest, sync_directory, write_durably
 from bpo.job.exits import JobError
-from bpo.model.reference.fingerprint import file_digest
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")

@@ -1,4 +1,4 @@
-"""`bpo check DATA`: reads every record and image in parallel, prints a table of problems, lists the bad records."""
+"""`bpo check DATA`: checks every record and image in parallel, prints a table of problems and lists bad records."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -25,6 +25,8 @@ from bpo.formats.importers.registry import SCHEMAS, Source, open_source
 from bpo.formats.jsonfiles import Piece
 from bpo.formats.problems import PROBLEMS, Problem
 from bpo.formats.reading import SeenIds
+from bpo.job.durable import replacing
+from bpo.job.journal import to_line
 
 MAX_EXAMPLES = 3
 BATCH_RECORDS = 1000
@@ -34,14 +36,14 @@ _LEVELS = ("bad", "left out", "note")
 
 @dataclass
 class CheckResult:
-    """What a check found.
+    """Result of a check.
 
     Attributes:
-        schema: Name of the schema of the records.
-        num_records: All of them.
-        num_bad: Records with a problem of level `bad`.
-        counts: Code -> records with it.
-        examples: Code -> the first messages.
+        schema: Name of the record schema.
+        num_records: Number of records read.
+        num_bad: Number of records with a problem of level `bad`.
+        counts: Problem code -> number of records.
+        examples: Problem code -> first messages.
         seconds: Wall-clock time.
     """
 
@@ -55,7 +57,7 @@ class CheckResult:
     seconds: float = 0.0
 
     def add(self, problems: Sequence[Problem]) -> None:
-        """Takes the problems of one record."""
+        """Adds the problems of one record."""
         self.num_bad += any(problem.level == "bad" for problem in problems)
         self.counts.update({problem.code for problem in problems})
         for problem in problems:
@@ -64,14 +66,14 @@ class CheckResult:
                 examples.append(problem.detail)
 
     def table(self) -> str:
-        """The problems for people: the worst level first, each with examples and the fix."""
+        """Returns a readable table of the problems, most severe level first, with examples and fixes."""
         head = f"{self.path}: {self.num_records:,} records ({self.schema}, {self.gives}) in {self.seconds:.1f} s"
         usable = self.num_records - self.num_bad
         lines = [f"{head}; {usable:,} usable, {self.num_bad:,} bad"]
         order = sorted(self.counts, key=lambda code: (_LEVELS.index(PROBLEMS[code].level), -self.counts[code], code))
         for code in order:
             kind = PROBLEMS[code]
-            lines.append(f"{self.counts[code]:>10,}  {kind.level:<8}  {code}: {kind.meaning}. To do: {kind.fix}")
+            lines.append(f"{self.counts[code]:>10,}  {kind.level:<8}  {code}: {kind.meaning}. Fix: {kind.fix}")
             lines += [f"{'':>22}{_one_line(detail)}" for detail in self.examples[code]]
         return "\n".join(lines)
 
@@ -84,27 +86,27 @@ def check_data(
     schema: str = "",
     max_words: int = DataConfig.max_completion_words,
     workers: int = 1,
-    quarantine: IO[str] | None = None,
+    quarantine: IO[bytes] | None = None,
     progress: bool = False,
 ) -> CheckResult:
-    """Examines every record; memory does not grow but for 16 to 32 bytes an id.
+    """Checks every record in constant memory, plus 16 to 32 bytes per id.
 
     Args:
-        workers: Processes; 1 works in this one.
-        quarantine: Takes one JSON line for every problem of a bad record.
+        workers: Number of worker processes; 1 runs in the calling process.
+        quarantine: File that receives one JSON line per problem of a bad record.
 
     Raises:
-        ValueError: The file cannot be read, its form is unknown, or there is no record in it.
+        ValueError: The file cannot be read, has an unknown format, or contains no records.
     """
     started = time.monotonic()
     source = open_source(path, schema)
     if source.schema is None:
-        raise ValueError(f"{path}: there is no record in it")
+        raise ValueError(f"{path}: the file contains no records")
     result = CheckResult(str(path), source.schema.name, source.schema.gives)
     what = Examination(source.schema.name, image_root, opens_images, max_words)
     seen, last_id = SeenIds(), None
     forget_images()
-    with _Progress(source, progress) as bar, _living_workers(path):
+    with _Progress(source, progress) as bar, _report_dead_worker(path):
         for batch, findings in _examined(_batches(source.container.pieces()), what, workers):
             for index, record_id in enumerate(findings.ids):
                 problems = findings.problems.get(index, [])
@@ -126,14 +128,14 @@ def _repeated(seen: SeenIds, source: Source, record_id: str, where: str, is_pair
         return
     unique = source.schema is not None and source.schema.unique_ids
     code = "rows-apart" if is_pair else "duplicate-id" if unique else "repeated-id"
-    yield Problem(code, where, record_id, f"{where}: id {record_id!r} was used before")
+    yield Problem(code, where, record_id, f"{where}: id {record_id!r} is already used by an earlier record")
 
 
-def _write_bad(problems: Iterable[Problem], quarantine: IO[str] | None) -> None:
+def _write_bad(problems: Iterable[Problem], quarantine: IO[bytes] | None) -> None:
     for problem in problems:
         if quarantine is not None and problem.level == "bad":
-            # ASCII: an id may hold half a surrogate pair.
-            quarantine.write(json.dumps(problem.to_json()) + "\n")
+            # ASCII: an id may contain a lone surrogate.
+            quarantine.write(to_line(problem.to_json()))
 
 
 def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
@@ -150,7 +152,7 @@ def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
 
 
 def _size_of(value: Any) -> int:
-    """About the bytes of a record from a table, which may hold images."""
+    """Returns the approximate size in bytes of a table row, which may contain images."""
     if isinstance(value, dict):
         return sum(map(_size_of, value.values()))
     if isinstance(value, list):
@@ -159,11 +161,11 @@ def _size_of(value: Any) -> int:
 
 
 def _examined(batches: Iterator[list[Piece]], what: Examination, workers: int) -> Iterator[tuple[Piece, Findings]]:
-    """(last piece, findings) of every batch in order; a few batches are under way at a time."""
+    """Yields (last piece, findings) of every batch in order, with up to 2 * `workers` batches in flight."""
     if workers <= 1:
         yield from ((batch[-1], examine(batch, what)) for batch in batches)
         return
-    # spawn: progress bars run threads, and a fork of a process with threads may deadlock.
+    # spawn: progress bars start threads, and forking a multi-threaded process may deadlock.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
         pending: deque[tuple[Piece, Future[Findings]]] = deque()
@@ -178,18 +180,18 @@ def _examined(batches: Iterator[list[Piece]], what: Examination, workers: int) -
 
 
 @contextmanager
-def _living_workers(path: Path) -> Iterator[None]:
+def _report_dead_worker(path: Path) -> Iterator[None]:
     try:
         yield
     except BrokenProcessPool as error:
         raise ValueError(
-            f"{path}: a worker process died, by lack of memory or in an image's decoder; try fewer --workers, or "
+            f"{path}: a worker process died (out of memory, or a crash in an image decoder); try fewer --workers, or "
             "--no-images"
         ) from error
 
 
 class _Progress:
-    """A bar over the bytes of JSON, over the records of other files."""
+    """Progress bar: in bytes for JSON files, in records otherwise."""
 
     def __init__(self, source: Source, shown: bool):
         self._in_bytes = source.container.kind in ("list", "jsonl")
@@ -208,31 +210,30 @@ class _Progress:
 
 
 def _one_line(text: str) -> str:
-    """A message as one printable line: it quotes other people's data."""
+    """Escapes a message, which may quote untrusted data, as one printable line of at most 220 characters."""
     line = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
     return line if len(line) <= 220 else f"{line[:217]}..."
 
 
 def main(argv: list[str]) -> int:
-    """The command; exit status 1 where more records are bad than --max-bad-share allows."""
+    """Runs the command; returns exit status 1 if more records are bad than --max-bad-share allows."""
     parser = argparse.ArgumentParser(prog="bpo check", description=__doc__)
-    data_help = "annotations or groups in any form that bpo reads; a folder of shards"
+    data_help = "annotations or groups in any supported format: a file or a folder of shards"
     parser.add_argument("data", type=Path, metavar="DATA", help=data_help)
-    parser.add_argument("--image-root", type=Path, default=Path("."), help="folder that image paths are relative to")
+    parser.add_argument("--image-root", type=Path, default=Path("."), help="base folder of relative image paths")
     parser.add_argument("--no-images", action="store_true", help="do not open images")
     names = ", ".join(schema.name for schema in SCHEMAS)
-    parser.add_argument("--from", dest="schema", default="", help=f"form of the records, if not found out: {names}")
+    parser.add_argument("--from", dest="schema", default="", help=f"record schema (default: detected), one of {names}")
     parser.add_argument("--max-words", type=int, default=DataConfig.max_completion_words, help="longest completion")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes; default: one a core")
-    parser.add_argument("--max-bad-share", type=share, default=0.0, help="share of bad records that is no failure")
-    parser.add_argument("--quarantine", type=Path, help="list of bad records; default: DATA.quarantine.jsonl")
-    parser.add_argument("--json", type=Path, help="write counts and examples here, too")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one per core)")
+    parser.add_argument("--max-bad-share", type=share, default=0.0, help="fraction of bad records to tolerate")
+    parser.add_argument("--quarantine", type=Path, help="list of bad records (default: DATA.quarantine.jsonl)")
+    parser.add_argument("--json", type=Path, help="also write counts and examples to this file")
     args = parser.parse_args(argv)
     named = args.data if args.data.name not in ("", "..") else args.data.resolve()
     quarantine = args.quarantine or named.with_name(f"{named.name}.quarantine.jsonl")
-    part = quarantine.with_name(f"{quarantine.name}.part")
     try:
-        with part.open("w", encoding="ascii") as file:
+        with replacing(quarantine, sync=False) as file:
             result = check_data(
                 args.data,
                 image_root=args.image_root,
@@ -243,20 +244,16 @@ def main(argv: list[str]) -> int:
                 quarantine=file,
                 progress=True,
             )
-        part.replace(quarantine)
     except OSError as error:
         raise ValueError(
-            f"{quarantine} cannot be written ({error.strerror}); name another place by --quarantine"
+            f"{quarantine} cannot be written ({error.strerror}); choose another path with --quarantine"
         ) from error
-    finally:
-        with suppress(OSError):  # of a folder that may not be entered
-            part.unlink(missing_ok=True)
     print(result.table())
     if result.num_bad:
-        print(f"The bad records: {quarantine}")
+        print(f"Bad records are listed in {quarantine}")
     if args.json:
         try:
             args.json.write_text(json.dumps(vars(result), indent=1) + "\n", encoding="utf-8")
         except OSError as error:
-            raise ValueError(f"{args.json}: {error.strerror}; name another place by --json") from error
+            raise ValueError(f"{args.json}: {error.strerror}; choose another path with --json") from error
     return int(result.num_bad > args.max_bad_share * result.num_records)

@@ -26,8 +26,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from bpo.job.lock import boot_id, process_start
-from bpo.job.signals import EXIT_RANK_LOST
+from bpo.job.durable import write_durably
+from bpo.job.exits import EXIT_RANK_LOST
+from bpo.job.process import ProcessIdentity, is_running, this_process
 
 logger = logging.getLogger(__name__)
 
@@ -79,8 +80,8 @@ def read_heartbeat(path: Path, run: str) -> Heartbeat | None:
 
 def is_dead(heartbeat: Heartbeat) -> bool:
     """Whether its process is known to be gone; of another host that cannot be known."""
-    here = heartbeat.host == os.uname().nodename and heartbeat.boot == boot_id()
-    return here and not heartbeat.ended and process_start(heartbeat.pid) != heartbeat.started
+    process = ProcessIdentity(heartbeat.host, heartbeat.boot, heartbeat.pid, heartbeat.started)
+    return not heartbeat.ended and is_running(process) is False
 
 
 class Watchdog:
@@ -103,8 +104,7 @@ class Watchdog:
     ):
         self.output_dir, self.world_size, self.timeout_s, self._end = output_dir, world_size, timeout_s, end
         self.interval_s = min(MAX_INTERVAL_S, timeout_s / 10)
-        pid = os.getpid()
-        self.own = Heartbeat(run, rank, os.uname().nodename, boot_id(), pid, process_start(pid))
+        self.own = Heartbeat(run, rank, *this_process())
         self.moving = True  # False: nothing is expected of the main thread, as in `unbounded`
         self._unbounded = 0
         self._stopped = threading.Event()
@@ -144,10 +144,8 @@ class Watchdog:
     def _publish(self) -> None:
         self.own.beats += 1
         path = heartbeat_path(self.output_dir, self.own.rank)
-        temporary = path.with_suffix(".new")
         try:
-            temporary.write_text(json.dumps(asdict(self.own)), encoding="utf-8")
-            os.replace(temporary, path)
+            write_durably(path, json.dumps(asdict(self.own)), sync=False)
         except OSError as error:  # a full disk: the others will say so if it lasts
             logger.warning("%s cannot be written: %s", path, error)
 

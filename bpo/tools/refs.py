@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from bpo.job.durable import sync_directory
 from bpo.model.reference.format import (
     ReferenceStoreError,
     Shard,
@@ -19,7 +20,6 @@ from bpo.model.reference.format import (
     read_fingerprint,
     read_shard,
     settled,
-    sync_directory,
     write_index,
 )
 from bpo.model.reference.index import EntryIndex

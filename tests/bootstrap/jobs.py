@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from bpo.bootstrap import sources
-from bpo.bootstrap.job.outcomes import PartReader, PartWriter
+from bpo.bootstrap.job.outcomes import OutcomeReader, OutcomeWriter
 from bpo.bootstrap.validate import Refusal, refusal
 from bpo.config.training import Config
 from bpo.job.signals import StopRequest
@@ -31,21 +31,21 @@ def num_lines(config: Config) -> list[int]:
 
 
 def num_outcomes(config: Config) -> int:
-    reader = PartReader(parts(config))
+    reader = OutcomeReader(parts(config))
     reader.poll()
     return len(reader)
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, num_batches: int, stop: StopRequest) -> None:
     """A signal comes while the batch of this number is written."""
-    append, written = PartWriter.append, []
+    append, written = OutcomeWriter.append, []
 
-    def append_and_stop(self: PartWriter, outcomes: Any) -> None:
+    def append_and_stop(self: OutcomeWriter, outcomes: Any) -> None:
         append(self, outcomes)
         written.append(1)
         stop.received = stop.received or len(written) == num_batches
 
-    monkeypatch.setattr(PartWriter, "append", append_and_stop)
+    monkeypatch.setattr(OutcomeWriter, "append", append_and_stop)
 
 
 def accept_random_text(monkeypatch: pytest.MonkeyPatch) -> None:

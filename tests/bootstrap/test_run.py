@@ -16,13 +16,14 @@ from datasets import Dataset
 
 from bpo.bootstrap import run as run_module
 from bpo.bootstrap.engines import models as engines_module
-from bpo.bootstrap.job.outcomes import PartWriter
+from bpo.bootstrap.job.outcomes import OutcomeWriter
 from bpo.bootstrap.run import run_bootstrap
 from bpo.config.bootstrap import ServerConfig
 from bpo.config.training import Config
 from bpo.formats.files import read_groups
+from bpo.job.exits import Interrupted
 from bpo.job.launch import Ranks
-from bpo.job.signals import Interrupted, StopRequest
+from bpo.job.signals import StopRequest
 from tests.bootstrap.fake_server import completion, fake_server
 from tests.bootstrap.jobs import RESULTS, num_outcomes, parts, results, stop_after
 
@@ -182,15 +183,15 @@ def test_annotations_may_be_a_folder_that_datasets_saved(make: MakeConfig, photo
 
 def test_two_processes_cannot_write_one_part(tmp_path: Path) -> None:
     hold = "import sys, pathlib; from bpo.bootstrap.job.outcomes import *; p = pathlib.Path(sys.argv[1]);"
-    hold += "w = PartWriter(p, 0);"
-    hold += "w.append([Outcome('r', 'weaken', 'kept')]); PartReader(p).poll(); print(1, flush=True); sys.stdin.read()"
+    hold += "w = OutcomeWriter(p, 0); w.append([Outcome('r', 'weaken', 'kept')]);"
+    hold += "OutcomeReader(p).poll(); print(1, flush=True); sys.stdin.read()"
     command = [sys.executable, "-c", hold, str(tmp_path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout.readline() == b"1\n"
         with pytest.raises(ValueError, match="rank-00000.jsonl is being written by another process"):
-            PartWriter(tmp_path, 0)
+            OutcomeWriter(tmp_path, 0)
         other.stdin.close()
-    PartWriter(tmp_path, 0)
+    OutcomeWriter(tmp_path, 0)
 
 
 def test_a_broken_image_is_quarantined_and_the_job_goes_on(make: MakeConfig, photos: Path) -> None:

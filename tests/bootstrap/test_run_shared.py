@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from bpo.bootstrap.job.outcomes import PartWriter
+from bpo.bootstrap.job.outcomes import OutcomeWriter
 from bpo.bootstrap.run import run_bootstrap, run_merge
 from bpo.cli import main as bpo
 from bpo.config.bootstrap import BootstrapConfig, WeakenConfig
 from bpo.config.training import Config, DataConfig, ModelConfig
-from bpo.job.lock import NoProgressError, RestartCount
-from bpo.job.signals import EXIT_INTERRUPTED, EXIT_NO_PROGRESS, Interrupted, StopRequest
+from bpo.job.exits import EXIT_INTERRUPTED, EXIT_NO_PROGRESS, Interrupted
+from bpo.job.restarts import NoProgressError, RestartCount
+from bpo.job.signals import StopRequest
 from tests.bootstrap.jobs import num_lines, num_outcomes, parts, results, stop_after
 
 
@@ -36,15 +37,15 @@ def job(photos: Path, tiny_llava_dir: Path):
 
 def signal_after(monkeypatch: pytest.MonkeyPatch, num_batches: int, number: signal.Signals) -> None:
     """The process gets a signal while its batch of this number is written."""
-    append, written = PartWriter.append, []
+    append, written = OutcomeWriter.append, []
 
-    def append_and_signal(self: PartWriter, outcomes) -> None:
+    def append_and_signal(self: OutcomeWriter, outcomes) -> None:
         append(self, outcomes)
         written.append(1)
         if len(written) == num_batches:
             os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(PartWriter, "append", append_and_signal)
+    monkeypatch.setattr(OutcomeWriter, "append", append_and_signal)
 
 
 def one_batch(monkeypatch: pytest.MonkeyPatch, config: Config) -> None:

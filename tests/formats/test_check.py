@@ -1,4 +1,4 @@
-"""`bpo check`: the table, the list, the status, in parallel as alone."""
+"""`bpo check`: table, list of bad records and exit status, with one or more processes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from bpo.formats.check import check_data
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """50 conversations: every tenth names a missing image, one is damaged, two share an id."""
+    """50 conversations: every tenth refers to a missing image, one is damaged, two have the same id."""
     Image.new("RGB", (4, 4)).save(tmp_path / "good.png")
     records = []
     for number in range(50):
@@ -33,18 +33,18 @@ def data(tmp_path: Path) -> Path:
     return tmp_path / "a.json"
 
 
-def test_processes_find_what_one_finds(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_do_not_depend_on_the_number_of_processes(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check_module, "BATCH_RECORDS", 7)
     found = []
     for workers in (1, 2):
-        quarantine = io.StringIO()
+        quarantine = io.BytesIO()
         result = check_data(data, image_root=data.parent, workers=workers, quarantine=quarantine)
         found.append((result.counts, result.examples, result.num_bad, result.num_records, quarantine.getvalue()))
     assert found[0] == found[1]
     counts, examples, num_bad, num_records, listed = found[0]
     assert counts == {"image-missing": 5, "not-json": 1, "repeated-id": 1} and (num_bad, num_records) == (6, 50)
     assert len(examples["image-missing"]) == 3 and len(listed.splitlines()) == 6
-    assert "record 7: id '3' was used before" in examples["repeated-id"][0]
+    assert "record 7: id '3' is already used" in examples["repeated-id"][0]
 
 
 def test_the_command_prints_a_table_and_writes_the_list(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -78,14 +78,16 @@ def test_the_command_prints_a_table_and_writes_the_list(data: Path, capsys: pyte
     assert len(Path(f"{data}.quarantine.jsonl").read_text().splitlines()) == 1
 
 
-def test_what_cannot_be_read_is_one_line_and_leaves_no_list(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unreadable_file_is_a_one_line_error_without_a_list(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "a.json").write_text("[]")
     assert main(["check", str(tmp_path / "a.json")]) == 1
     assert "bpo check: error: " in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
 
 
-def test_a_worker_that_dies_is_one_line(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dead_worker_is_a_one_line_error(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     killer = threading.Thread(target=_kill_first_child, daemon=True)
     killer.start()
     assert main(["check", str(data), "--image-root", str(data.parent), "--workers", "2"]) == 1
@@ -95,7 +97,7 @@ def test_a_worker_that_dies_is_one_line(data: Path, capsys: pytest.CaptureFixtur
 
 
 def _kill_first_child() -> None:
-    """As the kernel does when memory runs out."""
+    """Kills a worker, as the OOM killer would."""
     while True:
         for child in psutil.Process().children():
             with suppress(psutil.Error):
@@ -105,10 +107,10 @@ def _kill_first_child() -> None:
         time.sleep(0.01)
 
 
-def test_a_form_can_be_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_schema_can_be_chosen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     record: dict[str, Any] = {"prompt": "What?", "chosen": "A bus.", "images": []}
     (tmp_path / "a.json").write_text(json.dumps([record]))
     result = check_data(tmp_path / "a.json", schema="trl")
     assert result.counts == {"missing-field": 1}
     assert main(["check", str(tmp_path / "a.json"), "--from", "tlr"]) == 1
-    assert "there is no format 'tlr'; the formats are groups, paper" in capsys.readouterr().err
+    assert "unknown format 'tlr'; supported formats: groups, paper" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Bad input of every kind is named by its code and costs no other record."""
+"""Every kind of bad input is reported by its code and does not affect other records."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def group(**changes: Any) -> dict[str, Any]:
 
 
 def answer(**changes: Any) -> dict[str, Any]:
-    """A group whose second completion is changed."""
+    """Returns a group with changes to its second completion."""
     return group(completions=[GT, {k: v for k, v in (OTHER | changes).items() if v is not ...}])
 
 
@@ -132,13 +132,13 @@ def check(path: Path, **options: Any) -> dict[str, int]:
 def test_a_bad_line_is_named_by_its_code(root: Path, code: str, bad: bytes) -> None:
     path = root / "g.jsonl"
     path.write_bytes(b"\n".join([GOOD_LINES[0], bad, GOOD_LINES[1]]) + b"\n")
-    quarantine = io.StringIO()
+    quarantine = io.BytesIO()
     result = check_data(path, image_root=root, quarantine=quarantine)
     assert dict(result.counts) == {code: 1} and result.num_records == 3
     listed = [json.loads(entry) for entry in quarantine.getvalue().splitlines()]
     if PROBLEMS[code].level == "bad":
         assert [(entry["code"], entry["where"]) for entry in listed] == [(code, f"{path}, line 2")]
-        # Every later stage finds the same, and the good records all the same.
+        # All later stages report the same problem and read the good records.
         bad_records = BadRecords("quarantine")
         assert [g.id for g in read_groups(path, bad_records)] == ["first", "last"]
         assert [problem.code for problem in bad_records.problems] == [code]
@@ -153,20 +153,20 @@ def test_a_bad_record_is_listed_by_its_id(root: Path) -> None:
     path.write_bytes(
         b"\n".join([line(answer(response="")), line(group(id="worse", prompt=3)), b'{"id": "torn'] + GOOD_LINES)
     )
-    quarantine, bad = io.StringIO(), BadRecords("quarantine")
+    quarantine, bad = io.BytesIO(), BadRecords("quarantine")
     check_data(path, image_root=root, quarantine=quarantine)
     read_groups(path, bad)
     named = [json.loads(entry)["record"] for entry in quarantine.getvalue().splitlines()]
     assert named == ["bad", "worse", None] == [problem.record_id for problem in bad.problems]
 
 
-def test_the_kinds_are_many_and_their_codes_known() -> None:
+def test_every_problem_code_is_tested() -> None:
     tested = {code for code, _ in [*BAD_GROUPS, *LEFT_OUT_OR_NOTED, *BAD_ANNOTATIONS]} | {
         code for code, _ in BAD_IMAGES
     }
     tested |= {"torn-record", "nested-too-deeply", "too-large", "rows-apart", "wrong-columns", "image-embedded"}
     assert len(tested) >= 40
-    # Two come from elsewhere: a model's image processor, and a file's permissions (which root may always read).
+    # Not tested here: a model's image processor, and file permissions (which do not apply to root).
     assert set(PROBLEMS) - tested == {"image-refused", "image-unreadable"}
 
 
@@ -215,16 +215,16 @@ def test_a_bad_annotation_in_a_list_is_named_by_its_code(root: Path, code: str, 
     assert [p.code for p in bad_records.problems] == ([code] if PROBLEMS[code].level == "bad" else [])
 
 
-# Files that are damaged as files
+# Damaged files
 
 
 @pytest.mark.parametrize("cut", [1, 20, 60])
-def test_a_torn_last_line_costs_one_record(root: Path, cut: int) -> None:
+def test_a_truncated_last_line_invalidates_one_record(root: Path, cut: int) -> None:
     path = root / "g.jsonl"
     path.write_bytes(GOOD_LINES[0] + b"\n" + GOOD_LINES[1][:-cut])
     assert check(path) == {"torn-record": 1}
     assert [g.id for g in read_groups(path, BadRecords("quarantine"))] == ["first"]
-    with pytest.raises(ValueError, match="line 2: not JSON .* cut off"):
+    with pytest.raises(ValueError, match="line 2: not JSON .* truncated"):
         read_groups(path)
 
 
@@ -245,7 +245,7 @@ def test_a_torn_last_line_costs_one_record(root: Path, cut: int) -> None:
         ("[{0}, 12345, {1}]", {"not-an-object": 1}, 2),
     ],
 )
-def test_damage_in_a_list_costs_the_damaged_record_alone(
+def test_damage_in_a_list_invalidates_only_the_damaged_record(
     root: Path, text: str, codes: dict[str, int], num_good: int
 ) -> None:
     records = [json.dumps(conversation("What?", "This.", id=name)) for name in ("first", "last")]
@@ -270,7 +270,7 @@ def test_damage_in_a_list_costs_the_damaged_record_alone(
     ],
 )
 @pytest.mark.parametrize("size", [100, 1 << 20])
-def test_a_missing_mark_or_bracket_costs_one_record(
+def test_a_missing_mark_or_bracket_invalidates_one_record(
     root: Path, monkeypatch: pytest.MonkeyPatch, whole: str, damaged: str, size: int
 ) -> None:
     monkeypatch.setattr("bpo.formats.jsonscan.CHUNK_BYTES", size)
@@ -285,7 +285,7 @@ def test_a_missing_mark_or_bracket_costs_one_record(
 
 
 @pytest.mark.parametrize("more", ["]", "}", "]}", '"', ", ", "} {"])
-def test_a_mark_or_bracket_too_many_costs_no_record(root: Path, more: str) -> None:
+def test_an_extra_mark_or_bracket_invalidates_no_record(root: Path, more: str) -> None:
     records = [json.dumps(conversation("What?", f"This {n}.", id=str(n))) for n in range(100)]
     for number in (7, 70):
         records[number] += more
@@ -295,7 +295,7 @@ def test_a_mark_or_bracket_too_many_costs_no_record(root: Path, more: str) -> No
     assert len(read_annotations(path, BadRecords("quarantine")).annotations) == 100
 
 
-def test_objects_in_a_damaged_record_are_no_records(root: Path) -> None:
+def test_objects_in_a_damaged_record_are_not_records(root: Path) -> None:
     inner = [{"id": n, "box": [0, 0, 1, 1]} for n in range(3)]
     records = [json.dumps(conversation("What?", "This.", id=str(n), objects=inner)) for n in range(9)]
     path = root / "a.json"
@@ -304,7 +304,7 @@ def test_objects_in_a_damaged_record_are_no_records(root: Path) -> None:
     assert (result.num_records, result.num_bad) == (9, 1)
 
 
-def test_a_byte_in_a_list_that_is_no_utf8_costs_one_record(root: Path) -> None:
+def test_an_invalid_utf8_byte_in_a_list_invalidates_one_record(root: Path) -> None:
     records = [json.dumps(conversation("What?", answer, id=answer)) for answer in ("one", "caf?", "three")]
     path = root / "a.json"
     path.write_bytes(("[" + ",".join(records) + "]").encode().replace(b"caf?", b"caf\xe9"))
@@ -312,7 +312,7 @@ def test_a_byte_in_a_list_that_is_no_utf8_costs_one_record(root: Path) -> None:
     assert [a.id for a in read_annotations(path, BadRecords("quarantine")).annotations] == ["one", "three"]
 
 
-def test_a_record_without_end_does_not_fill_the_memory(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unterminated_record_is_read_in_bounded_memory(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bpo.formats.jsonscan.MAX_RECORD_CHARACTERS", 1000)
     monkeypatch.setattr("bpo.formats.jsonscan.CHUNK_BYTES", 100)
     monkeypatch.setattr("bpo.formats.jsonfiles.MAX_RECORD_CHARACTERS", 1000)
@@ -332,13 +332,13 @@ def test_a_record_without_end_does_not_fill_the_memory(root: Path, monkeypatch: 
         ("a.bin", bytes(range(256)), "not a JSON list or JSONL"),
         ("a.json.gz", b"\x1f\x8b\x08\x00", "unpack it first"),
         ("a.txt", b"Once upon a time", "not a JSON list"),
-        ("a.json", b'[{"id": 1, "pictures": []}]', r"fields \['id', 'pictures'\] are in no known form"),
-        ("a.csv", b"image,image\nx,y\n", "repeats a name"),
+        ("a.json", b'[{"id": 1, "pictures": []}]', r"fields \['id', 'pictures'\] match no supported format"),
+        ("a.csv", b"image,image\nx,y\n", "duplicate or empty names"),
         ("missing.json", None, "cannot be read"),
-        ("folder", ..., "folder without"),
+        ("folder", ..., "the folder has no"),
     ],
 )
-def test_a_file_in_no_known_form_is_refused(root: Path, name: str, content: Any, message: str) -> None:
+def test_a_file_in_an_unknown_format_is_refused(root: Path, name: str, content: Any, message: str) -> None:
     if content is ...:
         (root / name).mkdir()
     elif content is not None:
@@ -347,7 +347,7 @@ def test_a_file_in_no_known_form_is_refused(root: Path, name: str, content: Any,
         check(root / name)
 
 
-def test_a_refusal_lists_what_is_understood_and_what_was_missing(root: Path) -> None:
+def test_the_error_lists_supported_schemas_and_missing_fields(root: Path) -> None:
     (root / "a.json").write_text(json.dumps([{"id": 1, "chosen": "x"}]))
     with pytest.raises(ValueError) as caught:
         check(root / "a.json")
@@ -356,10 +356,10 @@ def test_a_refusal_lists_what_is_understood_and_what_was_missing(root: Path) -> 
     assert all(f"\n  {name}: " in text for name in ("groups", "paper", "rlaif-v", "rlhf-v", "llava", "table"))
 
 
-# The policy of the stages
+# Policy for bad records
 
 
-def test_above_the_ceiling_the_reading_stops(root: Path) -> None:
+def test_reading_stops_above_max_bad_share(root: Path) -> None:
     path = root / "g.jsonl"
     path.write_bytes(b"\n".join([*GOOD_LINES, b"{", line(group(id="d"))]) + b"\n")
     assert len(read_groups(path, BadRecords("quarantine", max_bad_share=0.25))) == 3

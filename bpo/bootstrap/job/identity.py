@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bpo.bootstrap.inject import Mode, prompt_text
-from bpo.bootstrap.job.outcomes import write_atomically
 from bpo.config.training import Config
 from bpo.formats.importers.registry import open_source
+from bpo.job.durable import write_durably
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf", ".pt")
 _SAMPLES_PER_FILE = 64
@@ -65,7 +65,8 @@ def check_identity(config: Config, folder: Path) -> None:
     path = folder / "job.json"
     if not path.exists():
         # Ranks that race here write the same bytes.
-        write_atomically(path, json.dumps(identity, indent=2).encode("utf-8") + b"\n")
+        folder.mkdir(parents=True, exist_ok=True)
+        write_durably(path, json.dumps(identity, indent=2) + "\n")
         return
     stored = json.loads(path.read_text(encoding="utf-8"))
     differing = [name for name in {**stored, **identity} if stored.get(name) != identity.get(name)]

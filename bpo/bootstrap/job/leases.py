@@ -10,18 +10,18 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 import threading
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
+from bpo.job.durable import write_durably
+from bpo.job.process import ProcessIdentity, is_running, this_process
+
 logger = logging.getLogger(__name__)
 
-_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
-
-class Claims:
+class Leases:
     """The claims of one worker, as a context: on leaving it everything this worker holds is given back.
 
     Args:
@@ -37,9 +37,9 @@ class Claims:
         self._leaving = threading.Event()
         self._thread = threading.Thread(target=self._show_life, name="claims", daemon=True)
 
-    def __enter__(self) -> Claims:
+    def __enter__(self) -> Leases:
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._sign.write_text(f"{_machine()} {os.getpid()}", encoding="ascii")
+        self._sign.write_text(_sign_of(this_process()), encoding="ascii")
         self._thread.start()
         return self
 
@@ -53,7 +53,7 @@ class Claims:
         self._sign.unlink(missing_ok=True)
 
     def take(self, piece: str) -> bool:
-        """Claims a piece; False where a living worker has it."""
+        """Leases a piece; False where a living worker has it."""
         path = self._path(piece)
         try:
             descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
@@ -95,9 +95,7 @@ class Claims:
         try:
             if not self._is_free(path):  # somebody was quicker
                 return False
-            mine = path.with_suffix(f".{self.worker}")
-            mine.write_text(self.worker, encoding="ascii")
-            mine.replace(path)
+            write_durably(path, self.worker, sync=False)
             return True
         finally:
             lock.unlink(missing_ok=True)
@@ -105,13 +103,13 @@ class Claims:
     def _is_alive(self, owner: str) -> bool:
         sign = self._folder / f"{owner}.alive"
         try:
-            machine, _, process = sign.read_text(encoding="ascii").partition(" ")
+            process = _process_of(sign.read_text(encoding="ascii"))
             silent_s = self._now() - sign.stat().st_mtime
         except FileNotFoundError:
             return False
         if silent_s > self._timeout_s:
             return False
-        return machine != _machine() or not process.isdigit() or Path(f"/proc/{process}").exists()
+        return process is None or is_running(process) is not False
 
     def _now(self) -> float:
         """The file system's time: the clocks of machines differ."""
@@ -129,9 +127,17 @@ class Claims:
         return self._folder / f"{piece}.claim"
 
 
-def _machine() -> str:
-    """A name of this start of this machine; host names repeat in clouds and containers."""
-    try:
-        return _BOOT_ID.read_text(encoding="ascii").strip()
-    except OSError:
-        return socket.gethostname()
+def _sign_of(process: ProcessIdentity) -> str:
+    return f"{process.boot or process.host} {process.pid} {process.started} {process.host}"
+
+
+def _process_of(sign: str) -> ProcessIdentity | None:
+    """The process of a sign of life; None if it names none.
+
+    The last two fields may be missing: earlier versions did not write them.
+    """
+    boot, pid, started, host = [*sign.split(" "), *[""] * 4][:4]
+    if not pid.isdigit():
+        return None
+    here = os.uname().nodename
+    return ProcessIdentity(host or here, boot, int(pid), None if started in ("", "None") else started)

@@ -13,12 +13,14 @@ from typing import Any, Protocol
 from bpo.bootstrap.changes import load_lexicon
 from bpo.bootstrap.completion_types import COMPLETION_TYPES, PROVENANCE_SOURCES
 from bpo.bootstrap.job.balance import balance_rank, thresholds
-from bpo.bootstrap.job.outcomes import AtomicLines, Outcome, write_atomically
+from bpo.bootstrap.job.outcomes import Outcome
 from bpo.bootstrap.job.statistics import SourceStatistics
 from bpo.bootstrap.validate import REASONS, annotation_refusal, content_key
 from bpo.config.training import Config
 from bpo.formats.bad_records import BadRecords
 from bpo.formats.files import group_to_json
+from bpo.job.durable import replacing, write_durably
+from bpo.job.journal import to_line
 from bpo.records import Annotation, Completion, PreferenceGroup, Provenance
 
 # Statistics look at about so many groups, evenly spread: a look takes several times as long as a merge of its record.
@@ -60,7 +62,7 @@ def sibling_path(groups: Path, what: str) -> Path:
 
 
 class Outcomes(Protocol):
-    """Finds what became of a record under a source: a `PartReader`, or a dict."""
+    """Finds what became of a record under a source: an `OutcomeReader`, or a dict."""
 
     def get(self, key: tuple[str, str], /) -> Outcome | None: ...
 
@@ -92,47 +94,38 @@ def merge(
         ValueError: No record has a usable negative; the lists are written all the same.
         TooManyBadRecords: More records are bad than `data.max_bad_share` allows; so are they then.
     """
-    groups_path = Path(config.data.groups)
-    names = ("", "refused.jsonl", "quarantine.jsonl")
-    files = groups, refused, quarantine = [
-        AtomicLines(sibling_path(groups_path, n) if n else groups_path) for n in names
-    ]
-    try:
-        made = _Made(config, len(annotations))
-        for problem in bad.problems:
-            entry: dict[str, Any] = {
-                "file": [],
-                "record": problem.record_id,
-                "source": "annotation",
-                "error": problem.detail,
-            }
-            made.count_quarantined(entry)
-            quarantine.write(entry)
-        for annotation, of_record in _judged(config, annotations, outcomes):
-            for refusal in _refusals(annotation, of_record, config.data.max_completion_words):
-                made.count_refused(refusal)
-                refused.write(refusal)
-            for entry in _quarantine(annotation, of_record):
+    path = Path(config.data.groups)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    refused_path, quarantine_path = sibling_path(path, "refused.jsonl"), sibling_path(path, "quarantine.jsonl")
+    made = _Made(config, len(annotations))
+    with replacing(path) as groups:
+        with replacing(refused_path) as refused, replacing(quarantine_path) as quarantine:
+            for problem in bad.problems:
+                entry: dict[str, Any] = {
+                    "file": [],
+                    "record": problem.record_id,
+                    "source": "annotation",
+                    "error": problem.detail,
+                }
                 made.count_quarantined(entry)
-                quarantine.write(entry)
-            made.num_broken += any(outcome.status == "broken" for outcome in of_record)
-            group = build_group(annotation, of_record, config.data.max_completion_words)
-            if group:
-                made.count_group(annotation, of_record)
-                groups.write(group_to_json(group))
-        summary = made.summary(skipped, seconds)
-        refused.commit()
-        quarantine.commit()
-        write_atomically(
-            sibling_path(groups_path, "summary.json"), json.dumps(asdict(summary), indent=2).encode() + b"\n"
-        )
+                quarantine.write(to_line(entry, ensure_ascii=False))
+            for annotation, of_record in _judged(config, annotations, outcomes):
+                for refusal in _refusals(annotation, of_record, config.data.max_completion_words):
+                    made.count_refused(refusal)
+                    refused.write(to_line(refusal, ensure_ascii=False))
+                for entry in _quarantine(annotation, of_record):
+                    made.count_quarantined(entry)
+                    quarantine.write(to_line(entry, ensure_ascii=False))
+                made.num_broken += any(outcome.status == "broken" for outcome in of_record)
+                group = build_group(annotation, of_record, config.data.max_completion_words)
+                if group:
+                    made.count_group(annotation, of_record)
+                    groups.write(to_line(group_to_json(group), ensure_ascii=False))
+            summary = made.summary(skipped, seconds)
+        write_durably(sibling_path(path, "summary.json"), json.dumps(asdict(summary), indent=2) + "\n")
         made.check_any_group(summary)
         made.check_share(bad)
-        groups.commit()
-        return summary
-    finally:
-        for file in files:
-            file.discard()
+    return summary
 
 
 class _Made:

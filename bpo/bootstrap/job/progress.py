@@ -9,8 +9,8 @@ from types import TracebackType
 
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from bpo.bootstrap.job.outcomes import PartReader
-from bpo.bootstrap.job.queue import SourceWork
+from bpo.bootstrap.job.outcomes import OutcomeReader
+from bpo.bootstrap.job.queue import SourceQueue
 
 logger = logging.getLogger(__name__)
 
@@ -26,14 +26,14 @@ class ProgressBar:
         num_done: Outcomes of all workers that are known of.
     """
 
-    def __init__(self, work: SourceWork, reader: PartReader, shown: bool):
-        self._work, self._reader = work, reader
-        self.num_done = work.num_done()
+    def __init__(self, queue: SourceQueue, reader: OutcomeReader, shown: bool):
+        self._queue, self._reader = queue, reader
+        self.num_done = queue.num_done()
         self._started_s, self._num_own, self._looked_s = time.monotonic(), 0, time.monotonic()
         self._bar = tqdm(
-            total=work.num_records,
+            total=queue.num_records,
             initial=self.num_done,
-            desc=work.source,
+            desc=queue.source,
             unit="answer",
             mininterval=_MIN_INTERVAL_S,
             disable=not shown,
@@ -49,8 +49,8 @@ class ProgressBar:
         seconds = time.monotonic() - self._started_s
         logger.info(
             "%s: %d answers by this rank in %.1f s, %.1f a second; %d of %d are there",
-            *(self._work.source, self._num_own, seconds, self._num_own / max(seconds, 1e-9)),
-            *(self.num_done, self._work.num_records),
+            *(self._queue.source, self._num_own, seconds, self._num_own / max(seconds, 1e-9)),
+            *(self.num_done, self._queue.num_records),
         )
 
     def add(self, written: int) -> None:
@@ -59,6 +59,6 @@ class ProgressBar:
         if time.monotonic() - self._looked_s > _LOOK_EVERY_S:
             self._reader.poll()
             self._looked_s = time.monotonic()
-        done = self._work.num_done()
+        done = self._queue.num_done()
         self._bar.update(done - self.num_done)
         self.num_done = done

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from bpo.bootstrap.engines.models import batch_size
-from bpo.bootstrap.job.leases import Claims
-from bpo.bootstrap.job.outcomes import PartReader
+from bpo.bootstrap.job.leases import Leases
+from bpo.bootstrap.job.outcomes import OutcomeReader
 from bpo.bootstrap.job.spool import AnnotationSpool, Batches
 from bpo.config.training import Config
 
@@ -16,17 +16,17 @@ MAX_PIECES = 4096
 
 
 @dataclass(frozen=True, slots=True)
-class ClaimedBatch:
+class LeasedBatch:
     """A batch to do. Attributes: ends: the claim to release when its outcomes are written, or None."""
 
     number: int
     ends: str | None = None
 
 
-class SourceWork:
+class SourceQueue:
     """The batches of one source; finished ones are not looked up again."""
 
-    def __init__(self, source: str, batches: Batches, reader: PartReader):
+    def __init__(self, source: str, batches: Batches, reader: OutcomeReader):
         self.source, self.batches, self._reader = source, batches, reader
         self._per_piece = max(1, -(-len(batches) // MAX_PIECES))
         self._open = list(range(-(-len(batches) // self._per_piece)))
@@ -57,17 +57,17 @@ class SourceWork:
         """For each record of a batch whether it has an outcome."""
         return [self._reader.has(self.source, digest) for digest in self.batches.digests(number)]
 
-    def claimed(self, claims: Claims) -> Iterator[ClaimedBatch]:
+    def leased(self, leases: Leases) -> Iterator[LeasedBatch]:
         """Unfinished batches, the longest answers first, each in a piece that this worker has claimed.
 
         Ends where nothing is left but what living workers have claimed.
         """
-        while (piece := self._claim(claims)) is not None:
+        while (piece := self._claim(leases)) is not None:
             *numbers, last = self.unfinished(piece)
-            yield from (ClaimedBatch(number) for number in numbers)
-            yield ClaimedBatch(last, ends=self._name(piece))
+            yield from (LeasedBatch(number) for number in numbers)
+            yield LeasedBatch(last, ends=self._name(piece))
 
-    def _claim(self, claims: Claims) -> int | None:
+    def _claim(self, leases: Leases) -> int | None:
         """The first unfinished piece that is free, now this worker's; None where there is none."""
         others: list[int] = []
         pieces = iter(self._open)
@@ -75,7 +75,7 @@ class SourceWork:
         for piece in pieces:
             if not self.unfinished(piece):
                 continue
-            if not claims.take(self._name(piece)):
+            if not leases.take(self._name(piece)):
                 others.append(piece)
                 continue
             # Its last owner may have finished it since the reader's last look.
@@ -83,7 +83,7 @@ class SourceWork:
             if self.unfinished(piece):
                 self._mine.append(mine := piece)
                 break
-            claims.release(self._name(piece))
+            leases.release(self._name(piece))
         self._open = [*others, *pieces]
         return mine
 
@@ -102,25 +102,25 @@ class SourceWork:
         return count, first
 
 
-def plan_work(annotations: AnnotationSpool, config: Config, reader: PartReader) -> dict[str, SourceWork]:
+def build_queues(annotations: AnnotationSpool, config: Config, reader: OutcomeReader) -> dict[str, SourceQueue]:
     """Source -> the annotations it is to answer in batches, longest first, without those refused themselves."""
-    work: dict[str, SourceWork] = {}
+    queues: dict[str, SourceQueue] = {}
     for source in config.bootstrap.sources:
         is_text = source == "inject"
         # Requests with other worked examples cannot be answered in one batch.
         positions = annotations.longest_first(config.bootstrap.max_inject_records if is_text else 0, by_kind=is_text)
-        work[source] = SourceWork(source, Batches(annotations, positions, batch_size(config, source)), reader)
-    return work
+        queues[source] = SourceQueue(source, Batches(annotations, positions, batch_size(config, source)), reader)
+    return queues
 
 
-def is_finished(work: dict[str, SourceWork]) -> bool:
+def is_finished(queues: dict[str, SourceQueue]) -> bool:
     """Whether every record of every source has an outcome."""
-    return all(one.is_finished() for one in work.values())
+    return all(queue.is_finished() for queue in queues.values())
 
 
-def lacking(work: dict[str, SourceWork]) -> str:
+def lacking(queues: dict[str, SourceQueue]) -> str:
     """How many outcomes are missing, and which comes first."""
-    missing = {source: one.missing() for source, one in work.items()}
-    total = sum(one.num_records for one in work.values())
+    missing = {source: queue.missing() for source, queue in queues.items()}
+    total = sum(queue.num_records for queue in queues.values())
     first = next((f" (the first: {source} of record {record!r})" for source, (n, record) in missing.items() if n), "")
     return f"{sum(count for count, _ in missing.values())} of {total} outcomes are missing{first}"

@@ -16,17 +16,17 @@ import pytest
 
 from bpo.bootstrap import run as run_module
 from bpo.bootstrap.engines import models as engines_module
-from bpo.bootstrap.job import leases as claims_module
-from bpo.bootstrap.job.leases import Claims
+from bpo.bootstrap.job.leases import Leases
 from bpo.bootstrap.job.merge import BootstrapSummary
-from bpo.bootstrap.job.outcomes import Outcome, PartReader, PartWriter
-from bpo.bootstrap.job.queue import SourceWork
+from bpo.bootstrap.job.outcomes import Outcome, OutcomeReader, OutcomeWriter
+from bpo.bootstrap.job.queue import SourceQueue
 from bpo.bootstrap.job.spool import AnnotationSpool, Batches
 from bpo.bootstrap.run import run_bootstrap
 from bpo.bootstrap.sources import ImageAnswers
 from bpo.config.training import Config
 from bpo.formats.files import read_groups
 from bpo.job.launch import Ranks
+from bpo.job.process import this_process
 from bpo.records import Annotation, ContentPart, Turn
 from tests.bootstrap.jobs import num_lines, num_outcomes, parts, results
 
@@ -39,11 +39,11 @@ def dead_process() -> str:
 
 
 def test_a_piece_has_one_owner_until_it_is_given_back(tmp_path: Path) -> None:
-    with Claims(tmp_path, "a", 60) as a, Claims(tmp_path, "b", 60) as b:
+    with Leases(tmp_path, "a", 60) as a, Leases(tmp_path, "b", 60) as b:
         assert a.take("piece") and not b.take("piece") and b.take("other")
         a.release("piece")
         assert b.take("piece") and not a.take("piece")
-    with Claims(tmp_path, "a", 60) as a:  # who leaves gives everything back
+    with Leases(tmp_path, "a", 60) as a:  # who leaves gives everything back
         assert a.take("piece") and a.take("other")
     assert list(tmp_path.iterdir()) == []
 
@@ -56,11 +56,11 @@ def test_of_many_that_ask_at_once_one_gets_a_piece(tmp_path: Path) -> None:
     ready = threading.Barrier(8)
 
     def ask(worker: int) -> list[int]:
-        with Claims(tmp_path, f"w{worker}", 60) as claims:
+        with Leases(tmp_path, f"w{worker}", 60) as leases:
             ready.wait()
             taken: list[int] = []
             for number in [*range(40), *range(40)]:
-                if number not in taken and claims.take(str(number)):
+                if number not in taken and leases.take(str(number)):
                     taken.append(number)
             ready.wait()
             return taken
@@ -71,11 +71,11 @@ def test_of_many_that_ask_at_once_one_gets_a_piece(tmp_path: Path) -> None:
 
 
 def test_a_silent_owner_loses_its_piece_and_a_living_one_does_not(tmp_path: Path) -> None:
-    with Claims(tmp_path, "living", 0.4) as living:
+    with Leases(tmp_path, "living", 0.4) as living:
         assert living.take("piece")
         (tmp_path / "silent.alive").write_text("elsewhere 1")
         (tmp_path / "theirs.claim").write_text("silent")
-        with Claims(tmp_path, "other", 0.4) as other:
+        with Leases(tmp_path, "other", 0.4) as other:
             assert not other.take("theirs")
             time.sleep(1.0)
             assert other.take("theirs") and not other.take("piece")
@@ -84,36 +84,54 @@ def test_a_silent_owner_loses_its_piece_and_a_living_one_does_not(tmp_path: Path
 def test_who_comes_back_under_its_name_has_its_pieces_at_once(tmp_path: Path) -> None:
     (tmp_path / "a.alive").write_text("elsewhere 1")
     (tmp_path / "piece.claim").write_text("a")
-    with Claims(tmp_path, "a", 60) as a:
+    with Leases(tmp_path, "a", 60) as a:
         assert a.take("piece")
 
 
-def source_work(folder: Path, num_records: int, size: int, monkeypatch: pytest.MonkeyPatch, pieces: int) -> SourceWork:
+def test_a_sign_of_life_tells_a_recycled_process_id(tmp_path: Path) -> None:
+    """The id is that of a running process with another start time: the owner is gone."""
+    here = this_process()
+    signs = {
+        "recycled": f"{here.boot} {here.pid} 1 {here.host}",
+        "running": f"{here.boot} {here.pid} {here.started} {here.host}",
+        "other-host": f"{here.boot} {here.pid} 1 elsewhere",  # containers of one machine share its boot id
+        "earlier-version": f"{here.boot} {here.pid}",
+        "earlier-version-dead": f"{here.boot} {dead_process()}",
+    }
+    for name, sign in signs.items():
+        (tmp_path / f"{name}.alive").write_text(sign)
+        (tmp_path / f"{name}.claim").write_text(name)
+    with Leases(tmp_path, "a", 60) as a:
+        assert (tmp_path / "a.alive").read_text() == signs["running"]
+        assert [name for name in signs if a.take(name)] == ["recycled", "earlier-version-dead"]
+
+
+def source_work(folder: Path, num_records: int, size: int, monkeypatch: pytest.MonkeyPatch, pieces: int) -> SourceQueue:
     monkeypatch.setattr("bpo.bootstrap.job.queue.MAX_PIECES", pieces)
     turn = (Turn("user", (ContentPart("text", "?"),)),)
     spool = AnnotationSpool((Annotation(f"r{n}", (), turn, "x") for n in range(num_records)), 0, 350)
-    (reader := PartReader(folder)).poll()
-    return SourceWork("inject", Batches(spool, spool.longest_first(), size), reader)
+    (reader := OutcomeReader(folder)).poll()
+    return SourceQueue("inject", Batches(spool, spool.longest_first(), size), reader)
 
 
 def test_pieces_cover_the_work_once_and_end_where_their_last_batch_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     work = source_work(tmp_path, 53, 5, monkeypatch, pieces=4)
-    with Claims(tmp_path / "claims", "a", 60) as a, Claims(tmp_path / "claims", "b", 60) as b:
+    with Leases(tmp_path / "claims", "a", 60) as a, Leases(tmp_path / "claims", "b", 60) as b:
         assert b.take(work._name(1))  # batches 3, 4 and 5
-        got = list(work.claimed(a))
+        got = list(work.leased(a))
     assert [one.number for one in got] == [0, 1, 2, 6, 7, 8, 9, 10]
     assert [one.number for one in got if one.ends] == [2, 8, 10]
     assert not work.is_finished()
     done = [Outcome(f"r{n}", "inject", "kept") for n in range(53) if n != 7]
-    with PartWriter(tmp_path, 0) as writer:
+    with OutcomeWriter(tmp_path, 0) as writer:
         writer.append(done)
     work._reader.poll()
     assert not work.is_finished() and work.missing() == (1, "r7") and work.num_done() == 52
     again = source_work(tmp_path, 53, 5, monkeypatch, pieces=4)
-    with Claims(tmp_path / "claims", "a", 60) as a:
-        assert [one.number for one in again.claimed(a)] == [1]  # only the batch of r7
+    with Leases(tmp_path / "claims", "a", 60) as a:
+        assert [one.number for one in again.leased(a)] == [1]  # only the batch of r7
 
 
 @contextmanager
@@ -184,7 +202,7 @@ def test_rank_0_waits_for_what_others_have_claimed(make: MakeConfig, monkeypatch
 def test_rank_0_gives_up_when_a_living_rank_does_nothing(make: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     config = make("a", sources=["weaken"], stall_timeout_s=0.2)
     monkeypatch.setattr(run_module, "ranks_from_environment", lambda: Ranks(0, 2, 0))
-    with Claims(parts(config) / "claims", "worker-00001", 120) as other:
+    with Leases(parts(config) / "claims", "worker-00001", 120) as other:
         assert other.take("weaken-4x1-000000")
         with pytest.raises(TimeoutError, match="4 of 9 outcomes are missing.*stall_timeout_s"):
             run_bootstrap(config, progress=False)
@@ -202,7 +220,7 @@ def test_the_stall_timeout_starts_with_the_wait(tmp_path: Path, monkeypatch: pyt
     stall.wait(reader, {"inject": work}, None)
     now_s += 99
     stall.wait(reader, {"inject": work}, None)
-    with PartWriter(tmp_path, 1) as writer:
+    with OutcomeWriter(tmp_path, 1) as writer:
         writer.append([Outcome("r3", "inject", "kept")])
     reader.poll()
     now_s += 99
@@ -218,7 +236,7 @@ def test_a_dead_ranks_work_is_done_by_the_others(make: MakeConfig, monkeypatch: 
     config = make("a", sources=["weaken"], claim_timeout_s=1.0)
     claims = parts(config) / "claims"
     claims.mkdir(parents=True)
-    (claims / "worker-00001.alive").write_text(f"{claims_module._machine()} {dead_process()}")
+    (claims / "worker-00001.alive").write_text(f"{this_process().boot} {dead_process()}")
     (claims / "worker-00002.alive").write_text(f"another-machine {os.getpid()}")
     (claims / "weaken-4x1-000000.claim").write_text("worker-00001")
     (claims / "weaken-4x1-000001.claim").write_text("worker-00002")

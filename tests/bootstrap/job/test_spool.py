@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from bpo.bootstrap.job.merge import merge
-from bpo.bootstrap.job.outcomes import AtomicLines, Outcome, PartReader, PartWriter, record_digest
-from bpo.bootstrap.job.queue import SourceWork
+from bpo.bootstrap.job.outcomes import Outcome, OutcomeReader, OutcomeWriter, record_digest
+from bpo.bootstrap.job.queue import SourceQueue
 from bpo.bootstrap.job.spool import AnnotationSpool, Batches
 from bpo.config.bootstrap import BootstrapConfig
 from bpo.config.training import Config, DataConfig
@@ -64,11 +64,11 @@ def outcomes(count: int, source: str = "weaken") -> Iterator[Outcome]:
 
 
 def test_outcomes_are_found_where_they_stand(tmp_path: Path) -> None:
-    with PartWriter(tmp_path, 0) as writer:
+    with OutcomeWriter(tmp_path, 0) as writer:
         writer.append(outcomes(5))
-    reader = PartReader(tmp_path)
+    reader = OutcomeReader(tmp_path)
     assert reader.poll() == len(reader) == 5 and reader.poll() == 0
-    with PartWriter(tmp_path, 1) as writer:
+    with OutcomeWriter(tmp_path, 1) as writer:
         writer.append([*outcomes(7), Outcome("bad", "inject", "broken", reason="no picture")])
     assert reader.poll() == 3  # five were there
     assert ("weaken", annotation(6).id) in reader and ("inject", annotation(6).id) not in reader
@@ -82,7 +82,7 @@ def test_a_line_that_is_still_being_written_is_read_when_it_is_whole(tmp_path: P
     whole = b"".join(outcome.to_line() for outcome in outcomes(2))
     part = tmp_path / "rank-00000.jsonl"
     part.write_bytes(whole[:-10])
-    reader = PartReader(tmp_path)
+    reader = OutcomeReader(tmp_path)
     assert reader.poll() == 1
     part.write_bytes(whole)
     assert reader.poll() == 1 and reader.get(("weaken", annotation(1).id)) is not None
@@ -92,36 +92,22 @@ def test_a_line_that_is_still_being_written_is_read_when_it_is_whole(tmp_path: P
 def test_a_torn_last_line_is_dropped_whatever_its_length(tmp_path: Path, tail: bytes) -> None:
     whole = b"".join(outcome.to_line() for outcome in outcomes(2))
     (tmp_path / "rank-00000.jsonl").write_bytes(whole + tail)
-    with PartWriter(tmp_path, 0):
+    with OutcomeWriter(tmp_path, 0):
         pass
     assert (tmp_path / "rank-00000.jsonl").read_bytes() == whole
-
-
-def test_lines_appear_when_all_are_there_or_not_at_all(tmp_path: Path) -> None:
-    path = tmp_path / "lines.jsonl"
-    path.write_text("old\n")
-    for commits in (False, True):
-        lines = AtomicLines(path)
-        lines.write({"a": "\udc80é"})
-        assert path.read_text() == "old\n"
-        if commits:
-            lines.commit()
-        lines.discard()
-    assert path.read_bytes().decode("utf-8", "surrogatepass") == '{"a": "\udc80é"}\n'
-    assert [p.name for p in tmp_path.iterdir()] == ["lines.jsonl"]
 
 
 def peak_bytes(folder: Path, count: int) -> int:
     """Most Python memory while `count` records are read, planned, indexed and merged."""
     folder.mkdir()
-    with PartWriter(folder / "parts", 0) as writer:
+    with OutcomeWriter(folder / "parts", 0) as writer:
         writer.append(outcomes(count))
     config = Config(data=DataConfig(groups=str(folder / "groups.jsonl")), bootstrap=BootstrapConfig(sources=["weaken"]))
     tracemalloc.start()
     spooled = AnnotationSpool((annotation(n, 30) for n in range(count)), 0, 350)
-    reader = PartReader(folder / "parts")
+    reader = OutcomeReader(folder / "parts")
     reader.poll()
-    assert SourceWork("weaken", Batches(spooled, spooled.longest_first(), 16), reader).is_finished()
+    assert SourceQueue("weaken", Batches(spooled, spooled.longest_first(), 16), reader).is_finished()
     summary = merge(config, spooled, reader, {}, {}, BadRecords())
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()

@@ -1,4 +1,4 @@
-"""Answers on disk: ranks share the questions, no answer is lost. Run: pytest tests/evaluation/test_kept.py"""
+"""Answers on disk: ranks share the questions, no answer is lost. Run: pytest tests/evaluation/test_answer_journal.py"""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from PIL import Image
 
 from bpo.config.training import Config, DataConfig, EvaluationConfig, ModelConfig
 from bpo.evaluation import answers as answers_module
-from bpo.evaluation.kept import KeptAnswers
+from bpo.evaluation.answer_journal import AnswerJournal
 from bpo.evaluation.run import run_evaluation
+from bpo.job.exits import Interrupted
 from bpo.job.launch import Ranks
-from bpo.job.lock import NoProgressError
-from bpo.job.signals import Interrupted, StopRequest
+from bpo.job.restarts import NoProgressError
+from bpo.job.signals import StopRequest
 from bpo.model import generate
 
 
@@ -61,15 +62,15 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def signal_in_batch(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    put, calls = KeptAnswers.put, []
+    put, calls = AnswerJournal.put, []
 
-    def put_and_signal(self: KeptAnswers, *arguments: Any) -> None:
+    def put_and_signal(self: AnswerJournal, *arguments: Any) -> None:
         put(self, *arguments)
         calls.append(1)
         if len(calls) == number:
             os.kill(os.getpid(), signal.SIGUSR2)
 
-    monkeypatch.setattr(KeptAnswers, "put", put_and_signal)
+    monkeypatch.setattr(AnswerJournal, "put", put_and_signal)
 
 
 def results(config: Config) -> dict[str, Any]:
@@ -124,12 +125,12 @@ def test_a_killed_job_asks_again_what_a_torn_line_held(config: Config, batches: 
 
 
 def test_a_torn_line_takes_no_later_answer_with_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    KeptAnswers(tmp_path).put("pope", {0: "yes", 1: "no"})
+    AnswerJournal(tmp_path).put("pope", {0: "yes", 1: "no"})
     (part,) = tmp_path.glob("rank-*.jsonl")
     part.write_bytes(part.read_bytes()[:-3])
-    KeptAnswers(tmp_path).put("pope", {1: "no", 2: "perhaps"})
-    kept = KeptAnswers(tmp_path)
-    assert kept.all("pope", 3, 0.0) == ["yes", "no", "perhaps"]
+    AnswerJournal(tmp_path).put("pope", {1: "no", 2: "perhaps"})
+    journal = AnswerJournal(tmp_path)
+    assert journal.all("pope", 3, 0.0) == ["yes", "no", "perhaps"]
     assert "cut short" in caplog.text
 
 
@@ -182,9 +183,9 @@ def test_restarts_that_add_no_answer_come_to_an_end(config: Config, monkeypatch:
 
 
 def test_nothing_is_decoded_when_all_is_answered() -> None:
-    kept = KeptAnswers()
-    kept.put("pope", {0: "yes", 1: "no"})
+    journal = AnswerJournal()
+    journal.put("pope", {0: "yes", 1: "no"})
     answers_module.answer_requests(
-        None, None, [answers_module.Request("a", "gone.png", "?")] * 2, kept, "pope", max_new_tokens=1, batch_size=2
+        None, None, [answers_module.Request("a", "gone.png", "?")] * 2, journal, "pope", max_new_tokens=1, batch_size=2
     )
-    assert kept.all("pope", 2, 0.0) == ["yes", "no"]
+    assert journal.all("pope", 2, 0.0) == ["yes", "no"]

@@ -11,7 +11,7 @@ from bpo.formats.bad_records import BadRecords
 from bpo.formats.problems import Problem
 
 
-class BrokenRecords:
+class BrokenImages:
     """Counts the records that turn out to be broken, each once, over all sources and earlier starts of the job.
 
     Args:

@@ -1,0 +1,42 @@
+"""Process identity: start times, recycled ids, other hosts. Run: pytest tests/job/test_process.py"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+from bpo.job.process import is_running, process_start, this_process
+
+
+def ended_pid() -> int:
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def test_processes_are_told_apart() -> None:
+    assert process_start(os.getpid()) == process_start(os.getpid()) != process_start(1)
+    assert process_start(ended_pid()) is None
+
+
+def test_a_process_runs_until_it_has_ended() -> None:
+    here = this_process()
+    assert is_running(here) is True
+    assert is_running(here._replace(pid=ended_pid(), started=None)) is False
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
+        identity = here._replace(pid=child.pid, started=process_start(child.pid))
+        assert is_running(identity) is True
+        child.kill()
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+        assert is_running(identity) is False  # a zombie: killed, not yet waited for
+
+
+def test_a_recycled_pid_is_not_the_process() -> None:
+    assert is_running(this_process()._replace(started="1")) is False
+    assert is_running(this_process()._replace(started=None)) is True  # start time unknown: the id decides
+
+
+def test_nothing_is_known_of_other_hosts_and_boots() -> None:
+    for elsewhere in ({"host": "n7"}, {"boot": "other"}, {"boot": ""}):
+        assert is_running(this_process()._replace(**elsewhere)) is None
