@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -11,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from bpo.job.durable import file_digest
 from bpo.model.reference.format import replace_file
 
 CODE_PATH = "packed shared prefix, fp32 log-probs, v1"
@@ -20,15 +20,6 @@ DIGESTS = "digests.json"
 _CLOCK_GRAIN_NS = 2 * 10**9
 _SUFFIXES = {".safetensors", ".bin", ".json", ".jinja", ".model", ".txt", ".py", ".gguf"}
 logger = logging.getLogger(__name__)
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 22):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 class DigestCache:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bpo.model.reference.fingerprint import file_digest, model_fingerprint
+from bpo.model.reference.fingerprint import model_fingerprint
 from bpo.model.reference.format import (
     KEY_BYTES,
     ReferenceStoreError,
@@ -26,7 +26,7 @@ from bpo.model.reference.format import (
 )
 from bpo.model.reference.index import EntryIndex
 
-__all__ = ["ReferenceStore", "ReferenceStoreError", "file_digest", "model_fingerprint", "open_or_create"]
+__all__ = ["ReferenceStore", "ReferenceStoreError", "model_fingerprint", "open_or_create"]
 
 
 def open_or_create(directory: Path, fingerprint: dict[str, str]) -> None:

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from bpo.job.durable import file_digest
 from bpo.model.reference import fingerprint as reference_fingerprint
-from bpo.model.reference.fingerprint import DigestCache, file_digest, model_fingerprint
+from bpo.model.reference.fingerprint import DigestCache, model_fingerprint
 
 LONG_AGO_NS = 10**18
 
