@@ -1,1 +1,1 @@
-"""What fits and how fast, before a machine is asked for: `bpo plan`."""
+"""`bpo plan`: memory and speed estimates before you request nodes."""

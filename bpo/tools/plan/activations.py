@@ -1,9 +1,9 @@
-"""What a forward pass keeps for the backward pass, in bytes: the layers themselves, traced on the meta device.
+"""Activation memory, traced from the model's own layers on the meta device.
 
-No closed form holds for every family, precision, adapter and kind of recomputation. So a few layers run forward and
-backward on meta tensors, which have shapes and no memory, while `LiveBytes` follows every storage. All costs are affine
-in the number of layers and in the number of packed tokens; two of each give the coefficients. docs/sizing.md derives
-the closed form of a LLaMA layer, and tests/tools/plan/test_activations.py compares.
+No closed form covers every family, precision, adapter and kind of recomputation. Instead, a few layers run forward and
+backward on meta tensors, which have no memory, while `LiveBytes` tracks every storage. All costs are affine in the
+number of layers and in the number of packed tokens, so two values of each give the coefficients. docs/sizing.md derives
+the closed form of a LLaMA layer; tests/tools/plan/test_activations.py compares the two.
 
 Shape letters: B batch (1), T packed tokens, H hidden size, A heads, D head size.
 """
@@ -26,7 +26,7 @@ from bpo.training.flops import part_of
 
 _ATTENTION = "bpo_sizing_trace"
 _META = torch.device("meta")
-# Costs are affine in both; these are the points that give the coefficients.
+# The points at which the affine costs are traced.
 _LAYERS, _ROWS = (2, 3), (512, 1024)
 
 
@@ -43,11 +43,11 @@ class Affine:
 
 @dataclass(frozen=True)
 class StackCosts:
-    """Bytes of a stack of layers by rows.
+    """Bytes of a stack of layers as functions of the number of rows.
 
-    kept: alive after the forward pass.
-    forward: most that is alive in the forward pass.
-    backward: most that is alive in the backward pass; gradients of weights are dropped as they come.
+    kept: live after the forward pass.
+    forward: peak of the forward pass.
+    backward: peak of the backward pass, without weight gradients.
     """
 
     kept: Affine
@@ -57,7 +57,7 @@ class StackCosts:
 
 @dataclass(frozen=True)
 class ActivationCosts:
-    """Of the language model by packed tokens, of the vision tower by its rows, of the projector by image tokens."""
+    """Costs of the language model per packed token, the vision tower per row, the projector per image token."""
 
     language: StackCosts
     vision: StackCosts
@@ -65,7 +65,7 @@ class ActivationCosts:
 
 
 class _Attention(torch.autograd.Function):
-    """Attention as fused kernels hold it: q, k, v, the output and one fp32 number a row and head, never the scores."""
+    """Saves what fused attention kernels save: q, k, v, the output and one fp32 number per row and head, no scores."""
 
     @staticmethod
     def forward(ctx: Any, query_BATD: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -82,15 +82,15 @@ class _Attention(torch.autograd.Function):
 def _attention(
     module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any = None, **_: Any
 ) -> tuple[torch.Tensor, None]:
-    # As `bpo.model.attention.shared_prefix` returns it: the pieces are joined, then turned, each time into new memory.
+    # Like `bpo.model.attention.shared_prefix`: concatenating and transposing the pieces each allocate new memory.
     joined_BATD = _Attention.apply(query, key, value).clone()
     return joined_BATD.transpose(1, 2).contiguous(), None
 
 
 class _GatheredLinear(torch.autograd.Function):
-    """The linear layer that DeepSpeed puts in place of PyTorch's under ZeRO-3, to save the partitioned weight.
+    """The linear layer that DeepSpeed substitutes under ZeRO-3, to save the partitioned weight.
 
-    It keeps its input whether or not the weight learns, which an adapter's frozen base layer else would not.
+    It saves its input even if the weight is frozen; PyTorch's would not, for example in an adapter's base layer.
     """
 
     @staticmethod
@@ -108,7 +108,7 @@ class _GatheredLinear(torch.autograd.Function):
 
 
 def _gpu_dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
-    """GPUs keep a mask of bytes; elsewhere PyTorch keeps the noise in the dtype of `input`, as a meta tensor shows."""
+    """Dropout on GPU saves a byte mask; on other devices, `meta` included, PyTorch saves noise in the input's dtype."""
     return torch.native_dropout(input, p, training)[0]
 
 
@@ -138,13 +138,13 @@ def _register() -> str:
 def activation_costs(
     shape: ModelShape, checkpointing: str, *, gathers: bool = False, device: str = "cuda"
 ) -> ActivationCosts:
-    """Traces `shape`.
+    """Traces the activation costs of a model.
 
     Args:
         shape: The model as it is trained.
         checkpointing: `model.gradient_checkpointing`: none, full or selective.
-        gathers: Whether weights are partitioned, as under ZeRO-3.
-        device: Type of the device that training runs on.
+        gathers: Whether weights are partitioned (ZeRO-3).
+        device: Device type of the training run.
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -163,12 +163,12 @@ def activation_costs(
 
     def text_pass(rows: int) -> tuple[torch.Tensor, Callable[[], torch.Tensor]]:
         embeds = torch.empty(1, rows, hidden, dtype=model.dtype, device=_META)
-        # Image features are written into a copy of the embeddings.
+        # Image features are written to a copy of the embeddings.
         embeds = embeds.clone().requires_grad_(shape.flops.language.backward > 0)
         options = {
             "inputs_embeds": embeds,
             "position_ids": torch.zeros(1, rows, dtype=torch.long, device=_META),
-            "attention_mask": torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=_META),  # 4-D: taken as it is
+            "attention_mask": torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=_META),  # 4-D: used unchanged
             "use_cache": False,
         }
         return embeds, lambda: language(**options).last_hidden_state
@@ -185,7 +185,7 @@ def activation_costs(
 def _stack_costs(
     model: Any, owner: torch.nn.Module, attribute: str, num_layers: int, make: Callable[[int], Any]
 ) -> StackCosts:
-    """Coefficients of `num_layers` layers from traces of a few of them; of all of them where there are no more."""
+    """Coefficients of `num_layers` layers, extrapolated from traces of a few layers."""
     few, more = _LAYERS if num_layers > _LAYERS[1] else (num_layers, num_layers)
     traces = {
         (count, rows): _trace(model, owner, attribute, count, rows, make) for count in {few, more} for rows in _ROWS
@@ -194,8 +194,8 @@ def _stack_costs(
     def fit(index: int) -> Affine:
         at_rows = []
         for rows in _ROWS:
-            base, next_one = traces[few, rows][index], traces[more, rows][index]
-            at_rows.append(base + (num_layers - few) * (next_one - base) / max(1, more - few))
+            low, high = traces[few, rows][index], traces[more, rows][index]
+            at_rows.append(low + (num_layers - few) * (high - low) / max(1, more - few))
         per_row = (at_rows[1] - at_rows[0]) / (_ROWS[1] - _ROWS[0])
         return Affine(at_rows[0] - per_row * _ROWS[0], per_row)
 
@@ -205,7 +205,7 @@ def _stack_costs(
 def _trace(
     model: Any, owner: torch.nn.Module, attribute: str, count: int, rows: int, make: Callable[[int], Any]
 ) -> tuple[int, int, int]:
-    """(kept, forward peak, backward peak) of `count` layers of `owner`."""
+    """Traces `count` layers of `owner`; returns (kept, forward peak, backward peak)."""
     with _first_layers(owner, attribute, count), _dropped_gradients(model):
         with LiveBytes([*model.parameters(), *model.buffers()]) as live:
             _, run = make(rows)
@@ -229,7 +229,7 @@ def _first_layers(owner: torch.nn.Module, attribute: str, count: int) -> Iterato
 
 @contextlib.contextmanager
 def _dropped_gradients(model: torch.nn.Module) -> Iterator[None]:
-    """A weight's gradient lives until it is whole, as under ZeRO, where a bucket takes it; buckets count elsewhere."""
+    """Frees each weight gradient once it is accumulated, as ZeRO does after copying it to a bucket (counted apart)."""
 
     def drop(parameter: torch.Tensor) -> None:
         parameter.grad = None
@@ -244,7 +244,7 @@ def _dropped_gradients(model: torch.nn.Module) -> Iterator[None]:
 
 
 def _vision_costs(model: Any, tower: torch.nn.Module, shape: ModelShape) -> StackCosts:
-    """The tower's blocks one after the other; all their outputs are kept where the model picks a hidden state."""
+    """Costs of the tower's blocks; if the model selects a hidden state, the outputs of all blocks are kept."""
     name, blocks = max(
         ((n, m) for n, m in tower.named_modules() if isinstance(m, torch.nn.ModuleList)), key=lambda pair: len(pair[1])
     )
@@ -282,7 +282,7 @@ def _vision_costs(model: Any, tower: torch.nn.Module, shape: ModelShape) -> Stac
 
 
 def _projector_kept(model: Any, family: Any, shape: ModelShape) -> float:
-    """Bytes an image token: input and output of each matrix of a projector through which a gradient goes."""
+    """Bytes per image token: input and output of each projector matrix, if a gradient passes through the projector."""
     matrices: Sequence[Any] = [
         p for n, p in model.named_parameters() if part_of(n, family) == "projector" and p.dim() == 2
     ]

@@ -1,4 +1,4 @@
-"""Counts the bytes of tensors that are alive, whoever holds them: graph, checkpoint or variable; on CPU and GPU."""
+"""Counts the bytes of live tensors, whether the graph, a checkpoint or a variable holds them; on CPU and GPU."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """While it is entered, follows every storage that an operator returns until it is freed.
+    """While active, tracks every storage that an operator returns until it is freed.
 
-    `saved_tensors_hooks` would not do: what a checkpoint keeps is not a saved tensor.
+    `saved_tensors_hooks` would miss the inputs that a checkpoint keeps, which are not saved tensors.
 
     Args:
         known: Tensors whose storage is not counted, such as parameters and inputs.
-        device: Type of device whose tensors are counted (`meta` holds no memory); None counts all.
+        device: Count only tensors on this device type (`meta` has no memory); None counts all.
 
     Attributes:
-        now: Bytes alive.
+        now: Live bytes.
         peak: The largest `now` since the start or `reset_peak`.
     """
 
@@ -34,7 +34,7 @@ class LiveBytes(TorchDispatchMode):
         self._alive: dict[int, int] = {}
 
     def follow(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Counts tensors that no operator made under this mode, such as weights read from a file."""
+        """Also counts tensors that were not created under this mode, such as weights read from a file."""
         for tensor in tensors:
             self._follow(tensor.untyped_storage())
 

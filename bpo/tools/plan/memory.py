@@ -1,9 +1,9 @@
-"""Bytes of one rank and one node under each ZeRO stage and offload: states exactly, activations as traced.
+"""Memory per rank and per node for each ZeRO stage and offload: exact states, traced activations.
 
-States follow DeepSpeed 0.19: what it allocates, not what the ZeRO paper (arXiv 1910.02054) counts. docs/sizing.md has
+States follow the allocations of DeepSpeed 0.19, not the counts of the ZeRO paper (arXiv 1910.02054). docs/sizing.md has
 the formulas and the assumptions; benchmarks/memory_check.py compares with measured peaks.
 
-Letters: P parameters, T trained parameters, N ranks, b bytes of a weight (2 in bfloat16, 4 in float32).
+Letters: P parameters, T trained parameters, N ranks, b bytes per weight (2 in bfloat16, 4 in float32).
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from bpo_kernels.head import HALVES, plan_head
 
 GB = 1e9
 
-# Assumptions, not measured: on a GPU the CUDA context with its libraries and NCCL's buffers, and the share of memory
-# that PyTorch's allocator holds in pieces that nothing fits; on the host the process of a rank and of a data worker.
+# Assumptions, not measured: per GPU, the CUDA context with libraries and NCCL buffers, and the fragmented share of the
+# allocator's memory; on the host, the process of a rank and of a data worker.
 CUDA_CONTEXT_BYTES = 1.5 * GB
 FRAGMENTATION = 0.05
 HOST_PROCESS_BYTES = 4.0 * GB
@@ -29,7 +29,7 @@ HOST_WORKER_BYTES = 1.0 * GB
 
 @dataclass(frozen=True)
 class Zero:
-    """What a DeepSpeed file says about memory; elements where DeepSpeed counts elements."""
+    """Memory-related settings of a DeepSpeed file; sizes in elements, as in DeepSpeed."""
 
     stage: int
     offload_optimizer: bool = False
@@ -43,7 +43,7 @@ class Zero:
 
     @classmethod
     def from_settings(cls, settings: dict[str, Any]) -> Zero:
-        """Of a DeepSpeed configuration; what it leaves out has DeepSpeed's defaults."""
+        """From a DeepSpeed configuration; missing settings have DeepSpeed's defaults."""
         zero = settings.get("zero_optimization", {})
         names = {
             "reduce_bucket": "reduce_bucket_size",
@@ -64,7 +64,7 @@ class Zero:
 
     @property
     def label(self) -> str:
-        """Such as `ZeRO-3, optimizer and weights on the host`."""
+        """For example `ZeRO-3, optimizer and weights on the host`."""
         where = {(True, True): ", optimizer and weights on the host", (True, False): ", optimizer on the host"}
         return f"ZeRO-{self.stage}" + where.get((self.offload_optimizer, self.offload_param), "")
 
@@ -81,12 +81,12 @@ class Load:
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes of one rank. `peak` is the largest of the phases; `parts` are what is alive in that phase.
+    """Bytes of one rank. `peak` is the largest phase; `parts` is the breakdown of that phase.
 
     Attributes:
-        phases: Most that is alive in the forward pass, the backward pass and the optimizer's step.
+        phases: Peak of the forward pass, the backward pass and the optimizer step.
         parts: weights, gathered, optimizer, gradients, buckets, activations, head, step, overhead.
-        host: On the host: states, gradients and transfer buffers of this rank.
+        host: States, gradients and transfer buffers of this rank in host memory.
     """
 
     phases: dict[str, float]
@@ -97,13 +97,13 @@ class RankMemory:
 
 @dataclass(frozen=True)
 class HeadBytes:
-    """The LM head of one micro-batch.
+    """Bytes of the LM head for one micro-batch.
 
     Attributes:
         rows: Hidden states of the response rows.
-        kept: What the forward keeps, those rows included.
-        forward: Most in the forward.
-        backward: Most in the backward beyond what is kept.
+        kept: Saved for the backward pass, including those rows.
+        forward: Peak of the forward pass.
+        backward: Peak of the backward pass in addition to `kept`.
     """
 
     rows: float
@@ -113,7 +113,7 @@ class HeadBytes:
 
 
 def head_bytes(shape: ModelShape, rows: float, dtype: torch.dtype, device: str) -> HeadBytes:
-    """By the mode and chunk that `plan_head` chooses for `rows` response tokens on this type of device."""
+    """LM head memory with the mode and chunk that `plan_head` selects for `rows` response tokens on this device."""
     num_rows, vocab, hidden = max(1, int(rows)), shape.text.vocab_size, shape.text.hidden_size
     trained = shape.trains_head
     plan = plan_head("auto", num_rows, vocab, dtype, torch.device(device), True, trained, None, "store")
@@ -125,7 +125,7 @@ def head_bytes(shape: ModelShape, rows: float, dtype: torch.dtype, device: str) 
     forward = kept + logits + (0 if plan.keeps_dlogits or plan.mode == "recompute" else d_chunk)
     if plan.keeps_dlogits:
         kept += num_rows * vocab * (size if half else 4)
-        # Full-precision logits of a single chunk become D where they lie.
+        # fp32 logits of a single chunk become D in place.
         forward = kept + (0 if not half and plan.step >= num_rows else logits)
     backward = rows_bytes + (num_rows * hidden * 4 if half else 0)
     if trained:
@@ -139,7 +139,7 @@ def head_bytes(shape: ModelShape, rows: float, dtype: torch.dtype, device: str) 
 
 
 def _half_on_cpu(step: int, vocab: int, hidden: int) -> int:
-    """A CPU multiplies half precision by way of fp32: a tile of the weight, and the tile's logits before their copy."""
+    """Half-precision products on CPU use fp32: a tile of the weight, and the tile's logits before they are copied."""
     tile = min(vocab, max(1, (16 << 20) // (hidden * 4)))
     return tile * hidden * 4 + step * tile * 4
 
@@ -159,14 +159,14 @@ def rank_memory(
 
     Args:
         shape: The model as it is trained.
-        costs: Of its activations, traced in the same dtype.
+        costs: Its activation costs, traced in the same dtype.
         zero: Stage, offload and buckets.
         load: The largest micro-batch.
-        world_size: N, ranks that the states are divided among.
+        world_size: N, ranks that the states are partitioned over.
         dtype: Of weights and activations.
-        device: `cuda`, or `cpu` for a check against what LiveBytes counts there: no context, no fragmentation, and
-            AdamW's temporaries, which the fused kernel of GPUs does not need.
-        accumulates: Whether a step has several micro-batches, so that gradients of one outlive it.
+        device: `cuda`, or `cpu` to compare with LiveBytes on CPU: no context, no fragmentation, and the temporaries of
+            the unfused AdamW.
+        accumulates: Whether a step has several micro-batches, so that gradients persist between them.
     """
     size = dtype.itemsize
     by_phase = _parts_by_phase(shape, costs, zero, load, world_size, dtype, device, accumulates)
@@ -187,25 +187,25 @@ def _parts_by_phase(
     device: str,
     accumulates: bool,
 ) -> dict[str, dict[str, float]]:
-    """What is alive at the fullest moment of the forward pass, the backward pass and the optimizer's step."""
+    """Breakdown of the peaks of the forward pass, the backward pass and the optimizer step."""
     size = dtype.itemsize
     states = _states(shape, zero, world_size, size)
     gathered = _gathered(shape, zero, world_size, size)
-    # ZeRO-3's step gathers the weights below the persistence threshold.
+    # The ZeRO-3 step gathers the weights below the persistence threshold.
     small = size * sum(t.numel for t in shape.tensors if t.numel < zero.persistence_threshold) if gathered else 0.0
     bucket = float(min(zero.reduce_bucket, shape.num_trained) * size if zero.stage else 0)
     if zero.stage in (1, 2) and zero.overlap_comm:
         bucket *= 2
     gradients = _gradient_elements(zero, shape.num_trained, world_size, accumulates) * size
-    stays = accumulates or zero.stage == 3  # gradients and buckets outlive a backward pass
+    stays = accumulates or zero.stage == 3  # gradients and buckets persist after a backward pass
     head = head_bytes(shape, load.responses, dtype, device)
-    # On a GPU the next micro-batch is copied while this one is computed.
+    # On GPU, the next micro-batch is copied while the current one is computed.
     images = load.patches * patch_elements(shape.config) * size * (2 if device == "cuda" else 1)
     tower = costs.vision.kept(load.patches) + costs.projector_kept_per_row * load.image_tokens
     kept = costs.language.kept(load.tokens) + tower
     layers = max(costs.vision.forward(load.patches), tower + costs.language.forward(load.tokens))
     of_head = head.forward if kept + head.forward > layers else 0.0
-    # What the head kept is gone when the layers' backward begins; gradients have their place from the start.
+    # The head's saved tensors are freed before the backward pass of the layers; gradients are allocated from the start.
     transient = head.rows + costs.language.backward(load.tokens) - costs.language.kept(load.tokens)
     head_last = head.kept + head.backward if head.kept + head.backward > transient else 0.0
     step = _step_bytes(zero, shape.num_trained / world_size, size, device)
@@ -225,14 +225,14 @@ def _parts_by_phase(
 
 
 def patch_elements(config: Any) -> int:
-    """Pixel values that make one row of the vision tower."""
+    """Pixel values per row of the vision tower."""
     vision = config.vision_config
     side = vision.patch_size if isinstance(vision.patch_size, int) else vision.patch_size[0]
     return 3 * side * side * (getattr(vision, "temporal_patch_size", None) or 1)
 
 
 def _states(shape: ModelShape, zero: Zero, world_size: int, size: int) -> dict[str, float]:
-    """Weights and optimizer state on the device; DeepSpeed keeps a master copy of fp32 weights too."""
+    """Weights and optimizer state on the device; DeepSpeed keeps a master copy even of fp32 weights."""
     trained = shape.num_trained
     if zero.stage == 3:
         weights = 0.0 if zero.offload_param else shape.num_parameters / world_size * size
@@ -241,15 +241,15 @@ def _states(shape: ModelShape, zero: Zero, world_size: int, size: int) -> dict[s
     if zero.offload_optimizer:
         return {"weights": weights, "optimizer": 0.0}
     share = trained / (world_size if zero.stage else 1)
-    # fp32 master and two moments; without ZeRO DeepSpeed adds bf16 gradients up in fp32.
+    # fp32 master and two moments; without ZeRO, DeepSpeed accumulates bf16 gradients in fp32.
     return {"weights": weights, "optimizer": (16 if zero.stage == 0 else 12) * share}
 
 
 def _gathered(shape: ModelShape, zero: Zero, world_size: int, size: int) -> float:
-    """Whole weights that ZeRO-3 holds at its fullest: those to be used again soon, and what is fetched ahead.
+    """Peak of gathered weights under ZeRO-3: weights kept for reuse, and prefetched weights.
 
-    A weight stays gathered while fewer than `stage3_max_reuse_distance` elements are used until its next use, and
-    `stage3_max_live_parameters` bounds what is fetched. On a single rank that keeps its weights nothing is gathered.
+    A weight stays gathered if fewer than `stage3_max_reuse_distance` elements are used before its next use, and
+    `stage3_max_live_parameters` bounds the prefetch. A single rank without parameter offload gathers nothing.
     """
     if zero.stage != 3 or (world_size == 1 and not zero.offload_param):
         return 0.0
@@ -258,7 +258,7 @@ def _gathered(shape: ModelShape, zero: Zero, world_size: int, size: int) -> floa
 
 
 def _gradient_elements(zero: Zero, trained: int, world_size: int, accumulates: bool) -> float:
-    """Elements of gradients that a rank holds: its part; under ZeRO-1 whole ones too while micro-batches add up."""
+    """Gradient elements per rank: its partition; under ZeRO-1 with accumulation, also the full gradients."""
     if zero.offload_optimizer:
         return 0.0
     if zero.stage == 0:
@@ -267,9 +267,9 @@ def _gradient_elements(zero: Zero, trained: int, world_size: int, accumulates: b
 
 
 def _step_bytes(zero: Zero, share: float, size: int, device: str) -> float:
-    """What the optimizer's step holds beyond states and gradients; `share` = T / N.
+    """Temporaries of the optimizer step; `share` = T / N.
 
-    ZeRO-1 and 2 flatten the gradients and turn them to fp32; ZeRO-3 does so for a sub-group at a time.
+    ZeRO-1 and 2 flatten the gradients and convert them to fp32; ZeRO-3 does so one sub-group at a time.
     """
     if zero.offload_optimizer:
         return 0.0
@@ -282,7 +282,7 @@ def _step_bytes(zero: Zero, share: float, size: int, device: str) -> float:
 
 
 def _host_bytes(shape: ModelShape, zero: Zero, world_size: int, size: int) -> float:
-    """Of one rank: fp32 master, moments and gradients, the transfer buffer; under ZeRO-3 the weights too."""
+    """Host bytes of one rank: fp32 master, moments and gradients, transfer buffer; with parameter offload, weights."""
     if not zero.offload_optimizer:
         return 0.0
     share = shape.num_trained / world_size
@@ -294,5 +294,5 @@ def _host_bytes(shape: ModelShape, zero: Zero, world_size: int, size: int) -> fl
 
 
 def node_host_bytes(memory: RankMemory, ranks_per_node: int, num_workers: int) -> float:
-    """Host memory of one node: states of its ranks, their processes, and `data.num_workers` workers each."""
+    """Host memory of one node: offloaded states, rank processes, and `data.num_workers` workers per rank."""
     return ranks_per_node * (memory.host + HOST_PROCESS_BYTES + num_workers * HOST_WORKER_BYTES)

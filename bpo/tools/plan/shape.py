@@ -1,4 +1,4 @@
-"""A model without its weights: built on the meta device from its config, adapted and frozen as a run would do it."""
+"""Model shapes without weights: built on the meta device, with the adapters and frozen parts of the run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Build = Callable[[], tuple[Any, Family]]
 
 @dataclass(frozen=True)
 class Tensor:
-    """One parameter: its part of the model (one of PARTS), its elements, whether it learns."""
+    """One parameter: its part of the model (one of PARTS), number of elements, whether it is trained."""
 
     part: str
     numel: int
@@ -32,14 +32,14 @@ class Tensor:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What memory and speed depend on; a tied head counts as `embeddings`, where its elements are.
+    """The properties that memory and speed depend on; a tied head counts as `embeddings`.
 
     Attributes:
-        name: What was asked for.
+        name: The requested model.
         config: The transformers config.
-        tensors: Every parameter, in the order of the modules.
+        tensors: All parameters, in module order.
         flops: Matrix products by part.
-        build: Makes the meta model anew.
+        build: Creates a new meta model.
     """
 
     name: str
@@ -54,34 +54,34 @@ class ModelShape:
 
     @functools.cached_property
     def num_parameters(self) -> int:
-        return sum(one.numel for one in self.tensors)
+        return sum(tensor.numel for tensor in self.tensors)
 
     @functools.cached_property
     def num_trained(self) -> int:
-        return sum(one.numel for one in self.tensors if one.trained)
+        return sum(tensor.numel for tensor in self.tensors if tensor.trained)
 
     def by_part(self, *, trained: bool = False) -> dict[str, int]:
-        """Elements of each part; of its trained parameters alone where asked for."""
+        """Number of elements by part; with `trained`, of trained parameters only."""
         return {
             part: sum(t.numel for t in self.tensors if t.part == part and (t.trained or not trained)) for part in PARTS
         }
 
     @functools.cached_property
     def meta_model(self) -> tuple[Any, Family]:
-        """One model on the meta device, to trace; its attention and recomputation are whatever was traced last."""
+        """The model on the meta device, for tracing; each trace changes its attention and recomputation settings."""
         return self.build()
 
     @property
     def trains_head(self) -> bool:
-        tied = not any(one.part == "head" for one in self.tensors)
-        return any(one.trained for one in self.tensors if one.part == ("embeddings" if tied else "head"))
+        part = "head" if any(tensor.part == "head" for tensor in self.tensors) else "embeddings"  # tied
+        return any(tensor.trained for tensor in self.tensors if tensor.part == part)
 
 
 def model_config_of(name: str) -> Any:
     """The transformers config of a built-in name, a directory with a config.json, or a hub id.
 
     Raises:
-        ValueError: it is none of these, or the hub cannot be reached.
+        ValueError: The name is none of these, or the hub cannot be reached.
     """
     from transformers import AutoConfig
 
@@ -95,8 +95,8 @@ def model_config_of(name: str) -> Any:
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(
-            f"--model {name}: neither a directory nor a built-in shape ({', '.join(sorted(SHAPES))}), and as a hub id "
-            f"its config cannot be read: {reason}"
+            f"--model {name}: not a directory or a built-in shape ({', '.join(sorted(SHAPES))}), and its config cannot "
+            f"be read from the hub: {reason}"
         ) from error
 
 
@@ -105,11 +105,11 @@ def shape_of(name: str, config: Config, model_config: Any | None = None) -> Mode
 
     Args:
         name: See `model_config_of`.
-        config: Of the run; its `model.path` is not read.
-        model_config: In place of what `name` names.
+        config: Configuration of the run; `model.path` is not used.
+        model_config: Used instead of the config of `name`.
 
     Raises:
-        ValueError: the name is unknown, the family is not supported, or nothing would learn.
+        ValueError: The name is unknown, the family is not supported, or no parameter is trained.
     """
     given = model_config_of(name) if model_config is None else model_config
     build = functools.partial(_meta_model, given, config)

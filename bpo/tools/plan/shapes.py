@@ -1,7 +1,7 @@
 """Published shapes of well-known models, so that `bpo plan` needs neither network nor weights.
 
-Source of each line: the `config.json` of the repository named beside it on the Hugging Face hub. What is not given has
-the default of transformers' configuration class, which is the same value there.
+Source of each line: `config.json` of the Hugging Face repository named in its comment. Omitted values equal the
+defaults of the transformers configuration class.
 """
 
 from __future__ import annotations

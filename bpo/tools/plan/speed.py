@@ -1,6 +1,6 @@
-"""How long a step takes: FLOPs by a peak and a share of it, bytes by bandwidths. Computed, never measured here.
+"""Step time, computed from FLOPs at a share of peak and from bytes at published bandwidths; not measured.
 
-Letters: P parameters, T trained parameters, N ranks, b bytes of a weight.
+Letters: P parameters, T trained parameters, N ranks, b bytes per weight.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ _CPU_ADAM_BYTES = 4 * 4 + 3 * 4 + 2
 
 @dataclass(frozen=True)
 class Machine:
-    """What a step runs on. Bandwidths are GB/s in one direction; all but `gpu` are options of `bpo plan`.
+    """The hardware of a run. Bandwidths are GB/s in one direction.
 
     Attributes:
-        gpu: Its data sheet.
-        nodes, gpus_per_node: How many.
-        node_gb_s: Of the network, a GPU: 50 is one 400 Gbit/s adapter for each.
-        host_memory_gb_s: Of one node's memory, shared by its ranks, for the CPU's Adam.
-        utilisation: Share of `gpu.peak_tflops` that matrix products reach, recomputation included.
-        overlap: Share of communication that hides behind computation, at most all of the latter.
+        gpu: Data sheet figures.
+        nodes, gpus_per_node: Numbers of nodes and GPUs.
+        node_gb_s: Network bandwidth per GPU; 50 is one 400 Gbit/s adapter per GPU.
+        host_memory_gb_s: Memory bandwidth per node, shared by its ranks, for CPU Adam.
+        utilisation: Share of `gpu.peak_tflops` reached by matrix products, including recomputation.
+        overlap: Share of communication that overlaps with computation, limited by the computation time.
     """
 
     gpu: Accelerator
@@ -44,11 +44,11 @@ class Machine:
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of one optimizer step. `total` is less than the sum where communication hides behind computation.
+    """Seconds of one optimizer step. `total` is less than the sum if communication overlaps with computation.
 
     Attributes:
-        useful: Seconds that a device's useful FLOPs take at its peak; `recomputed` those of recomputation.
-        sent_bytes: What one rank sends.
+        useful: Time of the useful FLOPs at peak; `recomputed`: the same for recomputation.
+        sent_bytes: Bytes sent by one rank.
     """
 
     compute: float
@@ -61,14 +61,14 @@ class StepTime:
 
     @property
     def mfu(self) -> float:
-        """Useful FLOPs over what the devices could do in that time."""
+        """Useful FLOPs as a share of the devices' peak in that time."""
         return self.useful / self.total if self.total else 0.0
 
 
 def recomputed_flops(shape: ModelShape, work: UsefulWork, checkpointing: str) -> float:
-    """FLOPs that the backward pass repeats: the language model's forward, and the tower's where it is trained.
+    """FLOPs repeated in the backward pass: the language model's forward pass, and the tower's if it is trained.
 
-    `selective` keeps the results of matrix products and attention, so it repeats none that count.
+    `selective` keeps the results of matrix products and attention, so it adds no counted FLOPs.
     """
     if checkpointing != "full":
         return 0.0
@@ -77,11 +77,11 @@ def recomputed_flops(shape: ModelShape, work: UsefulWork, checkpointing: str) ->
 
 
 def communicated_bytes(shape: ModelShape, zero: Zero, world_size: int, micro_batches: int, size: int) -> float:
-    """Bytes that one rank sends in a step (arXiv 1910.02054, section 7; ring collectives, so (N - 1) / N of a volume).
+    """Bytes sent by one rank per step (arXiv 1910.02054, section 7; ring collectives: (N - 1) / N of the volume).
 
-    ZeRO-0 all-reduces gradients, 2Tb. ZeRO-1 reduce-scatters them and all-gathers weights, 2Tb. ZeRO-2 does the same
-    with a reduce-scatter in each of `micro_batches`. ZeRO-3 gathers all weights, the frozen ones too, in the forward
-    and in the backward pass of each micro-batch, 2Pb, beside the reduce-scatter of each, Tb.
+    ZeRO-0 all-reduces gradients, 2Tb. ZeRO-1 reduce-scatters gradients and all-gathers weights, 2Tb. ZeRO-2 does the
+    same with one reduce-scatter per micro-batch. Per micro-batch, ZeRO-3 gathers all weights, including frozen ones, in
+    the forward and in the backward pass, 2Pb, and reduce-scatters gradients, Tb.
     """
     if world_size == 1:
         return 0.0
@@ -104,18 +104,18 @@ def step_time(
     checkpointing: str,
     size: int = 2,
 ) -> StepTime:
-    """Seconds of a step in which every rank does `work` in `micro_batches` micro-batches.
+    """Time of a step in which every rank does `work` in `micro_batches` micro-batches.
 
     Args:
-        work: Of one rank in the whole step.
-        size: b, bytes of a weight.
+        work: Work of one rank in the whole step.
+        size: b, bytes per weight.
     """
     peak = machine.gpu.peak_tflops * 1e12
     useful = float(shape.flops.step(work))
     again = recomputed_flops(shape, work, checkpointing)
     compute = (useful + again) / (peak * machine.utilisation)
     sent = communicated_bytes(shape, zero, machine.world_size, micro_batches, size)
-    # A ring is as slow as its slowest link: the network, as soon as there is one.
+    # A ring runs at the speed of its slowest link: the network if there are several nodes.
     link = machine.gpu.link_gb_s if machine.nodes == 1 else min(machine.gpu.link_gb_s, machine.node_gb_s)
     communication = sent / (link * 1e9)
     share = shape.num_trained / machine.world_size
@@ -124,7 +124,7 @@ def step_time(
         adam = share * machine.gpus_per_node * _CPU_ADAM_BYTES / (machine.host_memory_gb_s * 1e9)
         offload = 2 * share * size / (machine.gpu.host_gb_s * 1e9) + adam
     if zero.offload_param:
-        # Each rank's part of the weights crosses to the device before every gather.
+        # Each rank's partition of the weights is copied to the device before every gather.
         offload += micro_batches * 2 * shape.num_parameters / machine.world_size * size / (machine.gpu.host_gb_s * 1e9)
     hidden = min(machine.overlap * communication, compute)
     total = compute + communication - hidden + offload

@@ -1,4 +1,4 @@
-"""The `bpo plan` command. Run: python -m pytest tests/tools/plan/test_plan.py"""
+"""The `bpo plan` command. Run: python -m pytest tests/tools/plan/test_command.py"""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_groups_and_configuration_are_read(tmp_path: Path, tiny_llava_dir: Path)
         (("--model", "llava-1.5-7b", "--mfu", "1.5"), "--mfu is 1.5"),
         (("--model", "llava-1.5-7b", "--completions", "1"), "--completions is 1"),
         (("--model", "llava-1.5-7b", "--gpu", "h1000"), "--gpu h1000: not known"),
-        (("--model", "llava-1.5-7b", "--gpu-memory", "lots"), "'lots' is no size of memory"),
+        (("--model", "llava-1.5-7b", "--gpu-memory", "lots"), "'lots' is not a memory size"),
     ],
 )
 def test_mistakes_are_refused(options: tuple[str, ...], message: str) -> None:

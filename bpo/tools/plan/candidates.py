@@ -1,4 +1,4 @@
-"""Which DeepSpeed file, how many tokens, which recomputation: every choice is sized, the fastest recommended."""
+"""Candidate settings (DeepSpeed file, tokens per micro-batch, recomputation): sizes each, recommends the fastest."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from bpo.tools.plan.memory import GB, Load, RankMemory, Zero, head_bytes, node_h
 from bpo.tools.plan.shape import ModelShape, shape_of
 from bpo.tools.plan.speed import Machine, StepTime, step_time
 
-# From what needs least communication to what needs most memory elsewhere.
+# From the least communication to the most offloading.
 DS_CONFIGS = ("zero1", "zero2", "zero2_offload", "zero3", "zero3_offload")
 CHECKPOINTING = ("none", "selective", "full")
-# Micro-batches are sized in steps of so many tokens; above the largest, GPUs gain nothing from more.
+# Granularity and maximum of the tokens per micro-batch; larger micro-batches are not faster on GPUs.
 _TOKEN_STEP, _MOST_TOKENS = 256, 32768
 
 
 @dataclass(frozen=True)
 class GroupShape:
-    """An average group: tokens of its images, prompt and completions; `patches` are rows of the vision tower."""
+    """An average group in tokens of its images, prompt and completions; `patches` are rows of the vision tower."""
 
     image_tokens: int
     patches: int
@@ -41,9 +41,9 @@ class GroupShape:
         return self.image_tokens + self.prompt_tokens + self.completions * self.response_tokens
 
     def work(self, num_groups: float) -> UsefulWork:
-        """What `num_groups` of them bring; a tower over windows is counted as if each saw its image whole."""
+        """Useful work of `num_groups` such groups; window attention in the tower is counted as full attention."""
         pairs = attended_pairs(self.image_tokens + self.prompt_tokens, [self.response_tokens] * self.completions)
-        one = (
+        per_group = (
             self.tokens,
             self.completions * self.response_tokens,
             self.image_tokens,
@@ -52,24 +52,24 @@ class GroupShape:
             self.patches**2,
             self.patches * 64,
         )
-        return UsefulWork(*(round(num_groups * value) for value in one))
+        return UsefulWork(*(round(num_groups * value) for value in per_group))
 
     def load(self, tokens: float) -> Load:
-        """The rows of a micro-batch of `tokens` packed tokens."""
+        """Rows of a micro-batch of `tokens` packed tokens."""
         share = tokens / self.tokens
         work = self.work(share)
         return Load(tokens, work.responses, work.image_tokens, work.patches)
 
 
 @dataclass(frozen=True)
-class Row:
+class Candidate:
     """One DeepSpeed file with one kind of recomputation.
 
     Attributes:
-        tokens: Largest micro-batch that fits, in packed tokens; 0 where not even one group fits.
-        memory: Of that micro-batch, or of one group where none fits.
-        host: Bytes of host memory a node.
-        time: Of a step; None where nothing fits.
+        tokens: Largest micro-batch that fits, in packed tokens; 0 if not even one group fits.
+        memory: Memory with that micro-batch, or with one group if none fits.
+        host: Bytes of host memory per node.
+        time: Step time; None if nothing fits.
     """
 
     ds_config: str
@@ -84,31 +84,31 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """All rows, one a file with the fastest recomputation that fits, and the index of the recommended one."""
+class Sizing:
+    """The fastest fitting candidate for each DeepSpeed file, and the index of the recommended one."""
 
     shape: ModelShape
     group: GroupShape
     machine: Machine
     groups_per_step: int
-    rows: tuple[Row, ...]
+    candidates: tuple[Candidate, ...]
     best: int | None
     reference_tokens: int
 
-    def groups_per_second(self, row: Row) -> float:
-        return 0.0 if row.time is None else self.groups_per_step / row.time.total
+    def groups_per_second(self, candidate: Candidate) -> float:
+        return 0.0 if candidate.time is None else self.groups_per_step / candidate.time.total
 
     def reference_seconds(self, num_groups: float) -> float:
-        """Of the reference pass over `num_groups`: one forward pass, divided among the ranks."""
+        """Time of the reference pass: one forward pass over `num_groups` groups, divided among the ranks."""
         flops = self.shape.flops.forward(self.group.work(1)) * num_groups
         device = self.machine.gpu.peak_tflops * 1e12 * self.machine.utilisation
         return flops / device / self.machine.world_size
 
 
 def typical_image(model_config: object) -> tuple[int, int]:
-    """(image tokens, rows of the tower) of an image of 1024 tokens for Qwen-VL, of the tower's own size elsewhere.
+    """(image tokens, tower rows) per image: 1024 tokens for Qwen-VL, the tower's input size for other families.
 
-    LLaVA-NeXT and its relatives are counted with four tiles beside the whole image.
+    LLaVA-NeXT and related models are counted with four tiles in addition to the whole image.
     """
     vision = model_config.vision_config  # type: ignore[attr-defined]
     merge = getattr(vision, "spatial_merge_size", None)
@@ -126,7 +126,7 @@ def typical_image(model_config: object) -> tuple[int, int]:
     return tokens, tiles * (patches + int(has_class_token(model_config)))
 
 
-def make_plan(
+def size_candidates(
     model: str,
     config: Config,
     machine: Machine,
@@ -134,44 +134,46 @@ def make_plan(
     host_memory: float,
     group: GroupShape,
     groups_per_step: int = 0,
-) -> Plan:
-    """Sizes every file of ds_configs/ for `model` on `machine`.
+) -> Sizing:
+    """Sizes every file in ds_configs/ for `model` on `machine`.
 
     Args:
         model: See `shape.model_config_of`.
-        config: Of the run: what learns, the adapter, dtype, groups a step, data workers.
-        gpu_memory: Bytes of one GPU.
-        host_memory: Bytes of one node.
-        groups_per_step: 0 takes that of the run, raised to one group a rank.
+        config: Configuration of the run: trained parts, adapter, dtype, groups per step, data workers.
+        gpu_memory: Bytes per GPU.
+        host_memory: Bytes per node.
+        groups_per_step: 0 uses the configuration's value, raised to one group per rank.
 
     Raises:
-        ValueError: the model is not known.
+        ValueError: The model is unknown.
     """
     shape = shape_of(model, config)
     dtype = torch.float32 if config.model.dtype == "float32" else torch.bfloat16
     groups_per_step = groups_per_step or max(config.train.groups_per_step, machine.world_size)
     costs = functools.cache(lambda mode, gathers: activation_costs(shape, mode, gathers=gathers))
     sizer = _Sizer(shape, machine, gpu_memory, host_memory, group, groups_per_step, dtype, config.data.num_workers)
-    rows = []
+    fastest = []
     for name in DS_CONFIGS:
         settings = json.loads(find_ds_config(f"ds_configs/{name}.json").read_text(encoding="utf-8"))
         zero = Zero.from_settings(with_fitting_buckets(settings, shape.num_trained))
-        candidates = [sizer.row(name, zero, mode, costs(mode, zero.stage == 3)) for mode in CHECKPOINTING]
-        rows.append(min(candidates, key=_slowness))
-    usable = [i for i, row in enumerate(rows) if row.time is not None and row.fits_host]
-    best = min(usable, key=lambda i: _slowness(rows[i]), default=None)
-    reference = 0 if best is None else sizer.reference_tokens(rows[best], costs("full", rows[best].zero.stage == 3))
-    return Plan(shape, group, machine, groups_per_step, tuple(rows), best, reference)
+        candidates = [sizer.candidate(name, zero, mode, costs(mode, zero.stage == 3)) for mode in CHECKPOINTING]
+        fastest.append(min(candidates, key=_slowness))
+    usable = [i for i, candidate in enumerate(fastest) if candidate.time is not None and candidate.fits_host]
+    best = min(usable, key=lambda i: _slowness(fastest[i]), default=None)
+    reference_tokens = 0
+    if best is not None:
+        reference_tokens = sizer.reference_tokens(fastest[best], costs("full", fastest[best].zero.stage == 3))
+    return Sizing(shape, group, machine, groups_per_step, tuple(fastest), best, reference_tokens)
 
 
-def _slowness(row: Row) -> tuple[float, float]:
-    """Seconds of a step; of rows that do not fit, the one that lacks least comes first."""
-    return (math.inf, row.memory.peak) if row.time is None else (row.time.total, 0.0)
+def _slowness(candidate: Candidate) -> tuple[float, float]:
+    """Sort key: step time; candidates that do not fit come last, by memory."""
+    return (math.inf, candidate.memory.peak) if candidate.time is None else (candidate.time.total, 0.0)
 
 
 @dataclass(frozen=True)
 class _Sizer:
-    """Fits one row; everything that rows share."""
+    """Sizes one candidate; holds the settings that candidates share."""
 
     shape: ModelShape
     machine: Machine
@@ -186,22 +188,22 @@ class _Sizer:
         load = self.group.load(tokens)
         return rank_memory(self.shape, costs, zero, load, self.machine.world_size, self.dtype)
 
-    def row(self, name: str, zero: Zero, checkpointing: str, costs: ActivationCosts) -> Row:
+    def candidate(self, name: str, zero: Zero, checkpointing: str, costs: ActivationCosts) -> Candidate:
         least = self.group.tokens
-        groups_a_rank = self.groups_per_step / self.machine.world_size
-        most = max(least, min(_MOST_TOKENS, math.ceil(groups_a_rank * least)))
+        groups_per_rank = self.groups_per_step / self.machine.world_size
+        most = max(least, min(_MOST_TOKENS, math.ceil(groups_per_rank * least)))
         tokens = self._largest(zero, costs, least, most)
         memory = self.memory(zero, costs, tokens or least)
         host = node_host_bytes(memory, self.machine.gpus_per_node, self.num_workers)
-        micro_batches = max(1, math.ceil(groups_a_rank * least / tokens)) if tokens else 0
+        micro_batches = max(1, math.ceil(groups_per_rank * least / tokens)) if tokens else 0
         time = None
         if tokens:
-            work = self.group.work(groups_a_rank)
+            work = self.group.work(groups_per_rank)
             time = step_time(self.shape, zero, self.machine, work, micro_batches, checkpointing, self.dtype.itemsize)
-        return Row(name, zero, checkpointing, tokens, memory, host, micro_batches, time, host <= self.host_memory)
+        return Candidate(name, zero, checkpointing, tokens, memory, host, micro_batches, time, host <= self.host_memory)
 
     def _largest(self, zero: Zero, costs: ActivationCosts, least: int, most: int) -> int:
-        """Most tokens of a micro-batch that fit, at least one group and in steps of _TOKEN_STEP; 0 where none do."""
+        """Largest micro-batch that fits, in multiples of _TOKEN_STEP and at least one group; 0 if none fits."""
 
         def fits(tokens: int) -> bool:
             return self.memory(zero, costs, tokens).peak <= self.gpu_memory
@@ -216,26 +218,26 @@ class _Sizer:
             low, high = (middle, high) if fits(middle) else (low, middle)
         return max(least, low // _TOKEN_STEP * _TOKEN_STEP)
 
-    def reference_tokens(self, row: Row, full: ActivationCosts) -> int:
-        """Tokens of a micro-batch of the reference pass, at most four times those of training: it keeps no layer's.
+    def reference_tokens(self, candidate: Candidate, full: ActivationCosts) -> int:
+        """Tokens per micro-batch of the reference pass: up to four times those of training; no activations are saved.
 
-        What one layer holds without a graph is bounded by what recomputation of one layer holds.
+        Memory of one layer without a graph is bounded by that of recomputing one layer.
         """
-        states = row.memory.parts
+        states = candidate.memory.parts
         resident = sum(states[name] for name in ("weights", "gathered", "optimizer", "overhead"))
         for factor in (4, 3, 2):
-            load = self.group.load(factor * row.tokens)
+            load = self.group.load(factor * candidate.tokens)
             layer = full.language.forward(load.tokens) - full.language.kept(load.tokens)
             embeddings = 3 * load.tokens * self.shape.text.hidden_size * self.dtype.itemsize
             tower = full.vision.forward(load.patches)
             frozen = replace(self.shape, tensors=tuple(replace(t, trained=False) for t in self.shape.tensors))
             head = head_bytes(frozen, load.responses, self.dtype, "cuda").forward
             if resident + max(tower, layer + embeddings, embeddings + head) <= self.gpu_memory:
-                return factor * row.tokens
-        return row.tokens
+                return factor * candidate.tokens
+        return candidate.tokens
 
 
-def row_gb(row: Row) -> dict[str, float]:
-    """GB of each part of a row's largest phase, of the peak and of a node's host memory."""
-    parts = {name: value / GB for name, value in row.memory.parts.items()}
-    return {**parts, "peak": row.memory.peak / GB, "host": row.host / GB}
+def memory_gb(candidate: Candidate) -> dict[str, float]:
+    """GB of each part of the largest phase, of the peak, and of host memory per node."""
+    parts = {name: value / GB for name, value in candidate.memory.parts.items()}
+    return {**parts, "peak": candidate.memory.peak / GB, "host": candidate.host / GB}
