@@ -1,10 +1,10 @@
-"""Attention over packed groups, forward and backward, backend by backend, beside separate sequences.
+"""Benchmark of attention over packed groups, forward and backward: each backend against separate sequences.
 
-    python -m benchmarks.attention --count [--json FILE]       work and traffic of a layer, by arithmetic
+    python -m benchmarks.attention --count [--json FILE]       work and traffic of a layer, computed
     python -m benchmarks.attention [--device cpu --quick] [--json FILE] [--seconds S]
 
-Every provider is compared with fp32 attention of each sequence alone before it is timed; what cannot run here is in the
-report with its reason. The target is judged by the backend that `model.attention: auto` takes on this device.
+Every provider is compared with fp32 attention of each sequence before it is timed; backends that cannot run here are
+reported with the reason. The target applies to the backend that `model.attention: auto` selects on this device.
 
 Shape letters: B, H query heads, K key heads, T packed tokens, D head size.
 """
@@ -33,17 +33,17 @@ from bpo_kernels.bench.measure import interleaved_ms, machine, peak_extra_bytes
 
 # Query heads, key heads, head size.
 SHAPES = {"llava-1.5-7b": (32, 32, 128), "qwen2.5-vl-7b": (28, 4, 128), "tiny": (4, 2, 32)}
-# Tokens of the prefix (576 of an image and a prompt) and of each completion, over and over until a row is full.
+# Tokens of the prefix (576 of an image, and a prompt) and of each completion, repeated until a row is full.
 GROUPS = ((620, (90, 140)), (655, (60, 210, 120)), (612, (35, 48)), (700, (180, 150, 95)))
 TINY_GROUPS = ((120, (20, 30)), (131, (9, 40, 17)))
-# The pass over separate sequences takes this many times as long as that over shared prefixes, at so many tokens.
+# Minimum speedup of shared prefixes over separate sequences, at this number of tokens.
 TARGET_RATIO, TARGET_TOKENS = 1.4, 8192
 TOLERANCE = {torch.bfloat16: 0.03, torch.float32: 1e-4}
 
 
 @dataclass
 class Line:
-    """A provider of a case: status ok, skipped, failed or disagrees; times of one layer, forward and backward."""
+    """Result of one provider: status ok, skipped, failed or disagrees; times of one layer, forward and backward."""
 
     shape: str
     groups: int
@@ -58,7 +58,7 @@ class Line:
 
 
 def row_of(num_tokens: int, groups: Sequence[tuple[int, Sequence[int]]] = GROUPS) -> PackedLayout:
-    """As many groups as fit into `num_tokens`, the given ones over and over."""
+    """A row of the given groups, repeated as often as `num_tokens` allows."""
     prefixes, completions, end, number = [], [], 0, 0
     while end + groups[number % len(groups)][0] + sum(groups[number % len(groups)][1]) <= num_tokens:
         prefix, lengths = groups[number % len(groups)]
@@ -74,7 +74,7 @@ def row_of(num_tokens: int, groups: Sequence[tuple[int, Sequence[int]]] = GROUPS
 
 
 def sequences_of(layout: PackedLayout) -> list[list[int]]:
-    """The rows of [prefix | completion] of each completion."""
+    """Row indices of [prefix | completion] for each completion."""
     return [
         [*range(*prefix), *range(*span)]
         for prefix, spans in zip(layout.prefix_spans, layout.completion_spans, strict=True)
@@ -83,15 +83,16 @@ def sequences_of(layout: PackedLayout) -> list[list[int]]:
 
 
 def _tiles(queries: int, keys: int) -> int:
-    """Blocks that a causal kernel visits for a sequence, aligned bottom-right."""
+    """Number of blocks that a causal kernel visits for a sequence, aligned bottom-right."""
     last_keys = (min(keys, keys - queries + (row + 1) * BLOCK) for row in range(-(-queries // BLOCK)))
     return sum(-(-last // BLOCK) for last in last_keys)
 
 
 def counted(layout: PackedLayout, shape: tuple[int, int, int], element_bytes: int = 2) -> dict[str, dict[str, float]]:
-    """GFLOP of the blocks that are visited, forward and backward (7 products of them), and what is moved besides.
+    """GFLOP of the visited blocks, forward and backward (7 products each), and additional memory traffic.
 
-    Moved: MB that a layer reads and writes, both ways, other than queries, keys, values, output and their gradients.
+    `moved_mb`: MB that a layer reads and writes, forward and backward, excluding queries, keys, values, output and
+    their gradients.
     """
     heads, key_heads, size = shape
     tokens = num_tokens(layout)
@@ -105,9 +106,9 @@ def counted(layout: PackedLayout, shape: tuple[int, int, int], element_bytes: in
         two_calls += _tiles(of_prefix, of_prefix) + -(-of_spans // BLOCK) * -(-(of_prefix + of_spans) // BLOCK)
         mask_elements += of_spans * (of_prefix + of_spans)
     row = key_heads * size * element_bytes
-    # Forward: keys and values are read and written as copies; backward: their gradients are read and summed.
+    # Forward: copies of keys and values are written and read; backward: their gradients are read and summed.
     gathered = 2 * (2 * len(plan.rows_R) + len(plan.rows_R) + tokens) * row
-    # The output is joined from its pieces, and so are gradients; a mask is read for every head, both ways.
+    # Output and gradients are concatenated from pieces; a mask is read for every head, forward and backward.
     joined = 4 * tokens * heads * size * element_bytes + 2 * heads * mask_elements * element_bytes
     blocks = {
         "separate": (sum(_tiles(length, length) for length in alone), 0),
@@ -121,8 +122,8 @@ def counted(layout: PackedLayout, shape: tuple[int, int, int], element_bytes: in
         for name, (count, moved) in blocks.items()
     }
     of_prefixes = sum(end - start for start, end in layout.prefix_spans)
-    # Were a prefix a sequence of its own, its first completion would need a copy of it too.
-    result["varlen"] |= {  # flash-attn 2, 3 and PyTorch's varlen_attn alike
+    # If a prefix were a separate sequence, its first completion would need a copy of it too.
+    result["varlen"] |= {  # the same for flash-attn 2, 3 and PyTorch's varlen_attn
         "gathered_rows": len(plan.rows_R),
         "rows_if_prefixes_were_sequences": len(plan.rows_R) + of_prefixes,
     }
@@ -130,7 +131,7 @@ def counted(layout: PackedLayout, shape: tuple[int, int, int], element_bytes: in
 
 
 def alone_in_fp32(qkv: Sequence[torch.Tensor], layout: PackedLayout) -> torch.Tensor:
-    """[B, T, H, D] by one causal attention a completion; a prefix's output is that of its last completion."""
+    """[B, T, H, D] from one causal attention per completion; a prefix's output is that of its last completion."""
     query, key, value = (x.float() for x in qkv)
     output = torch.zeros_like(query)
     for rows in sequences_of(layout):
@@ -141,7 +142,7 @@ def alone_in_fp32(qkv: Sequence[torch.Tensor], layout: PackedLayout) -> torch.Te
 
 
 def separate(layout: PackedLayout, shape: tuple[int, int, int], device: torch.device, dtype: torch.dtype) -> Callable:
-    """The pass over padded rows of [prefix | completion], as without shared prefixes."""
+    """Builds the step over padded rows of [prefix | completion], without shared prefixes."""
     heads, key_heads, size = shape
     alone = sequences_of(layout)
     longest = max(map(len, alone))
@@ -161,11 +162,11 @@ def separate(layout: PackedLayout, shape: tuple[int, int, int], device: torch.de
 def run_case(
     name: str, layout: PackedLayout, device: torch.device, dtype: torch.dtype, sample_seconds: float, deadline: float
 ) -> list[Line]:
-    """Every backend that runs here and agrees with fp32, and separate sequences, in turn.
+    """Times separate sequences and every backend that runs here and agrees with fp32, interleaved.
 
     Args:
-        sample_seconds: Of each provider; less where `deadline` (of `time.monotonic`) is near.
-        deadline: No provider begins after it.
+        sample_seconds: For each provider; less if `deadline` (of `time.monotonic`) is near.
+        deadline: No provider starts after it.
     """
     shape = SHAPES[name]
     qkv, weight = case_inputs(shape, num_tokens(layout), device, dtype)
@@ -189,7 +190,7 @@ def run_case(
         step = packed_step(backend, qkv, weight, layout)
         try:
             got = step()
-        except Exception as error:  # of a library or a compiler: its line says so, and the others still run
+        except Exception as error:  # of a library or a compiler: reported in its line, the others still run
             lines.append(line(backend, "failed", f"{type(error).__name__}: {error}"[:500]))
             continue
         errors = [float((a.float() - b).abs().max() / b.abs().max()) for a, b in zip(got, wanted, strict=True)]
@@ -213,7 +214,7 @@ def num_tokens(layout: PackedLayout) -> int:
 def case_inputs(
     shape: tuple[int, int, int], tokens: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Queries, keys and values [1, heads, tokens, head size] as projections leave them, and the output's gradient."""
+    """Queries, keys and values [1, heads, tokens, head size] as projections return them, and the output's gradient."""
     generator = torch.Generator().manual_seed(0)
     qkv = [
         torch.randn(1, tokens, count, shape[2], generator=generator).to(device, dtype).transpose(1, 2).requires_grad_()
@@ -225,10 +226,10 @@ def case_inputs(
 def verdict(
     name: str, tokens: int, layout: PackedLayout, lines: Sequence[Line], device: torch.device, dtype: torch.dtype
 ) -> dict[str, Any]:
-    """The target for one shape, as an entry of `targets`: `met` is None where it was not measured.
+    """The target for one shape, as an entry of `targets`: `met` is None if it was not measured.
 
-    Judged is the backend that `auto` takes; `layout` is what fits into a row of `tokens`. The prediction is the ratio
-    of visited blocks, as if every kernel computed them at the same rate.
+    It applies to the backend that `auto` selects; `layout` is the row of at most `tokens`. The prediction is the ratio
+    of visited blocks, assuming that every kernel processes them at the same rate.
     """
     backend = choose_backend("auto", Needs(device, dtype, SHAPES[name][2])).backend
     work = counted(layout, SHAPES[name])
@@ -249,7 +250,7 @@ def verdict(
 def packed_step(
     backend: BackendName, qkv: list[torch.Tensor], weight: torch.Tensor, layout: PackedLayout
 ) -> Callable[[], list[torch.Tensor]]:
-    """One layer's pass; its plan is made before, as a batch makes it once for all layers."""
+    """One layer's pass; the plan is computed beforehand, as training does once per batch for all layers."""
     way = BACKENDS[backend]
     plan = way.plan(layout, qkv[0].device)
 
@@ -262,24 +263,24 @@ def packed_step(
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", action="store_true", help="only work and traffic, by arithmetic")
+    parser.add_argument("--count", action="store_true", help="only compute work and traffic")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--quick", action="store_true", help="tiny shapes, few samples")
     parser.add_argument("--tokens", type=int, nargs="+", default=[8192], help="tokens of a packed row")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["llava-1.5-7b", "qwen2.5-vl-7b"])
     parser.add_argument("--sample-seconds", type=float, default=1.0, help="for each provider")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="no provider begins after so long")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="no provider starts after this time")
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args(argv)
     if arguments.quick:
         arguments.shapes, arguments.tokens, arguments.sample_seconds = ["tiny"], [512], 0.0
     if arguments.device == "cuda" and not arguments.count and not torch.cuda.is_available():
-        parser.error("no CUDA GPU here: --device cpu --quick rehearses, --count computes work and traffic")
+        parser.error("no CUDA GPU: use --device cpu --quick for a dry run, --count to compute work and traffic")
     return arguments
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit status: 1 where a backend failed or disagreed, which its line explains."""
+    """Returns the exit status: 1 if a backend failed or disagreed; its line has the reason."""
     begin = time.monotonic()
     arguments = _arguments(argv)
     device = torch.device("cpu" if arguments.count else arguments.device)
@@ -300,7 +301,7 @@ def main(argv: list[str] | None = None) -> int:
                     lines = run_case(shape, layout, device, dtype, arguments.sample_seconds, begin + arguments.seconds)
                 report["results"] += map(asdict, lines)
                 report["targets"].append(verdict(shape, tokens, layout, lines, device, dtype))
-            if arguments.json:  # after every case: a process that is stopped leaves what it had
+            if arguments.json:  # after every case, so that a stopped process keeps its results
                 arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(report, indent=1))
     return int(any(line.get("status") in ("failed", "disagrees") for line in report["results"]))

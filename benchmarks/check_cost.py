@@ -1,4 +1,4 @@
-"""Time and memory of `bpo check --no-images` and of streamed reading, at several numbers of records.
+"""Time and memory of `bpo check --no-images` and of streamed reading, for several numbers of records.
 
     python benchmarks/check_cost.py --json benchmarks/results/check-cpu.json
 
@@ -52,17 +52,17 @@ def write_conversations(path: Path, num_records: int) -> None:
 
 
 def measured(command: list[str]) -> dict[str, float]:
-    """Wall-clock seconds of a command, and the most bytes that it and its children had resident."""
+    """Wall-clock seconds of a command, and the peak resident bytes of it and its children."""
     started = time.perf_counter()
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     family = psutil.Process(process.pid)
     peak_bytes = 0
     while process.poll() is None:
         total = 0
-        for one in (family, *_children(family)):
+        for member in (family, *_children(family)):
             try:
-                total += one.memory_info().rss
-            except psutil.NoSuchProcess:  # it ended between being listed and being asked
+                total += member.memory_info().rss
+            except psutil.NoSuchProcess:  # it ended after being listed
                 continue
         peak_bytes = max(peak_bytes, total)
         time.sleep(SAMPLE_S)

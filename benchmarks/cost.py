@@ -1,8 +1,8 @@
-"""What training costs against size: python -m benchmarks.cost [--json FILE] [--images DIR] [--quick] [--parts ...]
+"""Cost of training against size: python -m benchmarks.cost [--json FILE] [--images DIR] [--quick] [--parts ...]
 
-Seconds of a step against packed tokens; seconds and memory of reading, planning and the reference store against groups.
-Each size of the last three runs three times, in a process of its own, so that its memory is its own; medians. Writes
-the figures, how far they are from a straight line, and plots.
+Seconds per step against packed tokens; seconds and memory of reading, planning and the reference store against groups.
+Each size of the last three runs three times, in a separate process, so that its memory is measured separately; medians.
+Writes the figures, their deviation from a straight line, and plots.
 """
 
 from __future__ import annotations
@@ -28,15 +28,16 @@ GROUP_TOKENS = 512
 
 
 def straightness(sizes: list[int], seconds: list[float]) -> dict[str, float]:
-    """How a cost grows with size.
+    """Fits the growth of a cost with size.
 
     Returns:
-        `exponent`: slope of log(seconds) over log(size) in the upper half of the sizes. `per_item_s`: slope of the line
-        a + b * size of least relative squares. `fixed_s`: its a. `largest_deviation`: of any size from it, relative.
+        `exponent`: slope of log(seconds) over log(size) in the upper half of the sizes. `per_item_s`: slope b of the
+        line a + b * size with minimal squared relative error. `fixed_s`: its a. `largest_deviation`: the largest
+        relative deviation from it.
     """
     upper = list(zip(sizes, seconds, strict=True))[len(sizes) // 2 :]
     exponent = statistics.linear_regression([math.log(n) for n, _ in upper], [math.log(s) for _, s in upper]).slope
-    # Least squares of (a + b n) / s = 1: every size counts alike, the smallest as much as the largest.
+    # Least squares of (a + b n) / s = 1, so that all sizes have the same weight.
     x, y = [1 / s for s in seconds], [n / s for n, s in zip(sizes, seconds, strict=True)]
     xx, yy, xy = (sum(p * q for p, q in zip(u, v, strict=True)) for u, v in ((x, x), (y, y), (x, y)))
     determinant = xx * yy - xy * xy
@@ -46,9 +47,9 @@ def straightness(sizes: list[int], seconds: list[float]) -> dict[str, float]:
 
 
 def step_costs(quick: bool) -> dict[str, Any]:
-    """CPU seconds of forward, backward and optimizer step, all sizes taking turns; the least of four rounds.
+    """CPU seconds of forward, backward and optimizer step, with interleaved sizes; the minimum of four rounds.
 
-    Of this process alone, and the least, because other work on the machine only adds.
+    CPU seconds of this process and the minimum, because other jobs on the machine only add time.
     """
     import torch
 
@@ -104,8 +105,8 @@ def group_costs(part: str, quick: bool) -> dict[str, Any]:
 def draw(results: dict[str, Any], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     series = [
-        Series(name, tuple((t / 1024, s) for t, s in zip(one["tokens"], one["seconds"], strict=True)))
-        for name, one in results["steps"].items()
+        Series(name, tuple((t / 1024, s) for t, s in zip(figures["tokens"], figures["seconds"], strict=True)))
+        for name, figures in results["steps"].items()
         if name != "machine"
     ]
     plot(folder / "cost-steps.svg", "Seconds of a step against packed tokens", "packed tokens, 1024", "s", series)
@@ -128,7 +129,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file for the figures")
     parser.add_argument("--images", type=Path, help="folder for the plots")
     parser.add_argument("--quick", action="store_true", help="the three smallest sizes of each")
-    parser.add_argument("--parts", nargs="+", choices=["steps", *PARTS], help="measure these; --json keeps the others")
+    parser.add_argument(
+        "--parts", nargs="+", choices=["steps", *PARTS], help="measure only these; --json keeps the others"
+    )
     parser.add_argument("--part", choices=sorted(PARTS), help="one part at one size, in this process")
     parser.add_argument("--groups", type=int, default=1000, help="its size")
     arguments = parser.parse_args()

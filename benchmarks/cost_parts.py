@@ -1,4 +1,4 @@
-"""The parts of a run whose cost grows with the number of groups, each at one size in a fresh process."""
+"""Parts of a run whose cost grows with the number of groups; each runs at one size in a fresh process."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 WORDS = "red blue green dog cat tree car one two three left right near under a the".split()
-# Tokens of a group: about 700, as 576 of the image, a prompt and two answers are.
+# Tokens per group: about 700, for 576 image tokens, a prompt and two answers.
 TOKENS = (620, 900)
 RESPONSE_TOKENS = (60, 340)
 WORLD_SIZE = 8
 
 
 def private_bytes() -> int:
-    """This process's own memory, without files that it maps."""
+    """Private memory of this process, excluding mapped files."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) * 1024
 
@@ -30,7 +30,7 @@ def timed(run: Callable[[], object], clock: Callable[[], float] = time.perf_coun
 
 
 def groups_part(num_groups: int, folder: Path) -> dict[str, float]:
-    """Reads groups.jsonl: two completions of about 20 words."""
+    """Reads groups.jsonl with two completions of about 20 words per group."""
     from bpo.formats.files import read_groups
 
     rng = random.Random(0)
@@ -77,7 +77,7 @@ def plan_part(num_groups: int, folder: Path) -> dict[str, float]:
 
 
 def store_part(num_groups: int, folder: Path) -> dict[str, float]:
-    """Writes, opens, reads and verifies the log-probs of every group; the model's forward pass is not among it."""
+    """Writes, opens, reads and verifies the log-probs of every group, without the model's forward pass."""
     import torch
 
     from bpo.model.reference.store import ReferenceStore

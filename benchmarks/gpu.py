@@ -1,15 +1,15 @@
-"""Every GPU test, the kernel benchmarks that the targets need, attention, a training step beside TRL's and the memory
+"""Runs all GPU tests, the kernel benchmarks for the targets, attention, a training step against TRL's and the memory
 model, on one GPU and within nine minutes: `make gpu`, or
 
     python benchmarks/gpu.py [--seconds 540] [--out DIR] [--only PART ...] [--skip-done]
-    python benchmarks/gpu.py --list                               what the parts are, in order
-    python benchmarks/gpu.py --device cpu --quick --out DIR       rehearses every part where there is no GPU
-    python benchmarks/gpu.py --report FILE.json [FILE.json ...]   renders reports again, several as one
+    python benchmarks/gpu.py --list                               lists the parts, in order
+    python benchmarks/gpu.py --device cpu --quick --out DIR       dry run of every part without a GPU
+    python benchmarks/gpu.py --report FILE.json [FILE.json ...]   renders existing reports, merged into one
 
-Writes OUT/gpu-DEVICE-DATE.json after each part, and the same as a page of Markdown beside it: device, versions, commit,
-the targets with what was predicted and measured, every figure, and what was not run and why. A part that fails holds up
-only those that need it. With --only and --skip-done the parts are added to the newest report of the same device and
-commit in --out. Exit status: 0 measured, whether or not a target is met; 1 a part failed; 2 no GPU.
+Writes OUT/gpu-DEVICE-DATE.json after each part, and the same as a Markdown page: device, versions, commit, the targets
+with predictions and measurements, all figures, and what was not run and why. A part that fails blocks only the parts
+that need it. With --only and --skip-done the parts are added to the newest report of the same device and commit in
+--out. Exit status: 0 measured, whether or not a target is met; 1 a part failed; 2 no GPU.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def _make_importable() -> None:
-    """Finds the sources also where nothing is installed, here and in every process started from here."""
+    """Makes the sources importable without an installation, here and in every process started from here."""
     folders = [str(ROOT)] + ([] if importlib.util.find_spec("bpo_kernels") else [str(ROOT / "checkout")])
     sys.path[:0] = [folder for folder in folders if folder not in sys.path]
     earlier = os.environ.get("PYTHONPATH", "").split(os.pathsep)
@@ -54,18 +54,18 @@ TOTAL_SECONDS = {"cuda": 540.0, "cpu": 1800.0}
 def _options(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--quick", action="store_true", help="tiny shapes, one sample: a rehearsal")
-    parser.add_argument("--seconds", type=float, help="for everything together (default 540, a rehearsal 1800)")
+    parser.add_argument("--quick", action="store_true", help="dry run: tiny shapes, one sample")
+    parser.add_argument("--seconds", type=float, help="total time (default 540, dry run 1800)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: benchmarks/results")
     parser.add_argument("--only", nargs="+", default=[], metavar="PART", help="only these parts, in the set's order")
-    parser.add_argument("--skip-done", action="store_true", help="keep the parts that passed before")
+    parser.add_argument("--skip-done", action="store_true", help="skip the parts that have already passed")
     parser.add_argument("--list", action="store_true", help="only list the parts")
-    parser.add_argument("--check", action="store_true", help="only say whether there is a GPU to measure")
+    parser.add_argument("--check", action="store_true", help="only check that there is a GPU")
     parser.add_argument("--report", nargs="+", type=Path, metavar="FILE", help="only render these reports")
     options = parser.parse_args(argv)
     only_reads = options.list or options.check or options.report
     if options.device == "cpu" and not only_reads and not (options.quick and options.out):
-        parser.error("--device cpu is a rehearsal: give --quick, and --out DIR for a report that is no measurement")
+        parser.error("--device cpu is a dry run: add --quick, and --out DIR for its report, which is no measurement")
     if options.seconds is not None and options.seconds <= 0:
         parser.error(f"--seconds {options.seconds:g}: use a positive number")
     names = [part.name for part in build_parts(Setting(options.device, options.quick))]
@@ -84,7 +84,7 @@ def _listing(parts: list[Part]) -> str:
 
 
 def _terminate(number: int, frame: Any) -> None:
-    """Ends by way of every `finally`, so that no part outlives this process."""
+    """Exits through every `finally`, so that no part outlives this process."""
     raise SystemExit(128 + number)
 
 
@@ -109,7 +109,7 @@ def run(options: argparse.Namespace, clock: Clock) -> int:
 
 
 def main(argv: list[str] | None = None, begin: float | None = None) -> int:
-    """Entry point; returns the exit status. `begin`: when the process began, by `time.monotonic`."""
+    """Entry point; returns the exit status. `begin`: start time of the process, by `time.monotonic`."""
     options = _options(argv)
     if options.list:
         print(_listing(build_parts(Setting(options.device, options.quick))))
@@ -118,9 +118,7 @@ def main(argv: list[str] | None = None, begin: float | None = None) -> int:
         print(render(results.merge([results.load(path) for path in options.report])))
         return 0
     if options.device == "cuda" and not torch.cuda.is_available():
-        print(
-            "no CUDA GPU here: nothing was run (--device cpu --quick --out DIR rehearses the script)", file=sys.stderr
-        )
+        print("no CUDA GPU here: nothing was run (for a dry run: --device cpu --quick --out DIR)", file=sys.stderr)
         return 2
     if options.check:
         return 0

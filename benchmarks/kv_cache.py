@@ -1,9 +1,9 @@
-"""The caches of `bootstrap.cache` beside each other where they matter: long prompts, several records, many layers.
+"""Comparison of the caches of `bootstrap.cache` where they matter: long prompts, several records, many layers.
 
     python -m benchmarks.kv_cache [--json benchmarks/results/kv-cache-cpu.json]
 
-A random LLaMA of 8 layers, 512 wide (fp32, one thread), 64 new tokens behind prompts as long as a question with one or
-two images of LLaVA-1.5. The kinds take turns; their answers must be equal.
+A random LLaMA of 8 layers, 512 wide (fp32, one thread), 64 new tokens after prompts as long as a question with one or
+two images of LLaVA-1.5. The kinds are interleaved; their answers must be equal.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def small_llama() -> LlamaForCausalLM:
 
 
 def measure(model: LlamaForCausalLM, num_records: int, prompt_tokens: int, rounds: int) -> dict[str, Any]:
-    """Seconds of each kind, in turns, and how many times faster than `dynamic` it was, round by round."""
+    """Seconds of each kind, interleaved, and its median speedup over `dynamic` across rounds."""
     generator = torch.Generator().manual_seed(1)
     prompts = torch.randint(10, 32_000, (num_records, prompt_tokens), generator=generator).tolist()
     seconds: dict[str, list[float]] = {kind: [] for kind in get_args(CacheKind)}
@@ -46,7 +46,7 @@ def measure(model: LlamaForCausalLM, num_records: int, prompt_tokens: int, round
                 prompts,
                 pad_token_id=0,
                 eos_token_ids=[1],
-                suppressed_token_ids=[1, 2],  # every record takes all its tokens
+                suppressed_token_ids=[1, 2],  # every record generates the maximum number of tokens
                 max_new_tokens=[NEW_TOKENS] * num_records,
                 temperature=0,
                 top_p=1.0,

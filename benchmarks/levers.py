@@ -1,8 +1,8 @@
-"""What each lever saves, counted: FLOPs of a preference group and bytes that a packed token holds, at real shapes.
+"""Savings of each optimisation, counted: FLOPs per preference group and bytes per packed token, at real shapes.
 
     python -m benchmarks.levers [--json FILE] [--model llava-1.5-7b] [--prefix 640] [--response 150]
 
-Nothing is computed: weights are on the meta device. FLOPs are those of `bpo.training.flops`, which
+Nothing is executed: weights are on the meta device. FLOPs are those of `bpo.training.flops`, which
 tests/training/test_flops.py compares with PyTorch's counter, and bytes those of `bpo.tools.plan.activations`. The image
 takes 576 tokens of the prefix.
 """
@@ -39,16 +39,16 @@ def group_work(prefix: int, completions: list[int]) -> UsefulWork:
 
 
 def separate_work(prefix: int, completions: list[int], *, whole_head: bool) -> UsefulWork:
-    """Each completion with an image and a prefix of its own; `whole_head`: every row reaches the LM head."""
+    """Each completion with its own image and prefix; `whole_head`: every row reaches the LM head."""
     total = UsefulWork()
     for length in completions:
-        one = group_work(prefix, [length])
-        total += replace(one, responses=one.tokens) if whole_head else one
+        work = group_work(prefix, [length])
+        total += replace(work, responses=work.tokens) if whole_head else work
     return total
 
 
 def levers(flops: ModelFlops, prefix: int, completions: list[int]) -> list[dict[str, Any]]:
-    """FLOPs of one group's training, each row with one lever more than the row before."""
+    """FLOPs to train one group; each row adds one optimisation to the row before."""
     plain = separate_work(prefix, completions, whole_head=True)
     rows_of_responses = separate_work(prefix, completions, whole_head=False)
     shared = group_work(prefix, completions)
@@ -57,7 +57,7 @@ def levers(flops: ModelFlops, prefix: int, completions: list[int]) -> list[dict[
     cases = {
         "separate sequences, every row to the head, live reference": flops.step(plain) + flops.forward(plain),
         "only response rows reach the head": flops.step(rows_of_responses) + flops.forward(rows_of_responses),
-        "image and prompt once a group": flops.step(shared) + flops.forward(shared),
+        "image and prompt once per group": flops.step(shared) + flops.forward(shared),
         "reference from the store": flops.step(shared),
         "the same with gradient_checkpointing=full": flops.step(shared) + layers,
     }

@@ -1,4 +1,4 @@
-"""Line charts as SVG files for the docs: the demo's chart with a style sheet, axis titles and a legend of its own."""
+"""Line charts as SVG files for the docs: the demo's chart with its own style sheet, axis titles and legend."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Series:
 
 
 def plot(path: Path, title: str, x_title: str, y_title: str, series: list[Series]) -> None:
-    """Writes one chart; `points` are drawn on linear axes, so that a cost linear in size is a straight line."""
-    chart = str(line_chart(title, [Line(one.label, one.points, k) for k, one in enumerate(series)]))
+    """Writes one chart with linear axes, so that a linear cost is a straight line."""
+    chart = str(line_chart(title, [Line(curve.label, curve.points, k) for k, curve in enumerate(series)]))
     found = re.fullmatch(r'<svg [^>]*viewBox="0 0 (\d+) (\d+)">(.*)</svg>', chart, flags=re.DOTALL)
     assert found, chart[:200]
     width, height = int(found[1]), int(found[2])
@@ -35,8 +35,8 @@ def plot(path: Path, title: str, x_title: str, y_title: str, series: list[Series
     legend = "".join(
         f'<line class="line series-{k}" x1="12" x2="46" y1="{bottom + 10 + _LEGEND_HEIGHT * k}" '
         f'y2="{bottom + 10 + _LEGEND_HEIGHT * k}"/>'
-        f'<text x="54" y="{bottom + 14 + _LEGEND_HEIGHT * k}">{html.escape(one.label)}</text>'
-        for k, one in enumerate(series)
+        f'<text x="54" y="{bottom + 14 + _LEGEND_HEIGHT * k}">{html.escape(curve.label)}</text>'
+        for k, curve in enumerate(series)
     )
     path.write_text(
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {total}" width="{width * 1.6:.0f}" '

@@ -1,13 +1,13 @@
-"""What a page of many groups costs: to build, on disk, and in the browser until the first records stand there.
+"""Cost of a page with many groups: build time, disk space, and time in the browser.
 
     python -m benchmarks.view_cost [--groups 10000] [--json benchmarks/results/view-cpu.json]
 
-Groups have a 640 x 480 photograph each (noise and gradients: no file compresses better than a real one would), an
-annotation of 100 words and two negatives, one of another text and one of which a tenth of the words is changed. Times
-in the browser are its own: from navigation until the first 20 records are in the document, from a key until the next
-page's are (also in a random sample, whose records lie in 20 files), and searches through all texts: the first, which
-reads them, and a second. Memory of building is the most that the process and its workers had resident together, what
-they share counted once (Linux), sampled every 50 ms; `--limit` draws 200 groups.
+Each group has a 640 x 480 photograph (noise and gradients, which compress no better than real photographs), an
+annotation of 100 words and two negatives, one with a different text and one with a tenth of the words changed. Browser
+times are measured in the browser: from navigation until the first 20 records are in the document, from a key press
+until those of the next page are (also for a random sample, whose records are in 20 files), and searches through all
+texts: the first, which loads them, and a second. Memory is the peak resident memory of the building process and its
+workers, with shared memory counted once (Linux), sampled every 50 ms; `--limit` draws 200 groups.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def write_data(folder: Path, num_groups: int) -> Path:
 
 
 def build(*arguments: str) -> tuple[float, float, float]:
-    """Seconds, seconds of processors, and the most MiB of `bpo view`."""
+    """Runs `bpo view`; returns wall-clock seconds, CPU seconds and peak MiB."""
     started, used = time.perf_counter(), processor_s()
     process = psutil.Popen(
         [sys.executable, "-c", VIEW, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -66,22 +66,22 @@ def build(*arguments: str) -> tuple[float, float, float]:
     while process.poll() is None:
         try:
             most = max(most, sum(p.memory_full_info().pss for p in (process, *process.children(recursive=True))))
-        except (psutil.NoSuchProcess, psutil.AccessDenied):  # it has just ended
+        except (psutil.NoSuchProcess, psutil.AccessDenied):  # the process has just ended
             pass
         time.sleep(SAMPLE_S)
     if process.returncode:
-        sys.exit(f"bpo view ended with {process.returncode}")
+        sys.exit(f"bpo view failed with exit status {process.returncode}")
     return time.perf_counter() - started, processor_s() - used, most / 2**20
 
 
 def processor_s() -> float:
-    """Of all processes that this one started and that have ended, and of theirs."""
+    """CPU seconds of all finished child processes and their children."""
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime
 
 
 def timed(tab: Tab, action: str, ready: str) -> float:
-    """Seconds from an action until `ready` holds and has been painted; on the page's own clock."""
+    """Seconds from an action until `ready` is true and painted, by the page's own clock."""
     wait = f"""new Promise(done => {{
         const started = performance.now();
         {action};
@@ -93,7 +93,7 @@ def timed(tab: Tab, action: str, ready: str) -> float:
 
 
 def in_browser(page: Path, num_groups: int) -> dict[str, float]:
-    """Seconds in the browser, and its memory."""
+    """Browser times in seconds, and its memory."""
     status = "document.getElementById('status').textContent"
     full = "document.querySelectorAll('article').length === 20"
 

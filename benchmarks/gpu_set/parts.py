@@ -1,7 +1,7 @@
-"""The parts of the GPU set in order of worth: what each runs, what it needs, and how long it may take.
+"""Parts of the GPU set by priority: command, dependencies and time limit of each.
 
-Order: a smoke launch of every kernel, the tests, what the targets need, then other shapes while time is left. A part
-that fails holds up only those that need it.
+Order: a smoke launch of every kernel, the tests, the measurements for the targets, then other shapes while time
+remains. A part that fails blocks only the parts that need it.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ GATHER_ROWS = 8192
 PAIR_LOSS_ROWS = 1 << 22
 OPERATION_TEST_WORKERS = 12
 GPU_TEST_WORKERS = 4
-# A benchmark stops by itself before it is stopped; a case in progress gets this long to end.
+# Benchmarks stop this long before their time limit, so that a case in progress can finish.
 GRACE_SECONDS = 15.0
 INSTALL = "pip install --constraint constraints.txt 'bpo[bench]'"
-# What TRL's trainers import.
+# Packages that TRL's trainers import.
 _TRL = ("trl", "datasets", "pyarrow", "pandas")
 _PLAIN = ("bpo", "eager")
 _HEAD = ("bpo", "bpo-overlap", "bpo-fused", "eager", "liger", "cce", "trl-chunked")
-# It runs the operation tests, which are a part of their own here.
+# Runs the operation tests, which are a separate part here.
 _REPEATED_TEST = "tests/gpu/test_kernels_gpu.py::test_operation_tests_pass_on_the_gpu"
 
 
 def why_no_interpreter() -> str | None:
-    """Why Triton's interpreter cannot run here, or None."""
+    """The reason why Triton's interpreter cannot run here, or None."""
 
     def version(package: str) -> tuple[int, ...]:
         return tuple(int(word) for word in importlib.metadata.version(package).split(".")[:2])
@@ -53,7 +53,7 @@ def why_no_interpreter() -> str | None:
 
 @dataclass(frozen=True)
 class Setting:
-    """What a run is for: the device, and whether it only rehearses over tiny shapes."""
+    """Settings of a run: the device, and whether it is a dry run with tiny shapes."""
 
     device: str
     quick: bool
@@ -65,7 +65,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a part writes: its report, and a folder that is gone when it has ended. `seconds`: how long it may take."""
+    """Output paths of a part: its report, and a folder that is deleted afterwards; `seconds` is its time limit."""
 
     report: Path
     folder: Path
@@ -77,10 +77,10 @@ class Part:
     """One process of the set.
 
     Attributes:
-        estimate_s, limit_s: On a GPU: how long it takes by estimate, and how long it may take.
-        needs: Parts that must not have failed; `PART:OPERATION` asks for the tests of one operation only.
-        packages: Imports without which it is skipped.
-        writes: "json", a report of its own, or "lines", the outcomes of tests.
+        estimate_s, limit_s: Estimated duration and time limit on a GPU.
+        needs: Parts that must not have failed; `PART:OPERATION` requires only the tests of one operation.
+        packages: Imports without which the part is skipped.
+        writes: "json" for a report, "lines" for the outcomes of tests.
     """
 
     name: str
@@ -94,7 +94,7 @@ class Part:
     environment: tuple[tuple[str, str], ...] = ()
 
     def why_skipped(self) -> str | None:
-        """The reason why this machine cannot run it, or None."""
+        """The reason why this machine cannot run the part, or None."""
         missing = [name for name in self.packages if importlib.util.find_spec(name) is None]
         return f"not installed: {', '.join(missing)}; {INSTALL}" if missing else None
 
@@ -108,7 +108,7 @@ def _workers(setting: Setting, most: int) -> list[str]:
 
 def _pytest(setting: Setting, most_workers: int, *words: str) -> list[str]:
     plain = ["-q", "-p", "no:cacheprovider", "-p", "benchmarks.gpu_set.recorder", "--tb", "short"]
-    plain += ["--continue-on-collection-errors"]  # a file that cannot be imported says nothing of the others
+    plain += ["--continue-on-collection-errors"]  # a file that cannot be imported does not block the others
     return [sys.executable, "-m", "pytest", *plain, *_workers(setting, most_workers), *words]
 
 
@@ -141,7 +141,7 @@ def _inner_seconds(place: Place) -> str:
 
 
 def _step(completions: int, *providers: str) -> Callable[[Setting, Place], list[str]]:
-    """`bpo bench step` over the whole LLaVA-1.5-7B; where it rehearses also beside TRL alone, as Liger needs a GPU."""
+    """`bpo bench step` with the full LLaVA-1.5-7B; dry runs add plain TRL, because Liger needs a GPU."""
 
     def command(setting: Setting, place: Place) -> list[str]:
         has_liger = importlib.util.find_spec("liger_kernel") is not None
@@ -167,7 +167,7 @@ def _bench(
     quick_rows: tuple[int, ...] = (32,),
     providers: tuple[str, ...] = (),
 ) -> Callable[[Setting, Place], list[str]]:
-    """kernels/bench.py over one operation, whose tests have been run."""
+    """kernels/bench.py for one operation, whose tests have already run."""
 
     def command(setting: Setting, place: Place) -> list[str]:
         words = ["--shapes", *(["tiny"] if setting.quick else shapes)]
@@ -193,7 +193,7 @@ def _bench_part(
 
 
 def build_parts(setting: Setting) -> list[Part]:
-    """All parts, the most valuable first."""
+    """All parts, by priority."""
     environment = (("KERNEL_TEST_DEVICE", setting.device),)
     environment += (("BPO_KERNELS", "triton"),) if setting.device == "cuda" else ()
     tests = Part("operation-tests", "tests of the operations", _operation_tests, 80, 120, writes="lines")
@@ -208,7 +208,7 @@ def build_parts(setting: Setting) -> list[Part]:
 
 
 def _target_parts() -> list[Part]:
-    """What the targets need."""
+    """Parts that the targets need."""
     loss = "--variants stored-frozen live-frozen --logits peaked"
     return [
         _bench_part("head", "LM head, frozen", "linear_logprob", 60, 85, "--variants frozen", providers=_HEAD),
@@ -233,13 +233,13 @@ def _target_parts() -> list[Part]:
             providers=_PLAIN,
         ),
         Part("attention", "attention over packed groups", _attention, 50, 80),
-        Part("step", "a training step beside TRL's", _step(2, "trl-liger"), 100, 140, packages=_TRL),
+        Part("step", "a training step against TRL's", _step(2, "trl-liger"), 100, 140, packages=_TRL),
         Part("memory", "the memory model of bpo plan", _memory, 45, 70),
     ]
 
 
 def _other_parts() -> list[Part]:
-    """What no target asks for, while time is left."""
+    """Parts that no target needs, run while time remains."""
     llava, every = TARGET_SHAPES[:1], (*TARGET_SHAPES, "llama-3-8b")
     few = {"providers": (*_HEAD, "torch-chunked"), "quick_rows": (1, 8)}
     plain = {"providers": _PLAIN, "quick_rows": (8,), "shapes": every}
@@ -248,12 +248,12 @@ def _other_parts() -> list[Part]:
     liger = f"--variants live-frozen {peaked}"
     head, loss, gather = "linear_logprob", "linear_preference_loss", "logprob_gather"
     return [
-        Part("step-trl", "the step beside TRL without Liger", _step(2, "trl"), 90, 140, packages=_TRL),
+        Part("step-trl", "the step against TRL without Liger", _step(2, "trl"), 90, 140, packages=_TRL),
         _bench_part("head-variants", "LM head, forward and trained", head, 60, 90, other_variants, **few),
         _bench_part("head-llama", "LM head of Llama 3", head, 50, 90, frozen, **few | {"shapes": every[-1:]}),
         _bench_part(
             "head-loss-liger",
-            "LM head and loss beside Liger's fused DPO",
+            "LM head and loss against Liger's fused DPO",
             loss,
             60,
             90,
@@ -283,6 +283,6 @@ def _other_parts() -> list[Part]:
             **few | {"shapes": every},
         ),
         _bench_part("head-loss-rows", "LM head and loss, other rows", loss, 60, 120, peaked, rows=(128, 8192), **plain),
-        Part("step-3", "the step of groups of three", _step(3, "trl-liger"), 110, 160, packages=_TRL),
-        _bench_part("quack", "LM head beside QuACK", head, 90, 170, frozen, providers=("bpo", "quack")),
+        Part("step-3", "the step with groups of three", _step(3, "trl-liger"), 110, 160, packages=_TRL),
+        _bench_part("quack", "LM head against QuACK", head, 90, 170, frozen, providers=("bpo", "quack")),
     ]

@@ -1,8 +1,8 @@
-"""Runs one part of the GPU set as a process of its own, ends it in time with everything it started, and cleans up.
+"""Runs one part of the GPU set in a separate process, ends it and all its children at the time limit, and cleans up.
 
-A part is ended by its process group, SIGTERM first and SIGKILL two seconds later. A child that has left the group is
-found by an environment variable that only this part's processes have. A killed compilation leaves a `lock` behind that
-every later one would wait for, so locks are removed after each part.
+A part is ended through its process group, with SIGTERM and two seconds later SIGKILL. Children that have left the group
+are found by an environment variable that only this part's processes have. A killed compilation leaves a `lock` behind
+that blocks all later ones, so locks are removed after each part.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 TERM_SECONDS = 2.0
-# A process that the kernel cannot end (it waits inside a driver) must not hold up the rest.
+# A process that the kernel cannot end (it waits inside a driver) must not block the rest.
 KILL_SECONDS = 5.0
 TAIL_CHARACTERS = 4000
 PART_VARIABLE = "BPO_GPU_PART"
@@ -29,7 +29,7 @@ PART_VARIABLE = "BPO_GPU_PART"
 
 @dataclass(frozen=True)
 class Ended:
-    """How a process ended: passed, failed or stopped (it had run for as long as it may)."""
+    """Outcome of a process: passed, failed or stopped (it reached its time limit)."""
 
     status: str
     seconds: float
@@ -38,7 +38,7 @@ class Ended:
 
 @dataclass(frozen=True)
 class Caches:
-    """Folders that parts share: compiled extensions, and what torch.compile has compiled."""
+    """Folders shared by the parts: compiled extensions and the torch.compile cache."""
 
     extensions: Path
     inductor: Path
@@ -47,7 +47,7 @@ class Caches:
         return {"TORCH_EXTENSIONS_DIR": str(self.extensions), "TORCHINDUCTOR_CACHE_DIR": str(self.inductor)}
 
     def remove_locks(self) -> list[Path]:
-        """Removes the locks of compilations that were killed; no part may be running."""
+        """Removes the locks of killed compilations; no part may be running."""
         locks = [path for path in self.extensions.rglob("lock") if path.is_file()]
         for path in locks:
             path.unlink(missing_ok=True)
@@ -56,8 +56,8 @@ class Caches:
 
 @contextlib.contextmanager
 def opened_caches(scratch: Path) -> Iterator[Caches]:
-    """Caches that outlive this run, in $TORCH_EXTENSIONS_DIR or the user's cache folder; of this run alone, below
-    `scratch`, where that cannot be written to or another run is using it."""
+    """Opens persistent caches in $TORCH_EXTENSIONS_DIR or the user's cache folder; if that is not writable or in use by
+    another run, temporary ones below `scratch`."""
     parent = os.environ.get("TORCH_EXTENSIONS_DIR") or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     base = Path(parent) / "bpo-gpu-set"
     with contextlib.ExitStack() as stack:
@@ -74,7 +74,7 @@ def opened_caches(scratch: Path) -> Iterator[Caches]:
 
 
 def run_process(command: list[str], seconds: float, environment: dict[str, str]) -> Ended:
-    """Runs `command` from the repository's root for at most `seconds`; nothing that it started is left running."""
+    """Runs `command` from the repository root for at most `seconds`; leaves none of its processes running."""
     begin = time.monotonic()
     token = uuid.uuid4().hex
     environment = os.environ | environment | {PART_VARIABLE: token}
@@ -89,7 +89,7 @@ def run_process(command: list[str], seconds: float, environment: dict[str, str])
             _signal_group(process.pid, signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=TERM_SECONDS)
-        finally:  # also where this process itself is told to end
+        finally:  # also if this process itself is terminated
             end_all(process, token)
         output.seek(0)
         return Ended(status, round(time.monotonic() - begin, 1), output.read()[-TAIL_CHARACTERS:])
@@ -101,7 +101,7 @@ def end_all(process: subprocess.Popen, token: str) -> None:
     deadline = time.monotonic() + KILL_SECONDS
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(timeout=KILL_SECONDS)
-    # More than once, since a process may start another one while it is being looked for.
+    # Repeated, since a process may start another one during the search.
     while (alive := carriers(token)) and time.monotonic() < deadline:
         for pid in alive:
             with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -115,7 +115,7 @@ def _signal_group(group: int, number: signal.Signals) -> None:
 
 
 def carriers(token: str) -> list[int]:
-    """Processes that were started with `token` in their environment and have not ended."""
+    """Running processes that were started with `token` in their environment."""
     wanted = f"{PART_VARIABLE}={token}".encode()
     found = []
     for folder in Path("/proc").glob("[0-9]*"):

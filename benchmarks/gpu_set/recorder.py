@@ -1,8 +1,8 @@
-"""A pytest plugin that writes the outcome of every test as soon as it is known, so that a stopped session leaves some.
+"""Pytest plugin that writes the outcome of every test as soon as it is known, so that a stopped session keeps them.
 
     BPO_TEST_LINES=FILE python -m pytest -p benchmarks.gpu_set.recorder ...
 
-One JSON line per test: file, name, outcome (passed, failed, skipped), seconds, and the message of what did not pass.
+One JSON line per test: file, name, outcome (passed, failed, skipped), seconds, and the message unless it passed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ FAILURES_SHOWN = 20
 
 
 def _write(line: dict[str, Any]) -> None:
-    # Under xdist every report reaches the process that started the workers; theirs would come twice.
+    # Under xdist every report is forwarded to the controller; writing in the workers too would duplicate it.
     if LINES_VARIABLE in os.environ and "PYTEST_XDIST_WORKER" not in os.environ:
         with open(os.environ[LINES_VARIABLE], "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
@@ -44,7 +44,7 @@ def pytest_collectreport(report: Any) -> None:
 
 
 def summary(path: Path) -> dict[str, dict[str, Any]]:
-    """By file: how many tests passed, failed and were skipped, their seconds, failures, and reasons for skipping."""
+    """Per file: numbers of passed, failed and skipped tests, their seconds, failures, and reasons for skipping."""
     files: dict[str, dict[str, Any]] = {}
     for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:

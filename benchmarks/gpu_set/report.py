@@ -1,6 +1,6 @@
-"""A report of the GPU set as a page of Markdown: a function of its JSON alone.
+"""Renders a report of the GPU set as a Markdown page, from its JSON only.
 
-Sections follow kernels/README.md and docs/performance.md, so that a table can be taken over as it is.
+Sections follow kernels/README.md and docs/performance.md, so that tables can be copied there unchanged.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PROVIDER_NAMES = {
 
 
 def render(report: dict[str, Any]) -> str:
-    """The whole page."""
+    """Renders the whole page."""
     results = kernel_results(report)
     timing = "Device times with a cold L2 cache" if report["device"] == "cuda" else "CPU times"
     sections = [
@@ -53,7 +53,7 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def content_of(report: dict[str, Any], part: str) -> Any:
-    """What a part reported, or None."""
+    """The report of a part, or None."""
     return report["parts"].get(part, {}).get("report")
 
 
@@ -65,7 +65,7 @@ def _head(report: dict[str, Any]) -> str:
     lines = [f"# {device}", "", f"{report['date']}, commit {commit}; {rest}."]
     lines += [f"Not installed: {', '.join(absent)}."] if absent else []
     if report["quick"] or report["device"] != "cuda":
-        lines += ["", "**A rehearsal over tiny shapes: no figure below is a measurement.**"]
+        lines += ["", "**A dry run with tiny shapes: no figure below is a measurement.**"]
     seconds = sum(record["seconds"] for record in report["parts"].values())
     return "\n".join([*lines, "", f"`python benchmarks/gpu.py`: {len(report['parts'])} parts, {seconds:.0f} s."])
 
@@ -79,7 +79,7 @@ def _percent(value: float | None) -> str:
 
 
 def _kernels(title: str, results: list[Result], operation: str, timing: str) -> str:
-    """All cases of an operation, provider by provider; `bpo is faster` is another provider's time for bpo's as 1."""
+    """All cases and providers of an operation; `bpo is faster` is the provider's time divided by bpo's."""
     lines = [result for result in results if result.operation == operation]
     if not lines:
         return ""
@@ -131,7 +131,7 @@ def _steps(report: dict[str, Any]) -> str:
     for part in ("step", "step-trl", "step-3"):
         for case in (content_of(report, part) or {}).get("cases", []):
             about = case["case"]
-            lines = [f"{about['model']}, {about['completions']} completions a group, {about['num_groups']} groups, "]
+            lines = [f"{about['model']}, {about['completions']} completions per group, {about['num_groups']} groups, "]
             lines[0] += f"{about['dtype']}, gradient checkpointing {about['gradient_checkpointing']}:"
             lines += ["", step_table(case), ""]
             for name, first in case["first_step"].items():
@@ -141,9 +141,9 @@ def _steps(report: dict[str, Any]) -> str:
             pairs = about["num_pairs"] / about["num_groups"]
             for name, figures in case["figures"].items():
                 speed = 1 / statistics.median(figures["seconds"])
-                lines.append(f"- {name}: {speed:,.2f} pairs/s ({pairs:g} pairs a group)")
+                lines.append(f"- {name}: {speed:,.2f} pairs/s ({pairs:g} pairs per group)")
             blocks.append("\n".join([*lines, *(f"- {note}" for note in case.get("notes", []))]))
-    return "\n\n".join(["## A training step beside TRL's", *blocks]) if blocks else ""
+    return "\n\n".join(["## A training step against TRL's", *blocks]) if blocks else ""
 
 
 def _memory(report: dict[str, Any]) -> str:
@@ -184,7 +184,7 @@ def _smoke(report: dict[str, Any]) -> str:
 
 
 def not_run(report: dict[str, Any]) -> list[str]:
-    """One line for every part that did not pass, and for every case inside a part that was not reached."""
+    """One line for every part that did not pass, and for every case of a part that was not reached."""
     lines = []
     for name, record in report["parts"].items():
         if record["status"] != "passed":

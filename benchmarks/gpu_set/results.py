@@ -1,4 +1,4 @@
-"""The report of a run as one JSON file: written after each part, read again to go on, merged from several runs."""
+"""The report of a run as one JSON file: written after each part, read to continue a run, merged from several runs."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from bpo_kernels.bench.measure import machine
 
 FORMAT = 2
 PACKAGES = ("torch", "triton", "transformers", "deepspeed", "peft", "accelerate", "numpy")
-# What two runs must agree in before their parts may be in one report.
+# Fields that must be equal for the parts of two runs to be combined in one report.
 SAME = ("device", "quick", "machine.device", "machine.commit")
 
 
 def new_report(device: str, quick: bool) -> dict[str, Any]:
-    """A report without any part: what the figures depend on."""
+    """An empty report with everything that the figures depend on."""
     about = {key: value for key, value in machine(torch.device(device)).items() if value != "not installed"}
     for package in PACKAGES:
         try:
@@ -52,7 +52,7 @@ def path_of(report: dict[str, Any], folder: Path) -> Path:
 
 
 def write(path: Path, text: str) -> None:
-    """Replaces a file at once: whoever is ended while writing leaves the earlier one."""
+    """Replaces a file atomically: if the process is killed while writing, the earlier file remains."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8")
@@ -60,28 +60,28 @@ def write(path: Path, text: str) -> None:
 
 
 def write_report(path: Path, report: dict[str, Any], page: str) -> None:
-    """The report as JSON, and `page` beside it as Markdown."""
+    """Writes the report as JSON, and `page` next to it as Markdown."""
     write(path, json.dumps(report, indent=1) + "\n")
     write(path.with_suffix(".md"), page)
 
 
 def load(path: Path) -> dict[str, Any]:
-    """A report of this format.
+    """Loads a report of this format.
 
     Raises:
-        ValueError: the file is something else.
+        ValueError: the file is not such a report.
     """
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} cannot be read as a report: {error}") from error
     if not isinstance(report, dict) or report.get("format") != FORMAT:
-        raise ValueError(f"{path} is no report of benchmarks/gpu.py: its format is not {FORMAT}")
+        raise ValueError(f"{path} is not a report of benchmarks/gpu.py: its format is not {FORMAT}")
     return report
 
 
 def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
-    """What keeps the parts of two reports from being put into one."""
+    """Differences that prevent the parts of two reports from being combined."""
 
     def value(report: dict[str, Any], name: str) -> Any:
         found: Any = report
@@ -94,7 +94,7 @@ def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
 
 
 def earlier(report: dict[str, Any], folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest report in `folder` to which the parts of this run can be added, and its path."""
+    """Path and content of the newest report in `folder` to which the parts of this run can be added."""
     for path in sorted(folder.glob("gpu-*.json"), reverse=True):
         try:
             found = load(path)
@@ -106,17 +106,17 @@ def earlier(report: dict[str, Any], folder: Path) -> tuple[Path, dict[str, Any]]
 
 
 def keep(parts: dict[str, Any], name: str, record: dict[str, Any]) -> None:
-    """Puts the record of a part among the others; one that passed before is not replaced by one that did not."""
+    """Stores the record of a part; a passed record is not replaced by one that did not pass."""
     if name in parts and parts[name]["status"] == "passed" and record["status"] != "passed":
         return
     parts[name] = record
 
 
 def merge(reports: list[dict[str, Any]]) -> dict[str, Any]:
-    """One report with the parts of all; later ones win.
+    """Merges the parts of all reports into one; later ones take precedence.
 
     Raises:
-        ValueError: they are of different devices or commits.
+        ValueError: the reports have different devices or commits.
     """
     merged = reports[0] | {"parts": dict(reports[0]["parts"])}
     for report in reports[1:]:

@@ -1,4 +1,4 @@
-"""One run of the GPU set: part by part until the time is up, saved after each."""
+"""One run of the GPU set: runs the parts in order within the time limit and saves the report after each."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from benchmarks.gpu_set.process import Caches, Ended, run_process
 from benchmarks.gpu_set.results import keep
 from bpo_kernels.bench.cases import TEST_FILES
 
-# Kept for ending the last part and for the report, so that the whole ends before --seconds.
+# Reserved for ending the last part and for the report, so that the run ends before --seconds.
 RESERVE_SECONDS = 12.0
-# With less than this share of its estimate left, a part is not begun.
+# A part is not started if less than this share of its estimated time is left.
 LEAST_SHARE = 0.5
 
 
 @dataclass(frozen=True)
 class Clock:
-    """When the run began (`time.monotonic`), and how many seconds it may take."""
+    """Start time of the run (`time.monotonic`) and its time limit in seconds."""
 
     begin: float
     total_s: float
 
     def left(self) -> float:
-        """Seconds that parts may still take."""
+        """Seconds left for parts."""
         return self.total_s - RESERVE_SECONDS - (time.monotonic() - self.begin)
 
 
 def unmet(part: Part, records: dict[str, dict[str, Any]]) -> str | None:
-    """Why `part` must not run: a test that it depends on is red. Tests that were not run block nothing."""
+    """The reason why `part` must not run: a test that it needs fails. Tests that were not run block nothing."""
     for need in part.needs:
         name, _, operation = need.partition(":")
         record = records.get(name)
@@ -52,26 +52,26 @@ def unmet(part: Part, records: dict[str, dict[str, Any]]) -> str | None:
 
 
 def why_not(part: Part, setting: Setting, records: dict[str, dict[str, Any]], left_s: float) -> tuple[str, str] | None:
-    """(status, reason) of a part that is not begun, or None."""
+    """(status, reason) of a part that is not started, or None."""
     if reason := part.why_skipped():
         return "skipped", reason
     if reason := unmet(part, records):
         return "not run", reason
     least = part.estimate_s * LEAST_SHARE if setting.device == "cuda" else 1.0
     if left_s < least:
-        return "not run", f"{max(0.0, left_s):.0f} s were left, it takes about {part.estimate_s:.0f}"
+        return "not run", f"only {max(0.0, left_s):.0f} s left, it takes about {part.estimate_s:.0f}"
     return None
 
 
 def run_part(part: Part, setting: Setting, seconds: float, caches: Caches, scratch: Path) -> dict[str, Any]:
-    """The record of one part: how it ended, and its report as far as it came."""
+    """Runs one part and returns its record: outcome, and its report as far as it was written."""
     with tempfile.TemporaryDirectory(dir=scratch, ignore_cleanup_errors=True) as folder:
         report = Path(folder) / ("lines.jsonl" if part.writes == "lines" else "report.json")
         temporary = Path(folder) / "tmp"
         temporary.mkdir()
         place = Place(report, temporary, seconds)
         environment = dict(part.environment) | caches.environment()
-        # What a part that is killed leaves in its temporary folder (a model of 14 GB) goes with it.
+        # Files that a killed part leaves in its temporary folder (a model of 14 GB) are deleted with it.
         environment |= {"TMPDIR": str(temporary), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         if part.writes == "lines":
             environment[recorder.LINES_VARIABLE] = str(report)
@@ -85,13 +85,13 @@ def _read(part: Part, path: Path) -> Any:
         return recorder.summary(path)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):  # it did not come so far, or was stopped while writing
+    except (FileNotFoundError, json.JSONDecodeError):  # not yet written, or stopped while writing
         return None
 
 
 def record_of(part: Part, ended: Ended, report: Any) -> dict[str, Any]:
     finished = datetime.datetime.now(datetime.timezone.utc)
-    reason = {"failed": "see its output", "stopped": f"it had run for {ended.seconds:.0f} s"}.get(ended.status, "")
+    reason = {"failed": "see its output", "stopped": f"it ran for {ended.seconds:.0f} s"}.get(ended.status, "")
     return {
         "title": part.title,
         "status": ended.status,
@@ -113,11 +113,11 @@ def run_parts(
     save: Callable[[], None],
     skip_done: bool = False,
 ) -> None:
-    """Runs the parts into `report["parts"]`, which `save` writes after each."""
+    """Runs the parts and stores their records in `report["parts"]`; calls `save` after each."""
     records = report["parts"]
     for part in parts:
         if skip_done and records.get(part.name, {}).get("status") == "passed":
-            print(f"{part.name}: kept, it passed before", flush=True)
+            print(f"{part.name}: skipped, it has already passed", flush=True)
             continue
         refusal = why_not(part, setting, records, clock.left())
         if refusal is not None:

@@ -1,9 +1,10 @@
-"""Launches every kernel once, forward and backward, on small shapes, and compares it with its plain twin.
+"""Launches every kernel once, forward and backward, on small shapes, and compares it with plain PyTorch.
 
     python -m benchmarks.gpu_set.smoke [--device cpu] [--json FILE]
 
-One line per launch, so that a kernel that does not compile, launch or agree is known within seconds. On a CPU this is
-Triton's interpreter with TRITON_INTERPRET=1 BPO_KERNELS=triton, and plain PyTorch without. Exit status 1: one failed.
+Prints one line per launch, so that a kernel that does not compile, launch or agree is detected within seconds. On a CPU
+it runs Triton's interpreter with TRITON_INTERPRET=1 BPO_KERNELS=triton, otherwise plain PyTorch. Exit status 1: one
+launch failed.
 
 Legend: N rows, H hidden size, V vocabulary, K completions, P pairs.
 """
@@ -29,9 +30,9 @@ from bpo_kernels import dispatch, plain
 # (nats of a value, relative Frobenius error of a gradient) by dtype.
 TOLERANCES = {torch.bfloat16: (2e-2, 5e-2), torch.float32: (1e-3, 1e-3)}
 NUM_ROWS, HIDDEN = 16, 256
-# A row kernel is another one at each of these: short rows, those that fit the registers, longer ones.
+# Each of these selects a different row kernel: short rows, rows that fit the registers, longer ones.
 VOCABULARIES = (1031, 32064, 49152, 152064)
-# The interpreter takes seconds for a long row.
+# Sizes for the interpreter, which takes seconds for a long row.
 SMALL = (6, 64, (1031,))
 
 Run = Callable[[Any], list[Tensor]]
@@ -39,7 +40,7 @@ Run = Callable[[Any], list[Tensor]]
 
 @dataclass
 class Line:
-    """One launch: status ok or failed, and what went wrong."""
+    """One launch: status ok or failed, and the error in `note`."""
 
     operation: str
     name: str
@@ -102,7 +103,7 @@ def pair_loss_run(loss_type: str, with_starts: bool, num_rows: int, device: torc
 
 
 def many_pairs_run(device: torch.device) -> Run:
-    """More pairs than the kernels of a training step take: sums and coefficients per completion, launched apart."""
+    """More pairs than the kernels of a training step support: separate launches for sums and coefficients."""
     num_pairs, tokens = 150, 4
     completion_N = torch.arange(2 * num_pairs, device=device).repeat_interleave(tokens)
     policy_N = (-torch.rand(completion_N.shape[0], device=device)).requires_grad_()
@@ -128,7 +129,7 @@ def head_loss_run(live: bool, sizes: tuple[int, int, int], device: torch.device)
 
 
 def launches(device: torch.device) -> list[tuple[str, str, torch.dtype, Callable[[], Run]]]:
-    """(operation, name, dtype, what builds the inputs and returns the run)."""
+    """(operation, name, dtype, function that builds the inputs and returns the run)."""
     num_rows, hidden, vocabularies = SMALL if device.type == "cpu" else (NUM_ROWS, HIDDEN, VOCABULARIES)
     half, full = torch.bfloat16, torch.float32
     found: list[tuple[str, str, torch.dtype, Callable[[], Run]]] = []
@@ -165,7 +166,7 @@ def launches(device: torch.device) -> list[tuple[str, str, torch.dtype, Callable
 
 
 def disagreement(got: list[Tensor], wanted: list[Tensor], dtype: torch.dtype) -> str:
-    """What differs by more than rounding; an empty string where nothing does."""
+    """Describes what differs by more than rounding; empty if nothing does."""
     value_limit, gradient_limit = TOLERANCES[dtype]
     value_error = float((got[0].float() - wanted[0].float()).abs().max())
     if not value_error <= value_limit:
@@ -178,13 +179,13 @@ def disagreement(got: list[Tensor], wanted: list[Tensor], dtype: torch.dtype) ->
 
 
 def launch(operation: str, name: str, dtype: torch.dtype, build: Callable[[], Run]) -> Line:
-    """Runs one kernel both ways and compares."""
+    """Runs one kernel in both implementations and compares the results."""
     torch.manual_seed(0)
     begin = time.perf_counter()
     try:
         run = build()
         note = disagreement(run(dispatch), run(plain), dtype)
-    except Exception as error:  # compilers and drivers raise what they like; the line and the exit status say so
+    except Exception as error:  # compilers and drivers raise arbitrary errors; reported in the line and exit status
         note = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     return Line(operation, name, "failed" if note else "ok", round(time.perf_counter() - begin, 2), note)
 
@@ -205,7 +206,7 @@ def main(argv: list[str] | None = None) -> int:
         line = launch(*words)
         report["lines"].append(asdict(line))
         print(f"{line.status:6} {line.seconds:6.2f} s  {line.operation}: {line.name}  {line.note}".rstrip(), flush=True)
-        if options.json:  # after each launch: a crash of the driver leaves those before it
+        if options.json:  # after each launch, so that a driver crash keeps the earlier ones
             options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return int(any(line["status"] == "failed" for line in report["lines"]))
 

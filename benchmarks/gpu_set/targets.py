@@ -1,7 +1,7 @@
-"""The targets of one H100 or H200: what was predicted, what a report shows, and whether it is enough.
+"""Targets for one H100 or H200: the prediction, the measurement in a report, and whether the target is met.
 
-`judge` is a function of the report alone. A target is judged on the worst case that it names; where no case of it was
-measured on a GPU it is "not measured".
+`judge` depends on the report only. A target is judged on the worst of its cases; if none of them was measured on a GPU
+it is "not measured".
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ HEAD = f"linear_logprob, frozen head, N = {TARGET_ROWS}"
 SHAPE_NAMES = {"llava-1.5-7b": "LLaVA-1.5", "qwen2.5-vl-7b": "Qwen2.5-VL"}
 ATTENTION = "packed attention: >= 1.4x separate sequences"
 PREDICTED_ATTENTION = "1.6x (visited blocks)"
-# Estimates by arithmetic, never a measurement. GEMMs: two of ours against three of TRL's function and, on peaked
-# logits, two of cut-cross-entropy's, whose GEMMs are Triton's. Bytes: kernels/README.md.
+# Computed estimates, not measurements. GEMMs: two in bpo against three in TRL's function and, on peaked logits, two in
+# cut-cross-entropy, whose GEMMs are written in Triton. Bytes: kernels/README.md.
 PREDICTED_ROOFLINE = "86-89 % (6-7 N V bytes)"
 PREDICTED_TRL = "1.4x"
 PREDICTED_CCE = "1.15-1.35x"
@@ -31,14 +31,14 @@ PREDICTED_EAGER = "1.3x with a head at N = 2048"
 
 
 def kernel_results(report: dict[str, Any]) -> list[Result]:
-    """Every line of the kernel benchmarks; of a case that two parts measured, the first."""
+    """All lines of the kernel benchmarks; the first one if two parts measured the same case."""
     found: dict[tuple, Result] = {}
     for record in report["parts"].values():
         content = record["report"]
         lines = content.get("results", []) if isinstance(content, dict) else []
         for line in lines:
             if "operation" not in line:
-                break  # a report of another benchmark
+                break  # the report of a different benchmark
             result = Result(**line)
             found.setdefault((*case_of(result).values(), result.provider), result)
     return list(found.values())
@@ -49,7 +49,7 @@ def case_of(result: Result) -> dict[str, str | int]:
 
 
 def timed(results: Iterable[Result], provider: str, **labels: str | int) -> list[Result]:
-    """The lines of `provider` that have times, of the cases with these labels."""
+    """Lines of `provider` with times, for the cases with these labels."""
     return [
         result
         for result in results
@@ -60,13 +60,13 @@ def timed(results: Iterable[Result], provider: str, **labels: str | int) -> list
 
 
 def speed_ups(results: list[Result], other: str, **labels: str | int) -> list[float]:
-    """How many times faster bpo is than `other`, case by case, where both were timed."""
+    """Speedups of bpo over `other` for all cases in which both were timed."""
     pairs = ((ours, timed(results, other, **case_of(ours))) for ours in timed(results, "bpo", **labels))
     return [theirs[0].median_ms / ours.median_ms for ours, theirs in pairs if theirs]
 
 
 def worst(target: str, predicted: str, values: list[float], least: float, form: str) -> Verdict:
-    """The verdict on the smallest of `values`, which must be `least` or more."""
+    """The verdict on the smallest of `values`, which must be at least `least`."""
     if not values:
         return Verdict(target, NOT_MEASURED, None, predicted)
     measured = format(min(values), form) + ("x" if form.endswith("f") else "")
@@ -74,7 +74,7 @@ def worst(target: str, predicted: str, values: list[float], least: float, form: 
 
 
 def judge(report: dict[str, Any]) -> list[Verdict]:
-    """Every target in the order of the set."""
+    """Verdicts on all targets, in the order of the set."""
     on_gpu = report["device"] == "cuda" and not report["quick"]
     results = kernel_results(report) if on_gpu else []
     return [
@@ -119,7 +119,7 @@ def _head_verdicts(results: list[Result]) -> list[Verdict]:
 
 
 def _bandwidth_verdicts(results: list[Result]) -> list[Verdict]:
-    """Shares of what a copy of the bytes that must move reaches, at the largest number of rows."""
+    """Shares of copy bandwidth over the bytes that must move, at the largest number of rows."""
 
     def shares(operation: str, num_rows: int) -> list[float]:
         lines = timed(results, "bpo", operation=operation, num_rows=num_rows)
@@ -150,7 +150,7 @@ def _step_verdicts(report: dict[str, Any] | None) -> list[Verdict]:
 
 
 def targets_table(verdicts: list[Verdict]) -> str:
-    """Markdown with the columns of kernels/README.md and a verdict."""
+    """Markdown table with the columns of kernels/README.md and a verdict."""
     words = {True: "yes", False: "**no**", None: NOT_MEASURED}
     lines = ["| target | predicted (est.) | measured (worst case) | met |", "|---|---|---|---|"]
     lines += [f"| {v.target} | {v.predicted} | {v.measured} | {words[v.met]} |" for v in verdicts]

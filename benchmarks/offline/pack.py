@@ -1,11 +1,11 @@
-"""Packs what a GPU machine without a network lacks; run it on a machine with one, under the same version of Python.
+"""Packs the packages missing on a GPU machine without a network; run it online, with the same Python version.
 
-    python3.12 benchmarks/offline/pack.py [--image FILE]    .wheels/: what bpo and its tests need, about 10 MiB
+    python3.12 benchmarks/offline/pack.py [--image FILE]    .wheels/: requirements of bpo and its tests, about 10 MiB
     python3.12 benchmarks/offline/pack.py --quack           .wheels-quack/: QuACK and NVIDIA's CuTe DSL, about 50 MiB,
-                                                            for a run of its own; xz takes about 8 minutes
+                                                            for a separate run; xz takes about 8 minutes
 
-Copy the checkout with these folders to the GPU machine and call benchmarks/offline/run.sh there. pip resolves the
-requirements of setup.py (extras `peers` and `test`) in an environment that claims to hold the packages of the image,
+Copy the checkout with these folders to the GPU machine and run benchmarks/offline/run.sh there. pip resolves the
+requirements of setup.py (extras `peers` and `test`) in an environment that pretends to have the packages of the image,
 with the versions of constraints.txt for all others; nothing is installed here.
 """
 
@@ -31,12 +31,12 @@ import stamp  # noqa: E402
 
 WHEELS, QUACK = ROOT / ".wheels", ROOT / ".wheels-quack"
 MAX_MIB = 20.0
-# In the order of preference: run.sh takes the first that imports.
+# In order of preference: run.sh uses the first one that can be imported.
 QUACK_VERSIONS = ("0.6.5", "0.6.0")
 QUACK_NEEDS = ("apache-tvm-ffi", "torch-c-dlpack-ext")
 CUTE = ("nvidia-cutlass-dsl", "nvidia-cutlass-dsl-libs-base", "nvidia-cutlass-dsl-libs-core")
 CUTE_COMPILER = "nvidia-cutlass-dsl-libs-cu12"
-# Nothing is linked at run time, and the bridge for torch before 2.10 is not needed with 2.11.
+# Not needed: stub libraries (nothing is linked at run time) and the bridge for torch before 2.10.
 LEFT_OUT = ("*/cu12/lib/stubs", "torch_c_dlpack_ext/*torch2[4-9]*")
 
 
@@ -45,14 +45,14 @@ def canonical(name: str) -> str:
 
 
 def read_pins(path: Path) -> dict[str, str]:
-    """{canonical name: version, or "" where the line has none} of a file of requirements."""
+    """{canonical name: version, or "" if the line has none} of a requirements file."""
     lines = (line.split("#")[0].strip() for line in path.read_text(encoding="utf-8").splitlines())
     pairs = (line.partition("==") for line in lines if line)
     return {canonical(name): version.strip() for name, _, version in pairs}
 
 
 def pip(python: Path | str, *words: str) -> None:
-    """Runs pip quietly; its own message says what is wrong.
+    """Runs pip quietly; pip prints its own error messages.
 
     Raises:
         SystemExit: pip failed.
@@ -64,7 +64,7 @@ def pip(python: Path | str, *words: str) -> None:
 
 
 def pretend_installed(site_packages: Path, image: dict[str, str], pins: dict[str, str]) -> None:
-    """Metadata of the image's packages, without needs of their own: pip then takes them as they are."""
+    """Writes metadata of the image's packages, without requirements, so that pip treats them as installed."""
     for name, version in image.items():
         version = version or pins.get(name) or "9999"
         folder = site_packages / f"{name.replace('-', '_')}-{version}.dist-info"
@@ -75,7 +75,7 @@ def pretend_installed(site_packages: Path, image: dict[str, str], pins: dict[str
 
 
 def resolve(work: Path, image: dict[str, str], pins: dict[str, str]) -> list[str]:
-    """`name==version` of every package that the image lacks for bpo's requirements."""
+    """`name==version` of every requirement of bpo that the image lacks."""
     environment = work / "venv"
     venv.create(environment, with_pip=True)
     python = environment / "bin" / "python"
@@ -83,7 +83,7 @@ def resolve(work: Path, image: dict[str, str], pins: dict[str, str]) -> list[str
     pretend_installed(environment / "lib" / version / "site-packages", image, pins)
     constraints = work / "constraints.txt"
     constraints.write_text("".join(f"{name}=={pin}\n" for name, pin in pins.items() if name not in image))
-    # A copy: setuptools writes into the tree that it builds.
+    # A copy, because setuptools writes into the source tree.
     source = work / "bpo"
     source.mkdir()
     for name in ("setup.py", "README.md", "LICENSE"):
@@ -94,14 +94,16 @@ def resolve(work: Path, image: dict[str, str], pins: dict[str, str]) -> list[str
     words = ["--quiet", "--dry-run", "--report", str(report), "--constraint", str(constraints)]
     pip(python, "install", *words, "--find-links", str(WHEELS), f"{source}[peers,test]")
     found = (item["metadata"] for item in json.loads(report.read_text())["install"])
-    return sorted(f"{one['name']}=={one['version']}" for one in found if canonical(one["name"]) != "bpo")
+    return sorted(
+        f"{package['name']}=={package['version']}" for package in found if canonical(package["name"]) != "bpo"
+    )
 
 
 def pack_wheels(image_file: Path) -> None:
     image, pins = read_pins(image_file), read_pins(ROOT / "constraints.txt")
     shutil.rmtree(WHEELS, ignore_errors=True)
     WHEELS.mkdir()
-    # On PyPI as source alone; without operators its wheel is plain Python, which compiles them where they are needed.
+    # On PyPI only as source; without prebuilt operators its wheel is plain Python and compiles them on first use.
     deepspeed = f"deepspeed=={pins['deepspeed']}"
     pip(sys.executable, "wheel", "--quiet", "--no-deps", "--wheel-dir", str(WHEELS), deepspeed)
     with tempfile.TemporaryDirectory() as folder:

@@ -1,7 +1,7 @@
-"""The commit of a packed checkout, for a machine that has no git.
+"""Records the commit of a packed checkout, for a machine without git.
 
-python benchmarks/offline/stamp.py write    .wheels/COMMIT: the commit and a digest of the sources, where git is
-python benchmarks/offline/stamp.py read     prints the commit; "+changes" follows if the sources have another digest
+python benchmarks/offline/stamp.py write    writes commit and source digest to .wheels/COMMIT; needs git
+python benchmarks/offline/stamp.py read     prints the commit, with "+changes" if the source digest differs
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ FOLDERS = ("bpo", "kernels", "ds_configs", "benchmarks", "tests")
 
 
 def digest(root: Path = ROOT) -> str:
-    """Over names and contents of the sources; results and caches do not count."""
+    """Digest of names and contents of the sources, excluding results and caches."""
     total = hashlib.sha256()
     for folder in FOLDERS:
         for path in sorted((root / folder).rglob("*")):
@@ -33,7 +33,7 @@ def write(folder: Path, root: Path = ROOT) -> None:
 
 
 def read(folder: Path, root: Path = ROOT) -> str:
-    """The commit that `write` found, whatever has become of the sources since; "unknown" without a stamp."""
+    """The commit recorded by `write`, with "+changes" if the sources have changed; "unknown" without a stamp."""
     stamp = folder / "COMMIT"
     if not stamp.exists():
         return UNKNOWN

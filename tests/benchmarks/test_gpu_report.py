@@ -173,7 +173,7 @@ def test_the_page_says_where_the_figures_come_from_and_shows_each_section() -> N
         "| TRL, Liger | 2,000.00 |",
         "**bpo / TRL, Liger**",
         "peak MiB above the weights",
-        "- trl-liger: 0.91 pairs/s (1 pairs a group)",
+        "- trl-liger: 0.91 pairs/s (1 pairs per group)",
         "- a note",
         "| llava-lora | 1.0 / 1.0 | 2.0 / 2.1 | 3.0 / 3.0 | +5.0% |",
         "| tests/kernels/a.py | 5 | 1 | 2 |",
@@ -184,8 +184,8 @@ def test_the_page_says_where_the_figures_come_from_and_shows_each_section() -> N
         "- head: linear_logprob frozen N=2048: not reached",
     ):
         assert text in page, text
-    assert "rehearsal" not in page
-    assert "**A rehearsal" in render(whole() | {"quick": True})
+    assert "dry run" not in page
+    assert "**A dry run" in render(whole() | {"quick": True})
 
 
 def test_a_report_without_any_part_is_a_page_too() -> None:

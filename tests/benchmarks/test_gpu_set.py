@@ -113,7 +113,7 @@ def test_workers_are_as_many_as_the_cores_allow(tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_red_file_holds_up_only_the_benchmarks_of_its_operation() -> None:
-    records = {"operation-tests": record_of_tests(test_logprob_gather=3, test_preference_pieces=1)}
+    records = {"operation-tests": record_of_tests(test_logprob_gather=3, test_preference_sizes=1)}
     held_up = {part.name: reason for part in build_parts(CUDA) if (reason := unmet(part, records))}
     assert set(held_up) == {"gather", "gather-rows", "pair-loss"}
     assert held_up["gather"] == "3 tests of logprob_gather fail"
@@ -150,7 +150,7 @@ def test_the_step_is_beside_ligers_layers_where_they_are_installed(monkeypatch: 
 def test_a_part_that_cannot_end_in_time_is_not_begun() -> None:
     late = part("late", estimate_s=100.0)
     assert why_not(late, CUDA, {}, 51.0) is None
-    assert why_not(late, CUDA, {}, 49.0) == ("not run", "49 s were left, it takes about 100")
+    assert why_not(late, CUDA, {}, 49.0) == ("not run", "only 49 s left, it takes about 100")
 
 
 def test_a_failed_part_stops_no_other_and_each_is_saved(run: Any) -> None:
@@ -176,7 +176,7 @@ def test_the_whole_ends_in_time_and_the_rest_is_listed(run: Any, monkeypatch: py
     records, _ = run([part("long", stubborn), part("late"), part("later")], total_s=8.0)
     assert time.monotonic() - begin < 8.0
     assert [record["status"] for record in records.values()] == ["stopped", "not run", "not run"]
-    assert records["long"]["report"] == {"n": 1} and "s were left" in records["late"]["reason"]
+    assert records["long"]["report"] == {"n": 1} and "s left" in records["late"]["reason"]
 
 
 def test_on_a_gpu_a_part_has_a_limit_of_its_own(run: Any) -> None:
@@ -225,7 +225,7 @@ def test_only_a_report_of_the_same_device_and_commit_goes_on(tmp_path: Path) -> 
     merged = results.merge([report, second])
     assert {name: record["status"] for name, record in merged["parts"].items()} == {"smoke": "passed", "head": "passed"}
     assert merged["date"] == "2026-01-03" and set(report["parts"]) == {"smoke"}
-    with pytest.raises(ValueError, match="is no report of benchmarks/gpu.py"):
+    with pytest.raises(ValueError, match="is not a report of benchmarks/gpu.py"):
         results.load(tmp_path / "gpu-other-20270101.json")
 
 
@@ -268,8 +268,8 @@ def test_without_a_gpu_it_says_so_and_exits_2(
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--device", "cpu"], "give --quick, and --out DIR"),
-        (["--device", "cpu", "--quick"], "give --quick, and --out DIR"),
+        (["--device", "cpu"], "add --quick, and --out DIR"),
+        (["--device", "cpu", "--quick"], "add --quick, and --out DIR"),
         (["--seconds", "0"], "--seconds 0: use a positive number"),
         (["--only", "head", "heads"], "--only head heads: no such part; the parts are smoke, ".replace("head ", "")),
     ],
@@ -315,7 +315,7 @@ def test_two_parts_on_a_cpu_and_the_same_report_goes_on(tmp_path: Path, capsys: 
     page = path.with_suffix(".md").read_text()
     assert page in capsys.readouterr().out and "no figure below is a measurement" in page
     assert gpu.main([*argv, "--only", "smoke", "pair-loss", "--skip-done"]) == 0
-    assert "smoke: kept, it passed before" in capsys.readouterr().out
+    assert "smoke: skipped, it has already passed" in capsys.readouterr().out
     assert json.loads(path.read_text()) == report
     assert gpu.main(["--report", str(path)]) == 0
     assert capsys.readouterr().out == page + "\n"
