@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -40,6 +41,34 @@ def device() -> torch.device:
 @pytest.fixture(scope="session")
 def on_triton() -> bool:
     return os.environ.get("BPO_KERNELS") == "triton"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def patch_triton_language_once_per_launch() -> Iterator[None]:
+    """Triton's interpreter patches triton.language again at every call of a device function: 40 % of its time."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        yield
+        return
+    from triton.runtime import interpreter
+
+    original, tl = interpreter._patch_lang, interpreter.tl
+    patched: set[tuple[bool, bool]] = set()
+
+    def patch_lang(function: Any) -> Any:
+        modules = [value for value in function.__globals__.values() if isinstance(value, ModuleType)]
+        key, outermost = (tl in modules, tl.core in modules), not patched
+        if key in patched:
+            return interpreter._LangPatchScope()
+        patched.add(key)
+        scope = original(function)
+        if outermost:  # the launch; its end undoes the patches
+            restore = scope.restore
+            scope.restore = lambda: (patched.clear(), restore())
+        return scope
+
+    interpreter._patch_lang = patch_lang
+    yield
+    interpreter._patch_lang = original
 
 
 @pytest.fixture(autouse=True)

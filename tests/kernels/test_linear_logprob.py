@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from bpo_kernels import checks, dispatch, head
+from tests.pairwise import pairwise
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -44,15 +45,21 @@ def problem(num_rows, vocab, hidden_size, dtype, device, trained=True, with_bias
     return hidden_NH, weight_VH, bias_V, torch.randint(vocab, (num_rows,), device=device)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
-@pytest.mark.parametrize("capped", [False, True], ids=["plain", "bias-scale-cap"])
-@pytest.mark.parametrize("chunk_rows", [None, 2], ids=["one-chunk", "chunks"])
-@pytest.mark.parametrize("mode", ["store", "recompute", "fused"])
-@pytest.mark.parametrize(("num_rows", "vocab", "hidden_size"), [(0, 31, 7), (1, 31, 7), (5, 4099, 33)])
+@pytest.mark.parametrize(
+    *pairwise(
+        dtype=DTYPES,
+        trained=[True, False],
+        capped=[False, True],
+        chunk_rows=[None, 2],
+        mode=["store", "recompute", "fused"],
+        shape=[(0, 31, 7), (1, 31, 7), (5, 4099, 33)],
+    ),
+    ids=str,
+)
 def test_forward_and_gradients_are_as_exact_as_eager(
-    assert_as_exact_as_eager, device, dtype, trained, capped, chunk_rows, mode, num_rows, vocab, hidden_size
+    assert_as_exact_as_eager, device, dtype, trained, capped, chunk_rows, mode, shape
 ):
+    num_rows, vocab, hidden_size = shape
     *tensors, target_N = problem(num_rows, vocab, hidden_size, dtype, device, trained, with_bias=capped)
     softcap, scale = (5.0, 0.7) if capped else (None, 1.0)
     budget_bytes = None if chunk_rows is None else chunk_rows * vocab * 4
@@ -66,8 +73,9 @@ def test_forward_and_gradients_are_as_exact_as_eager(
     )
 
 
-@settings(max_examples=16, deadline=None)
-@given(st.integers(1, 140), st.integers(1, 600), st.integers(1, 70), st.integers(1, 9), st.sampled_from(checks.MODES))
+# The interpreter takes 10 ms per program, and a chunk is a launch.
+@settings(max_examples=8, deadline=None)
+@given(st.integers(1, 70), st.integers(1, 300), st.integers(1, 70), st.integers(2, 80), st.sampled_from(checks.MODES))
 def test_any_shape_chunk_and_mode(device, num_rows, vocab, hidden_size, chunk_rows, mode):
     hidden_NH, weight_VH, _, target_N = problem(num_rows, vocab, hidden_size, torch.float32, device)
     budget_bytes = chunk_rows * vocab * 4
@@ -118,7 +126,7 @@ def test_strided_inputs_unaligned_targets_and_expanded_gradient(device):
 
 
 @pytest.mark.parametrize("mode", ["store", "recompute", "fused"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_same_bits_twice(device, dtype, mode):
     hidden_NH, weight_VH, _, target_N = problem(7, 500, 16, dtype, device)
 
@@ -266,9 +274,7 @@ def test_a_row_with_target_minus_100_counts_for_nothing(device, mode, trained):
     torch.testing.assert_close(ours, theirs, atol=3e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("mode", ["store", "fused"])
-@pytest.mark.parametrize("size", [1, 1000.0], ids=["some-units", "thousands"])
+@pytest.mark.parametrize(*pairwise(dtype=DTYPES, mode=["store", "fused"], size=[1, 1000.0]), ids=str)
 def test_entropy_and_argmax(device, dtype, mode, size):
     hidden_NH, weight_VH, _, target_N = problem(6, 5003, 24, dtype, device)
     hidden_NH = hidden_NH.detach() * size

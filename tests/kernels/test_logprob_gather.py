@@ -23,7 +23,7 @@ def eager(logits_NV: Tensor, target_N: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("num_rows", "vocab"), [(0, 31), (1, 31), (7, 1), (5, 4099), (3, 8192)])
+@pytest.mark.parametrize(("num_rows", "vocab"), [(0, 31), (1, 31), (7, 1), (3, 4099), (2, 8192)])
 def test_forward_and_gradient_are_as_exact_as_eager(assert_as_exact_as_eager, device, dtype, num_rows, vocab):
     logits_NV = (4 * torch.randn(num_rows, vocab, device=device)).to(dtype).requires_grad_()
     target_N = torch.randint(vocab, (num_rows,), device=device)
@@ -173,16 +173,20 @@ def test_in_place_backward_gives_the_same_gradient_in_the_memory_of_the_logits(d
     weight_HV = torch.randn(16, 4100, device=device).to(dtype)
     target_N = torch.randint(4100, (6,), device=device)
 
-    def gradient(inplace: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def gradient(inplace: bool) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
         logits_NV = (weight_HV.t() @ hidden_NH.t()).t() if transposed else hidden_NH @ weight_HV
-        before_NV = logits_NV.detach().clone()
+        before_NV, grads_NV = logits_NV.detach().clone(), []
+        logits_NV.register_hook(lambda grad_NV: grads_NV.append(grad_NV.clone()))
         logp_N = dispatch.logprob_gather(logits_NV, target_N, inplace_backward=inplace)
         (grad_NH,) = torch.autograd.grad(logp_N.sum(), hidden_NH)
-        return grad_NH, logits_NV.detach(), before_NV
+        return grads_NV, grad_NH, logits_NV.detach(), before_NV
 
-    ours_NH, overwritten_NV, before_NV = gradient(True)
-    theirs_NH, untouched_NV, _ = gradient(False)
-    assert torch.equal(ours_NH, theirs_NH)
+    (ours_NV,), ours_NH, overwritten_NV, before_NV = gradient(True)
+    (theirs_NV,), theirs_NH, untouched_NV, _ = gradient(False)
+    assert torch.equal(ours_NV, theirs_NV)
+    # The strides of the two differ, and with them the order in which a BLAS adds.
+    torch.testing.assert_close(ours_NH, theirs_NH, atol=1e-5, rtol=1e-5 if dtype is torch.float32 else 2e-2)
+    assert torch.equal(overwritten_NV, ours_NV)
     assert torch.equal(untouched_NV, before_NV) and not torch.equal(overwritten_NV, before_NV)
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from bpo_kernels.head import Head
+from tests.pairwise import pairwise
 
 IN_REGISTERS = [1, 31, 128, 1031, 32064]
 STREAMED = 50_001
@@ -45,9 +46,9 @@ def true_result(logits_NV, target_N, scale=1.0):
     return logp_N, dlogits_NV.where(counted_N[:, None], 0.0)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("scale", [1.0, -0.25])
-@pytest.mark.parametrize("vocab", [*IN_REGISTERS, STREAMED])
+@pytest.mark.parametrize(
+    *pairwise(vocab=[*IN_REGISTERS, STREAMED], dtype=[torch.bfloat16, torch.float32], scale=[1.0, -0.25]), ids=str
+)
 def test_log_probs_and_their_derivative(rows, device, vocab, scale, dtype):
     """More rows than are in flight; a row that is left out, of which not even NaN comes through."""
     num_rows = 5

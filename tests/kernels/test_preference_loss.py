@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bpo_kernels import dispatch
+from tests.pairwise import pairwise
 
 PAIRS = [(0, 1), (0, 2), (3, 1), (4, 0), (5, 3)]
 LOSSES = [("sigmoid", 0.0), ("sigmoid", 0.1), ("robust", 0.0), ("robust", 0.2), ("hinge", 0.0), ("ipo", 0.0)]
@@ -51,12 +52,13 @@ def problem(num_tokens: int, device: torch.device) -> tuple[Tensor, Tensor, Tens
     )
 
 
-@pytest.mark.parametrize(("loss_type", "eps"), LOSSES)
-@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
-@pytest.mark.parametrize(("path", "num_tokens"), [("few", 1), ("few", 2500), ("many", 700)], indirect=["path"])
-def test_losses_and_gradient_are_as_exact_as_eager(
-    assert_as_exact_as_eager, device, path, loss_type, eps, weighted, num_tokens
-):
+@pytest.mark.parametrize(
+    *pairwise(path=["few", "many"], loss=LOSSES, weighted=[False, True], num_tokens=[1, 700, 2500]),
+    indirect=["path"],
+    ids=str,
+)
+def test_losses_and_gradient_are_as_exact_as_eager(assert_as_exact_as_eager, device, path, loss, weighted, num_tokens):
+    loss_type, eps = loss
     policy_N, reference_N, completion_N, pairs_P2, weight_N = problem(num_tokens, device)
     weight = weight_N if weighted else None
     assert_as_exact_as_eager(
@@ -82,9 +84,7 @@ def test_all_pairs_of_many_completions(assert_as_exact_as_eager, device):
     )
 
 
-@pytest.mark.parametrize("beta", [0.1, 0.3])
-@pytest.mark.parametrize("eps", [0.0, 0.1, 0.3])
-@pytest.mark.parametrize("loss_type", ["sigmoid", "robust"])
+@pytest.mark.parametrize(*pairwise(beta=[0.1, 0.3], eps=[0.0, 0.1, 0.3], loss_type=["sigmoid", "robust"]))
 def test_policy_equal_to_reference_gives_log_2_to_the_bit(device, loss_type, eps, beta):
     policy_N, _, completion_N, pairs_P2, weight_N = problem(500, device)
     losses_P, *rewards = dispatch.preference_loss(

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from bpo_kernels import dispatch, plain, preference_sizes
 from bpo_kernels.bench.cases import Case, needed_work
+from tests.pairwise import pairwise
 
 # Lengths of completions that lie one after the other, in pieces of 64 tokens: empty ones at both ends and within, whole
 # pieces and one token more or less, one that begins with a block, and one that is far longer than the rest.
@@ -56,8 +57,9 @@ def result(
     return [losses_P.detach(), chosen_P, rejected_P, *torch.autograd.grad(losses_P, policy_N, coefficient_P)]
 
 
-@pytest.mark.parametrize("with_starts", [True, False], ids=["offsets", "no-offsets"])
-@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
+@pytest.mark.parametrize(
+    *pairwise(path=["few", "many"], with_starts=[True, False], weighted=[False, True]), indirect=["path"]
+)
 def test_completions_of_very_unequal_length(assert_as_exact_as_eager, device, path, with_starts, weighted):
     batch = contiguous(LENGTHS, device)
     pairs_P2 = torch.tensor(UNEVEN_PAIRS, device=device)
@@ -94,7 +96,7 @@ def test_one_completion_in_every_pair_of_many(assert_as_exact_as_eager, device, 
 @pytest.mark.parametrize("with_starts", [True, False], ids=["offsets", "no-offsets"])
 def test_order_of_the_pairs_changes_no_bit(device, path, on_triton, with_starts):
     batch = contiguous(LENGTHS, device)
-    pairs_P2 = torch.tensor(UNEVEN_PAIRS * 2, device=device)
+    pairs_P2 = torch.tensor(UNEVEN_PAIRS, device=device)
     # Terms of very unequal size, whose fp32 sum depends on their order.
     coefficient_P = (torch.randn(len(pairs_P2)) * 10.0 ** torch.randint(-5, 1, (len(pairs_P2),))).to(device)
     order = torch.randperm(len(pairs_P2), device=device)
@@ -216,11 +218,18 @@ def expected_bytes(lengths: tuple[int, ...], pairs_P2: Tensor, has_weight: bool)
     )
 
 
-@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
-@pytest.mark.parametrize("lengths", [LENGTHS, (0,) * 9 + (129, 7), (1,) * 40, (2000, 1)], ids=len)
+@pytest.mark.parametrize(
+    *pairwise(
+        path=["few", "many"],
+        weighted=[False, True],
+        lengths=[LENGTHS, (0,) * 9 + (129, 7), (1,) * 40, (2000, 1)],
+    ),
+    indirect=["path"],
+    ids=str,
+)
 def test_the_kernels_move_the_bytes_of_the_formula(device, path, count_traffic, lengths, weighted):
     batch = contiguous(lengths, device)
-    pairs_P2 = torch.randint(len(lengths), (37, 2))
+    pairs_P2 = torch.randint(len(lengths), (19, 2))
     forward, backward = count_traffic(batch, pairs_P2, batch["weight"] if weighted else None)
     assert (forward["bytes"], backward["bytes"]) == expected_bytes(lengths, pairs_P2, weighted)
     assert (forward["launches"], backward["launches"]) == ((1, 1) if path == "few" else (2, 3))

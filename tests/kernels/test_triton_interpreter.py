@@ -35,11 +35,11 @@ FILES = (
     reason="Triton's interpreter before 3.7 converts arrays of one element by int(), which NumPy 2.4 and later refuses",
 )
 @pytest.mark.skipif(os.environ.get("BPO_KERNELS") == "triton", reason="these tests run on Triton already")
-@pytest.mark.parametrize("file", FILES)
-def test_operation_tests_pass_on_triton_in_the_interpreter(file):
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(HERE / file)]
+def test_operation_tests_pass_on_triton_in_the_interpreter():
+    files = [str(HERE / name) for name in FILES]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files]
     environment = os.environ | {"TRITON_INTERPRET": "1", "BPO_KERNELS": "triton", "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=HERE.parent.parent)
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
     passed = re.search(r"(\d+) passed", result.stdout)
-    assert passed is not None and int(passed[1]) > 30, result.stdout[-2000:]
+    assert passed is not None and int(passed[1]) > 200, result.stdout[-2000:]
