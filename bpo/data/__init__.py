@@ -1,1 +1,1 @@
-"""From records to packed batches."""
+"""Data pipeline: records to packed batches."""

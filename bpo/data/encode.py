@@ -1,4 +1,4 @@
-"""Turns records into token ids: chat template, image tokens, truncation; nothing here touches a model.
+"""Encodes records as token ids: chat template, image tokens, truncation. Does not use the model.
 
 Shape letters: T tokens of one prompt.
 """
@@ -21,21 +21,21 @@ from bpo.data.processor import Processor, load_processor
 from bpo.formats.images import ImageError, load_image
 from bpo.records import Completion, PreferenceGroup, Turn
 
-# Private-use characters stand for a piece of somebody's text while the chat template is rendered.
+# Private-use characters that replace a literal in the user's text while the chat template is rendered.
 _LITERAL = "\ue0f0{}\ue0f1"
 _LITERAL_RE = re.compile("\ue0f0(\\d+)\ue0f1")
 
-# A side of the stand-in image: the smallest that Qwen-VL's processors do not scale up.
+# Side length of the stand-in image: the smallest that Qwen-VL's processors do not upscale.
 STAND_IN_PIXELS = 56
 
 
 class EncodingError(ValueError):
-    """A record that cannot become a sequence; the message names it and the fix."""
+    """A record that cannot be encoded; the message names the record and the fix."""
 
 
 @dataclass(frozen=True, slots=True)
 class EncodedImages:
-    """The images of one prompt as the model takes them, and what stands for each in the prompt."""
+    """Model inputs of the images of one prompt, and the text and token counts that represent each in the prompt."""
 
     inputs: dict[str, torch.Tensor]
     places: tuple[ImagePlace, ...]
@@ -46,7 +46,7 @@ class EncodedImages:
 
 @dataclass(frozen=True, slots=True)
 class EncodedPrompt:
-    """A prompt ready for the model, image placeholders expanded, ending where the answer begins."""
+    """A tokenized prompt with expanded image placeholders, up to the start of the answer."""
 
     record_id: str
     prefix_ids: tuple[int, ...]
@@ -55,7 +55,7 @@ class EncodedPrompt:
 
 @dataclass(frozen=True, slots=True)
 class EncodedGroup:
-    """A prompt with its distinct completions (each ends with EOS unless it was cut) and their scores."""
+    """A prompt with its distinct completions (each ends with EOS unless truncated) and their scores."""
 
     prompt: EncodedPrompt
     completion_ids: tuple[tuple[int, ...], ...]
@@ -63,18 +63,18 @@ class EncodedGroup:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the group where its completions share the prefix."""
+        """Number of tokens of the group if its completions share the prefix."""
         return len(self.prompt.prefix_ids) + sum(len(ids) for ids in self.completion_ids)
 
     @property
     def longest_tokens(self) -> int:
-        """Tokens of the prefix with its longest completion."""
+        """Number of tokens of the prefix plus the longest completion."""
         return len(self.prompt.prefix_ids) + max(len(ids) for ids in self.completion_ids)
 
 
 @dataclass(frozen=True, slots=True)
 class Dropped:
-    """A group that cannot be trained on, and why; counted and listed, never silent."""
+    """A group unusable for training, with the reason. Dropped groups are counted and listed."""
 
     group_id: str
     reason: str
@@ -86,10 +86,10 @@ class Encoder:
 
     Args:
         processor: Tokenizer, image processor and chat template of the model.
-        model_config: The model's transformers config; decides the family.
-        image_root: Folder of the images.
-        max_length_tokens: Longest prefix plus one completion.
-        share_prefix: `model.share_prefix`.
+        model_config: The model's transformers config; determines the family.
+        image_root: Base folder of the images.
+        max_length_tokens: Maximum length of prefix plus one completion.
+        share_prefix: Value of `model.share_prefix`.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class Encoder:
             raise ValueError("the tokenizer has no EOS token; set tokenizer.eos_token to the token that ends an answer")
         self._special_tokens = self._all_special_tokens()
         self.eos_token_id: int = self._end_of_answer()
-        # A model may end a document by another token than a turn; in generation either ends the answer.
+        # A model may end turns and documents with different tokens; in generation, both end the answer.
         self.end_token_ids: tuple[int, ...] = tuple(dict.fromkeys([self.eos_token_id, self.tokenizer.eos_token_id]))
         pad = self.tokenizer.pad_token_id
         self.pad_token_id: int = self.eos_token_id if pad is None else pad
@@ -121,7 +121,7 @@ class Encoder:
         self._literal_re = re.compile("|".join(map(re.escape, [*longest_first, *_LITERAL.split("{}")])))
 
     def _all_special_tokens(self) -> dict[str, int]:
-        """Every string that the tokenizer would turn into a control token, with its id."""
+        """Returns all strings that the tokenizer encodes as a control token, with their ids."""
         added = getattr(self.tokenizer, "added_tokens_decoder", {})
         tokens = {str(token): index for index, token in added.items() if token.special}
         tokens |= {token: self.tokenizer.convert_tokens_to_ids(token) for token in self.tokenizer.all_special_tokens}
@@ -130,10 +130,10 @@ class Encoder:
         return {token: index for token, index in tokens.items() if token}
 
     def _end_of_answer(self) -> int:
-        """The control token that the chat template writes after an answer, or the tokenizer's EOS where it writes none.
+        """Returns the control token that the chat template writes after an answer, or the tokenizer's EOS if none.
 
-        Gemma's turns end in <end_of_turn> and Idefics3's in <end_of_utterance>, while EOS ends a document: a model
-        trained to close its answers by EOS would unlearn how it was taught to.
+        Gemma's turns end with <end_of_turn> and Idefics3's with <end_of_utterance>, while EOS ends a document. Training
+        with EOS instead would make the model unlearn its end-of-turn token.
         """
         answer = "\ue0f2"
         turns = [("user", "?"), ("assistant", answer)]
@@ -153,11 +153,11 @@ class Encoder:
         """Applies the chat template with a generation prompt and expands each image placeholder.
 
         Args:
-            images: Paths, or what `encode_images` gave for them.
+            images: Paths, or the result of `encode_images` for them.
 
         Raises:
-            EncodingError: images and image parts differ in number, or the template lost or added one.
-            ImageError: an image cannot be read.
+            EncodingError: The numbers of images and image parts differ, or the template dropped or added an image.
+            ImageError: An image cannot be read.
         """
         expected = sum(turn.num_images for turn in prompt)
         if expected != len(images):
@@ -167,10 +167,10 @@ class Encoder:
         found = sum(piece.count(self._placeholder) for piece in pieces[::2])
         if found != expected:
             raise EncodingError(
-                f"record {record_id!r}: the chat template gave {found} image "
-                f"placeholders for {expected} images; use a processor whose template takes structured content"
+                f"record {record_id!r}: the chat template wrote {found} image "
+                f"placeholders for {expected} images; use a processor whose template supports structured content"
             )
-        # In the text and not in its tokens: what stands around an image may join the text before and after.
+        # Expanded in the text, not in its tokens: text around an image may be merged with adjacent text into one token.
         texts = iter([place.text for place in encoded.places])
         for index in range(0, len(pieces), 2):
             parts = pieces[index].split(self._placeholder)
@@ -184,13 +184,13 @@ class Encoder:
     def encode_images(
         self, images: Sequence[str], change: Callable[[Image.Image], Image.Image] | None = None
     ) -> EncodedImages:
-        """Decodes and preprocesses the images of one prompt. Needs no tokenizer, and may run in any thread.
+        """Decodes and preprocesses the images of one prompt. Thread-safe; does not use the tokenizer.
 
         Args:
-            change: What every picture goes through before the image processor.
+            change: Transform applied to every image before the image processor.
 
         Raises:
-            ImageError: an image cannot be read, or the processor refuses its shape.
+            ImageError: An image cannot be read, or the processor rejects its shape.
         """
         if not images:
             return EncodedImages({}, ())
@@ -201,19 +201,19 @@ class Encoder:
             inputs, places = self.family.preprocess(self.processor, pictures)
         except ValueError as error:
             sizes = ", ".join(f"{p.width}x{p.height}" for p in pictures)
-            raise ImageError(f"{', '.join(images)}: the image processor refuses it ({sizes} px): {error}") from error
+            raise ImageError(f"{', '.join(images)}: rejected by the image processor ({sizes} px): {error}") from error
         return EncodedImages(inputs, tuple(places))
 
     def stand_in(self) -> EncodedPrompt:
-        """A small black picture's image tokens and pixels, outside any prompt: see `collate_groups`."""
+        """Returns the image tokens and pixels of a small black image without a prompt; see `collate_groups`."""
         picture = Image.new("RGB", (STAND_IN_PIXELS, STAND_IN_PIXELS))
         image_inputs, (place,) = self.family.preprocess(self.processor, [picture], smallest=True)
         return EncodedPrompt("stand-in", (self.image_token_id,) * sum(place.runs), image_inputs)
 
     def _render(self, prompt: Sequence[Turn]) -> tuple[list[str], list[str]]:
-        """The rendered chat template, in which at odd places an index stands for a literal, and these literals.
+        """Renders the chat template; returns its pieces, in which odd ones are indices of literals, and the literals.
 
-        A literal is a piece of somebody's text that spells a control token.
+        A literal is a string in the user's text that equals a control token.
         """
         literals: list[str] = []
 
@@ -230,16 +230,16 @@ class Encoder:
             for kind, parts in itertools.groupby(turn.content, key=lambda part: part.type):
                 if kind == "image":
                     content += [{"type": "image"} for _ in parts]
-                else:  # neighbouring parts as one text: together they may spell a control token
+                else:  # join adjacent parts: together they may spell a control token
                     content.append({"type": "text", "text": protect("".join(part.text for part in parts))})
             messages.append({"role": turn.role, "content": content})
         rendered = self.processor.apply_chat_template(messages)
         return _LITERAL_RE.split(rendered), literals
 
     def _tokenize(self, pieces: Sequence[str], literals: Sequence[str]) -> list[int]:
-        """Token ids of a rendered prompt; literals are encoded as plain text."""
-        # BOS only where the tokenizer adds one and the template did not write it; what a tokenizer adds at the end of a
-        # text (EOS) has no place in a prompt.
+        """Tokenizes a rendered prompt; literals are encoded as plain text."""
+        # Add BOS only if the tokenizer adds one and the template did not write it. Tokens that the tokenizer appends to
+        # a text (EOS) do not belong in a prompt.
         bos, bos_id = self.tokenizer.bos_token, self.tokenizer.bos_token_id
         adds_bos = bos is not None and self.tokenizer("")["input_ids"][:1] == [bos_id]
         ids = [bos_id] if adds_bos and not pieces[0].startswith(bos) else []
@@ -250,7 +250,7 @@ class Encoder:
         return ids
 
     def _encode_plain(self, text: str) -> list[int]:
-        """Encodes text in which no control token exists, whatever it spells."""
+        """Encodes text without control tokens, even if it spells them."""
         ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         if any(index in self.suppressed_token_ids or index in self.end_token_ids for index in ids):
             unknown = self.tokenizer.unk_token_id
@@ -259,21 +259,21 @@ class Encoder:
         return list(ids)
 
     def encode_completion(self, response: str) -> tuple[int, ...]:
-        """Token ids of an answer with the token that ends it; control tokens spelled in it are plain text."""
+        """Encodes an answer and its end token; control tokens spelled in it are plain text."""
         return (*self._encode_plain(response), self.eos_token_id)
 
     def encode_group(self, group: PreferenceGroup) -> EncodedGroup | Dropped:
-        """Encodes a group; completions are cut to `max_length_tokens`, the prompt and its images never.
+        """Encodes a group; completions are truncated to `max_length_tokens`, prompt and images are not.
 
-        Completions that are equal after tokenising count once, with the higher score: they are not a pair.
+        Completions with equal tokens are merged, keeping the higher score, because they do not form a pair.
 
         Returns:
-            The encoded group, or `Dropped` when the prompt leaves no room or no pair is left.
+            The encoded group, or `Dropped` if the prompt leaves no room or no pair is left.
         """
         prompt = self.encode_prompt(group.id, group.images, group.prompt)
         room = self.max_length_tokens - len(prompt.prefix_ids)
         if room < 1:
-            detail = f"the prompt takes {len(prompt.prefix_ids)} of data.max_length_tokens={self.max_length_tokens}"
+            detail = f"the prompt has {len(prompt.prefix_ids)} tokens; data.max_length_tokens={self.max_length_tokens}"
             return Dropped(group.id, "prompt-too-long", detail)
         best: dict[tuple[int, ...], float] = {}
         for completion in group.completions:
@@ -288,7 +288,7 @@ class Encoder:
 
 
 def keep_types(group: PreferenceGroup, types: Sequence[str]) -> PreferenceGroup:
-    """The group with its top-scored completions and those of the given types; all of them for empty `types`."""
+    """Keeps the top-scored completions of a group and those of the given types; empty `types` keeps all."""
     if not types:
         return group
     top = max(completion.score for completion in group.completions)
@@ -297,11 +297,11 @@ def keep_types(group: PreferenceGroup, types: Sequence[str]) -> PreferenceGroup:
 
 
 def load_encoder(config: Config, model_config: Any = None) -> Encoder:
-    """Reads the processor from `model.path`, and the model's config unless it is given."""
+    """Loads the processor from `model.path`, and the model's config if not given."""
     from transformers import AutoConfig
 
     if not config.model.path:
-        raise ValueError("model.path is empty; give the directory (or hub id) of the model")
+        raise ValueError("model.path is empty; set it to the directory (or Hub id) of the model")
     trust = config.model.trust_remote_code
     processor = load_processor(config.model.path, trust_remote_code=trust)
     if model_config is None:

@@ -1,7 +1,7 @@
-"""The three parts of a multimodal processor that training needs: tokenizer, image processor, chat template.
+"""Loads the tokenizer, image processor and chat template of a model.
 
-They are loaded one by one: `AutoProcessor` builds a video processor as well, which fails without torchvision for models
-such as Qwen2.5-VL although no video is ever read here.
+They are loaded separately because `AutoProcessor` also builds a video processor, which requires torchvision for models
+such as Qwen2.5-VL although bpo reads no videos.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ class Processor:
     chat_template: str
 
     def apply_chat_template(self, messages: list[dict[str, Any]], *, add_generation_prompt: bool = True) -> str:
-        """Renders structured messages to text with one placeholder an image."""
+        """Renders structured messages to text with one placeholder per image."""
         return self.tokenizer.apply_chat_template(
             messages, chat_template=self.chat_template, add_generation_prompt=add_generation_prompt, tokenize=False
         )
 
 
 def load_processor(path: str, *, trust_remote_code: bool = False) -> Processor:
-    """Reads the processor's parts from a model directory or hub id.
+    """Loads the processor's parts from a model directory or Hub id.
 
     Raises:
-        ValueError: there is no chat template; says where one may stand.
+        ValueError: There is no chat template; lists the places searched.
     """
     from transformers import AutoTokenizer
 
-    # From its module: some versions of transformers (5.17) export it at the top only where torchvision is installed.
+    # Some versions of transformers (5.17) export it at top level only if torchvision is installed.
     from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
     tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
@@ -40,14 +40,14 @@ def load_processor(path: str, *, trust_remote_code: bool = False) -> Processor:
     template = tokenizer.chat_template or _processor_chat_template(path)
     if not template:
         raise ValueError(
-            f"{path}: no chat template found in the tokenizer, chat_template.jinja or chat_template.json; "
+            f"{path}: no chat template in the tokenizer, chat_template.jinja or chat_template.json; "
             "save one with the processor (processor.chat_template = ...; processor.save_pretrained(DIR))"
         )
     return Processor(tokenizer, image_processor, template)
 
 
 def _processor_chat_template(path: str) -> str | None:
-    """The template as a processor saves it beside the tokenizer: chat_template.jinja, or the older JSON file."""
+    """Reads the template saved by a processor: chat_template.jinja, or the older chat_template.json."""
     from transformers.utils import cached_file
 
     missing_is_fine: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""The useful work of a micro-batch, counted where it is collated: on the host, before anything is on a device."""
+"""Counts the useful work of a micro-batch during collation, on the host."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from bpo.records import UsefulWork
 
 
 def useful_work(groups: Sequence[EncodedGroup], config: Any) -> UsefulWork:
-    """The work of the groups with every prefix and image once, however they are batched.
+    """Returns the work of the groups, counting each prefix and image once, independent of the batch layout.
 
     Args:
         groups: Encoded groups of one micro-batch, without stand-ins.
-        config: The transformers config of the model.
+        config: Transformers config of the model.
     """
     tokens = responses = image_tokens = pairs = 0
     images = Rows(0, 0, 0)
@@ -41,13 +41,13 @@ def useful_work(groups: Sequence[EncodedGroup], config: Any) -> UsefulWork:
 
 
 def attended_pairs(prefix: int, completions: Sequence[int]) -> int:
-    """(query, key) pairs of a group by its lengths: causal, each completion on the prefix and on itself."""
+    """Returns the number of attended (query, key) pairs of a group; completions attend to the prefix and themselves."""
     own = sum(length * prefix + length * (length + 1) // 2 for length in completions)
     return prefix * (prefix + 1) // 2 + own
 
 
 class Rows(NamedTuple):
-    """Rows of the vision tower, pairs of its attention over whole images, pairs of its attention over windows."""
+    """Vision tower work: rows, attention pairs over whole images, and attention pairs over windows."""
 
     patches: int
     pairs: int
@@ -55,12 +55,12 @@ class Rows(NamedTuple):
 
 
 def image_rows(image_inputs: dict[str, torch.Tensor], config: Any) -> Rows:
-    """What images bring to the vision tower.
+    """Returns the vision tower work of images.
 
     Args:
         image_inputs: Keyword arguments of the vision tower: `image_grid_thw` [I, 3], or `pixel_values` [..., 3, H, W]
             whose leading dimensions are images and their tiles.
-        config: The transformers config of the model.
+        config: Transformers config of the model.
     """
     vision = config.vision_config
     grid_thw = image_inputs.get("image_grid_thw")
@@ -83,12 +83,12 @@ def image_rows(image_inputs: dict[str, torch.Tensor], config: Any) -> Rows:
 
 
 def has_class_token(config: Any) -> bool:
-    """Whether the tower puts a class token before the patches, as CLIP's and InternVL's do."""
+    """Returns whether the tower prepends a class token to the patches, as in CLIP and InternVL."""
     return config.vision_config.model_type in ("clip_vision_model", "internvl_vision")
 
 
 def window_pairs(rows: int, columns: int, vision: Any) -> int:
-    """Pairs inside the windows that an image of `rows` x `columns` patches is cut into (Qwen2.5-VL); 0 without."""
+    """Returns the attention pairs within the windows of an image of `rows` x `columns` patches (Qwen2.5-VL), or 0."""
     window = getattr(vision, "window_size", None)
     if window is None:
         return 0

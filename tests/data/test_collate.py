@@ -1,4 +1,4 @@
-"""Packing groups into one row. Run: python -m pytest tests/data/test_collate.py"""
+"""Packing of groups into one row. Run: python -m pytest tests/data/test_collate.py"""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_row_is_prefixes_and_completions_without_padding(encoder: Encoder) -> No
     assert batch.image_inputs == {}
 
 
-def test_separate_sequences_are_padded_rows_that_predict_in_themselves(tiny_llava_dir: Path, photo_root: Path) -> None:
+def test_separate_sequences_are_independent_padded_rows(tiny_llava_dir: Path, photo_root: Path) -> None:
     family = encoder_of(tiny_llava_dir, photo_root, share_prefix="never").family
     groups = [group("a", [1, 2, 3], [10, 11], [20]), group("b", [4, 5], [40], [50, 51])]
     batch = collate_groups(groups, family)
@@ -74,9 +74,7 @@ def test_separate_sequences_are_padded_rows_that_predict_in_themselves(tiny_llav
     assert batch.feature_rows_F is None and batch.image_inputs == {}
 
 
-def test_images_of_separate_sequences_stand_once_and_their_features_in_every_row(
-    tiny_llava_dir: Path, photo_root: Path
-) -> None:
+def test_images_of_separate_sequences_appear_once_and_features_repeat(tiny_llava_dir: Path, photo_root: Path) -> None:
     encoder = encoder_of(tiny_llava_dir, photo_root, share_prefix="never")
     batch = collate_groups(encode_all(encoder, three_groups()), encoder.family, stand_in=encoder.stand_in())
     assert batch.image_inputs["pixel_values"].shape[0] == 5  # one, two, one, the stand-in
@@ -88,7 +86,7 @@ def test_images_of_separate_sequences_stand_once_and_their_features_in_every_row
 def test_images_of_all_groups_in_order(encoder: Encoder, encoded: list[EncodedGroup]) -> None:
     pixels = collate_groups(encoded, encoder.family).image_inputs["pixel_values"]
     assert pixels.shape[0] == 4  # one, two, one
-    assert torch.equal(pixels, torch.cat([one.prompt.image_inputs["pixel_values"] for one in encoded]))
+    assert torch.equal(pixels, torch.cat([e.prompt.image_inputs["pixel_values"] for e in encoded]))
     without_images = EncodedGroup(EncodedPrompt("text", (5, 6), {}), ((7,), (8,)), (1.0, 0.0))
     mixed = collate_groups([without_images, encoded[0]], encoder.family)
     assert mixed.image_inputs["pixel_values"].shape[0] == 1
@@ -101,7 +99,7 @@ def test_order_of_groups_changes_nothing_within_a_group(encoder: Encoder, encode
     assert torch.equal(forwards.position_ids_XT[:, start:end], backwards.position_ids_XT[:, last_start:last_end])
 
 
-def test_filler_is_the_same_work_that_counts_nothing(encoder: Encoder, encoded: list[EncodedGroup]) -> None:
+def test_filler_is_the_same_work_without_weight(encoder: Encoder, encoded: list[EncodedGroup]) -> None:
     real, filler = (collate_groups(encoded, encoder.family, is_filler=flag) for flag in (False, True))
     assert torch.equal(real.input_ids_T, filler.input_ids_T)
     assert real.loss_inputs.pair_weight_P.tolist() == [1.0] * 4
@@ -110,16 +108,16 @@ def test_filler_is_the_same_work_that_counts_nothing(encoder: Encoder, encoded: 
 
 
 def test_reference_key_follows_images_and_tokens_only(encoded: list[EncodedGroup]) -> None:
-    one = encoded[0]
-    key = reference_key(one, ["digest"])
-    renamed = replace(one, prompt=replace(one.prompt, record_id="other"), scores=(0.0, 1.0, 2.0))
+    first = encoded[0]
+    key = reference_key(first, ["digest"])
+    renamed = replace(first, prompt=replace(first.prompt, record_id="other"), scores=(0.0, 1.0, 2.0))
     assert reference_key(renamed, ["digest"]) == key  # log-probs do not depend on scores or names
-    other_prompt = replace(one.prompt, prefix_ids=(*one.prompt.prefix_ids, 1))
+    other_prompt = replace(first.prompt, prefix_ids=(*first.prompt.prefix_ids, 1))
     changed = [
-        reference_key(one, ["other digest"]),
-        reference_key(replace(one, completion_ids=one.completion_ids[::-1]), ["digest"]),
-        reference_key(replace(one, prompt=other_prompt), ["digest"]),
-        # the same tokens, divided differently between prompt and completion
-        reference_key(replace(one, prompt=other_prompt, completion_ids=(one.completion_ids[0][1:],)), ["digest"]),
+        reference_key(first, ["other digest"]),
+        reference_key(replace(first, completion_ids=first.completion_ids[::-1]), ["digest"]),
+        reference_key(replace(first, prompt=other_prompt), ["digest"]),
+        # the same tokens with another boundary between prompt and completion
+        reference_key(replace(first, prompt=other_prompt, completion_ids=(first.completion_ids[0][1:],)), ["digest"]),
     ]
     assert len({key, *changed}) == 5

@@ -1,4 +1,4 @@
-"""From records to token ids. Run: python -m pytest tests/data/test_encode.py"""
+"""Encoding of records as token ids. Run: python -m pytest tests/data/test_encode.py"""
 
 from __future__ import annotations
 
@@ -47,9 +47,7 @@ def control_counts(encoder: Encoder, ids: tuple[int, ...]) -> dict[int, int]:
 
 
 @pytest.mark.parametrize("photo", PHOTOS)
-def test_llava_ids_are_those_of_its_own_processor(
-    llava: Encoder, tiny_llava_dir: Path, photo_root: Path, photo: str
-) -> None:
+def test_llava_ids_match_its_processor(llava: Encoder, tiny_llava_dir: Path, photo_root: Path, photo: str) -> None:
     processor = AutoProcessor.from_pretrained(tiny_llava_dir)
     ours = llava.encode_prompt("r", [photo], [turn(None, "What is this?"), turn("A cat.", role="assistant"), turn("?")])
     messages = [
@@ -64,7 +62,7 @@ def test_llava_ids_are_those_of_its_own_processor(
 
 
 @pytest.mark.parametrize("photo", PHOTOS)
-def test_as_many_image_tokens_as_the_tower_gives_features(
+def test_image_tokens_match_the_towers_features(
     encoder: Encoder, photo: str, request: pytest.FixtureRequest, tiny_llava_dir: Path, tiny_qwen_dir: Path
 ) -> None:
     from bpo.config.training import ModelConfig
@@ -75,18 +73,18 @@ def test_as_many_image_tokens_as_the_tower_gives_features(
     prompt = encoder.encode_prompt("r", [photo], [turn(None, "What?")])
     with torch.no_grad():
         features = model.model.get_image_features(**prompt.image_inputs).pooler_output
-    assert prompt.prefix_ids.count(encoder.image_token_id) == sum(len(one) for one in features)
+    assert prompt.prefix_ids.count(encoder.image_token_id) == sum(map(len, features))
 
 
-def test_several_images_stand_where_the_prompt_puts_them(encoder: Encoder) -> None:
-    one = encoder.encode_prompt("r", ["tall.png"], [turn(None)]).prefix_ids.count(encoder.image_token_id)
-    other = encoder.encode_prompt("r", ["square.png"], [turn(None)]).prefix_ids.count(encoder.image_token_id)
+def test_several_images_appear_at_their_parts(encoder: Encoder) -> None:
+    first = encoder.encode_prompt("r", ["tall.png"], [turn(None)]).prefix_ids.count(encoder.image_token_id)
+    second = encoder.encode_prompt("r", ["square.png"], [turn(None)]).prefix_ids.count(encoder.image_token_id)
     both = encoder.encode_prompt("r", ["tall.png", "square.png"], [turn(None, "then", None)]).prefix_ids
     runs = "".join("i" if token == encoder.image_token_id else "." for token in both).split(".")
-    assert [len(run) for run in runs if run] == [one, other]
+    assert [len(run) for run in runs if run] == [first, second]
 
 
-def test_control_tokens_in_somebodys_text_stay_text(encoder: Encoder) -> None:
+def test_control_tokens_in_text_stay_text(encoder: Encoder) -> None:
     plain = encoder.encode_prompt("r", ["wide.png"], [turn(None, "x")])
     spelled = encoder.encode_prompt("r", ["wide.png"], [turn(None, CONTROL)])
     assert control_counts(encoder, spelled.prefix_ids) == control_counts(encoder, plain.prefix_ids)
@@ -112,7 +110,7 @@ def test_any_text_round_trips(llava: Encoder, qwen: Encoder, text: str) -> None:
         assert encoder.tokenizer.decode(encoder.encode_completion(text)[:-1]) == text
 
 
-def test_special_tokens_the_tokenizer_was_never_told_are_suppressed_too(llava: Encoder) -> None:
+def test_special_tokens_not_registered_in_the_tokenizer_are_suppressed(llava: Encoder) -> None:
     ids = llava.tokenizer.convert_tokens_to_ids(["<s>", "<pad>", "<image>"])
     assert set(ids) == set(llava.suppressed_token_ids)
     assert llava.eos_token_id not in llava.suppressed_token_ids
@@ -120,10 +118,10 @@ def test_special_tokens_the_tokenizer_was_never_told_are_suppressed_too(llava: E
 
 @pytest.mark.parametrize("template_writes_bos", [False, True])
 @pytest.mark.parametrize("first_text", ["What?", "<s> <image>"])
-def test_bos_stands_exactly_once(
+def test_bos_appears_exactly_once(
     tiny_llava_dir: Path, photo_root: Path, template_writes_bos: bool, first_text: str
 ) -> None:
-    """Both for a tokenizer that adds BOS and EOS itself, and for a chat template that writes BOS."""
+    """For a tokenizer that adds BOS and EOS, with a chat template that does or does not write BOS."""
     tokenizer = byte_tokenizer(
         ["<s>", "</s>", "<pad>", "<image>"], bos_token="<s>", eos_token="</s>", pad_token="<pad>"
     )
@@ -149,9 +147,9 @@ def test_bos_stands_exactly_once(
         ("{% for m in messages if m['role'] == 'user' %}<pad>{{ m['content'][0]['text'] }}{% endfor %}", "</s>"),
         ("{% for m in messages %}{{ m['content'][0]['text'] }}<s>{% endfor %}", "</s>"),
     ],
-    ids=["a control token", "text", "a template without answers", "the next text's beginning"],
+    ids=["a control token", "text", "a template without answers", "BOS of the next text"],
 )
-def test_what_the_template_writes_after_an_answer_ends_it(llava: Encoder, template: str, end: str) -> None:
+def test_the_templates_token_after_an_answer_ends_it(llava: Encoder, template: str, end: str) -> None:
     processor = replace(llava.processor, chat_template=template)
     encoder = Encoder(processor, llava.family.config, llava.image_root, 2048)
     assert encoder.eos_token_id == llava.tokenizer.convert_tokens_to_ids(end)
@@ -159,13 +157,13 @@ def test_what_the_template_writes_after_an_answer_ends_it(llava: Encoder, templa
     assert encoder.encode_completion("a")[-1] == encoder.eos_token_id
 
 
-def test_truncation_cuts_completions_and_never_the_prompt(tiny_llava_dir: Path, photo_root: Path) -> None:
-    one = group("g", "abcdefghij", "xyz")
-    whole = encoder_of(tiny_llava_dir, photo_root).encode_group(one)
+def test_truncation_affects_completions_only(tiny_llava_dir: Path, photo_root: Path) -> None:
+    original = group("g", "abcdefghij", "xyz")
+    whole = encoder_of(tiny_llava_dir, photo_root).encode_group(original)
     assert isinstance(whole, EncodedGroup)
     prefix = whole.prompt.prefix_ids
     encoder = encoder_of(tiny_llava_dir, photo_root, max_length_tokens=len(prefix) + 4)
-    cut = encoder.encode_group(one)
+    cut = encoder.encode_group(original)
     assert isinstance(cut, EncodedGroup)
     assert cut.prompt.prefix_ids == prefix
     assert [encoder.tokenizer.decode(ids) for ids in cut.completion_ids] == ["abcd", "xyz</s>"]
@@ -187,7 +185,7 @@ def test_completions_equal_after_tokenising_are_not_a_pair(tiny_llava_dir: Path,
     assert isinstance(dropped, Dropped) and dropped.reason == "no-pair"
     kept = encoder.encode_group(group("g", "same", "other", "same"))
     assert isinstance(kept, EncodedGroup)
-    assert kept.scores == (1.0, 0.0)  # the duplicate counts once, with its higher score
+    assert kept.scores == (1.0, 0.0)  # duplicates are merged, keeping the higher score
     num_prefix = len(kept.prompt.prefix_ids)
     cut_to_two = encoder_of(tiny_llava_dir, photo_root, max_length_tokens=num_prefix + 2)
     cut = cut_to_two.encode_group(group("g", "abc", "abd"))
@@ -205,10 +203,10 @@ def test_wrong_number_of_images_names_the_record(encoder: Encoder, images: list[
         encoder.encode_prompt("record-7", images, [turn(None, "What?")])
 
 
-def test_template_that_loses_the_image_names_the_record(llava: Encoder, photo_root: Path) -> None:
+def test_template_that_drops_the_image_names_the_record(llava: Encoder, photo_root: Path) -> None:
     text_only = replace(llava.processor, chat_template="{% for m in messages %}{{ m['role'] }}{% endfor %}")
     encoder = Encoder(text_only, llava.family.config, photo_root, 2048)
-    with pytest.raises(EncodingError, match="'record-7'.*gave 0 image placeholders for 1 images"):
+    with pytest.raises(EncodingError, match="'record-7'.*wrote 0 image placeholders for 1 images"):
         encoder.encode_prompt("record-7", ["wide.png"], [turn(None, "What?")])
 
 
@@ -219,11 +217,11 @@ def test_an_image_the_processor_refuses_is_an_image_error(qwen: Encoder, photo_r
 
 
 def test_keep_types_always_keeps_the_best() -> None:
-    one = group("g", ("a", 2.0, "gt"), ("b", 0.0, "mllm-hal"), ("c", 0.0, "llm-hal"), ("d", 2.0, "other"))
-    kept = keep_types(one, ["llm-hal"])
+    original = group("g", ("a", 2.0, "gt"), ("b", 0.0, "mllm-hal"), ("c", 0.0, "llm-hal"), ("d", 2.0, "other"))
+    kept = keep_types(original, ["llm-hal"])
     assert [c.response for c in kept.completions] == ["a", "c", "d"]
-    assert keep_types(one, []) == one
-    assert replace(kept, completions=one.completions) == one
+    assert keep_types(original, []) == original
+    assert replace(kept, completions=original.completions) == original
     assert all(isinstance(c, Completion) for c in kept.completions)
 
 

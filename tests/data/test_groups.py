@@ -1,4 +1,4 @@
-"""Training groups: measured, filtered, fed as micro-batches. Run: python -m pytest tests/data/test_groups.py"""
+"""Training groups: measuring, filtering, batching. Run: python -m pytest tests/data/test_groups.py"""
 
 from __future__ import annotations
 
@@ -28,33 +28,33 @@ def dataset_of(encoder: Encoder, *groups: PreferenceGroup, max_words: int = 350,
 
 def reasons(dataset: GroupDataset) -> dict[str, str]:
     measured = [dataset.measure(i) for i in range(len(dataset))]
-    return {one.group_id: one.reason for one in measured if isinstance(one, Dropped)}
+    return {outcome.group_id: outcome.reason for outcome in measured if isinstance(outcome, Dropped)}
 
 
-def test_measured_length_and_pairs_are_those_of_the_encoded_group(encoder: Encoder) -> None:
+def test_measured_length_and_pairs_match_the_encoded_group(encoder: Encoder) -> None:
     groups = three_groups()
     measured = list(dataset_of(encoder, *groups).measure_all(range(3), num_workers=0))
-    assert [(one.num_tokens, one.num_pairs) for one in measured] == [
-        (one.num_tokens, pairs) for one, pairs in zip(encode_all(encoder, groups), (2, 1, 1), strict=True)
+    assert [(m.num_tokens, m.num_pairs) for m in measured] == [
+        (encoded.num_tokens, pairs) for encoded, pairs in zip(encode_all(encoder, groups), (2, 1, 1), strict=True)
     ]
 
 
-def test_worker_processes_measure_and_pack_the_same(encoder: Encoder) -> None:
+def test_worker_processes_give_the_same_results(encoder: Encoder) -> None:
     dataset = dataset_of(encoder, *three_groups())
     here = list(dataset.measure_all([2, 0, 1], num_workers=0))
     assert list(dataset.measure_all([2, 0, 1], num_workers=1)) == here
-    keys = {index: one.reference_key for index, one in zip([2, 0, 1], here, strict=True)}
+    keys = {index: m.reference_key for index, m in zip([2, 0, 1], here, strict=True)}
     plan = [([0, 2], False), ([1], False), ([1], True)]
-    one, two, filler = iterate_micro_batches(dataset, keys, plan, num_workers=1)
-    assert one.group_ids == ("a", "c") and two.group_ids == filler.group_ids == ("b",)
-    assert one.reference_keys == (keys[0], keys[2])
-    assert two.loss_inputs.pair_weight_P.tolist() == [1.0] and filler.loss_inputs.pair_weight_P.tolist() == [0.0]
+    first, second, filler = iterate_micro_batches(dataset, keys, plan, num_workers=1)
+    assert first.group_ids == ("a", "c") and second.group_ids == filler.group_ids == ("b",)
+    assert first.reference_keys == (keys[0], keys[2])
+    assert second.loss_inputs.pair_weight_P.tolist() == [1.0] and filler.loss_inputs.pair_weight_P.tolist() == [0.0]
     again, *_ = iterate_micro_batches(dataset, keys, plan, num_workers=0)
-    assert torch.equal(one.input_ids_T, again.input_ids_T)
-    assert torch.equal(one.image_inputs["pixel_values"], again.image_inputs["pixel_values"])
+    assert torch.equal(first.input_ids_T, again.input_ids_T)
+    assert torch.equal(first.image_inputs["pixel_values"], again.image_inputs["pixel_values"])
 
 
-def test_unusable_groups_are_dropped_each_with_its_reason(encoder: Encoder) -> None:
+def test_unusable_groups_are_dropped_with_a_reason(encoder: Encoder) -> None:
     (encoder.image_root / "broken.png").write_bytes(b"not a picture")
     no_image = PreferenceGroup("no-image", (), (turn("What?"),), group("x", "a", "b").completions)
     two_for_one = replace(group("count", "a", "b"), images=("wide.png", "tall.png"))
@@ -77,7 +77,7 @@ def test_unusable_groups_are_dropped_each_with_its_reason(encoder: Encoder) -> N
         "long": "too-many-words",
         "same": "no-pair",
     }
-    details = {one.group_id: one.detail for one in map(dataset.measure, range(1, 7)) if isinstance(one, Dropped)}
+    details = {d.group_id: d.detail for d in map(dataset.measure, range(1, 7)) if isinstance(d, Dropped)}
     assert "broken.png" in details["broken"] and "nowhere.png" in details["missing"]
     assert "data.max_completion_words=5" in details["long"]
 
@@ -86,13 +86,13 @@ def text_only(name: str = "text-only") -> PreferenceGroup:
     return PreferenceGroup(name, (), (turn("What?"),), group("x", "one and two", "three").completions)
 
 
-def test_groups_without_an_image_are_kept_when_asked_for(encoder: Encoder) -> None:
+def test_groups_without_an_image_are_kept_if_requested(encoder: Encoder) -> None:
     dataset = GroupDataset([text_only(), *three_groups()], encoder, max_words=350, types=(), keep_text_only=True)
     measured = [dataset.measure(i) for i in range(4)]
-    assert all(isinstance(one, MeasuredGroup) for one in measured)
-    keys = {i: one.reference_key for i, one in enumerate(measured)}  # type: ignore[union-attr]
+    assert all(isinstance(m, MeasuredGroup) for m in measured)
+    keys = {i: m.reference_key for i, m in enumerate(measured)}  # type: ignore[union-attr]
     alone, mixed = iterate_micro_batches(dataset, keys, [([0], False), ([0, 1], False)], num_workers=0)
-    # Alone it brings an image that is nobody's, so that the vision tower runs on every rank; among others it need not.
+    # A batch without images gets a stand-in image, so that the vision tower runs on every rank.
     assert alone.image_inputs["pixel_values"].shape[0] == mixed.image_inputs["pixel_values"].shape[0] == 1
     assert len(alone.layout.prefix_spans) == 2 and alone.layout.completion_spans[1] == ()
     assert len(mixed.layout.prefix_spans) == 2 and all(mixed.layout.completion_spans)
@@ -100,8 +100,8 @@ def test_groups_without_an_image_are_kept_when_asked_for(encoder: Encoder) -> No
     assert alone.input_ids_T.numel() == measured[0].num_tokens + len(dataset.stand_in.prefix_ids)  # type: ignore[union-attr]
 
 
-class Watched(GroupDataset):
-    """Leaves a byte in a file for every group that any process encodes."""
+class LoggingDataset(GroupDataset):
+    """Appends a byte to a file for every group encoded by any process."""
 
     log: Path
 
@@ -112,8 +112,8 @@ class Watched(GroupDataset):
 
 
 @pytest.mark.parametrize("prefetch_factor", [1, 4])
-def test_as_many_micro_batches_are_prepared_ahead_as_asked(encoder: Encoder, tmp_path: Path, prefetch_factor) -> None:
-    dataset = Watched(three_groups(), encoder, max_words=350, types=())
+def test_prefetch_factor_micro_batches_are_prepared_ahead(encoder: Encoder, tmp_path: Path, prefetch_factor) -> None:
+    dataset = LoggingDataset(three_groups(), encoder, max_words=350, types=())
     dataset.log = tmp_path / "encoded"
     plan = [([i % 3], False) for i in range(8)]
     keys = dict.fromkeys(range(3), "key")
@@ -122,12 +122,12 @@ def test_as_many_micro_batches_are_prepared_ahead_as_asked(encoder: Encoder, tmp
     deadline = time.monotonic() + 60
     while dataset.log.stat().st_size < 1 + prefetch_factor and time.monotonic() < deadline:
         time.sleep(0.02)
-    time.sleep(0.3)  # time enough for more than was asked
+    time.sleep(0.3)  # enough time to prepare more than requested
     assert dataset.log.stat().st_size == 1 + prefetch_factor
     assert len(list(batches)) == 7
 
 
-def test_groups_that_lose_their_rivals_by_type_are_dropped(encoder: Encoder) -> None:
+def test_groups_left_without_a_pair_by_type_are_dropped(encoder: Encoder) -> None:
     only_weakened = dataset_of(encoder, group("g", "a", "b"), types=("llm-hal",))
     assert reasons(only_weakened) == {"g": "no-pair"}
 
@@ -142,7 +142,7 @@ def test_reference_key_follows_the_bytes_of_the_image(encoder: Encoder) -> None:
     assert after.reference_key != before.reference_key and after.num_tokens == before.num_tokens
 
 
-def test_data_that_changes_during_a_run_stops_it_by_name(encoder: Encoder) -> None:
+def test_data_that_changes_during_a_run_is_an_error(encoder: Encoder) -> None:
     dataset = dataset_of(encoder, group("g", "a", "b"))
     measured = dataset.measure(0)
     assert isinstance(measured, MeasuredGroup)

@@ -1,4 +1,4 @@
-"""Lengths that are measured once and kept. Run: python -m pytest tests/data/test_lengths.py"""
+"""Cache of measured lengths. Run: python -m pytest tests/data/test_lengths.py"""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ def encoder(tiny_llava_dir: Path, tmp_path: Path) -> Encoder:
 
 @pytest.fixture
 def opened(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """The images that are decoded or hashed, each time anew."""
+    """Records the name of an image whenever it is decoded or hashed."""
     names: list[str] = []
     for module, function in ((encode, "load_image"), (groups, "image_bytes_digest")):
         real = getattr(module, function)
 
-        def watched(root: Path, image: str, real=real):
+        def record(root: Path, image: str, real=real):
             names.append(image)
             return real(root, image)
 
-        monkeypatch.setattr(module, function, watched)
+        monkeypatch.setattr(module, function, record)
     yield names
 
 
@@ -42,7 +42,7 @@ def measure(directory: Path, encoder: Encoder, indices: Sequence[int] = range(3)
     return list(MeasuredLengths(directory, dataset, indices, rank).measure(num_workers=0))
 
 
-def test_a_second_start_opens_no_image_and_knows_the_same(tmp_path: Path, encoder: Encoder, opened: list[str]) -> None:
+def test_a_second_run_opens_no_image(tmp_path: Path, encoder: Encoder, opened: list[str]) -> None:
     first = measure(tmp_path / "lengths", encoder)
     assert sorted(set(opened)) == ["square.png", "tall.png", "wide.png"]
     opened.clear()
@@ -52,33 +52,33 @@ def test_a_second_start_opens_no_image_and_knows_the_same(tmp_path: Path, encode
     assert first == [dataset.measure(i) for i in range(3)]
 
 
-def test_only_groups_of_a_changed_image_are_measured_again(tmp_path: Path, encoder: Encoder, opened: list[str]) -> None:
+def test_only_changed_images_are_measured_again(tmp_path: Path, encoder: Encoder, opened: list[str]) -> None:
     first = measure(tmp_path / "lengths", encoder)
     Image.new("RGB", (56, 56), "red").save(encoder.image_root / "tall.png")
     opened.clear()
     second = measure(tmp_path / "lengths", encoder)
-    assert set(opened) == {"tall.png", "square.png"}  # the group that shows both
+    assert set(opened) == {"tall.png", "square.png"}  # the images of the group with both
     assert second[0] == first[0] and second[2] == first[2] and second[1] != first[1]
     opened.clear()
     assert measure(tmp_path / "lengths", encoder) == second
     assert opened == []
 
 
-def test_an_image_that_went_missing_or_broke_is_noticed(tmp_path: Path, encoder: Encoder, opened: list[str]) -> None:
+def test_a_missing_or_damaged_image_is_detected(tmp_path: Path, encoder: Encoder, opened: list[str]) -> None:
     measure(tmp_path / "lengths", encoder)
     (encoder.image_root / "wide.png").unlink()
     (encoder.image_root / "square.png").write_bytes(b"not a picture")
     second = measure(tmp_path / "lengths", encoder)
-    assert [one.reason if isinstance(one, Dropped) else "" for one in second] == ["bad-image"] * 3
+    assert [m.reason if isinstance(m, Dropped) else "" for m in second] == ["bad-image"] * 3
     assert "missing" in second[0].detail  # type: ignore[union-attr]
     opened.clear()
     assert measure(tmp_path / "lengths", encoder) == second
-    assert opened == []  # known to be unusable
+    assert opened == []  # cached as unusable
     write_photos(encoder.image_root)
-    assert not any(isinstance(one, Dropped) for one in measure(tmp_path / "lengths", encoder))
+    assert not any(isinstance(m, Dropped) for m in measure(tmp_path / "lengths", encoder))
 
 
-def test_a_killed_start_loses_only_the_line_it_was_writing(tmp_path: Path, encoder: Encoder, opened: list[str]) -> None:
+def test_a_killed_run_loses_only_the_line_being_written(tmp_path: Path, encoder: Encoder, opened: list[str]) -> None:
     first = measure(tmp_path / "lengths", encoder)
     (file,) = (tmp_path / "lengths").glob("*.jsonl")
     file.write_bytes(file.read_bytes()[:-20])
@@ -87,14 +87,14 @@ def test_a_killed_start_loses_only_the_line_it_was_writing(tmp_path: Path, encod
     assert set(opened) == {"square.png"}  # of the third group
 
 
-def test_ranks_share_what_they_measured_in_any_number(tmp_path: Path, encoder: Encoder, opened: list[str]) -> None:
+def test_measured_lengths_are_shared_between_ranks(tmp_path: Path, encoder: Encoder, opened: list[str]) -> None:
     parts = [measure(tmp_path / "lengths", encoder, range(rank, 3, 2), rank) for rank in range(2)]
     opened.clear()
     assert measure(tmp_path / "lengths", encoder) == [parts[0][0], parts[1][0], parts[0][1]]
     assert opened == []
 
 
-def test_a_stopped_measurement_keeps_what_it_had(tmp_path: Path, encoder: Encoder, opened: list[str]) -> None:
+def test_a_stopped_measurement_is_kept(tmp_path: Path, encoder: Encoder, opened: list[str]) -> None:
     dataset = GroupDataset(three_groups(), encoder, max_words=350, types=())
     running = MeasuredLengths(tmp_path / "lengths", dataset, range(3)).measure(num_workers=0)
     next(running)
@@ -104,7 +104,7 @@ def test_a_stopped_measurement_keeps_what_it_had(tmp_path: Path, encoder: Encode
     assert "wide.png" not in opened and "tall.png" in opened
 
 
-def test_the_fingerprint_follows_whatever_decides_a_length(tiny_llava_dir: Path, encoder: Encoder) -> None:
+def test_the_fingerprint_covers_everything_that_affects_lengths(tiny_llava_dir: Path, encoder: Encoder) -> None:
     base = encoder_fingerprint(encoder, 350)
     root = encoder.image_root
     assert encoder_fingerprint(encoder_of(tiny_llava_dir, root), 350) == base
@@ -118,7 +118,7 @@ def test_the_fingerprint_follows_whatever_decides_a_length(tiny_llava_dir: Path,
     assert len({base, *changed}) == 5
 
 
-def test_another_text_is_another_group(tmp_path: Path, encoder: Encoder) -> None:
+def test_a_changed_text_is_measured_again(tmp_path: Path, encoder: Encoder) -> None:
     def lengths(*responses: str) -> Measured:
         dataset = GroupDataset([group("a", *responses)], encoder, max_words=350, types=())
         return next(MeasuredLengths(tmp_path / "lengths", dataset, [0]).measure(num_workers=0))
@@ -128,7 +128,7 @@ def test_another_text_is_another_group(tmp_path: Path, encoder: Encoder) -> None
     assert lengths("a cat", "a dog") == short
 
 
-def test_a_place_that_cannot_be_written_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
+def test_an_unwritable_directory_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
     groups_file = tmp_path / "data" / "groups.jsonl"
     groups_file.parent.mkdir()
     assert lengths_directory(groups_file, tmp_path / "run") == tmp_path / "data" / "groups.jsonl.lengths"

@@ -1,4 +1,4 @@
-"""The plan of a run, by properties. Run: python -m pytest tests/data/test_schedule.py"""
+"""Property tests of the schedule of a run. Run: python -m pytest tests/data/test_schedule.py"""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_content_of_a_step_does_not_depend_on_the_number_of_ranks(num_tokens, pl
 
 @settings(max_examples=60, deadline=None)
 @given(lengths, plans, worlds)
-def test_every_epoch_holds_every_group_once(num_tokens, plan, world_size) -> None:
+def test_every_epoch_contains_every_group_once(num_tokens, plan, world_size) -> None:
     steps = plan_steps(num_tokens, world_size=world_size, **plan)
     for epoch in range(plan["epochs"]):
         groups = [group for step in steps if step.epoch == epoch for group in step.groups]
@@ -55,9 +55,7 @@ def test_every_epoch_holds_every_group_once(num_tokens, plan, world_size) -> Non
 
 @settings(max_examples=100, deadline=None)
 @given(lengths, worlds, st.integers(1, 1500))
-def test_ranks_keep_step_within_the_token_limit_and_fillers_stand_only_where_groups_run_out(
-    num_tokens, world_size, max_tokens
-) -> None:
+def test_ranks_have_equal_counts_within_the_limit_and_minimal_fillers(num_tokens, world_size, max_tokens) -> None:
     bins = split_into_micro_batches(range(len(num_tokens)), num_tokens, world_size, max_tokens)
     assert len(bins) == world_size
     assert len({len(rank) for rank in bins}) == 1  # ZeRO's collectives match
@@ -66,7 +64,7 @@ def test_ranks_keep_step_within_the_token_limit_and_fillers_stand_only_where_gro
     num_bins = world_size * len(bins[0])
     empty = sum(not batch for rank in bins for batch in rank)
     assert empty == max(0, num_bins - len(num_tokens))
-    assert empty < world_size  # never a whole round of forward passes that count nothing
+    assert empty < world_size  # never a round of forward passes consisting only of fillers
 
 
 @settings(max_examples=100, deadline=None)
@@ -74,27 +72,27 @@ def test_ranks_keep_step_within_the_token_limit_and_fillers_stand_only_where_gro
     st.lists(st.tuples(st.integers(2, 5), st.integers(1, 200)), min_size=1, max_size=30), worlds, st.integers(1, 1500)
 )
 def test_padded_rows_stay_within_the_token_limit(shapes, world_size, max_tokens) -> None:
-    """All rows of a micro-batch are as long as its longest: short groups beside a long one take more than their sum."""
+    """Rows are padded to the longest of the micro-batch, so short groups next to a long one exceed their sum."""
     num_tokens = [rows * length for rows, length in shapes]
     row_tokens = [length for _, length in shapes]
     bins = split_into_micro_batches(range(len(shapes)), num_tokens, world_size, max_tokens, row_tokens=row_tokens)
     assert len({len(rank) for rank in bins}) == 1
-    assert sorted(g for rank in bins for one in rank for g in one) == list(range(len(shapes)))
-    for one in (one for rank in bins for one in rank if len(one) > 1):
-        assert sum(shapes[g][0] for g in one) * max(row_tokens[g] for g in one) <= max_tokens
+    assert sorted(g for rank in bins for batch in rank for g in batch) == list(range(len(shapes)))
+    for batch in (batch for rank in bins for batch in rank if len(batch) > 1):
+        assert sum(shapes[g][0] for g in batch) * max(row_tokens[g] for g in batch) <= max_tokens
 
 
-def test_levelling_never_makes_padding_outgrow_the_limit() -> None:
-    """Here a swap would level the two bins and pad one of them above 112 tokens."""
+def test_levelling_keeps_padded_rows_within_the_limit() -> None:
+    """In this example, a swap would balance the two bins but pad one of them above 112 tokens."""
     shapes = [(2, 16), (2, 20), (4, 6), (3, 6), (4, 10)]
     num_tokens, row_tokens = [rows * length for rows, length in shapes], [length for _, length in shapes]
     padded = split_into_micro_batches(range(5), num_tokens, 2, 112, row_tokens=row_tokens)
     assert padded != split_into_micro_batches(range(5), num_tokens, 2, 112)
-    for one in (one for rank in padded for one in rank if len(one) > 1):
-        assert sum(shapes[g][0] for g in one) * max(row_tokens[g] for g in one) <= 112
+    for batch in (batch for rank in padded for batch in rank if len(batch) > 1):
+        assert sum(shapes[g][0] for g in batch) * max(row_tokens[g] for g in batch) <= 112
 
 
-def test_a_group_above_the_limit_costs_one_micro_batch() -> None:
+def test_a_group_above_the_limit_uses_one_micro_batch() -> None:
     assert split_into_micro_batches([0], [5000], 1, 100) == [[[0]]]
     assert split_into_micro_batches([0, 1, 2], [5000, 50, 50], 1, 100) == [[[0], [1, 2]]]
 
@@ -103,7 +101,7 @@ def test_micro_batches_are_balanced() -> None:
     num_tokens = [30, 40, 50, 60, 70, 80, 90, 100]
     bins = split_into_micro_batches(range(8), num_tokens, 2, 300)
     assert [sum(num_tokens[g] for g in rank[0]) for rank in bins] == [260, 260]
-    assert all(rank[0] == sorted(rank[0]) for rank in bins)  # inside a micro-batch the order is the step's
+    assert all(rank[0] == sorted(rank[0]) for rank in bins)  # micro-batches keep the order of the step
 
 
 def test_seed_and_epoch_decide_the_order() -> None:
@@ -115,14 +113,14 @@ def test_seed_and_epoch_decide_the_order() -> None:
     assert plan_steps([10] * 9, seed=5, **options) != plan_steps([10] * 9, seed=6, **options)
 
 
-def test_max_steps_keeps_the_beginning_of_the_whole_plan() -> None:
+def test_max_steps_keeps_the_start_of_the_schedule() -> None:
     options = {"groups_per_step": 2, "epochs": 2, "seed": 0, "world_size": 1, "max_tokens": 50}
     whole = plan_steps([10] * 5, **options)
     assert len(whole) == 6
     assert plan_steps([10] * 5, max_steps=4, **options) == whole[:4]
 
 
-def test_a_filler_is_the_shortest_group_of_its_step_and_counts_nothing() -> None:
+def test_a_filler_is_the_shortest_group_of_its_step() -> None:
     (step,) = plan_steps([70, 10, 40], groups_per_step=3, epochs=1, seed=0, world_size=4, max_tokens=100)
     fillers = [
         batch
@@ -134,13 +132,13 @@ def test_a_filler_is_the_shortest_group_of_its_step_and_counts_nothing() -> None
     assert Counter(flag for rank in step.is_filler for flag in rank) == {False: 3, True: 1}
 
 
-def test_nothing_to_plan_is_an_error() -> None:
-    with pytest.raises(ValueError, match="no groups to plan"):
+def test_no_groups_is_an_error() -> None:
+    with pytest.raises(ValueError, match="no groups to schedule"):
         plan_steps([], groups_per_step=1, epochs=1, seed=0, world_size=1, max_tokens=1)
 
 
 def realistic_lengths(count: int) -> list[int]:
-    """Packed tokens of LLaVA-1.5 groups: 576 image tokens, a prompt, two to four answers of log-normal length."""
+    """Returns packed lengths of LLaVA-1.5 groups: 576 image tokens, a prompt, 2 to 4 answers of log-normal length."""
     draw = random.Random(0)
     answers = [[min(350, max(30, int(draw.lognormvariate(4.6, 0.5)))) for _ in range(4)] for _ in range(count)]
     return [576 + draw.randint(20, 120) + sum(some[: draw.choice((2, 2, 3, 3, 4))]) for some in answers]
@@ -152,21 +150,21 @@ def imbalance(per_rank: list[int]) -> float:
 
 @pytest.mark.parametrize(("groups_per_step", "world_size"), [(16, 2), (64, 8), (128, 8), (256, 32), (1024, 128)])
 def test_ranks_carry_the_same_tokens_in_every_step_and_micro_batch(groups_per_step, world_size) -> None:
-    """ZeRO-3 synchronises in every layer, so the rank with most tokens sets the pace."""
+    """ZeRO-3 synchronises in every layer, so the slowest rank determines the speed."""
     lengths = realistic_lengths(4 * groups_per_step)
     steps = plan_steps(
         lengths, groups_per_step=groups_per_step, epochs=1, seed=0, world_size=world_size, max_tokens=8192
     )
     for step in steps:
         assert not any(map(any, step.is_filler))
-        tokens = [[sum(lengths[g] for g in one) for one in rank] for rank in step.micro_batches]
+        tokens = [[sum(lengths[g] for g in batch) for batch in rank] for rank in step.micro_batches]
         assert imbalance([sum(rank) for rank in tokens]) < 0.002
-        for side_by_side in zip(*tokens, strict=True):
-            assert imbalance(list(side_by_side)) < 0.002
+        for concurrent in zip(*tokens, strict=True):
+            assert imbalance(list(concurrent)) < 0.002
 
 
-def test_two_hundred_thousand_groups_are_planned_in_seconds_and_little_memory() -> None:
-    """The bounds are 30 s and 1 GB."""
+def test_200_000_groups_are_scheduled_fast_in_little_memory() -> None:
+    """The limits are 30 s and 1 GB."""
 
     def plan(count: int) -> int:
         lengths = realistic_lengths(count)
@@ -175,7 +173,7 @@ def test_two_hundred_thousand_groups_are_planned_in_seconds_and_little_memory() 
     started = time.perf_counter()
     assert plan(200_000) == 1563
     assert time.perf_counter() - started < 30
-    tracemalloc.start()  # which makes it slow: a tenth of the groups
+    tracemalloc.start()  # tracing is slow, so use a tenth of the groups
     plan(20_000)
     peak_bytes = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -183,10 +181,10 @@ def test_two_hundred_thousand_groups_are_planned_in_seconds_and_little_memory() 
 
 
 def test_balance_is_the_excess_of_the_busiest_rank() -> None:
-    """One whole step, [100, 30] beside [80, 60] tokens, and the epoch's rest: one group, and a filler beside it."""
+    """A full step with tokens [100, 30] and [80, 60], and a last step with one group and a filler."""
     num_tokens = [100, 80, 60, 30, 30]
     steps = plan_steps(num_tokens, groups_per_step=4, epochs=1, seed=0, world_size=2, max_tokens=100)
-    tokens = [[[sum(num_tokens[g] for g in one) for one in rank] for rank in step.micro_batches] for step in steps]
+    tokens = [[[sum(num_tokens[g] for g in batch) for batch in rank] for rank in step.micro_batches] for step in steps]
     assert tokens == [[[100, 30], [80, 60]], [[30], [30]]]
     balance = plan_balance(steps, num_tokens)
     assert balance.step_largest == pytest.approx(140 / 135 - 1)

@@ -1,4 +1,4 @@
-"""Micro-batches on their way to the device. Run: python -m pytest tests/data/test_transfer.py"""
+"""Transfer of micro-batches to the device. Run: python -m pytest tests/data/test_transfer.py"""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def batch(request: pytest.FixtureRequest, photo_root) -> GroupBatch:
     return packed_batch(encoder, three_groups()).with_reference(torch.arange(3.0))
 
 
-def test_moving_changes_the_dtype_of_pixels_and_nothing_else(batch: GroupBatch) -> None:
+def test_moving_changes_only_the_dtype_of_pixels(batch: GroupBatch) -> None:
     moved = batch.to(torch.device("meta"), torch.bfloat16)
     assert all(tensor.is_meta for tensor in moved.tensors()) and len(moved.tensors()) == len(batch.tensors()) > 9
     for name, value in batch.image_inputs.items():
@@ -29,12 +29,12 @@ def test_moving_changes_the_dtype_of_pixels_and_nothing_else(batch: GroupBatch) 
     assert moved.layout is batch.layout and moved.group_ids == batch.group_ids
 
 
-def test_what_is_there_already_is_not_copied(batch: GroupBatch) -> None:
+def test_tensors_already_on_the_device_are_not_copied(batch: GroupBatch) -> None:
     again = batch.to(CPU, torch.float32)
     assert [a.data_ptr() for a in again.tensors()] == [b.data_ptr() for b in batch.tensors()]
 
 
-def test_without_a_gpu_no_batch_is_taken_before_it_is_asked_for(batch: GroupBatch) -> None:
+def test_without_a_gpu_batches_are_taken_only_on_demand(batch: GroupBatch) -> None:
     taken: list[int] = []
 
     def source() -> Iterator[GroupBatch]:
@@ -48,7 +48,7 @@ def test_without_a_gpu_no_batch_is_taken_before_it_is_asked_for(batch: GroupBatc
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 4])
-def test_the_next_copy_starts_before_the_present_batch_is_handed_out(count: int) -> None:
+def test_the_next_copy_starts_before_the_current_batch_is_returned(count: int) -> None:
     events: list[str] = []
 
     def start(item: int) -> int:
@@ -67,5 +67,5 @@ def test_the_next_copy_starts_before_the_present_batch_is_handed_out(count: int)
         assert order == sorted(order)
         if k + 1 < count:
             assert events.index(f"start {k + 1}") < events.index(f"compute {k}")
-        if k + 2 < count:  # one ahead and no more: each is memory on the device
+        if k + 2 < count:  # at most one ahead, to limit device memory
             assert events.index(f"start {k + 2}") > events.index(f"compute {k}")

@@ -1,6 +1,6 @@
-"""What differs between model families: image tokens, positions, and where the parts of the model are.
+"""Model family specifics: image tokens, positions and module names.
 
-A family is chosen by `model_type`. To add one, write a subclass and name it in `FAMILIES` (docs/models.md).
+The family is selected by `model_type`. To add one, write a subclass and register it in `FAMILIES` (docs/models.md).
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ FAMILIES: dict[str, type[Family]] = {
 
 
 def family_of(config: Any, share_prefix: str = "auto") -> Family:
-    """The family of a transformers model config.
+    """Returns the family of a transformers model config.
 
     Args:
-        config: Of the whole model.
-        share_prefix: `model.share_prefix`; "never" trains on separate sequences where a prefix could be shared.
+        config: Config of the whole model.
+        share_prefix: Value of `model.share_prefix`; "never" trains on separate sequences even if sharing is possible.
 
     Raises:
-        ValueError: for a model type that is not supported, listing those that are.
+        ValueError: The model type is not supported; lists the supported ones.
     """
     if config.model_type not in FAMILIES:
         raise ValueError(f"model type `{config.model_type}` is not supported; supported: {', '.join(sorted(FAMILIES))}")

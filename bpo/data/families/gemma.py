@@ -1,4 +1,4 @@
-"""Gemma 3: a fixed number of tokens an image, which attend to each other in both directions."""
+"""Gemma 3: a fixed number of tokens per image, with bidirectional attention among them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from bpo.data.families.base import ImagePlace, PlainPositions
 
 
 class Gemma3(PlainPositions):
-    """Gemma 3 (arXiv 2503.19786); with pan and scan an image and its crops each have their tokens."""
+    """Gemma 3 (arXiv 2503.19786). With pan and scan, an image and each of its crops have separate tokens."""
 
     vision_module = "model.vision_tower"
     projector_modules = ("model.multi_modal_projector",)
@@ -28,16 +28,16 @@ class Gemma3(PlainPositions):
         begin, image, end = tokenizer.convert_ids_to_tokens(
             [self.config.boi_token_id, self.image_token_id, self.config.eoi_token_id]
         )
-        one = f"\n\n{begin}{image}{end}\n\n"
+        crop = f"\n\n{begin}{image}{end}\n\n"
         places = []
         for crops in map(int, outputs["num_crops"]):
-            text = one
-            if crops:  # the words are the processor's
+            text = crop
+            if crops:  # same wording as in the model's processor
                 introduction = "and here are some crops to help you see better"
-                text = f"Here is the original image {one} {introduction} {' '.join([one] * crops)}"
+                text = f"Here is the original image {crop} {introduction} {' '.join([crop] * crops)}"
             places.append(ImagePlace(text, (self.config.mm_tokens_per_image,) * (1 + crops)))
         return places
 
     def sequence_inputs(self, input_ids_BT: torch.Tensor) -> dict[str, torch.Tensor]:
-        """1 for image tokens: the model's masks let each run of them see itself in both directions."""
+        """Marks image tokens with 1; the model's masks allow bidirectional attention within each run of them."""
         return {"token_type_ids": (input_ids_BT == self.image_token_id).long()}

@@ -1,4 +1,4 @@
-"""Idefics3 and SmolVLM: tiles named by row and column, then the whole image."""
+"""Idefics3 and SmolVLM: tiles tagged with row and column, followed by the whole image."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 class Idefics3(PlainPositions):
     """Idefics3 (arXiv 2408.12637) and SmolVLM (arXiv 2504.05299).
 
-    The tags of rows and columns are special tokens in SmolVLM's tokenizer and plain text in Idefics3's, so they go into
-    the prompt as text.
+    The row and column tags are special tokens in SmolVLM's tokenizer and plain text in Idefics3's, so they are inserted
+    into the prompt as text.
     """
 
     vision_module = "model.vision_model"
@@ -26,11 +26,11 @@ class Idefics3(PlainPositions):
     image_keys = ("pixel_values", "pixel_attention_mask")
     processor_options = {"return_row_col_info": True}
     smallest_options = {"do_image_splitting": False}
-    # After the connector, features are divided by prompts, as `pixel_values` says.
+    # Features after the connector are grouped by prompt, following `pixel_values`.
     repeats_features = False
 
     @property
-    def tokens_a_tile(self) -> int:
+    def tokens_per_tile(self) -> int:
         vision = self.config.vision_config
         return (vision.image_size // vision.patch_size) ** 2 // self.config.scale_factor**2
 
@@ -53,20 +53,20 @@ class Idefics3(PlainPositions):
                 for row in range(1, int(rows) + 1)
             ]
             text = "".join(lines) + ("\n" if lines else "") + f"{border}{whole}{image}{border}"
-            places.append(ImagePlace(text, (self.tokens_a_tile,) * (int(rows) * int(columns) + 1)))
+            places.append(ImagePlace(text, (self.tokens_per_tile,) * (int(rows) * int(columns) + 1)))
         return places
 
     def image_inputs(self, outputs: dict[str, Any]) -> dict[str, torch.Tensor]:
-        """Tiles [1, tiles, channels, height, width]; all of one size, so that no tile and no pixel is padding."""
+        """Returns tiles [1, tiles, channels, height, width] of equal size, without padded tiles or pixels."""
         inputs = super().image_inputs(outputs)
         if not inputs["pixel_attention_mask"].all():
             raise ValueError(
-                "the image processor padded a tile; set its max_image_size.longest_edge to the vision tower's "
+                "the image processor padded a tile; set max_image_size.longest_edge to the vision tower's "
                 f"image_size, {self.config.vision_config.image_size}"
             )
         return inputs
 
     def batch_image_inputs(self, image_inputs: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        """All tiles as if one prompt had them: the features come out in order, and nothing is padded."""
+        """Concatenates all tiles as if they were in one prompt, which keeps their order and avoids padding."""
         keys = self.image_keys if image_inputs else ()
-        return {key: torch.cat([one[key] for one in image_inputs], dim=1) for key in keys}
+        return {key: torch.cat([inputs[key] for inputs in image_inputs], dim=1) for key in keys}

@@ -1,4 +1,4 @@
-"""InternVL in transformers' own form (`-hf` checkpoints): tiles of one size, all in one run of image tokens."""
+"""InternVL in transformers format (`-hf` checkpoints): tiles of equal size in a single run of image tokens."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class InternVL(PlainPositions):
     vision_module = "model.vision_tower"
     projector_modules = ("model.multi_modal_projector",)
     language_module = "model.language_model"
-    # Its own processor asks for tiles whatever the image processor's file says.
+    # InternVL's processor always enables tiling, regardless of the image processor's config.
     processor_options = {"crop_to_patches": True}
     smallest_options = {"crop_to_patches": False}
 
@@ -22,8 +22,8 @@ class InternVL(PlainPositions):
         height, width = vision.image_size
         patch_height, patch_width = vision.patch_size
         patches = (height // patch_height) * (width // patch_width)
-        tokens_a_tile = int(patches * self.config.downsample_ratio**2)
-        return [tokens_a_tile * int(tiles) for tiles in outputs["num_patches"]]
+        tokens_per_tile = int(patches * self.config.downsample_ratio**2)
+        return [tokens_per_tile * int(tiles) for tiles in outputs["num_patches"]]
 
     def places(self, outputs: dict[str, Any], tokenizer: Any) -> list[ImagePlace]:
         start = getattr(tokenizer, "start_image_token", None) or "<img>"

@@ -1,4 +1,4 @@
-"""LLaVA-1.5, LLaVA-NeXT and LLaVA-OneVision: a grid of patches, and for the latter two tiles of any resolution."""
+"""LLaVA-1.5, LLaVA-NeXT and LLaVA-OneVision: a grid of patches; the latter two also tile images of any resolution."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _CLASS_TOKEN_TOWERS = {"clip_vision_model"}
 
 
 class Llava(PlainPositions):
-    """LLaVA-1.5 (arXiv 2310.03744): a fixed number of tokens an image."""
+    """LLaVA-1.5 (arXiv 2310.03744): a fixed number of tokens per image."""
 
     vision_module = "model.vision_tower"
     projector_modules = ("model.multi_modal_projector",)
@@ -28,37 +28,37 @@ class Llava(PlainPositions):
         super().__init__(config, share_prefix)
         if config.vision_config.model_type == "pixtral":
             raise ValueError(
-                "LLaVA with a Pixtral tower is not supported: its images have rows of their own length; "
-                "supported are towers of fixed size, such as CLIP and SigLIP"
+                "LLaVA with a Pixtral tower is not supported because its images have variable row lengths; "
+                "use a tower with a fixed image size, such as CLIP or SigLIP"
             )
 
     @property
-    def tokens_a_tile(self) -> int:
-        """Vision features of one tile after the class token is dropped or kept."""
+    def tokens_per_tile(self) -> int:
+        """Number of vision features per tile, after the class token is dropped or kept."""
         vision = self.config.vision_config
         with_class_token = vision.model_type in _CLASS_TOKEN_TOWERS
-        # "default" drops the first feature whatever it is.
+        # "default" always drops the first feature, class token or not.
         drops_first = self.config.vision_feature_select_strategy == "default"
         return (vision.image_size // vision.patch_size) ** 2 + int(with_class_token) - int(drops_first)
 
     def num_image_tokens(self, outputs: dict[str, Any]) -> list[int]:
-        return [self.tokens_a_tile] * len(outputs["pixel_values"])
+        return [self.tokens_per_tile] * len(outputs["pixel_values"])
 
 
 class LlavaNext(Llava):
-    """LLaVA-NeXT: the whole image, then tiles of the best of several canvases without its padding, in rows.
+    """LLaVA-NeXT: the whole image, then the tiles of the best-fitting canvas in rows, without its padding.
 
-    A row of the canvas ends in the learnt `image_newline`. Tokens follow `LlavaNextModel.pack_image_features`.
+    Each row of the canvas ends with the learned `image_newline`. Tokens follow `LlavaNextModel.pack_image_features`.
     """
 
     image_keys: tuple[str, ...] = ("pixel_values", "image_sizes")
     projector_parameters = ("model.image_newline",)
 
     def num_image_tokens(self, outputs: dict[str, Any]) -> list[int]:
-        return [self.tokens_a_tile + self._canvas_tokens(*size) for size in outputs["image_sizes"].tolist()]
+        return [self.tokens_per_tile + self._canvas_tokens(*size) for size in outputs["image_sizes"].tolist()]
 
     def image_inputs(self, outputs: dict[str, Any]) -> dict[str, torch.Tensor]:
-        """Tiles of all images one after the other: the processor pads to the image with most, which nothing needs."""
+        """Concatenates the tiles of all images, without the tiles that the processor adds as padding."""
         inputs = super().image_inputs(outputs)
         counts = self._num_tiles(outputs)
         tiles = [tiles[:count] for tiles, count in zip(inputs["pixel_values"], counts, strict=True)]
@@ -68,7 +68,7 @@ class LlavaNext(Llava):
         return [1 + math.prod(self._canvas_tiles(*size)) for size in outputs["image_sizes"].tolist()]
 
     def _canvas_tiles(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of tiles of the canvas that suits an image of this size in pixels."""
+        """Returns rows and columns of tiles of the best canvas for an image of this size in pixels."""
         from transformers.image_processing_utils import select_best_resolution
 
         canvas = select_best_resolution((height, width), self.config.image_grid_pinpoints)
@@ -80,12 +80,12 @@ class LlavaNext(Llava):
         return rows * (columns + 1)
 
     def _canvas_patches(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of patches that are left of the canvas without its padding."""
+        """Returns rows and columns of patches of the canvas without its padding."""
         vision = self.config.vision_config
         side = vision.image_size // vision.patch_size
         tile_rows, tile_columns = self._canvas_tiles(height, width)
         rows, columns = tile_rows * side, tile_columns * side
-        # The 7 digits are transformers': without them a quotient just below an integer loses a row.
+        # Rounded to 7 digits as in transformers; otherwise a quotient just below an integer loses a row.
         if width / height > columns / rows:
             rows -= (rows - int(round(height * (columns / width), 7))) // 2 * 2
         else:
@@ -94,8 +94,8 @@ class LlavaNext(Llava):
 
 
 class LlavaOnevision(LlavaNext):
-    """LLaVA-OneVision (arXiv 2408.03326): canvases above `anyres_max_N` tiles are scaled down; several images of one
-    prompt are not tiled."""
+    """LLaVA-OneVision (arXiv 2408.03326): canvases above `anyres_max_N` tiles are downscaled; prompts with several
+    images are not tiled."""
 
     image_keys = ("pixel_values", "image_sizes", "batch_num_images")
 
@@ -104,7 +104,7 @@ class LlavaOnevision(LlavaNext):
 
     def num_image_tokens(self, outputs: dict[str, Any]) -> list[int]:
         if len(outputs["image_sizes"]) > 1:
-            return [self.tokens_a_tile + 1] * len(outputs["image_sizes"])  # one tile and one newline
+            return [self.tokens_per_tile + 1] * len(outputs["image_sizes"])  # one tile and one newline
         return super().num_image_tokens(outputs)
 
     def _num_tiles(self, outputs: dict[str, Any]) -> list[int]:

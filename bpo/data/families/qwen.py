@@ -1,4 +1,4 @@
-"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: images at their own resolution, three-channel rotary positions.
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: images at native resolution, three-channel rotary positions.
 
 Shape letters: B sequences, T tokens, X position channels (3).
 """
@@ -13,15 +13,15 @@ from bpo.data.families.base import Family
 
 
 class Qwen2VL(Family):
-    """Qwen2-VL (arXiv 2409.12191) and Qwen2.5-VL (arXiv 2502.13923): as many tokens as the image has merged patches."""
+    """Qwen2-VL (arXiv 2409.12191) and Qwen2.5-VL (arXiv 2502.13923): one token per merged patch."""
 
     vision_module = "model.visual"
     projector_modules: tuple[str, ...] = ("model.visual.merger",)
     language_module = "model.language_model"
     image_keys = ("pixel_values", "image_grid_thw")
-    # One call of the tower gives the merged features of all images; they are divided by `image_grid_thw` after it.
+    # The tower returns the merged features of all images, which are split by `image_grid_thw` afterwards.
     repeats_features = False
-    # transformers 5.17 gives positions from 0 on to an image behind cached tokens (5.23 does not).
+    # transformers 5.17 assigns positions from 0 to an image after cached tokens (5.23 does not).
     begins_from_cache = False
 
     def num_image_tokens(self, outputs: dict[str, Any]) -> list[int]:
@@ -29,9 +29,9 @@ class Qwen2VL(Family):
         return (outputs["image_grid_thw"].prod(-1) // merge**2).tolist()
 
     def prefix_positions(self, prefix_ids_T: torch.Tensor, image_inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Text runs count on in all channels; an image's tokens take (t, row, column) from where the text stopped.
+        """Text advances all channels; image tokens get (t, row, column) relative to the end of the preceding text.
 
-        Equal to the model's `get_rope_index` (tested), without needing the model in the data workers.
+        Equal to the model's `get_rope_index` (tested), but does not need the model in data workers.
         """
         merge = self.config.vision_config.spatial_merge_size
         grids = iter(image_inputs["image_grid_thw"].tolist() if image_inputs else [])
@@ -57,8 +57,8 @@ class Qwen2VL(Family):
         return {"mm_token_type_ids": (input_ids_BT == self.image_token_id).int()}
 
     def noise_like(self, pixel_values: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        # A row is (channel, frame, height, width) of one patch, and a still image fills all frames with the same
-        # pixels: it must get the same noise in all of them, or averaging over frames would take half of it away.
+        # A row is (channel, frame, height, width) of one patch. A still image has the same pixels in all frames, so it
+        # needs the same noise in all frames; averaging over frames would otherwise remove half of it.
         vision = self.config.vision_config
         frames, patch = vision.temporal_patch_size, vision.patch_size
         rows = pixel_values.shape[0]
@@ -68,10 +68,10 @@ class Qwen2VL(Family):
 
 
 class Qwen3VL(Qwen2VL):
-    """Qwen3-VL: features of earlier layers of the tower are added after the first layers of the language model.
+    """Qwen3-VL: features of intermediate tower layers are added after the first layers of the language model.
 
-    Its timestamps concern videos only; an image's positions are those of Qwen2.5-VL, and which channel a rotary
-    frequency takes (interleaved here) is the model's affair.
+    Timestamps apply only to videos. Image positions are the same as in Qwen2.5-VL; the model itself interleaves the
+    channels of rotary frequencies.
     """
 
     projector_modules = ("model.visual.merger", "model.visual.deepstack_merger_list")

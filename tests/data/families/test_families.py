@@ -1,7 +1,7 @@
-"""What differs between model families. Run: python -m pytest tests/data/families/test_families.py
+"""Model family specifics. Run: python -m pytest tests/data/families/test_families.py
 
-The truth is transformers: each family's own processor and model. Processors that hold a video part cannot be built
-without torchvision; here they get none, and read images with the rest.
+Compared with each family's processor and model in transformers. Processors with a video processor require torchvision;
+here they are built without it, which suffices for images.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from bpo.model.load import load_model
 from tests.sample_groups import encode_all, encoder_of, group, three_groups, turn
 from tests.tiny_families import TILE, tiny_gemma3
 
-# Wide, tall, square, tiny, one pixel beside a multiple of a tile, and one whose canvas is scaled down.
+# Wide, tall, square, tiny, off by one pixel from a multiple of the tile size, and one whose canvas is downscaled.
 SIZES = {
     "wide": (90, 31),
     "tall": (30, 100),
@@ -92,7 +92,7 @@ def model(name: str, family_dir: Callable[[str], Path]) -> Any:
 @pytest.fixture
 def without_video(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(ProcessorMixin, "check_argument_for_proper_class", lambda self, name, part: type(part))
-    monkeypatch.setattr(processing_smolvlm, "num2words", str)  # spells numbers of frames
+    monkeypatch.setattr(processing_smolvlm, "num2words", str)  # used only for numbers of frames
     yield
 
 
@@ -111,10 +111,10 @@ def content(*parts: str | None) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("images", [*([size] for size in SIZES), ["wide", "tall"]], ids="+".join)
-def test_ids_and_pixels_are_those_of_the_own_processor(
+def test_ids_and_pixels_match_the_models_processor(
     name: str, encoder: Encoder, sizes_root: Path, images: list[str], without_video: None
 ) -> None:
-    """A newline before and after the image: some tokenizers join it with those that stand around an image."""
+    """The prompt has newlines around the image, which some tokenizers merge with those of the image's text."""
     parts = ["First\n", None, "\nand" if len(images) == 1 else "\n", *([None] if len(images) == 2 else []), "What?"]
     ours = encoder.encode_prompt("r", [f"{image}.png" for image in images], [turn(*parts)])
     processor = own_processor(name, encoder)
@@ -127,7 +127,7 @@ def test_ids_and_pixels_are_those_of_the_own_processor(
 
 
 def _pixels(name: str, inputs: Any) -> torch.Tensor:
-    """Without the tiles that LLaVA-NeXT's processor adds to reach the number of the image with most."""
+    """Returns the pixels without the tiles that LLaVA-NeXT's processor adds as padding."""
     pixels = inputs["pixel_values"]
     if name.startswith("llava_") and pixels.dim() == 5:
         pixels = pixels.flatten(0, 1)
@@ -136,20 +136,20 @@ def _pixels(name: str, inputs: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_as_many_image_tokens_as_the_model_gives_features(name: str, encoder: Encoder, model: Any, size: str) -> None:
+def test_image_tokens_match_the_models_features(name: str, encoder: Encoder, model: Any, size: str) -> None:
     prompt = encoder.encode_prompt("r", [f"{size}.png"], [turn(None, "What?")])
     with torch.no_grad():
         features = model.model.get_image_features(**prompt.image_inputs).pooler_output
-    assert prompt.prefix_ids.count(encoder.image_token_id) == sum(one.flatten(0, -2).shape[0] for one in features)
+    assert prompt.prefix_ids.count(encoder.image_token_id) == sum(f.flatten(0, -2).shape[0] for f in features)
 
 
-def test_the_stand_in_is_an_image_by_itself_and_a_small_one(name: str, encoder: Encoder, model: Any) -> None:
+def test_the_stand_in_is_a_small_image(name: str, encoder: Encoder, model: Any) -> None:
     stand_in = encoder.stand_in()
     assert set(stand_in.prefix_ids) == {encoder.image_token_id}
     with torch.no_grad():
         features = model.model.get_image_features(**stand_in.image_inputs).pooler_output
-    assert len(stand_in.prefix_ids) == sum(one.flatten(0, -2).shape[0] for one in features)
-    # Families that can leave an image whole do: a tile of 4 tokens. The others take their smallest canvas.
+    assert len(stand_in.prefix_ids) == sum(f.flatten(0, -2).shape[0] for f in features)
+    # A single tile of 4 tokens if the family supports it; otherwise the smallest canvas.
     assert len(stand_in.prefix_ids) == (88 if name in ("llava_next", "llava_onevision") else 4)
 
 
@@ -161,10 +161,10 @@ def test_named_parts_exist_in_the_model(encoder: Encoder, model: Any) -> None:
         assert model.get_parameter(parameter).requires_grad
     named = (family.vision_module, family.language_module, *family.projector_modules, *family.projector_parameters)
     left = [n for n, _ in model.named_parameters() if not n.startswith(named) and not n.startswith("lm_head")]
-    assert not left  # every parameter belongs to a part that can learn or be frozen
+    assert not left  # every parameter belongs to a part that can be trained or frozen
 
 
-def test_positions_are_the_models_own(name: str, encoder: Encoder, model: Any, photo_root: Path) -> None:
+def test_positions_match_the_model(name: str, encoder: Encoder, model: Any, photo_root: Path) -> None:
     encoder = Encoder(encoder.processor, encoder.family.config, photo_root, 4096)
     seen: dict[str, torch.Tensor] = {}
 
@@ -173,12 +173,13 @@ def test_positions_are_the_models_own(name: str, encoder: Encoder, model: Any, p
 
     rotary = next(m for n, m in model.get_submodule(encoder.family.language_module).named_modules() if "rotary" in n)
     handle = rotary.register_forward_pre_hook(keep, with_kwargs=True)
-    for one in encode_all(encoder, [*three_groups(), group("d", "x", "y", prompt=turn(None, "What?"))]):
-        ids_1T = torch.tensor([[*one.prompt.prefix_ids, *one.completion_ids[0]]])
+    for encoded in encode_all(encoder, [*three_groups(), group("d", "x", "y", prompt=turn(None, "What?"))]):
+        prompt, completion_ids = encoded.prompt, encoded.completion_ids[0]
+        ids_1T = torch.tensor([[*prompt.prefix_ids, *completion_ids]])
         with torch.no_grad():
-            model(input_ids=ids_1T, **one.prompt.image_inputs, **encoder.family.generation_inputs(ids_1T))
-        prefix_XT = encoder.family.prefix_positions(torch.tensor(one.prompt.prefix_ids), one.prompt.image_inputs)
-        after = torch.arange(len(one.completion_ids[0])) + int(prefix_XT.max()) + 1
+            model(input_ids=ids_1T, **prompt.image_inputs, **encoder.family.generation_inputs(ids_1T))
+        prefix_XT = encoder.family.prefix_positions(torch.tensor(prompt.prefix_ids), prompt.image_inputs)
+        after = torch.arange(len(completion_ids)) + int(prefix_XT.max()) + 1
         ours_XT = torch.cat([prefix_XT, after.expand(len(prefix_XT), -1)], dim=1)
         theirs_XT = seen["positions"].reshape(-1, ids_1T.shape[1])[-3:]
         assert torch.equal(ours_XT, theirs_XT[: len(ours_XT)])
@@ -186,7 +187,7 @@ def test_positions_are_the_models_own(name: str, encoder: Encoder, model: Any, p
     assert len(ours_XT) == (3 if name.startswith("qwen") else 1)
 
 
-def test_text_only_positions_count_on_in_all_channels(tiny_qwen_dir: Path) -> None:
+def test_text_only_positions_advance_in_all_channels(tiny_qwen_dir: Path) -> None:
     family = family_of(AutoConfig.from_pretrained(tiny_qwen_dir))
     assert family.prefix_positions(torch.tensor([1, 2, 3]), {}).tolist() == [[0, 1, 2]] * 3
 
@@ -198,14 +199,14 @@ def test_noise_is_standard_normal_and_repeats_with_its_generator(name: str, enco
     assert torch.equal(noise, again)
     assert abs(float(noise.mean())) < 0.1 and abs(float(noise.std()) - 1) < 0.1
     if name.startswith("qwen"):
-        # The processor fills both frames of a still image alike; the noise must keep them alike.
+        # The processor fills both frames of a still image equally; the noise must keep them equal.
         for tensor in (pixels, noise):
             frames = tensor.reshape(-1, 3, 2, 14, 14)  # (patch, channel, frame, height, width)
             assert torch.equal(frames[:, :, 0], frames[:, :, 1])
             assert not torch.equal(frames[:, 0], frames[:, 1])
 
 
-def test_answers_end_as_the_chat_template_ends_them(name: str, encoder: Encoder) -> None:
+def test_answers_end_with_the_chat_templates_end_token(name: str, encoder: Encoder) -> None:
     expected = {"gemma3": "<end_of_turn>", "idefics3": "<end_of_utterance>", "smolvlm": "<end_of_utterance>"}
     end = expected.get(name, encoder.tokenizer.eos_token)
     assert encoder.encode_completion("a")[-1] == encoder.tokenizer.convert_tokens_to_ids(end)
@@ -214,7 +215,7 @@ def test_answers_end_as_the_chat_template_ends_them(name: str, encoder: Encoder)
     assert encoder.family.control_token_ids() <= set(encoder.suppressed_token_ids)
 
 
-def test_pan_and_scan_gives_every_crop_its_tokens(tmp_path: Path, sizes_root: Path, without_video: None) -> None:
+def test_pan_and_scan_adds_tokens_for_every_crop(tmp_path: Path, sizes_root: Path, without_video: None) -> None:
     options = {"pan_and_scan_min_crop_size": 14, "pan_and_scan_max_num_crops": 4}
     directory = tiny_gemma3(tmp_path / "gemma", do_pan_and_scan=True, pan_and_scan_min_ratio_to_activate=1.2, **options)
     encoder = encoder_of(directory, sizes_root)
@@ -227,12 +228,12 @@ def test_pan_and_scan_gives_every_crop_its_tokens(tmp_path: Path, sizes_root: Pa
         text=[text], images=[[picture]], return_tensors="pt", add_special_tokens=False, images_kwargs=images_options
     )
     assert list(ours.prefix_ids) == theirs["input_ids"][0].tolist()
-    assert ours.image_inputs["pixel_values"].shape == (4, 3, TILE, TILE)  # the whole and three crops
+    assert ours.image_inputs["pixel_values"].shape == (4, 3, TILE, TILE)  # the whole image and three crops
     assert ours.prefix_ids.count(encoder.image_token_id) == 16
     assert len(encoder.stand_in().prefix_ids) == 4
 
 
-def test_class_tokens_count_where_the_tower_has_one(tiny_llava_dir: Path) -> None:
+def test_class_tokens_count_if_the_tower_has_one(tiny_llava_dir: Path) -> None:
     config = AutoConfig.from_pretrained(tiny_llava_dir)
     pixels = {"pixel_values": torch.zeros(2, 3, 28, 28)}
     assert family_of(config).num_image_tokens(pixels) == [4, 4]
@@ -242,7 +243,7 @@ def test_class_tokens_count_where_the_tower_has_one(tiny_llava_dir: Path) -> Non
     assert family_of(config).num_image_tokens(pixels) == [4, 4]
 
 
-def test_unsupported_model_type_lists_those_supported() -> None:
+def test_unsupported_model_type_lists_supported_ones() -> None:
     with pytest.raises(ValueError, match="`llama` is not supported; supported: gemma3, .*llava_next, .*smolvlm"):
         family_of(LlamaConfig())
     with pytest.raises(ValueError, match="Pixtral tower is not supported"):

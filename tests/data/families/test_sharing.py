@@ -1,4 +1,4 @@
-"""Which text models share a prefix, read from their configs."""
+"""Prefix sharing of text models, determined from their configs."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ SMALL: dict[str, Any] = {"num_hidden_layers": 3, "hidden_size": 32, "num_attenti
             Qwen3Config(**SMALL, layer_types=["full_attention", "chunked_attention", "full_attention"]),
             "chunked_attention",
         ),
-        (Gemma2Config(**SMALL, layer_types=["full_attention"] * 3), "scores are capped"),
+        (Gemma2Config(**SMALL, layer_types=["full_attention"] * 3), "scores are soft-capped"),
         (Gemma3TextConfig(**SMALL, sliding_window=8), "windows of 8 tokens"),
         (Gemma3TextConfig(**SMALL, layer_types=["full_attention"] * 3, use_bidirectional_attention=True), "not causal"),
         (Phi3Config(**SMALL, sliding_window=None, pad_token_id=0), "`phi3` is not among"),
@@ -50,7 +50,7 @@ def test_only_plain_causal_attention_shares(config: Any, reason: str | None) -> 
     assert found is None if reason is None else reason in str(found)
 
 
-def test_the_option_is_a_reason_of_its_own() -> None:
+def test_share_prefix_never_is_a_reason() -> None:
     assert why_separate(LlamaConfig(**SMALL), "never") == "model.share_prefix is never"
 
 
