@@ -1,4 +1,4 @@
-"""A tiny text-only LLM and photographs that the bootstrapping tests share."""
+"""Shared fixtures: a tiny text-only LLM and photographs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CHAT_TEMPLATE = (
 
 @pytest.fixture(scope="session")
 def tiny_llm_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random text-only Llama that ends a chat turn with another token than a document."""
+    """A random text-only Llama with different end tokens for chat turns and documents."""
     torch.manual_seed(0)
     special = ["<s>", "</s>", "<|user|>", "<|assistant|>", "<|end|>"]
     tokenizer = byte_tokenizer(special, bos_token="<s>", eos_token="</s>")
@@ -54,7 +54,7 @@ def tiny_llm_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """A data folder: nine pictures and a LLaVA annotation file that asks for descriptions and for facts."""
+    """A data folder: nine pictures and a LLaVA annotation file with description and factual questions."""
     rng = np.random.default_rng(0)
     records = []
     for index in range(9):
@@ -70,7 +70,7 @@ def photos(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def make(photos: Path, tiny_llava_dir: Path, tiny_llm_dir: Path) -> Callable[..., Config]:
-    """A job over the photographs whose text-only LLM is another random model; `folder` is where its groups go."""
+    """Builds a job over the photographs with a separate random text-only LLM; its groups are written to `folder`."""
 
     def build(folder: str, *, inject: dict[str, Any] | None = None, **bootstrap: Any) -> Config:
         llm = {"llm": str(tiny_llm_dir), "dtype": "float32", "max_new_tokens": 12} if inject is None else inject

@@ -1,4 +1,4 @@
-"""An OpenAI-compatible server on 127.0.0.1 that answers as a test tells it to, over real HTTP."""
+"""An OpenAI-compatible server on 127.0.0.1 with answers defined by the test, over real HTTP."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import MappingProxyType
 from typing import Any
 
-# A body in place of JSON is sent as it is. The status CUT promises a whole answer and ends in the middle of it; DRIP
-# sends ten bytes a second.
+# A bytes body is sent unchanged. The status CUT announces the whole answer but stops in the middle; DRIP sends ten
+# bytes per second.
 Answer = tuple[int, "dict[str, Any] | bytes"]
 CUT, DRIP = -1, -2
 
@@ -43,7 +43,7 @@ def fake_server(
             for name, value in headers.items():
                 self.send_header(name, value)
             self.end_headers()
-            with contextlib.suppress(ConnectionError):  # the client gave up waiting, as a test wants it to
+            with contextlib.suppress(ConnectionError):  # the client timed out, as some tests expect
                 if status == DRIP:
                     for byte in content:
                         self.wfile.write(bytes([byte]))

@@ -1,4 +1,4 @@
-"""What bootstrapping jobs left on disk, how their tests stop them, and what they forgive random models."""
+"""Helpers for tests of bootstrapping jobs: files on disk, stopping a job, lenient validation of random text."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def parts(config: Config) -> Path:
 
 
 def num_lines(config: Config) -> list[int]:
-    """Outcomes in each worker's part, those done twice counted twice."""
+    """Number of outcomes in each worker's part, including duplicates."""
     return [len(path.read_bytes().splitlines()) for path in sorted(parts(config).glob("rank-*.jsonl"))]
 
 
@@ -37,7 +37,7 @@ def num_outcomes(config: Config) -> int:
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, num_batches: int, stop: StopRequest) -> None:
-    """A signal comes while the batch of this number is written."""
+    """Requests a stop during the write of batch `num_batches`."""
     append, written = OutcomeWriter.append, []
 
     def append_and_stop(self: OutcomeWriter, outcomes: Any) -> None:
@@ -49,7 +49,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, num_batches: int, stop: StopRequ
 
 
 def accept_random_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Random models hardly ever end an answer, and speak in any characters; that is not the point of most tests."""
+    """Accepts unfinished and unprintable text, which random models nearly always generate."""
 
     def lenient(response: str, *arguments: Any, **options: Any) -> Refusal | None:
         printable = "".join(c if c.isprintable() else "?" for c in response)

@@ -1,4 +1,4 @@
-"""Replies of a generator in the order of its requests, and a clock that passes by sleeping."""
+"""Replies of a generator in request order, and a fake clock advanced by sleeping."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def replies_of(generator: Any, requests: Sequence[Any]) -> list[Reply]:
 
 
 class FakeClock:
-    """`time` for a `ChatServer`: sleeping takes no time but moves the clock on."""
+    """`time` for a `ChatServer`: `sleep` returns immediately and advances the clock."""
 
     def __init__(self) -> None:
         self.now_s = 0.0

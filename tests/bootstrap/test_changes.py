@@ -1,4 +1,4 @@
-"""Which words changed, and of what they speak. Run: python -m pytest tests/bootstrap/test_changes.py"""
+"""Changed words and their kinds. Run: python -m pytest tests/bootstrap/test_changes.py"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is taken off a rewriting. Run: python -m pytest tests/bootstrap/test_clean.py"""
+"""Cleaning of rewritings. Run: python -m pytest tests/bootstrap/test_clean.py"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a text-only LLM is asked. Run: python -m pytest tests/bootstrap/test_inject.py"""
+"""Requests to a text-only LLM. Run: python -m pytest tests/bootstrap/test_inject.py"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The noise that weakens an image. Run: python -m pytest tests/bootstrap/test_noise.py"""
+"""Diffusion noise for image weakening. Run: python -m pytest tests/bootstrap/test_noise.py"""
 
 from __future__ import annotations
 

@@ -234,7 +234,7 @@ def test_limits(make: MakeConfig) -> None:
     assert {record for source, record in done if source == "inject"} == {"photo-0", "photo-1"}
     assert len({record for source, record in done if source == "weaken"}) == 5
     assert summary.num_annotations == 5
-    # More records later: what is finished stays.
+    # A higher limit later keeps finished records.
     more = run_bootstrap(make("a", limit=7, max_inject_records=2), progress=False)
     assert more.num_annotations == 7
 

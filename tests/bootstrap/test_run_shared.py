@@ -1,4 +1,4 @@
-"""A job shared by several, a signal, and restarts in vain. Run: python -m pytest tests/bootstrap/test_run_shared.py"""
+"""Shards, signals, and restarts without progress. Run: python -m pytest tests/bootstrap/test_run_shared.py"""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.bootstrap.jobs import num_lines, num_outcomes, parts, results, stop_a
 
 @pytest.fixture
 def job(photos: Path, tiny_llava_dir: Path):
-    """A job over the nine photographs in batches of two; `folder` is where its groups go."""
+    """Builds a job over the nine photographs in batches of two; its groups are written to `folder`."""
 
     def build(folder: str, **bootstrap: object) -> Config:
         groups = str(photos / folder / "groups.jsonl")
@@ -36,7 +36,7 @@ def job(photos: Path, tiny_llava_dir: Path):
 
 
 def signal_after(monkeypatch: pytest.MonkeyPatch, num_batches: int, number: signal.Signals) -> None:
-    """The process gets a signal while its batch of this number is written."""
+    """Sends this process a signal during the write of batch `num_batches`."""
     append, written = OutcomeWriter.append, []
 
     def append_and_signal(self: OutcomeWriter, outcomes) -> None:
@@ -49,7 +49,7 @@ def signal_after(monkeypatch: pytest.MonkeyPatch, num_batches: int, number: sign
 
 
 def one_batch(monkeypatch: pytest.MonkeyPatch, config: Config) -> None:
-    """A start that a signal ends after its first batch."""
+    """Runs the job until a stop request after its first batch."""
     with monkeypatch.context() as patch, StopRequest() as stop, pytest.raises(Interrupted):
         stop_after(patch, 1, stop)
         run_bootstrap(config, progress=False, stop=stop)
@@ -64,7 +64,7 @@ def test_shards_in_any_order_and_a_merge_make_the_groups_of_one_job(job, monkeyp
         one_batch(monkeypatch, job("shared", num_shards=3, shard_index=shard))
     summary = run_bootstrap(shared := job("shared", num_shards=3, shard_index=1), progress=False)
     assert summary.num_groups is None and not Path(shared.data.groups).exists()
-    assert num_lines(shared) == [2, 3, 2, 2]  # ranks 1, 3, 4 and 5 of six: who is there does what is left
+    assert num_lines(shared) == [2, 3, 2, 2]  # ranks 1, 3, 4 and 5 of six; the last one does the rest
     monkeypatch.delenv("RANK")
     merged = run_merge(job("shared"))
     assert merged.num_groups == len(results(whole)["groups.jsonl"].splitlines())
@@ -79,7 +79,7 @@ def test_a_merge_names_what_is_missing(job, monkeypatch: pytest.MonkeyPatch) -> 
         run_merge(job("shared"))
     with pytest.raises(ValueError, match="bootstrap.seed was 0, is 1"):
         run_merge(job("shared", seed=1))
-    # Another number of shards goes on all the same.
+    # The job resumes with another number of shards.
     one_batch(monkeypatch, job("shared", num_shards=4, shard_index=1))
     with pytest.raises(ValueError, match="5 of 9 outcomes are missing"):
         run_merge(job("shared"))
@@ -125,7 +125,7 @@ def test_restarts_that_finish_nothing_come_to_an_end(job, monkeypatch: pytest.Mo
     config = job("stuck", num_shards=2)
 
     def start(restarts: int) -> None:
-        """A start that is told to stop before its first batch."""
+        """Runs the job with a stop request before its first batch."""
         monkeypatch.setenv("SLURM_RESTART_COUNT", str(restarts))
         with StopRequest() as stop:
             stop.received = True
@@ -138,7 +138,7 @@ def test_restarts_that_finish_nothing_come_to_an_end(job, monkeypatch: pytest.Mo
         start(4)
     monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
     one_batch(monkeypatch, job("stuck", num_shards=2, shard_index=1))
-    with pytest.raises(NoProgressError):  # what another shard has done is no progress of this one
+    with pytest.raises(NoProgressError):  # batches of another shard are not progress of this one
         start(5)
     run_bootstrap(job("stuck", num_shards=2, shard_index=1), progress=False)
     start(6)  # nothing is left to do
@@ -146,7 +146,7 @@ def test_restarts_that_finish_nothing_come_to_an_end(job, monkeypatch: pytest.Mo
 
 def test_progress_starts_the_count_anew(job, monkeypatch: pytest.MonkeyPatch) -> None:
     config = job("slow")
-    for restarts in range(1, 5):  # one batch a start: more starts than max_idle_restarts allows without progress
+    for restarts in range(1, 5):  # one batch per start: more starts than max_idle_restarts allows without progress
         monkeypatch.setenv("SLURM_RESTART_COUNT", str(restarts))
         signal_after(monkeypatch, 1, signal.SIGUSR1)
         with StopRequest() as stop, pytest.raises(Interrupted):

@@ -1,4 +1,4 @@
-"""Why completions are refused. Run: python -m pytest tests/bootstrap/test_validate.py"""
+"""Validation of completions. Run: python -m pytest tests/bootstrap/test_validate.py"""
 
 from __future__ import annotations
 

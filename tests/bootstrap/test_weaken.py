@@ -75,7 +75,7 @@ def test_without_noise_the_clean_image_is_answered(setting) -> None:
 
 
 def test_a_model_that_ignores_images_answers_alike_at_every_step(setting) -> None:
-    """Nothing but the image is changed: same seed, same answer where the image says nothing."""
+    """Weakening changes only the image: with a zero projector, the same seed gives the same answer."""
     vision, _, _ = setting
     projector = vision.model.get_submodule(vision.encoder.family.projector_modules[0])
     with torch.no_grad():
@@ -83,14 +83,14 @@ def test_a_model_that_ignores_images_answers_alike_at_every_step(setting) -> Non
             parameter.zero_()
     clean = answers(setting, "none")
     assert all(noised(setting, step) == clean for step in (0, 500, 999))
-    if vision.encoder.family.config.model_type == "llava":  # elsewhere another size is another number of tokens
+    if vision.encoder.family.config.model_type == "llava":  # elsewhere the number of tokens depends on the size
         for kind in ("crop", "mask"):
             assert answers(setting, kind) == clean
         assert noised(setting, 900, "pixel") == clean
 
 
 def test_the_clean_image_never_reaches_the_model(setting) -> None:
-    """Contrast decoding would show the model both images; here each call gets the noised one alone."""
+    """Contrastive decoding would pass both images to the model; here each call gets only the noised one."""
     vision, _, images = setting
     seen: list[torch.Tensor] = []
     generate = vision.model.generate
@@ -115,7 +115,7 @@ def test_no_image_reaches_the_model_for_a_text_only_answer(setting) -> None:
 
 
 def test_a_system_prompt_goes_through_the_model_once(setting) -> None:
-    """And what it costs in Qwen-VL: see `Family.begins_from_cache`."""
+    """Except in Qwen-VL: see `Family.begins_from_cache`."""
     vision, annotations, _ = setting
     system = Turn("system", (ContentPart("text", "You are a careful assistant who answers every question in verse."),))
     requests = [
@@ -133,7 +133,7 @@ def test_a_system_prompt_goes_through_the_model_once(setting) -> None:
     together = replies_of(vision, requests)
     assert replies_of(vision, requests) == together
     if vision.encoder.family.begins_from_cache:
-        assert held[0] == 0 and len(held) == 3 and held[1] == held[2] > 40  # the prompt, and two batches behind it
+        assert held[0] == 0 and len(held) == 3 and held[1] == held[2] > 40  # the prompt, then two batches after it
     else:
         assert held == [0, 0]
     assert [replies_of(vision, [request])[0] for request in requests] == together
@@ -174,7 +174,7 @@ def grey_picture(width: int, height: int) -> Image.Image:
 
 
 def test_noise_in_either_space_is_the_same_where_nothing_is_clipped(tiny_llava_dir: Path, tmp_path: Path) -> None:
-    """A picture of the processor's own size, few noise: both ways give the same pixels but for rounding to 1/255."""
+    """At the processor's own size and with little noise, both give the same pixels up to rounding to 1/255."""
     config = Config(model=ModelConfig(path=str(tiny_llava_dir)), data=DataConfig(image_root=str(tmp_path)))
     encoder = load_encoder(config)
     side = encoder.processor.image_processor.crop_size["height"]
@@ -231,7 +231,7 @@ def test_a_schedule_spreads_its_steps_over_the_records() -> None:
 
 
 def test_a_chat_engine_is_sent_the_weakened_picture_itself(photos: Path) -> None:
-    """PNG loses nothing: the pixels on the wire are those of the weakener."""
+    """PNG is lossless: the transmitted pixels equal the weakener's."""
     config = Config(
         data=DataConfig(image_root=str(photos)), bootstrap=BootstrapConfig(weaken=replace(OPTIONS, space="pixel"))
     )
