@@ -2,7 +2,7 @@
 
 All records are batched once, longest first, so that an out-of-memory error occurs at the start or not at all. Workers
 (the ranks of one job, or of all jobs of a SLURM array, `bootstrap.num_shards`) claim batches in that order: slow
-workers claim fewer, and claims of dead workers are taken over. A batch is always generated whole, so for a given batch
+workers claim fewer, and leases of dead workers are taken over. A batch is always generated whole, so for a given batch
 size even the rounding of batched matrix products is independent of the number of workers and of where a run was killed.
 Workers communicate through files only. Rank 0 merges when every record has an outcome; for several shards, `bpo merge`.
 """
@@ -115,7 +115,7 @@ def run_bootstrap(config: Config, progress: bool = True, stop: StopRequest | Non
             reader.poll()
             if not share.merges or is_finished(queues):
                 break
-            # Live workers hold the remaining claims: the batches will be finished, or become claimable again.
+            # Live workers hold the remaining leases: the batches will be finished, or become available again.
             stall.wait(reader, queues, stop)
         if ranks.is_main:
             restarts.clear()
