@@ -1,1 +1,1 @@
-"""What surrounds any long job: launch, collectives, locks, watchdog, signals, records, durable files."""
+"""Infrastructure of long jobs: launch, collectives, locks, watchdog, signals, records, durable files."""

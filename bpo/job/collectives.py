@@ -1,4 +1,4 @@
-"""Collectives over the ranks of a job, and their stand-in for a single process."""
+"""Collectives over the ranks of a job, or over a single process."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ T = TypeVar("T")
 
 
 class Collectives(Protocol):
-    """What saving and finding need of a job's ranks."""
+    """The collectives that saving and finding checkpoints use."""
 
     rank: int
     world_size: int
 
     def sum(self, values: list[float]) -> list[float]:
-        """Sums over all ranks, on every rank."""
+        """Returns the sums over all ranks, on every rank."""
 
     def gather(self, item: T) -> list[T]:
-        """Every rank's item in the order of ranks, on every rank."""
+        """Returns every rank's item in rank order, on every rank."""
 
 
 class Alone:
@@ -55,7 +55,7 @@ class JobRanks:
 
 
 def from_rank_0(make: Callable[[], T]) -> T:
-    """What `make` returns or raises on rank 0, on every rank: a look at the disk that all must agree on."""
+    """Runs `make` on rank 0 and returns or raises its outcome on every rank, so that all agree on what is on disk."""
     outcome: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
@@ -69,7 +69,7 @@ def from_rank_0(make: Callable[[], T]) -> T:
 
 
 def gather_from_ranks(item: T) -> list[T]:
-    """Every rank's item, in the order of ranks."""
+    """Returns every rank's item, in rank order."""
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, item)
     return gathered
@@ -80,6 +80,6 @@ def barrier() -> None:
 
 
 def shut_down() -> None:
-    """Leaves the process group; without it the launcher may wait for, or warn of, a rank that is gone."""
+    """Leaves the process group; otherwise the launcher may wait for a rank that has exited, or warn about it."""
     dist.barrier()
     dist.destroy_process_group()

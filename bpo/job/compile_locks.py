@@ -1,13 +1,13 @@
-"""Compile locks that a killed process has left behind: named, with the way out, instead of waited for in silence.
+"""Detects compile locks left behind by killed processes and names the fix, instead of waiting silently.
 
-torch compiles an operation, such as DeepSpeed's CPU Adam, in a directory of its own and creates a file `lock` there for
-as long as it takes. A process that is killed meanwhile leaves the file behind, and every later process that needs the
-operation waits for it without end and without a message.
+torch compiles each operation, such as DeepSpeed's CPU Adam, in its own directory and creates a file `lock` there while
+it compiles. A process that is killed while compiling leaves the file behind, and every later process that needs the
+operation waits for it forever, without a message.
 
-    held       a process of this machine has the file open: it compiles, and waiting is right
-    possible   nothing here has it open, but another machine that shares the directory may
-    stale      nothing here has it open, and for `STALE_AFTER_S` no file of the directory has changed: no compiler is
-               at work. Waiting ends with an error that names the file
+    held       a process of this machine has the file open: it is compiling, keep waiting
+    possible   no process of this machine has it open, but another machine that shares the directory may
+    stale      no process of this machine has it open, and no file in the directory has changed for `STALE_AFTER_S`: no
+               compiler is running. Waiting ends with an error that names the file
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from bpo.job.launch import ranks_from_environment
 
 logger = logging.getLogger(__name__)
 
-# No single source file of the operations that bpo uses compiles for longer; each one that is done changes a file.
+# Longer than any single source file of these operations compiles; each finished one changes a file.
 STALE_AFTER_S = 600.0
 NAME_AFTER_S = 15.0
 CHECK_EVERY_S = 5.0
@@ -35,16 +35,16 @@ State = Literal["held", "possible", "stale"]
 
 
 class StaleCompileLockError(ValueError):
-    """A compile lock has no holder; names the file and how to go on."""
+    """A compile lock has no holder; names the file and the fix."""
 
 
 @dataclass(frozen=True, slots=True)
 class CompileLock:
-    """A lock file as it was found.
+    """State of a lock file.
 
     Attributes:
-        idle_s: Seconds since any file of its directory, the lock included, has changed.
-        holder: The process of this machine that has it open; None where there is none.
+        idle_s: Seconds since any file in its directory, including the lock, last changed.
+        holder: The process of this machine that has it open; None if there is none.
     """
 
     path: Path
@@ -58,15 +58,15 @@ class CompileLock:
         return "stale" if self.idle_s >= STALE_AFTER_S else "possible"
 
     def describe(self) -> str:
-        """What it is and what to do about it, in one sentence or two."""
+        """Describes the lock and the fix."""
         name = self.path.parent.name
         if self.holder is not None:
-            return f"process {self.holder} of this machine compiles `{name}` and holds {self.path}"
+            return f"process {self.holder} of this machine is compiling `{name}` and holds {self.path}"
         idle = f"{self.idle_s / 60:.0f} minutes" if self.idle_s >= 120 else f"{self.idle_s:.0f} seconds"
         found = f"the compile lock {self.path} of `{name}` has no holder on this machine, and nothing has changed in"
         if self.state == "stale":
             return (
-                f"{found} its directory for {idle}: a process that was killed while compiling left it. "
+                f"{found} its directory for {idle}: it was left by a process that was killed while compiling. "
                 f"Remove it and start again: rm {self.path}"
             )
         return (
@@ -76,33 +76,33 @@ class CompileLock:
 
 
 def extensions_root() -> Path:
-    """The directory under which torch compiles: TORCH_EXTENSIONS_DIR, else the user's cache."""
+    """The root directory of compiled extensions: TORCH_EXTENSIONS_DIR, else the user's cache."""
     from torch.utils.cpp_extension import get_default_build_root
 
     return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
 
 
 def find_locks(root: Path) -> list[CompileLock]:
-    """All locks under `root`; in the user's cache each Python and CUDA version has a directory of its own."""
+    """All locks under `root`; the user's cache has one directory per Python and CUDA version."""
     found = (inspect_lock(path) for pattern in ("*/lock", "*/*/lock") for path in sorted(root.glob(pattern)))
     return [lock for lock in found if lock is not None]
 
 
 def inspect_lock(path: Path) -> CompileLock | None:
-    """The lock at `path`; None if it was released in the meantime."""
+    """The lock at `path`; None if it has been released."""
     try:
         path.stat()
         newest = max(entry.stat().st_mtime for entry in os.scandir(path.parent))
-    except FileNotFoundError:  # released, or a compiler's temporary file that is gone: look again
+    except FileNotFoundError:  # the lock, or a temporary file of the compiler, was removed
         return inspect_lock(path) if path.exists() else None
     return CompileLock(path, max(0.0, time.time() - newest), find_holder(path))
 
 
 def find_holder(path: Path) -> int | None:
-    """The process of this machine that has `path` open; None if none of those that may be looked into has."""
+    """The process of this machine that has `path` open; None if no inspectable process has."""
     wanted = os.path.realpath(path)
     for folder in Path("/proc").glob("[0-9]*/fd"):
-        # Processes of other users may not be looked into; the lock is of this user, as its directory is.
+        # Other users' processes cannot be inspected; the lock belongs to this user, as its directory does.
         with contextlib.suppress(OSError):
             if any(os.readlink(entry) == wanted for entry in os.scandir(folder)):
                 return int(folder.parent.name)
@@ -111,11 +111,10 @@ def find_holder(path: Path) -> int | None:
 
 @contextlib.contextmanager
 def named_compile_locks() -> Iterator[None]:
-    """While the context is open (or the decorated function runs), torch waits for compile locks by `wait_for_lock`.
+    """Makes torch wait for compile locks with `wait_for_lock`, as a context or decorator.
 
-    Operations are built on demand, deep inside DeepSpeed, and only the wait itself knows for which lock: so the wait is
-    replaced. Nothing runs, and nothing costs anything, unless a process has to wait. Every rank raises; the first of
-    each node reports.
+    Operations are built on demand inside DeepSpeed, and only the wait itself has the path of the lock, so the wait is
+    replaced. There is no overhead unless a process has to wait. Every rank raises; the first rank of each node logs.
     """
     from torch.utils.file_baton import FileBaton
 
@@ -132,14 +131,14 @@ def named_compile_locks() -> Iterator[None]:
 
 
 def wait_for_lock(path: Path, *, reports: bool = True) -> None:
-    """Returns when the lock is released; after `NAME_AFTER_S` says once what it waits for.
+    """Returns when the lock is released; after `NAME_AFTER_S` logs once what it waits for.
 
     Raises:
         StaleCompileLockError: The lock has no holder.
     """
     started = time.monotonic()
     next_check_s = CHECK_EVERY_S
-    said = None
+    logged = None
     while path.exists():
         time.sleep(POLL_EVERY_S)
         waited_s = time.monotonic() - started
@@ -151,6 +150,6 @@ def wait_for_lock(path: Path, *, reports: bool = True) -> None:
             return
         if lock.state == "stale":
             raise StaleCompileLockError(lock.describe())
-        if reports and waited_s >= NAME_AFTER_S and said != lock.state:
-            said = lock.state
+        if reports and waited_s >= NAME_AFTER_S and logged != lock.state:
+            logged = lock.state
             logger.log(logging.INFO if lock.state == "held" else logging.WARNING, "waiting: %s", lock.describe())

@@ -1,4 +1,4 @@
-"""What surrounds a training run: the lock of its directory, the count of restarts, the watchdog, its status file."""
+"""Run supervision: directory lock, restart cap, watchdog."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class RankLostError(JobError):
 
 
 class RunGuard:
-    """A context in which one job owns `train.output_dir` and notices when one of its ranks is lost.
+    """A context in which one job owns `train.output_dir` and detects lost ranks.
 
-    Entering raises on all ranks: RunLockError (the directory is another job's, or cannot be written).
+    Entering raises RunLockError on all ranks if another job owns the directory or it cannot be written.
 
     Args:
-        clean: Removes from the directory, on rank 0 and once it is this job's, what a killed job left unfinished.
+        clean: Removes the leftovers of a killed job from the directory; called on rank 0 once the lock is held.
     """
 
     def __init__(self, config: TrainConfig, ranks: Ranks, clean: Callable[[Path], None]):
@@ -45,7 +45,7 @@ class RunGuard:
         except BaseException:
             self._release()
             raise
-        self.watchdog.moving = False  # until the first forward pass: imports, hashing and loading take what they take
+        self.watchdog.moving = False  # until the first forward pass: imports, hashing and loading have no deadline
         return self
 
     def _own_directory(self) -> str:
@@ -54,17 +54,17 @@ class RunGuard:
         return str(self._lock.owner["token"])
 
     def count_restart(self, step: int) -> None:
-        """On all ranks, before the work begins.
+        """Counts a resumed start; called on all ranks before the work begins.
 
         Raises:
-            NoProgressError: so many restarts have not got beyond the checkpoint of `step`.
+            NoProgressError: `train.max_idle_restarts` restarts have not gone past the checkpoint of `step`.
         """
         if self.config.resume:
             from_rank_0(lambda: RestartCount(self.output_dir).start(step, self.config.max_idle_restarts))
 
     @contextlib.contextmanager
     def progress_if_interrupted(self) -> Iterator[None]:
-        """Work that a stop request leaves further than it was, though without a checkpoint: the count begins anew."""
+        """Resets the restart count if a stop request ends the body, which makes progress without a checkpoint."""
         try:
             yield
         except Interrupted:
@@ -73,25 +73,25 @@ class RunGuard:
             raise
 
     def lost(self) -> str | None:
-        """On rank 0, before it names a checkpoint: which job took the directory over; None while it is this job's."""
+        """The job that took over the directory, or None; rank 0 asks before it names a checkpoint."""
         return self._lock.lost() if self._lock is not None else None
 
     def phase(self, doing: str) -> contextlib.AbstractContextManager[Any]:
-        """Work of any length without a sign of life, such as loading a model."""
+        """A phase of any length without heartbeats of the main thread, such as loading a model."""
         return self.watchdog.unbounded(doing)
 
     def at_step(self, step: int) -> None:
-        """So many steps are finished."""
+        """Records that `step` steps are finished."""
         self.watchdog.moving = True
         self.watchdog.beat(f"step {step + 1}", step)
 
     def in_forward(self) -> None:
-        """A forward pass begins, of the reference or of a step: from now on each rank must come to the next in time."""
+        """Records the start of a forward pass; from the first one on, each rank must reach the next in time."""
         self.watchdog.moving = True
         self.watchdog.beat(self.watchdog.own.doing)
 
     def after_reference(self) -> None:
-        """No forward pass for a while: the checkpoint is loaded, the loader fills."""
+        """Suspends the deadline while the checkpoint is loaded and the data loader fills."""
         self.watchdog.moving = False
         self.watchdog.beat("starting the steps")
 
@@ -99,7 +99,7 @@ class RunGuard:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         lost = None
-        # A collective fails on the survivors with the transport's words; whose fault it was, the heartbeats know.
+        # On the surviving ranks a collective fails with a transport error; the heartbeats name the rank at fault.
         if (
             isinstance(error, RuntimeError)
             and not type(error).__module__.startswith("bpo.")

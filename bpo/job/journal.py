@@ -1,7 +1,7 @@
-"""Append-only JSON-lines files: one writer per file, any number of readers, nothing lost but a torn last line.
+"""Append-only JSON-lines files: one writer per file, any number of readers; only a torn last line is ever lost.
 
 A kill or power failure may leave a line without its end, or zeros in place of a line. The next writer drops the torn
-end; readers skip lines that cannot be read, so what such a line recorded is done again.
+end; readers skip lines that they cannot parse, and the work that such a line recorded is repeated.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 def to_line(entry: Any, *, ensure_ascii: bool = True) -> bytes:
-    """An entry as one line; half surrogate pairs survive."""
+    """Encodes an entry as one line; half surrogate pairs survive."""
     return json.dumps(entry, ensure_ascii=ensure_ascii).encode("utf-8", "surrogatepass") + b"\n"
 
 

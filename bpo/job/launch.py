@@ -1,4 +1,4 @@
-"""Ranks, devices and logging from whatever started the process: deepspeed, torchrun, or SLURM's srun."""
+"""Ranks, devices and logging under any launcher: deepspeed, torchrun, or SLURM's srun."""
 
 from __future__ import annotations
 
@@ -27,12 +27,13 @@ class Ranks:
 
 
 def ranks_from_environment(environ: dict[str, str] | None = None) -> Ranks:
-    """The ranks that the launcher gave: RANK, WORLD_SIZE, LOCAL_RANK (deepspeed, torchrun), else what mpirun sets (Open
-    MPI: `deepspeed --launcher openmpi`), else what srun sets for its tasks (`deepspeed --launcher slurm` too), else one
-    process.
+    """Reads the ranks from the launcher's variables, or returns those of a single process.
+
+    In this order: RANK, WORLD_SIZE, LOCAL_RANK (deepspeed, torchrun); those of mpirun (Open MPI: `deepspeed --launcher
+    openmpi`); those of srun tasks (also `deepspeed --launcher slurm`).
 
     Raises:
-        ValueError: a variable is not a number, or the rank does not lie below the world size.
+        ValueError: a variable is not a number, or the rank is not below the world size.
     """
     env = dict(os.environ) if environ is None else environ
     if "RANK" in env:
@@ -40,7 +41,7 @@ def ranks_from_environment(environ: dict[str, str] | None = None) -> Ranks:
     elif "OMPI_COMM_WORLD_RANK" in env:
         names = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK")
     elif "SLURM_PROCID" in env and env.get("SLURM_STEP_NUM_TASKS", "1") != "1":
-        # Not SLURM_NTASKS: that is set in the batch script too, where plain `python` is one process.
+        # Not SLURM_NTASKS, which is also set in the batch script, where plain `python` is one process.
         names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
     else:
         return Ranks()
@@ -52,12 +53,12 @@ def ranks_from_environment(environ: dict[str, str] | None = None) -> Ranks:
         values.append(int(text))
     ranks = Ranks(*values)
     if ranks.rank >= ranks.world_size:
-        raise ValueError(f"{names[0]}={ranks.rank} does not lie below {names[1]}={ranks.world_size}")
+        raise ValueError(f"{names[0]}={ranks.rank} is not below {names[1]}={ranks.world_size}")
     return ranks
 
 
 def restart_count(environ: dict[str, str] | None = None) -> int:
-    """How often SLURM has started this job again (SLURM_RESTART_COUNT); 0 for a first start or outside of SLURM."""
+    """How often SLURM has restarted this job (SLURM_RESTART_COUNT); 0 for a first start or outside SLURM."""
     env = os.environ if environ is None else environ
     text = env.get("SLURM_RESTART_COUNT", "0")
     if not text.isdigit():
@@ -66,7 +67,7 @@ def restart_count(environ: dict[str, str] | None = None) -> int:
 
 
 def own_arguments(argv: Sequence[str]) -> list[str]:
-    """Our arguments without what the deepspeed launcher adds; `--resume` is short for `--train.resume=true`."""
+    """The arguments without those of the deepspeed launcher; expands `--resume` to `--train.resume=true`."""
     kept = [argument for argument in argv if not argument.startswith("--local_rank")]
     return ["--train.resume=true" if argument == "--resume" else argument for argument in kept]
 
@@ -80,18 +81,18 @@ def first_host(nodelist: str) -> str:
 
 
 def export_torch_environment(ranks: Ranks) -> None:
-    """Sets the variables that torch.distributed reads, where the launcher did not (srun sets none of them)."""
+    """Sets the variables that torch.distributed reads unless the launcher did (srun sets none of them)."""
     os.environ.setdefault("RANK", str(ranks.rank))
     os.environ.setdefault("WORLD_SIZE", str(ranks.world_size))
     os.environ.setdefault("LOCAL_RANK", str(ranks.local_rank))
-    # The step's, where there is one: srun may use a part of the job's nodes, and rank 0 is on the first of that part.
+    # The node list of the step if there is one: srun may use a subset of the job's nodes, with rank 0 on its first.
     nodelist = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST", "")
     os.environ.setdefault("MASTER_ADDR", first_host(nodelist) if nodelist and ranks.world_size > 1 else "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", str(_master_port(ranks.world_size)))
 
 
 def _master_port(world_size: int) -> int:
-    """A port that jobs on one node do not share: any free one for a lone process, else one that the job id decides."""
+    """A port that jobs on one node do not share: a free one for a single process, else derived from the job id."""
     if world_size == 1:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -101,7 +102,7 @@ def _master_port(world_size: int) -> int:
 
 
 def pick_device(ranks: Ranks | None = None) -> torch.device:
-    """This rank's GPU, or the CPU where there is none."""
+    """This rank's GPU, or the CPU if there is none."""
     import torch
 
     if not torch.cuda.is_available():
@@ -111,7 +112,7 @@ def pick_device(ranks: Ranks | None = None) -> torch.device:
 
 
 def setup_logging(ranks: Ranks) -> None:
-    """Rank 0 logs INFO, the others only warnings; every line names its rank where there are several."""
+    """Logs INFO on rank 0 and warnings on the others; with several ranks, each line names its rank."""
     where = f"[rank {ranks.rank}] " if ranks.world_size > 1 else ""
     logging.basicConfig(
         level=logging.INFO if ranks.is_main else logging.WARNING,

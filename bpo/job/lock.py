@@ -3,10 +3,9 @@
 OUTPUT/job.lock          owner of the directory: host, process, job id, a random token
 OUTPUT/job.lock.TOKEN    beats: rewritten every few seconds by the owner
 
-The lock gets its name by link(), which is atomic on local disks, Lustre and NFS; flock is not used, because many
-clusters mount their file systems without it. Whether an owner lives is decided without clocks: on the same host by its
-process, elsewhere by watching whether it beats for `STALE_S` seconds. A job that SLURM restarts takes its own lock
-back at once.
+The lock is created by link(), which is atomic on local disks, Lustre and NFS; flock is not used, because many clusters
+mount their file systems without it. Whether the owner is alive is decided without clocks: on the same host by its
+process, elsewhere by watching its beats for `STALE_S` seconds. A job restarted by SLURM takes its own lock back.
 """
 
 from __future__ import annotations
@@ -28,12 +27,12 @@ logger = logging.getLogger(__name__)
 
 LOCK = "job.lock"
 BEAT_EVERY_S = 5.0
-# Longer than attribute caches of NFS keep an old file (60 s).
+# Longer than the attribute cache of NFS (60 s).
 STALE_S = 75.0
 
 
 class RunLockError(JobError):
-    """The output directory belongs to another job or cannot be written; says to which, and what to do."""
+    """The output directory belongs to another job or cannot be written; names the owner and the fix."""
 
     owns_directory = False
 
@@ -55,7 +54,7 @@ class RunLock:
     """Holds the lock of an output directory until `release`.
 
     Raises:
-        RunLockError: another job owns it and lives, or the directory cannot be written.
+        RunLockError: another job owns it and is alive, or the directory cannot be written.
     """
 
     def __init__(self, output_dir: Path, *, beat_every_s: float = BEAT_EVERY_S, stale_s: float = STALE_S):
@@ -78,28 +77,28 @@ class RunLock:
 
     def _create(self) -> bool:
         self._beats.write_text("0", encoding="utf-8")
-        # Written beside and linked: nobody ever reads half a lock. link() fails where the name exists, on NFS too.
-        beside = self._beats.with_suffix(self._beats.suffix + ".new")
-        beside.write_text(json.dumps(self.owner), encoding="utf-8")
+        # Linked when complete: no reader sees half a lock. link() fails if the name exists, on NFS too.
+        temporary = self._beats.with_suffix(self._beats.suffix + ".new")
+        temporary.write_text(json.dumps(self.owner), encoding="utf-8")
         try:
-            os.link(beside, self.path)
+            os.link(temporary, self.path)
         except FileExistsError:
             return False
         finally:
-            beside.unlink()
+            temporary.unlink()
         return True
 
     def read(self) -> dict[str, Any] | None:
-        """Who owns the lock now; None if nobody does."""
+        """The current owner of the lock; None if it is free."""
         try:
             return json.loads(self.path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
         except json.JSONDecodeError:
-            return {"host": "?", "pid": "?", "token": ""}  # damaged: its owner cannot be asked, only watched
+            return {"host": "?", "pid": "?", "token": ""}  # damaged: its owner is unknown and can only be watched
 
     def _take_over(self) -> None:
-        """Removes the lock of a job that is gone; raises for one that lives."""
+        """Removes the lock of a dead job; raises for one that is alive."""
         other = self.read()
         if other is None:
             return
@@ -107,15 +106,15 @@ class RunLock:
         if why is None:
             raise RunLockError(
                 f"{self.path.parent} is in use by {_name(other)}; wait for it, stop it, or give train.output_dir "
-                f"another directory. If you are sure that it is gone, remove {self.path}"
+                f"another directory. If you are sure that it has ended, remove {self.path}"
             )
         moved = self.path.with_name(f"{LOCK}.{self.owner['token']}.stale")
         try:
             os.rename(self.path, moved)
         except FileNotFoundError:
-            return  # another job was quicker; look again
+            return  # another job was faster; check again
         if json.dumps(other) != moved.read_text(encoding="utf-8") and other["token"]:
-            os.link(moved, self.path)  # not the lock we judged: another job took over in between; give it back
+            os.link(moved, self.path)  # not the lock that was checked: another job has taken over; restore it
         else:
             logger.warning("%s: taken over from %s, which %s", self.path, _name(other), why)
             (self.path.parent / f"{LOCK}.{other['token']}").unlink(missing_ok=True)
@@ -144,16 +143,16 @@ class RunLock:
             count += 1
             try:
                 self._beats.write_text(str(count), encoding="utf-8")
-            except OSError as error:  # a full disk must not end the thread: the lock is still ours
+            except OSError as error:  # a full disk must not end the thread: this job still holds the lock
                 logger.warning("%s cannot be written: %s", self._beats, error)
 
     def lost(self) -> str | None:
-        """Says who owns the directory now, where another job has taken it over because this one seemed dead."""
+        """Names the new owner if another job has taken over the directory because this one seemed dead; else None."""
         owner = self.read()
         if owner is not None and owner.get("token") == self.owner["token"]:
             return None
-        whose = "nobody (the file was removed)" if owner is None else _name(owner)
-        return f"{self.path} now belongs to {whose}; this job stops before it writes among its files"
+        whose = "no job (the file was removed)" if owner is None else _name(owner)
+        return f"{self.path} now belongs to {whose}; this job stops to keep its files out of the other's"
 
     def release(self) -> None:
         self._ended.set()

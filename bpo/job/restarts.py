@@ -16,18 +16,18 @@ logger = logging.getLogger(__name__)
 
 
 class NoProgressError(JobError):
-    """The job starts again and again without ever reaching a new checkpoint."""
+    """The job restarts repeatedly without reaching a new checkpoint."""
 
     exit_code = EXIT_NO_PROGRESS
 
 
 class RestartCount:
-    """Starts since the last progress. A job that dies before every new checkpoint must not be requeued for ever.
+    """Counts starts since the last progress, so that a job that dies before every new checkpoint stops being requeued.
 
     Args:
-        directory: Where the count is kept, in the file `name`.
-        progress: What a start is to get beyond, with a place for its number.
-        option: Which option gives the limit.
+        directory: Directory of the file `name`, which holds the count.
+        progress: Description of the progress made so far, with a placeholder for its number.
+        option: The option that sets the limit.
     """
 
     def __init__(
@@ -42,26 +42,26 @@ class RestartCount:
         self._progress, self._option = progress, option
 
     def start(self, step: int, limit: int) -> int:
-        """Counts a restart from `step` (0: the beginning); returns how many there were without progress.
+        """Counts a restart from `step` (0: the beginning); returns the number of restarts without progress.
 
         Raises:
-            NoProgressError: `limit` restarts (0: any number) have not got beyond `step`.
+            NoProgressError: `limit` restarts (0: no limit) have not gone past `step`.
         """
         before = {"step": -1, "restarts": 0}
         if self.path.is_file():
             try:
                 before = json.loads(self.path.read_text(encoding="utf-8"))
             except json.JSONDecodeError:
-                logger.warning("%s is damaged; counting anew", self.path)
+                logger.warning("%s is damaged; the count restarts at 0", self.path)
         restarts = int(before["restarts"]) + 1 if before["step"] == step else 1
         if limit and restarts > limit:
             raise NoProgressError(
-                f"{limit} restarts since {self._progress.format(step)} have not brought a new one; look at the logs of "
-                f"these starts. To try again all the same, remove {self.path} ({self._option} is {limit})"
+                f"{limit} restarts since {self._progress.format(step)} have made no progress; check the logs of these "
+                f"starts. To try again anyway, remove {self.path} ({self._option} is {limit})"
             )
         write_durably(self.path, json.dumps({"step": step, "restarts": restarts}), sync=False)
         return restarts
 
     def clear(self) -> None:
-        """The run ended as it should."""
+        """Resets the count after progress or a clean exit."""
         self.path.unlink(missing_ok=True)

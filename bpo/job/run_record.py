@@ -1,4 +1,4 @@
-"""What a run was: its resolved configuration, the commit and the versions."""
+"""Run record: resolved configuration, commit and versions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PACKAGES = ("torch", "transformers", "deepspeed", "peft")
 
 
 def versions() -> dict[str, str]:
-    """Of bpo and of what decides its results; bpo's own is that of the sources, which need not be installed."""
+    """Versions of bpo (from its sources, which need not be installed) and of the packages that affect its results."""
     return {"bpo": bpo.__version__, **{name: version_of(name) for name in PACKAGES}}
 
 
@@ -27,7 +27,7 @@ def version_of(distribution: str) -> str:
 
 
 def write_run_record(config: Config, output_dir: Path) -> None:
-    """Writes config.yaml and versions.txt: first of all, so that even a failed run can be read."""
+    """Writes config.yaml and versions.txt, before any work, so that failed runs have them too."""
     save_config(config, output_dir / "config.yaml")
     lines = [f"commit: {source_commit('bpo', 'kernels', 'ds_configs')}"]
     lines += [f"{name}: {number}" for name, number in versions().items()]

@@ -1,4 +1,4 @@
-"""A signal of the scheduler becomes a stop at the next boundary of the work."""
+"""Turns a scheduler's signal into a stop at the next step boundary."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ logger = logging.getLogger(__name__)
 
 
 class StopRequest:
-    """Remembers SIGTERM, SIGUSR1 or SIGUSR2. The handler only sets a flag, which the work reads at its boundaries.
+    """Records SIGTERM, SIGUSR1 or SIGUSR2 in a flag that the work reads at its boundaries.
 
-    From its making on; as a context, until it is left.
+    Handlers are installed on construction; leaving the context restores the previous ones.
     """
 
     def __init__(self) -> None:
@@ -37,6 +37,6 @@ class StopRequest:
         self.received = True
 
     def check(self, what: str) -> None:
-        """Raises Interrupted, with a message that `what` is kept, where a signal has come."""
+        """Raises Interrupted if a signal was received; `what` completes its message."""
         if self.received:
             raise Interrupted(f"stopped by a signal; {what}")

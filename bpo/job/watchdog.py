@@ -1,16 +1,16 @@
-"""A rank that dies, freezes or hangs takes the job down in bounded time, with one line that names it.
+"""Ends a job in bounded time if a rank dies, freezes or hangs, with one line that names the rank.
 
-OUTPUT/heartbeats/rank-00003.json    host, process, beats of a thread, and how far the main thread has come
+OUTPUT/heartbeats/rank-00003.json    host, process, heartbeat count of a thread, progress of the main thread
 
-Every rank has a thread that rewrites its own file and reads its neighbour's (rank + 1), so that the work does not grow
-with the number of ranks. Two things are noticed:
+Every rank has a thread that rewrites its own file and reads its neighbour's (rank + 1), so the cost does not grow with
+the number of ranks. It detects two conditions:
 
-    silence     the neighbour's file stands still: its process is dead, stopped or swapped out, or its host is gone
-    no progress the own main thread stands still (most often: it waits in a collective for someone): all files are read
-                twice, and the silent rank, else the one that is furthest behind, is the culprit
+    silence     the neighbour's file does not change: its process is dead, stopped or swapped out, or its host is down
+    no progress this rank's main thread does not advance (usually blocked in a collective): all files are read twice;
+                the rank at fault is the silent one, else the one furthest behind
 
-The thread ends the process by os._exit, because the main thread may never return from a collective. Ages are measured
-by the reader's monotonic clock from the last change it saw: clocks of hosts are never compared.
+The thread ends the process with os._exit, because the main thread may never return from a collective. Ages are measured
+with the reader's monotonic clock since the last observed change; clocks of different hosts are never compared.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ MAX_INTERVAL_S = 5.0
 
 @dataclass
 class Heartbeat:
-    """What a rank tells of itself. `position` grows with every forward pass; `beats` with every second or so.
+    """Published state of a rank. `position` grows with every forward pass, `beats` about every second.
 
-    `run` is the same on all ranks of one start: files of an earlier one speak for nobody.
+    `run` is the same on all ranks of one start; heartbeats left by earlier starts are ignored.
     """
 
     run: str
@@ -67,9 +67,9 @@ def heartbeat_path(output_dir: Path, rank: int) -> Path:
 
 
 def read_heartbeat(path: Path, run: str) -> Heartbeat | None:
-    """A rank's newest heartbeat of this run; None where there is none, or none can be read: both are silence.
+    """A rank's latest heartbeat of this run; None if there is none or it cannot be read: both count as silence.
 
-    Files are replaced as a whole, so there is never half a one; NFS may say that the one just opened is stale.
+    Files are replaced as a whole, so they are never partial; on NFS, opening one may fail with a stale handle.
     """
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
@@ -79,18 +79,18 @@ def read_heartbeat(path: Path, run: str) -> Heartbeat | None:
 
 
 def is_dead(heartbeat: Heartbeat) -> bool:
-    """Whether its process is known to be gone; of another host that cannot be known."""
+    """Whether its process is known to have ended; unknown for processes of other hosts."""
     process = ProcessIdentity(heartbeat.host, heartbeat.boot, heartbeat.pid, heartbeat.started)
     return not heartbeat.ended and is_running(process) is False
 
 
 class Watchdog:
-    """One rank's heartbeat and its eye on the others; `stop` when the run is over.
+    """Publishes this rank's heartbeat and monitors the other ranks until `stop`.
 
     Args:
-        timeout_s: Silence or lack of progress for so long ends the job; 0 watches nothing.
-        run: Anything that all ranks of this start share, and no other start.
-        end: Called with an exit code; for tests.
+        timeout_s: Silence or lack of progress for this long ends the job; 0 disables the watchdog.
+        run: An id shared by all ranks of this start and by no other start.
+        end: Called with the exit code; replaced in tests.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class Watchdog:
         self.output_dir, self.world_size, self.timeout_s, self._end = output_dir, world_size, timeout_s, end
         self.interval_s = min(MAX_INTERVAL_S, timeout_s / 10)
         self.own = Heartbeat(run, rank, *this_process())
-        self.moving = True  # False: nothing is expected of the main thread, as in `unbounded`
+        self.moving = True  # False: the main thread has no deadline, as in `unbounded`
         self._unbounded = 0
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
@@ -116,14 +116,14 @@ class Watchdog:
             self._thread.start()
 
     def beat(self, doing: str, step: int | None = None) -> None:
-        """The main thread has come further; costs nothing, the thread publishes it."""
+        """Records progress of the main thread; free of I/O, since the thread publishes it."""
         self.own.doing = doing
         self.own.step = self.own.step if step is None else step
         self.own.position += 1
 
     @contextlib.contextmanager
     def unbounded(self, doing: str) -> Iterator[None]:
-        """A phase without beats and of any length; the death or silence of a rank is still noticed."""
+        """A phase of any length without beats; the death or silence of a rank is still detected."""
         self.beat(doing)
         self._unbounded += 1
         try:
@@ -133,7 +133,7 @@ class Watchdog:
             self.beat(f"after {doing}")
 
     def stop(self, failure: str = "") -> None:
-        """The run is over on this rank, as it should be or by `failure`."""
+        """Ends monitoring on this rank, after success or `failure`."""
         if self._thread is None:
             return
         self._stopped.set()
@@ -146,7 +146,7 @@ class Watchdog:
         path = heartbeat_path(self.output_dir, self.own.rank)
         try:
             write_durably(path, json.dumps(asdict(self.own)), sync=False)
-        except OSError as error:  # a full disk: the others will say so if it lasts
+        except OSError as error:  # such as a full disk: if it persists, the other ranks report silence
             logger.warning("%s cannot be written: %s", path, error)
 
     def _watch(self) -> None:
@@ -159,58 +159,58 @@ class Watchdog:
             if self.own.position != position or self._unbounded or not self.moving:
                 position, moved_at = self.own.position, now
             if now - moved_at > self.timeout_s:
-                return self._fire(self._verdict(f"rank {self.own.rank} has not moved for {now - moved_at:.0f} s"))
+                return self._fire(self._verdict(f"rank {self.own.rank} made no progress for {now - moved_at:.0f} s"))
             if neighbour == self.own.rank:
                 continue
             other = self._read(neighbour)
             if other is None:
                 if now - seen_at > self.timeout_s:
-                    return self._fire(f"rank {neighbour} has not been heard of for {now - seen_at:.0f} s")
+                    return self._fire(f"rank {neighbour} has published no heartbeat for {now - seen_at:.0f} s")
             elif other.ended or other.beats != seen:
                 seen, seen_at = other.beats, now
             elif is_dead(other):
                 return self._fire(f"{other.where()} died; {other.progress()}")
             elif now - seen_at > self.timeout_s:
-                return self._fire(f"{other.where()} gave no sign for {now - seen_at:.0f} s; {other.progress()}")
+                return self._fire(f"{other.where()} sent no heartbeat for {now - seen_at:.0f} s; {other.progress()}")
         return None
 
     def _read(self, rank: int) -> Heartbeat | None:
         return read_heartbeat(heartbeat_path(self.output_dir, rank), self.own.run)
 
-    def _everyone(self) -> list[Heartbeat]:
-        return [one for one in map(self._read, range(self.world_size)) if one is not None]
+    def _heartbeats(self) -> list[Heartbeat]:
+        return [heartbeat for heartbeat in map(self._read, range(self.world_size)) if heartbeat is not None]
 
     def culprit(self) -> str | None:
-        """The rank that failed, is dead or silent, by name; takes a few intervals. None if all are alive."""
-        before = {one.rank: one.beats for one in self._everyone()}
+        """Names the rank that failed, died or is silent; takes a few intervals. None if all are alive."""
+        before = {heartbeat.rank: heartbeat.beats for heartbeat in self._heartbeats()}
         for _ in range(4):
-            for one in self._everyone():
-                if one.failure:
-                    return f"{one.where()} failed ({one.failure}); {one.progress()}"
-                if is_dead(one):
-                    return f"{one.where()} died; {one.progress()}"
+            for heartbeat in self._heartbeats():
+                if heartbeat.failure:
+                    return f"{heartbeat.where()} failed ({heartbeat.failure}); {heartbeat.progress()}"
+                if is_dead(heartbeat):
+                    return f"{heartbeat.where()} died; {heartbeat.progress()}"
             time.sleep(self.interval_s)
             self._publish()
-        for one in self._everyone():
-            if before.get(one.rank) == one.beats and not one.ended and one.rank != self.own.rank:
-                return f"{one.where()} is silent; {one.progress()}"
+        for other in self._heartbeats():
+            if before.get(other.rank) == other.beats and not other.ended and other.rank != self.own.rank:
+                return f"{other.where()} is silent; {other.progress()}"
         return None
 
     def _verdict(self, what: str) -> str:
         silent = self.culprit()
         if silent is not None:
             return silent
-        last = min(self._everyone(), key=lambda one: one.position)
-        behind = [one for one in self._everyone() if one.position == last.position]
+        last = min(self._heartbeats(), key=lambda heartbeat: heartbeat.position)
+        behind = [heartbeat for heartbeat in self._heartbeats() if heartbeat.position == last.position]
         if len(behind) == self.world_size > 1:
             return (
-                f"{what}, nor has any other: all wait at one place (network, or a collective that differs between "
-                f"ranks); {last.progress()}"
+                f"{what}, nor has any other rank: all wait at the same point (network, or a collective that differs "
+                f"between ranks); {last.progress()}"
             )
         return f"{what}; {last.where()} is furthest behind: {last.progress()}"
 
     def _fire(self, message: str) -> None:
-        # Written at once and whole: this process ends now, and every rank may be writing.
+        # One unbuffered write: this process ends now, and every rank may be writing.
         advice = f"Continue with --resume (exit code {EXIT_RANK_LOST})"
         os.write(sys.stderr.fileno(), f"[rank {self.own.rank}] the job ends here: {message}. {advice}\n".encode())
         self._end(EXIT_RANK_LOST)

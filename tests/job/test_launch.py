@@ -54,12 +54,12 @@ def test_ranks_of_each_launcher(environment: dict[str, str], ranks: Ranks) -> No
     [
         ({"RANK": "first"}, "RANK is 'first'"),
         ({"RANK": "0", "WORLD_SIZE": "-2"}, "WORLD_SIZE is '-2'"),
-        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2 does not lie below WORLD_SIZE=2"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2 is not below WORLD_SIZE=2"),
         ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "many"}, "SLURM_STEP_NUM_TASKS is 'many'"),
         ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": ""}, "SLURM_LOCALID is ''"),
         (
             {"SLURM_PROCID": "7", "SLURM_STEP_NUM_TASKS": "2"},
-            "SLURM_PROCID=7 does not lie below SLURM_STEP_NUM_TASKS=2",
+            "SLURM_PROCID=7 is not below SLURM_STEP_NUM_TASKS=2",
         ),
     ],
 )

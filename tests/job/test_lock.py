@@ -132,7 +132,7 @@ def test_an_owner_that_lost_its_directory_is_told(tmp_path: Path) -> None:
     lock.release()
     assert json.loads((tmp_path / LOCK).read_text())["host"] == "n8"  # another's lock is not removed
     (tmp_path / LOCK).unlink()
-    assert "nobody" in str(lock.lost())
+    assert "no job" in str(lock.lost())
 
 
 def test_a_damaged_lock_is_taken_over(tmp_path: Path) -> None:

@@ -87,7 +87,7 @@ def test_a_frozen_rank_is_named_after_the_timeout(
         assert not ends  # it beats, although it does not move
         other.send_signal(signal.SIGSTOP)
         assert 0.8 < ends.wait() < 4 and ends == [EXIT_RANK_LOST]
-    assert f"rank 1 on {HOST} (process {other.pid}) gave no sign" in capfd.readouterr().err
+    assert f"rank 1 on {HOST} (process {other.pid}) sent no heartbeat" in capfd.readouterr().err
 
 
 def test_a_main_thread_that_stands_still_names_who_is_furthest_behind(
@@ -102,7 +102,7 @@ def test_a_main_thread_that_stands_still_names_who_is_furthest_behind(
     ends.wait()
     assert ends == [EXIT_RANK_LOST]
     error = capfd.readouterr().err
-    assert "rank 0 has not moved for 1 s" in error and "rank 1 on" in error
+    assert "rank 0 made no progress for 1 s" in error and "rank 1 on" in error
     assert "is furthest behind: last finished step 2, then step 3" in error
     slow.stop()
 
@@ -113,7 +113,7 @@ def test_all_at_one_place_is_said_to_be_so(tmp_path: Path, capfd: pytest.Capture
     for one in (others, dog):
         one.beat("step 3", 2)
     ends.wait()
-    assert "nor has any other: all wait at one place" in capfd.readouterr().err
+    assert "nor has any other rank: all wait at the same point" in capfd.readouterr().err
     others.stop()
 
 
@@ -167,7 +167,7 @@ def test_heartbeats_of_an_earlier_start_name_nobody(tmp_path: Path, capfd: pytes
         time.sleep(0.7)
         assert not ends
         ends.wait()
-    assert ends == [EXIT_RANK_LOST] and "rank 1 has not been heard of for 1 s" in capfd.readouterr().err
+    assert ends == [EXIT_RANK_LOST] and "rank 1 has published no heartbeat for 1 s" in capfd.readouterr().err
 
 
 def test_0_watches_nothing(tmp_path: Path) -> None:

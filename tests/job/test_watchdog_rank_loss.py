@@ -141,5 +141,5 @@ def test_restarts_in_vain_end_with_their_own_code(root: Path, tmp_path: Path) ->
     environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "DS_ACCELERATOR": "cpu"}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     assert result.returncode == EXIT_NO_PROGRESS, result.stderr[-3000:]
-    assert "3 restarts since the checkpoint of step 0 have not brought a new one" in result.stderr
+    assert "3 restarts since the checkpoint of step 0 have made no progress" in result.stderr
     assert json.loads((output / "status.json").read_text())["exit_code"] == EXIT_NO_PROGRESS
