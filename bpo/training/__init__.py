@@ -1,1 +1,1 @@
-"""What a training run does besides its loop: measuring, planning, the reference pass, batches, metrics, checks."""
+"""Parts of a training run outside its loop: measuring, planning, the reference pass, batches, metrics, checks."""

@@ -1,4 +1,4 @@
-"""The micro-batches of a run, with their reference log-probs, on the device."""
+"""Micro-batches of a run with their reference log-probs, on the device."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ def micro_batches(
 
 @dataclass(frozen=True)
 class StepBatches:
-    """This rank's micro-batches of one step, taken from their source as they are needed; to be read once, in turn.
+    """This rank's micro-batches of one step, loaded on demand; to be iterated once, in the order of steps.
 
-    A list would make the first wait for the last, and let the worker processes idle while the step is computed.
+    A list would delay the first until the last is loaded, and leave the worker processes idle during the step.
     """
 
     count: int
@@ -55,7 +55,7 @@ class StepBatches:
 def training_batches(
     config: DataConfig, data: TrainingData, steps: list[PlannedStep], store: ReferenceStore, engine: TrainingEngine
 ) -> Iterator[StepBatches]:
-    """For every step, this rank's micro-batches with their reference log-probs, on the device."""
+    """Yields for each step this rank's micro-batches with their reference log-probs, on the device."""
     rank = engine.ranks.rank
     flat = [pair for s in steps for pair in zip(s.micro_batches[rank], s.is_filler[rank], strict=True)]
     with_reference = (

@@ -1,4 +1,4 @@
-"""Checks that stop a run before it wastes a week: non-finite losses, a reference that is not the policy."""
+"""Fail-fast checks: non-finite losses and gradients; a policy that differs from the reference at step 0."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 class NonFiniteError(JobError):
-    """The loss or gradient of a step is not a number; names the records."""
+    """The loss or gradient of a step is not finite; names the groups."""
 
 
 class FirstStepError(JobError):
@@ -29,16 +29,16 @@ class FirstStepError(JobError):
 
 
 def seed_micro_batch(seed: int, step: int, micro_batch: int, rank: int) -> None:
-    """Seeds dropout from its place in the run, so that a resumed run draws what the unbroken one would have."""
+    """Seeds dropout by position in the run, so that a resumed run draws the same masks as an uninterrupted one."""
     digest = hashlib.sha256(f"{seed}:{step}:{micro_batch}:{rank}".encode()).digest()
     torch.manual_seed(int.from_bytes(digest[:7], "little"))
 
 
 def check_finite(sums: StepSums, step: PlannedStep, reduced: list[float], engine: TrainingEngine) -> None:
-    """Stops all ranks together where a reduced value is not finite: every rank sees the same sums.
+    """Stops all ranks together if a reduced value, the same on every rank, is not finite.
 
     Raises:
-        NonFiniteError: with the groups whose loss was not finite, or all of the step's where only the gradient was not.
+        NonFiniteError: names the groups whose loss is not finite, or all of the step if only the gradient is not.
     """
     if all(math.isfinite(value) for value in reduced):
         return
@@ -47,15 +47,15 @@ def check_finite(sums: StepSums, step: PlannedStep, reduced: list[float], engine
     names = culprits or sorted({g for batch in gather_from_ranks(sums.groups) for g in batch})
     raise NonFiniteError(
         f"the {what} of step {step.index + 1} is not finite; groups: {', '.join(names)}. "
-        "Look at these records, lower train.lr, or use float32/bfloat16 (model.dtype)"
+        "Inspect these records, lower train.lr, or use float32/bfloat16 (model.dtype)"
     )
 
 
 def check_first_step(config: TrainConfig, flat: list[float], sums: StepSums, engine: TrainingEngine) -> None:
-    """Asserts that the first step's preference loss is its value for policy = reference (log 2 for DPO).
+    """Checks that the first step's preference loss is its value for policy = reference (log 2 for DPO).
 
     Raises:
-        FirstStepError: the gap is above the tolerance: the reference is not the model that is being trained.
+        FirstStepError: the gap exceeds the tolerance: the reference is not the model being trained.
     """
     half_precision = engine.dtype != torch.float32
     tolerance = config.first_loss_tolerance or (2e-2 if half_precision else 1e-4)
@@ -74,12 +74,12 @@ def check_first_step(config: TrainConfig, flat: list[float], sums: StepSums, eng
     if not gap <= tolerance:
         raise FirstStepError(
             f"the first step's loss is {loss:.6f} but must be {expected:.6f} within {tolerance:g}: policy and "
-            f"reference differ by up to {token_gap:.3g} nats a token. Is there dropout outside the adapter "
-            "(attention_dropout of the model's config), or a reference store of other weights?"
+            f"reference differ by up to {token_gap:.3g} nats per token. Check for dropout outside the adapter "
+            "(attention_dropout in the model's config) and for a reference store of other weights"
         )
 
 
 @torch.no_grad()
 def expected_loss(inputs: LossInputs, config: LossConfig) -> float:
-    """Weighted sum of the preference loss of a policy equal to the reference."""
+    """Sum over pairs of the weighted preference loss of a policy equal to the reference."""
     return float((loss_at_reference(inputs, config).double() * inputs.pair_weight_P).sum())

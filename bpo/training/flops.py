@@ -1,10 +1,10 @@
-"""Useful floating-point operations of a micro-batch: what the method needs, whatever the implementation does besides.
+"""Useful floating-point operations of a micro-batch: those that the method requires, for any implementation.
 
-Counted are matrix products (2 FLOPs a multiply-accumulate) of the forward pass and of the gradients that something
-trained needs, as `torch.utils.flop_counter.FlopCounterMode` counts them. Not counted, for they are no progress:
-recomputation, fillers, stand-in images, pairs of tokens that a mask forbids, layers whose output is thrown away.
+Counts the matrix products (2 FLOPs per multiply-accumulate) of the forward pass and of the gradients that training
+requires, as `torch.utils.flop_counter.FlopCounterMode` does. Excludes work that makes no progress: recomputation,
+fillers, stand-in images, masked pairs of tokens, layers whose output is discarded.
 MFU = these FLOPs / (seconds x peak of the devices), after PaLM (arXiv 2204.02311, appendix B), which counts attention
-without its causal mask; here a causal query is counted with the keys that it sees, about half of them.
+without its causal mask; here a causal query is counted with the keys that it attends to, about half of them.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ import torch
 from bpo.data.families import Family
 from bpo.records import UsefulWork
 
-# What reads the input of a decoder layer; in the first layer that input may need no gradient.
+# Modules that read a decoder layer's input, which in the first layer may not need a gradient.
 _READS_LAYER_INPUT = re.compile(r"\.layers\.0\..*\.(q_proj|k_proj|v_proj|qkv_proj)\b")
 
 
 @dataclass(frozen=True)
 class Products:
-    """Multiply-accumulates a row: of the forward pass, of the inputs' gradients, of the weights' gradients."""
+    """Multiply-accumulates per row: of the forward pass, of the inputs' gradients, of the weights' gradients."""
 
     forward: int = 0
     input_grad: int = 0
@@ -46,10 +46,10 @@ class Products:
 
 @dataclass(frozen=True)
 class ModelFlops:
-    """The matrix products of a model as it is trained, by part; see `model_flops`.
+    """Matrix products of a model by part, given what is trained; see `model_flops`.
 
     attention_width: heads x head size, summed over the language model's layers.
-    vision_width, vision_window_width: the same of the tower's layers over whole images and over windows.
+    vision_width, vision_window_width: the same for the tower's layers over whole images and over windows.
     """
 
     language: Products
@@ -62,11 +62,11 @@ class ModelFlops:
     vision_trained: bool
 
     def forward(self, work: UsefulWork) -> int:
-        """FLOPs of one forward pass over `work`; the reference pass needs no more than this."""
+        """FLOPs of one forward pass over `work`, which is all that the reference pass needs."""
         return sum(2 * macs for macs in self.forward_macs(work).values())
 
     def backward(self, work: UsefulWork) -> int:
-        """FLOPs of the gradients: of activations on the way to what is trained, and of the trained weights."""
+        """FLOPs of the gradients: of trained weights, and of the activations between them and the loss."""
         attention = 2 * self._attention(work)
         vision_attention = 2 * self._vision_attention(work) if self.vision_trained else 0
         macs = self.language.backward * work.tokens + self.head.backward * work.responses + attention
@@ -95,7 +95,7 @@ class ModelFlops:
 
 
 def model_flops(model: Any, family: Family) -> ModelFlops:
-    """Reads a prepared model (see `prepare_trainable`): each weight matrix, what of it is trained, what lies upstream.
+    """Counts a prepared model (see `prepare_trainable`): each weight matrix and the gradients that it needs.
 
     Works on meta tensors and under ZeRO-3, where weights have no elements: only shapes and `requires_grad` are read.
     """
@@ -108,7 +108,7 @@ def model_flops(model: Any, family: Family) -> ModelFlops:
         if part == "other" or (part == "vision" and _is_discarded(name, config)):
             continue
         macs = math.prod(shape)
-        if len(shape) == 3:  # [experts, in, out], of which a token visits a few
+        if len(shape) == 3:  # [experts, in, out]; each token is routed to a few
             macs = macs // shape[0] * config.get_text_config().num_experts_per_tok
         if part == "vision":
             input_grad = flags.vision and len(shape) == 2  # pixels need no gradient
@@ -134,9 +134,9 @@ def model_flops(model: Any, family: Family) -> ModelFlops:
 
 
 class _Trained:
-    """Which parts have a gradient: in their weights, or passing through.
+    """Which parts have a gradient, in their weights or passing through.
 
-    A frozen matrix behind a trained norm needs its input's gradient, also where nothing before the norm is trained.
+    A frozen matrix after a trained norm needs its input's gradient even if nothing before the norm is trained.
     """
 
     def __init__(self, model: Any, family: Family):
@@ -151,7 +151,7 @@ class _Trained:
 
 
 def part_of(name: str, family: Family) -> str:
-    """language, head, projector, vision or other: the part of the model that a parameter or module name lies in."""
+    """The part of the model that a parameter or module belongs to: language, head, projector, vision or other."""
 
     def inside(module: str) -> bool:
         return name == module or name.startswith(f"{module}.")
@@ -166,9 +166,9 @@ def part_of(name: str, family: Family) -> str:
 
 
 def weight_matrices(model: torch.nn.Module) -> Iterator[tuple[str, tuple[int, ...], bool]]:
-    """Name, shape and `requires_grad` of every parameter of a matrix product, a patch convolution or experts.
+    """Yields name, shape and `requires_grad` of every weight of a matrix product, a patch convolution or experts.
 
-    Embeddings are looked up, not multiplied; a head that is tied to them comes under its own name.
+    Embeddings are looked up, not multiplied; a head that is tied to them is yielded under its own name.
     """
     for prefix, module in model.named_modules():
         if isinstance(module, torch.nn.Embedding):
@@ -180,18 +180,18 @@ def weight_matrices(model: torch.nn.Module) -> Iterator[tuple[str, tuple[int, ..
 
 
 def _vision_layers(config: Any) -> tuple[int, int]:
-    """Layers of the tower whose output is used, and those of them that attend over whole images."""
+    """Number of tower layers whose output is used, and of those that attend over whole images."""
     vision = config.vision_config
     depth = getattr(vision, "num_hidden_layers", None) or vision.depth
     chosen = getattr(config, "vision_feature_layer", None)
     if chosen is not None:
         # hidden_states[0] is the embeddings' output and hidden_states[k] that of k layers.
-        depth = max(depth + 1 + one if one < 0 else one for one in ([chosen] if isinstance(chosen, int) else chosen))
+        depth = max(depth + 1 + k if k < 0 else k for k in ([chosen] if isinstance(chosen, int) else chosen))
     whole = getattr(vision, "fullatt_block_indexes", None)
     return depth, depth if whole is None else sum(i < depth for i in whole)
 
 
 def _is_discarded(name: str, config: Any) -> bool:
-    """Whether a weight of the tower lies in a layer after the last one whose features are used."""
+    """Whether a weight of the tower belongs to a layer after the last one whose features are used."""
     layer = re.search(r"\.(?:layers|blocks)\.(\d+)\.", name)
     return layer is not None and int(layer.group(1)) >= _vision_layers(config)[0]

@@ -1,7 +1,7 @@
-"""Published figures of accelerators: what `bpo plan` computes with, and the peak that MFU is a share of.
+"""Data-sheet figures of accelerators, for `bpo plan` and as the peak in MFU.
 
-GB are 10^9 bytes, GB/s are in one direction. Peaks are bf16 products with fp32 accumulation, dense: data sheets that
-quote the rate with sparsity are halved.
+GB are 10^9 bytes; GB/s are per direction. Peaks are dense bf16 products with fp32 accumulation: rates that a data sheet
+quotes with sparsity are halved.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Accelerator:
-    """One GPU by its data sheet.
+    """Data-sheet figures of one GPU.
 
     Attributes:
-        name: What `--gpu` takes.
-        device_names: Parts of `torch.cuda.get_device_name()`, all of which must occur.
+        name: Value of `--gpu`.
+        device_names: Substrings of `torch.cuda.get_device_name()`, all required.
         peak_tflops: Dense bf16 TFLOP/s.
         memory_gb: Memory in GB.
         memory_gb_s: Memory bandwidth.
-        link_gb_s: To the other GPUs of a node, one direction: NVLink, or PCIe where there is none.
-        host_gb_s: To the host, one direction: PCIe x16.
+        link_gb_s: Bandwidth to a node's other GPUs, per direction: NVLink, or PCIe without it.
+        host_gb_s: Bandwidth to the host, per direction: PCIe x16.
     """
 
     name: str
@@ -32,7 +32,7 @@ class Accelerator:
     host_gb_s: float
 
 
-# Source of every line: NVIDIA's data sheet of that product; PCIe x16 is 32 GB/s in generation 4 and 64 GB/s in 5.
+# Source of each line: NVIDIA's data sheet of the product; PCIe x16 is 32 GB/s in generation 4 and 64 GB/s in 5.
 ACCELERATORS = (
     Accelerator("a100-40gb", ("A100", "40GB"), 312.0, 40, 1555, 300, 32),  # A100 data sheet, SXM4
     Accelerator("a100-80gb", ("A100",), 312.0, 80, 2039, 300, 32),  # A100 data sheet, SXM4
@@ -46,24 +46,24 @@ ACCELERATORS = (
 
 
 def accelerator(name: str) -> Accelerator:
-    """The accelerator that `--gpu` names.
+    """Returns the accelerator that `--gpu` names.
 
     Raises:
-        ValueError: no such name, listing those there are.
+        ValueError: the name is unknown; lists the known ones.
     """
-    for one in ACCELERATORS:
-        if one.name == name.lower():
-            return one
-    raise ValueError(f"--gpu {name}: not known; known are {', '.join(one.name for one in ACCELERATORS)}")
+    for gpu in ACCELERATORS:
+        if gpu.name == name.lower():
+            return gpu
+    raise ValueError(f"--gpu {name}: unknown; available: {', '.join(gpu.name for gpu in ACCELERATORS)}")
 
 
 def accelerator_of_device(device_name: str) -> Accelerator | None:
-    """The accelerator of a device name as CUDA reports it; None where no line fits (the first that fits counts)."""
-    return next((one for one in ACCELERATORS if all(part in device_name for part in one.device_names)), None)
+    """The first accelerator that matches a CUDA device name; None if none does."""
+    return next((gpu for gpu in ACCELERATORS if all(part in device_name for part in gpu.device_names)), None)
 
 
 def peak_flops(device_name: str, peak_tflops: float = 0.0) -> float | None:
-    """FLOP/s of one device: `peak_tflops` where it is given, else by name; None for an unknown device."""
+    """FLOP/s of one device: `peak_tflops` if given, else by name; None for an unknown device."""
     if peak_tflops:
         return peak_tflops * 1e12
     found = accelerator_of_device(device_name)

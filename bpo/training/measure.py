@@ -1,4 +1,4 @@
-"""Measures the groups of a run once: lengths, pairs, reference keys; lists those that cannot be used."""
+"""Measures the groups of a run once: lengths, pairs, reference keys; lists the unusable ones."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class TrainingData:
-    """The usable groups; `usable[i]` is the dataset index of planned group i, `measured[i]` what is known of it."""
+    """The usable groups; `usable[i]` is the dataset index of planned group i, `measured[i]` its measurements."""
 
     dataset: GroupDataset
     usable: tuple[int, ...]
@@ -34,11 +34,11 @@ class TrainingData:
 
     @property
     def keys(self) -> dict[int, str]:
-        return {index: one.reference_key for index, one in zip(self.usable, self.measured, strict=True)}
+        return {index: group.reference_key for index, group in zip(self.usable, self.measured, strict=True)}
 
     @property
     def separate_reason(self) -> str | None:
-        """Why completions do not share their prefix; None where they do."""
+        """Why completions do not share their prefix; None if they do."""
         return self.dataset.encoder.family.separate_reason
 
     @property
@@ -46,27 +46,27 @@ class TrainingData:
         """Tokens of each planned group through the language model."""
         row_tokens = self.row_tokens
         if row_tokens is None:
-            return [one.num_tokens for one in self.measured]
-        # The stand-in image that a text-only batch may get is a row of its own.
+            return [group.num_tokens for group in self.measured]
+        # A stand-in image, which a text-only batch may get, takes a row of its own.
         return [
-            (one.num_completions + int(not has_image)) * length
-            for one, has_image, length in zip(self.measured, self._has_image(), row_tokens, strict=True)
+            (group.num_completions + int(not has_image)) * length
+            for group, has_image, length in zip(self.measured, self._has_image(), row_tokens, strict=True)
         ]
 
     @property
     def row_tokens(self) -> list[int] | None:
-        """For separate sequences, the length of each planned group's longest row; None where prefixes are shared."""
+        """For separate sequences, the length of each planned group's longest row; None if prefixes are shared."""
         if self.separate_reason is None:
             return None
         shortest = 0 if all(self._has_image()) else len(self.dataset.stand_in.prefix_ids)
         return [
-            max(one.longest_tokens, 0 if has_image else shortest)
-            for one, has_image in zip(self.measured, self._has_image(), strict=True)
+            max(group.longest_tokens, 0 if has_image else shortest)
+            for group, has_image in zip(self.measured, self._has_image(), strict=True)
         ]
 
     @property
     def stand_in_tokens(self) -> int:
-        """What a packed batch without an image may get on top of its groups; 0 where every group has one."""
+        """Tokens that a stand-in image may add to a packed batch; 0 if every group has an image."""
         needs_none = self.separate_reason is not None or all(self._has_image())
         return 0 if needs_none else len(self.dataset.stand_in.prefix_ids)
 
@@ -80,15 +80,15 @@ class TrainingData:
 def measure_groups(
     config: Config, encoder: Encoder, ranks: Ranks, gather: Any, stop: StopRequest | None = None
 ) -> TrainingData:
-    """Encodes every group once, divided among the ranks; lists those that cannot be used in dropped.jsonl.
+    """Encodes every group once, divided among the ranks; lists the unusable ones in dropped.jsonl.
 
     Raises:
         ValueError: no group is left, or a group is bad and `data.on_bad` is error.
         TooManyBadRecords: more are bad than `data.max_bad_share` allows.
-        Interrupted: on all ranks, where any of them was asked to stop; measured lengths are kept (data.keep_lengths).
+        Interrupted: on all ranks, if any of them was asked to stop; measured lengths are kept (data.keep_lengths).
     """
     if not config.data.groups:
-        raise ValueError("data.groups is empty; give the file that `bpo bootstrap` wrote")
+        raise ValueError("data.groups is empty; set it to the file that `bpo bootstrap` wrote")
     bad = BadRecords.from_config(config.data)
     groups = read_groups(Path(config.data.groups), bad)
     dataset = GroupDataset(
@@ -107,9 +107,9 @@ def measure_groups(
     )
     everyone = _gather_measured(results, gather, stop)
     by_index = [everyone[i % ranks.world_size][i // ranks.world_size] for i in range(len(dataset))]
-    dropped = [Dropped(one.record_id or one.where, one.code, one.detail) for one in bad.problems]
-    dropped += [one for one in by_index if isinstance(one, Dropped)]
-    usable = [(i, one) for i, one in enumerate(by_index) if isinstance(one, MeasuredGroup)]
+    dropped = [Dropped(problem.record_id or problem.where, problem.code, problem.detail) for problem in bad.problems]
+    dropped += [group for group in by_index if isinstance(group, Dropped)]
+    usable = [(i, group) for i, group in enumerate(by_index) if isinstance(group, MeasuredGroup)]
     if ranks.is_main and dropped:
         path = Path(config.train.output_dir) / "dropped.jsonl"
         counts = ", ".join(f"{n} {reason}" for reason, n in sorted(write_dropped(dropped, path).items()))
@@ -119,46 +119,46 @@ def measure_groups(
     if not usable:
         first = f"; the first: {dropped[0].group_id}: {dropped[0].detail}" if dropped else ""
         raise ValueError(f"{config.data.groups}: no group can be trained on{first}")
-    return TrainingData(dataset, tuple(i for i, _ in usable), tuple(one for _, one in usable))
+    return TrainingData(dataset, tuple(i for i, _ in usable), tuple(group for _, group in usable))
 
 
 def judge_dropped(bad: BadRecords, measured: Sequence[MeasuredGroup | Dropped], file: str) -> None:
-    """Applies `data.on_bad` and `data.max_bad_share` to groups whose image or record is bad.
+    """Applies `data.on_bad` and `data.max_bad_share` to groups with a bad image or record.
 
     Raises:
         RecordError: `bad.on_bad` is error, and a group is bad.
-        TooManyBadRecords: more are bad, in reading and measuring together, than allowed.
+        TooManyBadRecords: more are bad, in reading and measuring combined, than allowed.
     """
     num_records = len(measured) + len(bad.problems)
-    for one in measured:
-        if isinstance(one, Dropped) and one.reason in BAD_REASONS:
-            bad.report(Problem(BAD_REASONS[one.reason], file, one.group_id, one.detail))
+    for group in measured:
+        if isinstance(group, Dropped) and group.reason in BAD_REASONS:
+            bad.report(Problem(BAD_REASONS[group.reason], file, group.group_id, group.detail))
     bad.check_share(num_records, file)
 
 
 def _gather_measured(
     results: Iterable[MeasuredGroup | Dropped], gather: Any, stop: StopRequest | None
 ) -> list[list[MeasuredGroup | Dropped]]:
-    """Every rank's measurements. Ranks take different times over their shares, so they meet at the end alone."""
+    """Gathers every rank's measurements, only at the end, because ranks take different times for their shares."""
     mine = []
     stopped = False
-    for one in results:
-        mine.append(one)
+    for result in results:
+        mine.append(result)
         stopped = stop is not None and stop.received
         if stopped:
             break
     gathered = gather((mine, stopped))
     if any(stopped for _, stopped in gathered):
         raise Interrupted(
-            f"stopped by a signal while measuring; {sum(len(one) for one, _ in gathered)} groups measured"
+            f"stopped by a signal while measuring; {sum(len(results) for results, _ in gathered)} groups measured"
         )
-    return [one for one, _ in gathered]
+    return [results for results, _ in gathered]
 
 
 def _measured(
     config: Config, encoder: Encoder, dataset: GroupDataset, mine: Sequence[int], rank: int
 ) -> Iterator[MeasuredGroup | Dropped]:
-    """This rank's groups, measured; what an earlier start measured is read instead."""
+    """Measures this rank's groups; reads those that an earlier start has measured."""
     if not config.data.keep_lengths:
         return dataset.measure_all(mine, config.data.num_workers)
     directory = lengths_directory(Path(config.data.groups), Path(config.train.output_dir))

@@ -1,4 +1,4 @@
-"""Training metrics under their standard names, to JSONL, TensorBoard and a progress bar.
+"""Training metrics under their standard names, written to JSONL and TensorBoard.
 
 Shape letters: P pairs, K completions, N response tokens.
 """
@@ -33,7 +33,7 @@ _NAMES = (
 
 @dataclass(frozen=True)
 class _Unread:
-    """A micro-batch's sums (those of `_NAMES`, and the reference gap) on the device, and whose losses they are."""
+    """A micro-batch's sums (`_NAMES` and the reference gap), still on the device, and the groups of its losses."""
 
     sums: torch.Tensor
     loss_P: torch.Tensor
@@ -43,10 +43,10 @@ class _Unread:
 
 @dataclass
 class StepSums:
-    """Sums over the pairs of one rank's part of a step; over all ranks and divided by them, the metrics.
+    """Sums over the pairs of one rank's part of a step; metrics once summed over ranks and divided by the pairs.
 
-    `add` leaves its sums on the device: to read a number there waits for all that is queued. `flat` reads them at once;
-    before it, `values`, `reference_gap` and `non_finite_groups` lack what was added last.
+    `add` leaves its sums on the device, because reading one waits for all queued work. `flat` reads them together;
+    until then `values`, `reference_gap` and `non_finite_groups` lack the latest additions.
     """
 
     values: list[float]
@@ -65,7 +65,7 @@ class StepSums:
 
     @torch.no_grad()
     def add(self, output: LossOutput, batch: GroupBatch) -> None:
-        """Adds a micro-batch; a filler's pairs have weight 0 and count nowhere."""
+        """Adds a micro-batch; ignores fillers, whose pairs have weight 0."""
         if batch.is_filler:
             return
         inputs = batch.loss_inputs
@@ -85,14 +85,14 @@ class StepSums:
         )
         gap = (output.logp_N - inputs.reference).abs().max()
         sums = torch.stack(columns).double() @ inputs.pair_weight_P.double()
-        # Not the batch itself, whose pixels would stay on the device until the end of the step.
+        # Not the batch itself: its pixels would stay on the device until the end of the step.
         owners = tuple(
             g for g, spans in zip(batch.group_ids, batch.layout.completion_spans, strict=False) for _ in spans
         )
         self._unread.append(
             _Unread(torch.cat([sums, gap.double()[None]]), output.loss_P.detach(), inputs.pairs_P2, owners)
         )
-        self.num_pairs += inputs.pair_weight_P.numel()  # outside a filler each weighs 1
+        self.num_pairs += inputs.pair_weight_P.numel()  # outside fillers each weighs 1
         self.num_tokens += batch.input_ids_T.numel()
         self.useful_work += batch.useful_work
         self.groups.extend(batch.group_ids)
@@ -109,7 +109,7 @@ class StepSums:
                 self.non_finite_groups.extend(sorted({part.group_of_completion[c] for c in lost}))
 
     def flat(self) -> list[float]:
-        """This rank's sums and its work, ready to be summed over ranks."""
+        """This rank's sums and work as one list, to be summed over ranks."""
         self._read()
         return [*self.values, self.num_pairs, self.num_tokens, *map(float, astuple(self.useful_work))]
 
@@ -129,11 +129,11 @@ def step_rates(
         flat: Sums of `StepSums.flat` over the ranks.
         seconds: From the step's first forward pass to the end of the optimizer's step.
         flops: Of the model; adds `model_tflops_per_second`, useful FLOPs only (bpo/training/flops.py).
-        peak_flops: FLOP/s of all devices together; adds `mfu`, the share of it that was useful.
+        peak_flops: FLOP/s of all devices together; adds `mfu`, the useful share of it.
 
     Returns:
-        `tokens_per_second` counts packed tokens through the language model, `useful_tokens_per_second` those of groups
-        alone: a stand-in image, padding and repeated prefixes are in the first and not in the second.
+        `tokens_per_second` counts packed tokens through the language model, `useful_tokens_per_second` only
+        those of groups, without stand-in images, padding and repeated prefixes.
     """
     num_pairs, num_tokens = flat[len(_NAMES) : len(_NAMES) + 2]
     work = UsefulWork(*map(int, flat[len(_NAMES) + 2 :]))
@@ -183,7 +183,7 @@ class MetricsWriter:
 
 
 def _drop_from(path: Path, start_step: int) -> None:
-    """Removes the lines of steps that a resumed run will do again, so that each step stands once."""
+    """Removes the lines of steps that a resumed run repeats, so that each step is logged exactly once."""
     if not path.exists():
         return
     kept = []
@@ -192,5 +192,5 @@ def _drop_from(path: Path, start_step: int) -> None:
             if json.loads(line)["step"] <= start_step:
                 kept.append(line)
         except json.JSONDecodeError:
-            continue  # the line a killed run did not finish
+            continue  # a line that a killed run did not finish
     write_durably(path, "".join(line + "\n" for line in kept))

@@ -11,12 +11,12 @@ from bpo.training.measure import TrainingData
 
 logger = logging.getLogger(__name__)
 
-# Above this share of waiting the plan warns and says what would level it.
+# The plan warns if the busiest rank's tokens exceed the mean by more than this share.
 MAX_IMBALANCE = 0.02
 
 
 def plan_training(config: TrainConfig, data: TrainingData, ranks: Ranks) -> list[PlannedStep]:
-    """The steps of the run; logs how level they are, and warns where ranks will wait for each other."""
+    """Plans the steps of the run; logs their balance and warns if ranks will wait for each other."""
     num_tokens = data.num_tokens
     steps = plan_steps(
         num_tokens,
@@ -35,12 +35,12 @@ def plan_training(config: TrainConfig, data: TrainingData, ranks: Ranks) -> list
 
 
 def _report_sequences(data: TrainingData) -> None:
-    """One line where completions do not share their prefix: why, and what it costs."""
+    """Logs why completions do not share their prefix, and the cost, if they do not."""
     if data.separate_reason is None:
         return
-    separate, shared = sum(data.num_tokens), sum(one.num_tokens for one in data.measured)
+    separate, shared = sum(data.num_tokens), sum(group.num_tokens for group in data.measured)
     logger.warning(
-        "separate sequences: completions do not share their prefix (%s); an epoch takes %s tokens through the language "
+        "separate sequences: completions do not share their prefix (%s); an epoch processes %s tokens in the language "
         "model, %.2f times the %s of shared prefixes",
         data.separate_reason,
         f"{separate:,}",
@@ -51,13 +51,13 @@ def _report_sequences(data: TrainingData) -> None:
 
 def _report_balance(train: TrainConfig, steps: list[PlannedStep], num_tokens: list[int], world_size: int) -> None:
     most = max(len(step.micro_batches[0]) for step in steps)
-    logger.info("plan: %d steps of %d groups, up to %d micro-batches a rank", len(steps), len(steps[0].groups), most)
+    logger.info("plan: %d steps of %d groups, up to %d micro-batches per rank", len(steps), len(steps[0].groups), most)
     if world_size == 1:
         return
     balance = plan_balance(steps, num_tokens)
     logger.info(
-        "plan: the busiest of %d ranks carries %.1f %% more tokens than their mean in a step (%.1f %% at most), "
-        "%.1f %% in a micro-batch (%.1f %% at most)",
+        "plan: the busiest of %d ranks processes %.1f %% more tokens than the mean per step (at most %.1f %%), "
+        "%.1f %% more per micro-batch (at most %.1f %%)",
         world_size,
         100 * balance.step_mean,
         100 * balance.step_largest,
@@ -66,8 +66,8 @@ def _report_balance(train: TrainConfig, steps: list[PlannedStep], num_tokens: li
     )
     if balance.micro_batch_mean > MAX_IMBALANCE:
         logger.warning(
-            "ranks will wait for each other %.0f %% of the time: too few groups to level out; train.groups_per_step=%d "
-            "is %.1f groups a rank and %.1f a micro-batch; with 8 and more of both (raise train.groups_per_step, or "
+            "ranks will wait for each other %.0f %% of the time: too few groups to balance; train.groups_per_step=%d "
+            "is %.1f groups per rank and %.1f per micro-batch; with at least 8 of each (raise train.groups_per_step or "
             "train.max_micro_batch_tokens=%d) ranks differ by less than %.0f %%",
             100 * balance.micro_batch_mean / (1 + balance.micro_batch_mean),
             train.groups_per_step,

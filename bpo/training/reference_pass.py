@@ -1,4 +1,4 @@
-"""Computes the reference log-probs that the store lacks, before the first step."""
+"""Computes the reference log-probs missing from the store, before the first step."""
 
 from __future__ import annotations
 
@@ -27,28 +27,28 @@ from bpo_kernels.dispatch import chosen_implementation
 
 logger = logging.getLogger(__name__)
 
-# What a store calls the implementations: a name of its format, which outlives those in the code.
+# Names of the implementations in the store format; they stay when the names in the code change.
 _KERNELS_IN_STORES = {"triton": "triton", "plain": "reference"}
 
 
 def fill_reference_store(
     config: Config, model: ResolvedModel, engine: TrainingEngine, data: TrainingData, stop: StopRequest | None = None
 ) -> ReferenceStore:
-    """Computes what the store lacks, on the engine that will train, before its first step; every rank its share.
+    """Computes the missing entries with the training engine, before its first step; each rank computes its share.
 
     Must run before a checkpoint is loaded: only the untrained policy is the reference.
 
     Raises:
-        ReferenceStoreError: the store does not fit the run, cannot be written, or lacks entries after the pass.
-        Interrupted: on all ranks, where any of them was asked to stop; what was computed is stored.
+        ReferenceStoreError: the store does not match the run, cannot be written, or lacks entries after the pass.
+        Interrupted: on all ranks, if any of them was asked to stop; computed entries are stored.
     """
     directory = Path(config.train.reference_dir or Path(config.train.output_dir) / "reference")
     fingerprint = from_rank_0(lambda: _open_store(config, model, directory))
     store = ReferenceStore(directory, fingerprint, engine.ranks.rank)
-    first_with_key = {one.reference_key: g for g, one in reversed(list(enumerate(data.measured)))}
-    # Decided by one rank: another job may be adding to the store, and all ranks must agree on the passes to make.
+    first_with_key = {group.reference_key: g for g, group in reversed(list(enumerate(data.measured)))}
+    # Decided by one rank: another job may be adding to the store, and all ranks must agree on the missing groups.
     missing = from_rank_0(lambda: _missing_groups(store, first_with_key))
-    barrier()  # a rank that reads later must not find what others already write
+    barrier()  # a slower rank must not read entries that others already write
     if not missing:
         logger.info("reference store %s: complete, %d entries", directory, len(store))
         return store
@@ -57,16 +57,16 @@ def fill_reference_store(
     lacking = int((~store.has(list(first_with_key))).sum())
     if lacking and stopped:
         raise Interrupted(
-            f"stopped by a signal in the reference pass; {lacking} of {len(first_with_key)} are to be done"
+            f"stopped by a signal in the reference pass; {lacking} of {len(first_with_key)} entries remain"
         )
     if lacking:
-        raise ReferenceStoreError(f"{directory}: {lacking} entries are missing after the pass; does every node see it?")
+        raise ReferenceStoreError(f"{directory}: {lacking} entries are missing after the pass; do all nodes share it?")
     logger.info("reference store %s: %d entries, %d computed now", directory, len(store), len(missing))
     return store
 
 
 def _open_store(config: Config, model: ResolvedModel, directory: Path) -> dict[str, str]:
-    # Another order of sums rounds differently, and the first step compares policy and reference to rounding.
+    # Another summation order rounds differently, and the first step compares policy and reference up to rounding.
     choice = model.attention
     sequences = {"sequences": "separate"} if choice is None else {"attention": choice.backend}
     fingerprint = model_fingerprint(
@@ -95,19 +95,19 @@ def _reference_pass(
     missing: list[int],
     stop: StopRequest | None,
 ) -> tuple[str | None, bool]:
-    """This rank's share of the missing groups into a shard of its own; its name, and whether `stop` cut the pass short.
+    """Computes this rank's share into its own shard; returns the shard's name and whether `stop` cut the pass short.
 
-    Without a backward pass no activation outlives its layer, so a micro-batch may be larger than in training.
+    Without a backward pass activations are freed after each layer, so a micro-batch may be larger than in training.
     """
     tokens = data.num_tokens
     limit = config.train.reference_micro_batch_tokens or 4 * config.train.max_micro_batch_tokens
-    # One pass over everything: what bins differ by evens out, and levelling very many of them would take long.
+    # Over the whole pass differences between bins even out, and balancing that many bins would be slow.
     plan = split_into_micro_batches(
         missing, tokens, engine.ranks.world_size, limit, level=False, row_tokens=data.row_tokens
     )
-    mine = [(one or missing[:1], not one) for one in plan[engine.ranks.rank]]
+    mine = [(groups or missing[:1], not groups) for groups in plan[engine.ranks.rank]]
     total = sum(tokens[g] for g in missing)
-    logger.info("reference pass: %d groups, %s tokens, %d micro-batches a rank", len(missing), f"{total:,}", len(mine))
+    logger.info("reference pass: %d groups, %s tokens, %d batches per rank", len(missing), f"{total:,}", len(mine))
     started = time.perf_counter()
     share = sum(tokens[g] for groups, _ in mine for g in groups)
     hidden = not engine.ranks.is_main
@@ -117,22 +117,22 @@ def _reference_pass(
             _store_batch(store, batch, engine.reference_logp(batch))
             progress.update(batch.input_ids_T.numel())
             done_tokens += batch.input_ids_T.numel()
-            # All ranks have as many micro-batches, so they agree after each, as they do after each step.
+            # All ranks have the same number of micro-batches, so they can agree to stop after each, as after each step.
             if stop is not None and engine.sum_over_ranks([float(stop.received)])[0]:
                 stopped = True
                 break
     name = store.close()
     seconds = time.perf_counter() - started
-    logger.info("reference pass: %.1f s, %s tokens a second a rank", seconds, f"{done_tokens / seconds:,.0f}")
+    logger.info("reference pass: %.1f s, %s tokens per second per rank", seconds, f"{done_tokens / seconds:,.0f}")
     return name, stopped
 
 
 def _store_batch(store: ReferenceStore, batch: GroupBatch, logp_N: torch.Tensor) -> None:
     if batch.is_filler:
-        return  # its group is computed by the rank that owns it
-    logp_N = logp_N.cpu()  # once a batch: each copy waits for the device
+        return  # the rank that owns the group computes it
+    logp_N = logp_N.cpu()  # once per batch: each copy waits for the device
     first = 0
-    # Not strict: the layout may end in a stand-in image, a prefix that is nobody's and has no completions.
+    # Not strict: the layout may end with a stand-in image, a prefix of no group and without completions.
     for key, spans in zip(batch.reference_keys, batch.layout.completion_spans, strict=False):
         count = sum(end - start for start, end in spans)
         store.put(key, logp_N[first : first + count])

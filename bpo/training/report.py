@@ -1,4 +1,4 @@
-"""What a training run reports of its steps: the progress bar, metrics.jsonl, TensorBoard."""
+"""Reports the steps of a training run: progress bar, metrics.jsonl, TensorBoard."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class StepReport:
     """Reports finished steps on rank 0.
 
     Args:
-        done: Steps that an earlier start has finished.
+        done: Steps finished by earlier starts.
         total: Steps of the run.
-        groups_per_epoch: Groups that are trained on in an epoch.
+        groups_per_epoch: Groups trained on per epoch.
         flops: Useful FLOPs of the model, for model_tflops_per_second and mfu.
     """
 
@@ -46,7 +46,7 @@ class StepReport:
         self._progress = tqdm(total=total, initial=done, desc="training", disable=not ranks.is_main)
 
     def step(self, number: int, totals: list[float], seconds: float, lr: float, grad_norm: float) -> None:
-        """Step `number`, from 1.
+        """Reports step `number`, counted from 1.
 
         Args:
             totals: Sums of `StepSums.flat` over all ranks.
@@ -70,6 +70,6 @@ def peak_of_all(device: torch.device, peak_tflops: float, ranks: Ranks) -> float
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     peak = peak_flops(name, peak_tflops)
     if peak is None:
-        logger.info("mfu is left out: the peak of `%s` is not known; train.peak_tflops gives it", name)
+        logger.info("mfu is not reported: the peak of `%s` is unknown; set train.peak_tflops", name)
         return None
     return peak * ranks.world_size

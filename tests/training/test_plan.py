@@ -1,4 +1,4 @@
-"""What is planned before training, and said about it."""
+"""The plan of a training run and its log messages."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def test_the_start_says_how_level_the_plan_is(encoder: Encoder, caplog: pytest.L
     data = data_of(encoder, [100, 100, 50, 50])
     with caplog.at_level("INFO"):
         plan_training(config_of(4).train, data, Ranks(0, 2, 0))
-    assert "1 steps of 4 groups, up to 1 micro-batches a rank" in caplog.text
-    assert "the busiest of 2 ranks carries 0.0 % more tokens" in caplog.text
+    assert "1 steps of 4 groups, up to 1 micro-batches per rank" in caplog.text
+    assert "the busiest of 2 ranks processes 0.0 % more tokens" in caplog.text
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
 
 
@@ -49,7 +49,7 @@ def test_ranks_that_will_wait_are_warned_of_once_with_the_fix(encoder: Encoder, 
         plan_training(config_of(2).train, data, Ranks(0, 2, 0))
     (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert "wait for each other 20 % of the time" in warning  # the mean is 80 where one rank has 100
-    assert "train.groups_per_step=2 is 1.0 groups a rank and 1.0 a micro-batch" in warning
+    assert "train.groups_per_step=2 is 1.0 groups per rank and 1.0 per micro-batch" in warning
     assert "train.max_micro_batch_tokens=1000" in warning
     caplog.clear()
     with caplog.at_level("INFO"):
@@ -76,7 +76,7 @@ def test_separate_sequences_are_said_aloud_once_with_reason_and_cost(encoder: En
     measured = tuple(MeasuredGroup(70, 2, name, num_completions=3, longest_tokens=50) for name in "xy")
     with caplog.at_level("INFO"):
         (step,) = plan_training(config_of(2, 300).train, TrainingData(dataset, (0, 1), measured), Ranks(0, 1, 0))
-    assert [sorted(one) for one in step.micro_batches[0]] == [[0, 1]]
+    assert [sorted(groups) for groups in step.micro_batches[0]] == [[0, 1]]
     (line,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert "model.share_prefix is never" in line and "300 tokens" in line and "2.14 times the 140" in line
     (step,) = plan_training(config_of(2, 299).train, TrainingData(dataset, (0, 1), measured), Ranks(0, 1, 0))

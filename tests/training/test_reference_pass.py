@@ -1,4 +1,4 @@
-"""A reference pass that is interrupted goes on where it was."""
+"""An interrupted reference pass continues where it stopped."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.training.doubles import NUM_GROUPS, EngineWithoutModel
 
 
 def test_an_interrupted_reference_pass_is_completed(run: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was computed before the kill stays; a changed record is computed anew, and nothing else."""
+    """Entries computed before the kill are kept; only a changed record is recomputed."""
     no_collectives(monkeypatch)
     monkeypatch.setattr(reference_format, "COMMIT_EVERY_S", 0.0)
     run.train.reference_micro_batch_tokens = 90
@@ -65,14 +65,14 @@ def no_collectives(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_signal_ends_the_reference_pass_after_its_micro_batch(run: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another rank got it: this one hears of it in the sum, and what both have done is stored."""
+    """Another rank received it: this one stops through the sum over ranks, and the work of both is stored."""
     no_collectives(monkeypatch)
     run.train.reference_micro_batch_tokens = 90
     data = measure_groups(run, encode.load_encoder(run), Ranks(), lambda mine: [mine])
     engine: Any = EngineWithoutModel()
     others = iter([0.0, 0.0, 1.0])
     engine.sum_over_ranks = lambda values: [values[0] + next(others)]
-    with StopRequest() as stop, pytest.raises(Interrupted, match="in the reference pass; 6 of 12 are to be done"):
+    with StopRequest() as stop, pytest.raises(Interrupted, match="in the reference pass; 6 of 12 entries remain"):
         fill_reference_store(run, resolved(run), engine, data, stop)
     again: Any = EngineWithoutModel()
     with StopRequest() as stop:

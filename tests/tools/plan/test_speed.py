@@ -67,5 +67,5 @@ def test_every_gpu_is_named_once_and_has_sane_figures() -> None:
     for one in ACCELERATORS:
         assert 100 < one.peak_tflops < 3000 and 20 <= one.memory_gb <= 200
         assert one.host_gb_s <= one.link_gb_s < one.memory_gb_s
-    with pytest.raises(ValueError, match="--gpu v100: not known; known are a100-40gb"):
+    with pytest.raises(ValueError, match="--gpu v100: unknown; available: a100-40gb"):
         accelerator("v100")
