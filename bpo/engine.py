@@ -1,4 +1,4 @@
-"""DeepSpeed: initialise, partition, backward, step. The only place besides checkpoint/ that imports it."""
+"""DeepSpeed: initialise, partition, backward, step. Only this module and checkpoint/ import it."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from bpo.records import GroupBatch
 
 logger = logging.getLogger(__name__)
 
-# These belong to the configuration; a second value in the JSON file would silently win or lose.
+# Set by the configuration: a second value in the JSON file would silently override it or be ignored.
 _CONFIG_OWNED = {
     "train_batch_size": "train.groups_per_step",
     "train_micro_batch_size_per_gpu": "train.max_micro_batch_tokens",
     "gradient_accumulation_steps": "train.max_micro_batch_tokens",
     "gradient_clipping": "train.max_grad_norm",
-    "optimizer": "train.lr and its neighbours",
+    "optimizer": "train.lr, train.weight_decay and train.adam_*",
     "scheduler": "train.lr_schedule",
     "bf16": "model.dtype",
     "fp16": "model.dtype",
@@ -40,11 +40,11 @@ _CONFIG_OWNED = {
     "steps_per_print": "train.log_every_steps",
 }
 
-_DEEPSPEED_BUCKET = 500_000_000  # elements; what DeepSpeed takes where a file says nothing
+_DEEPSPEED_BUCKET = 500_000_000  # elements; DeepSpeed's default
 
 
 def find_ds_config(name: str) -> Path:
-    """A DeepSpeed file by path, or by its name (`ds_configs/zero3.json`) from the installation or clone."""
+    """Finds a DeepSpeed file by path, or by name (`ds_configs/zero3.json`) in the installation or clone."""
     path = Path(name)
     if path.is_file():
         return path
@@ -58,13 +58,13 @@ def find_ds_config(name: str) -> Path:
 
 
 def deepspeed_config(config: TrainConfig, dtype: torch.dtype, accumulation_steps: int) -> dict[str, Any]:
-    """The file's ZeRO and offload settings, completed from the configuration.
+    """Reads the file's ZeRO and offload settings and completes them from the configuration.
 
     Raises:
         ValueError: the file sets a key that the configuration owns, or is not JSON; the dtype is float16.
     """
     if dtype == torch.float16:
-        raise ValueError("model.dtype float16 is not for training: log-ratios overflow; use bfloat16 or float32")
+        raise ValueError("model.dtype float16 is unsupported in training: log-ratios overflow; use bfloat16 or float32")
     path = find_ds_config(config.ds_config)
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
@@ -85,10 +85,10 @@ def deepspeed_config(config: TrainConfig, dtype: torch.dtype, accumulation_steps
 
 
 def with_fitting_buckets(settings: dict[str, Any], num_gradients: int) -> dict[str, Any]:
-    """`settings` with a gradient bucket of ZeRO no larger than all gradients together.
+    """Caps ZeRO's gradient bucket in `settings` at the size of all gradients.
 
-    DeepSpeed allocates two whole buckets in every backward pass, whatever goes into them: with LoRA, 2 x 2e8 elements
-    for the gradients of a few million parameters. One bucket holds them all then as before.
+    DeepSpeed allocates two full buckets in every backward pass regardless of their content: with LoRA, 2 x 2e8 elements
+    for the gradients of a few million parameters. One capped bucket still holds all of them.
 
     Args:
         num_gradients: Elements of all trained parameters, over all ranks.
@@ -119,7 +119,7 @@ def init_distributed(ranks: Ranks) -> None:
 
 @contextlib.contextmanager
 def partitioned_loading(settings: dict[str, Any]) -> Iterator[None]:
-    """Under ZeRO-3, `from_pretrained` inside partitions each weight as it is read; no rank holds the whole model."""
+    """Under ZeRO-3, makes `from_pretrained` partition each weight as it is read; no rank holds the whole model."""
     if settings.get("zero_optimization", {}).get("stage") != 3:
         yield
         return
@@ -134,9 +134,9 @@ def partitioned_loading(settings: dict[str, Any]) -> Iterator[None]:
 
 
 def learning_rate_factor(step: int, total_steps: int, config: TrainConfig) -> float:
-    """Share of the peak learning rate at a step (from 0): linear warm-up, then cosine or linear towards 0, or constant.
+    """Fraction of the peak learning rate at a step (from 0): linear warm-up, then cosine or linear decay, or constant.
 
-    No step gets 0: a step that cannot move anything would be wasted.
+    Never 0, because such a step would not change the weights.
     """
     warmup = math.ceil(config.warmup_ratio * total_steps)
     if step < warmup:
@@ -148,7 +148,7 @@ def learning_rate_factor(step: int, total_steps: int, config: TrainConfig) -> fl
 
 
 class TrainingEngine:
-    """Policy, optimizer and ZeRO behind four calls: `forward`, `backward`, `step`, `reference_logp`.
+    """Wraps policy, optimizer and ZeRO in four calls: `forward`, `backward`, `step`, `reference_logp`.
 
     Raises:
         StaleCompileLockError: a killed process has left the lock of an operation that DeepSpeed compiles here.
@@ -165,7 +165,7 @@ class TrainingEngine:
         self.ranks = ranks
         self.device = pick_device(ranks)
         self.dtype: torch.dtype = policy.model.dtype
-        self.on_forward: Callable[[], None] = lambda: None  # a sign of life a micro-batch
+        self.on_forward: Callable[[], None] = lambda: None  # heartbeat hook, called once per micro-batch
         self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
             model=policy,
             optimizer=self._optimizer(groups, config.train),
@@ -177,7 +177,7 @@ class TrainingEngine:
         betas = (config.adam_beta1, config.adam_beta2)
         offload = self.settings.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
         if offload != "none":
-            from deepspeed.ops.adam import DeepSpeedCPUAdam  # vectorised on the host, where the states lie
+            from deepspeed.ops.adam import DeepSpeedCPUAdam  # vectorised for the host, where the states are
 
             return DeepSpeedCPUAdam(groups, lr=config.lr, betas=betas, eps=config.adam_eps, adamw_mode=True)
         fused = self.device.type == "cuda"
@@ -188,10 +188,9 @@ class TrainingEngine:
         return self.deepspeed.module
 
     def forward(self, batch: GroupBatch, loss: LossConfig) -> LossOutput:
-        """The preference loss of a batch on this device, in one autograd function with the LM head where the kernels
-        know the loss.
+        """Preference loss of a batch on this device, fused with the LM head if the kernels implement the loss.
 
-        Call inside `packed_layout(batch.layout)`, backward included.
+        Call it, and backward, inside `packed_layout(batch.layout)`.
         """
         inputs = batch.loss_inputs
         if not is_fused(loss):
@@ -204,7 +203,7 @@ class TrainingEngine:
 
     @torch.no_grad()
     def reference_logp(self, batch: GroupBatch) -> torch.Tensor:
-        """fp32 log-probs [N] without dropout and gradient. Before the first step the policy *is* the reference."""
+        """fp32 log-probs [N] without dropout or gradient. Before the first step the policy *is* the reference."""
         self.deepspeed.eval()
         with packed_layout(batch.layout):
             logp_N = self._call(batch)
@@ -212,16 +211,16 @@ class TrainingEngine:
         return logp_N
 
     def backward(self, loss: torch.Tensor, *, is_last: bool) -> None:
-        """Adds the gradient of `loss`, which is this rank's share of a sum over all ranks.
+        """Accumulates the gradient of `loss`, this rank's share of a sum over all ranks.
 
-        DeepSpeed divides by the number of ranks and, if let, by its accumulation steps; both are undone, so that the
-        gradient is that of the sum of all shares, exactly, however the step was divided.
+        DeepSpeed divides by the number of ranks and, by default, by its accumulation steps. Both are undone, so the
+        gradient is exactly that of the sum of all shares, regardless of how the step was divided.
         """
         self.deepspeed.set_gradient_accumulation_boundary(is_last)
         self.deepspeed.backward(loss * self.ranks.world_size, scale_wrt_gas=False)
 
     def step(self, lr_factor: float) -> float:
-        """One optimizer step at `lr_factor` of the peak learning rates; returns the gradient norm before clipping."""
+        """Optimizer step at `lr_factor` times the peak learning rates; returns the gradient norm before clipping."""
         for group, base_lr in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
             group["lr"] = base_lr * lr_factor
         self.deepspeed.step()

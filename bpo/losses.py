@@ -1,4 +1,4 @@
-"""Preference losses, each a function of the log-ratios of a pair, with its equation; and how a batch comes to them.
+"""Preference losses as functions of the log-ratios of a pair, with their equations; application to a batch.
 
 Notation: h(y) = sum_t w_t (log pi(y_t) - log pi_ref(y_t)) over the tokens of y; y_w preferred, y_l dispreferred;
 Delta = beta (h(y_w) - h(y_l)); e = label_smoothing.
@@ -20,7 +20,7 @@ from bpo_kernels.checks import LOSS_TYPES, check_preference_options
 
 @dataclass(frozen=True, slots=True)
 class PairTerms:
-    """What a loss may use of each pair.
+    """Inputs of a preference loss, one entry per pair.
 
     chosen_ratio_P, rejected_ratio_P: h(y_w) and h(y_l), with gradient.
     chosen_nll_P: mean over the tokens of -log pi(y_w), with gradient.
@@ -39,11 +39,11 @@ LOSSES: dict[str, PreferenceLoss] = {}
 
 
 def register_loss(name: str) -> Callable[[PreferenceLoss], PreferenceLoss]:
-    """Adds a loss, one value per pair, under the name that `loss.type` takes."""
+    """Registers a loss, one value per pair, under its `loss.type` name."""
 
     def add(function: PreferenceLoss) -> PreferenceLoss:
         if name in LOSSES:
-            raise ValueError(f"a loss named {name!r} is registered already")
+            raise ValueError(f"a loss named {name!r} is already registered")
         LOSSES[name] = function
         return function
 
@@ -52,7 +52,7 @@ def register_loss(name: str) -> Callable[[PreferenceLoss], PreferenceLoss]:
 
 @register_loss("sigmoid")
 def sigmoid(pair: PairTerms, config: LossConfig) -> torch.Tensor:
-    """DPO, arXiv 2305.18290 eq. 7, and BPO, arXiv 2403.08730; label smoothing of cDPO."""
+    """DPO, arXiv 2305.18290 eq. 7, and BPO, arXiv 2403.08730; label smoothing as in cDPO."""
     delta_P, e = pair.delta_P(config.beta), config.label_smoothing
     return -(1 - e) * logsigmoid(delta_P) - e * logsigmoid(-delta_P)
 
@@ -78,13 +78,13 @@ def ipo(pair: PairTerms, config: LossConfig) -> torch.Tensor:
 
 @register_loss("sft")
 def sft(pair: PairTerms, config: LossConfig) -> torch.Tensor:
-    """Fine-tuning on the preferred side only, the control of BPO's Table 4. Rewards do not enter the loss."""
+    """Fine-tuning on the preferred side only, the control in BPO's Table 4. Rewards do not enter the loss."""
     return pair.chosen_nll_P
 
 
 @dataclass(frozen=True, slots=True)
 class LossOutput:
-    """The loss of each pair [P] and what metrics report of it; fp32.
+    """Loss of each pair [P] and the quantities that metrics report, in fp32.
 
     loss_P: preference_P + loss.chosen_nll_weight * nll_P, with gradient.
     preference_P: the preference loss.
@@ -113,10 +113,10 @@ def is_fused(config: LossConfig) -> bool:
 
 
 def check_loss(config: LossConfig) -> None:
-    """Tries the loss on one pair, so that a wrong name or option is refused before anything long begins.
+    """Evaluates the loss on one pair, so that an invalid name or option fails before any long work starts.
 
     Raises:
-        ValueError: the name is unknown, or an option does not go with the loss.
+        ValueError: the name is unknown, or an option does not apply to the loss.
     """
     zero_P = torch.zeros(1)
     if is_fused(config):
@@ -127,14 +127,14 @@ def check_loss(config: LossConfig) -> None:
 def fused_loss(
     outputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], inputs: LossInputs, config: LossConfig
 ) -> LossOutput:
-    """From what the fused head and loss return: losses and rewards of both sides [P], log-probs [N]."""
+    """Output from the results of the fused head and loss: losses and rewards of both sides [P], log-probs [N]."""
     preference_P, chosen_P, rejected_P, logp_N = outputs
     nll_P = chosen_nll(logp_N, inputs)
     return LossOutput(_total(preference_P, nll_P, config), preference_P, nll_P, chosen_P, rejected_P, logp_N)
 
 
 def loss_of_logp(logp_N: torch.Tensor, inputs: LossInputs, config: LossConfig) -> LossOutput:
-    """From token log-probs [N], for a loss that the kernels do not know."""
+    """Output from token log-probs [N], for a loss that the kernels do not implement."""
     assert inputs.reference is not None
     ratio_N = logp_N - inputs.reference
     if inputs.token_weight_N is not None:
@@ -147,7 +147,7 @@ def loss_of_logp(logp_N: torch.Tensor, inputs: LossInputs, config: LossConfig) -
 
 
 def chosen_nll(logp_N: torch.Tensor, inputs: LossInputs) -> torch.Tensor:
-    """Mean negative log-likelihood per token of each pair's preferred answer, [P]: keeps both sides from sinking."""
+    """Mean negative log-likelihood per token of each pair's preferred answer, [P]: a regulariser."""
     tokens_K = inputs.sequence_sum(torch.ones_like(logp_N))
     nll_K = -inputs.sequence_sum(logp_N) / tokens_K
     return nll_K[inputs.pairs_P2[:, 0]]
@@ -158,7 +158,7 @@ def _total(preference_P: torch.Tensor, nll_P: torch.Tensor, config: LossConfig) 
 
 
 def loss_at_reference(inputs: LossInputs, config: LossConfig) -> torch.Tensor:
-    """The preference loss [P] of a policy equal to the reference: log 2 for sigmoid. The first step must give it."""
+    """Preference loss [P] of a policy equal to the reference (log 2 for sigmoid), as expected of the first step."""
     assert inputs.reference is not None
     zero_P = torch.zeros(len(inputs.pairs_P2), device=inputs.pairs_P2.device)
     return get_loss(config.type)(PairTerms(zero_P, zero_P, chosen_nll(inputs.reference, inputs)), config)

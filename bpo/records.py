@@ -1,4 +1,4 @@
-"""The records that pass between the stages of bpo. Every stage takes and returns one of these.
+"""Records passed between the stages of bpo; every stage takes and returns one of these.
 
 Shape letters: T packed tokens, N response tokens (predictor rows), G groups, K completions, P pairs.
 """
@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-if TYPE_CHECKING:  # reading and writing records needs no torch
+if TYPE_CHECKING:  # reading and writing records does not need torch
     from collections.abc import Callable
 
     import torch
@@ -20,7 +20,7 @@ ROLES: tuple[str, ...] = ("system", "user", "assistant")
 
 @dataclass(frozen=True, slots=True)
 class ContentPart:
-    """One piece of a turn: text, or the place of the next image."""
+    """One part of a turn: text, or a placeholder for the next image."""
 
     type: Literal["text", "image"]
     text: str = ""
@@ -44,9 +44,9 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Annotation:
-    """One image (or several), a prompt that ends with a user turn, and the dataset's answer.
+    """One or more images, a prompt that ends with a user turn, and the dataset's answer.
 
-    `extra` holds the file's fields that bpo does not read; they are handed on.
+    `extra` holds the file's fields that bpo does not read; they are passed through.
     """
 
     id: str
@@ -58,13 +58,13 @@ class Annotation:
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
-    """How a completion came to be; enough to make it again.
+    """How a completion was generated, in enough detail to reproduce it.
 
     Attributes:
-        source: What made it: `weakened-image`, `injected-errors` ...
-        noise_step: Step of the forward diffusion that weakened the image.
-        space: Where the noise was added: `normalised` pixels, or `pixel` values before the image processor.
-        kept_words: Words of the annotation with which it begins.
+        source: Generator: `weakened-image`, `injected-errors` ...
+        noise_step: Forward diffusion step that weakened the image.
+        space: Space of the noise: `normalised` pixels, or `pixel` values before the image processor.
+        kept_words: Number of words of the annotation that it starts with.
     """
 
     source: str
@@ -95,10 +95,10 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class PreferenceGroup:
-    """One prompt about one image (or several) and K >= 2 completions.
+    """One prompt about one or more images and K >= 2 completions.
 
     The preference pairs are all (i, j) with `score_i > score_j` (arXiv 2403.08730, released schema). `extra`, here and
-    in a completion, holds the file's fields that bpo does not read; they are handed on.
+    in a completion, holds the file's fields that bpo does not read; they are passed through.
     """
 
     id: str
@@ -110,12 +110,12 @@ class PreferenceGroup:
 
 @dataclass(frozen=True, slots=True)
 class PackedLayout:
-    """Where prefixes and completions stand in a packed row; attention reads nothing else.
+    """Positions of prefixes and completions in a packed row; attention uses nothing else.
 
     Spans are half-open `(start, end)` in the row, ascending and without gaps:
     prefix_0, its completions, prefix_1, its completions, ...
-    A last prefix without completions, beyond those of the groups, carries a stand-in image (`collate_groups`).
-    In a batch of separate sequences there are gaps: padding, and the prefix's copies for all completions but the first.
+    A final prefix of no group, without completions, holds a stand-in image (`collate_groups`).
+    In a batch of separate sequences there are gaps: padding, and a copy of the prefix per completion but the first.
     """
 
     prefix_spans: tuple[tuple[int, int], ...]
@@ -124,7 +124,7 @@ class PackedLayout:
 
 @dataclass(frozen=True, slots=True)
 class UsefulWork:
-    """Work of a micro-batch or a step that a FLOP count needs: rows per part of the model, and pairs that attend.
+    """Inputs of the FLOP count of a micro-batch or step: rows per part of the model, and attention pairs.
 
     tokens: packed tokens through the language model.
     responses: rows that reach the LM head.
@@ -148,12 +148,12 @@ class UsefulWork:
 
 @dataclass(frozen=True, slots=True)
 class LossInputs:
-    """What a preference loss needs besides the policy's log-probs; collated once and passed on as it is.
+    """Inputs of a preference loss other than the policy's log-probs; collated once and passed on unchanged.
 
     completion_of_token_N: [N] int64, index into the K completions of the batch.
     completion_starts_K1: [K + 1] int64, offset of each completion's first token among the N, and N at the end.
     pairs_P2: [P, 2] int64, (preferred, dispreferred) completion indices.
-    pair_weight_P: [P] 1, or 0 in a filler: a batch that only keeps a rank in step with the others.
+    pair_weight_P: [P] 1, or 0 in a filler: a batch that only keeps a rank in lockstep with the others.
     token_weight_N: [N] weight of each token's log-ratio, or None for 1.
     reference: [N] fp32 log-probs of the reference, or None while they are being computed.
     """
@@ -178,19 +178,19 @@ class LossInputs:
 class GroupBatch:
     """Several groups packed into one row without padding: the unit of one forward pass.
 
-    Where the model cannot share prefixes, T counts the tokens of padded rows [prefix | completion], one row after the
-    other; `sequence_inputs` then hold their attention mask [B, T / B].
+    If the model cannot share prefixes, T counts the tokens of concatenated padded rows [prefix | completion];
+    `sequence_inputs` then holds their attention mask [B, T / B].
 
     input_ids_T: token ids, image placeholders expanded.
     position_ids_XT: [1, T], or [3, T] for multimodal rotary positions; restart after the prefix for each completion.
     image_inputs: keyword arguments of the vision tower, the images of all groups in order.
     predictor_rows_N: the row of T whose hidden state predicts `target_N`.
     loss_inputs: tokens -> completions -> pairs, their weights and the reference.
-    is_filler: all pairs have weight 0; known here without a look at the device.
-    useful_work: the work that training needs: none for a filler or a stand-in image.
-    sequence_inputs: what the model takes beside ids and positions for B padded rows; empty for one packed row.
-    feature_rows_F: which entry of `pixel_values` gives the features of each image (or tile) in the rows, where one
-        image stands in several and is encoded once; None where each is an entry of its own.
+    is_filler: all pairs have weight 0; stored here so that no device read is needed.
+    useful_work: the work that training needs; zero for fillers and stand-in images.
+    sequence_inputs: further model inputs of B padded rows; empty for one packed row.
+    feature_rows_F: for each image (or tile) in the rows, the entry of `pixel_values` with its features, if an image
+        that occurs in several rows is encoded once; None if each occurrence has its own entry.
     """
 
     group_ids: tuple[str, ...]
@@ -208,14 +208,14 @@ class GroupBatch:
     feature_rows_F: torch.Tensor | None = None
 
     def pin_memory(self) -> GroupBatch:
-        """The same batch in page-locked memory; a DataLoader with `pin_memory` calls it, for asynchronous copies."""
+        """The batch in page-locked memory, for asynchronous copies; called by a DataLoader with `pin_memory`."""
         return self._with_tensors(lambda tensor: tensor.pin_memory())
 
     def to(self, device: torch.device, dtype: torch.dtype) -> GroupBatch:
         """The batch on a device, pixels in `dtype`; asynchronous from page-locked memory to a GPU.
 
-        What is there already is not copied. Pixels change their dtype on the device: `Tensor.to(device, dtype)` would
-        convert them on the host first, in memory that is not page-locked.
+        Tensors already there are not copied. Pixels are converted on the device: `Tensor.to(device, dtype)` would
+        convert them on the host first, into memory that is not page-locked.
         """
         moved = self._with_tensors(lambda tensor: tensor.to(device, non_blocking=True))
         pixels = {k: v.to(dtype) if v.is_floating_point() else v for k, v in moved.image_inputs.items()}
@@ -248,6 +248,6 @@ class GroupBatch:
 
 
 def _tensor_fields(record: LossInputs | GroupBatch) -> dict[str, torch.Tensor]:
-    """The fields that hold a tensor, recognised by a method: importing torch here would slow every command down."""
+    """Fields that hold a tensor, detected by a method: importing torch here would slow down every command."""
     values = {entry.name: getattr(record, entry.name) for entry in fields(record)}
     return {name: value for name, value in values.items() if hasattr(value, "pin_memory")}

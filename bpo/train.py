@@ -1,6 +1,6 @@
 """Preference training: `deepspeed bpo/train.py --config FILE [--train.lr 1e-5 ...]`.
 
-Reads the groups, computes the reference once, and trains with DeepSpeed. torchrun, srun and plain python start it too.
+Reads the groups, computes reference log-probs once, trains with DeepSpeed. torchrun, srun and plain python work too.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 if __name__ == "__main__" and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
-    sys.path.pop(0)  # `deepspeed bpo/train.py` puts bpo/ first: its modules must not pass for top-level ones
+    sys.path.pop(0)  # `deepspeed bpo/train.py` puts bpo/ first: its modules must not shadow top-level ones
 
 import torch
 
@@ -46,7 +46,7 @@ from bpo.training.step import run_step
 
 @dataclasses.dataclass
 class Prepared:
-    """What the loop needs, after everything that happens once."""
+    """Inputs of the training loop, after all one-time set-up."""
 
     data: TrainingData
     steps: list[PlannedStep]
@@ -60,7 +60,7 @@ class Prepared:
 def prepare(
     config: Config, resolved: ResolvedModel, ranks: Ranks, guard: RunGuard, stop: StopRequest | None
 ) -> Prepared:
-    """Finds the checkpoint, measures, plans, loads, computes the reference, restores."""
+    """Finds the checkpoint, measures and plans the groups, loads the model, fills the reference store, restores."""
     found = partition.find_resumable(config, collectives.JobRanks(ranks))
     guard.count_restart(found[1]["step"] if found else 0)
     if ranks.is_main:
@@ -90,12 +90,12 @@ def prepare(
 
 @named_compile_locks()
 def train(config: Config, ranks: Ranks, stop: StopRequest | None = None) -> bool:
-    """The whole run, inside a process group that `engine.init_distributed` started; False if `stop` cut it short.
+    """Runs training in the process group started by `engine.init_distributed`; False if `stop` cut it short.
 
     Raises:
-        Interrupted: `stop` came before the first step; what was measured and computed of the reference is kept.
+        Interrupted: `stop` came before the first step; measured lengths and reference log-probs are kept.
     """
-    # What can be refused is refused before the hours of measuring, loading and the reference pass.
+    # Validate before the hours of measuring, loading and the reference pass.
     losses.check_loss(config.loss)
     resolved = resolve_model(config.model, pick_device(ranks), for_training=True)
     partition.check_settings(engine.deepspeed_config(config.train, resolved.dtype, 1))
@@ -104,7 +104,7 @@ def train(config: Config, ranks: Ranks, stop: StopRequest | None = None) -> bool
 
 
 def run_steps(config: Config, run: Prepared, guard: RunGuard, stop: StopRequest | None) -> bool:
-    """Every step that is not done yet; False if `stop` cut it short."""
+    """Runs the remaining steps; returns False if `stop` cut the run short."""
     trainer, todo, total, number = run.trainer, run.steps[run.done :], len(run.steps), run.done
     progress = {"done": run.done, "total": total, "groups_per_epoch": len(run.data.usable)}
     report = StepReport(config.train, trainer.ranks, trainer.device, flops=run.flops, **progress)
@@ -142,7 +142,7 @@ def main(argv: list[str] | None = None) -> None:
     with process_end(Path(config.train.output_dir), is_main=ranks.is_main, leave_group=collectives.shut_down):
         engine.init_distributed(ranks)
         if not train(config, ranks, StopRequest()):
-            raise Interrupted("interrupted; a checkpoint is written")
+            raise Interrupted("interrupted; a checkpoint was written")
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ def test_a_file_that_is_no_json_is_named(tmp_path: Path) -> None:
 
 
 def test_float16_training_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="float16 is not for training"):
+    with pytest.raises(ValueError, match="float16 is unsupported in training"):
         settings_of(tmp_path / "ds.json", {"zero_optimization": {"stage": 2}}, torch.float16)
 
 

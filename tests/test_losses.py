@@ -157,7 +157,7 @@ def test_unknown_name_lists_the_known_ones() -> None:
 
 
 def test_registering_a_loss_makes_its_name_valid_and_refuses_a_second() -> None:
-    with pytest.raises(ValueError, match="'sigmoid' is registered already"):
+    with pytest.raises(ValueError, match="'sigmoid' is already registered"):
         register_loss("sigmoid")(get_loss("hinge"))
     try:
         register_loss("mine")(get_loss("hinge"))

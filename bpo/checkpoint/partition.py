@@ -1,9 +1,8 @@
-"""Checkpoints of a DeepSpeed run: what each rank holds under ZeRO, taken and put back; the checks before a run goes on.
+"""Checkpoints of a DeepSpeed run: saves and restores each rank's ZeRO state; checks before a run is resumed.
 
-ZeRO's partitions are read and written through the tables that DeepSpeed keeps of them, not through its own checkpoint
-files: those are pickles (nothing may be executed here), name themselves `latest` before they are whole, and hold for
-one number of ranks only. The format is in `shards`, its safety in `files`, the saving in
-`save`.
+ZeRO's partitions are read and written through DeepSpeed's tables of them, not through its checkpoint files: those are
+pickles (loading them executes code), are named `latest` before they are complete, and fit one number of ranks only.
+`shards` defines the format, `files` its durability, `save` the saving.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ Found = tuple[Path, dict[str, Any]]
 
 
 def check_settings(settings: dict[str, Any]) -> None:
-    """Refuses DeepSpeed settings whose state could not be saved, before hours are spent.
+    """Rejects DeepSpeed settings whose state cannot be saved, before any long work starts.
 
     Raises:
         ValueError: no ZeRO stage, states on NVMe, or MiCS; names the key.
@@ -59,17 +58,17 @@ def check_settings(settings: dict[str, Any]) -> None:
 
 
 def find_resumable(config: Config, job: JobRanks) -> Found | None:
-    """The checkpoint to continue from, which fits this configuration, or None for a fresh start. On all ranks.
+    """Returns a checkpoint compatible with this configuration, or None for a fresh start. Call on all ranks.
 
     Raises:
-        CheckpointError: there are checkpoints but the run was not asked to continue (a fresh start would mix with
-            them), none of them is valid, or options differ that decide what a step computes.
+        CheckpointError: checkpoints exist but `train.resume` is off (a fresh start would mix with them), none of them
+            is valid, or options that affect a step's result differ.
     """
     output_dir = Path(config.train.output_dir)
     if not config.train.resume:
         if job.gather(bool(checkpoint_dirs(output_dir)) if job.rank == 0 else False)[0]:
             raise CheckpointError(
-                f"{output_dir} holds checkpoints of an earlier run; give --resume or another train.output_dir"
+                f"{output_dir} contains checkpoints of an earlier run; pass --resume or set another train.output_dir"
             )
         return None
     found = newest_valid_checkpoint(output_dir, job)
@@ -82,7 +81,7 @@ def find_resumable(config: Config, job: JobRanks) -> Found | None:
 
 
 class RunDescription:
-    """The manifest of any step of a run; and whether a found checkpoint is of this data, plan and base model."""
+    """Writes the manifests of a run; checks that a checkpoint is of the same data, plan and base model."""
 
     def __init__(
         self, config: Config, data: TrainingData, steps: Sequence[PlannedStep], reference: dict[str, str], ranks: int
@@ -90,7 +89,7 @@ class RunDescription:
         self.config, self.steps, self.ranks = config, steps, ranks
         weights = [f"{name} {value}" for name, value in sorted(reference.items()) if name.startswith("file:")]
         self.fingerprints = {
-            DATA: content_digest(f"{one.reference_key} {one.num_pairs}" for one in data.measured),
+            DATA: content_digest(f"{group.reference_key} {group.num_pairs}" for group in data.measured),
             WEIGHTS: content_digest(weights),
             "reference": content_digest(f"{name} {value}" for name, value in sorted(reference.items())),
         }
@@ -100,7 +99,7 @@ class RunDescription:
         return content_digest(f"{step.epoch} {step.groups}" for step in self.steps[:done])
 
     def manifest(self, step: int) -> dict[str, Any]:
-        """Everything but the files."""
+        """The manifest of a step, without its files."""
         return {
             "step": step,
             "world_size": self.ranks,
@@ -108,7 +107,7 @@ class RunDescription:
                 "steps_done": step,
                 "steps_planned": len(self.steps),
                 "epoch": self.steps[step - 1].epoch,
-                "groups_done": sum(len(one.groups) for one in self.steps[:step]),
+                "groups_done": sum(len(planned.groups) for planned in self.steps[:step]),
             },
             "seeds": {"train.seed": self.config.train.seed},
             "fingerprints": {**self.fingerprints, PLAN: self.plan_digest(step)},
@@ -117,7 +116,7 @@ class RunDescription:
         }
 
     def check(self, manifest: dict[str, Any], *, warn: bool) -> None:
-        """Raises CheckpointError where data, plan or base weights are not the checkpoint's; warns of other versions."""
+        """Raises CheckpointError if data, plan or base weights are not the checkpoint's; warns if versions differ."""
         accepted = self.config.train.accept_changes
         check_content(manifest, DATA, self.fingerprints[DATA], accepted, warn=warn)
         check_content(manifest, WEIGHTS, self.fingerprints[WEIGHTS], accepted, warn=warn)
@@ -125,12 +124,12 @@ class RunDescription:
         changed = [f"{k} {v} -> {versions().get(k)}" for k, v in manifest["versions"].items() if versions().get(k) != v]
         if changed and warn:
             logger.warning(
-                "other versions than the checkpoint's: %s; losses may differ in rounding", ", ".join(changed)
+                "versions differ from the checkpoint's: %s; losses may differ in rounding", ", ".join(changed)
             )
 
 
 class Partition:
-    """This rank's flat fp32 tensors under ZeRO 1, 2 or 3, and which elements of which parameters they hold."""
+    """This rank's flat fp32 tensors under ZeRO 1, 2 or 3, and the parameter elements in each."""
 
     def __init__(self, engine: TrainingEngine):
         self.zero = engine.optimizer
@@ -146,11 +145,11 @@ class Partition:
             self.fragments = self._of_stages_1_and_2(named)
         else:
             raise CheckpointError(
-                f"no table of partitions in DeepSpeed's {type(self.zero).__name__}; use ZeRO 1, 2 or 3"
+                f"DeepSpeed's {type(self.zero).__name__} has no table of partitions; use ZeRO 1, 2 or 3"
             )
 
     def _of_stages_1_and_2(self, named: dict[str, torch.nn.Parameter]) -> list[Fragment]:
-        """A group's parameters one after the other, cut into equal parts: a rank's part may cut through a parameter."""
+        """A group's parameters are concatenated and cut into equal parts, which may split a parameter."""
         group_of = {id(p): number for number, group in enumerate(self.zero.bit16_groups) for p in group}
         fragments = []
         for name, parameter in named.items():
@@ -162,7 +161,7 @@ class Partition:
         return fragments
 
     def _of_stage_3(self, named: dict[str, torch.nn.Parameter], rank: int) -> list[Fragment]:
-        """Every parameter cut into equal parts, the last one padded."""
+        """Each parameter is cut into equal parts, the last one padded."""
         fragments = []
         for name, parameter in named.items():
             flat, flat_start, count = self.zero.grad_position[self.zero.get_param_id(parameter)]
@@ -176,7 +175,7 @@ class Partition:
         return Fragment(name, self.shapes[name], dtype, int(start), int(numel), int(flat), int(at))
 
     def shard(self) -> Shard:
-        """The live state, not copied. After at least one step."""
+        """Returns the live state, not a copy. Requires at least one step."""
         tensors: dict[str, torch.Tensor] = {}
         steps = set()
         for number, flat in enumerate(self.flats):
@@ -184,15 +183,15 @@ class Partition:
             steps.add(int(state["step"]))
             tensors |= {f"{MASTER}.{number}": flat.data, **{f"{k}.{number}": state[k] for k in KINDS if k != MASTER}}
         if len(steps) != 1:
-            raise CheckpointError(f"the optimizer's groups have made different numbers of steps: {sorted(steps)}")
+            raise CheckpointError(f"the optimizer's groups have taken different numbers of steps: {sorted(steps)}")
         return Shard(self.fragments, steps.pop(), tensors)
 
     @torch.no_grad()
     def restore(self, shards: ShardSet) -> None:
-        """Master weights, moments and step; then the model's own weights from the master weights, as a step does.
+        """Restores master weights, moments and step, then the model's weights from the master weights, as a step does.
 
         Raises:
-            CheckpointError: the checkpoint is of a model with other trained parameters.
+            CheckpointError: the checkpoint has other trained parameters than the model.
         """
         stored = shards.shapes()
         differing = sorted(n for n in stored.keys() | self.shapes.keys() if stored.get(n) != self.shapes.get(n))
@@ -218,7 +217,7 @@ class Partition:
         self.zero.checkpoint_event_epilogue()
 
     def _step_value(self, step: int, flat: torch.Tensor) -> Any:
-        """As the optimizer keeps it: torch a tensor (its fused kernel: on the device), DeepSpeedCPUAdam an int."""
+        """The step in the optimizer's type: a tensor in torch (on the device if fused), an int in DeepSpeedCPUAdam."""
         if not isinstance(self.adam, (torch.optim.Adam, torch.optim.AdamW)):
             return step
         fused = any(group.get("fused") or group.get("capturable") for group in self.adam.param_groups)
@@ -229,7 +228,7 @@ def resume(engine: TrainingEngine, description: RunDescription, found: Found | N
     """Loads weights and optimizer of a verified checkpoint, written by any number of ranks; returns the steps done.
 
     Raises:
-        CheckpointError: data, plan or base weights are not the checkpoint's, or other parameters are trained.
+        CheckpointError: data, plan, base weights or trained parameters differ from the checkpoint's.
     """
     if found is None:
         return 0
@@ -246,7 +245,7 @@ def resume(engine: TrainingEngine, description: RunDescription, found: Found | N
 def build_saver(
     engine: TrainingEngine, options: TrainConfig, description: RunDescription, guard: RunGuard, at_stage: Hook = no_hook
 ) -> CheckpointSaver:
-    """Saves the engine's state as `train.*` says; nothing gets its name after another job took the directory over."""
+    """Saves the engine's state as set in `train.*`; publishes nothing after another job took over the directory."""
 
     def describe(step: int) -> dict[str, Any]:
         if problem := guard.lost():
