@@ -166,7 +166,7 @@ class TrainConfig:
         ds_config: DeepSpeed config (ZeRO, offload, communication), such as ds_configs/zero3.json (also installed).
         epochs: Number of passes over the groups.
         max_steps: Maximum number of optimizer steps; 0 runs all epochs.
-        groups_per_step: Number of groups per optimizer step over all ranks; their choice does not depend on the rank count.
+        groups_per_step: Number of groups per optimizer step over all ranks; its groups do not depend on the ranks.
         max_micro_batch_tokens: Maximum number of packed tokens per forward pass and rank.
         completion_types: Completion types to train on, in addition to the best-scored completions; empty uses all.
         lr: Peak learning rate.

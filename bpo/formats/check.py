@@ -224,7 +224,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--no-images", action="store_true", help="do not open images")
     names = ", ".join(schema.name for schema in SCHEMAS)
     parser.add_argument("--from", dest="schema", default="", help=f"record schema (default: detected), one of {names}")
-    parser.add_argument("--max-words", type=int, default=DataConfig.max_completion_words, help="longest completion")
+    parser.add_argument("--max-words", type=int, default=DataConfig.max_completion_words, help="words per completion")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one per core)")
     parser.add_argument("--max-bad-share", type=share, default=0.0, help="fraction of bad records to tolerate")
     parser.add_argument("--quarantine", type=Path, help="list of bad records (default: DATA.quarantine.jsonl)")

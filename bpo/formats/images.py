@@ -91,7 +91,7 @@ def resolve_image_path(root: Path, relative: str) -> Path:
         raise ImageError(f"image {relative!r} is missing under data.image_root {real_root}{hint}", "image-missing")
     if not is_file:
         raise ImageError(
-            f"image {relative!r} is not a regular file ({path}); name the image inside it", "image-no-file"
+            f"image {relative!r} is not a regular file ({path}); write the path of an image file", "image-no-file"
         )
     return path
 
