@@ -1,8 +1,8 @@
-"""Packs encoded groups into one row without padding; each prefix stands once.
+"""Packs encoded groups into one row without padding; each prefix appears once.
 
     [prefix_1 | completion_1a | completion_1b | prefix_2 | completion_2a | ...]
 
-For a model that cannot share prefixes, each completion has a padded row of its own instead:
+For a model that cannot share prefixes, each completion has its own padded row instead:
 
     [prefix_1 | completion_1a | padding], [prefix_1 | completion_1b], ...
 
@@ -30,13 +30,13 @@ def preference_pairs(scores: Sequence[float]) -> list[tuple[int, int]]:
 
 
 def reference_key(group: EncodedGroup, image_digests: Sequence[str]) -> str:
-    """Content address of a group's log-probs: image bytes and token ids, so that a changed record is computed anew."""
+    """Content address of a group's log-probs: image bytes and token ids, so that a changed record is recomputed."""
     content = [list(image_digests), list(group.prompt.prefix_ids), [list(ids) for ids in group.completion_ids]]
     return hashlib.sha256(json.dumps(content, separators=(",", ":")).encode()).hexdigest()
 
 
 class _Sequences:
-    """The tokens of a batch while it grows, with what is predicted where."""
+    """Accumulates the tokens of a batch, its prediction rows and targets."""
 
     def __init__(self) -> None:
         self.ids: list[int] = []
@@ -52,7 +52,7 @@ class _Sequences:
     def add(self, group: EncodedGroup, prefix_positions_XT: torch.Tensor) -> None:
         prefix_span, spans = self._append(group, prefix_positions_XT)
         for index, ((start, end), ids) in enumerate(zip(spans, group.completion_ids, strict=True)):
-            # The prefix's last hidden state predicts the first token, each token its successor.
+            # The prefix's last hidden state predicts the first token, each token the next one.
             self.rows.extend([self._last_of_prefix(start, prefix_span), *range(start, end - 1)])
             self.targets.extend(ids)
             self.completion_of_token.extend([self.num_completions + index] * len(ids))
@@ -82,9 +82,9 @@ class _Sequences:
 
 
 class _PaddedRows(_Sequences):
-    """Rows of [prefix | completion | padding], all of one length, one after the other.
+    """Concatenated rows of [prefix | completion | padding], all of the same length.
 
-    Padding stands on the right: under a causal mask nothing before it can see it.
+    Padding is on the right: under a causal mask no earlier token attends to it.
     """
 
     def __init__(self, row_tokens: int, padding_id: int):
@@ -116,7 +116,7 @@ class _PaddedRows(_Sequences):
         return completion_start - 1
 
     def attention_mask(self) -> torch.Tensor:
-        """[B, T / B], 1 where there is a token and 0 on padding."""
+        """[B, T / B]: 1 for tokens, 0 for padding."""
         return (torch.arange(self.row_tokens) < torch.tensor(self.lengths)[:, None]).long()
 
 
@@ -128,20 +128,20 @@ def collate_groups(
     is_filler: bool = False,
     stand_in: EncodedPrompt | None = None,
 ) -> GroupBatch:
-    """Packs groups into a `GroupBatch`, or gives each completion a row where `family` cannot share prefixes.
+    """Packs groups into a `GroupBatch`, or gives each completion its own row if `family` cannot share prefixes.
 
-    Positions go on after the prefix for each completion, so a completion is encoded as if it stood alone after its
+    Positions continue after the prefix for each completion, so it is encoded as if it were the only completion of its
     prompt. With `is_filler` every pair has weight 0.
 
-    Groups without any image end in the `stand_in` image: a prefix that no completion follows or reads. The vision tower
-    and the projector then run in every micro-batch, as ZeRO's collectives need where another rank has images; no row of
-    the loss depends on the stand-in, so the gradient that flows through it is exactly zero.
+    Groups without any image end with the `stand_in` image: a prefix that no completion follows or attends to. Vision
+    tower and projector then run in every micro-batch, as ZeRO's collectives require if another rank has images; no row
+    of the loss depends on the stand-in, so its gradient is exactly zero.
     """
     members = list(groups) if stand_in is None else [*groups, EncodedGroup(stand_in, (), ())]
     shares = family.separate_reason is None
-    row = _Sequences() if shares else _PaddedRows(max(_row_tokens(one) for one in members), _padding_id(family))
-    for one in members:
-        row.add(one, _positions(one.prompt, family))
+    row = _Sequences() if shares else _PaddedRows(max(_row_tokens(group) for group in members), _padding_id(family))
+    for group in members:
+        row.add(group, _positions(group.prompt, family))
     lengths = [end - start for spans in row.completion_spans for start, end in spans]
     image_inputs, feature_rows_F = _images_of_rows(members, family)
     return GroupBatch(
@@ -171,18 +171,18 @@ def _positions(prompt: EncodedPrompt, family: Family) -> torch.Tensor:
 
 
 def _positions_after(prefix_positions_XT: torch.Tensor, count: int) -> torch.Tensor:
-    """[X, count]: every channel goes on from the largest position of the prefix."""
+    """[X, count]: every channel continues from the largest position of the prefix."""
     next_position = int(prefix_positions_XT.max()) + 1
     return (torch.arange(count) + next_position).expand(prefix_positions_XT.shape[0], -1)
 
 
 def _row_tokens(group: EncodedGroup) -> int:
-    """Tokens of the group's longest row: a prefix (a stand-in's has no completion) and a completion."""
+    """Tokens of the group's longest row: a prefix and, except for a stand-in, a completion."""
     return group.longest_tokens if group.completion_ids else len(group.prompt.prefix_ids)
 
 
 def _padding_id(family: Family) -> int:
-    """A token to pad with, seen by none: any but the image token, which the model would count."""
+    """The padding token, which nothing attends to: any but the image token, which the model would count."""
     return int(family.image_token_id == 0)
 
 
@@ -194,24 +194,24 @@ def _sequence_inputs(rows: _PaddedRows, family: Family) -> dict[str, torch.Tenso
 def _images_of_rows(
     groups: Sequence[EncodedGroup], family: Family
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
-    """The images as the model takes them, and for separate sequences which of them each row needs.
+    """The model's image inputs and, for separate sequences, the index of the images of each row.
 
-    Every row of a group holds its images. Where the family allows it, pixels stand once and their features are repeated
-    by `feature_rows_F`; elsewhere the pixels themselves are repeated.
+    Every row of a group contains its images. If the family allows it, pixels are passed once and `feature_rows_F`
+    repeats their features; otherwise the pixels themselves are repeated.
     """
-    with_images = [one for one in groups if one.prompt.image_inputs]
-    inputs = [one.prompt.image_inputs for one in with_images]
+    with_images = [group for group in groups if group.prompt.image_inputs]
+    inputs = [group.prompt.image_inputs for group in with_images]
     if family.separate_reason is None:
         return family.batch_image_inputs(inputs), None
-    repeats = [max(1, len(one.completion_ids)) for one in with_images]
+    repeats = [max(1, len(group.completion_ids)) for group in with_images]
     if not (family.repeats_features and inputs):
-        return family.batch_image_inputs([one for one, n in zip(inputs, repeats, strict=True) for _ in range(n)]), None
-    pixels = [one["pixel_values"] for one in inputs]
-    others = [{key: one[key] for key in one if key != "pixel_values"} for one in inputs]
-    ends = [0, *itertools.accumulate(len(one) for one in pixels)]
+        return family.batch_image_inputs([x for x, n in zip(inputs, repeats, strict=True) for _ in range(n)]), None
+    pixels = [x["pixel_values"] for x in inputs]
+    others = [{key: x[key] for key in x if key != "pixel_values"} for x in inputs]
+    ends = [0, *itertools.accumulate(len(values) for values in pixels)]
     tiles = zip(itertools.pairwise(ends), repeats, strict=True)
     return (
-        family.batch_image_inputs([one for one, n in zip(others, repeats, strict=True) for _ in range(n)])
+        family.batch_image_inputs([x for x, n in zip(others, repeats, strict=True) for _ in range(n)])
         | {"pixel_values": torch.cat(pixels)},
         torch.tensor([tile for (start, end), n in tiles for _ in range(n) for tile in range(start, end)]),
     )

@@ -1,4 +1,4 @@
-"""The training groups: read, filtered, measured once, and fed to the ranks as packed micro-batches."""
+"""The training groups: filters, encodes and measures them, and loads them as packed micro-batches."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from bpo.data.encode import Dropped, EncodedGroup, EncodedPrompt, Encoder, Encod
 from bpo.formats.images import ImageError, image_bytes_digest
 from bpo.records import GroupBatch, PreferenceGroup
 
-# Reasons of `Dropped` that mean bad data, and their codes among `bpo.formats.problems.PROBLEMS`.
+# Reasons of `Dropped` that mean bad data, and their codes in `bpo.formats.problems.PROBLEMS`.
 BAD_REASONS = {"bad-image": "image-refused", "bad-record": "image-parts"}
 
 
 @dataclass(frozen=True, slots=True)
 class MeasuredGroup:
-    """What the plan and the reference store need to know of a usable group.
+    """Measurements of a usable group, for the plan and the reference store.
 
-    num_tokens: its tokens where the completions share the prefix.
-    num_completions, longest_tokens: rows of separate sequences, and tokens of the longest of them.
+    num_tokens: tokens of the group if its completions share the prefix.
+    num_completions, longest_tokens: number of rows as separate sequences, and tokens of the longest.
     """
 
     num_tokens: int
@@ -36,7 +36,7 @@ class MeasuredGroup:
 
 
 class GroupDataset(Dataset):
-    """Preference groups, encoded when asked for; `measure` says once which of them can be used."""
+    """Preference groups, encoded on access; `measure` determines whether a group can be used."""
 
     def __init__(
         self,
@@ -63,7 +63,7 @@ class GroupDataset(Dataset):
         """Encodes one group; a broken image or record becomes `Dropped` with the error as its detail."""
         group = self.groups[index]
         if not group.images and not self.keep_text_only:
-            detail = "the group has no image to prefer an answer by; data.text_only=keep trains on it all the same"
+            detail = "the group has no image to judge its answers by; set data.text_only=keep to train on it"
             return Dropped(group.id, "no-image", detail)
         longest = max(len(completion.response.split()) for completion in group.completions)
         if longest > self.max_words:
@@ -106,7 +106,7 @@ class _Measured(Dataset):
 
 
 class _MicroBatches(Dataset):
-    """One item is one micro-batch, so that a worker process prepares whole batches."""
+    """One item is one micro-batch, so that worker processes prepare whole batches."""
 
     def __init__(self, dataset: GroupDataset, keys: dict[int, str], batches: Sequence[tuple[Sequence[int], bool]]):
         self.dataset = dataset
@@ -120,15 +120,15 @@ class _MicroBatches(Dataset):
         indices, is_filler = self.batches[item]
         encoded = []
         for index in indices:
-            one = self.dataset.encode(index)
-            if isinstance(one, Dropped):
+            group = self.dataset.encode(index)
+            if isinstance(group, Dropped):
                 raise RuntimeError(
-                    f"group {one.group_id!r} could be read when the run was planned and no longer can: {one.detail}; "
+                    f"group {group.group_id!r} was usable when the run was planned but no longer is: {group.detail}; "
                     "data must not change during a run"
                 )
-            encoded.append(one)
+            encoded.append(group)
         keys = [self.keys[index] for index in indices]
-        stand_in = self.dataset.stand_in if not any(one.prompt.image_inputs for one in encoded) else None
+        stand_in = self.dataset.stand_in if not any(group.prompt.image_inputs for group in encoded) else None
         return collate_groups(encoded, self.dataset.encoder.family, keys, is_filler=is_filler, stand_in=stand_in)
 
 
@@ -146,8 +146,8 @@ def iterate_micro_batches(
     Args:
         batches: `(dataset indices, is_filler)` of each micro-batch.
         keys: Reference key of each dataset index.
-        num_workers: Processes; 0 prepares each micro-batch when it is asked for.
-        prefetch_factor: Micro-batches that each process holds ready.
+        num_workers: Worker processes; 0 prepares each micro-batch on demand.
+        prefetch_factor: Micro-batches that each worker prepares ahead.
     """
     loader: DataLoader[Any] = DataLoader(
         _MicroBatches(dataset, keys, batches),
@@ -166,11 +166,11 @@ def _same(item: Any) -> Any:
 
 
 def write_dropped(dropped: Sequence[Dropped], path: Path) -> dict[str, int]:
-    """Lists dropped groups in a JSONL file; returns how many for each reason."""
+    """Lists dropped groups in a JSONL file; returns their number per reason."""
     counts: dict[str, int] = {}
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as file:
-        for one in dropped:
-            counts[one.reason] = counts.get(one.reason, 0) + 1
-            file.write(json.dumps({"id": one.group_id, "reason": one.reason, "detail": one.detail}) + "\n")
+        for group in dropped:
+            counts[group.reason] = counts.get(group.reason, 0) + 1
+            file.write(json.dumps({"id": group.group_id, "reason": group.reason, "detail": group.detail}) + "\n")
     return counts

@@ -1,4 +1,4 @@
-"""The LM head as a module that returns log-probs, or the preference loss, never logits of all rows.
+"""An LM head that returns log-probs or the preference loss, without logits of all rows in memory.
 
 Shape letters: N response tokens, H hidden size, P pairs.
 """
@@ -16,9 +16,9 @@ from bpo_kernels.dispatch import linear_logprob, linear_preference_loss
 class LogProbHead(torch.nn.Linear):
     """`nn.Linear` whose `forward(hidden, targets)` gives `log_softmax(hidden @ weight.T)[targets]` in fp32.
 
-    With a loss that the kernels know it gives losses [P], rewards of both sides [P] and the log-probs [N], in one
-    autograd function. Being a module, ZeRO-3 gathers its weight as for any other, tied weights stay tied and the state
-    dict keeps its names. Without targets it is the ordinary linear layer, for generation.
+    With a loss that the kernels implement, it returns losses [P], rewards of both sides [P] and log-probs [N] from one
+    autograd function. Because it is a module, ZeRO-3 gathers its weight, tied weights stay tied and the state dict
+    keeps its names. Without targets it is an ordinary linear layer, for generation.
     """
 
     def forward(  # type: ignore[override]
@@ -31,8 +31,8 @@ class LogProbHead(torch.nn.Linear):
         if target_N is None:
             return F.linear(hidden, self.weight, self.bias)
         if inputs is None or loss is None:
-            # The reference pass takes the GEMM that training takes: another one rounds differently, and the first
-            # step's loss would no longer show by its gap whether policy and reference are the same.
+            # The reference pass uses the same GEMM as training: another one rounds differently, and the gap of the
+            # first step's loss would no longer show whether policy and reference are identical.
             mode = "auto" if torch.is_grad_enabled() else "store"
             return linear_logprob(hidden, self.weight, target_N, bias=self.bias, mode=mode)
         assert inputs.reference is not None
@@ -54,7 +54,7 @@ class LogProbHead(torch.nn.Linear):
 
 
 def install_logprob_head(model: torch.nn.Module) -> None:
-    """Turns `model.lm_head` into a `LogProbHead` in place.
+    """Converts `model.lm_head` to a `LogProbHead` in place.
 
     Raises:
         ValueError: the head is not a plain linear layer (for example, it carries a LoRA adapter).
@@ -65,7 +65,7 @@ def install_logprob_head(model: torch.nn.Module) -> None:
     if type(head) is not torch.nn.Linear:
         raise ValueError(
             f"the LM head is a {type(head).__name__}, not torch.nn.Linear; its log-probs would be wrong. "
-            "Leave the head out of lora.target, or use a model with a plain linear head"
+            "Remove the head from lora.target, or use a model with a plain linear head"
         )
-    # Assigning the class keeps the parameter object itself: tied embeddings and ZeRO-3 partitions stay as they are.
+    # Assigning the class keeps the parameter object, and with it tied embeddings and ZeRO-3 partitions.
     head.__class__ = LogProbHead

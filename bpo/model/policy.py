@@ -17,7 +17,7 @@ from bpo.records import GroupBatch, LossInputs
 
 
 class PolicyModel(torch.nn.Module):
-    """The model as training sees it. The same code path serves policy and reference."""
+    """Wraps the model for training; policy and reference use the same code path."""
 
     def __init__(self, model: Any):
         super().__init__()
@@ -30,7 +30,7 @@ class PolicyModel(torch.nn.Module):
                 model.get_submodule(name).register_forward_hook(self._repeat_features)
 
     def _repeat_features(self, module: torch.nn.Module, inputs: Any, features: torch.Tensor) -> torch.Tensor:
-        """The projector's output once for every row in which its image stands: tower and projector run once."""
+        """Repeats the projector's output for each row that contains the image; tower and projector run once."""
         return features if self._feature_rows_F is None else features[self._feature_rows_F]
 
     def forward(
@@ -45,10 +45,10 @@ class PolicyModel(torch.nn.Module):
         sequence_inputs: dict[str, torch.Tensor] | None = None,
         feature_rows_F: torch.Tensor | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """fp32 log-probs [N] of `target_N`, or with a fused `loss` losses and rewards [P] and the log-probs.
+        """Returns fp32 log-probs [N] of `target_N`; with a fused `loss`, losses and rewards [P] and the log-probs.
 
-        Call it, and its backward, inside `packed_layout`. With `sequence_inputs` T is B rows of [prefix | completion |
-        padding] one after the other, through the model's own attention.
+        Call it, and its backward, inside `packed_layout`. With `sequence_inputs`, T is B concatenated rows of
+        [prefix | completion | padding], and the model's own attention is used.
         """
         rows = sequence_inputs["attention_mask"].shape[0] if sequence_inputs else 1
         position_ids_XBT = position_ids_XT.unflatten(1, (rows, -1))
@@ -65,6 +65,6 @@ class PolicyModel(torch.nn.Module):
 
 
 def model_inputs(batch: GroupBatch) -> dict[str, Any]:
-    """The keyword arguments of `PolicyModel.forward`, for a batch on the model's device (`GroupBatch.to`)."""
+    """Keyword arguments of `PolicyModel.forward`, for a batch on the model's device (`GroupBatch.to`)."""
     tensors = ("input_ids_T", "position_ids_XT", "predictor_rows_N", "target_N", "feature_rows_F")
     return {name: getattr(batch, name) for name in (*tensors, "image_inputs", "sequence_inputs")}

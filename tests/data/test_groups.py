@@ -147,7 +147,7 @@ def test_data_that_changes_during_a_run_is_an_error(encoder: Encoder) -> None:
     measured = dataset.measure(0)
     assert isinstance(measured, MeasuredGroup)
     (encoder.image_root / "wide.png").unlink()
-    with pytest.raises(RuntimeError, match=r"'g' could be read when the run was planned.*wide\.png"):
+    with pytest.raises(RuntimeError, match=r"'g' was usable when the run was planned.*wide\.png"):
         list(iterate_micro_batches(dataset, {0: measured.reference_key}, [([0], False)], num_workers=0))
 
 
