@@ -1,7 +1,7 @@
-"""May this run continue that checkpoint? Field by field: what may change freely, what changes rounding, what may not.
+"""Compares a checkpoint with the run that is to continue it, field by field: free, rounding-only or breaking changes.
 
-A resumed run repeats the unbroken one bit for bit only if everything that a step depends on is what it was. What is
-not is refused with its name, the old and the new value, and the flag that accepts it.
+A resumed run repeats the uninterrupted one bit for bit only if everything that a step depends on is unchanged. A
+breaking change is refused with its name, the old and the new value, and the flag that accepts it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from bpo.checkpoint.files import CheckpointError
 
 logger = logging.getLogger(__name__)
 
-# Paths and operation: no step depends on them (what lies at the paths is compared by content).
+# Paths and operation: no step depends on them (the content at the paths is compared).
 FREE = (
     "bootstrap.*",
     "evaluation.*",
@@ -48,7 +48,7 @@ FREE = (
     "train.first_loss_tolerance",
     "train.peak_tflops",
 )
-# The same sums in another order, and with dropout other masks: losses agree to rounding, not bit for bit.
+# The same sums in another order, and other dropout masks: losses agree to rounding, not bit for bit.
 ROUNDING = (
     "model.attention",
     "model.gradient_checkpointing",
@@ -57,7 +57,7 @@ ROUNDING = (
     "train.ds_config",
     "train.max_micro_batch_tokens",
 )
-# Named in train.accept_changes like an option; what they stand for is compared by content.
+# Named in train.accept_changes like options; compared by content.
 DATA, WEIGHTS, PLAN = "data", "weights", "plan"
 
 
@@ -79,15 +79,15 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
 def check_options(
     manifest: Mapping[str, Any], now: Mapping[str, Any], world_size: int, accepted: Sequence[str], *, warn: bool = True
 ) -> None:
-    """Compares the configuration of a checkpoint with this run's; says aloud what changes rounding.
+    """Compares the configuration of a checkpoint with this run's; warns about changes that affect only rounding.
 
-    Options that one of the two versions of bpo does not know are left out.
+    Options that exist in only one of the two versions of bpo are ignored.
 
     Args:
-        warn: Warn; one rank of a job is enough.
+        warn: Whether to log warnings; one rank of a job is enough.
 
     Raises:
-        CheckpointError: an option that decides what a step computes has another value and is not in `accepted`.
+        CheckpointError: an option that affects the result of a step has changed and is not in `accepted`.
     """
     old, new = flatten(manifest["config"]), flatten(now)
     differing = [k for k in sorted(old.keys() & new.keys()) if old[k] != new[k] and not _matches(k, FREE)]
@@ -96,7 +96,7 @@ def check_options(
         rounding.insert(0, f"{manifest['world_size']} -> {world_size} ranks")
     if rounding and warn:
         logger.warning(
-            "resuming with %s: the same groups in the same steps, losses equal to rounding (dropout draws anew), not "
+            "resuming with %s: the same groups in the same steps, losses equal to rounding (dropout masks differ), not "
             "bit for bit",
             ", ".join(rounding),
         )
@@ -107,7 +107,7 @@ def check_options(
 def check_content(
     manifest: Mapping[str, Any], name: str, fingerprint: str, accepted: Sequence[str], *, warn: bool = True
 ) -> None:
-    """Compares the fingerprint of the data or the base weights with the checkpoint's.
+    """Compares the fingerprint of the data, the base weights or the plan with the checkpoint's.
 
     Raises:
         CheckpointError: it differs and `name` is not in `accepted`.
@@ -118,7 +118,7 @@ def check_content(
 
 
 def refuse(changes: Sequence[tuple[str, Any, Any]], step: int, accepted: Sequence[str], *, warn: bool) -> None:
-    """Raises CheckpointError for changes that were not accepted, warns of those that were."""
+    """Raises CheckpointError for changes that were not accepted, warns about those that were."""
     refused = [change for change in changes if change[0] not in accepted]
     for name, old, new in changes:
         if name in accepted and warn:
@@ -126,9 +126,9 @@ def refuse(changes: Sequence[tuple[str, Any, Any]], step: int, accepted: Sequenc
     if not refused:
         return
     explained = {
-        DATA: "the groups, their tokens, images or pairs differ: done steps would not be this run's",
-        WEIGHTS: "the base model's files differ: the trained weights belong to other frozen ones",
-        PLAN: "the order of the groups in the steps that are done differs: another version of the plan",
+        DATA: "the groups, their tokens, images or pairs differ: the finished steps would not be this run's",
+        WEIGHTS: "the base model's files differ: the trained weights belong to other frozen weights",
+        PLAN: "the order of the groups in the finished steps differs: another version of the plan",
     }
     lines = [
         f"  {name}: {old!r} -> {new!r}" + (f" ({explained[name]})" if name in explained else "")
@@ -138,13 +138,13 @@ def refuse(changes: Sequence[tuple[str, Any, Any]], step: int, accepted: Sequenc
     raise CheckpointError(
         f"the checkpoint of step {step} cannot be continued exactly; what differs (checkpoint -> this run):\n"
         + "\n".join(lines)
-        + f"\nPut it back, or accept the change: --train.accept_changes '{flag}'. Free to change: number of ranks and "
+        + f"\nRevert it, or accept the change: --train.accept_changes '{flag}'. Free to change: number of ranks and "
         + ", ".join(ROUNDING + FREE)
     )
 
 
 def content_digest(lines: Iterable[str]) -> str:
-    """SHA-256 of lines in their order."""
+    """SHA-256 of lines, in order."""
     digest = hashlib.sha256()
     for line in lines:
         digest.update(line.encode() + b"\n")

@@ -1,4 +1,4 @@
-"""Turns a checkpoint into what other programs load: a merged model directory, or a PEFT adapter."""
+"""Exports a checkpoint as a merged model directory or a PEFT adapter."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from bpo.model.trainable import lora_config
 
 logger = logging.getLogger(__name__)
 
-# Everything of a model directory that is not weights belongs to the processor or the generation settings.
+# All other files of a model directory belong to the processor or the generation settings.
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack"}
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint directory named, or the newest of a run's output directory.
+    """Returns `path` if it is a checkpoint, else the latest checkpoint of that output directory.
 
     Raises:
-        ValueError: there is none; says what was looked for.
+        ValueError: there is none.
     """
     if (path / MANIFEST).is_file():
         return path
@@ -38,23 +38,23 @@ def find_checkpoint(path: Path) -> Path:
         raise ValueError(f"export.checkpoint {path}: neither a checkpoint nor a run directory with checkpoints/latest")
     newest = pointer.with_name(pointer.read_text(encoding="utf-8").strip())
     if not (newest / MANIFEST).is_file():
-        raise ValueError(f"export.checkpoint {path}: its newest checkpoint {newest} is not there; name another one")
+        raise ValueError(f"export.checkpoint {path}: its latest checkpoint {newest} does not exist; choose another one")
     return newest
 
 
 def _section(cls: type, tree: dict[str, Any]) -> Any:
-    """A configuration section from a manifest; keys that a newer version dropped are left out."""
+    """A configuration section from a manifest, without keys that newer versions dropped."""
     known = {entry.name for entry in dataclasses.fields(cls)}
     return cls(**{key: value for key, value in tree.items() if key in known})
 
 
 def run_export(config: Config) -> Path:
-    """Writes `export.output` from `export.checkpoint`; the base model is the one the run was trained from.
+    """Writes `export.output` from `export.checkpoint` and the base model of the run.
 
-    `model.path`, where given, replaces the path stored in the checkpoint (a model directory that moved).
+    `model.path`, if given, replaces the path stored in the checkpoint, for model directories that moved.
 
     Raises:
-        ValueError: a path is missing, or an adapter is asked for although more than LoRA and projector was trained.
+        ValueError: a path is missing, or an adapter is requested but more than LoRA and projector was trained.
     """
     if not config.export.checkpoint or not config.export.output:
         raise ValueError("export.checkpoint and export.output must both be given")
@@ -100,7 +100,7 @@ def _write_merged(
 
 
 def _load_exactly(model: torch.nn.Module, state: dict[str, torch.Tensor]) -> None:
-    """Loads trained parameters; each must exist in the model (tied names count once), and no adapter may stay empty."""
+    """Loads trained parameters; each must exist in the model (tied names count once), and every adapter must be set."""
     unexpected = model.load_state_dict(state, strict=False).unexpected_keys
     if unexpected:
         raise ValueError(
@@ -131,19 +131,19 @@ def _write_adapter(
         if family.projector_parameters:
             raise ValueError(
                 f"export.form=adapter cannot hold {', '.join(family.projector_parameters)}, which the projector of "
-                f"`{model_config.model_type}` trains beside its modules; use export.form=merged"
+                f"`{model_config.model_type}` trains in addition to its modules; use export.form=merged"
             )
         settings.modules_to_save = list(_saved_modules(model, family))
     output.mkdir(parents=True, exist_ok=True)
     settings.save_pretrained(str(output))
-    # PEFT's names: no adapter name inside, and a prefix for its two wrappers.
+    # PEFT's names: no adapter name, and a prefix for its two wrappers.
     renamed = {f"base_model.model.{name.replace('.default.', '.')}": value for name, value in state.items()}
     save_file(renamed, output / "adapter_model.safetensors", metadata={"format": "pt"})
     copy_processor(Path(config.path), output, skip={"config.json", "generation_config.json"})
 
 
 def _saved_modules(model: torch.nn.Module, family: Family) -> Iterator[str]:
-    """Names of the projector as PEFT finds them, by the end of a module's name; it takes no list, only its members."""
+    """Projector names for PEFT, which matches the end of module names and takes members of a list, not the list."""
     for name in family.projector_modules:
         module = model.get_submodule(name)
         members = [f"{name}.{child}" for child, _ in module.named_children()]
@@ -151,7 +151,7 @@ def _saved_modules(model: torch.nn.Module, family: Family) -> Iterator[str]:
 
 
 def copy_processor(source: Path, output: Path, skip: set[str] | None = None) -> None:
-    """Copies tokenizer, image processor and chat template files as they are; a hub id is read from the cache."""
+    """Copies tokenizer, image processor and chat template files unchanged; a hub id is read from the cache."""
     if not source.is_dir():
         from transformers.utils import cached_file
 

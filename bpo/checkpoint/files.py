@@ -1,13 +1,13 @@
-"""The files of a checkpoint: durable, counted, hashed; named only when whole; verified before anything is loaded.
+"""Checkpoint files: written durably, hashed, renamed when complete, verified on load.
 
 OUTPUT/checkpoints/step-00000010/
-    rank-00000.safetensors ...  what each rank holds: see `shards`
+    rank-00000.safetensors ...  state of each rank: see `shards`
     manifest.json               step, ranks, cursor, fingerprints, versions, options; size and SHA-256 of each file
     manifest.sha256             SHA-256 of manifest.json, as `sha256sum -c` reads it
-OUTPUT/checkpoints/latest       name of the newest one; for people and scripts, resuming does not trust it
+OUTPUT/checkpoints/latest       name of the latest one; for users and scripts, not used to resume
 
-Other names in that folder: `*.tmp` is being written or removed, `*.replaced` makes way for a new one of its step,
-`*.damaged` failed its check and was passed over. Nothing here depends on the clock.
+Other names in that folder: `*.tmp` is being written or removed, `*.replaced` gets replaced by a new one of its step,
+`*.damaged` failed verification and was skipped. Nothing here depends on the clock.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ T = TypeVar("T")
 
 FORMAT = 2
 MANIFEST, MANIFEST_DIGEST, POINTER = "manifest.json", "manifest.sha256", "latest"
-# What a save passes through, in this order; tests kill processes at each.
+# Stages of a save, in order; tests kill processes at each of them.
 STAGES = ("temporary", "written", "hashed", "manifest", "renamed", "pointer", "retention")
 Hook = Callable[[str], None]
 
 
 class CheckpointError(JobError):
-    """A checkpoint that cannot be used or written; names what is wrong with it."""
+    """A checkpoint cannot be used or written; says why."""
 
 
 def no_hook(stage: str) -> None:
@@ -54,7 +54,7 @@ def step_dir(output_dir: Path, step: int) -> Path:
 
 
 def checkpoint_dirs(output_dir: Path) -> list[Path]:
-    """Finished checkpoints, newest first, whether or not they verify."""
+    """Finished checkpoints, latest first, verified or not."""
     found = checkpoints_root(output_dir).glob("step-*")
     return sorted((d for d in found if d.is_dir() and re.fullmatch(r"step-\d{8,}", d.name)), key=_step_of, reverse=True)
 
@@ -64,7 +64,7 @@ def _step_of(directory: Path) -> int:
 
 
 def seal_file(path: Path) -> dict[str, Any]:
-    """Puts a written file on disk and reads it back: its `bytes` and `sha256` for the manifest."""
+    """Syncs a written file to disk and reads it back: its `bytes` and `sha256` for the manifest."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
     return {"bytes": path.stat().st_size, "sha256": file_digest(path)}
@@ -77,16 +77,16 @@ def commit(temporary: Path, final: Path, manifest: dict[str, Any], at_stage: Hoo
         manifest: With `files`: name -> {bytes, sha256}.
 
     Raises:
-        CheckpointError: a file of the manifest is not there in its size (does every node write to one file system?).
-        OSError: the disk is full or cannot be written; `final` is then not there.
+        CheckpointError: a file of the manifest is missing or has another size (do all nodes share the file system?).
+        OSError: the disk is full or cannot be written; `final` then does not exist.
     """
     for name, entry in manifest["files"].items():
         path = temporary / name
         found = path.stat().st_size if path.is_file() else "none"
         if found != entry["bytes"]:
             raise CheckpointError(
-                f"{path}: {entry['bytes']} bytes were written by its rank, rank 0 sees {found}; does every node see "
-                "one and the same train.output_dir?"
+                f"{path}: its rank wrote {entry['bytes']} bytes, rank 0 finds {found}; is train.output_dir on a file "
+                "system that all nodes share?"
             )
     text = json.dumps({"format": FORMAT, **manifest}, indent=1)
     write_durably(temporary / MANIFEST, text)
@@ -110,14 +110,14 @@ def _digest_line(content: bytes) -> str:
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint, which is what was written.
+    """The manifest of a checkpoint, checked against its digest.
 
     Raises:
-        CheckpointError: it is missing, damaged, or of another format.
+        CheckpointError: it is missing, damaged, or has another format.
     """
     path, digest = directory / MANIFEST, directory / MANIFEST_DIGEST
     if not path.is_file():
-        raise CheckpointError(f"{directory} has no {MANIFEST}: it was not written to the end")
+        raise CheckpointError(f"{directory} has no {MANIFEST}: writing it was not finished")
     try:
         content = path.read_bytes()
         expected = digest.read_bytes() if digest.is_file() else b""
@@ -125,8 +125,8 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     if expected != _digest_line(content).encode():
         if b'"format"' not in content:
-            raise CheckpointError(f"{path} is damaged, or of an older version of bpo (format 1), which wrote no digest")
-        raise CheckpointError(f"{path} is damaged: {MANIFEST_DIGEST} does not fit it")
+            raise CheckpointError(f"{path} is damaged, or from an older version of bpo (format 1) without digests")
+        raise CheckpointError(f"{path} is damaged: it does not match {MANIFEST_DIGEST}")
     manifest = json.loads(content)
     if manifest["format"] != FORMAT:
         raise CheckpointError(f"{path}: format {manifest['format']}; this version of bpo reads format {FORMAT}")
@@ -134,10 +134,10 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 
 
 def damaged_files(directory: Path, manifest: dict[str, Any], share: tuple[int, int] = (0, 1)) -> list[str]:
-    """What is wrong with the files of a checkpoint, a line each; reads every byte.
+    """Problems of the files of a checkpoint, one line each; reads every byte.
 
     Args:
-        share: (i, n) looks at every n-th file from the i-th: ranks divide the work.
+        share: (i, n) checks every n-th file from the i-th, so that ranks divide the work.
     """
     problems = []
     for name, entry in sorted(manifest["files"].items())[share[0] :: share[1]]:
@@ -155,10 +155,10 @@ def damaged_files(directory: Path, manifest: dict[str, Any], share: tuple[int, i
 
 
 def verify_checkpoint(directory: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint whose every file has the size and SHA-256 it was written with.
+    """Checks size and SHA-256 of every file of a checkpoint and returns its manifest.
 
     Raises:
-        CheckpointError: names the files that are missing, cut or changed.
+        CheckpointError: names the files that are missing, truncated or changed.
     """
     manifest = read_manifest(directory)
     if problems := damaged_files(directory, manifest):
@@ -167,12 +167,12 @@ def verify_checkpoint(directory: Path) -> dict[str, Any]:
 
 
 def newest_valid_checkpoint(output_dir: Path, job: Collectives | None = None) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint that verifies; a damaged one is named aloud and set aside. None if there is none at all.
+    """The latest valid checkpoint, or None if there is no checkpoint; damaged ones are logged and renamed.
 
-    All ranks call it, each hashes its share of the files, and all get the same answer.
+    Called on all ranks: each hashes its share of the files, and all return the same result.
 
     Raises:
-        CheckpointError: there are checkpoints, and none can be used.
+        CheckpointError: there are checkpoints, but none is valid.
     """
     job = job or Alone()
     names = job.gather([d.name for d in checkpoint_dirs(output_dir)] if job.rank == 0 else [])[0]
@@ -187,19 +187,17 @@ def newest_valid_checkpoint(output_dir: Path, job: Collectives | None = None) ->
             found = [line for share in shares for line in share]
         if not found:
             if job.rank == 0:
-                for one in damaged:
-                    _set_aside(one)
+                for other in damaged:
+                    _set_aside(other)
                 _repair_pointer(directory)
-            job.gather(None)  # nobody writes before the names are settled
+            job.gather(None)  # no rank writes before the renames are done
             return directory, manifest
         problems += found
         damaged.append(directory)
         if job.rank == 0:
-            logger.error("checkpoint %s passed over: %s", name, "; ".join(found))
+            logger.error("checkpoint %s skipped: %s", name, "; ".join(found))
     if problems:
-        raise CheckpointError(
-            f"no checkpoint in {checkpoints_root(output_dir)} can be used:\n  " + "\n  ".join(problems)
-        )
+        raise CheckpointError(f"no checkpoint in {checkpoints_root(output_dir)} is valid:\n  " + "\n  ".join(problems))
     return None
 
 
@@ -211,13 +209,13 @@ def _try_manifest(directory: Path) -> tuple[dict[str, Any], str]:
 
 
 def _set_aside(directory: Path) -> None:
-    """So that retention counts valid ones only, and the name is free when its step comes again."""
+    """Renames a damaged checkpoint: retention counts valid ones only, and the name is free for its step."""
     aside, number = directory.with_name(directory.name + ".damaged"), 1
     while aside.exists():
         number += 1
         aside = directory.with_name(f"{directory.name}.damaged-{number}")
     os.replace(directory, aside)
-    logger.warning("%s is now %s; remove it when you have looked at it", directory, aside.name)
+    logger.warning("%s was renamed to %s; remove it once you have inspected it", directory, aside.name)
 
 
 def _repair_pointer(newest: Path) -> None:
@@ -226,12 +224,12 @@ def _repair_pointer(newest: Path) -> None:
     if named == newest.name:
         return
     state = "missing" if named is None else f"`{named}`" if named else "empty"
-    logger.warning("%s was %s; the newest valid checkpoint is %s, and it says so now", pointer, state, newest.name)
+    logger.warning("%s was %s; updated to the latest valid checkpoint, %s", pointer, state, newest.name)
     write_durably(pointer, newest.name)
 
 
 def clean_leftovers(output_dir: Path) -> None:
-    """Removes what a killed job left unfinished. Only the job that holds the run's lock may call it."""
+    """Removes the unfinished saves of a killed job. Only the job that holds the run's lock may call it."""
     root = checkpoints_root(output_dir)
     for replaced in sorted(root.glob("step-*.replaced")):
         final = replaced.with_suffix("")
@@ -240,12 +238,12 @@ def clean_leftovers(output_dir: Path) -> None:
         else:
             os.replace(replaced, final)
     for unfinished in sorted(root.glob("step-*.tmp")):
-        logger.warning("%s: a save that did not finish; removed", unfinished)
+        logger.warning("%s: removed an unfinished save", unfinished)
         shutil.rmtree(unfinished)
 
 
 def superseded(steps: Sequence[int], keep_last: int, keep_every: int) -> list[int]:
-    """Steps whose checkpoints may go: not among the last `keep_last` (0: all stay), nor multiples of `keep_every`."""
+    """Steps whose checkpoints to remove: not the last `keep_last` (0: keep all), no multiples of `keep_every`."""
     if keep_last == 0:
         return []
     old = sorted(steps)[:-keep_last]
@@ -253,18 +251,18 @@ def superseded(steps: Sequence[int], keep_last: int, keep_every: int) -> list[in
 
 
 def apply_retention(output_dir: Path, keep_last: int, keep_every: int) -> None:
-    """Removes superseded checkpoints, oldest first; one that cannot be removed is named and stays."""
+    """Removes superseded checkpoints, oldest first; logs those that cannot be removed."""
     by_step = {_step_of(directory): directory for directory in checkpoint_dirs(output_dir)}
     for step in superseded(list(by_step), keep_last, keep_every):
         going = by_step[step].with_name(by_step[step].name + ".old.tmp")
         try:
-            os.replace(by_step[step], going)  # gone from the list at once; half a checkpoint is never listed
+            os.replace(by_step[step], going)  # so that a partly removed checkpoint is never listed
             shutil.rmtree(going)
         except OSError as error:
             logger.warning("%s is superseded but cannot be removed: %s", by_step[step], error)
 
 
 def remove_unfinished(temporary: Path) -> None:
-    """After a save that failed: its room is needed."""
+    """Removes the files of a failed save to free disk space."""
     with contextlib.suppress(FileNotFoundError):
         shutil.rmtree(temporary)

@@ -48,7 +48,7 @@ def check_settings(settings: dict[str, Any]) -> None:
     if zero.get("stage") not in (1, 2, 3):
         raise ValueError(
             f"train.ds_config: zero_optimization.stage is {zero.get('stage', 0)}; checkpoints are written for stages "
-            "1, 2 and 3 (stage 1 costs nothing over stage 0)"
+            "1, 2 and 3 (stage 1 costs no more than stage 0)"
         )
     for part in ("offload_optimizer", "offload_param"):
         if zero.get(part, {}).get("device") == "nvme":
@@ -199,7 +199,7 @@ class Partition:
             first = differing[0]
             raise CheckpointError(
                 f"{shards.directory}: {len(differing)} trained parameters differ from this model's, such as {first}: "
-                f"{stored.get(first, 'absent')} there, {self.shapes.get(first, 'absent')} here"
+                f"{stored.get(first, 'absent')} in the checkpoint, {self.shapes.get(first, 'absent')} in the model"
             )
         tensors: dict[str, torch.Tensor] = {}
         for number, flat in enumerate(self.flats):

@@ -1,11 +1,11 @@
-"""Saving while training goes on: copy to host memory, write and hash in a thread, commit at a later step boundary.
+"""Saves in the background: copy to host memory, write and hash in a thread, commit at a later step boundary.
 
     step n       every rank copies its shard to host memory; a thread writes, syncs and hashes it
-    step n + k   every rank's thread is done (one small all-reduce a step tells): rank 0 writes the manifest, renames
-                 the folder and moves the pointer. From here on, and not before, the log says `saved`.
+    step n + k   every rank's thread has finished (found by one small all-reduce per step): rank 0 writes the manifest,
+                 renames the folder and updates the pointer. Only then is `saved` logged.
 
-No collective runs in a thread. A save that fails (disk full, quota, I/O error) is said aloud, its files are removed,
-the older checkpoints stay, and it is tried again after the next step; a second failure in a row ends the run.
+No collective runs in a thread. A failed save (disk full, quota, I/O error) is logged as an error and its files are
+removed; older checkpoints are kept. It is retried after the next step; a second failure in a row ends the run.
 """
 
 from __future__ import annotations
@@ -40,30 +40,30 @@ from bpo.job.exits import EXIT_CANNOT_SAVE, JobError
 
 logger = logging.getLogger(__name__)
 
-# Two attempts: a hiccup of a file system must not end a run, and a full disk must not let one go on for hours unsaved.
+# Two attempts: a transient I/O error must not end a run, and a full disk must not leave hours of training unsaved.
 ATTEMPTS = 2
 _POLL_S = 0.05
-# What the manifest and the file system's own records take besides the shards.
+# Space for the manifest and file system metadata, in addition to the shards.
 _SPARE_BYTES = 1 << 20
 
 
 class SaveFailedError(JobError):
-    """No checkpoint could be written; says what the file system said and which one is the newest that stands."""
+    """No checkpoint could be written; names the I/O error and the latest valid checkpoint."""
 
     exit_code = EXIT_CANNOT_SAVE
 
 
 class CheckpointSaver:
-    """Saves what `take` returns; the same calls in the same order on every rank.
+    """Saves the training state; every rank makes the same calls in the same order.
 
     Args:
-        take: The live training state of this rank.
-        describe: The manifest of a step, without its files.
-        keep_last: Newest checkpoints that stay; 0: all.
-        keep_every: Multiples of so many steps stay as well; 0: none.
-        in_background: Write while training goes on; it costs a copy of the state in host memory.
+        take: Returns the live training state of this rank.
+        describe: Returns the manifest of a step, without its files.
+        keep_last: Number of latest checkpoints to keep; 0 keeps all.
+        keep_every: Also keep checkpoints at multiples of this many steps; 0 keeps none.
+        in_background: Write while training continues, at the cost of a copy of the state in host memory.
         at_stage: Called at every stage of `files.STAGES`; for tests.
-        waiting: A context for the time in which training waits for the disk.
+        waiting: Context in which training waits for the disk.
     """
 
     def __init__(
@@ -93,11 +93,11 @@ class CheckpointSaver:
         self._started_at = self._blocked_s = 0.0
 
     def boundary(self, step: int, *, due: bool, stop: bool) -> bool:
-        """At the end of a step, on all ranks: commits what is written, starts a save that is due or was missed.
+        """Called after each step on all ranks: commits a written save, starts one that is due or has to be retried.
 
         Args:
-            due: A checkpoint of this step is wanted; the same on every rank.
-            stop: This rank was asked to stop; one rank is enough for a checkpoint.
+            due: Whether to save this step; the same on every rank.
+            stop: Whether this rank was asked to stop; one rank is enough for a checkpoint.
 
         Returns:
             Whether any rank was asked to stop.
@@ -117,10 +117,10 @@ class CheckpointSaver:
         return stopping > 0
 
     def finish(self, step: int) -> None:
-        """Waits until the save under way is committed; one that failed is tried once more, with the state of `step`.
+        """Waits until the current save is committed; a failed one is retried once, with the state of `step`.
 
         Raises:
-            SaveFailedError: no attempt was left.
+            SaveFailedError: no attempt is left.
         """
         self._wait()
         if self._failures:
@@ -153,8 +153,8 @@ class CheckpointSaver:
         self._writer.start()
 
     def _make_room(self, step: int, needed: int) -> tuple[str, str | None]:
-        """Creates the folder; a disk without room is found before a byte is written."""
-        token = os.urandom(4).hex()  # never the folder of an earlier attempt, whose files may be there
+        """Creates the folder and checks the free disk space before anything is written."""
+        token = os.urandom(4).hex()  # not the folder of an earlier attempt, which may contain files
         root = checkpoints_root(self.output_dir)
         try:
             (root / f"{step_dir(self.output_dir, step).name}.{token}.tmp").mkdir(parents=True)
@@ -162,11 +162,11 @@ class CheckpointSaver:
         except OSError as error:
             return token, f"{root} cannot be written: {error}"
         if free < needed:
-            return token, f"{root}: the checkpoint takes {needed:,} bytes, {free:,} are free"
+            return token, f"{root}: the checkpoint needs {needed:,} bytes, {free:,} are free"
         return token, None
 
     def _write(self, shard: Shard) -> None:
-        """This rank's file, in the thread; what goes wrong is told to all ranks at the next boundary."""
+        """Writes this rank's file, in the thread; all ranks learn of an error at the next boundary."""
         if self._problem is not None:
             return
         path = self._temporary / shard_name(self.job.rank)
@@ -178,11 +178,11 @@ class CheckpointSaver:
             sync_directory(self._temporary)
             self.at_stage("hashed")
             self._written = {path.name: entry}
-        except Exception as error:  # of any kind: a thread's exception would otherwise end nothing but the thread
+        except Exception as error:  # of any kind: it would only end the thread
             self._problem = f"{path}: {type(error).__name__}: {error}"
 
     def _settle(self, failed: bool, all_written: bool) -> None:
-        """Ends the save that is under way where it has failed anywhere or is written everywhere."""
+        """Ends the current save if it has failed on any rank or is written on all."""
         if not failed and not all_written:
             return
         assert self._writer is not None
@@ -227,13 +227,13 @@ class CheckpointSaver:
         self._problem = None
         if self.job.rank == 0:
             remove_unfinished(self._temporary)
-        self.job.gather(None)  # nobody starts anew before the room is free again
-        stands = f"{self.newest} stands" if self.newest else "older checkpoints, if any, stand"
-        text = f"the checkpoint of step {self._step} could not be written: {'; '.join(problems)}. {stands}"
+        self.job.gather(None)  # no rank retries before the space is freed
+        kept = f"latest valid checkpoint: {self.newest}" if self.newest else "older checkpoints are unaffected"
+        text = f"the checkpoint of step {self._step} could not be written: {'; '.join(problems)}; {kept}"
         if self._failures >= ATTEMPTS:
             raise SaveFailedError(
-                f"{text}. That was attempt {self._failures} in a row: make room (or lower train.keep_last, or give "
-                "train.output_dir another disk) and continue with --resume"
+                f"{text}. That was attempt {self._failures} in a row: free space (or lower train.keep_last, or put "
+                "train.output_dir on another disk) and continue with --resume"
             )
         if self.job.rank == 0:
             logger.error("%s; trying again after the next step", text)

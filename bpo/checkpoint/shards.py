@@ -1,14 +1,14 @@
-"""What each rank holds of weights and optimizer, in one safetensors file a rank; read back by any number of ranks.
+"""Weights and optimizer state in one safetensors file per rank, readable by any number of ranks.
 
-ZeRO cuts flattened parameters into pieces, one piece a rank, and keeps pieces of many parameters in one flat tensor:
+ZeRO splits flattened parameters into one piece per rank and keeps pieces of many parameters in one flat tensor:
 
     parameter w     [ rank 0          | rank 1          ]      a fragment is w[start : start + numel] ...
     flat tensor 0   [ ... | fragment of w | ... padding ]      ... at flat[flat_start : flat_start + numel]
 
-The file holds the flat tensors as they are (fp32 master weights, Adam's two moments) and, in its header, the table of
-fragments. To read, a rank looks up who holds which elements of the fragments it needs: fp32 is copied, never computed
-with, so the state is bit for bit the same for any number of ranks and any ZeRO stage. safetensors holds numbers and
-text only: nothing in such a file can be executed.
+The file contains the flat tensors unchanged (fp32 master weights, Adam's two moments) and, in its header, the table of
+fragments. A reading rank looks up which files contain the elements it needs: fp32 values are only copied, so the state
+is bit for bit the same for any number of ranks and any ZeRO stage. safetensors stores numbers and text only: nothing in
+such a file can be executed.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Shard:
 
     Attributes:
         tensors: `KIND.NUMBER` -> flat fp32 tensor, for the kinds of `KINDS`.
-        optimizer_step: How many steps Adam has made, for its bias correction.
+        optimizer_step: Number of Adam steps, for its bias correction.
     """
 
     fragments: list[Fragment]
@@ -60,10 +60,10 @@ class Shard:
         return sum(t.numel() * t.element_size() for t in self.tensors.values())
 
     def to_host(self, buffers: dict[str, torch.Tensor]) -> Shard:
-        """A copy in host memory; training may go on when it returns.
+        """A copy in host memory; training may continue when it returns.
 
         Args:
-            buffers: Kept by the caller between saves, so that memory is allocated (on a GPU: pinned) only once.
+            buffers: Reused by the caller between saves, so that memory is allocated (on a GPU: pinned) only once.
         """
         for name, tensor in self.tensors.items():
             if name not in buffers or buffers[name].shape != tensor.shape or buffers[name].dtype != tensor.dtype:
@@ -74,7 +74,7 @@ class Shard:
         return Shard(self.fragments, self.optimizer_step, {name: buffers[name] for name in self.tensors})
 
     def write(self, path: Path) -> None:
-        """Raises OSError or safetensors.SafetensorError where the disk is full or cannot be written."""
+        """Raises OSError or safetensors.SafetensorError if the disk is full or cannot be written."""
         table = [asdict(fragment) for fragment in self.fragments]
         metadata = {"format": "pt", "optimizer_step": str(self.optimizer_step), "fragments": json.dumps(table)}
         save_file(self.tensors, path, metadata=metadata)
@@ -85,10 +85,10 @@ def shard_name(rank: int) -> str:
 
 
 class ShardSet:
-    """All shards of a checkpoint as one: any range of any parameter. Headers are read at once, values when asked for.
+    """All shards of a checkpoint: any range of any parameter. Headers are read at once, values on demand.
 
     Raises:
-        CheckpointError: a file lacks its table of fragments.
+        CheckpointError: a file has no table of fragments.
     """
 
     def __init__(self, directory: Path, files: Sequence[str]):
@@ -105,20 +105,20 @@ class ShardSet:
                 fragment = Fragment(**{**row, "shape": tuple(row["shape"])})
                 self._holders.setdefault(fragment.name, []).append((fragment, handle))
         if len(steps) != 1:
-            raise CheckpointError(f"{directory}: its shards are of different optimizer steps: {sorted(steps)}")
+            raise CheckpointError(f"{directory}: its shards are from different optimizer steps: {sorted(steps)}")
         self.optimizer_step = steps.pop()
         for holders in self._holders.values():
             holders.sort(key=lambda pair: pair[0].start)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every parameter that was trained, by name."""
+        """Shape of every trained parameter, by name."""
         return {name: holders[0][0].shape for name, holders in self._holders.items()}
 
     def read(self, kind: str, name: str, start: int, numel: int) -> torch.Tensor:
         """Elements [start, start + numel) of a flattened parameter, or of its optimizer state `kind`; fp32.
 
         Raises:
-            CheckpointError: no shard holds some of them.
+            CheckpointError: some of them are in no shard.
         """
         pieces, at, end = [], start, start + numel
         for fragment, handle in self._holders.get(name, []):
@@ -128,18 +128,18 @@ class ShardSet:
                 pieces.append(handle.get_slice(f"{kind}.{fragment.flat}")[at + shift : stop + shift])
                 at = stop
         if at < end:
-            raise CheckpointError(f"{self.directory}: no shard holds elements {at} to {end} of {name}")
+            raise CheckpointError(f"{self.directory}: no shard contains elements {at} to {end} of {name}")
         return pieces[0] if len(pieces) == 1 else torch.cat([torch.empty(0), *pieces])
 
     def fill(self, fragments: Sequence[Fragment], flats: dict[str, torch.Tensor]) -> None:
-        """Copies into this process's flat tensors (`KIND.NUMBER`) what belongs there; the rest of them stays."""
+        """Copies the fragments into this process's flat tensors (`KIND.NUMBER`); other elements are unchanged."""
         for fragment in fragments:
             for kind in KINDS:
                 target = flats[f"{kind}.{fragment.flat}"].narrow(0, fragment.flat_start, fragment.numel)
                 target.copy_(self.read(kind, fragment.name, fragment.start, fragment.numel))
 
     def parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every trained parameter, whole, in the dtype that the model computes with; one at a time."""
+        """Yields every trained parameter in the dtype of the model, one at a time."""
         for name, shape in self.shapes().items():
             flat = self.read(MASTER, name, 0, torch.Size(shape).numel())
             dtype = getattr(torch, self._holders[name][0][0].dtype)

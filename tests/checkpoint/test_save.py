@@ -178,7 +178,9 @@ def test_too_little_room_is_found_before_a_byte_is_written(
     monkeypatch.setattr("bpo.checkpoint.save.shutil.disk_usage", lambda _: usage._replace(free=1_000_000))
     run.to(20)
     run.saver._wait()
-    assert "1,060,648 bytes, 1,000,000 are free" in caplog.text and "step-00000010 stands" in caplog.text
+    assert (
+        "1,060,648 bytes, 1,000,000 are free" in caplog.text and "latest valid checkpoint: step-00000010" in caplog.text
+    )
     assert gate.stages == [] and steps_of(tmp_path) == [10]
     monkeypatch.undo()
     run.to(21, due=False)  # somebody made room: it is tried again after the next step, not only when one is due
@@ -226,7 +228,7 @@ def test_a_failed_commit_is_a_failed_save(tmp_path: Path, caplog: pytest.LogCapt
     run = Run(tmp_path, at_stage=steal)
     run.to(10)
     run.saver._wait()
-    assert "rank 0 sees none; does every node see one and the same train.output_dir?" in caplog.text
+    assert "rank 0 finds none; is train.output_dir on a file system that all nodes share?" in caplog.text
     assert checkpoint_dirs(tmp_path) == [] and not step_dir(tmp_path, 10).exists()
 
 
