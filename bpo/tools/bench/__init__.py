@@ -1,1 +1,1 @@
-"""Benchmarks of whole training steps: `bpo bench step`. Those of single operations stand with the kernels."""
+"""Benchmarks of training steps and bootstrapping (`bpo bench`); benchmarks of single operations are in the kernels."""

@@ -1,4 +1,4 @@
-"""bpo's side of `bpo bench step`: the functions that `bpo/train.py` calls, in its order, for one step."""
+"""The bpo provider of `bpo bench step`: calls the functions of `bpo/train.py` in the same order for one step."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def without_adapter(model: torch.nn.Module) -> Iterator[None]:
-    """Adapters off: the base model, which is the policy before its first step where B starts at zero."""
+    """Disables the adapters, which leaves the base model: the policy before its first step if B starts at zero."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
@@ -48,7 +48,7 @@ def without_adapter(model: torch.nn.Module) -> Iterator[None]:
 
 
 def serve(case: StepCase, session: Session, provider: str) -> None:
-    """Builds model, engine, store and the batch of the step as training does, then steps on command."""
+    """Creates model, engine, store and batch as training does, then runs a step for each command."""
     config = case.config()
     ranks = Ranks()
     engine.init_distributed(ranks)
@@ -97,7 +97,7 @@ def serve(case: StepCase, session: Session, provider: str) -> None:
 
 
 def _pairs(batches: list[GroupBatch], outputs: list[Any]) -> dict[str, dict[str, float]]:
-    """Summed log-probs of both sides by pair, of policy and reference."""
+    """Summed policy and reference log-probs of both completions, by pair."""
     pairs: dict[str, dict[str, float]] = {}
     for batch, (_, _, _, logp_N) in zip(batches, outputs, strict=True):
         assert batch.loss_inputs.reference is not None

@@ -1,4 +1,4 @@
-"""What the providers of `bpo bench step` compute: the same pairs, the same weights, the same adapter."""
+"""The benchmark case of `bpo bench step`: the pairs, weights and adapter that all providers use."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from bpo.data.groups import GroupDataset
 from bpo.formats.files import group_to_json, read_groups
 from bpo.records import Completion, PreferenceGroup
 
-# Standard deviation of the adapter's B, which training starts at zero: with B = 0 policy and reference are the same,
-# every loss is log 2, and a comparison of losses would show nothing.
+# Standard deviation of the adapter's B. Training starts with B = 0, but then policy equals reference, every loss is
+# log 2, and comparing losses would be meaningless.
 ADAPTER_B_STD = 0.02
 
 
 @dataclass(frozen=True)
 class PairRow:
-    """One pair as text, as TRL takes it: the rendered prompt with an image placeholder, both answers with their end."""
+    """One pair as text for TRL: the rendered prompt with an image placeholder, both answers with EOS."""
 
     label: str
     prompt: str
@@ -37,14 +37,14 @@ class PairRow:
 
 @dataclass(frozen=True)
 class StepCase:
-    """One optimizer step: which groups, as packed groups for bpo and as rows for TRL, and how they are trained on.
+    """One optimizer step: its groups, as packed groups for bpo and as rows for TRL, and its hyperparameters.
 
     Attributes:
-        model: Directory of the model.
-        groups: JSONL of exactly the groups of the step, in which every completion counts.
-        rows: All pairs (i, j) with score_i > score_j of these groups.
-        num_tokens: Tokens of the packed groups: the size of bpo's one micro-batch.
-        workdir: Where a provider may write.
+        model: Model directory.
+        groups: JSONL of exactly the groups of the step, without unused completions.
+        rows: All pairs (i, j) with score_i > score_j in these groups.
+        num_tokens: Tokens of the packed groups: the size of bpo's single micro-batch.
+        workdir: Folder for the providers' files.
     """
 
     model: str
@@ -66,7 +66,7 @@ class StepCase:
         return len(self.rows)
 
     def config(self) -> Config:
-        """The training configuration: all groups in one step and one micro-batch, LoRA alone learns."""
+        """The training configuration: all groups in one step and one micro-batch; only LoRA is trained."""
         return Config(
             model=ModelConfig(
                 path=self.model,
@@ -98,20 +98,20 @@ class StepCase:
 
 
 def pair_label(group: int, chosen: int, rejected: int) -> str:
-    """Names a pair by the group's place in the file and by its completions."""
+    """Label of a pair: the group's index in the file and the indices of its completions."""
     return f"{group}:{chosen}>{rejected}"
 
 
 def build_case(
     model: Path, groups: Path, image_root: Path, num_groups: int, workdir: Path, **settings: Any
 ) -> StepCase:
-    """Takes the first `num_groups` usable groups of a file as one step.
+    """Builds a step from the first `num_groups` usable groups of a file.
 
     Args:
         settings: The remaining fields of `StepCase`.
 
     Raises:
-        ValueError: fewer groups can be used; says why the first of the others cannot.
+        ValueError: The file has fewer usable groups; the message explains the first unusable one.
     """
     case = StepCase(
         model=str(model),
@@ -142,7 +142,7 @@ def build_case(
         usable.append(group)
     if len(usable) < num_groups:
         why = f"; {refused[0].group_id}: {refused[0].detail}" if refused else ""
-        raise ValueError(f"{groups}: {len(usable)} groups can be trained on, --num-groups asks for {num_groups}{why}")
+        raise ValueError(f"{groups}: {len(usable)} usable groups, but --num-groups is {num_groups}{why}")
     workdir.mkdir(parents=True, exist_ok=True)
     chosen = workdir / "groups.jsonl"
     lines = [json.dumps({**group_to_json(group), "id": str(i)}) for i, group in enumerate(usable)]
@@ -151,7 +151,7 @@ def build_case(
 
 
 def _distinct(group: PreferenceGroup, encoder: Encoder) -> tuple[Completion, ...]:
-    """As the encoder counts them: completions of equal tokens once, with the higher score."""
+    """Merges completions with equal tokens and keeps the higher score, as the encoder does."""
     best: dict[tuple[int, ...], Completion] = {}
     for completion in group.completions:
         ids = encoder.encode_completion(completion.response)
@@ -171,7 +171,7 @@ def _rows(number: int, group: PreferenceGroup, encoder: Encoder, image_root: Pat
     prompt = encoder.processor.apply_chat_template(messages)
     tokenizer = encoder.tokenizer
     bos = tokenizer.bos_token
-    # TRL adds no special tokens to the text of a multimodal prompt; bpo adds BOS where the template wrote none.
+    # TRL adds no special tokens to multimodal prompts; bpo adds BOS if the template does not.
     if bos and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id] and not prompt.startswith(bos):
         prompt = bos + prompt
     end = tokenizer.convert_ids_to_tokens(encoder.eos_token_id)
@@ -185,13 +185,13 @@ def _rows(number: int, group: PreferenceGroup, encoder: Encoder, image_root: Pat
 
 @torch.no_grad()
 def set_adapter(model: torch.nn.Module, dtype: torch.dtype) -> str:
-    """Gives every LoRA matrix of `model` values that its name decides; returns their SHA-256.
+    """Sets every LoRA matrix of `model` to random values seeded by its name; returns their SHA-256.
 
-    Two models get the same adapter, whoever made it: A as PEFT draws it, uniform in +-1 / sqrt(inputs), and B normal
-    with `ADAPTER_B_STD`, rounded to `dtype`.
+    Any two models get the same adapter: A as PEFT initialises it, uniform in +-1 / sqrt(inputs), and B normal with
+    `ADAPTER_B_STD`, rounded to `dtype`.
 
     Raises:
-        ValueError: there is no adapter.
+        ValueError: The model has no adapter.
     """
     digest = hashlib.sha256()
     for name, parameter in sorted(_lora_parameters(model)):
@@ -209,6 +209,6 @@ def set_adapter(model: torch.nn.Module, dtype: torch.dtype) -> str:
 
 
 def _lora_parameters(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
-    """LoRA's parameters under the names that they have without a PEFT wrapper."""
+    """LoRA parameters by their names without the PEFT wrapper."""
     named = [(name.removeprefix("base_model.model."), p) for name, p in model.named_parameters() if "lora_" in name]
     return sorted(named, key=lambda pair: pair[0])

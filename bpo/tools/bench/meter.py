@@ -1,4 +1,4 @@
-"""What is measured of one step, the same way for every provider: FLOPs, passes through the model, memory, time."""
+"""Measurement of one step, identical for all providers: FLOPs, positions and images, memory, time."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _attention_backward(
     return backward_flops(math.prod(query[:-1]) * key[-2], query[-1], value[-1])
 
 
-# PyTorch counts the attention kernels of GPUs and leaves out the one of CPUs. As there, a causal kernel counts in full.
+# PyTorch counts the attention kernels of GPUs but not that of CPUs. As on GPU, a causal kernel counts in full.
 _CPU_ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_forward,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
@@ -38,10 +38,10 @@ class Meter:
     """Measures steps of one model.
 
     Args:
-        model: A `*ForConditionalGeneration` model; its parameters are the weights that memory is counted above.
-        language_module: Dotted name of the language model inside it: positions that pass it are counted.
-        vision_module: Dotted name of the vision tower: images that pass it are counted.
-        device: Where the steps run.
+        model: A `*ForConditionalGeneration` model; memory is reported in excess of its parameters.
+        language_module: Dotted name of its language model, whose positions are counted.
+        vision_module: Dotted name of its vision tower, whose images are counted.
+        device: Device of the steps.
     """
 
     def __init__(self, model: torch.nn.Module, language_module: str, vision_module: str, device: torch.device):
@@ -49,36 +49,36 @@ class Meter:
         self.weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
         self._tokens = 0
         self._images = 0
-        model.get_submodule(language_module).register_forward_pre_hook(self._see_tokens, with_kwargs=True)
-        model.get_submodule(vision_module).register_forward_pre_hook(self._see_images, with_kwargs=True)
+        model.get_submodule(language_module).register_forward_pre_hook(self._count_tokens, with_kwargs=True)
+        model.get_submodule(vision_module).register_forward_pre_hook(self._count_images, with_kwargs=True)
 
-    def _see_tokens(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _count_tokens(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = kwargs.get("inputs_embeds")
         tokens = given.shape[:2] if given is not None else (args[0] if args else kwargs["input_ids"]).shape
         self._tokens += tokens[0] * tokens[1]
 
-    def _see_images(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _count_images(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         grid = kwargs.get("grid_thw", args[1] if len(args) > 1 else None)  # Qwen-VL: all patches in one row
         pixels = args[0] if args else kwargs["pixel_values"]
         self._images += grid.shape[0] if isinstance(grid, torch.Tensor) else pixels.shape[0]
 
     def release(self) -> None:
-        """Gives the device memory that PyTorch keeps for later back, so that another process can have it."""
+        """Returns PyTorch's cached device memory, so that another process can use it."""
         if self.device.type == "cuda":
             gc.collect()
             torch.cuda.empty_cache()
 
     @contextlib.contextmanager
     def measure(self, kind: str, result: dict[str, Any]) -> Iterator[None]:
-        """Measures what runs inside and writes it into `result`: always `tokens` and `images`, and by `kind`
+        """Measures the enclosed code and stores in `result`: always `tokens` and `images`, and depending on `kind`:
 
-        flops: `flops` of matrix products and attention, as `torch.utils.flop_counter.FlopCounterMode` counts them.
-        memory: `peak_bytes`: on CUDA the largest allocation above the weights; on a CPU the largest sum of what was
-            allocated since the start and is alive, from the profiler's records of the allocator.
-        time: `seconds`, the device waited for on both sides.
+        flops: `flops` of matrix products and attention, counted by `torch.utils.flop_counter.FlopCounterMode`.
+        memory: `peak_bytes`: on CUDA, the peak allocation in excess of the weights; on CPU, the peak of memory
+            allocated since the start, from the profiler's allocator records.
+        time: `seconds`, with the device synchronized before and after.
         """
         if kind not in KINDS:
-            raise ValueError(f"kind {kind!r}: one of {', '.join(KINDS)}")
+            raise ValueError(f"kind is {kind!r}; it must be one of {', '.join(KINDS)}")
         self._tokens = self._images = 0
         inner = {"flops": self._flops, "memory": self._memory, "time": self._time}.get(kind)
         with inner(result) if inner else contextlib.nullcontext():

@@ -1,4 +1,4 @@
-"""Compares the providers of `bpo bench step`, puts their figures side by side and judges them by the targets."""
+"""Report of `bpo bench step`: agreement of the providers, comparison of their figures, verdicts on the targets."""
 
 from __future__ import annotations
 
@@ -8,25 +8,24 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-# What two providers may differ by, by dtype: the summed log-probs of an answer in nats a token, the mean loss in nats,
-# the gradient's norm as a share of it. In bf16 every activation has 8 bits on either side, and TRL keeps its adapter in
-# fp32 under autocast.
+# Tolerances between two providers by dtype: summed log-probs of an answer in nats per token, mean loss in nats, and
+# relative gradient norm. In bf16, every activation has 8 bits on both sides; TRL keeps its adapter in fp32 (autocast).
 TOLERANCES = {"float32": (1e-4, 1e-4, 1e-3), "bfloat16": (2e-2, 3e-2, 1e-1)}
 OURS, THEIRS = "bpo", "trl"
-# TRL's variants, the one to compare with first: Liger's layer kernels are what its users take on a GPU.
+# TRL's variants in order of preference for the comparison: on GPU, its users enable Liger's layer kernels.
 ANCHORS = ("trl-liger", THEIRS)
 
 
 @dataclass(frozen=True)
 class Figures:
-    """What one provider needs for one pair.
+    """Costs of one provider per pair.
 
     Attributes:
-        flops: Of forward, backward and whatever the step computes of the reference; None where the counter missed some.
-        tokens: Positions through the language model, padding among them.
+        flops: Of forward, backward and the reference if the step computes it; None if the counter missed an operator.
+        tokens: Positions through the language model, including padding.
         images: Images through the vision tower.
-        peak_bytes: Of the whole step, not of a pair.
-        seconds: One entry a repetition.
+        peak_bytes: Of the whole step, not per pair.
+        seconds: One entry per repetition.
     """
 
     flops: float | None
@@ -42,7 +41,7 @@ class Figures:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A target and what was measured; `met` is None where nothing was, `predicted` an estimate by arithmetic."""
+    """A target and its measurement; `met` is None if not measured, `predicted` is an arithmetic estimate."""
 
     target: str
     measured: str
@@ -51,14 +50,14 @@ class Verdict:
 
 
 def figures(measured: dict[str, Any], num_pairs: int) -> Figures:
-    """Figures a pair from what `measure_provider` collected of steps (or of the store's passes) of `num_pairs`."""
+    """Figures per pair from `measure_provider`, for steps (or reference passes) over `num_pairs` pairs."""
     flops = measured["flops"]["flops"]
     return Figures(
         flops=None if flops is None else flops / num_pairs,
         tokens=measured["flops"]["tokens"] / num_pairs,
         images=measured["flops"]["images"] / num_pairs,
         peak_bytes=measured["memory"]["peak_bytes"],
-        seconds=tuple(one["seconds"] / num_pairs for one in measured["time"]),
+        seconds=tuple(timed["seconds"] / num_pairs for timed in measured["time"]),
     )
 
 
@@ -73,11 +72,11 @@ def preference_loss(pair: dict[str, float], beta: float) -> float:
 def disagreements(
     ours: dict[str, Any], theirs: dict[str, Any], dtype: str, beta: float, answer_tokens: dict[str, tuple[int, int]]
 ) -> list[str]:
-    """What two providers' first steps differ in by more than rounding; empty where they compute the same.
+    """Differences between two providers' first steps beyond rounding; empty if they agree.
 
     Args:
         ours, theirs: `pairs` (summed log-probs by label), `loss` and `grad_norm` of a step.
-        answer_tokens: Tokens of the (chosen, rejected) answer by label; log-probs may differ in proportion.
+        answer_tokens: Tokens of the (chosen, rejected) answer by label; the log-prob tolerance is per token.
     """
     logp_tolerance, loss_tolerance, norm_tolerance = TOLERANCES[dtype]
     if ours["pairs"].keys() != theirs["pairs"].keys():
@@ -90,30 +89,29 @@ def disagreements(
                 gap = abs(our_pair[name] - their_pair[name]) / tokens
                 if not gap <= logp_tolerance:
                     found.append(
-                        f"pair {label}: log-prob of {name.replace('_', ' ')} is {our_pair[name]:.4f} and "
-                        f"{their_pair[name]:.4f}, {gap:.2g} nats a token apart (at most {logp_tolerance:g})"
+                        f"pair {label}: {name.replace('_', ' ')} log-probs are {our_pair[name]:.4f} and "
+                        f"{their_pair[name]:.4f}: {gap:.2g} nats per token apart (tolerance {logp_tolerance:g})"
                     )
     for who, step in ((OURS, ours), (THEIRS, theirs)):
         expected = statistics.fmean(preference_loss(pair, beta) for pair in step["pairs"].values())
         if not abs(step["loss"] - expected) <= loss_tolerance:
-            found.append(f"{who}: the step's loss is {step['loss']:.6f}, its log-probs give {expected:.6f}")
+            found.append(f"{who}: the loss is {step['loss']:.6f}, but {expected:.6f} from its log-probs")
     if not abs(ours["loss"] - theirs["loss"]) <= loss_tolerance:
-        found.append(f"the losses are {ours['loss']:.6f} and {theirs['loss']:.6f} (at most {loss_tolerance:g} apart)")
+        found.append(f"the losses are {ours['loss']:.6f} and {theirs['loss']:.6f} (tolerance {loss_tolerance:g})")
     if not abs(ours["grad_norm"] - theirs["grad_norm"]) <= norm_tolerance * theirs["grad_norm"]:
-        found.append(f"the gradients' norms are {ours['grad_norm']:.6g} and {theirs['grad_norm']:.6g}")
+        found.append(f"the gradient norms are {ours['grad_norm']:.6g} and {theirs['grad_norm']:.6g}")
     return found
 
 
 def anchor_of(providers: Collection[str]) -> str | None:
-    """The variant of TRL among `providers` that bpo is compared with."""
+    """The TRL variant among `providers` that bpo is compared with."""
     return next((name for name in ANCHORS if name in providers), None)
 
 
 def ratios(step: Figures, reference: Figures, theirs: Figures, epochs: int) -> dict[str, Any]:
-    """What bpo needs for what TRL takes as 1; `amortised` adds the store's pass, divided by the epochs that read it.
+    """Costs of bpo relative to TRL; `amortised` adds the reference pass divided by the number of epochs.
 
-    Times are divided repetition by repetition, which ran one after the other: median, least and largest. FLOPs that
-    were not counted give None.
+    Time ratios are per repetition, as the providers take turns: median, least and largest. Uncounted FLOPs give None.
     """
 
     def flops_ratio(share: float) -> float | None:
@@ -140,24 +138,24 @@ def ratios(step: Figures, reference: Figures, theirs: Figures, epochs: int) -> d
 
 
 def judge(case: dict[str, Any], ratio: dict[str, Any] | None) -> list[Verdict]:
-    """The targets for the lengths that they speak of, 576 + 44 + 100 tokens; none for others.
+    """Verdicts on the targets, which apply only to lengths of 576 + 44 + 100 tokens; empty for other lengths.
 
     Args:
         case: `image_tokens`, `prompt_tokens`, `answer_tokens`, `completions`, `epochs`, `device` and `model`.
-        ratio: From `ratios`, or None where TRL was not measured.
+        ratio: From `ratios`; None if TRL was not measured.
     """
     lengths = tuple(case.get(key) for key in ("image_tokens", "prompt_tokens", "answer_tokens"))
     if lengths != (576, 44, 100) or case["completions"] not in (2, 3):
         return []
     where = f"{case['completions']} completions"
     least, amortised = {2: (0.40, 0.52), 3: (0.27, 0.30)}[case["completions"]]
-    wanted = [(f"{where}: FLOPs a pair, stored reference: <= {least:g} of TRL's", "flops", least)]
+    wanted = [(f"{where}: FLOPs per pair, stored reference: <= {least:g}x TRL's", "flops", least)]
     if case["epochs"] == 2:
         wanted.append(
-            (f"{where}: the same with the store's pass over 2 epochs: <= {amortised:g}", "flops_amortised", amortised)
+            (f"{where}: with the reference pass over 2 epochs: <= {amortised:g}x", "flops_amortised", amortised)
         )
     if case["device"] == "cpu":
-        wanted.append((f"{where}: time a pair on a CPU: <= 0.5 of TRL's", "seconds", 0.5))
+        wanted.append((f"{where}: time per pair on CPU: <= 0.5x TRL's", "seconds", 0.5))
     verdicts = []
     for target, name, limit in wanted:
         value = None if ratio is None else ratio[name]["median"] if name == "seconds" else ratio[name]
@@ -168,17 +166,17 @@ def judge(case: dict[str, Any], ratio: dict[str, Any] | None) -> list[Verdict]:
     return verdicts + gpu_verdicts(case, ratio)
 
 
-# Estimates by completions. Time: TFLOP per group of LLaVA-1.5-7B with gradient checkpointing, 38.6 against 86.6 for two
-# completions and 44.8 against 129.9 for three. Memory: 18 and 22 GB in all, of which the weights are 14.1.
+# Estimates by number of completions. Time: TFLOP per group of LLaVA-1.5-7B with gradient checkpointing, 38.6 against
+# 86.6 for two completions and 44.8 against 129.9 for three. Memory: 18 and 22 GB in total, including 14.1 of weights.
 PREDICTIONS = {2: ("2.2x (FLOPs)", "0.5 (4 of 8 GB)"), 3: ("2.9x (FLOPs)", "")}
 
 
 def gpu_verdicts(case: dict[str, Any], ratio: dict[str, Any] | None) -> list[Verdict]:
-    """The targets of one GPU and the whole shape: measured on nothing else.
+    """Verdicts on the targets for the full LLaVA-1.5-7B shape on one GPU; not measured in other cases.
 
     Args:
         case: `completions`, `device` and `model`.
-        ratio: From `ratios`, or None where TRL was not measured.
+        ratio: From `ratios`; None if TRL was not measured.
     """
     completions = case["completions"]
     speed = f"step, {completions} completions, LLaVA-1.5-7B on a GPU: pairs/s >= 2x TRL's"
@@ -200,15 +198,15 @@ def _row(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def _cells(who: str, one: Figures) -> list[str]:
-    spread = f"{min(one.seconds):.3f}-{max(one.seconds):.3f}"
+def _cells(who: str, costs: Figures) -> list[str]:
+    spread = f"{min(costs.seconds):.3f}-{max(costs.seconds):.3f}"
     return [
         who,
-        "not counted" if one.flops is None else f"{one.flops / 1e9:,.2f}",
-        f"{one.tokens:,.0f}",
-        f"{one.images:g}",
-        f"{one.peak_bytes / 2**20:,.1f}",
-        f"{one.median_seconds:.3f} ({spread})",
+        "not counted" if costs.flops is None else f"{costs.flops / 1e9:,.2f}",
+        f"{costs.tokens:,.0f}",
+        f"{costs.images:g}",
+        f"{costs.peak_bytes / 2**20:,.1f}",
+        f"{costs.median_seconds:.3f} ({spread})",
     ]
 
 
@@ -218,14 +216,14 @@ def table(result: dict[str, Any]) -> str:
     head = ["", "GFLOP / pair", "LM tokens / pair", "images / pair", peak, "s / pair (range)"]
     lines = [_row(head), _row(["---"] * len(head))]
     found = {name: Figures(**one) for name, one in result["figures"].items()}
-    names = {"bpo": "bpo, one step", "bpo-reference": "bpo, the store's pass", "trl": "TRL", "trl-liger": "TRL, Liger"}
+    names = {"bpo": "bpo, one step", "bpo-reference": "bpo, reference pass", "trl": "TRL", "trl-liger": "TRL, Liger"}
     lines += [_row(_cells(names[name], found[name])) for name in names if name in found]
     lines += [_row([names[name], f"refused: {why}", "", "", "", ""]) for name, why in result["refused"].items()]
     if result["ratios"]:
         anchor = names[result["ratios"].get("anchor", THEIRS)]
         for suffix, title in (
             ("", f"bpo / {anchor}"),
-            ("_amortised", f"with the pass over {result['case']['epochs']} epochs"),
+            ("_amortised", f"with the reference pass over {result['case']['epochs']} epochs"),
         ):
             lines.append(_row(_ratio_cells(title, suffix, result["ratios"])))
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""TRL's side of `bpo bench step`: DPOTrainer as its users call it, its own loop stopped at every step's border."""
+"""The TRL provider of `bpo bench step`: DPOTrainer in its standard form, paused between steps by a callback."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from bpo.tools.bench.case import StepCase, set_adapter
 from bpo.tools.bench.meter import Meter
 from bpo.tools.bench.workers import Command, Session
 
-# More steps than a benchmark asks for: the trainer leaves when it is told to.
+# More steps than a benchmark runs; the trainer is stopped from its callback.
 _MANY_STEPS = 1_000_000
 
 
 class _Stop(Exception):
-    """Leaves the trainer's loop from within a callback."""
+    """Raised in a callback to leave the trainer's loop."""
 
 
 def serve(case: StepCase, session: Session, provider: str) -> None:
-    """Builds DPOTrainer on the rows of the case and runs `train()`; each of its steps waits for a command."""
+    """Creates a DPOTrainer for the rows of the case and runs `train()`; each step waits for a command."""
     from transformers import AutoConfig, AutoModelForImageTextToText
     from trl import DPOTrainer
 
@@ -61,11 +61,11 @@ def serve(case: StepCase, session: Session, provider: str) -> None:
 def _on_command(
     case: StepCase, session: Session, meter: Meter, losses: list[torch.Tensor], logps: list[torch.Tensor]
 ) -> Any:
-    """A callback that measures between the borders of a step: `losses` and `logps` hold what the step computed."""
+    """A callback that measures each step; `losses` and `logps` receive the results of the step."""
     from transformers import TrainerCallback
 
     class OnCommand(TrainerCallback):
-        """Between two steps of the trainer: answers for the last, waits for the next command."""
+        """Sends the result of each step and waits for the next command."""
 
         def __init__(self) -> None:
             self.measuring = contextlib.ExitStack()
@@ -77,7 +77,7 @@ def _on_command(
             if command.what == "stop":
                 raise _Stop
             if command.what != "step":
-                raise ValueError(f"TRL keeps no store of the reference for images; it cannot do {command.what!r}")
+                raise ValueError(f"TRL cannot precompute the reference for images; unsupported: {command.what!r}")
             losses.clear()
             logps.clear()
             self.result, self.command = {}, command
@@ -90,7 +90,7 @@ def _on_command(
                 self.result["pairs"] = _pairs(case, logps)
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-            if "grad_norm" in logs:  # once a step, right after `on_step_end`
+            if "grad_norm" in logs:  # once per step, right after `on_step_end`
                 if not self.command.keep_cache:
                     meter.release()
                 session.answer({**self.result, "grad_norm": float(logs["grad_norm"])})
@@ -99,7 +99,7 @@ def _on_command(
 
 
 def _arguments(case: StepCase, *, use_liger_kernel: bool) -> Any:
-    """One step is one batch of all rows, on the same terms as bpo's; what is not named is TRL's default."""
+    """One batch of all rows per step with bpo's hyperparameters; other arguments have TRL's defaults."""
     from trl import DPOConfig
 
     return DPOConfig(
@@ -113,7 +113,7 @@ def _arguments(case: StepCase, *, use_liger_kernel: bool) -> Any:
         max_length=case.max_length_tokens,
         max_grad_norm=1.0,
         bf16=case.dtype == "bfloat16",
-        use_cpu=not torch.cuda.is_available(),  # bf16 on a CPU has to be asked for
+        use_cpu=not torch.cuda.is_available(),  # required for bf16 on CPU
         gradient_checkpointing=case.gradient_checkpointing == "full",
         use_liger_kernel=use_liger_kernel,
         train_sampling_strategy="sequential",
@@ -135,11 +135,11 @@ def _dataset(case: StepCase) -> Any:
 
 
 def _pairs(case: StepCase, logps: list[torch.Tensor]) -> dict[str, dict[str, float]]:
-    """Summed log-probs of both sides by pair; TRL's batch holds all chosen sides, then all rejected ones.
+    """Summed log-probs of both completions, by pair; TRL's batch has all chosen, then all rejected completions.
 
-    The first forward pass of a step is the policy's and the second the reference's.
+    The first forward pass of a step is the policy's, the second the reference's.
     """
-    policy, reference = (one.double().sum(1).cpu().chunk(2) for one in logps)
+    policy, reference = (logp.double().sum(1).cpu().chunk(2) for logp in logps)
     return {
         row.label: {
             "chosen": float(policy[0][i]),

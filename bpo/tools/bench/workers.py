@@ -1,4 +1,4 @@
-"""One process a provider, told step by step what to do: libraries stay apart and their steps take turns."""
+"""One process per provider, controlled by commands: isolates the libraries and lets their steps take turns."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ LOG_LINES_SHOWN = 15
 
 
 class ProviderError(RuntimeError):
-    """A provider's process failed; the message holds its error and the end of its log."""
+    """A provider's process failed; the message contains its error and the end of its log."""
 
 
 @dataclass(frozen=True)
 class Command:
-    """What the parent asks for: `step`, `reference` (the store's pass) or `stop`; and what is measured of it.
+    """A command of the parent: `step`, `reference` (the reference pass) or `stop`, and the kind of measurement.
 
-    With `keep_cache` the provider keeps its cached device memory, because it is asked again at once; else it gives it
-    back before it answers, for another provider is measured next.
+    With `keep_cache` the provider keeps its cached device memory for the next command; otherwise it releases the memory
+    before it answers, because another provider runs next.
     """
 
     what: str
@@ -43,17 +43,17 @@ class Command:
 
 
 class Session:
-    """A provider's side of the conversation."""
+    """The provider's end of the connection."""
 
     def __init__(self, connection: Connection):
         self._connection = connection
 
     def ready(self, **facts: Any) -> None:
-        """The model is built and the first step can start."""
+        """Reports that the model is created and the first step can start."""
         self._connection.send(("ready", facts))
 
     def receive(self) -> Command:
-        """The next command; waits for it."""
+        """Waits for the next command."""
         return self._connection.recv()
 
     def answer(self, result: dict[str, Any]) -> None:
@@ -61,26 +61,26 @@ class Session:
 
 
 class Worker:
-    """The parent's side: a provider in a process of its own, idle between commands."""
+    """The parent's end of the connection: a provider in its own process, idle between commands."""
 
     def __init__(self, provider: str, case: StepCase):
         self.provider = provider
         self.log = Path(case.workdir) / f"{provider}.log"
-        context = multiprocessing.get_context("spawn")  # CUDA and DeepSpeed bear no fork
+        context = multiprocessing.get_context("spawn")  # CUDA and DeepSpeed do not support fork
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(provider, case, theirs, str(self.log)), daemon=True)
         self._process.start()
-        theirs.close()  # ours sees the end of the pipe when the process is gone
+        theirs.close()  # so that recv raises EOFError when the process ends
         self.facts: dict[str, Any] = {}
 
     def wait_until_ready(self) -> None:
         self.facts = self._receive()
 
     def ask(self, what: str, kind: str = "plain", *, keep_cache: bool = False) -> dict[str, Any]:
-        """Has the provider do one thing and returns what was measured.
+        """Runs one command in the provider and returns the measurement.
 
         Raises:
-            ProviderError: it failed, or its process ended.
+            ProviderError: The command failed, or the process ended.
         """
         try:
             self._connection.send(Command(what, kind, keep_cache))
@@ -101,11 +101,11 @@ class Worker:
         self._process.join(10)
         tail = "\n".join(self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES_SHOWN:])
         return ProviderError(
-            f"{self.provider}: its process ended with status {self._process.exitcode}; its log:\n{tail}"
+            f"{self.provider}: the process ended with status {self._process.exitcode}; end of its log:\n{tail}"
         )
 
     def close(self) -> None:
-        """Ends the process, whatever it does."""
+        """Stops the process; kills it if it does not end."""
         with contextlib.suppress(BrokenPipeError):
             self._connection.send(Command("stop"))
         self._process.join(10)
@@ -117,7 +117,7 @@ class Worker:
 
 @contextlib.contextmanager
 def started(providers: list[str], case: StepCase) -> Iterator[dict[str, Worker]]:
-    """Workers by provider, started together; all are ended on the way out."""
+    """Context with a running worker for each provider; stops all of them on exit."""
     workers: dict[str, Worker] = {}
     try:
         for provider in providers:
@@ -130,7 +130,7 @@ def started(providers: list[str], case: StepCase) -> Iterator[dict[str, Worker]]
 
 def _serve(provider: str, case: StepCase, connection: Connection, log: str) -> None:
     with open(log, "w", encoding="utf-8") as file:
-        os.dup2(file.fileno(), 1)  # what libraries print belongs in the log, also what C++ prints
+        os.dup2(file.fileno(), 1)  # redirects all output to the log, including that of C++ libraries
         os.dup2(file.fileno(), 2)
     logging.basicConfig(level=logging.INFO)
     try:

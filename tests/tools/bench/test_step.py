@@ -25,8 +25,8 @@ from bpo.tools.bench.case import StepCase, build_case, set_adapter
 from bpo.tools.bench.meter import Meter
 from bpo.tools.bench.report import Figures, anchor_of, disagreements, judge, preference_loss, ratios, table
 from bpo.tools.bench.step import DisagreementError, check_installed, compare_first_steps, main, why_uncounted
+from bpo.tools.bench.synthetic import SHAPES, Lengths, byte_tokenizer, llava_config, write_groups, write_model
 from bpo.tools.bench.workers import ProviderError, started
-from bpo.tools.bench.world import SHAPES, Lengths, byte_tokenizer, llava_config, write_groups, write_model
 from tests.sample_groups import group
 
 CPU = torch.device("cpu")
@@ -56,10 +56,10 @@ def case(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> StepCase:
 @pytest.mark.parametrize(
     ("lengths", "message"),
     [
-        ((575, 44, 100, 2), "--image-tokens 575: patches form a square"),
-        ((576, 18, 100, 2), "--prompt-tokens 18: the chat template takes 19"),
-        ((576, 44, 7, 2), "--answer-tokens 7: give at least 8"),
-        ((576, 44, 100, 1), "--completions 1: a pair needs at least 2"),
+        ((575, 44, 100, 2), "--image-tokens is 575; give a square number"),
+        ((576, 18, 100, 2), "--prompt-tokens is 18; the chat template takes 19"),
+        ((576, 44, 7, 2), "--answer-tokens is 7; give at least 8"),
+        ((576, 44, 100, 1), "--completions is 1; a pair needs at least 2"),
     ],
 )
 def test_lengths_that_cannot_be_are_refused(lengths: tuple[int, int, int, int], message: str) -> None:
@@ -128,7 +128,7 @@ def test_a_case_skips_what_cannot_be_trained_on_and_counts_equal_answers_once(
         ("0:1>0", "a dog</s>", "a cat</s>"),
         ("0:1>2", "a dog</s>", "no</s>"),
     ]
-    with pytest.raises(ValueError, match="1 groups can be trained on, --num-groups asks for 2; broken: .*missing.png"):
+    with pytest.raises(ValueError, match="1 usable groups, but --num-groups is 2; broken: .*missing.png"):
         build_case(model_dir, path, photo_root, 2, tmp_path / "again", **SETTINGS)
 
 
@@ -189,11 +189,11 @@ def first_step(**changes: float) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"chosen": -100.5}, "log-prob of chosen is -100.0000 and -100.5000, 0.005 nats a token apart"),
-        ({"reference_rejected": -108.9}, "log-prob of reference rejected"),
+        ({"chosen": -100.5}, "chosen log-probs are -100.0000 and -100.5000: 0.005 nats per token apart"),
+        ({"reference_rejected": -108.9}, "reference rejected log-probs"),
         ({"loss": 0.61}, "the losses are 0.598139 and 0.610000"),
-        ({"grad_norm": 3.1}, "the gradients' norms are 3 and 3.1"),
-        ({"chosen": math.nan}, "log-prob of chosen"),
+        ({"grad_norm": 3.1}, "the gradient norms are 3 and 3.1"),
+        ({"chosen": math.nan}, "chosen log-probs"),
         ({"grad_norm": math.nan}, "norms"),
     ],
 )
@@ -222,7 +222,7 @@ def test_providers_that_disagree_are_not_reported(
         compare_first_steps(first, facts, settings, tokens)  # type: ignore[arg-type]
 
     compare("a")
-    for adapter, changes, message in (("b", {}, "different adapters"), ("a", {"grad_norm": 9.0}, "norms")):
+    for adapter, changes, message in (("b", {}, "different adapters"), ("a", {"grad_norm": 9.0}, "gradient norms")):
         with pytest.raises(DisagreementError, match=message):
             compare(adapter, **changes)
 
@@ -320,9 +320,9 @@ def test_ratios_and_verdicts() -> None:
 
 def test_options_that_make_no_sense_are_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     for argv, message in (
-        (["--providers", "trl"], "bpo must be among them"),
+        (["--providers", "trl"], "--providers must include bpo"),
         (["--num-groups", "0"], "--num-groups 0: give at least 1"),
-        (["--groups", "g.jsonl"], "--groups needs the directory of a real model"),
+        (["--groups", "g.jsonl"], "--groups needs a model directory"),
     ):
         with pytest.raises(SystemExit):
             main(argv)
@@ -362,7 +362,7 @@ def test_bpo_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first = result["first_step"]["bpo"]
     assert abs(first["loss"] - math.log(2)) > 1e-4, "a loss of log 2 would show nothing"
     assert result["ratios"] is None and result["refused"] == {} and result["targets"] == []
-    assert "| bpo, one step |" in capsys.readouterr().out and "| bpo, the store's pass |" in table(result)
+    assert "| bpo, one step |" in capsys.readouterr().out and "| bpo, reference pass |" in table(result)
     assert report["command"].startswith("bpo bench step --model llava-1.5-7b-32nd")
 
 

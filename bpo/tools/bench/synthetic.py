@@ -1,4 +1,4 @@
-"""A LLaVA of LLaVA-1.5-7B's proportions with random weights, and random groups of exact lengths in tokens."""
+"""Synthetic benchmark inputs: LLaVA-1.5-7B at full or reduced size with random weights; groups of exact lengths."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-# Shape name -> what every width and depth of LLaVA-1.5-7B is divided by.
+# Shape name -> divisor of every width and depth of LLaVA-1.5-7B.
 SHAPES = {"llava-1.5-7b": 1, "llava-1.5-7b-8th": 8, "llava-1.5-7b-32nd": 32}
 PATCH = 14
 SPECIAL_TOKENS = ("<s>", "</s>", "<pad>", "<image>")
@@ -24,19 +24,19 @@ CHAT_TEMPLATE = (
     "{% if m['role'] == 'assistant' %}</s>{% else %} {% endif %}{% endfor %}"
     "{% if add_generation_prompt %}ASSISTANT: {% endif %}"
 )
-# One token a byte: what the template writes round a question about one image.
+# Tokens (bytes) that the template adds to a question about one image.
 _TEMPLATE_TOKENS = len("USER: \n ASSISTANT: ")
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """What the synthetic groups measure, in tokens; an answer's last token ends it.
+    """Lengths of the synthetic groups in tokens; an answer's last token is EOS.
 
     Attributes:
-        image_tokens: Of the one image of each group; a square number, as the patches form a square.
-        prompt_tokens: Of the prompt, chat template included, image tokens not.
-        answer_tokens: Of each completion.
-        completions: Of each group: one preferred to all others, which are equal (the groups of arXiv 2403.08730).
+        image_tokens: Per image, one image per group; a square number, as the patches form a square.
+        prompt_tokens: Per prompt, including the chat template, without image tokens.
+        answer_tokens: Per completion.
+        completions: Per group: one is preferred to all others, whose scores are equal (as in arXiv 2403.08730).
     """
 
     image_tokens: int = 576
@@ -46,15 +46,15 @@ class Lengths:
 
     def __post_init__(self) -> None:
         if self.image_tokens < 1 or math.isqrt(self.image_tokens) ** 2 != self.image_tokens:
-            raise ValueError(f"--image-tokens {self.image_tokens}: patches form a square; give a square number")
+            raise ValueError(f"--image-tokens is {self.image_tokens}; give a square number, as patches form a square")
         if self.prompt_tokens <= _TEMPLATE_TOKENS:
             raise ValueError(
-                f"--prompt-tokens {self.prompt_tokens}: the chat template takes {_TEMPLATE_TOKENS}; give more"
+                f"--prompt-tokens is {self.prompt_tokens}; the chat template takes {_TEMPLATE_TOKENS}, give more"
             )
         if self.answer_tokens < 8:
-            raise ValueError(f"--answer-tokens {self.answer_tokens}: give at least 8, so that answers differ")
+            raise ValueError(f"--answer-tokens is {self.answer_tokens}; give at least 8, so that answers differ")
         if self.completions < 2:
-            raise ValueError(f"--completions {self.completions}: a pair needs at least 2")
+            raise ValueError(f"--completions is {self.completions}; a pair needs at least 2")
 
     @property
     def image_side_pixels(self) -> int:
@@ -62,7 +62,7 @@ class Lengths:
 
 
 def byte_tokenizer() -> Any:
-    """A tokenizer of one token a byte: the length of a text is that of its bytes."""
+    """A byte-level tokenizer without merges: one token per byte."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -77,9 +77,9 @@ def byte_tokenizer() -> Any:
 def llava_config(shape: str, image_tokens: int, tokenizer: Any) -> Any:
     """The transformers config of a shape.
 
-    Divided by n are every width, depth and the intermediate sizes of tower and language model; heads keep their size.
-    The vocabulary is divided by n^2, which keeps the head's share of the work. So tower, language model and head keep
-    the shares of their matrix products; attention, whose work grows with length times width, has n times its share.
+    Widths, depths and intermediate sizes of tower and language model are divided by n; attention heads keep their size.
+    The vocabulary is divided by n^2. Tower, language model and LM head thus keep their shares of the matrix products;
+    the share of attention, whose work is proportional to length times width, grows by n.
     """
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
@@ -94,7 +94,7 @@ def llava_config(shape: str, image_tokens: int, tokenizer: Any) -> Any:
         num_key_value_heads=max(1, 32 // n),
         max_position_embeddings=4096,
         rms_norm_eps=1e-5,
-        # Weights as much larger as rows are shorter: activations keep the size that they have at 4096.
+        # Larger weights compensate for shorter rows, so that activations have the same scale as at width 4096.
         initializer_range=0.02 * math.sqrt(n),
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -120,10 +120,10 @@ def llava_config(shape: str, image_tokens: int, tokenizer: Any) -> Any:
 
 
 def write_model(directory: Path, shape: str, image_tokens: int, dtype: torch.dtype, device: torch.device) -> Path:
-    """Saves a random model of a shape with its processor where `from_pretrained` reads them; returns `directory`.
+    """Saves a random model of a shape and its processor for `from_pretrained`; returns `directory`.
 
     Raises:
-        ValueError: the shape has no such name; lists those there are.
+        ValueError: The shape is unknown.
     """
     if shape not in SHAPES:
         raise ValueError(f"--model {shape}: neither a directory nor a shape; the shapes are {', '.join(SHAPES)}")
@@ -133,7 +133,7 @@ def write_model(directory: Path, shape: str, image_tokens: int, dtype: torch.dty
     config = llava_config(shape, image_tokens, tokenizer)
     side = config.vision_config.image_size
     torch.manual_seed(0)
-    with device:  # seven thousand million random numbers take a CPU minutes
+    with device:  # 7 billion random numbers take minutes on CPU
         model = LlavaForConditionalGeneration._from_config(config, dtype=dtype)
     processor = LlavaProcessor(
         image_processor=CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side}),
@@ -147,16 +147,16 @@ def write_model(directory: Path, shape: str, image_tokens: int, dtype: torch.dty
     directory.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(directory)
     processor.save_pretrained(directory)
-    if device.type == "cuda":  # the providers' processes need the room
+    if device.type == "cuda":  # the providers' processes need the memory
         del model
         torch.cuda.empty_cache()
     return directory
 
 
 def write_groups(directory: Path, lengths: Lengths, num_groups: int) -> Path:
-    """Writes `groups.jsonl` and its images into `directory`; returns the path of the former.
+    """Writes `groups.jsonl` and its images to `directory`; returns the path of groups.jsonl.
 
-    Every group has an image, a prompt and completions of its own, of random letters.
+    Every group has a different image, prompt and completions, made of random letters.
     """
     directory.mkdir(parents=True, exist_ok=True)
     draw = random.Random(0)
