@@ -1,1 +1,1 @@
-"""What shares, records and merges a bootstrapping job."""
+"""Distribution, journals and merging of a bootstrapping job."""

@@ -1,7 +1,7 @@
-"""Which negatives to leave out so that the sources stand in the shares that were asked for.
+"""Which negatives to drop so that the sources have the requested shares.
 
-The paper's release held 160,000 injected errors and 20,000 answers to weakened images: whoever trains on all of it
-trains mostly on the first.
+The paper's release contains 160,000 injected errors and 20,000 answers to weakened images: training on all of it is
+training mostly on the former.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from bpo.bootstrap.seeds import derive_seed
 
 
 def balance_rank(seed: int, source: str, record_id: str) -> int:
-    """Where a negative stands in the order in which its source gives them up: the highest first. 53 bits."""
+    """Deterministic drop priority of a negative, 53 bits; the highest is dropped first."""
     return derive_seed(seed, "balance", source, record_id)
 
 
 def thresholds(ranks: Mapping[str, array[int]], target_shares: Mapping[str, float]) -> dict[str, int]:
-    """Source -> the least rank that is left out, for the sources that made too many.
+    """Source -> the lowest rank that is dropped, for the sources with a surplus.
 
-    The scarcest source, for its share, keeps all; the others keep as many as fit its number. Which ones depends on
-    seed, source and id alone, so that a merge gives the same groups in any order. A source without a share is not
-    touched; one that made nothing bounds nobody.
+    The source with the fewest negatives relative to its share keeps all; the others keep a number in proportion. The
+    choice depends only on seed, source and id, so a merge gives the same groups in any order. Sources without a share
+    are not balanced; sources without negatives set no bound.
 
     Args:
-        ranks: Source -> `balance_rank` of each record for which it made a usable negative, 8 bytes each ("Q").
-        target_shares: Source -> its share among those named; only their ratios matter.
+        ranks: Source -> `balance_rank` of each record with a usable negative from it, 8 bytes each ("Q").
+        target_shares: Source -> its share among the named sources; only the ratios matter.
     """
     bound = min((len(ranks[source]) / share for source, share in target_shares.items() if ranks[source]), default=0.0)
     left_out = {}

@@ -1,4 +1,4 @@
-"""Stops a job whose images are bad: at the first one, or above a ceiling, not after a night of generating."""
+"""Broken-image policy: stops a job at its first broken image, or above a limit, not after hours of generating."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from bpo.formats.problems import Problem
 
 
 class BrokenImages:
-    """Counts the records that turn out to be broken, each once, over all sources and earlier starts of the job.
+    """Counts records with broken images, each once, over all sources and earlier starts of the job.
 
     Args:
-        data: `on_bad` and `max_bad_share`.
-        num_usable: Annotations of the job.
-        bad: What was bad when they were read.
-        folder: Where outcomes are kept, for the message.
-        known: `record_digest` of those that earlier starts found: they count, and stop nothing by themselves.
+        data: Provides `on_bad` and `max_bad_share`.
+        num_usable: Number of annotations of the job.
+        bad: Bad records found while reading them.
+        folder: Folder of the outcomes, for messages.
+        known: `record_digest` of those found by earlier starts; they count, but do not stop the job on their own.
     """
 
     def __init__(self, data: DataConfig, num_usable: int, bad: BadRecords, folder: Path, known: Iterable[bytes] = ()):
@@ -28,11 +28,11 @@ class BrokenImages:
         self._broken = set(known)
 
     def check(self, outcomes: Iterable[Outcome]) -> None:
-        """Looks at outcomes before they are kept.
+        """Checks outcomes before they are written.
 
         Raises:
-            RecordError: One is broken, and `data.on_bad` is error.
-            TooManyBadRecords: The job has more of them than `data.max_bad_share` allows.
+            RecordError: A record is broken, and `data.on_bad` is error.
+            TooManyBadRecords: The job has more broken records than `data.max_bad_share` allows.
         """
         bad = BadRecords.from_config(self._data)
         for outcome in outcomes:

@@ -1,4 +1,4 @@
-"""What a bootstrapping job's results depend on. Parts made under another identity are not mixed with new ones."""
+"""Everything that the results of a bootstrapping job depend on: outcomes of different identities are not mixed."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from bpo.job.durable import write_durably
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf", ".pt")
 _SAMPLES_PER_FILE = 64
 _SAMPLE_BYTES = 4096
-# How fast or where, not what: these may change when a job goes on (of prompt_dir the content counts).
+# Options that affect speed or location, not results: they may change between starts (prompt_dir: its content counts).
 _DECIDED_AT_MERGE = ("refuse_duplicates",)
 _NOT_DECIDING = ("prompt_dir", "server")
 
 
 def job_identity(config: Config) -> dict[str, Any]:
-    """Dotted option -> value for everything that decides an outcome; batch size, limits and ranks do not."""
+    """Dotted option -> value for everything that affects an outcome; batch size, limits and ranks do not."""
     options = config.bootstrap
     identity: dict[str, Any] = {
         "data.annotations (content)": _content_digest(Path(config.data.annotations)),
@@ -56,15 +56,15 @@ def job_identity(config: Config) -> dict[str, Any]:
 
 
 def check_identity(config: Config, folder: Path) -> None:
-    """Writes the identity to `folder/job.json`, or compares it with the one that stands there.
+    """Writes the identity to `folder/job.json`, or compares it with the stored one.
 
     Raises:
-        ValueError: They differ; names each option with its old and new value.
+        ValueError: They differ; lists each option with its old and new value.
     """
     identity = json.loads(json.dumps(job_identity(config)))
     path = folder / "job.json"
     if not path.exists():
-        # Ranks that race here write the same bytes.
+        # Racing ranks write the same bytes.
         folder.mkdir(parents=True, exist_ok=True)
         write_durably(path, json.dumps(identity, indent=2) + "\n")
         return
@@ -73,15 +73,15 @@ def check_identity(config: Config, folder: Path) -> None:
     if differing:
         changes = "; ".join(f"{name} was {stored.get(name)!r}, is {identity.get(name)!r}" for name in differing)
         raise ValueError(
-            f"{folder} holds the results of a job with other options: {changes}. "
-            f"Restore them, set data.groups to another file, or remove {folder} to begin anew"
+            f"{folder} contains the results of a job with other options: {changes}. "
+            f"Restore them, set data.groups to another file, or remove {folder} to start over"
         )
 
 
 def weights_digest(path: str) -> str | None:
-    """SHA-256 over samples of every weight file and the whole of every config in a directory; None for a hub id.
+    """SHA-256 over samples of every weight file and all of every config file in a directory; None for a hub id.
 
-    64 samples of 4 KiB a file tell trained from untrained weights without reading tens of gigabytes.
+    64 samples of 4 KiB per file distinguish trained from untrained weights without reading tens of gigabytes.
     """
     folder = Path(path)
     if not path or not folder.is_dir():
@@ -105,23 +105,23 @@ def _add_samples(digest: Any, file: Path) -> None:
             digest.update(stream.read(_SAMPLE_BYTES))
 
 
-def _prompts_digest(mode: Literal["description", "qa", "auto"], prompt_dir: str) -> str:
-    modes: tuple[Mode, ...] = ("description", "qa") if mode == "auto" else (mode,)
-    return _digest("".join(prompt_text(each, prompt_dir) for each in modes).encode("utf-8"))
+def _prompts_digest(configured: Literal["description", "qa", "auto"], prompt_dir: str) -> str:
+    modes: tuple[Mode, ...] = ("description", "qa") if configured == "auto" else (configured,)
+    return _digest("".join(prompt_text(mode, prompt_dir) for mode in modes).encode("utf-8"))
 
 
-def _content_digest(path: Path) -> str:
-    """SHA-256 of the bytes of every file that makes up annotations (a folder of shards, say), in order.
+def _content_digest(annotations: Path) -> str:
+    """SHA-256 of the bytes of all annotation files, such as a folder of shards, in order.
 
-    Of a dataset on the hub its name counts.
+    For a dataset on the hub, of its name.
     """
     digest = hashlib.sha256()
-    for part in open_source(path).container.paths:
-        files = [part] if part.is_file() else sorted(one for one in part.rglob("*") if one.is_file())
+    for part in open_source(annotations).container.paths:
+        files = [part] if part.is_file() else sorted(path for path in part.rglob("*") if path.is_file())
         if not files:
             digest.update(str(part).encode("utf-8"))
-        for each in files:
-            with each.open("rb") as file:
+        for path in files:
+            with path.open("rb") as file:
                 while block := file.read(1 << 20):
                     digest.update(block)
     return digest.hexdigest()

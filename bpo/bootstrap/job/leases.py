@@ -1,9 +1,9 @@
-"""Who does which piece of the work: workers claim pieces by files in a folder that all of them see.
+"""Work leases: workers claim pieces of a job through files in a shared folder.
 
-A claim is a file that only one process can create. It holds as long as its owner lives: a worker shows that by touching
-a file of its own, and takes it away when it leaves. The pieces of an owner that gave no sign for a while, or whose
-process is gone from this machine, go to whoever asks next. One piece has two owners only where a process was stopped
-for longer than that and then goes on: the work is done twice, and of two equal outcomes the merge takes one.
+A claim is a file that only one process can create. It is valid while its owner is alive: each worker touches a
+sign-of-life file of its own and removes it on exit. If the owner's sign is too old, or its process on this machine has
+ended, the next worker that asks takes over the claim. A piece has two owners only if a process was suspended for longer
+than the timeout and then resumes: the work is done twice, and the merge uses one of two equal outcomes.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ logger = logging.getLogger(__name__)
 
 
 class Leases:
-    """The claims of one worker, as a context: on leaving it everything this worker holds is given back.
+    """The claims of one worker, as a context that releases all of them on exit.
 
     Args:
-        folder: On a file system that all workers share.
-        worker: A name that no other living process bears.
-        timeout_s: A worker that gave no sign of life for so long is taken for dead.
+        folder: A folder on a file system that all workers share.
+        worker: A name that is unique among live workers.
+        timeout_s: A worker without a sign of life for this long is considered dead.
     """
 
     def __init__(self, folder: Path, worker: str, timeout_s: float):
@@ -35,7 +35,7 @@ class Leases:
         self._sign = folder / f"{worker}.alive"
         self._held: set[str] = set()
         self._leaving = threading.Event()
-        self._thread = threading.Thread(target=self._show_life, name="claims", daemon=True)
+        self._thread = threading.Thread(target=self._show_life, name="leases", daemon=True)
 
     def __enter__(self) -> Leases:
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -53,7 +53,7 @@ class Leases:
         self._sign.unlink(missing_ok=True)
 
     def take(self, piece: str) -> bool:
-        """Leases a piece; False where a living worker has it."""
+        """Claims a piece; False if a live worker holds it."""
         path = self._path(piece)
         try:
             descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
@@ -67,33 +67,33 @@ class Leases:
         return True
 
     def release(self, piece: str) -> None:
-        """Gives a piece back, finished or not: what is finished stands in the outcomes."""
+        """Releases a piece, finished or not: the outcomes record what is finished."""
         self._held.discard(piece)
         self._path(piece).unlink(missing_ok=True)
 
     def _is_free(self, path: Path) -> bool:
-        """Whether a claim's owner is gone, or this worker itself in an earlier life."""
+        """Whether a claim's owner is dead, or is a previous run of this worker."""
         try:
             owner = path.read_text(encoding="ascii")
             age_s = self._now() - path.stat().st_mtime
         except FileNotFoundError:
-            return False  # given back this moment; whoever asks next may have it
-        if not owner:  # made this moment, or by a process that was killed before it wrote its name
+            return False  # just released: the next call gets it
+        if not owner:  # just created, or its creator was killed before it wrote its name
             return age_s > self._timeout_s
         return owner == self.worker or not self._is_alive(owner)
 
     def _take_over(self, path: Path) -> bool:
-        """Puts this worker's name in place of a dead one's; False where another is about to, or has."""
+        """Replaces a dead owner by this worker; False if another worker does, or has."""
         lock = path.with_suffix(".lock")
         try:
             os.close(os.open(lock, os.O_CREAT | os.O_EXCL))
         except FileExistsError:
             with suppress(FileNotFoundError):
                 if self._now() - lock.stat().st_mtime > self._timeout_s:
-                    lock.unlink()  # its maker was killed; the next call gets it
+                    lock.unlink()  # its creator was killed; the next call gets it
             return False
         try:
-            if not self._is_free(path):  # somebody was quicker
+            if not self._is_free(path):  # another worker was faster
                 return False
             write_durably(path, self.worker, sync=False)
             return True
@@ -112,7 +112,7 @@ class Leases:
         return process is None or is_running(process) is not False
 
     def _now(self) -> float:
-        """The file system's time: the clocks of machines differ."""
+        """The time of the file system, since clocks of machines differ."""
         os.utime(self._sign)
         return self._sign.stat().st_mtime
 
@@ -120,8 +120,8 @@ class Leases:
         while not self._leaving.wait(self._timeout_s / 4):
             try:
                 os.utime(self._sign)
-            except OSError as error:  # a file system that hangs for a moment; others may take this worker for dead
-                logger.warning("%s: no sign of life could be given (%s)", self._sign, error)
+            except OSError as error:  # such as a stalled file system; other workers may consider this one dead
+                logger.warning("%s cannot be touched: %s", self._sign, error)
 
     def _path(self, piece: str) -> Path:
         return self._folder / f"{piece}.claim"

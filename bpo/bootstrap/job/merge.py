@@ -1,4 +1,4 @@
-"""Puts finished parts together: groups in the order of the annotations, and lists of all that was left out."""
+"""Merges the outcomes of a job: groups in the order of the annotations, and lists of everything left out."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ from bpo.job.durable import replacing, write_durably
 from bpo.job.journal import to_line
 from bpo.records import Annotation, Completion, PreferenceGroup, Provenance
 
-# Statistics look at about so many groups, evenly spread: a look takes several times as long as a merge of its record.
+# Statistics sample about this many groups, evenly spaced: sampling a group takes several times as long as merging it.
 STATISTICS_RECORDS = 20_000
 
 
 @dataclass(frozen=True, slots=True)
 class BootstrapSummary:
-    """What a bootstrapping job made and left out.
+    """Results of a bootstrapping job.
 
     Attributes:
         groups_path: The file of groups.
         num_annotations: Annotations used (after `bootstrap.limit`).
         num_groups: Groups written; None on ranks other than 0, which write none.
         kept: Source -> negatives kept.
-        refused: Source -> reason -> completions refused; the source `annotation` counts records left out whole.
+        refused: Source -> reason -> completions refused; the source `annotation` counts records dropped entirely.
         num_quarantined: Lines of the quarantine file.
         num_without_negative: Annotations without any usable negative.
-        skipped_annotations: Reason -> records of the annotation file that hold nothing to learn from.
-        seconds: Source -> seconds that this rank took in this run.
+        skipped_annotations: Reason -> records of the annotation file without anything to learn from.
+        seconds: Source -> seconds spent by this rank in this run.
         statistics: Source -> lengths, similarity to the annotation, objects added and dropped (`SourceStatistics`).
     """
 
@@ -62,13 +62,13 @@ def sibling_path(groups: Path, what: str) -> Path:
 
 
 class Outcomes(Protocol):
-    """Finds what became of a record under a source: an `OutcomeReader`, or a dict."""
+    """Looks up the outcome of (source, record id): an `OutcomeReader`, or a dict."""
 
     def get(self, key: tuple[str, str], /) -> Outcome | None: ...
 
 
 class Annotations(Protocol):
-    """Read twice, in order."""
+    """Iterated twice, in order."""
 
     def __iter__(self) -> Iterator[Annotation]: ...
 
@@ -83,16 +83,16 @@ def merge(
     seconds: Mapping[str, float],
     bad: BadRecords,
 ) -> BootstrapSummary:
-    """Writes groups, refused completions, quarantine and summary, each file at once, the groups last.
+    """Writes groups, refused completions, quarantine and summary, each file atomically, the groups last.
 
-    One record after the other: what is in memory does not grow with their number.
+    Works record by record: memory does not grow with their number.
 
     Args:
         bad: Records of the annotation file that could not be read; they are listed with the broken ones.
 
     Raises:
-        ValueError: No record has a usable negative; the lists are written all the same.
-        TooManyBadRecords: More records are bad than `data.max_bad_share` allows; so are they then.
+        ValueError: No record has a usable negative; the lists are still written.
+        TooManyBadRecords: More records are bad than `data.max_bad_share` allows; the lists are still written.
     """
     path = Path(config.data.groups)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -129,7 +129,7 @@ def merge(
 
 
 class _Made:
-    """Counts what a merge writes."""
+    """Counts of a merge."""
 
     def __init__(self, config: Config, num_annotations: int):
         self.config, self.num_annotations = config, num_annotations
@@ -168,7 +168,7 @@ class _Made:
             num_without_negative=self.num_annotations - self.num_groups,
             skipped_annotations={reason: len(ids) for reason, ids in skipped.items()},
             seconds={source: round(value, 3) for source, value in seconds.items()},
-            statistics={source: one.to_json() for source, one in self._statistics.items()},
+            statistics={source: found.to_json() for source, found in self._statistics.items()},
         )
 
     def check_share(self, bad: BadRecords) -> None:
@@ -187,7 +187,7 @@ class _Made:
 
 
 def build_group(annotation: Annotation, outcomes: Sequence[Outcome], max_words: int) -> PreferenceGroup | None:
-    """The annotation (score 1) with its kept negatives (score 0); None without one, or for a record that is no use."""
+    """The annotation (score 1) with its kept negatives (score 0); None without negatives or for an unusable record."""
     if annotation_refusal(annotation.response, max_words=max_words) or any(o.status == "broken" for o in outcomes):
         return None
     negatives = tuple(
@@ -202,7 +202,7 @@ def build_group(annotation: Annotation, outcomes: Sequence[Outcome], max_words: 
 
 
 def _judged(config: Config, annotations: Annotations, outcomes: Outcomes) -> Iterator[tuple[Annotation, list[Outcome]]]:
-    """Each record with its outcomes, refused where only a look at others shows why: duplicates, and a surplus."""
+    """Each record with its outcomes, after refusals that depend on other outcomes: duplicates and a surplus."""
     options = config.bootstrap
     detail = ", ".join(f"{source} {share:g}" for source, share in options.target_shares.items())
     left_out = _left_out(config, annotations, outcomes) if options.target_shares else {}
@@ -218,7 +218,7 @@ def _judged(config: Config, annotations: Annotations, outcomes: Outcomes) -> Ite
 
 
 def _left_out(config: Config, annotations: Annotations, outcomes: Outcomes) -> dict[str, int]:
-    """`thresholds` of what the sources made, in a pass of its own."""
+    """`thresholds` of the sources' negatives, in a separate pass."""
     options = config.bootstrap
     ranks = {source: array("Q") for source in options.target_shares}
     for annotation in annotations:
@@ -237,14 +237,14 @@ def _of_record(config: Config, annotation: Annotation, outcomes: Outcomes) -> li
 
 
 def without_duplicates(outcomes: Sequence[Outcome]) -> list[Outcome]:
-    """The outcomes of one record, in which of kept completions with the same content only the first stays kept."""
+    """The outcomes of one record; of kept completions with the same content, only the first stays kept."""
     first: dict[tuple[str, ...], str] = {}
     judged = []
     for outcome in outcomes:
         if outcome.status == "kept":
             source = first.setdefault(content_key(outcome.text), outcome.source)
             if source != outcome.source:
-                detail = f"says what the negative of `{source}` says"
+                detail = f"same content as the negative of `{source}`"
                 outcome = replace(outcome, status="refused", reason="duplicate", detail=detail)
         judged.append(outcome)
     return judged

@@ -1,8 +1,7 @@
-"""The durable record of what a bootstrapping job has finished: one JSON line an outcome, one file a rank.
+"""Outcome journal of a bootstrapping job: one JSON line per outcome, one file per worker.
 
-A rank only ever appends to its own file and flushes it to disk after each batch, so a killed job loses at most the
-batch it was working on. Everybody reads all files. A line that a kill cut short is not an outcome: its record is done
-again.
+Each worker only appends to its own file and syncs it to disk after each batch, so a killed job loses at most the
+current batch. All workers read all files. A record whose line was torn by a kill is generated again.
 """
 
 from __future__ import annotations
@@ -28,14 +27,14 @@ Status = Literal["kept", "refused", "failed", "broken"]
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of one record under one source of negatives.
+    """Outcome of one record for one source of negatives.
 
     Attributes:
         status: `kept`; `refused` by a validator; `failed` (no answer for this record from this source); `broken`
-            (the record itself cannot be used, such as an unreadable image).
+            (the record itself is unusable, such as an unreadable image).
         text: The completion, kept or refused.
         reason: The validator's reason, or the error.
-        detail: What the validator found in this text.
+        detail: The validator's finding in this text.
     """
 
     record_id: str
@@ -69,7 +68,7 @@ class Outcome:
 
 
 def journal_name(worker: int) -> str:
-    """The file of a worker: a rank of a shard."""
+    """File name of a worker, which is a rank of a shard."""
     return f"rank-{worker:05d}.jsonl"
 
 
@@ -98,11 +97,10 @@ class OutcomeWriter:
 
 
 class OutcomeReader:
-    """Finds the outcomes of all ranks; each `poll` reads only what is new.
+    """Looks up the outcomes of all workers; each `poll` reads only new lines.
 
-    What is in memory does not grow with the outcomes: a temporary database knows where each stands, and its text is
-    read from the part when it is asked for. Of two outcomes with one key the first one found stands: a second one could
-    only be equal.
+    Memory does not grow with the outcomes: a temporary database stores the position of each, and its text is read from
+    the journal on demand. Of two outcomes with the same key, the first found is used; the second can only be equal.
     """
 
     def __init__(self, folder: Path):
@@ -110,8 +108,8 @@ class OutcomeReader:
         self._journals: list[JournalReader] = []
         self._numbers: dict[Path, int] = {}
         self._num_of: Counter[str] = Counter()
-        self._open: tuple[int, BinaryIO] | None = None  # the part that was asked last
-        self._database = sqlite3.connect("")  # a temporary file of its own, removed when it is closed
+        self._open: tuple[int, BinaryIO] | None = None  # the journal read last
+        self._database = sqlite3.connect("")  # a temporary file, removed when it is closed
         self._database.execute("PRAGMA journal_mode = OFF")
         self._database.execute("PRAGMA synchronous = OFF")
         self._database.execute(
@@ -119,10 +117,10 @@ class OutcomeReader:
             "PRIMARY KEY (source, id)) WITHOUT ROWID"
         )
 
-    def poll(self, part: Path | None = None) -> int:
-        """Reads complete new lines, of all parts or of one, and returns the number of new outcomes."""
+    def poll(self, journal: Path | None = None) -> int:
+        """Reads complete new lines of all journals, or of one, and returns the number of new outcomes."""
         before = self._database.total_changes
-        for path in sorted(self.folder.glob("rank-*.jsonl")) if part is None else [part]:
+        for path in sorted(self.folder.glob("rank-*.jsonl")) if journal is None else [journal]:
             if path not in self._numbers:
                 self._numbers[path] = len(self._journals)
                 self._journals.append(JournalReader(path))
@@ -133,11 +131,11 @@ class OutcomeReader:
         return self._database.total_changes - before
 
     def num_of(self, source: str) -> int:
-        """Outcomes of a source."""
+        """Number of outcomes of a source."""
         return self._num_of[source]
 
     def num_by(self, worker: int) -> int:
-        """Outcomes that stand in the part of a worker."""
+        """Number of outcomes in the journal of a worker."""
         numbers = [number for path, number in self._numbers.items() if path.name == journal_name(worker)]
         found = self._database.execute("SELECT COUNT(*) FROM outcome WHERE part = ?", (numbers or [-1])[:1])
         return int(found.fetchone()[0])
@@ -154,7 +152,7 @@ class OutcomeReader:
         return found.fetchone() is not None
 
     def get(self, key: tuple[str, str]) -> Outcome | None:
-        """The outcome of (source, record id), read from its part."""
+        """The outcome of (source, record id), read from its journal."""
         found = self._database.execute(
             "SELECT part, start FROM outcome WHERE source = ? AND id = ?", (key[0], record_digest(key[1]))
         ).fetchone()
@@ -168,11 +166,11 @@ class OutcomeReader:
         return Outcome.from_json(from_line(self._open[1].readline()))
 
     def broken(self) -> list[bytes]:
-        """`record_digest` of every record that cannot be used."""
+        """`record_digest` of every unusable record."""
         return [row[0] for row in self._database.execute("SELECT DISTINCT id FROM outcome WHERE status = 'broken'")]
 
     def counts(self) -> Counter[tuple[str, str, str]]:
-        """(source, status, reason) -> outcomes; the reason is that of a refusal, else empty."""
+        """(source, status, reason) -> number of outcomes; the reason is empty unless refused."""
         rows = self._database.execute("SELECT source, status, reason, COUNT(*) FROM outcome GROUP BY 1, 2, 3")
         return Counter({(source, status, reason): count for source, status, reason, count in rows})
 
@@ -183,5 +181,5 @@ class OutcomeReader:
 
 
 def record_digest(record_id: str) -> bytes:
-    """16 bytes that stand for an id."""
+    """A 16-byte digest of a record id."""
     return hashlib.blake2b(record_id.encode("utf-8", "surrogatepass"), digest_size=DIGEST_BYTES).digest()

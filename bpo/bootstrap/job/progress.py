@@ -1,4 +1,4 @@
-"""How far all workers of a job are, in answers per second with the time that is left."""
+"""Progress of all workers of a job: answers per second and remaining time."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from bpo.bootstrap.job.queue import SourceQueue
 
 logger = logging.getLogger(__name__)
 
-_LOOK_EVERY_S = 5.0
-# A log file keeps every line of a bar.
+_POLL_EVERY_S = 5.0
+# A log file keeps every update of a bar.
 _MIN_INTERVAL_S = 0.5 if sys.stderr.isatty() else 30.0
 
 
 class ProgressBar:
-    """A bar over the answers of one source by all workers, as a context; one line in the log at its end.
+    """A progress bar over the answers of all workers for one source, as a context; logs one line at its end.
 
     Attributes:
-        num_done: Outcomes of all workers that are known of.
+        num_done: Known outcomes of all workers.
     """
 
     def __init__(self, queue: SourceQueue, reader: OutcomeReader, shown: bool):
         self._queue, self._reader = queue, reader
         self.num_done = queue.num_done()
-        self._started_s, self._num_own, self._looked_s = time.monotonic(), 0, time.monotonic()
+        self._started_s, self._num_own, self._polled_s = time.monotonic(), 0, time.monotonic()
         self._bar = tqdm(
             total=queue.num_records,
             initial=self.num_done,
@@ -48,17 +48,17 @@ class ProgressBar:
         self._bar.close()
         seconds = time.monotonic() - self._started_s
         logger.info(
-            "%s: %d answers by this rank in %.1f s, %.1f a second; %d of %d are there",
+            "%s: %d answers by this rank in %.1f s, %.1f per second; %d of %d finished",
             *(self._queue.source, self._num_own, seconds, self._num_own / max(seconds, 1e-9)),
             *(self.num_done, self._queue.num_records),
         )
 
     def add(self, written: int) -> None:
-        """Counts what this worker has written, and every few seconds looks for what the others have."""
+        """Counts outcomes written by this worker; every few seconds polls those of the others."""
         self._num_own += written
-        if time.monotonic() - self._looked_s > _LOOK_EVERY_S:
+        if time.monotonic() - self._polled_s > _POLL_EVERY_S:
             self._reader.poll()
-            self._looked_s = time.monotonic()
+            self._polled_s = time.monotonic()
         done = self._queue.num_done()
         self._bar.update(done - self.num_done)
         self.num_done = done

@@ -1,4 +1,4 @@
-"""The work of a job: the batches of each source in pieces that workers claim, and what of them is not done yet."""
+"""Work queue of a source: batches in pieces that workers claim, and those not yet finished."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from bpo.bootstrap.job.outcomes import OutcomeReader
 from bpo.bootstrap.job.spool import AnnotationSpool, Batches
 from bpo.config.training import Config
 
-# A piece is one batch, or several where there are more batches than this: a claim is a file.
+# A piece is one batch, or several if there are more batches than this, since each claim is a file.
 MAX_PIECES = 4096
 
 
 @dataclass(frozen=True, slots=True)
 class LeasedBatch:
-    """A batch to do. Attributes: ends: the claim to release when its outcomes are written, or None."""
+    """A batch of a claimed piece; `ends` names the claim to release once its outcomes are written, or is None."""
 
     number: int
     ends: str | None = None
@@ -30,37 +30,37 @@ class SourceQueue:
         self.source, self.batches, self._reader = source, batches, reader
         self._per_piece = max(1, -(-len(batches) // MAX_PIECES))
         self._open = list(range(-(-len(batches) // self._per_piece)))
-        self._mine: list[int] = []  # claimed here; done where no outcome is missing
+        self._mine: list[int] = []  # claimed by this worker; finished once no outcome is missing
 
     @property
     def num_records(self) -> int:
         return self.batches.num_records
 
     def num_done(self) -> int:
-        """Outcomes of the source that the reader has found."""
+        """Number of outcomes of the source that the reader has found."""
         return min(self._reader.num_of(self.source), self.num_records)
 
     def is_finished(self) -> bool:
-        """Whether every record has an outcome, as far as the reader has polled."""
+        """Whether every record has an outcome, as of the reader's last poll."""
         for pieces in (self._mine, self._open):
             while pieces and not self.unfinished(pieces[-1]):
                 pieces.pop()
         return not self._mine and not self._open
 
     def unfinished(self, piece: int) -> list[int]:
-        """Numbers of the piece's batches in which an outcome is missing."""
+        """Numbers of the batches of a piece with missing outcomes."""
         first = piece * self._per_piece
         numbers = range(first, min(first + self._per_piece, len(self.batches)))
         return [number for number in numbers if not all(self.has(number))]
 
     def has(self, number: int) -> list[bool]:
-        """For each record of a batch whether it has an outcome."""
+        """Whether each record of a batch has an outcome."""
         return [self._reader.has(self.source, digest) for digest in self.batches.digests(number)]
 
     def leased(self, leases: Leases) -> Iterator[LeasedBatch]:
-        """Unfinished batches, the longest answers first, each in a piece that this worker has claimed.
+        """Yields unfinished batches, the longest answers first, from pieces that this worker claims.
 
-        Ends where nothing is left but what living workers have claimed.
+        Ends when live workers have claimed everything that is left.
         """
         while (piece := self._claim(leases)) is not None:
             *numbers, last = self.unfinished(piece)
@@ -68,7 +68,7 @@ class SourceQueue:
             yield LeasedBatch(last, ends=self._name(piece))
 
     def _claim(self, leases: Leases) -> int | None:
-        """The first unfinished piece that is free, now this worker's; None where there is none."""
+        """Claims the first unfinished free piece; None if there is none."""
         others: list[int] = []
         pieces = iter(self._open)
         mine: int | None = None
@@ -78,7 +78,7 @@ class SourceQueue:
             if not leases.take(self._name(piece)):
                 others.append(piece)
                 continue
-            # Its last owner may have finished it since the reader's last look.
+            # Its previous owner may have finished it since the last poll.
             self._reader.poll()
             if self.unfinished(piece):
                 self._mine.append(mine := piece)
@@ -88,11 +88,11 @@ class SourceQueue:
         return mine
 
     def _name(self, piece: int) -> str:
-        # Another batch size cuts the work otherwise.
+        # Another batch size splits the work differently.
         return f"{self.source}-{self.batches.size}x{self._per_piece}-{piece:06}"
 
     def missing(self) -> tuple[int, str]:
-        """How many outcomes are missing, and the id of the first such record (empty: none)."""
+        """The number of missing outcomes and the id of the first such record (empty: none)."""
         count, first = 0, ""
         for number in range(len(self.batches)):
             has = self.has(number)
@@ -103,11 +103,11 @@ class SourceQueue:
 
 
 def build_queues(annotations: AnnotationSpool, config: Config, reader: OutcomeReader) -> dict[str, SourceQueue]:
-    """Source -> the annotations it is to answer in batches, longest first, without those refused themselves."""
+    """Source -> its annotations in batches, longest first, without refused annotations."""
     queues: dict[str, SourceQueue] = {}
     for source in config.bootstrap.sources:
         is_text = source == "inject"
-        # Requests with other worked examples cannot be answered in one batch.
+        # Requests with different worked examples cannot share a batch.
         positions = annotations.longest_first(config.bootstrap.max_inject_records if is_text else 0, by_kind=is_text)
         queues[source] = SourceQueue(source, Batches(annotations, positions, batch_size(config, source)), reader)
     return queues
@@ -119,7 +119,7 @@ def is_finished(queues: dict[str, SourceQueue]) -> bool:
 
 
 def lacking(queues: dict[str, SourceQueue]) -> str:
-    """How many outcomes are missing, and which comes first."""
+    """Describes the missing outcomes: their number and the first one."""
     missing = {source: queue.missing() for source, queue in queues.items()}
     total = sum(queue.num_records for queue in queues.values())
     first = next((f" (the first: {source} of record {record!r})" for source, (n, record) in missing.items() if n), "")

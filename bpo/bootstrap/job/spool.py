@@ -1,4 +1,4 @@
-"""Annotations on disk: a job over millions of them holds a few bytes of each, and reads those it needs."""
+"""Annotations on disk: a few bytes of memory per record for jobs over millions of them; records are read on demand."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from bpo.records import Annotation
 
 
 class AnnotationSpool:
-    """The annotations of one job in a temporary file, to be read again in order and by position.
+    """The annotations of one job in a temporary file, readable in order and by position.
 
-    In memory are 30 bytes a record. The file lies in the folder of temporary files (TMPDIR) without a name: no other
-    process can reach it, and it is gone with the object.
+    Memory use is 30 bytes per record. The file is created without a name in TMPDIR: no other process can access it, and
+    it is deleted with the object.
 
     Args:
-        annotations: Read once, one at a time.
-        limit: Take only the first so many; 0 takes all.
-        max_words: `data.max_completion_words`, which decides what is refused whole.
-        kind_of: Gives a small number; records of one kind can be made to stand together.
+        annotations: Iterated once.
+        limit: Number of annotations to take; 0 takes all.
+        max_words: `data.max_completion_words`; longer annotations are refused.
+        kind_of: Returns a small number by which `longest_first` can group records.
 
     Attributes:
-        most_images: Images of the record that has most.
+        most_images: Largest number of images of a record.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class AnnotationSpool:
         max_words: int,
         kind_of: Callable[[Annotation], int] = lambda annotation: 0,
     ):
-        self._file = tempfile.TemporaryFile(prefix="bpo-annotations-")  # noqa: SIM115 it lives as long as this object
+        self._file = tempfile.TemporaryFile(prefix="bpo-annotations-")  # noqa: SIM115 open as long as this object
         self._starts = array("Q")
         self._lengths = array("I")
         self._usable = array("B")
@@ -58,7 +58,7 @@ class AnnotationSpool:
         return len(self._starts)
 
     def __iter__(self) -> Iterator[Annotation]:
-        """All of them, in the file's order."""
+        """All annotations, in file order."""
         return (self[position] for position in range(len(self)))
 
     def __getitem__(self, position: int) -> Annotation:
@@ -71,9 +71,9 @@ class AnnotationSpool:
         return bytes(self._digests[DIGEST_BYTES * position : DIGEST_BYTES * (position + 1)])
 
     def longest_first(self, limit: int = 0, by_kind: bool = False) -> np.ndarray:
-        """Positions of the usable ones among the first `limit` (0: all), longest first; equal ones in order.
+        """Positions of usable annotations among the first `limit` (0: all), longest first, ties in order.
 
-        With `by_kind`, one kind after the other.
+        With `by_kind`, sorted by kind first.
         """
         end = limit or len(self)
         lengths = np.array(self._lengths[:end], dtype=np.int64)
@@ -84,11 +84,11 @@ class AnnotationSpool:
 
 
 class Batches:
-    """The work of one source, cut into batches that are read when they are asked for.
+    """The annotations of one source in batches that are read on demand.
 
     Args:
-        positions: Where in `spool` the records stand, in the order of the work.
-        size: Records in a batch; the last may have fewer.
+        positions: Positions of the records in `spool`, in processing order.
+        size: Records per batch; the last may have fewer.
     """
 
     def __init__(self, spool: AnnotationSpool, positions: np.ndarray, size: int):
@@ -113,5 +113,5 @@ class Batches:
 
 
 def _length(annotation: Annotation) -> int:
-    """Characters of prompt and answer: records that take about as long stand together."""
+    """Characters of prompt and answer, an estimate of the time that a record takes."""
     return len(annotation.response) + sum(len(turn.text) for turn in annotation.prompt)

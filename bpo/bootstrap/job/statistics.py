@@ -1,6 +1,6 @@
-"""What each source of negatives makes: lengths, nearness to the annotation, objects that come and go; as JSON.
+"""Statistics of the negatives of each source as JSON: lengths, similarity to the annotation, objects added and dropped.
 
-One pass, in memory that does not grow with the records: counts and histograms only.
+One pass in constant memory: counts and histograms only.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class SourceStatistics:
     """Accumulates kept negatives of one source.
 
     Attributes:
-        sampled_every: Of so many groups one is looked at.
+        sampled_every: One group in this many is sampled.
     """
 
     sampled_every: int = 1
@@ -41,7 +41,7 @@ class SourceStatistics:
         self.objects_dropped.update(dropped)
 
     def to_json(self) -> dict[str, Any]:
-        """`similarity_histogram[i]`: negatives that keep i/10 to (i + 1)/10 of the longer text's words in place."""
+        """`similarity_histogram[i]` counts negatives that keep i/10 to (i + 1)/10 of the longer text's words."""
         return {
             "sampled_every": self.sampled_every,
             "negatives": self.words.total(),
@@ -54,7 +54,7 @@ class SourceStatistics:
 
 
 def percentile(counts: Counter[int], percent: float) -> int | None:
-    """The least value that at least `percent` of the values do not exceed; None without values."""
+    """The smallest value that at least `percent` % of the values do not exceed; None without values."""
     wanted = counts.total() * percent / 100
     for value, reached in _running(counts):
         if reached >= wanted:
