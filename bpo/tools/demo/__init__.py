@@ -1,1 +1,1 @@
-"""The small synthetic world that the first command runs on: scenes, base model, controls, report."""
+"""`bpo demo`: a synthetic world, base model, training, controls and report."""

@@ -1,8 +1,8 @@
-"""The demo's base model: a tiny LLaVA with a real language prior over an eye that sees.
+"""The demo's base model: a tiny LLaVA with an accurate vision tower and a strong language prior.
 
-The vision tower learns first and alone (`tower.py`). Projector and language model then learn captions and
-yes/no answers about biased scenes only, from which the language model picks up which objects keep company.
-On scenes unlike that prior it names absent companions although its tower shows they are absent.
+The vision tower is trained first (`tower.py`). Projector and language model are then trained on captions and yes/no
+answers about biased scenes only, from which the language model learns object co-occurrence. On scenes that contradict
+this prior it names absent companions, although the tower's features show that they are absent.
 
 Shapes: B conversations, S tokens.
 """
@@ -36,44 +36,45 @@ class BaseConfig:
     """Size and training of the demo's base model."""
 
     seed: int = 0
-    """Initial weights and the questions asked; the scenes follow the world's own seed."""
+    """Seed of the initial weights and the questions; the scenes use the world's seed."""
     patch_px: int = 12
-    """Side of a patch of the vision tower; image tokens = (image_px / patch_px)^2."""
+    """Side of a vision tower patch; image tokens = (image_px / patch_px)^2."""
     tower_width: int = 64
     tower_layers: int = 2
     tower_steps: int = 200
     tower_batch: int = 64
     tower_learning_rate: float = 3e-3
     noised_fraction: float = 0.3
-    """Share of the tower's training scenes that are noised, as real towers have seen bad photographs."""
+    """Share of noised scenes in the tower's training, like bad photographs in the training data of real towers."""
     language_noised_fraction: float = 0.25
-    """Share of noised scenes in the training of projector and language model: there the caption still names all, so the
-    model learns to fall back on its prior where it sees little."""
+    """Share of noised scenes in the training of projector and language model. Their captions are complete, so the model
+    learns to rely on its prior if the image shows little."""
     text_width: int = 128
     text_layers: int = 3
     text_heads: int = 4
     steps: int = 660
-    """Steps of projector and language model: captions, captions, questions, rewritings, and so round."""
+    """Training steps of projector and language model, cycling through captions (twice), questions and rewritings."""
     batch: int = 32
     learning_rate: float = 1e-3
     questions_per_scene: int = 4
-    """Yes/no questions in one conversation, half of them about present objects."""
+    """Yes/no questions per conversation, half of them about present objects."""
 
     def __post_init__(self) -> None:
         for field in ("patch_px", "tower_steps", "tower_batch", "steps", "batch", "questions_per_scene"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} must be at least 1, got {getattr(self, field)}")
         if not 0.0 <= self.noised_fraction <= 1.0:
-            raise ValueError(f"noised_fraction must lie in [0, 1], got {self.noised_fraction}")
+            raise ValueError(f"noised_fraction must be in [0, 1], got {self.noised_fraction}")
 
 
 def build_base_model(directory: Path, world: WorldConfig, config: BaseConfig, *, progress: bool = True) -> None:
-    """Trains the base model from scratch and saves it with its processor in ``directory``.
+    """Trains the base model from scratch and saves it with its processor in `directory`.
 
-    `AutoModelForImageTextToText` and `AutoProcessor` load the result. Deterministic in the two seeds for a
-    given number of threads.
+    Load it with `AutoModelForImageTextToText` and `AutoProcessor`. Deterministic in the two seeds for a given number of
+    threads.
 
-    :raises ValueError: if the patch size does not divide the image size.
+    Raises:
+        ValueError: The patch size does not divide the image size.
     """
     if world.image_px % config.patch_px:
         raise ValueError(f"patch_px={config.patch_px} does not divide image_px={world.image_px}; choose a divisor")
@@ -116,7 +117,7 @@ def _llava_config(world: WorldConfig, config: BaseConfig, processor: LlavaProces
         num_attention_heads=config.text_heads,
         num_key_value_heads=config.text_heads,
         max_position_embeddings=512,
-        # 1 / sqrt(width), not the 0.02 of wide models: with it a narrow one takes twice the steps to look at the image.
+        # 1 / sqrt(width): with the 0.02 of wide models, a narrow one needs twice the steps to learn to use the image.
         initializer_range=config.text_width**-0.5,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
@@ -143,7 +144,7 @@ def _train_language(
     *,
     progress: bool,
 ) -> None:
-    """Next-token training of projector and language model on the assistant's turns; the tower stays frozen."""
+    """Next-token training of projector and language model on the assistant's turns; the tower is frozen."""
     model.train()
     model.model.vision_tower.requires_grad_(False).eval()
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -163,7 +164,7 @@ def _train_language(
 
 
 def _batches(processor: LlavaProcessor, world: WorldConfig, config: BaseConfig) -> Iterator[dict[str, Tensor]]:
-    """Endless batches of one kind each, so that a batch holds sequences of like length."""
+    """Endless batches, each of one kind, so that the sequences of a batch have similar lengths."""
     encode = _DialogueEncoder(processor, (world.image_px // config.patch_px) ** 2)
     rng = np.random.default_rng([config.seed, 1])
     generator = torch.Generator().manual_seed(config.seed)
@@ -187,7 +188,7 @@ def _batches(processor: LlavaProcessor, world: WorldConfig, config: BaseConfig) 
 
 
 def _questions(scene: Scene, count: int, rng: np.random.Generator) -> list[tuple[str, str]]:
-    """Questions about present and absent objects with even odds; half of the absent ones are companions."""
+    """Questions about present and absent objects with equal probability; half of the absent ones are companions."""
     mates = {mate for thing in scene.objects for mate in companions(thing)} - set(scene.objects)
     absent = [i for i in range(NUM_OBJECTS) if i not in scene.objects]
     turns = []
@@ -201,7 +202,7 @@ def _questions(scene: Scene, count: int, rng: np.random.Generator) -> list[tuple
 
 
 class _DialogueEncoder:
-    """Token ids and labels of conversations about one image, through the processor's chat template."""
+    """Encodes conversations about one image to token ids and labels with the processor's chat template."""
 
     def __init__(self, processor: LlavaProcessor, num_image_tokens: int) -> None:
         self.processor = processor
@@ -225,7 +226,7 @@ class _DialogueEncoder:
     def batch(
         self, dialogues: Sequence[Sequence[tuple[str, str]]], *, with_image: bool = True
     ) -> tuple[Tensor, Tensor]:
-        """(ids_BS, labels_BS), right-padded; only the assistant's tokens and EOS carry a label."""
+        """(ids_BS, labels_BS), right-padded; only the assistant's tokens and EOS have labels."""
         ids, labels = [], []
         for turns in dialogues:
             row: list[int] = []

@@ -1,4 +1,4 @@
-"""Versions for the report, and libraries kept from talking over the demo's own lines."""
+"""Process setup of the demo: silences third-party logging, limits threads, collects versions for the report."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from bpo.job.run_record import version_of, versions
 
 
 def quiet_libraries() -> None:
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything the demo reads is on this machine
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the demo needs no downloads
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from transformers.utils import logging
 
@@ -18,13 +18,14 @@ def quiet_libraries() -> None:
 
 
 def use_one_thread() -> None:
-    """The models are so small that a second thread gains nothing (measured), and spins where the machine is busy.
+    """Limits PyTorch to one thread.
 
-    It also makes the figures the same on machines with another number of cores.
+    For models this small, a second thread is not faster (measured) and busy-waits. One thread also makes the figures
+    independent of the number of cores.
     """
     import torch
 
-    os.environ["OMP_NUM_THREADS"] = "1"  # for the ranks of the trainings, its children
+    os.environ["OMP_NUM_THREADS"] = "1"  # inherited by the training processes
     torch.set_num_threads(1)
 
 

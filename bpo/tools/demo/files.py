@@ -1,11 +1,11 @@
-"""Writes the synthetic world to disk in the file formats that real data comes in.
+"""Writes the synthetic world to disk in the file formats of real data sets.
 
 root/annotations.json      LLaVA conversations about biased scenes: the input of bootstrapping
 root/images/*.png          the scenes of annotations and evaluation
 root/eval/instances.json   COCO instances of the unbiased evaluation scenes
 root/eval/captions.json    COCO captions of the same scenes
-root/eval/synonyms.txt     one object a line, canonical name first
-root/eval/pope_*.json      POPE questions, one JSON object a line: random, popular, adversarial
+root/eval/synonyms.txt     one object per line, canonical name first
+root/eval/pope_*.json      POPE questions, one JSON object per line: random, popular, adversarial
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ CO_OCCURRENCE_SCENES = 2000
 
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """Where the files of a written world are."""
+    """Paths of the files of a world."""
 
     root: Path
     config: WorldConfig
@@ -51,10 +51,10 @@ class World:
 
 
 def build_world(root: Path, config: WorldConfig, *, progress: bool = True) -> World:
-    """Writes every file of the world under ``root`` and says where they are.
+    """Writes all files of the world to `root` and returns their paths.
 
-    The same config gives the same bytes. Annotated scenes follow the biased training distribution;
-    evaluation scenes are all unbiased and appear nowhere else.
+    The same config gives the same bytes. Annotated scenes follow the biased training distribution; evaluation scenes
+    are unbiased and not used elsewhere.
     """
     images, evaluation = root / "images", root / "eval"
     images.mkdir(parents=True, exist_ok=True)
@@ -131,7 +131,7 @@ def _coco_captions(config: WorldConfig, scenes: Sequence[Scene]) -> dict[str, An
 
 
 def _co_occurrence(scenes: Iterable[Scene]) -> np.ndarray:
-    """count_KK[i, j]: how often objects i and j share a scene; the diagonal counts the objects themselves."""
+    """count_KK[i, j]: number of scenes with objects i and j; the diagonal counts single objects."""
     count_KK = np.zeros((NUM_OBJECTS, NUM_OBJECTS), dtype=np.int64)
     for scene in scenes:
         count_KK[np.ix_(scene.objects, scene.objects)] += 1
@@ -141,10 +141,10 @@ def _co_occurrence(scenes: Iterable[Scene]) -> np.ndarray:
 def _pope_questions(
     config: WorldConfig, scenes: Sequence[Scene], split: str, co_occurrence_KK: np.ndarray
 ) -> list[dict[str, Any]]:
-    """As many questions about present objects as about absent ones, one of each per scene.
+    """One question about a present and one about an absent object per scene.
 
-    Absent objects are drawn at random, by their frequency in the training distribution (popular), or by how
-    often they keep company with the objects that are there (adversarial).
+    Absent objects are selected at random, by frequency in the training distribution (popular), or by co-occurrence with
+    the objects in the scene (adversarial).
     """
     questions: list[dict[str, Any]] = []
     for i, scene in enumerate(scenes):

@@ -1,4 +1,4 @@
-"""Examples for the report: training groups beside their weakened images, evaluation scenes before and after."""
+"""Examples for the report: training groups with their weakened images, evaluation scenes before and after."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LABELS = {"mllm-hal": "answer to the weakened image", "llm-hal": "injected error
 
 
 def training_examples(root: Path, recipe: Recipe) -> tuple[TrainingExample, ...]:
-    """Groups that have every kind of negative, with the weakened image exactly as the model saw it."""
+    """Groups with all kinds of negatives, and the weakened image exactly as given to the model."""
     images = root / "world" / "images"
     config = Config(model=ModelConfig(path=str(root / "base")), data=DataConfig(image_root=str(images)))
     encoder = load_encoder(config)
@@ -38,7 +38,7 @@ def training_examples(root: Path, recipe: Recipe) -> tuple[TrainingExample, ...]
 
 def _training_example(group: PreferenceGroup, encoder: Encoder, lexicon: ObjectLexicon) -> TrainingExample:
     chosen = max(group.completions, key=lambda c: c.score)
-    # The annotations of the demo's world are complete: what they do not name is not there.
+    # The annotations of the demo's world are complete: objects that they do not name are absent.
     present = frozenset(mention.object for mention in lexicon.mentions(chosen.response))
     noised = next((c for c in group.completions if c.provenance and (c.provenance.noise_step or -1) >= 0), None)
     return TrainingExample(
@@ -57,7 +57,7 @@ def _training_example(group: PreferenceGroup, encoder: Encoder, lexicon: ObjectL
 
 
 def _weakened_image(group: PreferenceGroup, completion: Completion, encoder: Encoder) -> Image.Image:
-    """The normalised pixels after noise, mapped back to a picture."""
+    """The noised, normalised pixels converted back to an image."""
     provenance = completion.provenance
     assert provenance is not None and provenance.seed is not None and provenance.noise_step is not None
     images = encoder.encode_images(group.images)
@@ -70,7 +70,7 @@ def _weakened_image(group: PreferenceGroup, completion: Completion, encoder: Enc
 
 
 def evaluation_examples(root: Path) -> tuple[EvaluationExample, ...]:
-    """Scenes of the evaluation, evenly spaced over those the base model gets wrong."""
+    """Evaluation scenes, evenly spaced among those on which the base model hallucinates."""
     lexicon = read_synonyms(root / "world" / "eval" / "synonyms.txt")
     base, after = (_descriptions(root / name / "evaluation.json") for name in ("base", "bpo/model"))
     wrong = [image for image, entry in base.items() if entry["hallucinated"]]

@@ -1,4 +1,4 @@
-"""Every choice of the demo in one place; docs/log.md says how each was found."""
+"""All hyperparameters of the demo; docs/log.md documents how each was chosen."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from bpo.tools.demo.world import DESCRIBE, WorldConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """One trained model of the report: which negatives it sees and by which loss."""
+    """One trained model of the report: its negatives and its loss."""
 
     name: str
     label: str
@@ -37,7 +37,7 @@ VARIANTS = (
     Variant(
         name="sft",
         label="SFT on chosen",
-        description="control: the chosen answers alone, same groups and steps",
+        description="control: only the chosen answers, same groups and steps",
         completion_types=("mllm-hal", "llm-hal"),
         loss="sft",
     ),
@@ -70,7 +70,7 @@ VARIANTS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Sizes and rates of the demo."""
+    """Sizes and hyperparameters of the demo."""
 
     num_annotations: int = 1000
     num_evaluation_scenes: int = 400
@@ -93,7 +93,7 @@ class Recipe:
         return BaseConfig(seed=seed)
 
     def bootstrap(self, root: Path, world: World, seed: int) -> Config:
-        """All negatives in one file; each training picks its types. Errors are injected by the model's own LM."""
+        """All negatives in one file; each training selects types. The model's own language model injects the errors."""
         return Config(
             model=ModelConfig(path=str(root / "base"), dtype="float32"),
             data=DataConfig(
@@ -106,7 +106,7 @@ class Recipe:
                 sources=["weaken", "unweakened", "inject"],
                 weaken=WeakenConfig(noise_step=self.noise_step, max_new_tokens=self.max_new_tokens),
                 inject=InjectConfig(mode="description", prompt_dir=prompt_dir(), max_new_tokens=self.max_new_tokens),
-                # Each variant trains on one source alone, for which another's equal negative is none.
+                # Variants train on different sources, so equal negatives of two sources are not duplicates.
                 validate=ValidateConfig(refuse_duplicates=False),
                 batch_size=self.batch_size,
                 seed=seed,
@@ -126,7 +126,7 @@ class Recipe:
             train=TrainConfig(
                 output_dir=str(root / variant.name),
                 ds_config="ds_configs/zero3.json",
-                epochs=1000,  # max_steps ends the run: every variant takes the same steps, however many groups it has
+                epochs=1000,  # max_steps ends the run, so that all variants take the same number of steps
                 max_steps=self.steps,
                 groups_per_step=self.groups_per_step,
                 completion_types=list(variant.completion_types),

@@ -1,7 +1,6 @@
-"""The demo's report: one self-contained HTML page, no script and nothing fetched.
+"""The demo's report: one self-contained HTML page without scripts or external resources.
 
-`write_report(path, data)` renders `ReportData`; the helpers build its parts: `mark_answer` finds hallucinated words,
-`read_curves` reads a run's metrics.jsonl.
+`write_report(path, data)` renders `ReportData`; `mark_answer` and `read_curves` create its parts.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ CURVES = {
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """What one model scored; fractions in [0, 1]. Of chair_i and chair_s less is better."""
+    """Scores of one model, as fractions in [0, 1]. Lower chair_i and chair_s are better."""
 
     chair_i: float
     chair_s: float
@@ -47,11 +46,11 @@ class Figures:
 
 
 METRICS: dict[str, tuple[str, str]] = {
-    "chair_i": ("CHAIR per instance", "share of named objects that are not there; lower is better"),
-    "chair_s": ("CHAIR per sentence", "share of descriptions with such an object; lower is better"),
-    "recall": ("Recall", "share of the objects there that are named; higher is better"),
-    "pope_accuracy": ("POPE accuracy", "share of right yes-or-no answers; higher is better"),
-    "pope_yes_ratio": ("POPE yes-ratio", "share of answers that say yes; half the right answers are yes"),
+    "chair_i": ("CHAIR per instance", "share of named objects that are absent; lower is better"),
+    "chair_s": ("CHAIR per sentence", "share of descriptions that name an absent object; lower is better"),
+    "recall": ("Recall", "share of present objects that are named; higher is better"),
+    "pope_accuracy": ("POPE accuracy", "share of correct yes/no answers; higher is better"),
+    "pope_yes_ratio": ("POPE yes-ratio", "share of yes answers; half of the correct answers are yes"),
 }
 
 
@@ -62,8 +61,8 @@ class Variant:
     Attributes:
         name: Key, such as `bpo_weaken_only`.
         label: Name in tables and charts.
-        description: What was trained on, in a few words.
-        runs: What it scored, one entry a seed, in the same order for every variant.
+        description: Short description of its training data.
+        runs: Scores, one entry per seed, in the same order for every variant.
     """
 
     name: str
@@ -88,7 +87,7 @@ class Curves:
 
 @dataclass(frozen=True, slots=True)
 class MarkedAnswer:
-    """An answer with the places of the words that name absent objects, and the objects it leaves out."""
+    """An answer with the spans of words that name absent objects, and the present objects it does not name."""
 
     label: str
     text: str
@@ -97,7 +96,7 @@ class MarkedAnswer:
 
     @property
     def pieces(self) -> tuple[tuple[str, bool], ...]:
-        """The text cut into (piece, hallucinated)."""
+        """The text split into (piece, hallucinated)."""
         cuts, at = [], 0
         for start, end in self.hallucinated:
             cuts += [(self.text[at:start], False), (self.text[start:end], True)]
@@ -107,7 +106,7 @@ class MarkedAnswer:
 
 @dataclass(frozen=True, slots=True)
 class TrainingExample:
-    """A group: the scene, its weakened image where there is one, the chosen answer and the rejected ones."""
+    """A group: the scene, its weakened image if there is one, the chosen and the rejected answers."""
 
     id: str
     prompt: str
@@ -120,7 +119,7 @@ class TrainingExample:
 
 @dataclass(frozen=True, slots=True)
 class EvaluationExample:
-    """A scene the training never saw, and what the models say about it."""
+    """A scene not used in training, and the models' answers."""
 
     id: str
     scene: Image.Image
@@ -130,14 +129,14 @@ class EvaluationExample:
 
 @dataclass(frozen=True, slots=True)
 class ReportData:
-    """Everything on the page.
+    """The contents of the page.
 
     Attributes:
-        explanation: One paragraph: what was done.
+        explanation: One paragraph that describes the experiment.
         seeds: The seeds of the runs.
         variants: Rows of the table; the first is the base model.
-        headline: Name of the variant compared with the base at the top of the page.
-        curves: Training curves, of the first seed.
+        headline: Name of the variant that the top of the page compares with the base.
+        curves: Training curves of the first seed.
         stage_seconds: Stage -> seconds.
         versions: Package -> version.
     """
@@ -156,7 +155,7 @@ class ReportData:
 
 @dataclass(frozen=True, slots=True)
 class _Change:
-    """A headline figure: a metric of the base, of the variant, and the relative change in percent."""
+    """A headline figure: a metric of the base and of the variant, and the change."""
 
     title: str
     before: str
@@ -165,14 +164,14 @@ class _Change:
 
 
 def mark_answer(label: str, text: str, present: frozenset[str], lexicon: ObjectLexicon) -> MarkedAnswer:
-    """An answer about an image that holds `present`, with every mention of anything else marked."""
+    """An answer about an image with the objects `present`; mentions of other objects are marked."""
     score = DescriptionScore(label, text, present, lexicon.mentions(text))
     spans = tuple((mention.start, mention.end) for mention in score.hallucinated)
     return MarkedAnswer(label, text, spans, score.missing)
 
 
 def read_curves(variant: str, metrics_jsonl: Path) -> Curves:
-    """The curves that the report draws, from a training run's metrics.jsonl.
+    """Reads the curves for the report from a training run's metrics.jsonl.
 
     Raises:
         ValueError: The file is missing or not JSONL, or a line has no step.
@@ -192,13 +191,13 @@ def write_report(path: Path, data: ReportData) -> None:
     """Writes the page.
 
     Raises:
-        ValueError: There is no variant, the headline is not one of them, or they differ in their number of runs.
+        ValueError: The headline is not among the variants, or a variant does not have one run per seed.
     """
     names = [variant.name for variant in data.variants]
     if data.headline not in names:
         raise ValueError(f"headline {data.headline!r} is not among the variants {names}")
     if any(len(variant.runs) != len(data.seeds) for variant in data.variants):
-        raise ValueError(f"every variant needs one run for each of the {len(data.seeds)} seeds")
+        raise ValueError(f"every variant needs one run per seed ({len(data.seeds)})")
     environment = Environment(
         loader=FileSystemLoader(ASSETS),
         autoescape=True,
@@ -211,7 +210,7 @@ def write_report(path: Path, data: ReportData) -> None:
     html = environment.get_template("report.html.jinja").render(
         data=data,
         metrics=METRICS,
-        style=Markup(style),  # our own file; its hash is all that the policy admits
+        style=Markup(style),  # trusted file; the policy allows only its hash
         style_hash=base64.b64encode(hashlib.sha256(style.encode()).digest()).decode(),
         changes=list(_changes(data)),
         bar_charts={metric: _bars(data, metric) for metric in METRICS},

@@ -1,8 +1,7 @@
-"""The text-only skill of the demo's language model: rewriting a caption with erroneous but common elements.
+"""Text-only training data for rewriting a caption with plausible errors.
 
-The language model of a real MLLM can do this from its instruction tuning. The demo's tiny one must be taught: its
-text-only training holds captions and erroneous versions of them. No image is involved, neither here nor when it is
-asked.
+The language model of a real MLLM can do this from its instruction tuning. The demo's tiny language model is trained for
+it on pairs of a caption and an erroneous version, without images.
 """
 
 from __future__ import annotations
@@ -35,13 +34,13 @@ def _prompt() -> dict[str, str]:
 
 
 def rewriting_request(caption: str) -> str:
-    """The user's turn that asks for an erroneous version of ``caption``, as bootstrapping writes it."""
+    """The user's turn that requests an erroneous version of `caption`, identical to that of bootstrapping."""
     prompt = _prompt()
     return f"{prompt['instruction'].strip()}\n\n{prompt['request'].replace('{description}', caption)}"
 
 
 def rewriting_turn(objects: tuple[int, ...], rng: np.random.Generator) -> tuple[str, str]:
-    """(request, answer): the answer adds an absent object or puts one in another's place, mostly a companion's."""
+    """(request, answer): the answer adds an absent object, usually a companion, or substitutes it for a present one."""
     mates = sorted({mate for thing in objects for mate in companions(thing)} - set(objects))
     absent = [i for i in range(NUM_OBJECTS) if i not in objects]
     wrong = int(rng.choice(mates if mates and rng.random() < COMMON_PROBABILITY else absent))

@@ -1,7 +1,7 @@
-"""`bpo demo`: Bootstrapped Preference Optimization from nothing to a report, on two CPU cores in minutes.
+"""`bpo demo`: Bootstrapped Preference Optimization from scratch to a report, in minutes on two CPU cores.
 
-A small world and a model with a language prior are made; the model's own biased answers become the rejected side;
-DeepSpeed trains; hallucination is measured before and after, beside four controls.
+Creates a synthetic world and a base model with a strong language prior, bootstraps rejected answers from that model,
+trains with DeepSpeed, and measures hallucination before and after, in comparison with four controls.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ logger = logging.getLogger(__name__)
 
 TITLE = "Bootstrapped Preference Optimization: the demo"
 EXPLANATION = (
-    "A tiny multimodal model learnt captions of scenes in which objects nearly always keep the same company, so it "
-    "names absent companions out of habit. Its answers to noised images, and annotations into which its own "
-    "language model, without any image, injected errors, became the rejected side of preference pairs; the "
-    "annotations, drawn like its own training data, the chosen side. Measured on scenes unlike that habit, which no "
-    "training saw."
+    "A tiny multimodal model was trained on captions of scenes with strong object co-occurrence, so it hallucinates "
+    "co-occurring objects that are absent. Rejected answers are its answers to noised images, and annotations into "
+    "which its own language model, without the image, injected errors; chosen answers are the annotations, which "
+    "follow the distribution of its training data. All models are evaluated on held-out scenes without this "
+    "co-occurrence."
 )
 
 
 @dataclass(frozen=True)
 class SeedResult:
-    """What one seed gave: figures of every variant, seconds of every stage, and where its files are."""
+    """Results of one seed: figures of all variants, seconds of all stages, folder of its files."""
 
     seed: int
     root: Path
@@ -47,7 +47,7 @@ class SeedResult:
 
 
 class Stages:
-    """Times the stages and announces each, so that nobody wonders what runs."""
+    """Prints and times the stages."""
 
     def __init__(self, total: int):
         self.seconds: dict[str, float] = {}
@@ -63,7 +63,7 @@ class Stages:
 
 
 def run_seed(root: Path, seed: int, recipe: Recipe) -> SeedResult:
-    """The whole chain for one seed; `root` is emptied first."""
+    """Runs all stages for one seed; deletes `root` first."""
     from bpo.bootstrap.run import run_bootstrap
     from bpo.tools.demo.base import build_base_model
     from bpo.tools.demo.files import build_world
@@ -71,11 +71,11 @@ def run_seed(root: Path, seed: int, recipe: Recipe) -> SeedResult:
     if root.exists():
         shutil.rmtree(root)
     stages = Stages(total=3 + 2 * len(VARIANTS) + 1)
-    with stages.stage("world", f"seed {seed}: drawing the world"):
+    with stages.stage("world", f"seed {seed}: generating the synthetic world"):
         world = build_world(root / "world", recipe.world(seed))
-    with stages.stage("base", "training the base model: an eye that sees, a language model with habits"):
+    with stages.stage("base", "training the base model (vision tower, then biased language model)"):
         build_base_model(root / "base", recipe.world(seed), recipe.base(seed))
-    with stages.stage("bootstrap", "bootstrapping rejected answers from the model itself"):
+    with stages.stage("bootstrap", "bootstrapping rejected answers from the base model"):
         run_bootstrap(recipe.bootstrap(root, world, seed))
     figures: dict[str, Figures] = {}
     with stages.stage("evaluate_base", "evaluating the base model"):
@@ -89,17 +89,17 @@ def run_seed(root: Path, seed: int, recipe: Recipe) -> SeedResult:
 
 
 def train_variant(config: Config, recipe: Recipe) -> None:
-    """Trains through the deepspeed launcher and exports the merged model."""
+    """Trains a variant with the deepspeed launcher and exports the merged model."""
     from bpo.checkpoint.export import run_export
 
     output = Path(config.train.output_dir)
     run_training(config, num_ranks=recipe.num_ranks)
     run_export(replace(config, export=ExportConfig(checkpoint=str(output), output=str(output / "model"))))
-    shutil.rmtree(output / "checkpoints")  # the merged model is what the report needs
+    shutil.rmtree(output / "checkpoints")  # the report needs only the merged model
 
 
 def evaluate(model_dir: Path, recipe: Recipe, world: World) -> Figures:
-    """CHAIR and POPE on the unbiased scenes; every answer is kept beside the model as evaluation.json."""
+    """CHAIR and POPE on the unbiased scenes; saves all answers to evaluation.json in the model directory."""
     from bpo.config.training import DataConfig, ModelConfig
     from bpo.data.encode import load_encoder
     from bpo.evaluation.run import evaluate_model, read_benchmarks, result_to_json
@@ -120,7 +120,7 @@ def evaluate(model_dir: Path, recipe: Recipe, world: World) -> Figures:
 
 
 def write_metrics(path: Path, results: list[SeedResult], versions: dict[str, str]) -> None:
-    """metrics.json: medians over the seeds under each variant's name, every seed's figures, seconds, versions."""
+    """Writes metrics.json: medians over the seeds by variant, figures of each seed, seconds, versions."""
     names = list(results[0].figures)
     tree: dict[str, object] = {}
     for name in names:
@@ -145,7 +145,7 @@ def _report_variant(name: str, results: list[SeedResult]) -> ReportVariant:
 
 
 def format_table(results: list[SeedResult]) -> str:
-    """The table that ends the demo: medians in percent, with the range over several seeds."""
+    """The final table of the demo: medians in percent, with the range if there are several seeds."""
     width = 24 if len(results) > 1 else 15
     lines = [" " * 20 + "".join(name.rjust(width) for name in METRICS)]
     for name in results[0].figures:
@@ -164,8 +164,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--output", type=Path, default=Path("runs/demo"), help="folder of the results (default: %(default)s)"
     )
-    parser.add_argument("--seeds", type=int, default=1, help="repeat with so many seeds and report medians and ranges")
-    parser.add_argument("--seed", type=int, default=0, help="the first seed (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=1, help="number of seeds; reports medians and ranges (default 1)")
+    parser.add_argument("--seed", type=int, default=0, help="first seed (default: %(default)s)")
     options = parser.parse_args(argv)
     if options.seeds < 1:
         raise ValueError(f"--seeds is {options.seeds}; it must be at least 1")
@@ -181,8 +181,8 @@ def main(argv: list[str]) -> int:
         results.append(run_seed(options.output / f"seed-{seed}", seed, recipe))
         write_outputs(options.output, results, recipe, tested_versions())
     print(
-        f"\nOn {recipe.num_evaluation_scenes} scenes unlike the prior, in percent"
-        f"{' (median and range of the seeds)' if len(results) > 1 else ''}:\n"
+        f"\nResults on {recipe.num_evaluation_scenes} unbiased scenes, in percent"
+        f"{' (median and range over seeds)' if len(results) > 1 else ''}:\n"
     )
     print(format_table(results))
     print(f"\n{time.monotonic() - started:.0f} s. Figures: {options.output / 'metrics.json'}")
@@ -191,7 +191,7 @@ def main(argv: list[str]) -> int:
 
 
 def write_outputs(output: Path, results: list[SeedResult], recipe: Recipe, versions: dict[str, str]) -> None:
-    """metrics.json and report.html of the seeds so far: a long run of many seeds can be read while it goes on."""
+    """Writes metrics.json and report.html of the completed seeds, after each seed."""
     write_metrics(output / "metrics.json", results, versions)
     first = results[0]
     names = list(first.figures)

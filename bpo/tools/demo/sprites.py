@@ -1,7 +1,7 @@
-"""The things that can be seen in the demo's world, and how each of them is drawn.
+"""The objects of the demo's world and their drawings.
 
-Sixteen objects live in eight places, two in each, and keep each other company. Each is a list of filled shapes on a
-unit square (x to the right, y down), so that it can be drawn at any size.
+There are sixteen objects in eight places; the two objects of a place are companions. An object is drawn as a list of
+filled shapes on a unit square (x to the right, y down), at any size.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _PURPLE, _PINK, _CYAN, _SILVER = (130, 60, 170), (240, 120, 170), (60, 180, 200)
 
 @dataclass(frozen=True, kw_only=True)
 class Object:
-    """One nameable thing: its canonical name, other names for it, its place and its drawing."""
+    """One object: its canonical name, synonyms, place and drawing."""
 
     name: str
     synonyms: tuple[str, ...]
@@ -165,7 +165,7 @@ NUM_OBJECTS = len(OBJECTS)
 
 
 def companions(index: int) -> tuple[int, ...]:
-    """The other objects that live in the place of object ``index``."""
+    """The other objects in the place of object `index`."""
     place = OBJECTS[index].place
     return tuple(i for i, thing in enumerate(OBJECTS) if thing.place == place and i != index)
 
@@ -176,16 +176,17 @@ def _scaled(points: Sequence[float], size: int) -> list[float]:
 
 @cache
 def draw_sprite(index: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Draws object ``index`` on a ``size`` x ``size`` square.
+    """Draws object `index` on a `size` x `size` square.
 
-    :returns: colour_HWC (float32 in 0..255) and coverage_HW1 (float32 in 0..1), for compositing.
+    Returns:
+        colour_HWC (float32 in 0..255) and coverage_HW1 (float32 in 0..1), for compositing.
     """
     big = size * OVERSAMPLING
     canvas = Image.new("RGBA", (big, big), (0, 0, 0, 0))
     pen = ImageDraw.Draw(canvas)
     for kind, points, colour in OBJECTS[index].shapes:
         getattr(pen, kind)(_scaled(points, big), fill=(*colour, 255))
-    # Reduce premultiplied colour, or the transparent black round the sprite bleeds into its edge.
+    # Downsample premultiplied colour; otherwise the transparent black around the sprite bleeds into its edges.
     rgba_HWC = np.asarray(canvas, dtype=np.float32)
     coverage_HW1 = rgba_HWC[..., 3:] / 255.0
     premultiplied_HWC = _box_reduce(rgba_HWC[..., :3] * coverage_HW1)

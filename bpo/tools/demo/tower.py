@@ -1,7 +1,7 @@
-"""The demo's vision tower: a tiny CLIP encoder that first learns, alone, to recognise the objects.
+"""The demo's vision tower: a tiny CLIP encoder, trained to recognise the objects before the rest of the model.
 
-It plays the part of a pretrained CLIP: it has seen every object in every company, and some of its training
-images noisy, so that what it reports of a noised scene is vague rather than garbled. Afterwards it is frozen.
+It stands in for a pretrained CLIP: its training covers all combinations of objects and includes noised images, so that
+its features of a noised scene are uncertain instead of wrong. It is frozen afterwards.
 
 Shapes: B scenes, C colour channels, H and W pixels, P patches, D tower width, K objects.
 """
@@ -25,14 +25,14 @@ from .world import Scene, WorldConfig, draw_scene, sample_scene
 
 
 def pixels_of(world: WorldConfig, scenes: Sequence[Scene]) -> Tensor:
-    """pixels_BCHW as the demo's image processor makes them of the saved scenes."""
+    """pixels_BCHW, identical to the output of the demo's image processor for the saved scenes."""
     image_BHWC = torch.from_numpy(np.stack([np.asarray(draw_scene(world, scene)) for scene in scenes]))
     normalised_BHWC = (image_BHWC.float() / 255.0 - torch.tensor(PIXEL_MEAN)) / torch.tensor(PIXEL_STD)
     return normalised_BHWC.permute(0, 3, 1, 2).contiguous()
 
 
 def objects_of(scenes: Sequence[Scene]) -> Tensor:
-    """present_BK: 1 where the object is in the scene."""
+    """present_BK: 1 if object k is in scene b."""
     present_BK = torch.zeros(len(scenes), NUM_OBJECTS)
     for row, scene in enumerate(scenes):
         present_BK[row, list(scene.objects)] = 1.0
@@ -40,7 +40,7 @@ def objects_of(scenes: Sequence[Scene]) -> Tensor:
 
 
 def noised(pixels_BCHW: Tensor, fraction: float, generator: torch.Generator) -> Tensor:
-    """Replaces a ``fraction`` of the images by samples of q(x_t | x_0) at uniformly random steps t."""
+    """Replaces a `fraction` of the images with samples of q(x_t | x_0) at uniformly random steps t."""
     batch = len(pixels_BCHW)
     alpha_bar_B111 = alpha_bar_S().float()[torch.randint(NUM_STEPS, (batch,), generator=generator)].view(-1, 1, 1, 1)
     epsilon_BCHW = torch.randn(pixels_BCHW.shape, generator=generator)
@@ -50,7 +50,7 @@ def noised(pixels_BCHW: Tensor, fraction: float, generator: torch.Generator) -> 
 
 
 class Recogniser(nn.Module):
-    """A tower and a linear reading of its patches: an object is present where any patch shows it."""
+    """A tower and a linear classifier of its patches: an object is present if any patch shows it."""
 
     def __init__(self, tower: CLIPVisionModel) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class Recogniser(nn.Module):
         self.read = nn.Linear(tower.config.hidden_size, NUM_OBJECTS)
 
     def forward(self, pixels_BCHW: Tensor) -> Tensor:
-        """logits_BK of the objects' presence."""
+        """logits_BK of object presence."""
         hidden_BPD = self.tower(pixels_BCHW).last_hidden_state[:, 1:]
         return torch.logsumexp(self.read(hidden_BPD), dim=1)
 
@@ -73,9 +73,9 @@ def train_tower(
     noised_fraction: float,
     progress: bool,
 ) -> CLIPVisionModel:
-    """Trains a tower to recognise the objects of unbiased and biased scenes alike, and returns it frozen.
+    """Trains a tower to recognise the objects in biased and unbiased scenes; returns it frozen.
 
-    The scenes are of its own split: none is an annotation or an evaluation scene.
+    The scenes come from a separate split, not from the annotations or the evaluation.
     """
     generator = torch.Generator().manual_seed(world.seed)
     recogniser = Recogniser(CLIPVisionModel(config))

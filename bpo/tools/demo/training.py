@@ -1,4 +1,4 @@
-"""Starts `deepspeed bpo/train.py` as a user would, and shows its progress as one bar."""
+"""Runs `deepspeed bpo/train.py` in a subprocess with a progress bar."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from bpo.config.training import Config
 
 
 class TrainingFailed(RuntimeError):
-    """The launcher ended with an error; the message holds the end of its log."""
+    """The launcher failed; the message contains the end of its log."""
 
 
 def run_training(config: Config, *, num_ranks: int) -> None:
-    """Trains through the deepspeed launcher, output to OUTPUT_DIR/train.log, until it ends.
+    """Trains with the deepspeed launcher and waits; output goes to OUTPUT_DIR/train.log.
 
     Raises:
-        TrainingFailed: with the last lines of the log.
+        TrainingFailed: The launcher failed.
     """
     output = Path(config.train.output_dir)
     output.mkdir(parents=True, exist_ok=True)
@@ -40,16 +40,16 @@ def run_training(config: Config, *, num_ranks: int) -> None:
         try:
             _follow(process, output / "metrics.jsonl", config.train.max_steps)
         finally:
-            if process.poll() is None:  # interrupted: the launcher would leave its workers behind
+            if process.poll() is None:  # interrupted; also ends the launcher's workers
                 os.killpg(process.pid, signal.SIGKILL)
     if process.returncode != 0:
         tail = (output / "train.log").read_text(encoding="utf-8", errors="replace").splitlines()[-30:]
-        raise TrainingFailed(f"{' '.join(command)} ended with {process.returncode}:\n" + "\n".join(tail))
+        raise TrainingFailed(f"{' '.join(command)} failed with status {process.returncode}:\n" + "\n".join(tail))
 
 
 def _environment() -> dict[str, str]:
     environment = dict(os.environ)
-    binaries = str(Path(sys.executable).parent)  # ninja, which builds DeepSpeed's operations at their first use
+    binaries = str(Path(sys.executable).parent)  # contains ninja, which compiles DeepSpeed's operations
     environment["PATH"] = binaries + os.pathsep + environment.get("PATH", "")
     return environment
 

@@ -1,4 +1,4 @@
-"""The word-level tokenizer and the processor of the demo's base model, built in code."""
+"""The word-level tokenizer and the processor of the demo's base model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .world import DESCRIBE, caption_of, question_about
 
 PAD, BOS, EOS, UNKNOWN, IMAGE = "<pad>", "<s>", "</s>", "<unk>", "<image>"
 SPECIAL_TOKENS = (PAD, BOS, EOS, UNKNOWN, IMAGE)
-# CLIP's published statistics are of photographs; these centre the demo's light backgrounds instead.
+# Instead of CLIP's statistics of photographs, values that centre the demo's light backgrounds.
 PIXEL_MEAN, PIXEL_STD = (0.80, 0.80, 0.80), (0.20, 0.20, 0.20)
 
 # LLaVA-1.5's conversation format, for content given as text or as a list of image and text parts.
@@ -38,7 +38,7 @@ def _sentences() -> Iterable[str]:
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per word or punctuation mark; words carry the space before them, so decoding is exact."""
+    """One token per word or punctuation mark; words include the preceding space, so decoding is exact."""
     words = Tokenizer(models.WordLevel({UNKNOWN: 0}, unk_token=UNKNOWN))
     split = pre_tokenizers.Sequence(
         [
@@ -61,7 +61,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         bos_token=BOS,
         eos_token=EOS,
         unk_token=UNKNOWN,
-        # lstrip: the space before a placeholder is layout, not a word.
+        # lstrip: the space before the placeholder is not a token.
         additional_special_tokens=[AddedToken(IMAGE, lstrip=True, special=True, normalized=False)],
         padding_side="left",
         model_max_length=512,
@@ -70,7 +70,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_processor(image_px: int, patch_px: int) -> LlavaProcessor:
-    """Images at ``image_px`` square and the word-level tokenizer, behind LLaVA's processor."""
+    """A LLaVA processor with the word-level tokenizer, for images of `image_px` x `image_px`."""
     image_processor = CLIPImageProcessorPil(
         size={"shortest_edge": image_px},
         crop_size={"height": image_px, "width": image_px},

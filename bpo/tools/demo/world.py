@@ -1,9 +1,8 @@
-"""The demo's synthetic world: scenes of objects whose company is predictable, and scenes where it is not.
+"""The demo's synthetic world: scenes with and without object co-occurrence.
 
-In a *biased* scene the objects come from one place and companions are nearly always together, as a
-fork comes with a plate in real photographs; a model trained on such scenes learns to name the
-companions without looking. An *unbiased* scene takes its objects from different places, so that the habit is wrong.
-Every scene is a pure function of (seed, split, index).
+In a *biased* scene, companions (the objects of one place) nearly always appear together, like fork and plate in real
+photographs; a model trained on such scenes learns to name companions without using the image. In an *unbiased* scene,
+all objects come from different places, contrary to this prior. A scene is a pure function of (seed, split, index).
 
 Shapes: H, W pixels; C colour channels.
 """
@@ -28,22 +27,22 @@ FAINT_OPACITY = (0.02, 0.20)
 
 @dataclass(frozen=True, kw_only=True)
 class WorldConfig:
-    """What the world looks like and how much of it is written to disk."""
+    """Distribution and number of scenes."""
 
     seed: int = 0
-    """Every scene, question and caption follows from it."""
+    """Seed of all scenes, questions and captions."""
     num_annotations: int = 2000
-    """Scenes with a written conversation, the input of bootstrapping: drawn like the base model's training data."""
+    """Annotated scenes, the input of bootstrapping, from the distribution of the base model's training data."""
     num_evaluation_scenes: int = 400
     """Unbiased scenes for CHAIR and POPE; never used in training."""
     image_px: int = 48
-    """Side of a scene, divided in 4 x 4 cells that hold at most one object each."""
+    """Side of a scene, divided into 4 x 4 cells with at most one object each."""
     biased_fraction: float = 0.97
-    """Share of biased scenes in the training distribution; the others are unbiased."""
+    """Share of biased scenes in the training distribution."""
     presence: float = 0.8
-    """Probability that an object of the scene's place is present in a biased scene."""
+    """Probability that an object of a selected place is present in a biased scene."""
     faint_fraction: float = 0.3
-    """Probability that an object is drawn faintly, so that often only its company tells that it is there."""
+    """Probability that an object is drawn faintly, so that often only co-occurrence indicates its presence."""
     pixel_noise: float = 8.0
     """Standard deviation of the sensor noise, in units of 1/255."""
 
@@ -53,49 +52,50 @@ class WorldConfig:
         for field in ("biased_fraction", "presence", "faint_fraction"):
             value = getattr(self, field)
             if not 0.0 <= value <= 1.0:
-                raise ValueError(f"{field} is a probability and must lie in [0, 1], got {value}")
+                raise ValueError(f"{field} is a probability and must be in [0, 1], got {value}")
         if self.presence == 0.0:
-            raise ValueError("presence must be above 0, or biased scenes have no objects")
+            raise ValueError("presence must be above 0, else biased scenes have no objects")
         for field in ("num_annotations", "num_evaluation_scenes"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} must be at least 1, got {getattr(self, field)}")
 
     @property
     def cell_px(self) -> int:
-        """Side of one grid cell in pixels."""
+        """Side of a grid cell in pixels."""
         return self.image_px // GRID
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """Which objects are there, and where: all that is needed to draw and to describe it."""
+    """Objects of a scene, their positions and the background."""
 
     objects: tuple[int, ...]
-    """Object numbers in the canonical order."""
+    """Object indices in canonical order."""
     cells: tuple[int, ...]
     """Grid cell of each object, row by row from the top left."""
     offsets: tuple[tuple[int, int], ...]
     """Pixels (right, down) of each object from the corner of its cell."""
     opacities: tuple[float, ...]
-    """How strongly each object is drawn; 1 is fully visible."""
+    """Opacity of each object; 1 is fully visible."""
     background: tuple[int, int, int]
     noise_seed: int
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The objects' names in the canonical order."""
+        """The objects' names in canonical order."""
         return tuple(NAMES[i] for i in self.objects)
 
     @property
     def caption(self) -> str:
-        """A true and complete description, for example "a photo with a rock, a leaf and a tree."."""
+        """A correct and complete description, such as "a photo with a rock, a leaf and a tree."."""
         return caption_of(self.names)
 
 
 def caption_of(names: tuple[str, ...] | list[str]) -> str:
-    """The sentence that names these objects in this order.
+    """The caption that names these objects in this order.
 
-    :raises ValueError: if there is nothing to name.
+    Raises:
+        ValueError: `names` is empty.
     """
     if not names:
         raise ValueError("a caption needs at least one object")
@@ -105,14 +105,15 @@ def caption_of(names: tuple[str, ...] | list[str]) -> str:
 
 
 def question_about(name: str) -> str:
-    """The yes/no question that POPE asks about one object."""
+    """The POPE question about one object."""
     return f"Is there a {name} in the image?"
 
 
 def sample_scene(config: WorldConfig, split: str, index: int, *, biased_fraction: float | None = None) -> Scene:
-    """Scene ``index`` of ``split``; the same arguments give the same scene whatever was drawn before.
+    """Scene `index` of `split`, determined by the arguments only.
 
-    :param biased_fraction: probability of a biased scene; None means the configured one (the training distribution).
+    Args:
+        biased_fraction: Probability of a biased scene; None uses that of the training distribution.
     """
     rng = np.random.default_rng([config.seed, zlib.crc32(split.encode()), index])
     fraction = config.biased_fraction if biased_fraction is None else biased_fraction
@@ -136,7 +137,7 @@ def sample_scene(config: WorldConfig, split: str, index: int, *, biased_fraction
 def iter_scenes(
     config: WorldConfig, split: str, count: int, *, biased_fraction: float | None = None
 ) -> Iterator[Scene]:
-    """The first ``count`` scenes of a split."""
+    """The first `count` scenes of a split."""
     return (sample_scene(config, split, i, biased_fraction=biased_fraction) for i in range(count))
 
 
@@ -161,7 +162,7 @@ def _sprite_px(config: WorldConfig) -> int:
 
 
 def draw_scene(config: WorldConfig, scene: Scene) -> Image.Image:
-    """The scene as an RGB image of ``image_px`` x ``image_px``."""
+    """The scene as an RGB image of `image_px` x `image_px`."""
     sprite_px = _sprite_px(config)
     image_HWC = np.empty((config.image_px, config.image_px, 3), dtype=np.float32)
     image_HWC[:] = scene.background
@@ -176,7 +177,7 @@ def draw_scene(config: WorldConfig, scene: Scene) -> Image.Image:
 
 
 def describe_world() -> str:
-    """Rooms and their objects, one line each, for reports and logs."""
+    """Places and their objects, one line per place."""
     return "\n".join(f"{place}: {', '.join(t.name for t in OBJECTS if t.place == place)}" for place in PLACES)
 
 
