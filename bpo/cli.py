@@ -1,4 +1,4 @@
-"""The `bpo` command. Each subcommand imports only what it needs, so that help and `doctor` are quick."""
+"""The `bpo` command. Each subcommand imports only what it needs, so that help and `doctor` start quickly."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ USAGE = """usage: bpo COMMAND [--config FILE] [--section.key VALUE ...]
 Bootstrapped Preference Optimization of multimodal language models (arXiv 2403.08730).
 
 commands:
-  demo        build a small world and model, bootstrap, train, evaluate and report; minutes on two CPU cores
-  check       `bpo check DATA`: every record and image of annotations or groups, before a long job does
-  convert     `bpo convert IN OUT`: annotations or groups from one form into another, such as TRL's parquet
-  bootstrap   make preference groups from annotations: weakened images and injected errors
-  merge       the groups of a bootstrapping job that was shared by several (bootstrap.num_shards)
-  train       preference training in this process; `deepspeed bpo/train.py` starts it on several
-  evaluate    hallucination measured by CHAIR and POPE
-  export      a merged model directory, or a PEFT adapter, from a checkpoint
-  view        a page on which people look at groups: images, diffs, provenance, token log-ratios
+  demo        run the complete pipeline on a synthetic world and write a report; minutes on two CPU cores
+  check       `bpo check DATA`: validate all records and images of annotations or groups before a long job
+  convert     `bpo convert IN OUT`: convert annotations or groups to another format, such as TRL's parquet
+  bootstrap   create preference groups from annotations with weakened images and injected errors
+  merge       merge the groups of a bootstrapping job with several shards (bootstrap.num_shards)
+  train       preference training in one process; for several, use `deepspeed bpo/train.py`
+  evaluate    measure hallucination with CHAIR and POPE
+  export      export a checkpoint as a merged model directory or a PEFT adapter
+  view        create an HTML page to inspect groups: images, diffs, provenance, token log-ratios
   score       per-token log-probs of a trained model and its reference, for `bpo view --scores`
-  refs        `bpo refs inspect|verify|compact DIR`: look after a store of reference log-probs
-  plan        what fits and how fast: memory and step time of a model on 1 to 1,024 GPUs
-  bench       `bpo bench kernels|step|bootstrap`: kernels, a training step beside TRL's, batched bootstrapping
-  doctor      what this machine has, and what that means for a run
+  refs        `bpo refs inspect|verify|compact DIR`: maintain a store of reference log-probs
+  plan        estimate memory and step time of a model on 1 to 1,024 GPUs
+  bench       `bpo bench kernels|step|bootstrap`: kernels, a training step against TRL, batched bootstrapping
+  doctor      check the environment and explain what each finding means for a run
 
 `bpo COMMAND --help` lists the options of a command.
 """
@@ -54,7 +54,7 @@ def _bootstrap(argv: list[str]) -> int:
     from bpo.job.signals import StopRequest
 
     setup_logging(ranks_from_environment())
-    config = load_config(argv, prog="bpo bootstrap", description="Make preference groups from annotations.")
+    config = load_config(argv, prog="bpo bootstrap", description="Create preference groups from annotations.")
     with StopRequest() as stop:
         run_bootstrap(config, stop=stop)
     return 0
@@ -66,7 +66,7 @@ def _merge(argv: list[str]) -> int:
     from bpo.job.launch import Ranks, setup_logging
 
     setup_logging(Ranks())
-    summary = run_merge(load_config(argv, prog="bpo merge", description="Merge what all shards have finished."))
+    summary = run_merge(load_config(argv, prog="bpo merge", description="Merge the results of all shards."))
     print(f"{summary.num_groups} groups of {summary.num_annotations} annotations: {summary.groups_path}")
     return 0
 
@@ -85,7 +85,7 @@ def _evaluate(argv: list[str]) -> int:
     from bpo.job.signals import StopRequest
 
     setup_logging(ranks_from_environment())
-    config = load_config(argv, prog="bpo evaluate", description="Measure hallucination by CHAIR and POPE.")
+    config = load_config(argv, prog="bpo evaluate", description="Measure hallucination with CHAIR and POPE.")
     with StopRequest() as stop:
         run_evaluation(config, stop=stop)
     return 0
@@ -97,7 +97,7 @@ def _export(argv: list[str]) -> int:
     from bpo.job.launch import Ranks, setup_logging
 
     setup_logging(Ranks())
-    print(run_export(load_config(argv, prog="bpo export", description="Write a trained model or adapter.")))
+    print(run_export(load_config(argv, prog="bpo export", description="Export a trained model or adapter.")))
     return 0
 
 
@@ -163,7 +163,7 @@ def _doctor(argv: list[str]) -> int:
     from bpo.tools.doctor import main
 
     if argv:
-        print("usage: bpo doctor\n\nSays what this machine has and what that means for a run.")
+        print("usage: bpo doctor\n\nChecks the environment and explains what each finding means for a run.")
         return 0 if argv[0] in ("-h", "--help") else 2
     return main()
 
@@ -207,7 +207,7 @@ def main(argv: list[str] | None = None) -> int:
     except (Interrupted, NoProgressError) as reason:
         print(f"bpo {arguments[0]}: {reason}", file=sys.stderr)
         return EXIT_INTERRUPTED if isinstance(reason, Interrupted) else EXIT_NO_PROGRESS
-    except ValueError as error:  # bad input of a user: the message says what to do; a traceback would hide it
+    except ValueError as error:  # invalid user input: show the message without a traceback
         print(f"bpo {arguments[0]}: error: {error}", file=sys.stderr)
         return 1
 

@@ -1,1 +1,1 @@
-"""Commands around training: demo, view, plan, bench, doctor, score, refs. Only cli, benchmarks/, tests import them."""
+"""Commands other than training: demo, view, plan, bench, doctor, score, refs. Imported by cli, benchmarks and tests."""

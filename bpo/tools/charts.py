@@ -1,7 +1,7 @@
-"""Inline SVG charts: bars with their spread over seeds, lines over steps, counts by name, histograms.
+"""Inline SVG charts: bars with their range over seeds, lines over steps, counts by name, histograms.
 
-Colours come from the page's style sheet by class (`series-0`, `series-1`, ...), so that a chart follows light and dark
-schemes; lines also differ in dashes, never in colour alone.
+The page's style sheet sets the colours by class (`series-0`, `series-1`, ...), so that charts follow light and dark
+schemes; lines also differ in their dashes, not only in colour.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 10, 12, 26
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """A row of a bar chart: the median is drawn, the values of all seeds are dots."""
+    """A row of a bar chart: a bar for the median, dots for the values of all seeds."""
 
     label: str
     values: tuple[float, ...]
@@ -35,7 +35,7 @@ class Bar:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A line of a line chart: (step, value) points in order."""
+    """A line of a line chart, as ordered (step, value) points."""
 
     label: str
     points: tuple[tuple[float, float], ...]
@@ -43,7 +43,7 @@ class Line:
 
 
 def bar_chart(title: str, bars: Sequence[Bar], reference: float) -> Markup:
-    """Horizontal bars from 0 to a round upper end, and a dashed line at `reference` (the base model's median)."""
+    """Horizontal bars from 0 to a round upper limit, and a dashed line at `reference` (the base model's median)."""
     upper = _nice_upper(max((value for bar in bars for value in bar.values), default=0.0))
     height = _ROW_HEIGHT * len(bars) + 6
     span = _WIDTH - _LABEL_WIDTH - _VALUE_WIDTH
@@ -151,7 +151,7 @@ def share_bars(title: str, counts: Sequence[tuple[str, int]]) -> Markup:
 
 
 def range_bars(title: str, rows: Sequence[tuple[str, Sequence[int]]]) -> Markup:
-    """(low, middle, high) by name: a bar from low to high with a mark at the middle, and the three as text."""
+    """(low, middle, high) by name: a bar from low to high with a mark at the middle, and the values as text."""
     most = _nice_upper(max((values[-1] for _, values in rows), default=1))
     start = _label_width(label for label, _ in rows)
     span = _WIDTH - start - 2 * _VALUE_WIDTH
@@ -179,7 +179,7 @@ def range_bars(title: str, rows: Sequence[tuple[str, Sequence[int]]]) -> Markup:
 
 
 def histogram(title: str, counts: Mapping[int, int], max_bins: int = 40) -> Markup:
-    """Counts of whole numbers in equal bins of a round width."""
+    """Histogram of integers in equal bins of a round width."""
     low, high = min(counts, default=0), max(counts, default=0)
     width = max(1, math.ceil(_nice_upper((high - low + 1) / max_bins)))
     first = math.floor(low / width)
@@ -192,14 +192,14 @@ def histogram(title: str, counts: Mapping[int, int], max_bins: int = 40) -> Mark
 
 
 def columns(title: str, values: Sequence[int], labels: Mapping[int, str]) -> Markup:
-    """Counts as upright bars, some of them labelled below; the largest is written beside the axis."""
+    """Counts as vertical bars, some of them labelled below; the axis shows the largest count."""
     most = max(values, default=0) or 1
     plot_width, plot_height = _WIDTH - _LEFT - _RIGHT, _LINE_HEIGHT - _TOP - _BOTTOM
     each = plot_width / max(1, len(values))
     bottom = _TOP + plot_height
     parts = [Markup('<line class="grid" x1="{0}" x2="{1}" y1="{2}" y2="{2}"/>').format(_LEFT, _WIDTH - _RIGHT, bottom)]
     for index, value in enumerate(values):
-        # What is there is seen, however little it is.
+        # Small counts remain visible.
         height = max(1.5, plot_height * value / most) if value else 0
         parts.append(
             Markup('<rect class="bar" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}"/>').format(
@@ -221,7 +221,7 @@ def columns(title: str, values: Sequence[int], labels: Mapping[int, str]) -> Mar
 
 
 def legend_swatch(series: int) -> Markup:
-    """A short piece of a line, as the legend shows it."""
+    """A short line sample for the legend."""
     return Markup(
         '<svg class="swatch" viewBox="0 0 30 10" width="30" height="10" aria-hidden="true">'
         '<line class="line series-{}" x1="1" x2="29" y1="5" y2="5"/></svg>'
@@ -246,12 +246,12 @@ def _svg(label: str, height: float, parts: Sequence[Markup]) -> Markup:
 
 
 def _label_width(labels: Iterable[str]) -> int:
-    """Room for the names of rows, to be shortened where the longest is longer still."""
+    """Width of the row labels, limited to _LONGEST_LABEL."""
     return min(_LONGEST_LABEL, max(60, 12 + _CHARACTER_WIDTH * max(map(len, labels), default=0)))
 
 
 def _label(label: str, width: int, baseline: float) -> Markup:
-    """The name of a row that ends at `width`; of a long one the beginning, and all of it under the pointer."""
+    """A row label, right-aligned at `width`; long labels are truncated and shown in full as a tooltip."""
     length = (width - 12) // _CHARACTER_WIDTH
     whole = label if len(label) <= length else label[: length - 1] + "\u2026"
     return Markup('<text class="label" x="{}" y="{}" text-anchor="end"><title>{}</title>{}</text>').format(
@@ -260,7 +260,7 @@ def _label(label: str, width: int, baseline: float) -> Markup:
 
 
 def _nice_upper(value: float) -> float:
-    """The smallest 1, 1.5, 2, 2.5, 3, 4, 5, 6 or 8 times a power of ten that is not below `value`."""
+    """The smallest 1, 1.5, 2, 2.5, 3, 4, 5, 6 or 8 times a power of ten that is at least `value`."""
     if value <= 0:
         return 1.0
     power = 10.0 ** math.floor(math.log10(value))
@@ -268,7 +268,7 @@ def _nice_upper(value: float) -> float:
 
 
 def _ticks(low: float, high: float, max_ticks: int = 5) -> list[float]:
-    """Round values that cover [low, high]."""
+    """Round tick values that cover [low, high]."""
     if high - low < 1e-12:
         low, high = low - 0.5, high + 0.5
     raw = (high - low) / (max_ticks - 1)

@@ -1,4 +1,4 @@
-"""Looks after a reference store: `bpo refs inspect | verify | compact DIR`. Needs numpy, not torch."""
+"""Maintenance of a reference store: `bpo refs inspect | verify | compact DIR`. Needs numpy, not torch."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from bpo.model.reference.format import (
 )
 from bpo.model.reference.index import EntryIndex
 
-_OLDER = "leave shards alone that were written to within so many minutes: a job may not have finished them"
+_OLDER = "skip shards modified in the last N minutes, which a job may still be writing (default: %(default)s)"
 
 
 @dataclass(frozen=True)
 class StoreSummary:
-    """What a store holds. `num_tokens` and `num_entries` count each key once, `num_duplicates` what is left."""
+    """Contents of a store. `num_tokens` and `num_entries` count each key once; `num_duplicates` counts repetitions."""
 
     directory: str
     fingerprint: dict[str, str]
@@ -43,7 +43,7 @@ class StoreSummary:
 
 
 def read_store(directory: Path) -> tuple[dict[str, str], list[Shard]]:
-    """The fingerprint and every shard of a store, those that do not belong to it included."""
+    """The fingerprint and all shards of a store, including shards with another fingerprint."""
     fingerprint = read_fingerprint(directory)
     return fingerprint, [read_shard(path, fingerprint) for path in index_files(directory)]
 
@@ -77,54 +77,54 @@ def inspect_store(directory: Path) -> StoreSummary:
 
 @dataclass(frozen=True)
 class Damage:
-    """What is wrong with one shard: the whole of it, damaged records, or entries whose values fail their checksum."""
+    """Damage of one shard: the header, index records, or entries (`rows`) whose values fail their checksum."""
 
     shard: Shard
     rows: np.ndarray
 
     def lines(self) -> Iterable[str]:
         if not self.shard.fits:
-            yield f"{self.shard.index}: not of this store: its header is damaged or names another fingerprint"
+            yield f"{self.shard.index}: not part of this store: damaged header or another fingerprint"
         if self.shard.num_damaged:
             yield f"{self.shard.index}: {self.shard.num_damaged} damaged index records"
         for row in self.rows:
             record = self.shard.records_E[row]
-            where = f"{record['count']} values from {record['offset']}"
-            yield f"{self.shard.values}: entry {record['key'].tobytes().hex()}: {where} differ from their checksum"
+            where = f"{record['count']} values at offset {record['offset']}"
+            yield f"{self.shard.values}: entry {record['key'].tobytes().hex()}: {where} fail their checksum"
 
 
 def find_damage(directory: Path) -> list[Damage]:
-    """Reads every value of the store once and compares every checksum."""
+    """Reads the whole store and verifies every checksum."""
     _, shards = read_store(directory)
     found = [Damage(shard, damaged_rows(shard)) for shard in shards]
-    return [one for one in found if len(one.rows) or one.shard.num_damaged or not one.shard.fits]
+    return [damage for damage in found if len(damage.rows) or damage.shard.num_damaged or not damage.shard.fits]
 
 
 def remove_damaged(directory: Path, damage: list[Damage], older_than_minutes: float) -> int:
-    """Takes damaged entries out of the index, so that the next run computes them anew; returns how many shards changed.
+    """Removes damaged entries from the index, so that the next run recomputes them; returns how many shards changed.
 
-    A shard that does not belong to the store is renamed to NAME.index.rejected. Values stay where they are until
-    `compact`.
+    The index of a shard that is not part of the store is renamed to NAME.index.rejected. Values remain until `compact`.
     """
     fingerprint = read_fingerprint(directory)
-    settled_ones = [one for one in damage if settled(one.shard, older_than_minutes)]
-    for one in settled_ones:
-        if one.shard.fits:
-            write_index(one.shard.index, fingerprint, np.delete(one.shard.records_E, one.rows))
+    removable = [damaged for damaged in damage if settled(damaged.shard, older_than_minutes)]
+    for damaged in removable:
+        shard = damaged.shard
+        if shard.fits:
+            write_index(shard.index, fingerprint, np.delete(shard.records_E, damaged.rows))
         else:
-            one.shard.index.rename(one.shard.index.with_suffix(".index.rejected"))
+            shard.index.rename(shard.index.with_suffix(".index.rejected"))
     sync_directory(directory)
-    return len(settled_ones)
+    return len(removable)
 
 
 def compact_store(directory: Path, older_than_minutes: float) -> tuple[int, int, int]:
-    """Merges settled shards into one and drops what stands there twice; returns shards merged, entries kept, dropped.
+    """Merges settled shards into one and drops duplicates; returns the numbers of shards merged, entries kept, dropped.
 
-    The merged shard is complete and durable before an old one goes, so a compaction that is killed leaves duplicates at
-    worst. Training that has read the store's index keeps its maps of the old files.
+    The merged shard is complete and durable before an old shard is deleted, so an interrupted compaction leaves at most
+    duplicates. Running jobs that have read the index keep the old files mapped.
 
     Raises:
-        ReferenceStoreError: something is damaged, which merging would hide; or the disk is full.
+        ReferenceStoreError: The store is damaged, or the disk is full.
     """
     if damage := find_damage(directory):
         raise ReferenceStoreError(
@@ -137,13 +137,13 @@ def compact_store(directory: Path, older_than_minutes: float) -> tuple[int, int,
         return 0, len(index), 0
     writer = ShardWriter(directory, fingerprint, "compact")
     values = [shard.map_values() for shard in old]
-    # In the order of the old files: each is read from its beginning to its end.
+    # In the order of the old files, so that each is read sequentially.
     for row in np.lexsort((index.offset_E, index.shard_E)):
         start, count = int(index.offset_E[row]), int(index.count_E[row])
         writer.add(index.key(int(row)), values[int(index.shard_E[row])][start : start + count])
     writer.close()
     for shard in old:
-        shard.index.unlink()  # before its values: an index without values would look torn
+        shard.index.unlink()  # before its values: an index without values counts as torn
         shard.values.unlink(missing_ok=True)
     sync_directory(directory)
     return len(old), len(index), index.num_duplicates
@@ -158,11 +158,11 @@ def _print_summary(summary: StoreSummary) -> None:
     for shard in summary.shards:
         torn = f", {shard['torn_bytes']} torn bytes" if shard["torn_bytes"] else ""
         damaged = f", {shard['num_damaged_records']} damaged records" if shard["num_damaged_records"] else ""
-        stray = "" if shard["belongs"] else ", NOT OF THIS STORE"
+        stray = "" if shard["belongs"] else ", NOT PART OF THIS STORE"
         print(
             f"  {shard['name']}: {shard['num_entries']:,} entries, {shard['num_bytes']:,} bytes{torn}{damaged}{stray}"
         )
-    print("made for:")
+    print("fingerprint:")
     for field, value in sorted(summary.fingerprint.items()):
         print(f"  {field}: {value}")
 
@@ -179,17 +179,17 @@ def _inspect(arguments: argparse.Namespace) -> int:
 def _verify(arguments: argparse.Namespace) -> int:
     damage = find_damage(arguments.dir)
     if not damage:
-        print(f"{arguments.dir}: every checksum is right")
+        print(f"{arguments.dir}: all checksums match")
         return 0
-    for one in damage:
-        print("\n".join(one.lines()))
+    for damaged in damage:
+        print("\n".join(damaged.lines()))
     if not arguments.remove_damaged:
-        print(f"`bpo refs verify {arguments.dir} --remove-damaged` takes them out; the next run computes them anew")
+        print(f"remove them with `bpo refs verify {arguments.dir} --remove-damaged`; the next run recomputes them")
         return 1
     changed = remove_damaged(arguments.dir, damage, arguments.older_than_minutes)
-    print(f"{changed} of {len(damage)} damaged shards repaired; the next run computes anew what was taken out")
+    print(f"{changed} of {len(damage)} damaged shards repaired; the next run recomputes the removed entries")
     if changed < len(damage):
-        print(f"the others were written to within {arguments.older_than_minutes:g} minutes; try again later")
+        print(f"the others were modified in the last {arguments.older_than_minutes:g} minutes; try again later")
     return 0 if changed == len(damage) else 1
 
 
@@ -200,18 +200,18 @@ def _compact(arguments: argparse.Namespace) -> int:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="bpo refs", description="Look after a store of reference log-probs.")
+    parser = argparse.ArgumentParser(prog="bpo refs", description="Maintain a store of reference log-probs.")
     commands = parser.add_subparsers(required=True, metavar="{inspect,verify,compact}")
-    inspect = commands.add_parser("inspect", help="what the store was made for and what it holds")
+    inspect = commands.add_parser("inspect", help="show the fingerprint and contents of the store")
     inspect.add_argument("--json", action="store_true", help="print JSON")
     inspect.set_defaults(run=_inspect)
-    verify = commands.add_parser("verify", help="compare every checksum; exit status 1 if something is damaged")
-    verify.add_argument("--remove-damaged", action="store_true", help="take damaged entries out of the index")
+    verify = commands.add_parser("verify", help="verify all checksums; exit status 1 if anything is damaged")
+    verify.add_argument("--remove-damaged", action="store_true", help="remove damaged entries from the index")
     verify.set_defaults(run=_verify)
-    compact = commands.add_parser("compact", help="merge the shards into one, without duplicates")
+    compact = commands.add_parser("compact", help="merge the shards into one and drop duplicates")
     compact.set_defaults(run=_compact)
     for command in (inspect, verify, compact):
-        command.add_argument("dir", type=Path, help="the store: train.reference_dir, or OUTPUT_DIR/reference")
+        command.add_argument("dir", type=Path, help="store: train.reference_dir, or OUTPUT_DIR/reference")
     for command in (verify, compact):
         command.add_argument("--older-than-minutes", type=float, default=60.0, metavar="N", help=_OLDER)
     arguments = parser.parse_args(argv)

@@ -1,8 +1,8 @@
-"""Per-token log-probs of a trained model and of its reference, for `bpo view --scores`.
+"""Per-token log-probs of a trained model and its reference, for `bpo view --scores`.
 
     bpo score groups.jsonl --policy MODEL --reference BASE --image-root IMAGES --out scores.jsonl [--limit 500]
 
-One process, one model in memory at a time, groups in micro-batches, through the code that training runs.
+Uses one process, one model in memory at a time, and the forward pass of training on micro-batches of groups.
 """
 
 from __future__ import annotations
@@ -34,35 +34,34 @@ from bpo.tools.groups import add_bad_record_options, bad_records_from, iterate_g
 def score_groups(
     config: Config, groups: Sequence[PreferenceGroup], max_tokens: int, bad: BadRecords
 ) -> Iterator[tuple[PreferenceGroup, EncodedGroup, list[list[float]]]]:
-    """(group, its tokens, log-probs of each distinct completion's tokens) of every group that can be encoded.
+    """Yields (group, encoded group, token log-probs of each distinct completion) for every group that can be encoded.
 
     Args:
-        bad: Takes groups whose images cannot be used.
+        bad: Collects groups whose images cannot be used.
 
     Raises:
-        ValueError: Too many of them are bad.
+        ValueError: Too many groups are bad.
     """
     encoder = load_encoder(config)
     device = pick_device()
     policy = PolicyModel(load_model(config.model, device, for_training=True)).to(device).eval()
     for batch in _batches(encoder, groups, max_tokens, bad):
-        encoded = [one for _, one in batch]
-        packed = collate_groups(encoded, encoder.family)
+        packed = collate_groups([encoded for _, encoded in batch], encoder.family)
         with packed_layout(packed.layout):
             logp_N = policy(**model_inputs(packed.to(device, policy.model.dtype))).cpu()
         first = 0
-        for group, one in batch:
+        for group, encoded in batch:
             values = []
-            for ids in one.completion_ids:
+            for ids in encoded.completion_ids:
                 values.append(logp_N[first : first + len(ids)].tolist())
                 first += len(ids)
-            yield group, one, values
+            yield group, encoded, values
 
 
 def _batches(
     encoder: Encoder, groups: Sequence[PreferenceGroup], max_tokens: int, bad: BadRecords
 ) -> Iterator[list[tuple[PreferenceGroup, EncodedGroup]]]:
-    """Groups in the file's order, as many together as fit; what has no pair or is too long is named and left out."""
+    """Batches of groups in file order, up to `max_tokens`; groups without a pair or too long are skipped and logged."""
     batch: list[tuple[PreferenceGroup, EncodedGroup]] = []
     tokens = 0
     for group in tqdm(groups, desc="scoring", unit="group"):
@@ -74,7 +73,7 @@ def _batches(
             bad.check_share(len(groups), "the groups to score", advice="is it the right --image-root?")
             continue
         if isinstance(encoded, Dropped):
-            tqdm.write(f"left out: {group.id}: {encoded.detail}", file=sys.stderr)
+            tqdm.write(f"skipped {group.id}: {encoded.detail}", file=sys.stderr)
             continue
         if batch and tokens + encoded.num_tokens > max_tokens:
             yield batch
@@ -86,47 +85,47 @@ def _batches(
 
 
 @named_compile_locks()
-def write_scores(chosen: argparse.Namespace) -> int:
-    """Writes one JSON line a group: `id` and, a completion, `response`, `tokens`, `policy`, `reference`.
+def write_scores(options: argparse.Namespace) -> int:
+    """Writes one JSON line per group: `id`, and per completion `response`, `tokens`, `policy`, `reference`.
 
-    Bad records are listed beside it.
+    Bad records are listed in `OUT.quarantine.jsonl`.
 
     Returns:
         The number of groups written.
 
     Raises:
-        ValueError: Too many records are bad, or the models cut texts into other tokens.
+        ValueError: Too many records are bad, or the two models tokenize differently.
     """
-    unread, unseen = bad_records_from(chosen), bad_records_from(chosen)
-    groups = list(sample(iterate_groups(chosen.data, unread), chosen.limit))
-    data = DataConfig(image_root=str(chosen.image_root), max_length_tokens=chosen.max_length_tokens)
+    unread, unseen = bad_records_from(options), bad_records_from(options)
+    groups = list(sample(iterate_groups(options.data, unread), options.limit))
+    data = DataConfig(image_root=str(options.image_root), max_length_tokens=options.max_length_tokens)
     sides = {
-        name: Config(model=ModelConfig(path=str(path), dtype=chosen.dtype, attention="auto"), data=data)
-        for name, path in (("reference", chosen.reference), ("policy", chosen.policy))
+        name: Config(model=ModelConfig(path=str(path), dtype=options.dtype, attention="auto"), data=data)
+        for name, path in (("reference", options.reference), ("policy", options.policy))
     }
-    max_tokens = chosen.max_micro_batch_tokens
+    max_tokens = options.max_micro_batch_tokens
     reference = {
         group.id: (encoded.completion_ids, values)
         for group, encoded, values in score_groups(sides["reference"], groups, max_tokens, unseen)
     }
     listed = BadRecords("quarantine", 1.0, [*unread.problems, *unseen.problems])
-    write_bad_records(chosen.out.with_name(f"{chosen.out.name}.quarantine.jsonl"), listed)
+    write_bad_records(options.out.with_name(f"{options.out.name}.quarantine.jsonl"), listed)
     encoder = load_encoder(sides["policy"])
     usable = [group for group in groups if group.id in reference]
     written = 0
-    with chosen.out.open("w", encoding="utf-8") as file:
+    with options.out.open("w", encoding="utf-8") as file:
         for group, encoded, values in score_groups(sides["policy"], usable, max_tokens, unseen):
             ids, before = reference[group.id]
             if ids != encoded.completion_ids:
                 raise ValueError(
-                    f"{chosen.policy} and {chosen.reference} cut group {group.id!r} into other tokens; give the model "
-                    "that the policy was trained from"
+                    f"{options.policy} and {options.reference} tokenize group {group.id!r} differently; give the model "
+                    "that the policy was trained from as --reference"
                 )
             file.write(json.dumps(_line(encoder, group, encoded, values, before), ensure_ascii=False) + "\n")
             written += 1
     if listed.problems:
         print(
-            f"left out: {len(listed.problems):,} bad records, listed in {chosen.out}.quarantine.jsonl", file=sys.stderr
+            f"skipped {len(listed.problems):,} bad records, listed in {options.out}.quarantine.jsonl", file=sys.stderr
         )
     return written
 
@@ -155,7 +154,7 @@ def _line(
 
 
 def token_texts(encoder: Encoder, ids: Sequence[int]) -> list[str]:
-    """What each token adds to the text; a token inside a character adds nothing, its last one the character."""
+    """The text that each token adds; of a character split over several tokens, the last one adds the character."""
     texts: list[str] = []
     before = ""
     for end in range(1, len(ids) + 1):
@@ -173,18 +172,18 @@ def main(argv: list[str]) -> int:
         prog="bpo score", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("data", type=Path, help="groups.jsonl")
-    parser.add_argument("--policy", required=True, help="the trained model, as `bpo export` wrote it (merged)")
-    parser.add_argument("--reference", required=True, help="the model before training")
+    parser.add_argument("--policy", required=True, help="trained model, merged by `bpo export`")
+    parser.add_argument("--reference", required=True, help="model before training")
     parser.add_argument("--image-root", type=Path, default=Path("."), help="folder that image paths are relative to")
     parser.add_argument("--out", type=Path, required=True, help="JSONL to write")
-    parser.add_argument("--limit", type=int, default=0, help="a random sample of so many groups; 0: all")
+    parser.add_argument("--limit", type=int, default=0, help="number of groups, drawn at random; 0: all")
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"], help="(default: %(default)s)")
     parser.add_argument("--max-length-tokens", type=int, default=2048, help="as in training (default: %(default)s)")
     parser.add_argument("--max-micro-batch-tokens", type=int, default=8192, help="(default: %(default)s)")
     add_bad_record_options(parser)
-    chosen = parser.parse_args(argv)
+    options = parser.parse_args(argv)
     try:
-        print(f"{write_scores(chosen)} groups: {chosen.out}")
+        print(f"{write_scores(options)} groups: {options.out}")
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -23,7 +23,7 @@ def contents(directory: Path) -> dict[str, list[float]]:
     return {name: store.get(key_of(name)).tolist() for name in VALUES if key_of(name) in store}
 
 
-def test_inspect_says_what_the_store_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_reports_the_contents(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     filled(tmp_path)
     filled(tmp_path, "two", "four", rank=1)
     with sorted(tmp_path.glob("*.index"))[1].open("ab") as file:
@@ -34,7 +34,7 @@ def test_inspect_says_what_the_store_holds(tmp_path: Path, capsys: pytest.Captur
     expected = {"num_entries": 4, "num_tokens": 10, "num_duplicates": 1, "torn_bytes": 4, "num_damaged_records": 0}
     assert {name: found[name] for name in expected} == expected
     assert found["num_bytes"] == sum(file.stat().st_size for file in tmp_path.iterdir())
-    assert [one["num_entries"] for one in found["shards"]] == [3, 2]
+    assert [shard["num_entries"] for shard in found["shards"]] == [3, 2]
     assert main(["refs", "inspect", str(tmp_path)]) == 0
     text = capsys.readouterr().out
     assert "4 entries, 10 tokens" in text and "1 duplicates" in text and "dtype: float32" in text
@@ -46,15 +46,15 @@ def test_a_directory_without_a_store_is_one_line(tmp_path: Path, capsys: pytest.
         assert f"{tmp_path}: no reference store" in capsys.readouterr().err
 
 
-def test_verify_finds_nothing_wrong_in_a_sound_store(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_accepts_an_undamaged_store(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     filled(tmp_path)
     with shard(tmp_path, "values").open("ab") as file:
-        file.write(b"what a killed run left")
+        file.write(b"the tail of a killed run")
     assert main(["refs", "verify", str(tmp_path)]) == 0
-    assert "every checksum is right" in capsys.readouterr().out
+    assert "all checksums match" in capsys.readouterr().out
 
 
-def test_damaged_values_are_named_removed_and_computed_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_damaged_values_are_named_removed_and_recomputed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     filled(tmp_path)
     flip_bit(shard(tmp_path, "values"), 5)
     assert main(["refs", "verify", str(tmp_path)]) == 1
@@ -77,18 +77,18 @@ def test_a_damaged_record_is_found_and_removed(tmp_path: Path, capsys: pytest.Ca
     assert contents(tmp_path) == {name: VALUES[name] for name in ("one", "three")}
 
 
-def test_a_shard_with_a_damaged_header_is_put_aside(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_shard_with_a_damaged_header_is_renamed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     filled(tmp_path)
     flip_bit(shard(tmp_path, "index"), 20)
     assert main(["refs", "verify", str(tmp_path), "--remove-damaged", *NOW]) == 0
-    assert "not of this store" in capsys.readouterr().out
+    assert "not part of this store" in capsys.readouterr().out
     assert contents(tmp_path) == {} and len(list(tmp_path.glob("*.index.rejected"))) == 1
 
 
 def test_compact_merges_the_shards_and_drops_duplicates(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for rank, names in enumerate((("one", "two"), ("two", "three"), ("four", "one"))):
         filled(tmp_path, *names, rank=rank)
-    reader = ReferenceStore(tmp_path, FINGERPRINT)  # a training that is running
+    reader = ReferenceStore(tmp_path, FINGERPRINT)  # a running training job
     assert main(["refs", "compact", str(tmp_path), *NOW]) == 0
     assert "3 shards merged, 4 entries kept, 2 duplicates dropped" in capsys.readouterr().out
     assert contents(tmp_path) == VALUES
@@ -114,7 +114,7 @@ def test_a_killed_compaction_loses_nothing(tmp_path: Path, monkeypatch: pytest.M
     assert contents(tmp_path) == VALUES
 
 
-def test_shards_that_may_still_be_written_are_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_recently_modified_shards_are_skipped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     filled(tmp_path, "one")
     filled(tmp_path, "one", rank=1)
     young = filled(tmp_path, "two", rank=2)

@@ -1,4 +1,4 @@
-"""Per-token log-probs for people. Run: python -m pytest tests/tools/test_score.py"""
+"""`bpo score`. Run: python -m pytest tests/tools/test_score.py"""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.test_train import write_groups
 
 @pytest.fixture
 def trained(tiny_llava_dir: Path, tmp_path: Path) -> Path:
-    """The tiny model with another LM head."""
+    """The tiny model with a different LM head."""
     folder = shutil.copytree(tiny_llava_dir, tmp_path / "trained")
     weights = load_file(folder / "model.safetensors")
     (name,) = [name for name in weights if "lm_head" in name]
@@ -38,7 +38,7 @@ def score(root: Path, policy: Path, reference: Path, *more: str) -> list[dict[st
     return [json.loads(line) for line in out.read_text().splitlines()]
 
 
-def test_scores_are_the_log_probs_of_each_model_alone(tiny_llava_dir: Path, trained: Path, tmp_path: Path) -> None:
+def test_scores_are_the_log_probs_of_each_model(tiny_llava_dir: Path, trained: Path, tmp_path: Path) -> None:
     write_groups(tmp_path, 3)
     lines = score(tmp_path, trained, tiny_llava_dir, "--max-micro-batch-tokens", "200")
     groups = read_groups(tmp_path / "groups.jsonl")
@@ -48,27 +48,27 @@ def test_scores_are_the_log_probs_of_each_model_alone(tiny_llava_dir: Path, trai
     )
     encoder, model = load_encoder(config), load_model(config.model)
     for group, line in zip(groups, lines, strict=True):
-        for completion, one in zip(group.completions, line["completions"], strict=True):
+        for completion, scored in zip(group.completions, line["completions"], strict=True):
             prompt = encoder.encode_prompt(group.id, group.images, group.prompt)
             ids = encoder.encode_completion(completion.response)
             whole = torch.tensor([[*prompt.prefix_ids, *ids]])
             with torch.no_grad():
                 logits = model(input_ids=whole, **prompt.image_inputs).logits[0, len(prompt.prefix_ids) - 1 : -1]
             expected = logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0]
-            torch.testing.assert_close(torch.tensor(one["policy"]), expected, atol=1e-4, rtol=0)
-            assert one["response"] == completion.response
-            assert max(abs(a - b) for a, b in zip(one["policy"], one["reference"], strict=True)) > 0.01
-            assert len(one["tokens"]) == len(ids) and "".join(one["tokens"][:-1]) == completion.response
+            torch.testing.assert_close(torch.tensor(scored["policy"]), expected, atol=1e-4, rtol=0)
+            assert scored["response"] == completion.response
+            assert max(abs(a - b) for a, b in zip(scored["policy"], scored["reference"], strict=True)) > 0.01
+            assert len(scored["tokens"]) == len(ids) and "".join(scored["tokens"][:-1]) == completion.response
 
 
-def test_a_model_beside_itself_has_no_log_ratio(tiny_llava_dir: Path, tmp_path: Path) -> None:
+def test_a_model_against_itself_has_no_log_ratio(tiny_llava_dir: Path, tmp_path: Path) -> None:
     write_groups(tmp_path, 4)
     lines = score(tmp_path, tiny_llava_dir, tiny_llava_dir, "--limit", "2")
     assert len(lines) == 2
-    assert all(one["policy"] == one["reference"] for line in lines for one in line["completions"])
+    assert all(scored["policy"] == scored["reference"] for line in lines for scored in line["completions"])
 
 
-def test_bad_records_and_images_are_left_out_listed_and_bounded(
+def test_bad_records_and_images_are_skipped_listed_and_bounded(
     tiny_llava_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_groups(tmp_path, 4)
@@ -78,8 +78,8 @@ def test_bad_records_and_images_are_left_out_listed_and_bounded(
     lines = score(tmp_path, tiny_llava_dir, tiny_llava_dir, "--max-bad-share", "0.25")
     assert [line["id"] for line in lines] == ["g0", "g2", "g3"]
     listed = [json.loads(line) for line in (tmp_path / "scores.jsonl.quarantine.jsonl").read_text().splitlines()]
-    assert [(one["code"], one["record"]) for one in listed] == [("not-json", None), ("image-missing", "g1")]
-    assert "left out: 2 bad records" in capsys.readouterr().err
+    assert [(problem["code"], problem["record"]) for problem in listed] == [("not-json", None), ("image-missing", "g1")]
+    assert "skipped 2 bad records" in capsys.readouterr().err
     sides = ["--policy", str(tiny_llava_dir), "--reference", str(tiny_llava_dir), "--out", str(tmp_path / "x.jsonl")]
     arguments = [str(groups), *sides, "--image-root", str(tmp_path / "images")]
     assert main([*arguments, "--max-bad-share", "0.22"]) == 1
@@ -94,7 +94,7 @@ def test_bad_records_and_images_are_left_out_listed_and_bounded(
     assert not (tmp_path / "x.jsonl").exists()
 
 
-def test_models_of_other_tokens_are_not_compared(
+def test_models_with_different_tokenizers_are_refused(
     tiny_llava_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_groups(tmp_path, 1)
@@ -107,10 +107,10 @@ def test_models_of_other_tokens_are_not_compared(
     where = ["--image-root", str(tmp_path / "images"), "--out", str(tmp_path / "s.jsonl"), "--dtype", "float32"]
     sides = ["--policy", str(other), "--reference", str(tiny_llava_dir)]
     assert main([str(tmp_path / "groups.jsonl"), *sides, *where]) == 1
-    assert "into other tokens" in capsys.readouterr().err
+    assert "tokenize group 'g0' differently" in capsys.readouterr().err
 
 
-def test_tokens_inside_a_character_add_nothing_until_it_is_whole(tiny_llava_dir: Path) -> None:
+def test_a_character_of_several_tokens_belongs_to_the_last(tiny_llava_dir: Path) -> None:
     encoder = load_encoder(Config(model=ModelConfig(path=str(tiny_llava_dir))))
     ids = encoder.encode_completion("日本 é!")
     texts = token_texts(encoder, ids)
