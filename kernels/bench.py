@@ -1,6 +1,6 @@
-"""The command `python kernels/bench.py`; what it does is in `kernels/bench/command.py`.
+"""The command `python kernels/bench.py`, implemented in `kernels/bench/command.py`.
 
-Not `kernels/bench/__main__.py` alone: users and scripts start it by this path.
+Not in `kernels/bench/__main__.py`: users and scripts run it by this path.
 """
 
 from bpo_kernels.bench.command import main

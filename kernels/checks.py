@@ -1,9 +1,9 @@
-"""What every implementation of the operations shares: argument checks, precisions and chunk sizes.
+"""Argument checks, precisions and chunk sizes, shared by all implementations of the operations.
 
 Legend: N rows (response tokens), H hidden size, V vocabulary, P pairs, n rows of one chunk.
 
-No function here reads a value that lives on a GPU: shapes, dtypes and devices are checked everywhere, index
-ranges only on CPU tensors (on CUDA that would synchronise; an out-of-range target gives NaN there, see README.md).
+No function here reads values from a GPU: shapes, dtypes and devices are always checked, index ranges only of CPU
+tensors (on CUDA that would synchronise; an out-of-range target gives NaN there, see README.md).
 """
 
 from __future__ import annotations
@@ -13,12 +13,11 @@ from torch import Tensor
 
 LOSS_TYPES = ("sigmoid", "hinge", "ipo", "robust")
 MODES = ("auto", "store", "fused", "recompute")
-# The target of a row that is to be left out, as in torch.nn.functional.cross_entropy.
+# Target of a masked row, as in torch.nn.functional.cross_entropy.
 IGNORED_TARGET = -100
 
-# Bytes that the logits of one chunk of rows may take. 2,048 rows of LLaVA's 32,064 tokens in fp32 are
-# 250 MiB; on a GPU the rows of a whole micro-batch of Qwen2.5-VL (152,064 tokens) should fit, so that nothing
-# is recomputed.
+# Maximum size of the logits of one chunk of rows. 2,048 rows of LLaVA's 32,064 tokens in fp32 take 250 MiB; on a GPU
+# the rows of a whole micro-batch of Qwen2.5-VL (152,064 tokens) should fit, so that nothing is recomputed.
 CPU_LOGITS_BUDGET_BYTES = 256 << 20
 CUDA_LOGITS_BUDGET_BYTES = 2 << 30
 
@@ -27,12 +26,12 @@ HALVES = (torch.float16, torch.bfloat16)
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The precision of log-probs and sums: fp64 for fp64 inputs (gradcheck), else fp32."""
+    """Precision of log-probs and sums: fp64 for fp64 inputs (gradcheck), else fp32."""
     return torch.float64 if dtype is torch.float64 else torch.float32
 
 
 def logits_budget(budget_bytes: int | None, device: torch.device) -> int:
-    """`budget_bytes`, or the device's default where it is None."""
+    """`budget_bytes`, or the device's default if it is None."""
     if budget_bytes is not None:
         return budget_bytes
     return CUDA_LOGITS_BUDGET_BYTES if device.type == "cuda" else CPU_LOGITS_BUDGET_BYTES
@@ -49,7 +48,7 @@ def rows_per_chunk(num_rows: int, vocab: int, itemsize: int, budget_bytes: int |
 
 
 def autocast_hidden(hidden_NH: Tensor) -> Tensor:
-    """`hidden` in autocast's dtype where autocast is on, as `torch.nn.functional.linear` would take it."""
+    """`hidden` in autocast's dtype if autocast is enabled, as `torch.nn.functional.linear` would cast it."""
     kind = hidden_NH.device.type
     if hidden_NH.dtype is not torch.float64 and torch.is_autocast_enabled(kind):
         return hidden_NH.to(torch.get_autocast_dtype(kind))
@@ -57,7 +56,7 @@ def autocast_hidden(hidden_NH: Tensor) -> Tensor:
 
 
 def align(index: Tensor) -> Tensor:
-    """`index` itself, or a copy where its memory does not start at a multiple of 16 bytes.
+    """`index` itself, or a copy if its memory is not aligned to 16 bytes.
 
     Triton's vector loads of int64 read wrong values from a view such as `labels[1:]`.
     """
@@ -71,24 +70,24 @@ def check_triton_dtype(name: str, tensor: Tensor) -> None:
 
 
 def check_target(target_N: Tensor, num_rows: int, vocab: int, device: torch.device) -> None:
-    """Raises ValueError unless `target_N` holds `num_rows` token ids in [0, vocab), or -100, on `device`."""
+    """Raises ValueError unless `target_N` has `num_rows` token ids in [0, vocab), or -100, on `device`."""
     if target_N.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"target_N has dtype {target_N.dtype}: give token ids as torch.int64")
+        raise ValueError(f"target_N has dtype {target_N.dtype}: pass token ids as torch.int64")
     if target_N.shape != (num_rows,):
         raise ValueError(
-            f"target_N has shape {tuple(target_N.shape)}, the rows are {num_rows}: give one target per row, "
+            f"target_N has shape {tuple(target_N.shape)}, but there are {num_rows} rows: pass one target per row, "
             "flattened, and select the response rows before the call"
         )
     if target_N.device != device:
         raise ValueError(f"target_N is on {target_N.device}, the rows on {device}: move it there")
     if device.type != "cpu":
-        return  # its values cannot be looked at, and two kernels would be launched for nothing
+        return  # its values cannot be checked, and two kernels would be launched for nothing
     counted_N = target_N.where(target_N != IGNORED_TARGET, 0)
-    check_index_range("target_N", counted_N, vocab, "give token ids of this vocabulary, or -100 to leave a row out")
+    check_index_range("target_N", counted_N, vocab, "pass token ids of this vocabulary, or -100 to mask a row")
 
 
 def check_index_range(name: str, index: Tensor, size: int, fix: str) -> None:
-    """Raises ValueError where a CPU index tensor leaves [0, size). Skipped on other devices and when compiling."""
+    """Raises ValueError if a CPU index tensor exceeds [0, size). Skipped on other devices and when compiling."""
     if index.device.type != "cpu" or torch.compiler.is_compiling() or index.numel() == 0:
         return
     low, high = (int(bound) for bound in torch.aminmax(index.reshape(-1)))
@@ -104,7 +103,7 @@ def _check_matrix(name: str, matrix: Tensor, letters: str) -> None:
 
 
 def check_logprob_gather(logits_NV: Tensor, target_N: Tensor, inplace_backward: bool) -> None:
-    """Raises ValueError where `logprob_gather` cannot take these arguments."""
+    """Raises ValueError if `logprob_gather` does not accept these arguments."""
     _check_matrix("logits_NV", logits_NV, "N, V")
     num_rows, vocab = logits_NV.shape
     if vocab == 0:
@@ -112,13 +111,13 @@ def check_logprob_gather(logits_NV: Tensor, target_N: Tensor, inplace_backward: 
     check_target(target_N, num_rows, vocab, logits_NV.device)
     if inplace_backward and logits_NV.requires_grad and logits_NV.is_leaf:
         raise ValueError(
-            "inplace_backward would overwrite logits_NV, a leaf whose values belong to the caller: give the output of "
-            "an operation, or leave inplace_backward off"
+            "inplace_backward would overwrite logits_NV, a leaf whose values belong to the caller: pass the output of "
+            "an operation, or disable inplace_backward"
         )
     if inplace_backward and 0 in logits_NV.stride() and num_rows > 1:
         raise ValueError(
-            f"inplace_backward needs memory of its own for every logit, logits_NV has strides {logits_NV.stride()}: "
-            "call .contiguous(), or leave inplace_backward off"
+            f"inplace_backward needs separate memory for every logit, logits_NV has strides {logits_NV.stride()}: "
+            "call .contiguous(), or disable inplace_backward"
         )
 
 
@@ -131,13 +130,13 @@ def check_linear_logprob(
     mode: str,
     budget_bytes: int | None,
 ) -> None:
-    """Raises ValueError where `linear_logprob` cannot take these arguments."""
+    """Raises ValueError if `linear_logprob` does not accept these arguments."""
     if mode not in MODES:
         raise ValueError(f"mode is {mode!r}: use one of {', '.join(MODES)}")
     _check_matrix("hidden_NH", hidden_NH, "N, H")
     if weight_VH.numel() == 0:
         raise ValueError(
-            f"weight_VH has shape {tuple(weight_VH.shape)}, so it holds nothing: under ZeRO-3 call the operation "
+            f"weight_VH has shape {tuple(weight_VH.shape)}, so it is empty: under ZeRO-3 call the operation "
             "inside the forward of the module that owns the weight, so that it is gathered"
         )
     _check_matrix("weight_VH", weight_VH, "V, H")
@@ -145,7 +144,7 @@ def check_linear_logprob(
     if hidden_NH.shape[1] != hidden_size:
         raise ValueError(
             f"hidden_NH {tuple(hidden_NH.shape)} and weight_VH {tuple(weight_VH.shape)} differ in H: "
-            "give the weight as nn.Linear holds it, [V, H]"
+            "pass the weight as nn.Linear stores it, [V, H]"
         )
     for name, tensor in (("weight_VH", weight_VH), ("bias", bias_V)):
         if tensor is None:
@@ -166,13 +165,13 @@ def check_linear_logprob(
 
 
 def check_preference_options(beta: float, label_smoothing: float, loss_type: str) -> None:
-    """Raises ValueError for an unknown loss or coefficients outside its range."""
+    """Raises ValueError for an unknown loss or a coefficient out of range."""
     if loss_type not in LOSS_TYPES:
         raise ValueError(f"loss_type is {loss_type!r}: use one of {', '.join(LOSS_TYPES)}")
     if not beta > 0:
         raise ValueError(f"beta is {beta}: use a positive number (the paper uses 0.1)")
     if not 0 <= label_smoothing < 0.5:
-        raise ValueError(f"label_smoothing is {label_smoothing}: it is the share of flipped pairs, use [0, 0.5)")
+        raise ValueError(f"label_smoothing is {label_smoothing}: it is the fraction of flipped pairs, use [0, 0.5)")
     if label_smoothing and loss_type not in ("sigmoid", "robust"):
         raise ValueError(
             f"label_smoothing is {label_smoothing} but loss_type {loss_type!r} has none: "
@@ -189,7 +188,7 @@ def check_preference_loss(
     num_completions: int | None,
     completion_starts_K1: Tensor | None = None,
 ) -> int:
-    """Returns the number of completions; raises ValueError where `preference_loss` cannot take these tensors."""
+    """Returns the number of completions; raises ValueError if `preference_loss` does not accept these tensors."""
     device, shape = policy_logp_N.device, policy_logp_N.shape
     if policy_logp_N.dim() != 1:
         raise ValueError(f"policy_logp_N has shape {tuple(shape)}, expected [N]: flatten it")
@@ -206,7 +205,7 @@ def check_preference_loss(
             raise ValueError(f"{name} is on {tensor.device}, policy_logp_N on {device}: move it there")
         if name not in ("pairs_P2", "completion_starts_K1") and tensor.shape != shape:
             raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)}, policy_logp_N {tuple(shape)}: give one per token"
+                f"{name} has shape {tuple(tensor.shape)}, policy_logp_N {tuple(shape)}: pass one per token"
             )
         is_index = name in ("completion_of_token_N", "pairs_P2", "completion_starts_K1")
         allowed = (torch.int64, torch.int32) if is_index else _FLOATS
@@ -230,7 +229,7 @@ def check_preference_loss(
 
 
 def _check_starts(starts_K1: Tensor, completion_of_token_N: Tensor) -> None:
-    """Raises ValueError where offsets do not fit the completions they claim to divide; values only on a CPU."""
+    """Raises ValueError if the offsets do not match the tokens' completions; checks values only on a CPU."""
     if starts_K1.dim() != 1 or starts_K1.numel() == 0:
         raise ValueError(f"completion_starts_K1 has shape {tuple(starts_K1.shape)}, expected [K + 1]")
     if starts_K1.device.type != "cpu" or torch.compiler.is_compiling():
@@ -239,7 +238,7 @@ def _check_starts(starts_K1: Tensor, completion_of_token_N: Tensor) -> None:
     expected_N = torch.repeat_interleave(torch.arange(num_completions), starts_K1.diff().clamp(min=0))
     if int(starts_K1[0]) != 0 or not torch.equal(expected_N, completion_of_token_N.long()):
         raise ValueError(
-            "completion_starts_K1 does not divide the tokens as completion_of_token_N does: give the offset of each "
+            "completion_starts_K1 does not divide the tokens as completion_of_token_N does: pass the offset of each "
             "completion's first token and N at the end, for completions in order, or None"
         )
 
@@ -251,27 +250,27 @@ def check_reference(
     hidden_NH: Tensor,
     weight_VH: Tensor,
 ) -> None:
-    """Raises ValueError unless `reference` is one log-prob a row, or hidden states with a head that fits them."""
+    """Raises ValueError unless `reference` is one log-prob per row, or hidden states with a matching head."""
     num_rows = hidden_NH.shape[0]
     if reference.device != hidden_NH.device:
         raise ValueError(f"reference is on {reference.device}, hidden_NH on {hidden_NH.device}: move it there")
     if reference.dtype not in _FLOATS:
-        raise ValueError(f"reference has dtype {reference.dtype}: give log-probs or hidden states of a float type")
+        raise ValueError(f"reference has dtype {reference.dtype}: pass log-probs or hidden states of a float type")
     if reference.dim() == 1 and (reference_weight_VH is not None or reference_bias_V is not None):
-        raise ValueError("reference holds stored log-probs [N], and a head was given for it: leave the head out")
+        raise ValueError("reference is stored log-probs [N], but a head was passed for it: omit the head")
     if reference.dim() == 1 and reference.shape[0] == num_rows:
         return
     if reference.dim() != 2 or reference.shape[0] != num_rows:
         raise ValueError(
-            f"reference has shape {tuple(reference.shape)}, the rows are {num_rows}: give stored log-probs [N] or the "
-            "reference model's hidden states [N, H] of the same rows"
+            f"reference has shape {tuple(reference.shape)}, but there are {num_rows} rows: pass stored log-probs [N] "
+            "or the reference model's hidden states [N, H] of the same rows"
         )
     if reference_weight_VH is None and reference_bias_V is not None:
         raise ValueError(
-            "reference_bias was given without reference_weight_VH: give both, or neither to share the head"
+            "reference_bias was passed without reference_weight_VH: pass both, or neither to share the head"
         )
     weight_VH = weight_VH if reference_weight_VH is None else reference_weight_VH
     if weight_VH.dim() != 2 or reference.shape[1] != weight_VH.shape[1]:
         raise ValueError(
-            f"reference {tuple(reference.shape)} does not fit its head {tuple(weight_VH.shape)}: they differ in H"
+            f"reference {tuple(reference.shape)} does not match its head {tuple(weight_VH.shape)}: they differ in H"
         )

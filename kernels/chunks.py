@@ -1,10 +1,10 @@
-"""The order in which the LM head's chunks run, and the row kernels of one chunk under the GEMMs of its neighbours.
+"""Execution order of the LM head's chunks; optional overlap of a chunk's row kernel with its neighbours' GEMMs.
 
-A chunk is a GEMM (logits), a kernel over its rows, and GEMMs that use what the kernel made. The kernel is bound by
-memory and the GEMMs by arithmetic. With BPO_KERNELS_OVERLAP=1, on CUDA, the kernel runs on a second stream while the
-first stream computes the previous chunk's product and the next chunk's logits. The operations of each chunk and their
-order are the same, and so are the bits of the results; two chunks of logits are alive instead of one. Off by default:
-its effect on time is not measured.
+A chunk is a GEMM (logits), a kernel over its rows, and GEMMs that use the kernel's output. The kernel is memory-bound
+and the GEMMs are compute-bound. With BPO_KERNELS_OVERLAP=1, on CUDA, the kernel runs on a second stream while the first
+stream computes the previous chunk's product and the next chunk's logits. The operations of each chunk and their order
+are the same, so results are bit-identical; two chunks of logits are in memory instead of one. Off by default: the gain
+is not measured.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from .checks import HALVES
 
 ENVIRONMENT_VARIABLE = "BPO_KERNELS_OVERLAP"
-# Rows that a GEMM needs to be bound by arithmetic although it reads the whole weight; more chunks hide nothing more.
+# Rows that make a GEMM compute-bound although it reads the whole weight; more chunks would not hide more.
 OVERLAP_CHUNK_ROWS = 512
 OVERLAP_CHUNKS = 4
 
@@ -29,12 +29,12 @@ Made = TypeVar("Made")
 
 
 def can_overlap(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the switch means anything here: there is nothing to win where fp32 GEMMs take so long."""
+    """Whether the switch has an effect: there is nothing to gain next to fp32 GEMMs, which take much longer."""
     return device.type == "cuda" and dtype in HALVES
 
 
 def overlaps(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether chunks overlap: where they can and BPO_KERNELS_OVERLAP is 1.
+    """Whether chunks overlap: if they can and BPO_KERNELS_OVERLAP is 1.
 
     Raises:
         ValueError: BPO_KERNELS_OVERLAP is neither 0 nor 1.
@@ -46,29 +46,29 @@ def overlaps(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 def overlapping_chunks(num_rows: int) -> int:
-    """Chunks into which overlapping divides the rows, where memory asks for no more."""
+    """Number of chunks of the rows when overlapping, unless memory requires more."""
     return max(1, min(OVERLAP_CHUNKS, num_rows // OVERLAP_CHUNK_ROWS))
 
 
 class SecondStream:
-    """A stream beside the current one. Its work begins when the work that the current one already has is done."""
+    """A stream next to the current one; its work starts after the work already queued on the current one."""
 
     def __init__(self, device: torch.device):
         self._first = torch.cuda.current_stream(device)
         self._second = _stream(device)
 
     def run(self, work: Callable[[], Made]) -> tuple[Made, Any]:
-        """What `work` returns, and an event after it.
+        """Returns the result of `work`, and an event recorded after it.
 
-        What it allocates on the second stream may go back to its pool while the first stream still reads it: the next
-        work there, which alone could take that memory, waits for the first stream.
+        Memory that it allocates on the second stream may return to the pool while the first stream still reads it:
+        only later work of the second stream can reuse that memory, and it waits for the first stream.
         """
         self._second.wait_stream(self._first)
         with torch.cuda.stream(self._second):
             return work(), self._second.record_event()
 
     def join(self, event: Any) -> None:
-        """Later work of the first stream begins after `event`."""
+        """Makes later work of the first stream wait for `event`."""
         self._first.wait_event(event)
 
 
@@ -84,10 +84,10 @@ def run_chunks(
     finish: Callable[[Chunk, Made], None],
     second: SecondStream | None,
 ) -> None:
-    """`finish(chunk, rows(chunk, logits(chunk)))` for every chunk; with a second stream, `rows` runs there.
+    """Runs `finish(chunk, rows(chunk, logits(chunk)))` for every chunk; with a second stream, `rows` runs there.
 
-    Nothing of a chunk but what it stores itself is alive when the next one's logits are made (with a second stream, the
-    next but one's).
+    Temporaries of a chunk are freed before the next chunk's logits are made (with a second stream, before those of the
+    chunk after the next).
     """
     if second is None:
         for chunk in chunks:
@@ -99,7 +99,7 @@ def run_chunks(
         made, event = second.run(functools.partial(rows, chunk, made_logits))
         if waiting is not None:
             _finish(finish, second, *waiting)
-        # With the logits: their memory is the first stream's, which must wait for their reader before it goes back.
+        # Includes the logits: their memory belongs to the first stream, which must wait for their reader to free it.
         waiting = chunk, made, event, made_logits
         del made, made_logits
     if waiting is not None:

@@ -1,8 +1,8 @@
-"""The public operations: Triton on CUDA, plain PyTorch elsewhere, one signature: that of `plain`.
+"""The public operations, with the signatures of `plain`: Triton on CUDA, plain PyTorch elsewhere.
 
-The environment variable BPO_KERNELS chooses: `auto` (default), `triton` or `plain`. Each choice is logged
-once. Triton is imported at the first call that uses it, so this module imports where Triton is missing. An
-implementation that was chosen and fails is an error, never a silent change to a slower one.
+The environment variable BPO_KERNELS selects the implementation: `auto` (default), `triton` or `plain`. Each choice is
+logged once. Triton is imported at the first call that uses it, so this module imports without Triton. If the selected
+implementation fails, an error is raised; there is no silent fallback.
 """
 
 from __future__ import annotations
@@ -30,27 +30,27 @@ R = TypeVar("R")
 
 
 def chosen_implementation(tensor: Tensor) -> str:
-    """`triton` or `plain`: what the operations use for `tensor`, by its device and dtype.
+    """`triton` or `plain`: the implementation for `tensor`, by its device and dtype.
 
     Raises:
-        ValueError: BPO_KERNELS holds another word, or asks for Triton where it cannot run.
+        ValueError: BPO_KERNELS has an unknown value, or requests Triton where it cannot run.
     """
     choice = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
     if choice not in CHOICES:
         raise ValueError(f"{ENVIRONMENT_VARIABLE} is {choice!r}: set it to one of {', '.join(CHOICES)}")
     if choice == "auto":
-        # fp64 is for checking, and Triton's kernels compute in fp32.
+        # fp64 is for gradient checks, and the Triton kernels compute in fp32.
         return "triton" if tensor.is_cuda and tensor.dtype is not torch.float64 else "plain"
     if choice == "triton" and not tensor.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError(
             f"{ENVIRONMENT_VARIABLE} is 'triton' but the tensor is on {tensor.device}: move it to a GPU, set "
-            "TRITON_INTERPRET=1 before Python starts (slow, for checking), or set BPO_KERNELS=auto"
+            "TRITON_INTERPRET=1 before Python starts (slow, for tests), or set BPO_KERNELS=auto"
         )
     return choice
 
 
 def _implementation(operation: str, tensor: Tensor) -> ModuleType:
-    """The module that holds `operation` for `tensor`."""
+    """The module that implements `operation` for `tensor`."""
     choice = chosen_implementation(tensor)
     if choice not in _logged and not torch.compiler.is_compiling():
         _logged.add(choice)
@@ -58,7 +58,7 @@ def _implementation(operation: str, tensor: Tensor) -> ModuleType:
     if choice == "plain":
         return plain
     try:
-        # Import statements, because torch.compile cannot trace importlib.
+        # Import statements: torch.compile cannot trace importlib.
         from . import linear_logprob, linear_preference_loss, logprob_gather, preference_loss
     except ImportError as error:
         raise ImportError(
@@ -75,7 +75,7 @@ def _implementation(operation: str, tensor: Tensor) -> ModuleType:
 
 
 def dispatched(twin: Callable[P, R]) -> Callable[P, R]:
-    """The operation of `twin`'s name and signature, by the implementation that its first tensor chooses."""
+    """The operation with `twin`'s name and signature; its first tensor selects the implementation."""
     name = twin.__name__
     first = next(iter(inspect.signature(twin).parameters))
 

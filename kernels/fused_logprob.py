@@ -1,10 +1,10 @@
-"""Log-probs without logits: a persistent GEMM whose epilogue reduces each tile, and a small kernel that joins them.
+"""Log-probs without logits: a persistent GEMM whose epilogue reduces each tile, and a kernel that joins the tiles.
 
 Legend: N rows (response tokens), H hidden size, V vocabulary, T tiles of the vocabulary.
 
-A tile of [BLOCK_N rows, BLOCK_V columns] leaves its row maxima, sums of exponentials and, if asked, moments and
-argmax in [T, N] arrays; the program that owns a row's target stores that one logit. Nothing is added atomically and the
-joining kernel walks the tiles in order, so the result is the same in every run and does not depend on the other rows.
+Each tile of [BLOCK_N rows, BLOCK_V columns] stores its row maxima, sums of exponentials and, on request, moments and
+argmax in [T, N] arrays; the program whose tile contains a row's target stores that logit. There are no atomic additions
+and the second kernel joins the tiles in order, so results are deterministic and do not depend on other rows.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from .head import Head, RowOutputs
 JOIN_BLOCK_N = 16
 JOIN_BLOCK_T = 64
 JOIN_WARPS = 4
-# A group of this many row tiles passes over the whole weight: the hidden states of 2,048 rows then stay in the L2.
+# Number of row tiles per pass over the whole weight: the hidden states of 2,048 rows then stay in the L2.
 GROUP_N = 16
-# Programs of the interpreter: few, so that a test walks the persistent loop.
+# Programs in the interpreter: few, so that tests iterate the persistent loop.
 _INTERPRETER_PROGRAMS = 3
 
 
@@ -40,16 +40,16 @@ class GemmConfig:
 
 
 def gemm_config(dtype: torch.dtype, num_rows: int, arch: int | str, *, descriptors: bool, capped: bool) -> GemmConfig:
-    """The largest tiles that spill no register, with every output asked for (kernels/README.md has the report).
+    """Returns the largest tiles without register spills when all outputs are requested (report: kernels/README.md).
 
     Args:
         arch: compute capability (80, 90, 100) or an AMD name such as gfx942.
-        descriptors: rows are loaded by bulk copies; addresses of single elements take registers.
-        capped: the logits have a bias or a cap, which take more of them.
+        descriptors: rows are loaded by bulk copies; addresses of single elements use more registers.
+        capped: the logits have a bias or a cap, which use more registers.
     """
     few_rows = num_rows <= 64
     if dtype not in HALVES:
-        return GemmConfig(32, 32 if capped else 64, 32, 4, 2)  # exact fp32 products leave the tensor cores out
+        return GemmConfig(32, 32 if capped else 64, 32, 4, 2)  # exact fp32 products do not use tensor cores
     if arch == 100:
         return GemmConfig(64 if few_rows else 128, 128, 64, 8, 4)
     if arch == 90 and not descriptors:
@@ -185,7 +185,7 @@ def join_tiles_kernel(
         block_max = tl.max(tile_max, 0)
         new_max = tl.maximum(row_max, block_max)
         anchor = tl.where(new_max == -float("inf"), 0.0, new_max)
-        # A tile of -inf alone has nothing to rescale: -inf times 0 would be NaN.
+        # Nothing to rescale in a tile of only -inf: -inf times 0 would be NaN.
         shift = tl.where(row_max == -float("inf"), 0.0, row_max - anchor)
         tile_shift = tl.where(tile_max == -float("inf"), 0.0, tile_max - anchor[None, :])
         if WITH_STATISTICS:
@@ -208,7 +208,7 @@ def join_tiles_kernel(
 
 def _arch(device: torch.device) -> int | str:
     if device.type != "cuda":
-        return 90  # the interpreter runs what an H100 would
+        return 90  # the interpreter runs the H100 configuration
     if torch.version.hip is not None:
         return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
     major, minor = torch.cuda.get_device_capability(device)
@@ -216,13 +216,13 @@ def _arch(device: torch.device) -> int | str:
 
 
 def uses_descriptors(hidden_NH: Tensor, weight_VH: Tensor) -> bool:
-    """Bulk copies need rows of a multiple of 16 bytes that begin at one."""
+    """Whether rows meet the requirements of bulk copies: size and address are multiples of 16 bytes."""
     row_bytes = hidden_NH.shape[1] * hidden_NH.itemsize
     return row_bytes % 16 == 0 and hidden_NH.data_ptr() % 16 == 0 and weight_VH.data_ptr() % 16 == 0
 
 
 def _resident_programs(device: torch.device) -> int:
-    """One program a multiprocessor; also gives Triton the memory in which descriptors made on the device live."""
+    """One program per multiprocessor; also sets Triton's allocator, for descriptors created on the device."""
     if device.type != "cuda":
         return _INTERPRETER_PROGRAMS
     triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device))
@@ -232,9 +232,9 @@ def _resident_programs(device: torch.device) -> int:
 def fused_rows(
     hidden_NH: Tensor, weight_VH: Tensor, target_N: Tensor, head: Head, statistics: bool, budget_bytes: int
 ) -> RowOutputs:
-    """Log-probs of the targets, and entropy and argmax if asked; takes `8 N ceil(V / BLOCK_V)` bytes beside them.
+    """Log-probs of the targets, with `statistics` also entropy and argmax.
 
-    With `statistics` it takes twice that. `budget_bytes` has nothing to divide here.
+    Uses `8 N ceil(V / BLOCK_V)` bytes of temporaries, twice that with `statistics`. `budget_bytes` is not used.
     """
     num_rows, vocab, device = hidden_NH.shape[0], weight_VH.shape[0], hidden_NH.device
     hidden_NH, weight_VH, target_N = hidden_NH.contiguous(), weight_VH.contiguous(), align(target_N)

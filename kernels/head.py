@@ -1,9 +1,9 @@
-"""The LM head in three modes: which rows go together, what is kept for the backward, and the GEMMs of both directions.
+"""The LM head in three modes: chunks of rows, tensors saved for the backward, and the GEMMs of both directions.
 
 Legend: N rows (response tokens), n rows of one chunk, H hidden size, V vocabulary.
 
-Both implementations, Triton and plain PyTorch, run this code; they differ in the functions of `Rows`. With
-D = onehot(target) - softmax, times the slopes of cap and scale, a loss enters through one coefficient c per row:
+Triton and plain PyTorch share this code; they differ in the functions of `Rows`. With D = onehot(target) - softmax,
+times the slopes of cap and scale, a loss contributes one coefficient c per row:
 `grad_hidden = c * (D @ W)`, `grad_weight = D.T @ (c * hidden)`, `grad_bias = D.T @ c`. See README.md.
 """
 
@@ -18,15 +18,15 @@ from torch import Tensor
 from .checks import HALVES, logits_budget, statistics_dtype
 from .chunks import SecondStream, overlapping_chunks, overlaps, run_chunks
 
-# Fewer rows than this in a GEMM leave a GPU idle; where D would leave no room for them it is computed again instead.
+# GEMMs of fewer rows underuse a GPU; if D leaves no memory for this many, it is recomputed instead.
 _MIN_CHUNK_ROWS = 256
-# A half-precision weight is turned to fp32, and a weight gradient is added up, in tiles of this many bytes.
+# Tile size in bytes for converting a half-precision weight to fp32 and for accumulating a weight gradient.
 _TILE_BYTES = {"cpu": 16 << 20, "cuda": 64 << 20}
 
 
 @dataclass(frozen=True)
 class Head:
-    """The options of the logits `z = softcap * tanh(scale * (hidden @ weight.T + bias) / softcap)`."""
+    """Options of the logits `z = softcap * tanh(scale * (hidden @ weight.T + bias) / softcap)`."""
 
     bias_V: Tensor | None = None
     softcap: float | None = None
@@ -35,7 +35,7 @@ class Head:
 
 @dataclass(frozen=True)
 class RowOutputs:
-    """What one pass over the logits of some rows gives; entropy (nats) and argmax only where asked for."""
+    """Results of a pass over the logits of some rows; entropy (nats) and argmax only on request."""
 
     logp_n: Tensor
     entropy_n: Tensor | None = None
@@ -44,11 +44,11 @@ class RowOutputs:
 
 @dataclass(frozen=True)
 class Rows:
-    """One implementation: of the pass over given logits, and of the pass that never has them.
+    """One implementation of the pass over given logits, and of the pass without logits.
 
     from_logits(logits_nV, target_n, head, dlogits_nV, dtype, statistics): log-probs from fp32 logits (which it may
-        destroy); D goes to `dlogits_nV` where that is given, which may be `logits_nV` itself. `dtype` is that of the
-        hidden states, and of D. The log-probs are the same with and without D.
+        overwrite); D is written to `dlogits_nV` if given, which may be `logits_nV` itself. `dtype` is that of the
+        hidden states and of D. The log-probs are the same with and without D.
     fused(hidden_NH, weight_VH, target_N, head, statistics, budget_bytes): log-probs without logits.
     """
 
@@ -58,7 +58,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class HeadPlan:
-    """How a call runs: `step` rows a chunk; what the forward keeps for the backward."""
+    """Execution plan of a call: `step` rows per chunk; what the forward saves for the backward."""
 
     mode: str
     step: int
@@ -78,15 +78,15 @@ def plan_head(
     without_gradient: str,
     num_policy: int | None = None,
 ) -> HeadPlan:
-    """Chooses mode and chunk by what needs a gradient and by the bytes that may be in use.
+    """Selects mode and chunk size by the gradients needed and the memory budget.
 
-    `auto` is `without_gradient` where nothing needs one; `store` for a frozen head, which keeps D @ W [N, H] and
-    nothing of size V; for a trained head `store` where D of all rows and the logits of a chunk fit the budget, and
-    `recompute` where they do not. `num_policy` of the rows need a gradient (None: all).
+    `auto` is `without_gradient` if nothing needs a gradient; `store` for a frozen head, which saves D @ W [N, H] and
+    nothing of size V; for a trained head `store` if D of all rows and the logits of a chunk fit the budget, otherwise
+    `recompute`. `num_policy` of the rows need a gradient (None: all).
     """
     budget_bytes = logits_budget(budget_bytes, device)
     logits_row = vocab * statistics_dtype(dtype).itemsize
-    # D of a half-precision head lies beside its fp32 logits; otherwise it takes their place.
+    # D of a half-precision head is stored in addition to its fp32 logits; otherwise it replaces them.
     dlogits_row = vocab * dtype.itemsize if dtype in HALVES else 0
     gradient = needs_hidden or needs_head
     num_policy = num_rows if num_policy is None else num_policy
@@ -106,15 +106,15 @@ def plan_head(
         largest = budget_bytes // (logits_row + (dlogits_row if gradient else 0))
     overlap = overlaps(dtype, device)
     if overlap:
-        largest //= 2  # the logits of two chunks are alive together
-    # Spread evenly over the chunks: a last chunk of three rows would waste a GEMM.
+        largest //= 2  # two chunks of logits are in memory
+    # Divide evenly: a last chunk of three rows would waste a GEMM.
     num_chunks = max(1, -(-num_rows // max(1, largest)), overlapping_chunks(num_rows) if overlap else 1)
     step = max(1, -(-num_rows // num_chunks))
     return HeadPlan(mode, step, mode == "store" and needs_hidden and not needs_head, keeps_dlogits)
 
 
 def _cpu_multiplies() -> tuple[torch.dtype, ...]:
-    """Half precisions that this CPU has instructions for; without them its GEMMs are many times slower than in fp32."""
+    """Half precisions with CPU instructions; without them GEMMs are many times slower than in fp32."""
     if not torch.backends.mkldnn.is_available():
         return ()
     supported = {
@@ -128,7 +128,7 @@ _CPU_MULTIPLIES = _cpu_multiplies()
 
 
 def matmul(a_MK: Tensor, b_KN: Tensor, out: Tensor | None = None) -> Tensor:
-    """`a @ b` in their own precision, accumulated in fp32; by way of fp32 on a CPU that has no instructions for it."""
+    """`a @ b` in their own precision, accumulated in fp32; computed in fp32 on a CPU without instructions for it."""
     if a_MK.device.type != "cpu" or a_MK.dtype not in HALVES or a_MK.dtype in _CPU_MULTIPLIES:
         return torch.mm(a_MK, b_KN) if out is None else torch.mm(a_MK, b_KN, out=out)
     total_MN = torch.zeros(a_MK.shape[0], b_KN.shape[1])
@@ -140,8 +140,8 @@ def matmul(a_MK: Tensor, b_KN: Tensor, out: Tensor | None = None) -> Tensor:
 def matmul_fp32(a_MK: Tensor, b_KN: Tensor) -> Tensor:
     """`a @ b` accumulated *and returned* in fp32 (fp64 for fp64), for half-precision inputs too.
 
-    Half-precision logits would be rounded to a spacing of 0.125 between 16 and 32, which is a noise of
-    some tenths of a nat on a sequence's log-prob. On CUDA the vendor GEMM writes fp32 itself.
+    Half-precision logits would be rounded to a spacing of 0.125 between 16 and 32, an error of some tenths of a nat in
+    a sequence's log-prob. On CUDA the vendor GEMM writes fp32 directly.
     """
     if a_MK.dtype not in HALVES:
         return torch.mm(a_MK, b_KN)
@@ -151,7 +151,7 @@ def matmul_fp32(a_MK: Tensor, b_KN: Tensor) -> Tensor:
 
 
 def logits_fp32(hidden_nH: Tensor, weight_VH: Tensor) -> Tensor:
-    """`hidden @ weight.T` in fp32; a weight of another precision than the GEMM's is converted tile by tile."""
+    """`hidden @ weight.T` in fp32; a weight in another precision than the GEMM is converted tile by tile."""
     dtype = statistics_dtype(hidden_nH.dtype)
     if hidden_nH.dtype is weight_VH.dtype and (hidden_nH.is_cuda or hidden_nH.dtype is dtype):
         return matmul_fp32(hidden_nH, weight_VH.t())
@@ -188,7 +188,7 @@ def head_forward(
         budget_bytes = logits_budget(budget_bytes, hidden_NH.device)
         return rows.fused(hidden_NH, weight_VH, target_N, head, statistics, budget_bytes), None, None
     unit_grad_NH = hidden_NH.new_empty(num_policy, hidden_size) if plan.keeps_hidden_grad else None
-    # The logits of a single chunk in full precision become D where they lie.
+    # Full-precision logits of a single chunk are overwritten with D.
     in_place = plan.step >= num_rows and num_policy == num_rows and hidden_NH.dtype not in HALVES
     keeps_beside = plan.keeps_dlogits and not in_place
     kept_NV = hidden_NH.new_empty(num_policy, weight_VH.shape[0]) if keeps_beside else None
@@ -196,7 +196,7 @@ def head_forward(
     parts: list[RowOutputs] = []
 
     def policy_rows(chunk: slice) -> slice:
-        """Rows of the chunk that need D; those after them are the reference's and do not."""
+        """Rows of the chunk that need D; the rows after them belong to the reference."""
         return slice(chunk.start, max(chunk.start, min(chunk.stop, num_policy)) if needs_d else chunk.start)
 
     def logits(chunk: slice) -> tuple[Tensor, Tensor | None]:
@@ -249,9 +249,9 @@ def head_backward(
     kept_NV: Tensor | None,
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of hidden states, weight and bias (None where `needs` says so), from what `head_forward` kept.
+    """Gradients of hidden states, weight and bias (None if not in `needs`), from the tensors saved by `head_forward`.
 
-    Where it kept nothing, D is computed again, `step` rows at a time.
+    If it saved none, D is recomputed, `step` rows at a time.
     """
     num_rows, dtype = hidden_NH.shape[0], hidden_NH.dtype
     needs_hidden, needs_weight, needs_bias = needs
@@ -281,7 +281,7 @@ def head_backward(
         if grad_hidden_NH is not None:
             grad_hidden_NH[chunk] = matmul(dlogits_nV, gemm_weight_VH) * coefficient_n1
         if needs_weight:
-            # The coefficient scales the small operand: n x H products instead of n x V.
+            # Scale the smaller operand: n x H products instead of n x V.
             scaled_nH = (coefficient_n1 * hidden_NH[chunk]).to(dtype)
             if step >= num_rows:
                 grad_weight_VH = matmul(dlogits_nV.t(), scaled_nH)
@@ -299,7 +299,7 @@ def head_backward(
 
 
 def _add_weight_gradient(total_VH: Tensor | None, dlogits_nV: Tensor, scaled_nH: Tensor) -> Tensor:
-    """Adds a chunk's `D.T @ (c * hidden)` in fp32, tile by tile: a second [V, H] would not fit beside the first."""
+    """Adds a chunk's `D.T @ (c * hidden)` in fp32, tile by tile: a second [V, H] would not fit in memory."""
     if total_VH is None:
         shape = (dlogits_nV.shape[1], scaled_nH.shape[1])
         total_VH = torch.zeros(shape, dtype=statistics_dtype(scaled_nH.dtype), device=scaled_nH.device)
@@ -309,7 +309,7 @@ def _add_weight_gradient(total_VH: Tensor | None, dlogits_nV: Tensor, scaled_nH:
 
 
 def _place_of_d(logits_nV: Tensor, dtype: torch.dtype) -> Tensor:
-    """Where D of these logits goes: half precision beside them, full precision into their own memory."""
+    """Memory for D of these logits: new memory in half precision, the logits' own in full precision."""
     return torch.empty_like(logits_nV, dtype=dtype) if dtype in HALVES else logits_nV
 
 

@@ -2,9 +2,9 @@
 
 Legend: N rows (response tokens), H hidden size, V vocabulary.
 
-The kernel (logprob_rows.py) reads the fp32 logits of a chunk, writes log-probs and, where a gradient is needed,
-D = onehot - softmax (times the slopes of cap and scale), which is all that backward needs. Chunks, modes and GEMMs are
-in head.py, the pass without logits in fused_logprob.py.
+The kernel (logprob_rows.py) reads the fp32 logits of a chunk and writes log-probs and, if a gradient is needed,
+D = onehot - softmax (times the slopes of cap and scale), which is all that the backward needs. Chunks, modes and GEMMs
+are in head.py, the pass without logits in fused_logprob.py.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ ROWS = Rows(rows_from_logits, fused_rows)
 
 
 def without_gradient(dtype: torch.dtype) -> str:
-    """What `auto` takes where nothing needs a gradient: exact fp32 products have no tensor cores to win by fusing."""
+    """Mode of `auto` if nothing needs a gradient: fusing does not pay for exact fp32 products, without tensor cores."""
     return "fused" if dtype in HALVES else "store"
 
 
 def or_empty(tensor: Tensor | None, like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-    """Operations return tensors only: an empty one stands for None."""
+    """`tensor`, or an empty tensor for None: custom operations return only tensors."""
     return like.new_empty(shape or (0,), dtype=dtype) if tensor is None else tensor
 
 
@@ -48,7 +48,7 @@ def _forward(
     keeps_dlogits: bool,
     statistics: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Log-probs, entropy and argmax [N]; D @ W [N, H]; D [N, V]; empty where not asked for."""
+    """Log-probs, entropy and argmax [N]; D @ W [N, H]; D [N, V]; empty if not requested."""
     plan = HeadPlan(mode, step, keeps_hidden_grad, keeps_dlogits)
     with torch.autocast(hidden_NH.device.type, enabled=False):
         outputs, unit_grad_NH, kept_NV = head_forward(
@@ -103,7 +103,7 @@ def _backward(
     needs_weight: bool,
     needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of hidden states, weight and bias; empty where not needed."""
+    """Gradients of hidden states, weight and bias; empty if not needed."""
     head = Head(bias_V, softcap, scale)
     kept = kept_NV if kept_NV.shape[0] else None
     needs = (needs_hidden, needs_weight, needs_bias)
@@ -144,7 +144,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     hidden_NH, weight_VH, target_N, bias_V, ctx.softcap, ctx.scale, _, ctx.step, ctx.keeps_hidden_grad = inputs[:9]
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
-    # The weight itself, never a view of it: ZeRO-3 gathers the parameter again before the backward.
+    # The weight itself, not a view: ZeRO-3 gathers the parameter again before the backward.
     ctx.save_for_backward(hidden_NH, weight_VH, target_N, bias_V, *output[3:])
 
 
@@ -178,7 +178,7 @@ _forward.register_autograd(_gradient, setup_context=_save)
 
 
 def gemm_flops(hidden_shape: Sequence[int], vocab: int, gemms: int) -> int:
-    """Multiplications and additions of so many products of [N, H] and [H, V]."""
+    """Multiplications and additions of `gemms` products of [N, H] and [H, V]."""
     return gemms * 2 * hidden_shape[0] * hidden_shape[1] * vocab
 
 
@@ -207,9 +207,9 @@ def linear_logprob(
     budget_bytes: int | None = None,
     statistics: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-    """Log-probs of the targets, never the [N, V] logits of all rows; see `plain.linear_logprob`.
+    """Log-probs of the targets, without the [N, V] logits of all rows; see `plain.linear_logprob`.
 
-    On CUDA a target outside [0, V) is not looked for; its log-prob is NaN.
+    On CUDA targets are not range-checked; the log-prob of one outside [0, V) is NaN.
     """
     check_linear_logprob(hidden_NH, weight_VH, target_N, bias, softcap, mode, budget_bytes)
     check_triton_dtype("hidden_NH", hidden_NH)

@@ -1,9 +1,9 @@
-"""Head and preference loss of policy and reference in one autograd function: what training calls.
+"""Head and preference loss of policy and reference in one autograd function, called by training.
 
 Legend: N rows (response tokens), H hidden size, V vocabulary, P pairs.
 
-Forward: log-probs of the policy's rows and, where the reference is live, of its rows in the same GEMMs (D only for the
-policy's); then the loss of every pair. Backward: the loss's coefficient of each token, then the head's gradients.
+Forward: log-probs of the policy's rows and, for a live reference, of its rows in the same GEMMs (D only for the
+policy's); then the loss of each pair. Backward: the loss's coefficient of each token, then the head's gradients.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ def _backward(
     needs_weight: bool,
     needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of hidden states, weight and bias; empty where not needed."""
+    """Gradients of hidden states, weight and bias; empty if not needed."""
     if grad_losses_P is not None:
         batch = (completion_of_token_N, pairs_P2, token_weight_N, completion_starts_K1)
         coefficient_N = pairs_module.backward(grad_losses_P, derivative_P, logp_N, *batch)
@@ -207,7 +207,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.step, ctx.keeps_hidden_grad = inputs[17:19]
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1], output[2], *output[4:])
-    # The weight itself, never a view of it: ZeRO-3 gathers the parameter again before the backward.
+    # The weight itself, not a view: ZeRO-3 gathers the parameter again before the backward.
     ctx.save_for_backward(hidden_NH, weight_VH, target_N, bias_V, *batch, *output[3:])
 
 
@@ -272,7 +272,7 @@ def _check_tokens(hidden_NH: Tensor, completion_of_token_N: Tensor, pairs_P2: Te
     """`check_preference_loss` for log-probs that do not exist yet."""
     token_weight_N, num_completions, completion_starts_K1 = others
     if num_completions is None and hidden_NH.is_cuda:
-        num_completions = 0  # it only serves the index checks, which are left out on CUDA
+        num_completions = 0  # used only in the index checks, which are skipped on CUDA
     logp_N = hidden_NH.new_empty(hidden_NH.shape[0], dtype=torch.float32)
     check_preference_loss(
         logp_N, logp_N, completion_of_token_N, pairs_P2, token_weight_N, num_completions, completion_starts_K1
@@ -301,7 +301,7 @@ def linear_preference_loss(
     mode: str = "auto",
     budget_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Losses and rewards [P] of every pair and the policy's log-probs [N]; see `plain.linear_preference_loss`."""
+    """Losses and rewards [P] of the pairs and the policy's log-probs [N]; see `plain.linear_preference_loss`."""
     check_preference_options(beta, label_smoothing, loss_type)
     check_linear_logprob(hidden_NH, weight_VH, target_N, bias, softcap, mode, budget_bytes)
     check_reference(reference, reference_weight_VH, reference_bias, hidden_NH, weight_VH)

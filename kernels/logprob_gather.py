@@ -1,10 +1,10 @@
-"""Log-probs of the targets from logits that exist anyway: one read forward, one read and one write backward.
+"""Log-probs of the targets from existing logits: one read forward, one read and one write backward.
 
 Legend: N rows, V vocabulary.
 
-One program per row walks the vocabulary in tiles. Each lane of the tile keeps a maximum and a sum of exponentials of
-its own, so that the lanes are reduced once per row and not once per tile. Maximum and log-sum of the row are kept apart
-for the backward: added up, they would lose the digits of the probabilities where logits are in the thousands.
+One program per row iterates over the vocabulary in tiles. Each lane of a tile keeps its own maximum and sum of
+exponentials, so that the lanes are reduced once per row instead of once per tile. Maximum and log-sum of the row are
+saved separately for the backward: their sum would lose precision for logits in the thousands.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def logprob_gather_bwd_kernel(
     IGNORED: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    # grad_logits may be the logits' own memory: a tile is read whole before it is written.
+    # grad_logits may be the logits' own memory: a tile is read completely before it is written.
     row = tl.program_id(0).to(tl.int64)
     logits_row = logits_ptr + row * stride_n
     grad_row = grad_logits_ptr + row * grad_stride_n
@@ -156,7 +156,7 @@ def _(grad_logp_N: Tensor, logits_NV: Tensor, target_N: Tensor, max_N: Tensor, l
     return logits_NV.new_empty(logits_NV.shape)
 
 
-# Declared as a mutation, so that a saved tensor that shares the memory is found changed and refused by autograd.
+# Declared as a mutation, so that autograd rejects a saved tensor that shares the overwritten memory.
 @torch.library.custom_op("bpo_kernels::logprob_gather_bwd_", mutates_args={"logits_NV"})
 def _backward_in_place(
     grad_logp_N: Tensor, logits_NV: Tensor, target_N: Tensor, max_N: Tensor, log_sum_N: Tensor
@@ -188,7 +188,7 @@ _forward.register_autograd(_gradient, setup_context=_save)
 def logprob_gather(logits_NV: Tensor, target_N: Tensor, *, inplace_backward: bool = False) -> Tensor:
     """`log_softmax(logits.float(), -1).gather(1, target[:, None])[:, 0]`; see `plain.logprob_gather`.
 
-    On CUDA a target outside [0, V) is not looked for; its log-prob is NaN.
+    On CUDA targets are not range-checked; the log-prob of one outside [0, V) is NaN.
     """
     check_logprob_gather(logits_NV, target_N, inplace_backward)
     check_triton_dtype("logits_NV", logits_NV)

@@ -1,18 +1,18 @@
-"""Log-probs, and D = onehot - softmax for the backward pass, from the fp32 logits of a chunk: one launch.
+"""Log-probs, and D = onehot - softmax for the backward pass, from the fp32 logits of a chunk in one launch.
 
 Legend: N rows (response tokens), n rows of one chunk, V vocabulary.
 
-The kernels are bound by memory. With half-precision D a row must move 6V bytes: 4V of logits read, 2V of D written.
-The softmax needs its maximum and sum before the first entry of D, so that a plain second pass would read the logits
-again from memory (10V). Two ways around it:
+The kernels are memory-bound. With half-precision D a row must move 6V bytes: 4V of logits read, 2V of D written. The
+softmax needs its maximum and sum before the first entry of D, so a simple second pass would read the logits from memory
+again (10V). Two kernels avoid this:
 
-- `logprob_row_kernel` keeps the whole row in registers, where it has at most REGISTER_VOCAB entries and the head has
-  neither bias nor cap: 6V bytes.
-- `logprob_rows_kernel` walks the row in tiles, then walks it back: the tiles read last are the ones still in the L2
-  cache. No more rows are in flight than the L2 holds, so that the way back finds the first tiles there as well. Maximum
-  and sum run per lane and are reduced once per row, so that no warp waits for another while it reads.
+- `logprob_row_kernel` keeps the whole row in registers, for rows of at most REGISTER_VOCAB entries and a head without
+  bias and cap: 6V bytes.
+- `logprob_rows_kernel` reads the row in tiles, then again in reverse order, because the tiles read last are still in
+  the L2 cache. No more rows are in flight than fit in the L2, so that the second pass also finds the first tiles there.
+  Maximum and sum are kept per lane and reduced once per row, so that no warp waits for another while it reads.
 
-The choice depends on V, the precision and the options of the head, not on whether D is wanted: the log-probs of policy
+The choice depends on V, the precision and the options of the head, not on whether D is needed: the log-probs of policy
 and reference come from the same sums in the same order.
 """
 
@@ -31,20 +31,20 @@ from .fused_logprob import finish_logits
 from .head import Head, RowOutputs
 from .online_softmax import LOWEST, lane_moment_update, lane_softmax_update
 
-# 512 threads with 96 entries each leave room for the rest in the 128 registers that a thread of such a block has.
-# Unpacked fp32 entries of D take more of them.
+# 512 threads with 96 entries each leave enough of the 128 registers that a thread of such a block has. Unpacked fp32
+# entries of D use more of them.
 REGISTER_VOCAB, REGISTER_VOCAB_FP32 = 49152, 32768
-# Entries per thread: of a row in registers, as long as there are warps for it; of a tile.
+# Entries per thread: of a row in registers, up to the maximum number of warps; of a tile.
 REGISTER_ENTRIES = 64
 STREAMED_ENTRIES = 8
 TILE_V, OPTIONS_TILE_V, MIN_TILE_V = 8192, 4096, 128
-# Where there is no device to ask: few rows in flight, so that Triton's interpreter walks several rows per program.
+# Without a GPU: few rows in flight, so that Triton's interpreter processes several rows per program.
 _INTERPRETER_ROWS_IN_FLIGHT = 3
 
 
 @triton.jit
 def leave_row_out(dlogits_row, V, BLOCK_V: tl.constexpr):
-    """D of a row without a target is 0, whatever its logits are: they are not read."""
+    """Writes D = 0 for a masked row, without reading its logits."""
     for start in tl.range(0, V, BLOCK_V):
         column = start + tl.arange(0, BLOCK_V)
         zero = tl.zeros([BLOCK_V], dlogits_row.dtype.element_ty)
@@ -120,7 +120,7 @@ def logprob_rows_kernel(
                 for back in tl.range(0, num_tiles):
                     column = (num_tiles - 1 - back) * BLOCK_V + tl.arange(0, BLOCK_V)
                     inside = column < V
-                    # Neither the logits, read for the last time, nor D should drive other rows' logits out of the L2.
+                    # Neither D nor logits read for the last time should evict other rows' logits from the L2.
                     z = tl.load(logits_row + column, mask=inside, other=0.0, eviction_policy="evict_first")
                     z = z.to(tl.float32)
                     z = finish_logits(z, column, inside, bias_ptr, softcap, scale, HAS_BIAS, HAS_SOFTCAP)
@@ -147,10 +147,10 @@ def logprob_row_kernel(
 ):
     row = tl.program_id(0).to(tl.int64)
     logits_row = logits_ptr + row * V
-    # Nothing before the large loads waits for the target: one block fills a multiprocessor, no other hides the wait.
+    # Issue the large loads before waiting for the target: a block fills a multiprocessor, so no other hides the wait.
     column = tl.arange(0, BLOCK_V)
     z = tl.load(logits_row + column, eviction_policy="evict_first").to(tl.float32) * scale
-    # A tensor's size is a power of two: BLOCK_V is the largest that V holds, the rest of the row a second tensor.
+    # A tensor's size is a power of two: BLOCK_V is the largest within V; a second tensor holds the rest of the row.
     if REST_V:
         rest = BLOCK_V + tl.arange(0, REST_V)
         inside_rest = rest < V
@@ -162,7 +162,7 @@ def logprob_row_kernel(
     own = tl.load(logits_row + target, mask=in_range, other=0.0).to(tl.float32) * scale
     row_max = tl.max(z, 0)
     row_sum = 0.0
-    # The exponentials take the place of the logits, which are not needed again: there are no registers for both.
+    # The exponentials replace the logits, which are not needed again: there are not enough registers for both.
     if REST_V:
         row_max = tl.maximum(row_max, tl.max(z_rest, 0))
         z_rest = tl.exp(z_rest - row_max)
@@ -181,7 +181,7 @@ def logprob_row_kernel(
             if REST_V:
                 tl.store(dlogits_row + rest, (-share * z_rest).to(dlogits_ptr.dtype.element_ty), mask=inside_rest)
             tl.store(dlogits_row + column, (-share * z).to(dlogits_ptr.dtype.element_ty))
-            # A comparison with the target per entry would take registers. The barrier orders both stores to its place.
+            # Comparing each entry with the target would use registers. The barrier orders both stores to the target.
             tl.debug_barrier()
             own_dlogit = scale - share * tl.exp(own - row_max)
             tl.store(dlogits_row + target, own_dlogit.to(dlogits_ptr.dtype.element_ty), mask=in_range)
@@ -189,9 +189,9 @@ def logprob_row_kernel(
 
 @dataclass(frozen=True)
 class RowConfig:
-    """How the rows of one launch are computed.
+    """Configuration of a launch.
 
-    BLOCK_V, REST_V: entries of the tensors that hold a row in registers; of a tile, and None, where rows are streamed.
+    BLOCK_V, REST_V: entries of the tensors that hold a row in registers; of a tile, and None, if rows are streamed.
     """
 
     BLOCK_V: int
@@ -203,16 +203,16 @@ ON_AMD = torch.version.hip is not None
 
 
 def row_config(vocab: int, dtype: torch.dtype, *, plain: bool, amd: bool = ON_AMD) -> RowConfig:
-    """In registers where a row and its D (of `dtype`) fit and the head is plain: no bias, cap or statistics.
+    """Rows are kept in registers if a row and its D (of `dtype`) fit and there is no bias, cap or statistics (`plain`).
 
-    On AMD every row is streamed: a barrier does not wait for stores to memory, as `logprob_row_kernel` needs it to.
+    On AMD rows are always streamed: a barrier does not wait for stores to memory, as `logprob_row_kernel` requires.
     """
     if plain and not amd and vocab <= (REGISTER_VOCAB if dtype in HALVES else REGISTER_VOCAB_FP32):
         block = triton.next_power_of_2(vocab + 1) // 2
         rest = triton.next_power_of_2(vocab - block) if vocab > block else 0
         return RowConfig(block, rest, _warps(block + rest, REGISTER_ENTRIES, 16))
     tile = min(TILE_V if plain else OPTIONS_TILE_V, max(MIN_TILE_V, triton.next_power_of_2(vocab)))
-    # A block has 1,024 threads at most, on AMD 64 of them per warp.
+    # A block has at most 1,024 threads; a warp has 64 on AMD.
     return RowConfig(tile, None, _warps(tile, STREAMED_ENTRIES, 16 if amd else 32))
 
 
@@ -222,16 +222,16 @@ def _warps(entries: int, per_thread: int, most: int) -> int:
 
 @functools.cache
 def _rows_in_flight(device: torch.device, row_bytes: int) -> int:
-    """Rows whose logits the L2 cache of `device` holds together."""
+    """Number of rows whose logits fit in the L2 cache of `device`."""
     if device.type != "cuda":
         return _INTERPRETER_ROWS_IN_FLIGHT
     return max(1, torch.cuda.get_device_properties(device).L2_cache_size // row_bytes)
 
 
 def moved_bytes(num_rows: int, vocab: int, dlogits_itemsize: int | None) -> int:
-    """Bytes that must move: fp32 logits once, D once where it is wanted (None: it is not), 12 for target and log-prob.
+    """Bytes that must be moved: fp32 logits once, D once if needed (None: not), 12 for target and log-prob.
 
-    A row that is streamed reads its logits twice, the second time from the L2 as far as they are still there.
+    A streamed row reads its logits twice, the second time from the L2 unless they have been evicted.
     """
     return num_rows * (vocab * (4 + (dlogits_itemsize or 0)) + 12)
 
@@ -262,7 +262,7 @@ def rows_from_logits(
                 **common,
             )
             return RowOutputs(logp_n)
-        # A row that is read once does not come back to the L2: as many of them as there are may be in flight.
+        # Rows that are read once do not need the L2: all of them may be in flight.
         in_flight = num_rows if dlogits_nV is None else _rows_in_flight(logits_nV.device, 4 * vocab)
         logprob_rows_kernel[(min(num_rows, in_flight),)](
             logits_nV,

@@ -1,4 +1,4 @@
-"""Every operation in plain PyTorch: the twin of the Triton kernels, and the path that training takes on a CPU.
+"""All operations in plain PyTorch: the reference for the Triton kernels, and the implementation on CPUs.
 
 Legend: N rows (response tokens), n rows of one chunk, H hidden size, V vocabulary, K completions, P pairs.
 
@@ -27,7 +27,7 @@ from .checks import (
 )
 from .plain_head import linear_logprob
 
-# logprob_gather goes over its logits in pieces that stay in a CPU's cache: several passes cost little more than one.
+# logprob_gather processes chunks of logits that fit a CPU's cache: several passes cost little more than one.
 _GATHER_CHUNK_BYTES = 2 << 20
 
 
@@ -36,15 +36,15 @@ def logprob_gather(logits_NV: Tensor, target_N: Tensor, *, inplace_backward: boo
 
     Args:
         logits_NV: [N, V] in any float type and layout.
-        target_N: [N] int64 or int32 token ids; -100 leaves a row out: log-prob 0, no gradient.
-        inplace_backward: write the gradient into the logits' own memory, which saves [N, V]. Where the operation that
+        target_N: [N] int64 or int32 token ids; -100 masks a row: log-prob 0, no gradient.
+        inplace_backward: write the gradient into the logits' own memory, which saves [N, V]. If the operation that
             made the logits needs them in its backward (a softcap does, a linear layer does not), autograd raises.
 
     Returns:
         [N] log-probs in fp32 (fp64 for fp64 logits).
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit, a target lies outside [0, V), or the logits cannot be
+        ValueError: shapes, dtypes or devices do not match, a target is outside [0, V), or the logits cannot be
             overwritten (a leaf, or memory that several of them share).
     """
     check_logprob_gather(logits_NV, target_N, inplace_backward)
@@ -52,7 +52,7 @@ def logprob_gather(logits_NV: Tensor, target_N: Tensor, *, inplace_backward: boo
 
 
 class _LogprobGather(torch.autograd.Function):
-    """Keeps maximum and log-sum per row: their sum would lose the probabilities' digits at logits in the thousands."""
+    """Saves maximum and log-sum separately: their sum would lose precision for logits in the thousands."""
 
     @staticmethod
     def forward(ctx: Any, logits_NV: Tensor, target_N: Tensor, inplace_backward: bool) -> Tensor:
@@ -104,7 +104,7 @@ def preference_loss(
     num_completions: int | None = None,
     completion_starts_K1: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss of every pair from the token log-probs of policy and reference.
+    """Loss of each pair from the token log-probs of policy and reference.
 
     With `r_k = sum over tokens i of completion k of weight_i * (policy_i - reference_i)` and
     `x = beta * (r_chosen - r_rejected)`, eps the label smoothing:
@@ -116,22 +116,22 @@ def preference_loss(
 
     Args:
         policy_logp_N: [N] token log-probs of the policy; the losses carry its gradient.
-        reference_logp_N: [N] token log-probs of the reference, a constant.
-        completion_of_token_N: [N] int64, the completion each token belongs to, in any order.
+        reference_logp_N: [N] token log-probs of the reference; no gradient.
+        completion_of_token_N: [N] int64, index of the completion of each token, in any order.
         pairs_P2: [P, 2] int64 rows of (chosen, rejected) completions; a completion may be in many pairs.
-        beta: strength of the reference, > 0.
-        label_smoothing: share of flipped pairs in [0, 0.5); sigmoid and robust only.
-        loss_type: sigmoid, hinge, ipo or robust. IPO on mean log-probs: give weights 1 / length.
-        token_weight_N: [N] weight of each token's log-ratio, a constant; None for 1.
-        num_completions: K. None: the highest index + 1, which on CUDA waits for the device.
-        completion_starts_K1: [K + 1] offsets of completions that lie in order; without them Triton sorts the tokens.
+        beta: strength of the regularisation towards the reference, > 0.
+        label_smoothing: fraction of flipped pairs in [0, 0.5); sigmoid and robust only.
+        loss_type: sigmoid, hinge, ipo or robust. For IPO on mean log-probs, pass weights 1 / length.
+        token_weight_N: [N] weight of each token's log-ratio, without gradient; None for 1.
+        num_completions: K; None for the highest index + 1, which on CUDA waits for the device.
+        completion_starts_K1: [K + 1] offsets of completions stored in order; without them Triton sorts the tokens.
 
     Returns:
         losses [P], and the rewards `beta * r` of the chosen [P] and rejected [P] sides, detached; all fp32
         (fp64 for fp64 policy log-probs).
 
     Raises:
-        ValueError: shapes, dtypes, devices, indices or options do not fit.
+        ValueError: shapes, dtypes, devices, indices or options are invalid.
     """
     check_preference_options(beta, label_smoothing, loss_type)
     num_completions = check_preference_loss(
@@ -155,13 +155,13 @@ def preference_loss(
 
 
 def _pair_losses(margin_P: Tensor, beta: float, label_smoothing: float, loss_type: str) -> Tensor:
-    """Losses of `margin = r_chosen - r_rejected`; see `preference_loss` for the equations."""
+    """Losses as functions of `margin = r_chosen - r_rejected`; equations in `preference_loss`."""
     if loss_type == "hinge":
         return torch.relu(1 - beta * margin_P)
     if loss_type == "ipo":
         return (margin_P - 1 / (2 * beta)).square()
-    # log sigmoid(-x) = log sigmoid(x) - x turns both smoothed losses into one log-sigmoid plus a line,
-    # and a margin of 0 then gives log 2 to the last bit whatever the smoothing.
+    # By log sigmoid(-x) = log sigmoid(x) - x both smoothed losses are a log-sigmoid plus a linear term, so that a
+    # margin of 0 gives exactly log 2 for any smoothing.
     slope = label_smoothing if loss_type == "sigmoid" else -label_smoothing / (1 - 2 * label_smoothing)
     x_P = beta * margin_P
     return slope * x_P - F.logsigmoid(x_P)
@@ -189,20 +189,20 @@ def linear_preference_loss(
     mode: str = "auto",
     budget_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`preference_loss(linear_logprob(policy), reference)`: what training calls.
+    """`preference_loss(linear_logprob(policy), reference)` in one call, as training uses it.
 
     Args:
         reference: [N] stored log-probs of the targets, or the reference's hidden states [N, H] of the same rows.
-        reference_weight_VH, reference_bias: the reference's own head where it is live and has one; None shares the
-            policy's, and then both run in the same GEMMs.
+        reference_weight_VH, reference_bias: the own head of a live reference; None shares the policy's head, and both
+            run in the same GEMMs.
         Others: as in `linear_logprob` and `preference_loss`.
 
     Returns:
-        losses [P]; rewards of the chosen [P] and rejected [P] sides, detached; log-probs [N] of the policy, which carry
-        gradient too (for a likelihood term beside the loss).
+        losses [P]; rewards of the chosen [P] and rejected [P] sides, detached; log-probs [N] of the policy, which are
+        differentiable too (for an additional likelihood term).
 
     Raises:
-        ValueError: shapes, dtypes, devices, indices or options do not fit.
+        ValueError: shapes, dtypes, devices, indices or options are invalid.
     """
     check_linear_logprob(hidden_NH, weight_VH, target_N, bias, softcap, mode, budget_bytes)
     check_reference(reference, reference_weight_VH, reference_bias, hidden_NH, weight_VH)

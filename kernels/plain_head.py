@@ -1,4 +1,4 @@
-"""The log-probs of the LM head in plain PyTorch: the twin of linear_logprob.py and fused_logprob.py.
+"""Log-probs of the LM head in plain PyTorch: the counterpart of linear_logprob.py and fused_logprob.py.
 
 Legend: N rows (response tokens), n rows of one chunk, H hidden size, V vocabulary.
 """
@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from .checks import IGNORED_TARGET, autocast_hidden, check_linear_logprob, statistics_dtype
 from .head import Head, HeadPlan, RowOutputs, Rows, head_backward, head_forward, logits_fp32, plan_head
 
-# Columns of the vocabulary that the fused pass takes at a time.
+# Columns of the vocabulary per tile of the fused pass.
 _FUSED_TILE_V = 4096
 
 
@@ -32,28 +32,28 @@ def linear_logprob(
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     """Log-probs of the targets from hidden states, without the [N, V] logits of all rows.
 
-    Equals `z = scale * F.linear(hidden, weight, bias).float()`, with `z = softcap * tanh(z / softcap)` where a
-    cap is set, then `log_softmax(z, -1).gather(1, target[:, None])[:, 0]`; but the logits never are rounded to
-    half precision.
+    Equals `z = scale * F.linear(hidden, weight, bias).float()`, with `z = softcap * tanh(z / softcap)` if a
+    cap is set, then `log_softmax(z, -1).gather(1, target[:, None])[:, 0]`, but without rounding the logits to half
+    precision.
 
     Args:
         hidden_NH: [N, H] final hidden states of the response rows only.
-        weight_VH: [V, H] as `nn.Linear` holds it. Where it is frozen, its gradient is never computed.
-        target_N: [N] int64 or int32 token ids; -100 leaves a row out: log-prob 0, no gradient.
+        weight_VH: [V, H] as `nn.Linear` stores it. If it is frozen, its gradient is not computed.
+        target_N: [N] int64 or int32 token ids; -100 masks a row: log-prob 0, no gradient.
         bias: [V] or None.
         softcap: positive cap on the logits (Gemma 2), or None.
         scale: factor on the logits before the cap (Cohere, Granite).
-        mode: `store` keeps what the backward needs, `recompute` keeps nothing, `fused` has no logits in the forward and
-            keeps nothing, `auto` chooses by what needs a gradient and by the budget; see `head.plan_head`.
-        budget_bytes: bytes that logits and their derivative may take at a time; None for the device's default.
+        mode: `store` saves what the backward needs, `recompute` saves nothing, `fused` has no logits in the forward and
+            saves nothing, `auto` selects by the gradients needed and the budget; see `head.plan_head`.
+        budget_bytes: maximum bytes of logits and their derivative at a time; None for the device's default.
         statistics: also return the entropy of each row's distribution and its most likely token.
 
     Returns:
         [N] log-probs in fp32 (fp64 for fp64 inputs); with `statistics` also the entropies [N] in nats and the argmax
-        [N] int64 (0 and -1 for rows left out), without gradient.
+        [N] int64 (0 and -1 for masked rows), without gradient.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit, an option is unknown, or a target lies outside [0, V).
+        ValueError: shapes, dtypes or devices do not match, an option is unknown, or a target is outside [0, V).
     """
     check_linear_logprob(hidden_NH, weight_VH, target_N, bias, softcap, mode, budget_bytes)
     hidden_NH = autocast_hidden(hidden_NH)
@@ -62,7 +62,7 @@ def linear_logprob(
         grad and tensor is not None and tensor.requires_grad for tensor in (hidden_NH, weight_VH, bias)
     )
     size, kind = (hidden_NH.shape[0], weight_VH.shape[0]), (hidden_NH.dtype, hidden_NH.device)
-    # A vendor GEMM over whole rows is the faster pass without gradient on a CPU, and no less exact than tiles.
+    # Without a gradient, a vendor GEMM over whole rows is faster on a CPU than tiles, and as exact.
     plan = plan_head(mode, *size, *kind, needs_hidden, needs_weight or needs_bias, budget_bytes, "store")
     outputs = _LinearLogprob.apply(
         hidden_NH, weight_VH, target_N.long(), bias, softcap, scale, plan, budget_bytes, statistics
@@ -91,7 +91,7 @@ class _LinearLogprob(torch.autograd.Function):
             outputs, unit_grad_NH, kept_NV = head_forward(
                 ROWS, hidden_NH, weight_VH, target_N, head, plan, statistics=statistics, budget_bytes=budget_bytes
             )
-        # The weight itself, never a view of it: ZeRO-3 gathers the parameter again before the backward.
+        # The weight itself, not a view: ZeRO-3 gathers the parameter again before the backward.
         ctx.save_for_backward(hidden_NH, weight_VH, target_N, bias_V, unit_grad_NH, kept_NV)
         ctx.softcap, ctx.scale, ctx.step = softcap, scale, plan.step
         if statistics:
@@ -112,7 +112,7 @@ class _LinearLogprob(torch.autograd.Function):
 
 
 def _finish_logits(logits_nV: Tensor, head: Head, bias_V: Tensor | None) -> None:
-    """Bias, scale and cap, in place."""
+    """Applies bias, scale and cap in place."""
     if bias_V is not None:
         logits_nV += bias_V
     if head.scale != 1.0:
@@ -138,7 +138,7 @@ def _from_logits(
         max_n1 = logits_nV.amax(dim=1, keepdim=True)
     logits_nV -= max_n1
     target_logit_n1 = logits_nV.gather(1, index_n1)
-    # A logit of -inf adds nothing to the entropy; 0 * -inf would be NaN.
+    # A logit of -inf adds nothing to the entropy, but 0 * -inf would be NaN.
     shifted_nV = logits_nV.clamp(min=-1e30) if statistics else None
     sum_n1 = logits_nV.exp_().sum(dim=1, keepdim=True)
     log_sum_n1 = sum_n1.log()
@@ -147,7 +147,7 @@ def _from_logits(
         moment_n1 = shifted_nV.mul_(logits_nV).sum(dim=1, keepdim=True)
         entropy_n = (log_sum_n1 - moment_n1 / sum_n1).masked_fill(~counted_n1, 0.0)[:, 0]
     if dlogits_nV is not None:
-        # Division by infinity leaves nothing of a row that does not count.
+        # Division by infinity zeroes a masked row.
         logits_nV /= sum_n1.neg().masked_fill(~counted_n1, -float("inf"))
         logits_nV.scatter_add_(1, index_n1, counted_n1.to(logits_nV.dtype))
         if slope_nV is not None:
@@ -162,7 +162,7 @@ def _from_logits(
 def _fused(
     hidden_NH: Tensor, weight_VH: Tensor, target_N: Tensor, head: Head, statistics: bool, budget_bytes: int
 ) -> RowOutputs:
-    """A running maximum, sum and moment over tiles of the vocabulary: no row's logits are ever whole."""
+    """Online maximum, sum and moment over tiles of the vocabulary, without the logits of a whole row."""
     num_rows, vocab = hidden_NH.shape[0], weight_VH.shape[0]
     dtype = statistics_dtype(hidden_NH.dtype)
     tile = max(1, min(_FUSED_TILE_V, budget_bytes // (max(1, num_rows) * dtype.itemsize)))
@@ -180,7 +180,7 @@ def _fused(
         tile_max, tile_argmax = z.max(dim=1, keepdim=True)
         highest_N1 = torch.where(tile_max > row_max, tile_argmax + start, highest_N1)
         new_max = torch.maximum(row_max, tile_max)
-        # While every logit so far is -inf there is nothing to rescale, and no finite maximum to subtract.
+        # If all logits so far are -inf, there is nothing to rescale and no finite maximum to subtract.
         anchor = new_max.masked_fill(new_max == -float("inf"), 0.0)
         shift = (row_max - anchor).masked_fill(row_max == -float("inf"), 0.0)
         z -= anchor
@@ -188,7 +188,7 @@ def _fused(
             moment = shift.exp() * (moment + shift * row_sum) + (z.exp() * z.clamp(min=-1e30)).sum(1, keepdim=True)
         row_sum = shift.exp() * row_sum + z.exp_().sum(dim=1, keepdim=True)
         row_max = new_max
-        del z  # before the next tile's
+        del z  # before the next tile is computed
     ignored_N1 = (target_N == IGNORED_TARGET)[:, None]
     logp_N = (target_logit - row_max - row_sum.log()).masked_fill(ignored_N1, 0.0)[:, 0]
     if not statistics:

@@ -1,8 +1,8 @@
-"""The source commit that a report names, also where there is no git.
+"""The source commit recorded in reports, with or without git.
 
-BPO_COMMIT, if set, is taken as it is: it carries the commit to machines without git or without the clone's history.
-Otherwise git is asked. The answer is "unknown" where git is not installed, where the sources are not a clone, or where
-git refuses the directory because it belongs to another user.
+BPO_COMMIT, if set, is used verbatim, for machines without git or without the clone's history. Otherwise git is queried.
+The result is "unknown" if git is not installed, the sources are not a clone, or git rejects the directory because it
+belongs to another user.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ GIT_TIMEOUT_S = 10.0
 
 
 def source_commit(*folders: str, root: Path = ROOT) -> str:
-    """The commit of `root`; "+changes" follows where tracked or new files differ from it.
+    """Returns the commit of `root`, with "+changes" appended if tracked or new files differ from it.
 
     Args:
-        folders: What a change counts in, relative to `root`, such as "bpo" and "kernels"; everywhere if none is given.
-        root: The directory that holds `.git`. A copy installed inside another repository has none, and the
-            commit of that repository is not the one of these sources.
+        folders: Folders to check for changes, relative to `root`, such as "bpo" and "kernels"; all if none is given.
+        root: The directory that contains `.git`. A copy installed inside another repository has none, and that
+            repository's commit is not that of these sources.
     """
     if commit := os.environ.get("BPO_COMMIT", "").strip():
         return commit
@@ -35,7 +35,7 @@ def source_commit(*folders: str, root: Path = ROOT) -> str:
 
 
 def _git(root: Path, *words: str) -> str:
-    """What `git` prints; an empty string where it fails, is not installed or does not answer in time."""
+    """The output of `git`; an empty string if it fails, is not installed or times out."""
     command = ["git", "-C", str(root), *words]
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=GIT_TIMEOUT_S, check=True)

@@ -217,10 +217,10 @@ def test_torch_compile_keeps_one_graph(device):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"reference": torch.zeros(9)}, r"reference has shape \(9,\), the rows are 10"),
+        ({"reference": torch.zeros(9)}, r"reference has shape \(9,\), but there are 10 rows"),
         ({"reference": torch.zeros(10, 23)}, "differ in H"),
-        ({"reference": torch.zeros(10, dtype=torch.int64)}, "give log-probs or hidden states"),
-        ({"reference_weight_VH": torch.zeros(131, 24)}, "leave the head out"),
+        ({"reference": torch.zeros(10, dtype=torch.int64)}, "pass log-probs or hidden states"),
+        ({"reference_weight_VH": torch.zeros(131, 24)}, "omit the head"),
         ({"completion_starts_K1": torch.tensor([0, 3, 4, 9, 10])}, "does not divide the tokens"),
         ({"beta": 0.0}, "beta is 0.0"),
         ({"loss_type": "dpo"}, "use one of sigmoid, hinge, ipo, robust"),

@@ -137,7 +137,7 @@ def test_same_bits_twice_and_in_any_row_order(device):
     [
         ((2, 3, 4), [0, 1], r"\(2, 3, 4\), expected \[N, V\]"),
         ((2, 4), [0], "target_N has shape"),
-        ((2, 4), [0.0, 1.0], "give token ids as torch.int64"),
+        ((2, 4), [0.0, 1.0], "pass token ids as torch.int64"),
         ((2, 0), [0, 0], "the vocabulary is empty"),
     ],
 )
