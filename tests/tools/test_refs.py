@@ -43,7 +43,7 @@ def test_inspect_reports_the_contents(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_a_directory_without_a_store_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for command in ("inspect", "verify", "compact"):
         assert main(["refs", command, str(tmp_path)]) == 1
-        assert f"{tmp_path}: no reference store" in capsys.readouterr().err
+        assert f"{tmp_path}: not a reference store" in capsys.readouterr().err
 
 
 def test_verify_accepts_an_undamaged_store(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
