@@ -1,9 +1,9 @@
-"""Measured lengths kept beside the data: a restart opens no image that it has measured before.
+"""Measured lengths stored next to the data: restarts reopen no image.
 
-    DIR/FINGERPRINT/RANK-RUN.jsonl      one line a group: its digest, what its image files were, what was measured
+    DIR/FINGERPRINT/RANK-RUN.jsonl      one line per group: its digest, size and time of its images, the measurement
 
-FINGERPRINT stands for all that decides a measurement apart from the group and its images: tokenizer, image processor,
-chat template, model config and the limits on length. Another setting has another folder, so nothing is ever stale.
+FINGERPRINT covers everything that affects a measurement besides the group and its images: tokenizer, image processor,
+chat template, model config and length limits. Other settings use another folder, so entries are never stale.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Measured = MeasuredGroup | Dropped
 
 
 def encoder_fingerprint(encoder: Encoder, max_words: int, *, keep_text_only: bool = False) -> str:
-    """16 hexadecimal digits for everything that decides a length, apart from the group itself."""
+    """16 hexadecimal digits of everything that affects a length, except the group."""
     import transformers
 
     tokenizer = encoder.tokenizer
@@ -56,22 +56,22 @@ def encoder_fingerprint(encoder: Encoder, max_words: int, *, keep_text_only: boo
 
 
 def lengths_directory(groups_file: Path, output_dir: Path) -> Path:
-    """`GROUPS.lengths` beside the groups, or a folder of the run where that place cannot be written."""
-    beside = groups_file.with_name(groups_file.name + ".lengths")
-    if os.access(beside if beside.exists() else beside.parent, os.W_OK | os.X_OK):
-        return beside
-    logger.info("%s cannot be written: measured lengths go to %s", beside.parent, output_dir / "lengths")
+    """`GROUPS.lengths` next to the groups, or a folder of the run if that cannot be written."""
+    folder = groups_file.with_name(groups_file.name + ".lengths")
+    if os.access(folder if folder.exists() else folder.parent, os.W_OK | os.X_OK):
+        return folder
+    logger.info("%s cannot be written: measured lengths go to %s", folder.parent, output_dir / "lengths")
     return output_dir / "lengths"
 
 
 class MeasuredLengths:
-    """Reads what any run has measured, appends what this one measures to a file of its own.
+    """Reads the measurements of all runs; appends those of this run to its own file.
 
     Args:
-        directory: Of one fingerprint; made when the first measurement is written.
-        dataset: The groups, as `completion_types` leaves them.
-        indices: The groups of this rank: only their entries are kept in memory.
-        rank: Tells the ranks' files apart.
+        directory: Folder of one fingerprint; created with the first measurement.
+        dataset: The groups after the filter `completion_types`.
+        indices: The groups of this rank; only their entries are kept in memory.
+        rank: Part of the file name.
     """
 
     def __init__(self, directory: Path, dataset: GroupDataset, indices: Sequence[int], rank: int = 0):
@@ -83,7 +83,7 @@ class MeasuredLengths:
         self._known = self._read(set(self._keys.values()))
 
     def _read(self, wanted: set[str]) -> dict[str, list[dict[str, Any]]]:
-        """Every entry of the wanted groups: one whose images have changed since may stand beside its successor."""
+        """All entries of the wanted groups; a group whose images have changed has several."""
         known: dict[str, list[dict[str, Any]]] = {}
         for path in sorted(self.directory.glob("*.jsonl")):
             for _, (key, entry) in JournalReader(path).poll(lambda entry: (entry["key"], entry)):
@@ -92,7 +92,7 @@ class MeasuredLengths:
         return known
 
     def known(self, index: int) -> Measured | None:
-        """What was measured of a group, unless one of its image files has changed since."""
+        """The measurement of a group, or None if there is none for its current image files."""
         entries = self._known.get(self._keys[index])
         if not entries:
             return None
@@ -103,24 +103,24 @@ class MeasuredLengths:
         return None
 
     def measure(self, num_workers: int) -> Iterator[Measured]:
-        """Every group of `indices` in order: from the files where they know it, else measured in worker processes."""
-        known = {index: one for index in self.indices if (one := self.known(index)) is not None}
+        """Yields the groups of `indices` in order, from the files or measured in worker processes."""
+        known = {index: found for index in self.indices if (found := self.known(index)) is not None}
         missing = [index for index in self.indices if index not in known]
         logger.info("measured lengths in %s: %d of %d groups known", self.directory, len(known), len(self.indices))
-        # Taken before the images are read: a file that changes in between is measured again next time.
+        # Read before the images: a file that changes in between is measured again next time.
         before = {index: image_identities(self.dataset.groups[index], self.dataset) for index in missing}
         fresh = self.dataset.measure_all(missing, num_workers) if missing else iter(())
         writer: JournalWriter | None = None
         try:
             for index in self.indices:
-                one = known.get(index)
-                if one is None:
-                    one = next(fresh)
+                measured = known.get(index)
+                if measured is None:
+                    measured = next(fresh)
                     writer = writer or self._new_journal()
-                    what = "dropped" if isinstance(one, Dropped) else "measured"
-                    entry = {"key": self._keys[index], "images": before[index], what: asdict(one)}
+                    what = "dropped" if isinstance(measured, Dropped) else "measured"
+                    entry = {"key": self._keys[index], "images": before[index], what: asdict(measured)}
                     writer.append(to_line(entry))
-                yield one
+                yield measured
         finally:
             if writer is not None:
                 writer.close()
@@ -131,7 +131,7 @@ class MeasuredLengths:
 
 
 def image_identities(group: PreferenceGroup, dataset: GroupDataset) -> list[list[int] | None]:
-    """Size in bytes and modification time in nanoseconds of each image file; None where there is no usable one."""
+    """Size in bytes and modification time in nanoseconds of each image file; None for unusable ones."""
     identities: list[list[int] | None] = []
     for image in group.images:
         try:

@@ -1,10 +1,9 @@
-"""Answers that a model has given, kept on disk as they come: a further start goes on, ranks share the work.
+"""Answer journal: answers are written to disk as they are generated, so runs are resumable and ranks share the work.
 
-    FOLDER/rank-00000.jsonl     one JSON line an answer: benchmark, number of the question, text
+    FOLDER/rank-00000.jsonl     one JSON line per answer: benchmark, number of the question, text
 
-Ranks meet only through these files. Each appends to its own and flushes it to disk after every batch; everybody reads
-all. A line that a kill cut short is no answer: its question is asked again. Answers are greedy, so one that is given
-twice is the same.
+Ranks communicate only through these files. Each appends to its own and syncs it to disk after every batch; all ranks
+read all files. A question whose line was torn by a kill is asked again. Answers are greedy, so repeated ones are equal.
 """
 
 from __future__ import annotations
@@ -22,12 +21,12 @@ _POLL_S = 1.0
 
 
 class AnswerJournal:
-    """The answers to the numbered questions of some benchmarks.
+    """The answers to the numbered questions of the benchmarks.
 
     Args:
-        folder: Where they are kept; None keeps them in memory, for a single process.
-        ranks: Who shares the questions.
-        stop: Asked before every batch.
+        folder: Folder of the journal; None keeps answers in memory, for a single process.
+        ranks: The ranks that share the questions.
+        stop: Checked before every batch.
     """
 
     def __init__(self, folder: Path | None = None, ranks: Ranks | None = None, stop: StopRequest | None = None):
@@ -42,18 +41,18 @@ class AnswerJournal:
         return len(self._answers)
 
     def batches(self, benchmark: str, num_questions: int, size: int) -> list[range]:
-        """This rank's batches of questions that are not all answered. A batch is the same for any number of ranks."""
+        """This rank's batches with unanswered questions; batches do not depend on the number of ranks."""
         starts = range(0, num_questions, size)[self.ranks.rank :: self.ranks.world_size]
         batches = [range(start, min(start + size, num_questions)) for start in starts]
         return [batch for batch in batches if any((benchmark, number) not in self._answers for number in batch)]
 
     def check_stop(self) -> None:
-        """Raises Interrupted where a signal has come."""
+        """Raises Interrupted if a signal was received."""
         if self.stop is not None:
             self.stop.check(f"{len(self)} answers are kept")
 
     def put(self, benchmark: str, answers: Mapping[int, str]) -> None:
-        """Keeps answers by the number of their question, and returns when they are on disk."""
+        """Adds answers by the number of their question; returns when they are on disk."""
         self._answers |= {(benchmark, number): text for number, text in answers.items()}
         if self.folder is None:
             return
@@ -61,7 +60,7 @@ class AnswerJournal:
             writer.append(b"".join(to_line([benchmark, number, text]) for number, text in answers.items()))
 
     def poll(self) -> int:
-        """Reads what all ranks have added; returns the number of new answers."""
+        """Reads new lines of all ranks; returns the number of new answers."""
         before = len(self._answers)
         for path in sorted(self.folder.glob("rank-*.jsonl")) if self.folder else ():
             for _, (benchmark, number, text) in self._journals.setdefault(path, JournalReader(path)).poll(_answer):
@@ -69,11 +68,11 @@ class AnswerJournal:
         return len(self._answers) - before
 
     def all(self, benchmark: str, num_questions: int, stall_timeout_s: float) -> Sequence[str]:
-        """Every answer in the order of the questions; waits for those of other ranks.
+        """All answers in the order of the questions; waits for those of other ranks.
 
         Raises:
-            TimeoutError: none came for `stall_timeout_s` seconds.
-            Interrupted: a signal came meanwhile.
+            TimeoutError: no answer arrived for `stall_timeout_s` seconds.
+            Interrupted: a signal was received meanwhile.
         """
         wanted = [(benchmark, number) for number in range(num_questions)]
         last_news = time.monotonic()
@@ -83,9 +82,9 @@ class AnswerJournal:
                 continue
             if time.monotonic() - last_news > stall_timeout_s:
                 raise TimeoutError(
-                    f"{self.folder}: {missing} of {num_questions} answers are missing and none came for "
-                    f"{stall_timeout_s:.0f} s (evaluation.stall_timeout_s); look at the other ranks' logs, then start "
-                    "again: answers are kept"
+                    f"{self.folder}: {missing} of {num_questions} answers are missing and none arrived for "
+                    f"{stall_timeout_s:.0f} s (evaluation.stall_timeout_s); check the other ranks' logs, then restart: "
+                    "answers are kept"
                 )
             self.check_stop()
             time.sleep(min(_POLL_S, stall_timeout_s))

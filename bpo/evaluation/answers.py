@@ -1,4 +1,4 @@
-"""A model's greedy answers to questions about images, in batches."""
+"""Greedy answers of a model to questions about images, in batches."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A question about an image (path relative to data.image_root)."""
+    """A question about an image, given by its path relative to data.image_root."""
 
     id: str
     image: str
@@ -41,11 +41,11 @@ def answer_requests(
     label: str = "answering",
     progress: bool = True,
 ) -> None:
-    """Gives this rank's greedy answers into `journal`, batch by batch; those that it has are not given again.
+    """Generates this rank's missing greedy answers into `journal`, batch by batch.
 
     Raises:
         ImageError: An image cannot be read; names it.
-        Interrupted: A signal came; every finished batch is kept.
+        Interrupted: A signal was received; finished batches are kept.
     """
     from bpo.model.generate import generate_answers
 
@@ -70,7 +70,7 @@ def answer_requests(
 def _encoded_batches(
     encoder: Encoder, requests: Sequence[Request], batches: Sequence[range]
 ) -> Iterator[list[EncodedPrompt]]:
-    """The batches encoded, the next one in a thread while the model answers the last."""
+    """Yields encoded batches; encodes the next one in a thread while the model answers the current one."""
 
     def encode(batch: range) -> list[EncodedPrompt]:
         return [encoder.encode_prompt(r.id, (r.image,), r.prompt) for r in (requests[number] for number in batch)]

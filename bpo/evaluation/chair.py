@@ -1,12 +1,12 @@
-"""CHAIR: objects that a description names and the image does not hold (arXiv 1809.02156).
+"""CHAIR: objects that a description names but the image lacks (arXiv 1809.02156).
 
     chair_i = hallucinated mentions / all mentions                 (repeats count)
     chair_s = descriptions with a hallucinated mention / descriptions
     recall  = distinct present objects named / distinct present objects
 
-An object is present when an instance annotation or a ground-truth caption of the image names it. All three sum over the
-data set before dividing. A quotient over nothing is 0: descriptions that name no object have chair_i 0 and
-recall 0, so never read one without the other.
+An object is present if an instance annotation or a ground-truth caption of the image names it. All three sum over the
+data set before dividing. A ratio with denominator 0 is 0: descriptions that name no object have chair_i 0 and recall 0,
+so always report both.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ class DescriptionScore:
     """One description.
 
     Attributes:
-        image_id: Which image.
+        image_id: Id of the image.
         text: The description.
         present: Objects in the image.
-        mentions: Every mention, in order.
+        mentions: All mentions, in order.
     """
 
     image_id: int | str
@@ -39,7 +39,7 @@ class DescriptionScore:
 
     @property
     def named(self) -> frozenset[str]:
-        """Present objects that were named."""
+        """Present objects that the description names."""
         return self.present & {mention.object for mention in self.mentions}
 
     @property
@@ -49,7 +49,7 @@ class DescriptionScore:
 
 @dataclass(frozen=True, slots=True)
 class ChairResult:
-    """CHAIR over a data set; the fractions lie in [0, 1]."""
+    """CHAIR over a data set, as fractions in [0, 1]."""
 
     chair_i: float
     chair_s: float
@@ -62,7 +62,7 @@ class ChairResult:
 def present_objects(
     lexicon: ObjectLexicon, instances: Iterable[str] = (), captions: Iterable[str] = ()
 ) -> frozenset[str]:
-    """Objects of an image: its instances' categories and whatever its ground-truth captions name.
+    """Objects of an image: the categories of its instances and the objects in its ground-truth captions.
 
     Raises:
         ValueError: A category is not in the lexicon.
@@ -71,7 +71,7 @@ def present_objects(
     for category in instances:
         canonical = lexicon.canonical(category)
         if canonical is None:
-            raise ValueError(f"category {category!r} is no name in the synonyms; add a line for it")
+            raise ValueError(f"category {category!r} is not in the synonyms; add a line for it")
         present.add(canonical)
     for caption in captions:
         present.update(mention.object for mention in lexicon.mentions(caption))
@@ -83,12 +83,12 @@ def score_descriptions(
     present_of_image: Mapping[int | str, frozenset[str]],
     lexicon: ObjectLexicon,
 ) -> ChairResult:
-    """CHAIR of descriptions.
+    """Computes CHAIR of descriptions.
 
     Args:
         descriptions: (image id, text) pairs.
         present_of_image: Image id -> objects in it (`present_objects`).
-        lexicon: Finds the mentions.
+        lexicon: Finds mentions of objects.
 
     Raises:
         ValueError: An image has no ground truth.
@@ -111,5 +111,5 @@ def score_descriptions(
 
 
 def ratio(part: int, whole: int) -> float:
-    """part / whole, and 0 over nothing."""
+    """part / whole, or 0 if whole is 0."""
     return part / whole if whole else 0.0

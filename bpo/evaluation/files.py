@@ -1,4 +1,4 @@
-"""Readers of the files that CHAIR and POPE stand on: COCO instances and captions, synonyms, POPE questions."""
+"""Readers for the input files of CHAIR and POPE: COCO instances and captions, synonyms, POPE questions."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class CocoImages:
     """Images with their ground truth.
 
     Attributes:
-        file_of_image: Image id -> file name, relative to data.image_root, in the file's order.
+        file_of_image: Image id -> file name, relative to data.image_root, in file order.
         present_of_image: Image id -> objects in it.
-        lexicon: The names of objects.
+        lexicon: Names of objects.
     """
 
     file_of_image: dict[int | str, str]
@@ -32,15 +32,15 @@ class CocoImages:
 
 
 def read_coco(instances: Path, captions: Path | None = None, synonyms: Path | None = None) -> CocoImages:
-    """COCO instances, and captions whose objects count as present too.
+    """Reads COCO instances, and captions whose objects also count as present.
 
     Args:
         instances: JSON object with `images`, `annotations` and `categories`.
-        captions: JSON object whose `annotations` hold `image_id` and `caption`; other images' captions are ignored.
-        synonyms: One object a line; without it, the categories' names are the only names.
+        captions: JSON object whose `annotations` have `image_id` and `caption`; captions of other images are ignored.
+        synonyms: One object per line; without it, objects are found by category name only.
 
     Raises:
-        ValueError: Names file, record, field and fix.
+        ValueError: A record is invalid; names file, record, field and fix.
     """
     tree = _read_object(instances, ("images", "annotations", "categories"))
     name_of_category = _table(tree["categories"], f"{instances}, categories", "id", "name")
@@ -61,7 +61,7 @@ def read_coco(instances: Path, captions: Path | None = None, synonyms: Path | No
             if image_id in captions_of_image:
                 captions_of_image[image_id].append(caption)
         if not any(captions_of_image.values()):
-            raise ValueError(f"{captions}: no caption is about an image of {instances}; take the same split of both")
+            raise ValueError(f"{captions}: no caption is about an image of {instances}; use the same split for both")
     try:
         present = {
             image_id: present_objects(lexicon, categories_of_image[image_id], captions_of_image[image_id])
@@ -73,10 +73,10 @@ def read_coco(instances: Path, captions: Path | None = None, synonyms: Path | No
 
 
 def read_synonyms(path: Path) -> ObjectLexicon:
-    """One object a line, canonical name first, names separated by commas; blank lines are skipped.
+    """Reads one object per line, canonical name first, names separated by commas; skips blank lines.
 
     Raises:
-        ValueError: Names the file and the fix.
+        ValueError: The file is invalid; names it and the fix.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
@@ -88,13 +88,13 @@ def read_synonyms(path: Path) -> ObjectLexicon:
 
 
 def read_pope(path: Path) -> tuple[PopeQuestion, ...]:
-    """POPE questions: objects with `question_id`, `image`, `text` and `label` (yes or no), one a line or in one list.
+    """Reads POPE questions: objects with `question_id`, `image`, `text` and `label` (yes or no), as JSONL or one list.
 
-    The split is the field `split` or `category`; else the word random, popular or adversarial in the file's name;
-    else the file's name.
+    The split is the field `split` or `category`, else the word random, popular or adversarial in the file name, else
+    the file name.
 
     Raises:
-        ValueError: Names file, line, field and fix.
+        ValueError: A question is invalid; names file, line, field and fix.
     """
     path = Path(path)
     of_name = next((split for split in POPE_SPLITS if split in path.name), path.stem)
@@ -103,7 +103,7 @@ def read_pope(path: Path) -> tuple[PopeQuestion, ...]:
         entry, where = record.value, record.where
         label = entry.get("label")
         if not isinstance(label, str) or label.strip().lower() not in _LABELS:
-            raise ValueError(f"{where}: field 'label' is {label!r}; it must be yes or no (take the file with labels)")
+            raise ValueError(f"{where}: field 'label' is {label!r}; it must be yes or no (use the file with labels)")
         split = entry.get("split", entry.get("category", of_name))
         if not isinstance(split, str) or not split:
             raise ValueError(f"{where}: the split is {split!r}; it must be text such as random")
@@ -117,7 +117,7 @@ def read_pope(path: Path) -> tuple[PopeQuestion, ...]:
             )
         )
     if not questions:
-        raise ValueError(f"{path}: there is no question in it")
+        raise ValueError(f"{path}: the file contains no question")
     return tuple(questions)
 
 
@@ -128,7 +128,7 @@ def _read_object(path: Path, keys: tuple[str, ...]) -> dict[str, Any]:
         raise ValueError(f"{path} cannot be read ({error.strerror}); check the path") from error
     for key in keys:
         if not isinstance(tree, dict) or not isinstance(tree.get(key), list):
-            raise ValueError(f"{path}: list {key!r} is missing; give a file in COCO's format")
+            raise ValueError(f"{path}: list {key!r} is missing; use a file in COCO format")
     return tree
 
 
@@ -139,14 +139,14 @@ def _table(entries: list[Any], where: str, key: str, value: str) -> dict[int | s
     }
     if len(table) != len(entries):
         ((repeated, _),) = Counter(entry[key] for entry in entries).most_common(1)
-        raise ValueError(f"{where}: id {repeated!r} is used twice; give each its own")
+        raise ValueError(f"{where}: id {repeated!r} is used twice; make ids unique")
     return table
 
 
 def _field(entry: Any, key: str, where: str) -> int | str:
     value = entry.get(key) if isinstance(entry, dict) else None
     if isinstance(value, bool) or not isinstance(value, (int, str)):
-        raise ValueError(f"{where}: field {key!r} is {value!r}; it must be a whole number or text")
+        raise ValueError(f"{where}: field {key!r} is {value!r}; it must be text or an integer")
     return value
 
 

@@ -1,7 +1,7 @@
-"""POPE: does the model say yes to objects that are not there? (arXiv 2305.10355)
+"""POPE: yes/no questions about present and absent objects (arXiv 2305.10355).
 
-"yes" is the positive class. Each metric is computed for a split (random, popular, adversarial: how the absent objects
-were chosen) and then averaged over the splits. A quotient over nothing is 0.
+"yes" is the positive class. Each metric is computed per split (random, popular, adversarial: how the absent objects
+were chosen) and then averaged over the splits. A ratio with denominator 0 is 0.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from bpo.evaluation.chair import ratio
 
 @dataclass(frozen=True, slots=True)
 class PopeQuestion:
-    """A yes-or-no question about an image; `label` says whether yes is right."""
+    """A yes/no question about an image; `label` is True if yes is correct."""
 
     question_id: int | str
     split: str
@@ -25,7 +25,7 @@ class PopeQuestion:
 
 @dataclass(frozen=True, slots=True)
 class PopeMetrics:
-    """Fractions in [0, 1]; `yes_ratio` is the share of *answers* that are yes, whatever the labels are."""
+    """Fractions in [0, 1]; `yes_ratio` is the fraction of *answers* that are yes, regardless of the labels."""
 
     accuracy: float
     precision: float
@@ -36,7 +36,7 @@ class PopeMetrics:
 
 @dataclass(frozen=True, slots=True)
 class PopeResult:
-    """Metrics of each split, in the order of their first question, and their mean; the answers as given."""
+    """Metrics of each split, in the order of their first question, their mean, and the raw answers."""
 
     splits: dict[str, PopeMetrics]
     average: PopeMetrics
@@ -45,23 +45,23 @@ class PopeResult:
 
 
 def says_yes(answer: str) -> bool:
-    """The published reading: a word "No", "no" or "not" in the first sentence is a no, anything else a yes.
+    """The published rule: the word "No", "no" or "not" in the first sentence is a no, anything else a yes.
 
-    The sentence ends at a full stop; commas are removed. Words are cut at any white space (published: at spaces), so
-    that "No\\nThere is ..." is a no.
+    The sentence ends at a full stop; commas are removed. Words are split at any white space (published: at spaces), so
+    "No\\nThere is ..." is a no.
     """
     words = answer.split(".")[0].replace(",", "").split()
     return not {"No", "no", "not"} & set(words)
 
 
 def score_answers(questions: Sequence[PopeQuestion], answers: Sequence[str]) -> PopeResult:
-    """POPE's metrics of free-text answers.
+    """Computes POPE metrics of free-text answers.
 
     Raises:
         ValueError: Questions and answers differ in number, or there are none.
     """
     if len(questions) != len(answers) or not questions:
-        raise ValueError(f"{len(questions)} questions and {len(answers)} answers; give one answer a question")
+        raise ValueError(f"{len(questions)} questions and {len(answers)} answers; give one answer per question")
     by_split: dict[str, list[tuple[bool, bool]]] = {}
     for question, answer in zip(questions, answers, strict=True):
         by_split.setdefault(question.split, []).append((says_yes(answer), question.label))
@@ -71,7 +71,7 @@ def score_answers(questions: Sequence[PopeQuestion], answers: Sequence[str]) -> 
 
 
 def metrics_of(pairs: Sequence[tuple[bool, bool]]) -> PopeMetrics:
-    """Metrics of (answered yes, yes is right) pairs."""
+    """Metrics of (answered yes, yes is correct) pairs."""
     true_yes = sum(answered and label for answered, label in pairs)
     answered_yes = sum(answered for answered, _ in pairs)
     labelled_yes = sum(label for _, label in pairs)

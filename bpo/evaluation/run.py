@@ -1,4 +1,4 @@
-"""`bpo evaluate`: generate answers, score CHAIR and POPE, write every answer and metric as JSON, print a table."""
+"""`bpo evaluate`: generate answers, score CHAIR and POPE, write all answers and metrics as JSON, print a table."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Benchmarks:
-    """What to measure: images to describe and questions to answer; either may be absent."""
+    """Images to describe and questions to answer; either may be absent."""
 
     coco: CocoImages | None
     questions: tuple[PopeQuestion, ...]
@@ -43,13 +43,13 @@ class Benchmarks:
 
 @dataclass(frozen=True, slots=True)
 class EvaluationResult:
-    """What was measured; None where a benchmark was not asked for."""
+    """Results of each benchmark; None if it was not requested."""
 
     chair: ChairResult | None
     pope: PopeResult | None
 
     def metrics(self) -> dict[str, float]:
-        """The headline figures: chair_i, chair_s, recall, pope_accuracy, pope_f1, pope_yes_ratio (those measured)."""
+        """The main metrics, if measured: chair_i, chair_s, recall, pope_accuracy, pope_f1, pope_yes_ratio."""
         figures: dict[str, float] = {}
         if self.chair:
             figures |= {"chair_i": self.chair.chair_i, "chair_s": self.chair.chair_s, "recall": self.chair.recall}
@@ -65,22 +65,22 @@ class EvaluationResult:
 
 @named_compile_locks()
 def run_evaluation(config: Config, progress: bool = True, stop: StopRequest | None = None) -> dict[str, Any]:
-    """Loads the model, measures what `config.evaluation` names, writes `evaluation.output` and prints a table.
+    """Loads the model, runs the benchmarks of `config.evaluation`, writes `evaluation.output` and prints a table.
 
-    Several processes share the questions. A killed or interrupted job goes on with the answers that were given when it
-    is started again with the same model, questions and options: they lie in `OUTPUT.answers` until the end.
+    Ranks share the questions. A killed or interrupted job that is restarted with the same model, questions and options
+    reuses the finished answers, which are stored in `OUTPUT.answers` until the end.
 
     Returns:
         The object that was written: `model`, `evaluation` (the options), `metrics`, `chair`, `pope`, `bad_images`,
         `seconds`; on ranks other than 0 an empty one.
 
     Raises:
-        ValueError: Nothing to measure or nowhere to write, a file in the wrong form, or an unusable image where
-            `data.on_bad` is error; all of it found before the model is loaded.
+        ValueError: No benchmark or output is configured, a file has the wrong format, or an image is unusable and
+            `data.on_bad` is error; all found before the model is loaded.
         TooManyBadRecords: More images are unusable than `data.max_bad_share` allows.
-        TimeoutError: On rank 0, when the other ranks' answers stop coming.
-        Interrupted: `stop` came; every finished batch is kept.
-        NoProgressError: SLURM starts the job again and again, and no answer is added.
+        TimeoutError: On rank 0, if the other ranks' answers stop arriving.
+        Interrupted: `stop` was received; finished batches are kept.
+        NoProgressError: SLURM restarts the job repeatedly without new answers.
     """
     from bpo.data.encode import load_encoder
     from bpo.job.launch import pick_device
@@ -112,14 +112,14 @@ def run_evaluation(config: Config, progress: bool = True, stop: StopRequest | No
     _write_json(output, tree)
     shutil.rmtree(folder)
     print(format_table(result))
-    print(f"Every answer and metric: {config.evaluation.output}")
+    print(f"All answers and metrics: {config.evaluation.output}")
     return tree
 
 
 def _identity(config: Config, benchmarks: Benchmarks) -> str:
-    """16 hexadecimal digits for what answers depend on: other ones lie in another folder, so that none is ever stale.
+    """16 hexadecimal digits of everything that answers depend on; names their folder, so that answers are never stale.
 
-    Of the model's files name, size and time count: hashing tens of gigabytes would take longer than many an evaluation.
+    Model files count by name, size and time: hashing tens of gigabytes could take longer than the evaluation.
     """
     options = config.evaluation
     model = Path(config.model.path)
@@ -137,13 +137,13 @@ def _identity(config: Config, benchmarks: Benchmarks) -> str:
 
 
 def read_benchmarks(options: EvaluationConfig) -> Benchmarks:
-    """Reads the ground truth, cut to the first `limit` images and to as many questions of each file.
+    """Reads the ground truth, limited to the first `limit` images and as many questions of each file.
 
     Raises:
-        ValueError: Nothing to measure, or a file in the wrong form.
+        ValueError: No benchmark is configured, or a file has the wrong format.
     """
     if not options.chair_instances and not options.pope_questions:
-        raise ValueError("there is nothing to measure; set evaluation.chair_instances or evaluation.pope_questions")
+        raise ValueError("nothing to measure: set evaluation.chair_instances or evaluation.pope_questions")
     stop = options.limit or None
     coco = None
     if options.chair_instances:
@@ -155,19 +155,19 @@ def read_benchmarks(options: EvaluationConfig) -> Benchmarks:
         kept = dict(list(coco.file_of_image.items())[:stop])
         coco = CocoImages(kept, {image_id: coco.present_of_image[image_id] for image_id in kept}, coco.lexicon)
     elif options.chair_captions:
-        raise ValueError("evaluation.chair_captions is set without chair_instances; CHAIR needs both or the instances")
+        raise ValueError("evaluation.chair_captions is set without chair_instances; CHAIR needs instances")
     questions = tuple(q for path in options.pope_questions for q in read_pope(Path(path))[:stop])
     return Benchmarks(coco, questions)
 
 
 def with_usable_images(benchmarks: Benchmarks, image_root: Path, bad: BadRecords) -> Benchmarks:
-    """The benchmarks without what is asked about unusable images; every image is decoded before anything is generated.
+    """The benchmarks without unusable images; decodes every image before anything is generated.
 
-    Scores over fewer images are not comparable: what is left out is warned of and stands in the results.
+    Scores over fewer images are not comparable: unusable ones are logged and listed in the results.
 
     Raises:
         RecordError: `bad.on_bad` is error, and an image is unusable.
-        TooManyBadRecords: More are than `bad.max_bad_share` allows.
+        TooManyBadRecords: More images are unusable than `bad.max_bad_share` allows.
     """
     files = [*(benchmarks.coco.file_of_image.values() if benchmarks.coco else ())]
     images = dict.fromkeys([*files, *(question.image for question in benchmarks.questions)])
@@ -181,7 +181,7 @@ def with_usable_images(benchmarks: Benchmarks, image_root: Path, bad: BadRecords
     bad.check_share(len(images), "the benchmarks' images")
     if not unusable:
         return benchmarks
-    logger.warning("%d of %d images are unusable: scores are over the others alone", len(unusable), len(images))
+    logger.warning("%d of %d images are unusable: scores cover the other images only", len(unusable), len(images))
     coco = benchmarks.coco
     if coco is not None:
         kept = {image_id: file for image_id, file in coco.file_of_image.items() if file not in unusable}
@@ -192,11 +192,11 @@ def with_usable_images(benchmarks: Benchmarks, image_root: Path, bad: BadRecords
 def evaluate_model(
     model: Any, encoder: Encoder, benchmarks: Benchmarks, options: EvaluationConfig, *, progress: bool = True
 ) -> EvaluationResult:
-    """Generates greedily in this process and scores.
+    """Generates greedy answers in this process and scores them.
 
     Args:
         model: From `bpo.model.load.load_model`, in eval mode.
-        encoder: Of the same model.
+        encoder: Encoder of the same model.
         benchmarks: From `read_benchmarks`.
     """
     journal = AnswerJournal()
@@ -213,7 +213,7 @@ def give_answers(
     *,
     progress: bool = True,
 ) -> None:
-    """This rank's share of all answers that `journal` lacks; raises as `answer_requests` does."""
+    """Generates this rank's share of the missing answers; raises as `answer_requests` does."""
     describe, ask = [], []
     if benchmarks.coco is not None:
         images = benchmarks.coco.file_of_image
@@ -243,7 +243,7 @@ def score(benchmarks: Benchmarks, journal: AnswerJournal, stall_timeout_s: float
         pairs = list(zip(images, journal.all("chair", len(images), stall_timeout_s), strict=True))
         chair = score_descriptions(pairs, benchmarks.coco.present_of_image, benchmarks.coco.lexicon)
         if not chair.num_mentions:
-            logger.warning("no description names any object: chair_i of 0 means nothing here; read the answers")
+            logger.warning("no description names any object, so chair_i is 0 without meaning; read the answers")
     if benchmarks.questions:
         answers = journal.all("pope", len(benchmarks.questions), stall_timeout_s)
         pope = score_answers(benchmarks.questions, answers)
@@ -251,7 +251,7 @@ def score(benchmarks: Benchmarks, journal: AnswerJournal, stall_timeout_s: float
 
 
 def result_to_json(result: EvaluationResult, benchmarks: Benchmarks) -> dict[str, Any]:
-    """Every metric and every answer as plain JSON values."""
+    """All metrics and answers as plain JSON values."""
     tree: dict[str, Any] = {"metrics": result.metrics(), "chair": None, "pope": None}
     if result.chair is not None and benchmarks.coco is not None:
         files = benchmarks.coco.file_of_image
@@ -276,7 +276,7 @@ def result_to_json(result: EvaluationResult, benchmarks: Benchmarks) -> dict[str
 
 
 def format_table(result: EvaluationResult) -> str:
-    """The figures as aligned text, in percent."""
+    """The metrics as aligned text, in percent."""
     blocks = []
     if result.chair is not None:
         row = ["CHAIR", *_percent((result.chair.chair_i, result.chair.chair_s, result.chair.recall))]

@@ -113,7 +113,7 @@ def test_singular_forms_are_only_offered() -> None:
 
 def test_present_is_instances_and_captions_together() -> None:
     assert present_objects(COCO, ["dining table"], ["A puppy under the desk."]) == {"dining table", "dog"}
-    with pytest.raises(ValueError, match="'unicorn' is no name in the synonyms"):
+    with pytest.raises(ValueError, match="'unicorn' is not in the synonyms"):
         present_objects(COCO, ["unicorn"])
 
 

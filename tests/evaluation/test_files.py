@@ -69,7 +69,7 @@ def test_a_bad_instances_file_is_refused(tmp_path: Path, changes: dict[str, Any]
 def test_mismatched_files_are_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "i.json", instances())
     (tmp_path / "synonyms.txt").write_text("cat\n")
-    with pytest.raises(ValueError, match="category 'dog' is no name in the synonyms"):
+    with pytest.raises(ValueError, match="category 'dog' is not in the synonyms"):
         read_coco(path, synonyms=tmp_path / "synonyms.txt")
     captions = write(tmp_path / "c.json", {"annotations": [{"image_id": 1, "caption": "A dog."}]})
     with pytest.raises(ValueError, match="no caption is about an image"):
@@ -82,7 +82,7 @@ def test_mismatched_files_are_refused(tmp_path: Path) -> None:
 
 def test_unreadable_synonyms_are_named(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("\n,\n")
-    with pytest.raises(ValueError, match="empty.txt: there is no object"):
+    with pytest.raises(ValueError, match="empty.txt: there are no objects"):
         read_synonyms(tmp_path / "empty.txt")
     with pytest.raises(ValueError, match="evaluation.synonyms"):
         read_synonyms(tmp_path / "missing.txt")
