@@ -1,6 +1,6 @@
-"""Ranks without DeepSpeed that save real checkpoints over gloo, and helpers to make and read such checkpoints.
+"""Ranks without DeepSpeed that save real checkpoints over gloo, and helpers to write and read such checkpoints.
 
-The parameter `w` has 1000 elements, cut among the ranks; after step s its master weights are s, s + 1, s + 2, ...
+The parameter `w` has 1000 elements, split among the ranks; after step s its master weights are s, s + 1, s + 2, ...
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def whole(step: int, kind: str = MASTER) -> torch.Tensor:
 
 
 def make_shard(step: int, rank: int = 0, world_size: int = 1, padding: int = 3) -> Shard:
-    """Rank's part; some padding before and after it, as ZeRO has."""
+    """The part of a rank, with padding before and after it, as under ZeRO."""
     start, end = NUMEL * rank // world_size, NUMEL * (rank + 1) // world_size
     fragment = Fragment("w", (10, NUMEL // 10), "bfloat16", start, end - start, 0, padding)
     blank = torch.full((padding,), -1.0)
@@ -39,7 +39,7 @@ def make_shard(step: int, rank: int = 0, world_size: int = 1, padding: int = 3) 
 
 
 def stored_step(directory: Path, manifest: dict[str, Any]) -> int:
-    """The step whose state a checkpoint really holds; fails where the values are of no step or of several."""
+    """The step whose state a checkpoint contains; fails if the values are of no step or of several."""
     shards = ShardSet(directory, list(manifest["files"]))
     for kind in KINDS:
         torch.testing.assert_close(shards.read(kind, "w", 0, NUMEL), whole(shards.optimizer_step, kind), rtol=0, atol=0)
@@ -47,7 +47,7 @@ def stored_step(directory: Path, manifest: dict[str, Any]) -> int:
 
 
 class Run:
-    """A run whose state is its step; `steps` makes some and saves after each."""
+    """A run whose state is its step number."""
 
     def __init__(self, output_dir: Path, job: Collectives | None = None, at_stage: Hook = no_hook, **options: Any):
         self.job = job or Alone()
@@ -89,10 +89,10 @@ class Gloo:
 
 
 def warm_context() -> multiprocessing.context.ForkServerContext:
-    """Processes that need not import torch again: forked from a server that has, and that has no threads."""
+    """Starts processes without importing torch again: forked from a thread-free server that has imported it."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["checkpoint_worker", "soak"])
-    # The server looks for what it is to preload on PYTHONPATH only, and passes over what it does not find.
+    # The server searches PYTHONPATH only for modules to preload, and ignores missing ones.
     here = Path(__file__).resolve().parent
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join([str(here), str(here.parent), *([before] if before else [])])

@@ -1,11 +1,11 @@
-"""Kills a training run at random moments, starts it again each time, and compares it with the unbroken run.
+"""Kills a training run at random moments, restarts it each time, and compares it with the uninterrupted run.
 
 python tests/soak.py [--kills 30] [--minutes N] [--seed 0]
 
 A stripped trainer (one process, one weight vector, AdamW) on the real plan, reference store, lock, checkpoints and
-metrics file. Some kills come at a named stage of a save, some at any moment; now and then a bit of the newest
-checkpoint flips while nothing runs. At the end losses and groups of every step must be those of the
-unbroken run, bit for bit.
+metrics file. Some kills happen at a named stage of a save, some at any moment; between lives, a bit of the latest
+checkpoint sometimes flips. At the end, losses and groups of every step must equal those of the uninterrupted run, bit
+for bit.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 
 import torch
-import torch._dynamo  # what every optimizer imports when it is made: seconds that each life would pay
+import torch._dynamo  # imported by every optimizer: would cost seconds in each life
 from checkpoint_worker import warm_context
 
 from bpo.checkpoint.files import STAGES, checkpoint_dirs, clean_leftovers, newest_valid_checkpoint
@@ -50,7 +50,7 @@ STEPS_PER_LIFE, STARTUP_S = 12, 0.25
 
 @dataclass(frozen=True)
 class Death:
-    """When a life ends: the n-th time at a stage of a save, a moment after n steps, or a moment after the start."""
+    """When a life ends: at the n-th pass of a save stage, some time after n steps, or some time after the start."""
 
     stage: str = ""
     times: int = 0
@@ -68,7 +68,7 @@ class Death:
 
 
 class Trainer:
-    """Learns that chosen - rejected features have a positive score, against stored reference scores."""
+    """Learns a positive score for chosen - rejected features, relative to stored reference scores."""
 
     def __init__(self, output_dir: Path):
         generator = torch.Generator().manual_seed(1)
@@ -118,7 +118,7 @@ def die() -> None:
 
 
 def run(output: str, death: Death | None) -> None:
-    """One life of the run: from the newest valid checkpoint to the end, or to its death."""
+    """One life of the run: from the latest valid checkpoint to the end or to its death."""
     torch.set_num_threads(1)
     output_dir = Path(output)
     logging.basicConfig(level=logging.INFO, filename=output_dir.parent / f"{output_dir.name}.log")
@@ -155,7 +155,7 @@ def run(output: str, death: Death | None) -> None:
         if death is not None and death.steps and step.index == done + death.steps:
             threading.Timer(death.delay_s, die).start()
         if death is not None and step.index == done + STEPS_PER_LIFE:
-            die()  # however fast the machine, the run does not end before its last kill
+            die()  # on a fast machine too, the run must not end before its last kill
         watchdog.beat("step", step.index)
         loss = trainer.step(step.groups)
         writer.write(step.index + 1, {"loss": loss, "groups": list(step.groups)})  # type: ignore[dict-item]
@@ -182,7 +182,7 @@ def history(output_dir: Path) -> list[dict[str, object]]:
 
 
 def flip_a_bit(output_dir: Path, draw: random.Random) -> bool:
-    """Damages one file of the newest checkpoint, where an older one is left to fall back to."""
+    """Damages one file of the latest checkpoint if there is an older one to fall back to."""
     found = checkpoint_dirs(output_dir)
     if len(found) < 2:
         return False
@@ -195,7 +195,7 @@ def flip_a_bit(output_dir: Path, draw: random.Random) -> bool:
 
 
 def soak(root: Path, kills: int, seed: int) -> Soak:
-    """Runs once unbroken and once with `kills` kills in `root`; raises AssertionError where they differ."""
+    """Runs once uninterrupted and once with `kills` kills in `root`; raises AssertionError if they differ."""
     context, draw = warm_context(), random.Random(seed)
     results = Soak(0, 0, 0, 0, 0.0)
     for name in ("unbroken", "killed"):
@@ -230,7 +230,7 @@ def soak(root: Path, kills: int, seed: int) -> Soak:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=30, help="kills in one run")
-    parser.add_argument("--minutes", type=float, default=0.0, help="repeat with further seeds for so long")
+    parser.add_argument("--minutes", type=float, default=0.0, help="repeat with further seeds for this long")
     parser.add_argument("--seed", type=int, default=0, help="first seed of the moments of the kills")
     options = parser.parse_args()
     deadline, seed = time.monotonic() + 60 * options.minutes, options.seed

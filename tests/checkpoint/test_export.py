@@ -27,7 +27,7 @@ from bpo.model.trainable import prepare_trainable
 from tests.sample_groups import encoder_of, turn
 from tests.tiny import tiny_llava
 
-# Of logits up to 2 in fp32: a merged adapter adds in another order. 1.4e-4 was seen (Qwen2-VL).
+# Of logits up to 2 in fp32: a merged adapter adds in another order. Largest observed: 1.4e-4 (Qwen2-VL).
 TOLERANCE = 3e-4
 LORA = LoraConfig(r=4, alpha=8, dropout=0.1)
 
@@ -119,7 +119,7 @@ def test_merged_directory_loads_alone_and_gives_the_same_logits(
     output = trained.export(tmp_path / "merged")
     torch.testing.assert_close(trained.logits_of(auto_model(output)), trained.logits, atol=TOLERANCE, rtol=0)
     prompt = encoder_of(output, photo_root).encode_prompt("r", ["tall.png"], [turn(None, "What is this?")])
-    assert torch.equal(torch.tensor(prompt.prefix_ids)[None], trained.inputs["input_ids"])  # the processor came along
+    assert torch.equal(torch.tensor(prompt.prefix_ids)[None], trained.inputs["input_ids"])  # the processor was copied
     assert "lora" not in (output / "config.json").read_text()
 
 
@@ -134,7 +134,7 @@ def test_adapter_loads_with_peft_and_gives_the_same_logits(trained: Trained, tmp
     assert not (output / "model.safetensors").exists()
     adapted = peft.PeftModel.from_pretrained(auto_model(trained.base), str(output)).eval()
     torch.testing.assert_close(trained.logits_of(adapted), trained.logits, atol=TOLERANCE, rtol=0)
-    with adapted.disable_adapter():  # the projector belongs to the adapter too
+    with adapted.disable_adapter():  # the projector is part of the adapter
         base_logits = trained.logits_of(auto_model(trained.base))
         torch.testing.assert_close(trained.logits_of(adapted), base_logits, atol=TOLERANCE, rtol=0)
     settings = json.loads((output / "adapter_config.json").read_text())
@@ -160,7 +160,7 @@ def test_full_fine_tuning_exports_merged_only(photo_root: Path, tmp_path: Path, 
     torch.testing.assert_close(trained.logits_of(auto_model(output)), trained.logits, atol=TOLERANCE, rtol=0)
     with pytest.raises(ValueError, match="export.form=adapter needs trainable.language=lora.*language=full"):
         trained.export(tmp_path / "adapter", "adapter")
-    assert not (tmp_path / "adapter").exists()  # nothing half-written
+    assert not (tmp_path / "adapter").exists()  # nothing partially written
 
 
 def test_a_checkpoint_by_its_own_path_and_a_model_that_moved(
@@ -200,7 +200,7 @@ def test_damaged_weights_are_not_exported(trained: Trained, tmp_path: Path) -> N
 def test_weights_of_another_model_or_of_part_of_it_are_refused(trained: Trained, tmp_path: Path) -> None:
     model = perturbed(trained.config)
     short = Config(model=trained.config.model, lora=replace(LORA, target=["q_proj"]))
-    write_checkpoint(tmp_path / "more", model, short)  # the checkpoint holds adapters that this configuration has not
+    write_checkpoint(tmp_path / "more", model, short)  # more adapters than this configuration
     with pytest.raises(ValueError, match="parameters the model lacks"):
         trained.export(tmp_path / "a", checkpoint=tmp_path / "more")
     partial = perturbed(short)

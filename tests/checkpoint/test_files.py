@@ -1,4 +1,4 @@
-"""The files of a checkpoint, without DeepSpeed: damage, names, retention, shards.
+"""Checkpoint files without DeepSpeed: damage, names, retention, shards.
 
 Saving is in test_save.py, kills in test_save_kills.py, DeepSpeed in test_train.py and test_ranks.py.
 """
@@ -119,7 +119,7 @@ def test_a_damaged_one_is_skipped_with_an_error_and_set_aside(tmp_path: Path, ca
     for step in (20, 30):
         assert f"step-{step:08d} skipped" in caplog.text
         assert (checkpoints_root(tmp_path) / f"step-{step:08d}.damaged").is_dir()
-    write_checkpoint(tmp_path, 20)  # the run comes to that step again
+    write_checkpoint(tmp_path, 20)  # the run reaches that step again
     assert newest_valid_checkpoint(tmp_path)[1]["step"] == 20  # type: ignore[index]
     flip_a_bit(step_dir(tmp_path, 20) / shard_name(0))
     newest_valid_checkpoint(tmp_path)
@@ -153,7 +153,7 @@ def test_a_step_that_is_saved_again_replaces_the_old_one_and_a_kill_between_lose
     (directory / "note").touch()
     write_checkpoint(tmp_path, 10)
     assert not (directory / "note").exists() and [d.name for d in checkpoint_dirs(tmp_path)] == ["step-00000010"]
-    # As a kill between the two renames leaves it: the old one out of the way, the new one not yet named.
+    # State after a kill between the two renames: the old one moved away, the new one not yet renamed.
     directory.rename(directory.with_name("step-00000010.replaced"))
     (checkpoints_root(tmp_path) / "step-00000010.ab12.tmp").mkdir()
     clean_leftovers(tmp_path)

@@ -1,4 +1,4 @@
-"""Saving in the background, and what happens when the disk does not play along.
+"""Saving in the background, and disk errors.
 
 Run: pytest tests/checkpoint/test_save.py. One process; the kills of several are in test_save_kills.py.
 """
@@ -148,9 +148,11 @@ def small_disk(path: Path) -> Iterator[None]:
 def test_a_disk_that_fills_up_leaves_the_old_checkpoint_and_says_so(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A shard takes 12.5 KB: one checkpoint fits beside the ballast, a second does not."""
+    """A shard takes 12.5 KB: one checkpoint fits next to the ballast, a second does not."""
     disk = tmp_path / "disk"
-    monkeypatch.setattr("bpo.checkpoint.save._SPARE_BYTES", -(10**9))  # as a quota, of which disk_usage knows nothing
+    monkeypatch.setattr(
+        "bpo.checkpoint.save._SPARE_BYTES", -(10**9)
+    )  # as under a quota: not in disk_usage
     with small_disk(disk):
         if os.path.ismount(disk):
             (disk / "ballast").write_bytes(bytes(8_000))
@@ -183,7 +185,7 @@ def test_too_little_room_is_found_before_a_byte_is_written(
     )
     assert gate.stages == [] and steps_of(tmp_path) == [10]
     monkeypatch.undo()
-    run.to(21, due=False)  # somebody made room: it is tried again after the next step, not only when one is due
+    run.to(21, due=False)  # space was freed: retried after the next step, due or not
     run.saver.finish(21)
     assert steps_of(tmp_path) == [21]
 

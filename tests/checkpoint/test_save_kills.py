@@ -38,14 +38,14 @@ def killed_run(
             assert ranks[1 - victim].pid is not None
             os.kill(ranks[1 - victim].pid, signal.SIGKILL)
         ranks[1 - victim].join(60)
-        assert ranks[1 - victim].exitcode not in (None, 0)  # a survivor must not believe that all went well
+        assert ranks[1 - victim].exitcode not in (None, 0)  # a survivor must not report success
     finally:
         for process in ranks:
             process.kill()
     return (output_dir / "log.0").read_text()
 
 
-# Rank 0 alone does what follows the hashing.
+# Only rank 0 runs the stages after hashing.
 CASES = [(stage, victim) for stage in STAGES[:3] for victim in (0, 1)] + [(stage, 0) for stage in STAGES[3:]]
 
 
@@ -62,7 +62,7 @@ def test_what_was_said_to_be_saved_is_there(
     assert found is not None
     step = stored_step(*found)
     assert step == found[1]["step"] and step >= said
-    # From the rename on the new one counts, before it does not.
+    # The new one is valid from the rename on, not before.
     assert step == (20 if STAGES.index(stage) >= STAGES.index("renamed") else 10)
     assert (tmp_path / "checkpoints" / "latest").read_text() == found[0].name
     Run(tmp_path, keep_last=1).save(30)

@@ -82,7 +82,7 @@ def folder(config: Config) -> Path:
     return Path(config.evaluation.output + ".answers")
 
 
-def test_a_signal_ends_the_batch_and_a_restart_answers_the_rest_alone(
+def test_a_signal_ends_the_batch_and_a_restart_answers_only_the_rest(
     config: Config, batches: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_evaluation(config, progress=False)
@@ -120,7 +120,7 @@ def test_a_killed_job_asks_again_what_a_torn_line_held(config: Config, batches: 
     part.write_bytes(part.read_bytes()[:-3])
     batches.clear()
     run_evaluation(config, progress=False)
-    assert batches == [2, 1, 2, 2, 1]  # the second batch, whose last answer is torn, and what never was asked
+    assert batches == [2, 1, 2, 2, 1]  # the second batch, whose last answer is torn, and the unasked questions
     assert results(config) == whole
 
 
@@ -134,7 +134,7 @@ def test_a_torn_line_takes_no_later_answer_with_it(tmp_path: Path, caplog: pytes
     assert "cut short" in caplog.text
 
 
-def test_answers_to_another_prompt_lie_in_another_folder(config: Config) -> None:
+def test_answers_to_another_prompt_are_in_another_folder(config: Config) -> None:
     with StopRequest() as stop, pytest.raises(Interrupted):
         stop.received = True
         run_evaluation(config, progress=False, stop=stop)

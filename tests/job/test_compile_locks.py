@@ -1,4 +1,4 @@
-"""Locks of killed compilations, against torch's own loader and a training run as users start it.
+"""Locks left by killed compilations, with torch's own loader and with a training run started as users do.
 
 Run: python -m pytest tests/job/test_compile_locks.py
 """
@@ -32,7 +32,7 @@ from bpo.tools import doctor
 
 LONG_AGO_S = 3600.0
 
-# Takes the lock as torch does, says so, and holds it until it is told to let go.
+# Takes the lock as torch does, prints a line, and holds it until its standard input closes.
 HOLDER = """
 import sys
 from torch.utils.file_baton import FileBaton
@@ -83,7 +83,7 @@ def test_stale_lock_ends_a_real_load_with_its_path_and_the_fix(root: Path, quick
     source.write_text("#include <torch/extension.h>\n")
     with named_compile_locks(), pytest.raises(StaleCompileLockError, match=f"rm {lock}$"):
         load("tiny", [str(source)])
-    assert lock.exists()  # removing it is for whoever knows that no other machine compiles
+    assert lock.exists()  # only the user knows whether another machine compiles
 
 
 def test_young_lock_is_named_once_and_waited_for(
@@ -131,7 +131,7 @@ def test_killed_holder_leaves_a_lock_that_is_possible_then_stale(
     monkeypatch.setattr(compile_locks, "STALE_AFTER_S", 0.0)
     assert found.state == "stale"
     leave_lock(root, idle_s=LONG_AGO_S)
-    (lock.parent / "cpu_adam.o").touch()  # a compiler somewhere is at work: not stale after all
+    (lock.parent / "cpu_adam.o").touch()  # some compiler is running: not stale after all
     monkeypatch.undo()
     assert inspect_lock(lock).state == "possible"  # type: ignore[union-attr]
 

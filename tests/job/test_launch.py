@@ -30,7 +30,7 @@ from bpo.job.launch import (
             Ranks(1, 2, 1),
         ),
         ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_LOCALID": "0"}, Ranks(0, 1, 0)),
-        # mpirun in a batch script of Slurm, whose own variables tell of one task
+        # mpirun in a batch script of Slurm, whose own variables describe one task
         (
             {
                 "OMPI_COMM_WORLD_RANK": "3",
@@ -143,7 +143,7 @@ def test_device_of_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     assert pick_device(Ranks(5, 8, 1)) == torch.device("cuda", 1)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # one GPU a task, as srun binds them
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # one GPU per task, as srun binds them
     assert pick_device(Ranks(5, 8, 1)) == torch.device("cuda", 0)
 
 

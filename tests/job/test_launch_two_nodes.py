@@ -1,4 +1,4 @@
-"""Two nodes under torchrun and deepspeed, played by one machine. Run: pytest tests/job/test_launch_two_nodes.py"""
+"""Two nodes under torchrun and deepspeed, simulated on one machine. Run: pytest tests/job/test_launch_two_nodes.py"""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
 WORKER = str(ROOT / "tests" / "launch_worker.py")
 
-# Both hosts are this machine. pdsh itself is the real one: it numbers the nodes.
+# Both hosts are this machine. pdsh is real: it numbers the nodes.
 SSH = """#!/usr/bin/env bash
 while [[ "$1" == -* ]]; do
     case "$1" in -o | -p | -l) shift ;; esac

@@ -1,4 +1,4 @@
-"""Two jobs, dead owners, clocks that jump, directories that cannot be written. Run: pytest tests/job/test_lock.py"""
+"""Competing jobs, dead owners, clock jumps, unwritable directories. Run: pytest tests/job/test_lock.py"""
 
 from __future__ import annotations
 

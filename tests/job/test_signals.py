@@ -1,4 +1,4 @@
-"""Signals, and what counts as progress when one has come. Run: python -m pytest tests/job/test_signals.py"""
+"""Signals, and progress when one is received. Run: python -m pytest tests/job/test_signals.py"""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_a_signal_is_remembered_until_the_next_boundary(number: signal.Signals, 
 def test_an_interrupted_reference_pass_is_progress_and_a_failed_one_is_not(
     tmp_path: Path, rank: int, error: type[Exception], counted: bool
 ) -> None:
-    """Rank 0 alone keeps the count."""
+    """Only rank 0 keeps the count."""
     count = RestartCount(tmp_path)
     count.start(0, 3)
     guard = RunGuard(TrainConfig(output_dir=str(tmp_path)), Ranks(rank, 2, rank), clean_leftovers)

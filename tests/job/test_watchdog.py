@@ -1,4 +1,4 @@
-"""Who is named when a rank dies, freezes or stands still. Run: pytest tests/job/test_watchdog.py
+"""Which rank is named when one dies, freezes or hangs. Run: pytest tests/job/test_watchdog.py
 
 Ranks are watchdogs of this process and of children; two ranks with DeepSpeed are in test_watchdog_rank_loss.py.
 """
@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 HOST = os.uname().nodename
 pytestmark = pytest.mark.timeout(60)
 
-# A rank that beats until it is told to stop by a line on its standard input.
+# A rank that publishes heartbeats until it reads a line on its standard input.
 OTHER_RANK = """
 import sys
 from pathlib import Path
@@ -67,7 +67,7 @@ def test_a_killed_rank_is_named_with_host_and_last_step(
     tmp_path: Path, other: subprocess.Popen[str], capfd: pytest.CaptureFixture[str]
 ) -> None:
     dog, ends = watch(tmp_path, 5.0)
-    with dog.unbounded("loading the model"):  # also in a phase in which nobody needs to move
+    with dog.unbounded("loading the model"):  # also in a phase without a deadline
         time.sleep(1.0)
         assert not ends
         other.send_signal(signal.SIGKILL)
@@ -84,7 +84,7 @@ def test_a_frozen_rank_is_named_after_the_timeout(
     dog, ends = watch(tmp_path, 1.0)
     with dog.unbounded("writing the checkpoint"):
         time.sleep(1.5)
-        assert not ends  # it beats, although it does not move
+        assert not ends  # it publishes heartbeats, although it makes no progress
         other.send_signal(signal.SIGSTOP)
         assert 0.8 < ends.wait() < 4 and ends == [EXIT_RANK_LOST]
     assert f"rank 1 on {HOST} (process {other.pid}) sent no heartbeat" in capfd.readouterr().err
@@ -110,8 +110,8 @@ def test_a_main_thread_that_stands_still_names_who_is_furthest_behind(
 def test_all_at_one_place_is_said_to_be_so(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     others = Watchdog(tmp_path, 1, 2, 3.0, end=lambda code: None)
     dog, ends = watch(tmp_path, 1.0)
-    for one in (others, dog):
-        one.beat("step 3", 2)
+    for watchdog in (others, dog):
+        watchdog.beat("step 3", 2)
     ends.wait()
     assert "nor has any other rank: all wait at the same point" in capfd.readouterr().err
     others.stop()
@@ -126,7 +126,7 @@ def test_beats_and_phases_without_bound_keep_it_quiet(tmp_path: Path) -> None:
         time.sleep(1.2)
     assert not ends
     ends.wait(5)
-    assert ends == [EXIT_RANK_LOST]  # and the end of the phase bounds it again
+    assert ends == [EXIT_RANK_LOST]  # the deadline applies again after the phase
 
 
 def test_a_rank_that_ends_as_it_should_is_not_missed(tmp_path: Path, other: subprocess.Popen[str]) -> None:
@@ -148,7 +148,7 @@ def test_a_rank_that_failed_is_the_culprit(tmp_path: Path) -> None:
     dog.stop()
 
 
-def test_heartbeats_of_an_earlier_start_name_nobody(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_heartbeats_of_an_earlier_start_are_ignored(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Rank 1 has not begun to beat; its file is of a job that was killed on this host."""
     dog, _ = watch(tmp_path, 30.0, rank=1)
     dog.stop()

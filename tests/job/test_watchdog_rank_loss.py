@@ -1,4 +1,4 @@
-"""A rank is killed, another is frozen; each time the job ends by itself and goes on from a valid state.
+"""A rank is killed, another is frozen; each time the job ends on its own and resumes from a valid state.
 
 Two ranks of bpo.train without a launcher, as srun starts them. Run: pytest tests/job/test_watchdog_rank_loss.py
 """
@@ -29,7 +29,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 class Job:
-    """Both ranks, each with its output in a file."""
+    """Both ranks, with their output in files."""
 
     def __init__(self, root: Path, name: str, *options: str):
         with socket.socket() as probe:
@@ -54,7 +54,7 @@ class Job:
                 self.ranks.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file))
 
     def wait_for_step(self, metrics: Path, step: int) -> None:
-        """Until this job has written the step: the one before may have come further than its last checkpoint."""
+        """Waits until this job has written the step; the previous job may have gone past its last checkpoint."""
         deadline = time.monotonic() + 200
         while not (
             metrics.exists()
@@ -94,7 +94,7 @@ def test_killed_then_frozen_then_stopped(root: Path) -> None:
         assert time.monotonic() - ended < 30
     finally:
         job.kill()
-    (line,) = {one.split("ends here: ")[1] for one in job.text(0).splitlines() if "the job ends here" in one}
+    (line,) = {text.split("ends here: ")[1] for text in job.text(0).splitlines() if "the job ends here" in text}
     assert line.startswith(f"rank 1 on {os.uname().nodename} (process {job.ranks[1].pid}) died; last finished step ")
 
     found = newest_valid_checkpoint(root / "run")
@@ -109,9 +109,9 @@ def test_killed_then_frozen_then_stopped(root: Path) -> None:
     finally:
         job.kill()
     assert f"continuing from {checkpoints}" in job.text(0)
-    ends = [one for one in job.text(0).splitlines() if "the job ends here" in one]
-    assert ends and all(f"rank 1 on {os.uname().nodename} (process {job.ranks[1].pid})" in one for one in ends)
-    assert all("last finished step" in one for one in ends)
+    ends = [line for line in job.text(0).splitlines() if "the job ends here" in line]
+    assert ends and all(f"rank 1 on {os.uname().nodename} (process {job.ranks[1].pid})" in line for line in ends)
+    assert all("last finished step" in line for line in ends)
 
     job = Job(root, "stopped", "--resume")
     found = newest_valid_checkpoint(root / "run")
@@ -124,7 +124,7 @@ def test_killed_then_frozen_then_stopped(root: Path) -> None:
         assert [process.wait(60) for process in job.ranks] == [EXIT_INTERRUPTED] * 2, job.text(0)[-3000:]
     finally:
         job.kill()
-    steps = [json.loads(one)["step"] for one in metrics.read_text().splitlines()]
+    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
     assert steps == list(range(1, steps[-1] + 1))
     assert newest_valid_checkpoint(root / "run")[1]["step"] == steps[-1]  # type: ignore[index]
     status = json.loads((root / "run" / "status.json").read_text())
@@ -132,7 +132,7 @@ def test_killed_then_frozen_then_stopped(root: Path) -> None:
 
 
 def test_restarts_in_vain_end_with_their_own_code(root: Path, tmp_path: Path) -> None:
-    """Found before a model is loaded: one process is enough to see it."""
+    """Found before a model is loaded: one process is enough to test it."""
     output = tmp_path / "none"
     output.mkdir()
     (output / "restarts.json").write_text(json.dumps({"step": 0, "restarts": 3}))

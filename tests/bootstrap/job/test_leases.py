@@ -1,4 +1,4 @@
-"""Workers that share a job by claims. Run: python -m pytest tests/bootstrap/job/test_leases.py"""
+"""Workers that share a job through leases. Run: python -m pytest tests/bootstrap/job/test_leases.py"""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ MakeConfig = Callable[..., Config]
 
 
 def dead_process() -> str:
-    """The number of a process that has ended."""
+    """The id of a process that has ended."""
     return subprocess.run(["sh", "-c", "echo $$"], stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
 
 
@@ -43,13 +43,13 @@ def test_a_piece_has_one_owner_until_it_is_given_back(tmp_path: Path) -> None:
         assert a.take("piece") and not b.take("piece") and b.take("other")
         a.release("piece")
         assert b.take("piece") and not a.take("piece")
-    with Leases(tmp_path, "a", 60) as a:  # who leaves gives everything back
+    with Leases(tmp_path, "a", 60) as a:  # leaving releases everything
         assert a.take("piece") and a.take("other")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_of_many_that_ask_at_once_one_gets_a_piece(tmp_path: Path) -> None:
-    """Also where its owner is dead and all of them find that out together."""
+    """Also if its owner is dead and all of them detect that at once."""
     for number in range(20):
         (tmp_path / f"{number}.claim").write_text("dead" if number % 2 else "")
         os.utime(tmp_path / f"{number}.claim", (0, 0))
@@ -121,8 +121,8 @@ def test_pieces_cover_the_work_once_and_end_where_their_last_batch_does(
     with Leases(tmp_path / "claims", "a", 60) as a, Leases(tmp_path / "claims", "b", 60) as b:
         assert b.take(work._name(1))  # batches 3, 4 and 5
         got = list(work.leased(a))
-    assert [one.number for one in got] == [0, 1, 2, 6, 7, 8, 9, 10]
-    assert [one.number for one in got if one.ends] == [2, 8, 10]
+    assert [batch.number for batch in got] == [0, 1, 2, 6, 7, 8, 9, 10]
+    assert [batch.number for batch in got if batch.ends] == [2, 8, 10]
     assert not work.is_finished()
     done = [Outcome(f"r{n}", "inject", "kept") for n in range(53) if n != 7]
     with OutcomeWriter(tmp_path, 0) as writer:
@@ -131,14 +131,14 @@ def test_pieces_cover_the_work_once_and_end_where_their_last_batch_does(
     assert not work.is_finished() and work.missing() == (1, "r7") and work.num_done() == 52
     again = source_work(tmp_path, 53, 5, monkeypatch, pieces=4)
     with Leases(tmp_path / "claims", "a", 60) as a:
-        assert [one.number for one in again.leased(a)] == [1]  # only the batch of r7
+        assert [batch.number for batch in again.leased(a)] == [1]  # only the batch of r7
 
 
 @contextmanager
 def ranks_in_threads(monkeypatch: pytest.MonkeyPatch, world_size: int) -> Iterator[Callable[[int, Config], Future]]:
     """Starts a job as one of its ranks, each in a thread of its own."""
     here = threading.local()
-    # transformers changes things of the whole process while it loads a model: one after the other, as in processes.
+    # transformers changes global state while it loads a model: load one after the other, as in processes.
     loading = threading.Lock()
 
     def one_at_a_time(load: Callable[..., Any]) -> Callable[..., Any]:
@@ -191,7 +191,7 @@ def test_rank_0_waits_for_what_others_have_claimed(make: MakeConfig, monkeypatch
         assert claimed.wait(60)
         first = start(0, config)
         with pytest.raises(TimeoutError):
-            first.result(timeout=3)  # its own share is done by now
+            first.result(timeout=3)  # its own share is finished by now
         go_on.set()
         summary = first.result()
         other.result()
@@ -231,7 +231,7 @@ def test_the_stall_timeout_starts_with_the_wait(tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_dead_ranks_work_is_done_by_the_others(make: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of this machine, whose process is gone, at once; of another machine, when it has been silent for long enough."""
+    """At once if its process on this machine has ended; after the timeout if it ran on another machine."""
     monkeypatch.setattr(run_module, "_POLL_S", 0.05)
     config = make("a", sources=["weaken"], claim_timeout_s=1.0)
     claims = parts(config) / "claims"

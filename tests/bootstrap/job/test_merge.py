@@ -1,4 +1,4 @@
-"""What is decided when all parts are there. Run: python -m pytest tests/bootstrap/job/test_merge.py"""
+"""Decisions of the merge. Run: python -m pytest tests/bootstrap/job/test_merge.py"""
 
 from __future__ import annotations
 

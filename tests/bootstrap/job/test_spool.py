@@ -1,4 +1,4 @@
-"""Work that stays on disk. Run: python -m pytest tests/bootstrap/job/test_spool.py"""
+"""Annotations and outcomes on disk. Run: python -m pytest tests/bootstrap/job/test_spool.py"""
 
 from __future__ import annotations
 
@@ -63,17 +63,17 @@ def outcomes(count: int, source: str = "weaken") -> Iterator[Outcome]:
     return (Outcome(annotation(n).id, source, "kept", f"{n} zebras", provenance=Provenance("x")) for n in range(count))
 
 
-def test_outcomes_are_found_where_they_stand(tmp_path: Path) -> None:
+def test_outcomes_are_read_from_their_position(tmp_path: Path) -> None:
     with OutcomeWriter(tmp_path, 0) as writer:
         writer.append(outcomes(5))
     reader = OutcomeReader(tmp_path)
     assert reader.poll() == len(reader) == 5 and reader.poll() == 0
     with OutcomeWriter(tmp_path, 1) as writer:
         writer.append([*outcomes(7), Outcome("bad", "inject", "broken", reason="no picture")])
-    assert reader.poll() == 3  # five were there
+    assert reader.poll() == 3  # five were known
     assert ("weaken", annotation(6).id) in reader and ("inject", annotation(6).id) not in reader
     found = reader.get(("weaken", annotation(6).id))
-    assert found is not None and found.text == "6 zebras" and reader.get(("weaken", "nobody")) is None
+    assert found is not None and found.text == "6 zebras" and reader.get(("weaken", "unknown")) is None
     assert reader.broken() == [record_digest("bad")]
     assert reader.counts() == {("weaken", "kept", ""): 7, ("inject", "broken", ""): 1}
 
@@ -118,4 +118,4 @@ def peak_bytes(folder: Path, count: int) -> int:
 def test_memory_hardly_grows_with_the_records(tmp_path: Path) -> None:
     peak_bytes(tmp_path / "warm", 10)
     small, large = peak_bytes(tmp_path / "small", 200), peak_bytes(tmp_path / "large", 4000)
-    assert (large - small) / 3800 < 120, (small, large)  # bytes a record: positions, lengths, digests, their order
+    assert (large - small) / 3800 < 120, (small, large)  # bytes per record: positions, lengths, digests, order
