@@ -1,13 +1,13 @@
-"""The Triton kernels of the preference loss; preference_loss.py launches them and explains their order.
+"""Triton kernels of the preference loss; preference_loss.py launches them and documents their order.
 
 Legend: N tokens, K completions, P pairs, R rows of a tile.
 
-A completion is cut into pieces of PIECE tokens, counted from its first one, so that its sum depends neither on where it
-lies in the batch nor on the pairs that name it. Its first piece belongs to a tile of ROWS completions. Any other piece
-begins in exactly one block of PIECE tokens, whose first token belongs to the same completion: one program per block
-finds its piece, or that there is none, from that token's completion.
+A completion is split into pieces of PIECE tokens, counted from its first token, so that its sum depends neither on its
+position in the batch nor on the pairs that use it. Its first piece belongs to a tile of ROWS completions. Every other
+piece begins in exactly one block of PIECE tokens, whose first token belongs to the same completion: one program per
+block finds its piece, or that there is none, from that token's completion.
 
-Sums over the pairs of a completion are added as integers, which gives the same bits in any order of the pairs.
+Sums over the pairs of a completion are integer sums, which give the same bits in any order of the pairs.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# An accumulator below HALF_BROKEN has met a NaN or infinity. True sums stay within 2^61, see `fixed_point_bits`.
+# An accumulator below HALF_BROKEN has received a NaN or infinity. Valid sums stay within 2^61, see `fixed_point_bits`.
 BROKEN = tl.constexpr(-3 << 61)
 HALF_BROKEN = tl.constexpr(-1 << 62)
-# Every micro-batch has other numbers of these: a kernel compiled anew for multiples of 16 would gain nothing.
+# These differ in every micro-batch: recompiling a kernel for multiples of 16 would not pay.
 VARYING = ("K", "P", "bits", "num_programs", "num_peaks")
 
 
 @triton.jit
 def pair_loss(margin, beta, slope, LOSS_TYPE: tl.constexpr):
-    """Loss of a margin and its derivative by the margin; `slope` holds the label smoothing."""
+    """Loss of a margin and its derivative with respect to it; `slope` encodes the label smoothing."""
     x = beta * margin
     if LOSS_TYPE == "hinge":
         loss = tl.maximum(1.0 - x, 0.0)
@@ -35,7 +35,7 @@ def pair_loss(margin, beta, slope, LOSS_TYPE: tl.constexpr):
         derivative = 2.0 * difference
     else:
         small = tl.exp(-tl.abs(x))
-        # log(1 + small) keeps its digits where 1 + small has lost them.
+        # log(1 + small) in full precision even if 1 + small is rounded.
         rounded = 1.0 + small
         lost = rounded - 1.0
         log1p = tl.where(lost == 0.0, small, tl.log(rounded) * (small / tl.where(lost == 0.0, 1.0, lost)))
@@ -64,7 +64,7 @@ def log_ratio(policy_ptr, reference_ptr, weight_ptr, token, inside, HAS_WEIGHT: 
 
 @triton.jit
 def sum_of_tokens(policy_ptr, reference_ptr, weight_ptr, first, last, HAS_WEIGHT: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Log-ratio of the tokens first <= i < last, by one whole program."""
+    """Sum of the log-ratios of tokens first <= i < last, computed by one program."""
     total = tl.zeros([BLOCK_N], tl.float32)
     for start in range(0, (last - first).to(tl.int32), BLOCK_N):
         token = first + start + tl.arange(0, BLOCK_N)
@@ -74,7 +74,7 @@ def sum_of_tokens(policy_ptr, reference_ptr, weight_ptr, first, last, HAS_WEIGHT
 
 @triton.jit
 def bounds(starts_ptr, completion, exists):
-    """First token of a completion and the one after its last; 0, 0 where it does not exist."""
+    """First token of a completion and the one after its last; 0, 0 if it does not exist."""
     first = tl.load(starts_ptr + completion, mask=exists, other=0).to(tl.int64)
     last = tl.load(starts_ptr + completion + 1, mask=exists, other=0).to(tl.int64)
     return first, last
@@ -82,10 +82,10 @@ def bounds(starts_ptr, completion, exists):
 
 @triton.jit
 def rows_of_program(completion_ptr, starts_ptr, K, PIECE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The tokens of this program: at every step, row r of its tile takes COLUMNS of those from first [R] on.
+    """The tokens of this program: in each step, row r of its tile processes COLUMNS tokens, starting at first [R].
 
     Returns block, completion [R], first [R], tokens from there to the piece's end [R], step. Block 0: the first pieces
-    of ROWS completions, one per row. Else: all rows share the piece, not a completion's first, that begins in that
+    of ROWS completions, one per row. Otherwise all rows share the piece, not a completion's first, that begins in that
     block of PIECE tokens; it may be empty.
     """
     program = tl.program_id(0).to(tl.int64)
@@ -122,7 +122,7 @@ def preference_loss_direct_kernel(
     HAS_WEIGHT: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Few tokens and pairs: one program per pair adds up the tokens of both sides."""
+    """For few tokens and pairs: one program per pair sums the tokens of both sides."""
     pair = tl.program_id(0).to(tl.int64)
     chosen = tl.load(pairs_ptr + 2 * pair).to(tl.int64)
     rejected = tl.load(pairs_ptr + 2 * pair + 1).to(tl.int64)
@@ -169,7 +169,7 @@ def preference_loss_sums_kernel(
 def joined_sum(
     starts_ptr, sums_ptr, completion, exists, K, PIECE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    """Log-ratio [R] of completions [R]: the first piece and, for few, the others, which lie one after the other."""
+    """Log-ratio [R] of completions [R]: the first piece and, for long ones, the others, stored consecutively."""
     exists = exists & (completion >= 0) & (completion < K)
     first, last = bounds(starts_ptr, completion, exists)
     total = tl.load(sums_ptr + completion, mask=exists, other=0.0)
@@ -200,7 +200,7 @@ def preference_loss_pairs_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """The loss of a tile of pairs from the sums of the pieces."""
+    """Loss of a tile of pairs, from the sums of the pieces."""
     pair = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     exists = pair < P
     chosen = tl.load(pairs_ptr + 2 * pair, mask=exists, other=-1).to(tl.int64)
@@ -227,14 +227,14 @@ def grad_of_margin(grad_loss_ptr, grad_stride, derivative_ptr, pair, exists):
 
 @triton.jit
 def power_of_two(exponent):
-    """2^exponent in fp64, from its bits."""
+    """2^exponent in fp64, built from its bits."""
     return ((exponent.to(tl.int64) + 1023) << 52).to(tl.float64, bitcast=True)
 
 
 @triton.jit
 def unit_exponent(peak, bits):
     """Exponent of the fixed-point unit in which numbers up to `peak` take `bits` bits; fp32 numbers down to
-    2^(24 - bits) of the peak are then exact.
+    2^(24 - bits) of the peak are exact.
     """
     biased = tl.maximum(peak.to(tl.int32, bitcast=True) >> 23, 1)
     return biased - 126 - bits
@@ -244,7 +244,7 @@ def unit_exponent(peak, bits):
 def coefficient_from_pairs(
     grad_loss_ptr, grad_stride, derivative_ptr, pairs_ptr, completion, P, bits, BLOCK_P: tl.constexpr
 ):
-    """d loss / d log-ratio [R] of completions [R], of at most BLOCK_P pairs."""
+    """d loss / d log-ratio [R] of completions [R], for at most BLOCK_P pairs."""
     pair = tl.arange(0, BLOCK_P).to(tl.int64)
     exists = pair < P
     chosen = tl.load(pairs_ptr + 2 * pair, mask=exists, other=-1).to(tl.int64)
@@ -271,7 +271,7 @@ def preference_loss_peak_kernel(
     num_programs,
     BLOCK: tl.constexpr,
 ):
-    """Largest gradient of a margin in this program's share of the pairs; sets the accumulators to 0."""
+    """Largest margin gradient in this program's share of the pairs; zeroes the accumulators."""
     program = tl.program_id(0)
     peak = tl.zeros([BLOCK], tl.float32)
     for start in range(program * BLOCK, P, num_programs * BLOCK):
@@ -299,7 +299,7 @@ def preference_loss_scatter_kernel(
     BLOCK_P: tl.constexpr,
     MAX_PEAKS: tl.constexpr,
 ):
-    """Adds the gradient of each margin to both completions, as integers; the peak of all goes before the peaks."""
+    """Adds each margin's gradient to both completions, as integers; stores the overall peak before the peaks."""
     index = tl.arange(0, MAX_PEAKS)
     peak = tl.max(tl.load(peaks_ptr + 1 + index, mask=index < num_peaks, other=0.0), 0)
     if tl.program_id(0) == 0:

@@ -1,18 +1,18 @@
-"""The preference loss of every pair from token log-probs: work and bytes linear in tokens + pairs, no float atomics.
+"""The preference loss of each pair from token log-probs: work and bytes linear in tokens + pairs, no float atomics.
 
 Legend: N tokens, K completions, P pairs, M sides of pairs.
 
 | | launches forward | backward |
 |---|---|---|
-| up to DIRECT_TOKENS tokens and DIRECT_PAIRS pairs | 1: each pair adds up its tokens | 1: its pairs, its tokens |
-| more tokens, up to DIRECT_PAIRS pairs | 2: the sum of every piece of a completion; the losses | 1 |
-| more pairs | 2 | 3: the largest gradient of a margin; the coefficient of every completion; its tokens |
+| up to DIRECT_TOKENS tokens and DIRECT_PAIRS pairs | 1: each pair sums its tokens | 1: its pairs, its tokens |
+| more tokens, up to DIRECT_PAIRS pairs | 2: the sum of each piece of a completion; the losses | 1 |
+| more pairs | 2 | 3: the largest margin gradient; the coefficient of each completion; its tokens |
 
-`completion_starts_K1` says where each completion's tokens are. Without it the tokens are sorted first, forward and
-backward: about 20 launches of PyTorch each way, a radix sort of N integers, copies of the [N] tensors.
+`completion_starts_K1` locates each completion's tokens. Without it the tokens are sorted first, forward and backward:
+about 20 PyTorch launches each way, a radix sort of N integers, copies of the [N] tensors.
 
-The same input gives the same bits, and the order of the pairs changes none of a gradient: README.md says why.
-`preference_sizes.moved_bytes` is what the kernels load and store.
+Results are deterministic, and the order of the pairs changes no bit of a gradient (see README.md).
+`preference_sizes.moved_bytes` computes the bytes that the kernels load and store.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from .checks import align, check_preference_loss, check_preference_options, chec
 
 @dataclass(frozen=True)
 class _Batch:
-    """Completions that lie one after the other.
+    """Completions stored consecutively.
 
-    order_N: where the tokens were before they were sorted; None where they lay so already.
+    order_N: positions of the tokens before sorting; None if they were not sorted.
     """
 
     completion_N: Tensor
@@ -52,16 +52,16 @@ class _Batch:
 
 
 def _batch(completion_N: Tensor, pairs_P2: Tensor, starts_K1: Tensor | None) -> _Batch:
-    """The completions as they lie; or, without offsets, sorted: those of the pairs, then the tokens of no pair.
+    """The completions as stored or, without offsets, sorted: those of the pairs, then the tokens of no pair.
 
-    K is not known then, and the indices may be any: a completion's new one is its place among the sides of all pairs.
+    When sorting, K is unknown and indices are arbitrary: a completion's new index is its rank among all pairs' sides.
     """
     completion_N, pairs_P2 = completion_N.contiguous(), pairs_P2.contiguous()
     if starts_K1 is not None:
         return _Batch(align(completion_N), align(pairs_P2), align(starts_K1.contiguous()), None)
     sides_M = pairs_P2.to(completion_N.dtype).flatten().sort().values
     place_N = torch.searchsorted(sides_M, completion_N, out_int32=True)
-    # place_N is M where no side is as large: -1 is no completion's index.
+    # place_N is M if no side is as large: -1 is never an index.
     is_named_N = F.pad(sides_M, (0, 1), value=-1)[place_N] == completion_N
     sorted_N, order_N = place_N.where(is_named_N, sides_M.shape[0]).sort(stable=True)
     bounds = torch.arange(sides_M.shape[0] + 2, dtype=torch.int32, device=sides_M.device)
@@ -81,12 +81,12 @@ def forward(
     label_smoothing: float,
     loss_type: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Losses, chosen rewards, rejected rewards and the derivatives of the losses by the margins, all [P] fp32."""
+    """Losses, chosen rewards, rejected rewards, derivatives of the losses with respect to the margins; all [P] fp32."""
     num_tokens, num_pairs = policy_logp_N.shape[0], pairs_P2.shape[0]
     rows = [torch.empty(num_pairs, dtype=torch.float32, device=policy_logp_N.device) for _ in range(4)]
     if num_pairs == 0:
         return rows[0], rows[1], rows[2], rows[3]
-    # See plain._pair_losses: both smoothed losses are one log-sigmoid plus a line.
+    # See plain._pair_losses: both smoothed losses are a log-sigmoid plus a linear term.
     slope = label_smoothing if loss_type == "sigmoid" else -label_smoothing / (1 - 2 * label_smoothing)
     loss_options = (beta, slope, "sigmoid" if loss_type == "robust" else loss_type)
     batch = _batch(completion_of_token_N, pairs_P2, completion_starts_K1)
@@ -211,7 +211,7 @@ def backward(
     weight_N = batch.sorted(token_weight_N)
     programs = sizes.cdiv(batch.num_completions, sizes.GRAD_ROWS) + sizes.num_blocks(num_tokens)
     direct, bits = num_pairs <= sizes.DIRECT_PAIRS, sizes.fixed_point_bits(num_pairs)
-    # A mean's gradient is one number with stride 0: it is read as it is, not copied P times.
+    # A mean's gradient is one number with stride 0: it is read in place, not copied P times.
     grads = (grad_losses_P, grad_losses_P.stride(0), derivative_P)
     with torch.cuda.device_of(policy_logp_N):
         peak, units_K = (None, None) if direct else _launch_coefficients(batch, *grads, bits)
@@ -245,7 +245,7 @@ def backward(
 def _launch_coefficients(
     batch: _Batch, grad_losses_P: Tensor, grad_stride: int, derivative_P: Tensor, bits: int
 ) -> tuple[Tensor, Tensor]:
-    """Largest gradient of a margin, first of several numbers; each completion's coefficient [K] in units of it."""
+    """Largest margin gradient (first element of peaks); each completion's coefficient [K] in units of it."""
     num_pairs, num_completions = batch.pairs_P2.shape[0], batch.num_completions
     programs = sizes.num_peaks(num_pairs, num_completions)
     peaks = torch.empty(programs + 1, dtype=torch.float32, device=derivative_P.device)
@@ -312,7 +312,7 @@ def preference_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Losses [P] and the detached rewards of both sides [P], fp32; see `plain.preference_loss`.
 
-    `num_completions` only serves the index checks, which are left out on CUDA; no tensor is read on the host there.
+    `num_completions` is used only in the index checks, which are skipped on CUDA; no tensor is read on the host there.
     """
     check_preference_options(beta, label_smoothing, loss_type)
     check_triton_dtype("policy_logp_N", policy_logp_N)

@@ -1,20 +1,20 @@
-"""Tiles and thresholds of the preference loss, and the bytes that its kernels move.
+"""Tile sizes and thresholds of the preference loss, and the bytes that its kernels move.
 
 Legend: N tokens, K completions, P pairs.
 """
 
 from __future__ import annotations
 
-# Up to here each pair adds up the tokens of both sides: one launch.
+# Up to this size each pair sums the tokens of both sides, in one launch.
 DIRECT_TOKENS = 8192
-# Up to here each piece of a completion looks at all pairs: a backward of one launch.
+# Up to this size each piece of a completion reads all pairs, in a backward of one launch.
 DIRECT_PAIRS = 128
-# Tokens that one program adds up at most; longer batches have longer pieces, so that no completion has more than
+# Maximum tokens summed by one program; longer batches have longer pieces, so that no completion has more than
 # MAX_PIECES to join for each of its pairs.
 MIN_PIECE = 1024
 MAX_PIECES = 1024
-# A tile of completions: rows of them, COLUMNS tokens at a time; completions of 128 tokens fill it. The forward waits
-# for what it reads, so its tiles are larger: 64 bytes per thread are in flight.
+# A tile of completions: one per row, COLUMNS tokens at a time; completions of 128 tokens fill it. The forward waits
+# for its loads, so its tiles are larger: 64 bytes per thread are in flight.
 SUM_ROWS, GRAD_ROWS, COLUMNS = 8, 4, 128
 PAIR_ROWS, PAIR_COLUMNS = 32, 32
 BLOCK_N = 1024
@@ -25,7 +25,7 @@ NUM_WARPS = 4
 
 
 def cdiv(number: int, divisor: int) -> int:
-    """The quotient, rounded up."""
+    """Quotient, rounded up."""
     return -(-number // divisor)
 
 
@@ -35,17 +35,17 @@ def piece_tokens(num_tokens: int) -> int:
 
 
 def fixed_point_bits(num_pairs: int) -> int:
-    """Bits of the largest term of a coefficient, so that 2 P terms stay within 61 bits."""
+    """Bits of the largest term of a coefficient such that 2 P terms fit in 61 bits."""
     return 61 - (2 * num_pairs).bit_length()
 
 
 def num_peaks(num_pairs: int, num_completions: int) -> int:
-    """Programs that look for the largest term, and clear the accumulators."""
+    """Programs that search for the largest term and zero the accumulators."""
     return min(MAX_PEAKS, cdiv(max(num_pairs, num_completions), PEAK_BLOCK))
 
 
 def num_blocks(num_tokens: int) -> int:
-    """Blocks of tokens in which a piece that is not its completion's first may begin: all but the batch's first."""
+    """Blocks of tokens in which a later piece of a completion can begin: all but the batch's first."""
     return max(0, cdiv(num_tokens, piece_tokens(num_tokens)) - 1)
 
 
@@ -61,14 +61,14 @@ def moved_bytes(
     empty_tiles: int = 0,
     logp_bytes: int = 4,
 ) -> tuple[int, int]:
-    """Bytes that the kernels load and store, forward and backward, with offsets and int64 indices.
+    """Bytes that the kernels load and store, forward and backward, given offsets and int64 indices.
 
     Args:
         num_tokens, num_pairs, num_completions: N, P, K.
         has_weight: with fp32 token weights.
         tokens_of_pairs: sum over the pairs of the tokens of both sides (None: N, each completion is in one pair).
         later_pieces: pieces that are not their completion's first; `cdiv(length, piece_tokens(N)) - 1` each.
-        later_pieces_of_pairs: sum over the pairs of those of both sides.
+        later_pieces_of_pairs: sum over the pairs of the later pieces of both sides.
         empty_tiles: tiles of GRAD_ROWS completions without a token.
         logp_bytes: size of a log-prob.
 
@@ -80,7 +80,7 @@ def moved_bytes(
         tokens = num_tokens if tokens_of_pairs is None else tokens_of_pairs
         forward = tokens * per_token + num_pairs * (16 + 2 * 16) + outputs
     else:
-        # Offsets of each completion, and for each block by all rows of its tile; then sums, which each pair reads.
+        # Offsets of each completion, and for each block, of all rows of its tile; then sums, read by each pair.
         forward = num_tokens * per_token + num_completions * 16 + blocks * (8 + SUM_ROWS * 16)
         forward += 4 * (num_completions + blocks)
         forward += num_pairs * (16 + 2 * (16 + 4)) + 4 * later_pieces_of_pairs + outputs
@@ -96,5 +96,5 @@ def moved_bytes(
 
 
 def is_direct(num_tokens: int, num_pairs: int) -> bool:
-    """Few tokens and pairs: each pair adds up the tokens of both sides, in one launch."""
+    """Whether tokens and pairs are few: each pair then sums the tokens of both sides, in one launch."""
     return num_tokens <= DIRECT_TOKENS and num_pairs <= DIRECT_PAIRS

@@ -1,4 +1,4 @@
-"""Compiles every Triton kernel for GPUs that are not here, and reads registers, spills and shared memory.
+"""Compiles every Triton kernel without a GPU and reports registers, spills and shared memory.
 
 python kernels/bench/aot.py [--arch 80 90 100 gfx942]          prints the table of kernels/README.md
 """
@@ -20,18 +20,18 @@ from triton.compiler import ASTSource
 
 from bpo_kernels.bench.aot_cases import ARCHITECTURES, Case, all_cases
 
-# Shared memory that one block may use, bytes (CUDA programming guide, compute capabilities; CDNA 3 ISA guide).
+# Maximum shared memory per block, in bytes (CUDA programming guide, compute capabilities; CDNA 3 ISA guide).
 SHARED_LIMIT_BYTES: dict[int | str, int] = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, "gfx942": 64 * 1024}
-# Sizes and strides of one row: declared as multiples of 16 in the aligned cases.
+# Row sizes and strides: declared as multiples of 16 in the aligned cases.
 _SIZES = ("V", "H", "stride_n", "grad_stride_n")
 
 
 @dataclass(frozen=True)
 class Usage:
-    """What the compiler reports for one case on one architecture.
+    """The compiler's report for one case on one architecture.
 
-    spilled_bytes: registers that did not fit and live in memory. (AMD's scalar registers spill into lanes of vector
-    registers: those do not count.)
+    spilled_bytes: registers spilled to memory. (AMD's scalar registers spill into lanes of vector registers, which do
+    not count.)
     """
 
     registers: int
@@ -43,10 +43,10 @@ class Usage:
 def compile_case(case: Case, arch: int | str, max_registers: int | None = None) -> Usage:
     """Compiles `case` for a compute capability (80, 90, 100) or gfx942 and reads the compiler's report.
 
-    `max_registers` per thread (None: the compiler's choice) shows what a tighter limit would cost.
+    `max_registers` per thread (None: the compiler's choice) shows the cost of a tighter limit.
 
     Raises:
-        RuntimeError: TRITON_INTERPRET is set (nothing can be compiled then), or the report cannot be read.
+        RuntimeError: TRITON_INTERPRET is set (which disables compilation), or the report cannot be read.
     """
     if not isinstance(case.kernel, triton.runtime.JITFunction):
         raise RuntimeError("TRITON_INTERPRET is set: compile in a process without it")
@@ -71,7 +71,7 @@ def compile_case(case: Case, arch: int | str, max_registers: int | None = None) 
 
 
 def _nvidia_usage(compiled: Any) -> Usage:
-    """Reads `cuobjdump --dump-resource-usage` from Triton's own wheel; dynamic shared memory is Triton's figure."""
+    """Reads `cuobjdump --dump-resource-usage` from Triton's own wheel; dynamic shared memory is Triton's value."""
     cuobjdump = Path(nvidia_backend).parent / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -80,13 +80,13 @@ def _nvidia_usage(compiled: Any) -> Usage:
         report = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     figures = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", report)}
     if not {"REG", "STACK", "LOCAL", "SHARED"} <= figures.keys():
-        raise RuntimeError(f"cuobjdump gave no resource usage: {report!r}")
+        raise RuntimeError(f"cuobjdump reported no resource usage: {report!r}")
     shared = max(compiled.metadata.shared, figures["SHARED"])
     return Usage(figures["REG"], figures["STACK"] + figures["LOCAL"], shared, compiled.asm["ptx"])
 
 
 def _amd_usage(compiled: Any) -> Usage:
-    """Reads the kernel's metadata in the assembly: vector registers, their spills, scratch memory and LDS."""
+    """Reads the kernel's metadata from the assembly: vector registers, their spills, scratch memory and LDS."""
     assembly = compiled.asm["amdgcn"]
     keys = ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size", "group_segment_fixed_size")
     figures = {key: re.search(rf"\.{key}:\s+(\d+)", assembly) for key in keys}
@@ -97,7 +97,7 @@ def _amd_usage(compiled: Any) -> Usage:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Prints one Markdown row per kernel and architecture; returns 1 where one spills or exceeds shared memory."""
+    """Prints one Markdown row per kernel and architecture; returns 1 if one spills or exceeds shared memory."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", nargs="+", default=[str(a) for a in ARCHITECTURES], choices=map(str, ARCHITECTURES))
     names = parser.parse_args(argv).arch

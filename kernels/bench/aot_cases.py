@@ -1,7 +1,7 @@
-"""The launches that aot.py compiles: every kernel with the types and constants that the host wrappers give it.
+"""The launches that aot.py compiles: every kernel with the types and constants passed by the host wrappers.
 
-Pointers and sizes that are multiples of 16 are declared so, as they are for LLaVA's vocabulary of 32,064 tokens, and
-once more without, as for a vocabulary of 31.
+Pointers and sizes are declared as multiples of 16, as for LLaVA's vocabulary of 32,064 tokens, and once more without,
+as for a vocabulary of 31.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ ARCHITECTURES = (*NVIDIA, *AMD)
 
 @dataclass(frozen=True)
 class Case:
-    """One kernel with the argument types and constants of one launch, on the targets `archs` (None: on all)."""
+    """A kernel with the argument types and constants of one launch, for the targets `archs` (None: all)."""
 
     name: str
     kernel: Any
@@ -102,10 +102,10 @@ def _streamed_case(
 
 
 def _logprob_rows_cases() -> list[Case]:
-    """Rows in registers for LLaVA's and SmolLM's vocabulary; streamed ones for Qwen's, heads with options, and AMD."""
+    """Rows in registers for LLaVA's and SmolLM's vocabularies; streamed for Qwen's, heads with options, and AMD."""
     whole = [("bf16", 32064), ("bf16", 49152), ("bf16", 31), ("fp16", 49152), ("fp32", 32064)]
     cases = [_row_case(dtype, vocab, with_dlogits) for dtype, vocab in whole for with_dlogits in (True, False)]
-    # dtype, vocabulary; D wanted, bias and cap, statistics
+    # dtype, vocabulary, with D, bias and cap, statistics
     streamed = [
         ("bf16", 152064, True, False, False),
         ("bf16", 152064, False, False, False),
@@ -117,7 +117,7 @@ def _logprob_rows_cases() -> list[Case]:
 
 
 def _preference_loss_cases() -> list[Case]:
-    """Completions in pieces of 4 Mi tokens; the losses of few pairs, which add up tokens, and of many."""
+    """Completions with the pieces of 4 Mi tokens; losses of few pairs, which sum tokens directly, and of many."""
     sizes = preference_loss.sizes
     tiles = {"PIECE": sizes.piece_tokens(4 << 20), "COLUMNS": sizes.COLUMNS}
     batch = {"completion_ptr": "*i64", "starts_ptr": "*i64", "K": "i32"}
@@ -162,7 +162,7 @@ def _preference_loss_cases() -> list[Case]:
 
 
 def _fused_logprob_cases() -> list[Case]:
-    """Each architecture's own tiles: many and few rows, bulk copies and single addresses, all outputs and none."""
+    """Tiles of each architecture: many and few rows, bulk copies and single addresses, all outputs and none."""
     cases = []
     # (bias and cap, statistics, single addresses)
     full, bare, counted, unaligned = (
@@ -216,7 +216,7 @@ def _fused_logprob_cases() -> list[Case]:
 
 
 def _add_optional(signature: dict[str, Any], constants: dict[str, Any], types: dict[str, str | None]) -> None:
-    """Pointers that a launch may leave out: those without a type are the constant None."""
+    """Adds optional pointers: those without a type become the constant None."""
     for name, given in types.items():
         if given is None:
             constants[name] = None
@@ -225,5 +225,5 @@ def _add_optional(signature: dict[str, Any], constants: dict[str, Any], types: d
 
 
 def all_cases() -> list[Case]:
-    """Every kernel in every configuration that the host wrappers launch."""
+    """All kernels in all configurations that the host wrappers launch."""
     return _logprob_gather_cases() + _logprob_rows_cases() + _fused_logprob_cases() + _preference_loss_cases()

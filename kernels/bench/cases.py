@@ -1,10 +1,10 @@
-"""What the benchmark runs: shapes, inputs, the true results, and the written formulas of work and memory.
+"""Benchmark cases: shapes, inputs, true results, and formulas of work and memory.
 
 Legend: N rows (response tokens), H hidden size, V vocabulary, K completions, P pairs, n rows of one chunk.
 
 Rates are computed from the FLOPs and bytes that an operation *needs* (`needed_work`), the same for every provider, so
-that a provider that does more has a lower rate. What each mode of ours and eager PyTorch really do is in
-`performed_gemms` and `formula_peak_bytes`; tests/kernels/test_bench_formulas.py holds them against a profiler's counts.
+that a provider that does more work has a lower rate. `performed_gemms` and `formula_peak_bytes` give the actual work of
+bpo's modes and eager PyTorch; tests/kernels/test_bench_formulas.py compares them with a profiler's counts.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ VARIANTS = {
     "linear_preference_loss": ("live-frozen", "live-trained", "stored-frozen"),
 }
 OPERATIONS = tuple(VARIANTS)
-# Files in tests/kernels: an operation is timed after its tests have passed.
+# Files in tests/kernels: an operation is timed only after its tests pass.
 TEST_FILES = {operation: (f"test_{operation}.py",) for operation in OPERATIONS}
 TEST_FILES["linear_logprob"] += ("test_logprob_rows.py",)
 TEST_FILES["preference_loss"] += ("test_preference_sizes.py",)
-# Tokens of one completion where there are rows enough for a pair of them.
+# Tokens per completion if there are enough rows for a pair.
 TOKENS_PER_COMPLETION = 128
 _TRUTH_CHUNK_ROWS = 256
 
 
 @dataclass(frozen=True)
 class Shape:
-    """An LM head, and the prompt and image tokens that stand before each completion in its users' batches."""
+    """An LM head, and the number of prompt and image tokens before each completion in typical batches."""
 
     hidden_size: int
     vocab: int
@@ -49,7 +49,7 @@ SHAPES = {
     "qwen2.5-vl-7b": Shape(3584, 152064, 1300),
     "llama-3-8b": Shape(4096, 128256, 512),
     "smollm": Shape(576, 49152, 128),
-    "tiny": Shape(64, 1031, 24),  # to rehearse the benchmark itself
+    "tiny": Shape(64, 1031, 24),  # to test the benchmark itself
 }
 
 
@@ -100,10 +100,10 @@ class Case:
         return " ".join(part for part in (*parts, f"N={self.num_rows}", self.logits) if part)
 
     def why_impossible(self) -> str | None:
-        """The reason why this case cannot be made, or None."""
+        """The reason why this case is impossible, or None."""
         if self.has_pairs and (self.num_rows < 2 or self.num_rows % (2 * self.tokens_per_completion)):
             return (
-                f"{self.num_rows} rows are no whole pairs: use an even number below {2 * TOKENS_PER_COMPLETION} "
+                f"{self.num_rows} rows are not whole pairs: use an even number below {2 * TOKENS_PER_COMPLETION} "
                 f"or a multiple of {2 * TOKENS_PER_COMPLETION}"
             )
         return None
@@ -111,7 +111,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Pairs:
-    """Completions of equal length, one after the other; pair i is (completion 2i, completion 2i + 1)."""
+    """Consecutive completions of equal length; pair i is (completion 2i, completion 2i + 1)."""
 
     completion_N: Tensor
     starts_K1: Tensor
@@ -121,7 +121,7 @@ class Pairs:
 
 @dataclass(frozen=True)
 class Inputs:
-    """The tensors of a case; those that its operation does not take are None."""
+    """The tensors of a case; None for those that its operation does not use."""
 
     target_N: Tensor
     hidden_NH: Tensor | None = None
@@ -133,7 +133,7 @@ class Inputs:
     pairs: Pairs | None = None
 
     def wanted(self) -> list[Tensor]:
-        """The tensors whose gradient is asked for, in the order of the fields."""
+        """Tensors that require a gradient, in the order of the fields."""
         candidates = (self.hidden_NH, self.weight_VH, self.logits_NV, self.policy_N)
         return [tensor for tensor in candidates if tensor is not None and tensor.requires_grad]
 
@@ -148,9 +148,9 @@ def make_cases(
     budget_bytes: int | None = None,
     variants: list[str] | None = None,
 ) -> list[Case]:
-    """Every combination; preference_loss has neither head nor logits, so it comes once per number of rows.
+    """All combinations; preference_loss has neither head nor logits, so it has one case per number of rows.
 
-    `variants` leaves out the others of an operation, None nothing.
+    `variants` selects variants of the operation; None selects all.
     """
     if operation == "preference_loss":
         shapes, logits, dtype = shapes[:1], ["random"], torch.float32
@@ -167,9 +167,9 @@ def make_cases(
 def make_inputs(case: Case, seed: int = 0) -> Inputs:
     """Inputs of a case, the same for the same seed.
 
-    `random`: logits of standard deviation 1 and any target, a flat softmax. `peaked`: the target's logit is raised by
-    what makes its probability 0.45 on average, most tokens being nearly certain or quite unlikely, as in a trained
-    model. A provider that skips small probabilities shows its gain, and its error, only there.
+    `random`: logits of standard deviation 1 and random targets, a flat softmax. `peaked`: the target's logit is raised
+    to a probability of 0.45 on average, with most tokens nearly certain or rather unlikely, as in a trained model. The
+    gain and the error of a provider that skips small probabilities show only there.
     """
     generator = torch.Generator(case.device).manual_seed(seed)
 
@@ -182,7 +182,7 @@ def make_inputs(case: Case, seed: int = 0) -> Inputs:
     if case.operation == "preference_loss":
         policy_N = (-2 * normal(num_rows).abs()).requires_grad_()
         return Inputs(target_N, policy_N=policy_N, reference_N=policy_N.detach() + 0.1 * normal(num_rows), pairs=pairs)
-    # Against V logits of variance 1, whose log-sum is log V + 1/2, the target's is this much plus noise.
+    # Relative to V logits of variance 1, whose log-sum is log V + 1/2, the target's is raised by this plus noise.
     raise_N1 = (math.log(head.vocab) + 0.5 - 0.43 + 3.0 * normal(num_rows, 1)) * (case.logits == "peaked")
     if case.operation == "logprob_gather":
         logits_NV = normal(num_rows, head.vocab, dtype=case.dtype)
@@ -224,7 +224,7 @@ def pair_losses(policy_N: Tensor, reference_N: Tensor, pairs: Pairs) -> Tensor:
 
 
 def objective_weight(case: Case) -> float:
-    """What each value counts in the scalar that is differentiated: a sum over tokens, a mean over pairs."""
+    """Weight of each value in the differentiated scalar: a sum over tokens, a mean over pairs."""
     return 1.0 / case.num_pairs if case.has_pairs else 1.0
 
 
@@ -279,9 +279,9 @@ def _true_head(
 
 
 def needed_work(case: Case) -> tuple[int, int]:
-    """FLOPs and bytes that a case needs at least: inputs read once per pass, outputs written once.
+    """Minimum FLOPs and bytes of a case: inputs read once per pass, outputs written once.
 
-    linear_logprob          2NVH for the logits, as much for each gradient: of hidden states and of a trained head
+    linear_logprob          2NVH for the logits and for each gradient: of hidden states and of a trained head
     linear_preference_loss  the same, and 2NVH for the logits of a live reference
     logprob_gather          one read of the logits forward, one read and one write backward
     preference_loss         policy and reference forward, gradient backward, offsets and pairs in both
@@ -303,18 +303,18 @@ def gemm_flops(case: Case) -> int:
 
 
 def performed_gemms(case: Case, mode: str) -> int:
-    """GEMMs of 2NVH that `mode` does: eager, store, fused or recompute; `store` holds while the budget allows it."""
+    """GEMMs of 2NVH that `mode` performs: eager, store, fused or recompute; `store` if the budget allows it."""
     needed = needed_work(case)[0] // gemm_flops(case)
     return needed + (mode in ("fused", "recompute") and case.has_gradient)
 
 
 def formula_peak_bytes(case: Case, mode: str, chunk_rows: int) -> int:
-    """Largest memory above the inputs of linear_logprob in fp32, smaller things than a row of logits left out.
+    """Peak memory of linear_logprob in fp32 in addition to its inputs, ignoring less than a row of logits.
 
-    eager      logits' log-softmax, its gradient and that of the logits; or the last with the weight's gradient
+    eager      the log-softmax, its gradient and that of the logits; or the last with the weight's gradient
     store      frozen: a chunk of logits, which becomes D, and D @ W (twice while a coefficient scales it);
                trained: D of all rows, then the gradients
-    recompute  a chunk of logits, then the gradients; the weight's is added up in tiles of 16 MiB
+    recompute  a chunk of logits, then the gradients; the weight's is accumulated in tiles of 16 MiB
     """
     head = case.head
     row, hidden_bytes = 4 * head.vocab, 4 * case.num_rows * head.hidden_size

@@ -1,13 +1,13 @@
-"""Times the operations against PyTorch and other libraries, after their tests and each provider's result have passed.
+"""Times the operations against PyTorch and other libraries, after their tests and each provider's result pass.
 
     python kernels/bench.py [linear_logprob logprob_gather preference_loss linear_preference_loss]
         [--shapes llava-1.5-7b qwen2.5-vl-7b llama-3-8b smollm] [--rows 2048] [--providers bpo eager]
         [--variants frozen] [--logits random peaked] [--dtype bf16] [--json FILE] [--profile DIR]
 
-`bpo bench kernels` is the same. Runs from a clone, on CUDA (Triton) or on a CPU (the plain PyTorch path; times are
-then CPU times and say nothing of a GPU, peak bytes and FLOPs hold everywhere). Where an operation's tests fail nothing
-is reported and the exit status is 1. A provider that cannot run, or whose result differs from fp32, gets a line that
-says so and no time.
+`bpo bench kernels` is the same command. Runs from a clone, on CUDA (Triton) or on a CPU (plain PyTorch; CPU times do
+not predict GPU times, but peak bytes and FLOPs apply to both). If an operation's tests fail, nothing is reported and
+the exit status is 1. A provider that cannot run, or whose result differs from fp32, gets a line with the reason instead
+of times.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ HEADER = f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}"
 
 
 def tests_pass(operation: str, device: torch.device) -> bool:
-    """Runs the tests of an operation on `device` and prints their output where they fail."""
+    """Runs the tests of an operation on `device` and prints their output if they fail."""
     paths = [ROOT / "tests" / "kernels" / name for name in TEST_FILES[operation]]
     for path in paths:
         if not path.exists():
@@ -68,7 +68,7 @@ def _number(value: float | None, form: str) -> str:
 
 
 def table_row(result: Result, one_gemm_flops: int) -> str:
-    """One line of Markdown; a provider without times says why."""
+    """One Markdown row; without times it contains the reason."""
     label = f"{result.operation} {result.variant}".removesuffix(" gradient")
     start = f"| {label} | {result.shape} | {result.num_rows} | {result.logits} | {result.provider} |"
     if result.status != "ok":
@@ -92,16 +92,16 @@ def run_cases(
     seconds: float | None,
     save: Callable[[list[Result], list[str]], None],
 ) -> None:
-    """Measures and prints case by case, starting none after `seconds`.
+    """Measures and prints each case; starts none after `seconds`.
 
-    `save` gets the results so far, and a line for each case that was not run.
+    `save` receives the results so far, and a line for each case that was not run.
     """
     results: list[Result] = []
     not_run: list[str] = []
     seen: set[tuple[str, str, str]] = set()
     deadline = None if seconds is None else time.monotonic() + seconds
     for position, case in enumerate(cases):
-        # Whoever ends this process early finds the rest listed.
+        # If the process is ended early, the report lists the remaining cases.
         save(results, [*not_run, *(f"{later.label}: not reached" for later in cases[position:])])
         reason = case.why_impossible()
         if reason is None and deadline is not None and time.monotonic() > deadline:
@@ -113,7 +113,7 @@ def run_cases(
         lines = measure(case)
         results += lines
         for result in lines:
-            # A provider that cannot run says so once per operation, not once per case; the JSON has every line.
+            # A skipped provider is printed once per operation, not once per case; the JSON has every line.
             reason_seen = (result.operation, result.provider, result.note)
             if result.status != "skipped" or reason_seen not in seen:
                 print(table_row(result, gemm_flops(case)), flush=True)
@@ -130,20 +130,20 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, help="default: smollm on a CPU, else LLaVA and Qwen")
     parser.add_argument("--rows", nargs="+", type=int, help="response tokens; default: 256 on a CPU, else 2048")
     every_variant = tuple(dict.fromkeys(name for names in VARIANTS.values() for name in names))
-    parser.add_argument("--variants", nargs="+", choices=every_variant, help="default: all that the operation has")
-    parser.add_argument("--providers", nargs="+", choices=PROVIDER_NAMES, help="default: all that the operation has")
+    parser.add_argument("--variants", nargs="+", choices=every_variant, help="default: all of the operation")
+    parser.add_argument("--providers", nargs="+", choices=PROVIDER_NAMES, help="default: all of the operation")
     parser.add_argument(
         "--logits", nargs="+", choices=LOGITS, default=list(LOGITS), help="peaked: targets of mean probability 0.45"
     )
     parser.add_argument("--dtype", choices=DTYPES, help="default: fp32 on a CPU, else bf16")
-    parser.add_argument("--budget-mib", type=int, help="MiB of logits at a time, for ours; default: the device's")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results there")
+    parser.add_argument("--budget-mib", type=int, help="MiB of logits at a time in bpo; default: the device's")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to FILE")
     parser.add_argument("--profile", type=Path, metavar="DIR", help="write a profiler trace per case and provider")
-    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
-    parser.add_argument("--seconds", type=float, help="start no case after so many seconds; the rest is listed")
-    parser.add_argument("--sample-seconds", type=float, default=1.0, help="least time for each provider (default 1)")
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda if available")
+    parser.add_argument("--seconds", type=float, help="start no case after this time; the rest is listed")
+    parser.add_argument("--sample-seconds", type=float, default=1.0, help="minimum time per provider (default 1)")
     parser.add_argument(
-        "--without-tests", action="store_true", help="the caller has run the tests (benchmarks/gpu.py has)"
+        "--without-tests", action="store_true", help="skip the tests (benchmarks/gpu.py runs them itself)"
     )
     return parser
 
@@ -157,7 +157,7 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
     if options.budget_mib is not None and options.budget_mib < 1:
         parser.error(f"--budget-mib {options.budget_mib}: use at least 1")
     if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: there is no CUDA GPU here")
+        parser.error("--device cuda: no CUDA GPU is available")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -176,7 +176,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"the tests of {operation} fail: nothing is reported", file=sys.stderr)
             return 1
     print(", ".join(f"{key} {value}" for key, value in about.items() if value))
-    print("device times" if on_cuda else "CPU times: they say nothing of a GPU; peak bytes and GEMMs hold everywhere")
+    print("device times" if on_cuda else "CPU times: they do not predict GPU times; peak bytes and GEMMs apply to both")
     value_limit, gradient_limit = measure.TOLERANCES[dtype]
     print(f"agreement with fp32: values within {value_limit:g} nat, gradients within {gradient_limit:g} (Frobenius)")
     print(HEADER)

@@ -1,4 +1,4 @@
-"""How the benchmark measures: agreement first, then interleaved times, peak memory, FLOPs, rooflines, traces.
+"""Benchmark measurements: agreement first, then interleaved times, peak memory, FLOPs, rooflines, traces.
 
 Legend: N rows (response tokens), H hidden size, V vocabulary.
 """
@@ -25,19 +25,19 @@ from .providers import DISTRIBUTIONS, OURS, PROVIDERS, Step, Unavailable, versio
 ROOT = Path(__file__).resolve().parents[2]
 MIN_SAMPLES = 5
 # Agreement with fp32: (largest error of a value in nats, relative error of a gradient in the Frobenius norm). Logits
-# that a provider rounds to bf16 are off by up to 0.03 nat at the height of a peaked target.
+# that a provider rounds to bf16 are off by up to 0.03 nat for a peaked target.
 TOLERANCES = {torch.float32: (1e-3, 1e-3), torch.float16: (2e-2, 1e-2), torch.bfloat16: (1e-1, 5e-2)}
 # Written before each sample, so that no provider finds the inputs in the L2 cache (50 MiB on an H100).
 _FLUSH_BYTES = 256 << 20
-# An idle loop on the device, in which the host queues the whole step, so that times are the device's. It lasts half as
-# long again as the host needs, within these bounds: a step that waits for the device itself cannot be hidden at all.
+# Idle loop on the device while the host queues the whole step, so that device time is measured. It lasts 1.5 times as
+# long as the host needs, within these bounds: the host time of a step that synchronises cannot be hidden.
 _SLEEP_MARGIN, _LEAST_SLEEP_MS, _MOST_SLEEP_MS = 1.5, 0.5, 20.0
 _CALIBRATION_CYCLES = 20_000_000
 
 
 @dataclass(frozen=True)
 class Result:
-    """One line of the table; a provider without times has a `status` other than ok and a `note` that says why."""
+    """One line of the table; without times, `status` is not ok and `note` gives the reason."""
 
     operation: str
     variant: str
@@ -61,7 +61,7 @@ class Result:
 
 
 def machine(device: torch.device) -> dict[str, str | int]:
-    """What a figure depends on: device, versions, commit."""
+    """Environment of the measurements: device, versions, commit."""
 
     versions = {DISTRIBUTIONS[name]: version_of(name) or "not installed" for name in DISTRIBUTIONS}
     return {
@@ -77,10 +77,10 @@ def machine(device: torch.device) -> dict[str, str | int]:
 
 
 def disagreement(case: Case, got: list[Tensor], truth: list[Tensor]) -> tuple[float, float]:
-    """(error of the values in nats, the largest relative error of a gradient); infinite where a result is not finite.
+    """(error of the values in nats, largest relative error of a gradient); infinite if a result is not finite.
 
-    A provider that returns one number is compared with the sum over tokens or the mean over pairs; its error counts
-    per token.
+    A provider that returns one number is compared with the sum over tokens or the mean over pairs; its error is per
+    token.
     """
     values, expected = got[0].float(), truth[0]
     if values.dim() == 0:
@@ -98,7 +98,7 @@ def disagreement(case: Case, got: list[Tensor], truth: list[Tensor]) -> tuple[fl
 
 
 def peak_extra_bytes(step: Callable[[], object], device: torch.device) -> int:
-    """Largest memory in use during `step` above what was in use before, in bytes."""
+    """Peak memory during `step` in addition to the memory in use before, in bytes."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
@@ -118,7 +118,7 @@ def peak_extra_bytes(step: Callable[[], object], device: torch.device) -> int:
 
 
 def counted_flops(step: Callable[[], object]) -> int:
-    """FLOPs of the GEMMs that `step` calls through PyTorch; those of Triton kernels are not seen."""
+    """FLOPs of the GEMMs that `step` calls through PyTorch; those in Triton kernels are not counted."""
     with FlopCounterMode(display=False) as counter:
         step()
     return counter.get_total_flops()
@@ -133,7 +133,7 @@ def _flush_buffer(device: torch.device) -> Tensor:
 def _cycles_per_ms(device: torch.device) -> float:
     """Cycles of `torch.cuda._sleep` that take one millisecond."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda._sleep(_CALIBRATION_CYCLES)  # the clock rises under load
+    torch.cuda._sleep(_CALIBRATION_CYCLES)  # the clock rate rises under load
     start.record()
     torch.cuda._sleep(_CALIBRATION_CYCLES)
     end.record()
@@ -142,12 +142,12 @@ def _cycles_per_ms(device: torch.device) -> float:
 
 
 def sleep_ms(queue_ms: float) -> float:
-    """How long the device idles before a step that the host queues in `queue_ms`."""
+    """Idle time of the device before a step that the host queues in `queue_ms`."""
     return min(_MOST_SLEEP_MS, max(_LEAST_SLEEP_MS, _SLEEP_MARGIN * queue_ms))
 
 
 def sleep_cycles(step: Callable[[], object], device: torch.device) -> int:
-    """Cycles that the device has to idle while the host queues `step`, which has run before; 0 on a CPU."""
+    """Idle cycles of the device while the host queues `step`, which has run before; 0 on a CPU."""
     if device.type != "cuda":
         return 0
     queue_ms = []
@@ -161,7 +161,7 @@ def sleep_cycles(step: Callable[[], object], device: torch.device) -> int:
 
 
 def sample_ms(step: Callable[[], object], device: torch.device, idle_cycles: int) -> float:
-    """One run: device time with a cold L2 cache on CUDA, after `idle_cycles`; wall time on a CPU."""
+    """Time of one run: device time with a cold L2 cache on CUDA, after `idle_cycles`; wall time on a CPU."""
     if device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         _flush_buffer(device).zero_()
@@ -177,7 +177,7 @@ def sample_ms(step: Callable[[], object], device: torch.device, idle_cycles: int
 
 
 def interleaved_ms(steps: dict[str, Step], device: torch.device, sample_seconds: float) -> dict[str, list[float]]:
-    """Samples of every step in turn: a slow spell of the machine then strikes every provider alike."""
+    """Samples all steps in turn, so that slow phases of the machine affect all providers alike."""
     samples: dict[str, list[float]] = {name: [] for name in steps}
     cycles = {}
     for name, step in steps.items():
@@ -194,7 +194,7 @@ def _median_ms(step: Callable[[], object], device: torch.device) -> float:
     step()
     cycles = sleep_cycles(step, device)
     samples = [sample_ms(step, device, cycles)]
-    # A half-precision GEMM takes some CPUs many seconds.
+    # On some CPUs a half-precision GEMM takes many seconds.
     while len(samples) < 2 * MIN_SAMPLES and sum(samples) < 1e3:
         samples.append(sample_ms(step, device, cycles))
     return statistics.median(samples)
@@ -202,7 +202,7 @@ def _median_ms(step: Callable[[], object], device: torch.device) -> float:
 
 @functools.cache
 def gemm_roofline(num_rows: int, hidden_size: int, vocab: int, dtype: torch.dtype, device: torch.device) -> float:
-    """TFLOP/s of the fastest of the operation's own three GEMMs as plain `torch.mm`: logits, dX and dW."""
+    """TFLOP/s of the fastest of the operation's three GEMMs with plain `torch.mm`: logits, dX and dW."""
     hidden_NH = torch.randn(num_rows, hidden_size, device=device, dtype=dtype)
     weight_VH = torch.randn(vocab, hidden_size, device=device, dtype=dtype)
     dlogits_NV = torch.randn(num_rows, vocab, device=device, dtype=dtype)
@@ -213,9 +213,9 @@ def gemm_roofline(num_rows: int, hidden_size: int, vocab: int, dtype: torch.dtyp
 
 @functools.cache
 def copy_gb_per_s(num_bytes: int, device: torch.device) -> float:
-    """GB/s, reading and writing, of a plain copy that moves `num_bytes` in all, as many as the case needs to move.
+    """GB/s, reading and writing, of a plain copy that moves `num_bytes` in total, as many as the case needs to move.
 
-    A small copy is as bound by its launch as a small kernel, so the share of it says how much there is to win.
+    A small copy is launch-bound like a small kernel, so the share of its rate shows the possible gain.
     """
     source = torch.zeros(max(1, num_bytes // 2), dtype=torch.int8, device=device)
     target = torch.empty_like(source)
@@ -225,11 +225,11 @@ def copy_gb_per_s(num_bytes: int, device: torch.device) -> float:
 def measure(
     case: Case, providers: list[str], profile_dir: Path | None = None, sample_seconds: float = 1.0
 ) -> list[Result]:
-    """Every provider of a case: those that agree with fp32 are timed, the others get a line that says why not.
+    """Measures all providers of a case: those that agree with fp32 are timed, the others get a line with the reason.
 
     Each provider is run for `sample_seconds`, and at least 5 times.
 
-    Raises whatever an implementation of ours raises; what a library raises becomes its line.
+    Exceptions of bpo's own implementations propagate; those of a library are reported in its line.
     """
     inputs = make_inputs(case)
     truth = true_result(case, inputs)
@@ -247,7 +247,7 @@ def measure(
             lines[name] = line("skipped", str(reason))
             continue
         except Exception as error:
-            # The libraries raise what they like (assertions, compiler errors, out of memory); ours must not.
+            # Libraries may raise anything (assertions, compiler errors, out of memory); bpo must not fail.
             if name in OURS:
                 raise
             lines[name] = line("failed", f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
@@ -300,14 +300,14 @@ def _timed(
         gb_per_s,
         gb_per_s / copy_gb_per_s(num_bytes, case.device),
         peak_extra_bytes(step, case.device),
-        # On CUDA the GEMMs of Triton kernels would be missing from the count.
+        # On CUDA the count would miss the GEMMs of Triton kernels.
         counted_flops(step) if case.device.type == "cpu" else None,
         *errors,
     )
 
 
 def write_trace(step: Step, folder: Path, case: Case, provider: str) -> Path:
-    """A Chrome trace of three runs of `step`, named after case and provider."""
+    """Writes a Chrome trace of three runs of `step`, named after case and provider."""
     folder.mkdir(parents=True, exist_ok=True)
     activities = [torch.profiler.ProfilerActivity.CPU]
     if case.device.type == "cuda":

@@ -1,10 +1,10 @@
-"""Who computes each operation: ours in each mode, PyTorch in three ways, and the libraries of extra `bench`.
+"""Implementations of each operation: bpo in each mode, PyTorch in three ways, and the libraries of extra `bench`.
 
 Legend: N rows (response tokens), H hidden size, V vocabulary, P pairs, S sequences of a padded batch, T their length.
 
-A provider is built once per case and returns a step: forward, and backward where the case has a gradient, giving
-the values (negative log-probs [N] or losses [P], or their sum or mean as one number) and the gradients of
-`Inputs.wanted`. A library is imported when its provider is built; where it cannot run it raises `Unavailable`.
+A provider is built once per case and returns a step: forward, and backward if the case has a gradient, returning the
+values (negative log-probs [N] or losses [P], or their sum or mean as one number) and the gradients of `Inputs.wanted`.
+A library is imported when its provider is built; if it cannot run, it raises `Unavailable`.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ MODES = ("store", "fused", "recompute")
 OURS = ("bpo", *(f"bpo-{mode}" for mode in MODES), "bpo-overlap")
 DISTRIBUTIONS = {"liger": "liger-kernel", "liger-dpo": "liger-kernel", "cce": "cut-cross-entropy"}
 DISTRIBUTIONS |= {"quack": "quack-kernels", "trl-chunked": "trl"}
-# The columns of the vocabulary that TRL's trainers give its function at a time (trl 1.16, trainer/utils.py).
+# Vocabulary columns per chunk in TRL's trainers (trl 1.16, trainer/utils.py).
 TRL_CHUNK_COLUMNS = 32768
 
 
 class Unavailable(RuntimeError):
-    """A provider that cannot run here; the message says why."""
+    """A provider that cannot run here; the message gives the reason."""
 
 
 def _module(name: str, provider: str) -> ModuleType:
@@ -64,7 +64,7 @@ def _need_cuda(case: Case, *, capability: tuple[int, int] = (0, 0)) -> None:
 
 
 def version_of(provider: str) -> str | None:
-    """The installed version of the library behind a provider; None for our own and PyTorch's, or if it is missing."""
+    """Installed version of a provider's library; None for bpo's and PyTorch's providers, or if it is missing."""
     try:
         return importlib.metadata.version(DISTRIBUTIONS[provider]) if provider in DISTRIBUTIONS else None
     except importlib.metadata.PackageNotFoundError:
@@ -72,14 +72,14 @@ def version_of(provider: str) -> str | None:
 
 
 def _step(case: Case, inputs: Inputs, forward: Callable[[], Tensor]) -> Step:
-    """`forward` and, where the case has one, the gradient of the sum (tokens) or mean (pairs) of its values."""
+    """`forward` and, if the case has one, the gradient of the sum (tokens) or mean (pairs) of its values."""
     if not case.has_gradient:
         return torch.no_grad()(lambda: [forward()])
     wanted = inputs.wanted()
 
     def step() -> list[Tensor]:
         values = forward()
-        # A provider that returns one number has weighted it already.
+        # A single number is already weighted by the provider.
         weight = objective_weight(case) if values.dim() else 1.0
         return [values.detach(), *torch.autograd.grad(values, wanted, torch.full_like(values, weight))]
 
@@ -99,7 +99,7 @@ def _ours(case: Case, inputs: Inputs, mode: str = "auto") -> Step:
     if pairs is not None:
         arguments = (*tensors, reference, pairs.completion_N, pairs.pairs_P2, BETA)
         options |= {"num_completions": pairs.num_completions, "completion_starts_K1": pairs.starts_K1}
-    # Looked up here, so that a test can put something else in its place.
+    # Looked up at call time, so that tests can replace it.
     operation = getattr(dispatch, case.operation)
 
     def forward() -> Tensor:
@@ -110,10 +110,10 @@ def _ours(case: Case, inputs: Inputs, mode: str = "auto") -> Step:
 
 
 def _overlapped(case: Case, inputs: Inputs) -> Step:
-    """What `auto` takes, with the row kernels on a second stream where the rows are enough for several chunks."""
+    """Mode `auto` with the row kernels on a second stream, if there are enough rows for several chunks."""
     _need_cuda(case)
     if not chunks.can_overlap(case.dtype, case.device):
-        raise Unavailable(f"chunks overlap in half precision, not in {case.dtype}")
+        raise Unavailable(f"chunks overlap only in half precision, not in {case.dtype}")
     step = _ours(case, inputs)
 
     def switched_on() -> list[Tensor]:
@@ -134,7 +134,7 @@ def _eager_nll(logits_NV: Tensor, target_N: Tensor) -> Tensor:
 
 
 def _eager_forward(case: Case, inputs: Inputs) -> Tensor:
-    """What a user of PyTorch writes, with fp32 log-softmax, on the response rows only."""
+    """Plain PyTorch code with fp32 log-softmax, on the response rows only."""
     if case.operation == "preference_loss":
         assert inputs.policy_N is not None and inputs.reference_N is not None and inputs.pairs is not None
         return pair_losses(inputs.policy_N, inputs.reference_N, inputs.pairs)
@@ -159,7 +159,7 @@ def _eager(case: Case, inputs: Inputs) -> Step:
 
 
 def _compiled(case: Case, inputs: Inputs) -> Step:
-    # Each case has its own shapes: without a reset the recompilation limit would turn later ones into eager.
+    # Each case has its own shapes: without a reset, later ones would reach the recompilation limit and run eagerly.
     torch._dynamo.reset()
     return _step(case, inputs, functools.partial(torch.compile(_eager_forward, dynamic=False), case, inputs))
 
@@ -167,8 +167,8 @@ def _compiled(case: Case, inputs: Inputs) -> Step:
 def _torch_chunked(case: Case, inputs: Inputs) -> Step:
     operation = getattr(F, "linear_cross_entropy", None)
     if operation is None:
-        raise Unavailable(f"torch {torch.__version__} has no torch.nn.functional.linear_cross_entropy: 2.13 has it")
-    # The sum, because its gradients come from the forward; reduction="none" computes the logits again.
+        raise Unavailable(f"torch {torch.__version__} has no torch.nn.functional.linear_cross_entropy: use 2.13")
+    # The sum, whose gradients are computed in the forward; reduction="none" recomputes the logits.
     options = torch.nn.LinearCrossEntropyOptions()
     arguments = (inputs.hidden_NH, inputs.weight_VH, inputs.target_N)
     return _step(case, inputs, functools.partial(operation, *arguments, reduction="sum", options=options))
@@ -191,12 +191,12 @@ def _cce(case: Case, inputs: Inputs) -> Step:
 def _quack(case: Case, inputs: Inputs) -> Step:
     _need_cuda(case, capability=(9, 0))
     if case.dtype not in (torch.bfloat16, torch.float16):
-        raise Unavailable(f"takes bf16 and fp16, not {case.dtype}")
+        raise Unavailable(f"supports bf16 and fp16, not {case.dtype}")
     if case.num_rows % 8 or case.head.vocab % 8 or case.head.hidden_size % 8:
         raise Unavailable(f"needs N, V and H to be multiples of 8, here {case.num_rows} x {case.head}")
     module = _module("quack.linear_cross_entropy", "quack")
     hidden_NH, weight_VH, target_N = inputs.hidden_NH, inputs.weight_VH, inputs.target_N
-    # Before 0.6.2 the chunked function computes the gradient of a frozen head too; QuACK's other function does not.
+    # Before 0.6.2 the chunked function also computes the gradient of a frozen head; QuACK's other function does not.
     leaves_out = "need_dw" in inspect.signature(module.chunked_linear_cross_entropy_fwd).parameters
     if case.trains_head or leaves_out:
         chunked = functools.partial(module.chunked_linear_cross_entropy, hidden_NH, weight_VH, target_N)
@@ -206,9 +206,9 @@ def _quack(case: Case, inputs: Inputs) -> Step:
 
 
 def _provide_trl_utils() -> None:
-    """Lets the backward pass of TRL's function run where pandas or datasets is missing.
+    """Lets the backward pass of TRL's function run without pandas and datasets.
 
-    It imports a context that gathers a ZeRO-3 weight from a module that needs both; here the weight is whole.
+    It imports a context that gathers a ZeRO-3 weight from a module that needs both; here the weight is not partitioned.
     """
     name = "trl.trainer.utils"
     try:
@@ -244,7 +244,7 @@ def _trl_chunked(case: Case, inputs: Inputs) -> Step:
 
 
 def _padded(case: Case, rows_NH: Tensor, prompt_value: Tensor) -> Tensor:
-    """[N, ...] rows as [S, prompt + completion, ...]: all chosen sequences, then all rejected ones, as Liger wants."""
+    """[N, ...] rows as [S, prompt + completion, ...]: all chosen sequences, then all rejected ones, as in Liger."""
     sequences = rows_NH.unflatten(0, (2 * case.num_pairs, case.tokens_per_completion))
     prompt = prompt_value.expand(2 * case.num_pairs, case.head.prompt_tokens, *rows_NH.shape[1:])
     whole = torch.cat([prompt, sequences], dim=1)
@@ -252,12 +252,12 @@ def _padded(case: Case, rows_NH: Tensor, prompt_value: Tensor) -> Tensor:
 
 
 def _liger_dpo(case: Case, inputs: Inputs) -> Step:
-    """Liger's fused DPO on the same pairs: it takes whole sequences, so the prompts' rows go through the head too."""
+    """Liger's fused DPO on the same pairs. It takes whole sequences, so prompt rows also go through the head."""
     if inputs.reference_NH is None:
         raise Unavailable("has no stored reference: it takes the reference's hidden states")
     operation = _module("liger_kernel.chunked_loss", "liger-dpo").LigerFusedLinearDPOLoss
-    # Compilation is its default; on a CPU, where only FLOPs and bytes are of interest, it would cost minutes.
-    # `forward` itself, because FlopCounterMode's hooks on module calls do not bear autograd.grad of a leaf.
+    # It compiles by default, which takes minutes; on a CPU only FLOPs and bytes are of interest.
+    # `forward` itself, because FlopCounterMode's hooks on module calls do not support autograd.grad of a leaf.
     loss = operation(beta=BETA, compiled=case.device.type == "cuda").forward
     assert inputs.hidden_NH is not None and inputs.weight_VH is not None
     zero = torch.zeros(1, 1, 1, dtype=case.dtype, device=case.device)

@@ -244,7 +244,7 @@ def test_what_does_not_fit_the_time_or_the_pairs_is_listed(tmp_path, capsys):
     command = ["preference_loss", "--rows", "300", "512", "--device", "cpu", "--json", str(report)]
     assert bench.main([*command, "--without-tests", "--seconds", "-1"]) == 0
     odd, late = json.loads(report.read_text())["not_run"]
-    assert "300 rows are no whole pairs" in odd and "had passed" in late
+    assert "300 rows are not whole pairs" in odd and "had passed" in late
     assert "not run: preference_loss" in capsys.readouterr().out
 
 
