@@ -76,14 +76,14 @@ def test_the_image_reaches_the_model(loaded: Loaded) -> None:
     prompt = loaded.prompts[1]
     images = {k: v.flip(0) * -2 if v.is_floating_point() else v for k, v in prompt.image_inputs.items()}
     other = EncodedPrompt(prompt.record_id, prompt.prefix_ids, images)
-    # Probabilities and not answers: a random model may well give two images the same few tokens.
+    # Probabilities instead of answers: a random model may generate the same few tokens for two images.
     first_BV, other_BV, again_BV = first_probabilities(loaded, [prompt, other, prompt])
     assert float((first_BV - other_BV).abs().max()) > 1e-4
     assert float((first_BV - again_BV).abs().max()) < 1e-6
 
 
 def first_probabilities(loaded: Loaded, prompts: list[EncodedPrompt]) -> torch.Tensor:
-    """What `generate_answers` chooses the first token of each answer from: [B, V]."""
+    """The scores [B, V] from which `generate_answers` chooses the first token of each answer."""
     seen: list[torch.Tensor] = []
     head = loaded.model.get_output_embeddings()
     handle = head.register_forward_hook(lambda module, inputs, logits: seen.append(logits[:, -1].softmax(-1)))
@@ -117,8 +117,8 @@ def test_a_weakened_image_is_seen_and_answered(loaded: Loaded) -> None:
     inputs = loaded.encoder.family.generation_inputs(ids_1T)
     with torch.no_grad():
         first, other = (
-            loaded.model(input_ids=ids_1T, **inputs, **one.image_inputs).logits[0, -1].softmax(-1)
-            for one in (prompt, weakened)
+            loaded.model(input_ids=ids_1T, **inputs, **encoded.image_inputs).logits[0, -1].softmax(-1)
+            for encoded in (prompt, weakened)
         )
     assert float((first - other).abs().max()) > 1e-4
 

@@ -56,7 +56,7 @@ def test_state_dict_keeps_its_names_and_tied_weights_stay_one_parameter(tmp_path
     model = load_model(ModelConfig(path=str(directory), dtype="float32"), for_training=True)
     names, parameters = list(model.state_dict()), {id(p) for p in model.parameters()}
     install_logprob_head(model)
-    install_logprob_head(model)  # again: nothing happens
+    install_logprob_head(model)  # again: no effect
     assert type(model.lm_head) is LogProbHead
     assert list(model.state_dict()) == names and "lm_head.weight" in names
     assert {id(p) for p in model.parameters()} == parameters

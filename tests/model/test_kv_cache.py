@@ -1,4 +1,4 @@
-"""Caches of keys and values change the work and no answer. Run: python -m pytest tests/model/test_kv_cache.py"""
+"""Key-value caches reduce the work and change no answer. Run: python -m pytest tests/model/test_kv_cache.py"""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SAMPLING: dict[str, Any] = {"temperature": 0.8, "top_p": 0.95}
 
 
 def test_a_reserved_layer_holds_what_the_growing_one_holds() -> None:
-    """Over many appends, a selection of records from outside among them; and without a copy an append."""
+    """Over many appends, with an external selection of records in between; an append copies nothing."""
     torch.manual_seed(0)
     reserved, growing = ReservedLayer(), DynamicCache().layer_class_to_replicate()
     buffers = set()
@@ -71,7 +71,7 @@ def test_a_beginning_is_computed_once_and_only_where_it_is_worth_it(monkeypatch:
     long = list(range(kv_cache.MIN_PREFIX_TOKENS))
     assert prefixes.of(long) is prefixes.of(tuple(long)) and len(computed) == 1
     assert prefixes.of(long[1:]) is None and len(computed) == 1
-    for other in range(100, 100 + 2 * kv_cache.MIN_PREFIX_TOKENS):  # others push it out; memory does not grow
+    for other in range(100, 100 + 2 * kv_cache.MIN_PREFIX_TOKENS):  # others evict it; memory does not grow
         prefixes.of([other] * len(long))
     assert prefixes.of(long) is not None and computed.count(tuple(long)) == 2
     assert Prefixes(object(), enabled=False).of(long) is None
@@ -91,7 +91,7 @@ def loaded(
 
 
 def prompts_of(encoder: Encoder, with_images: bool) -> list[Any]:
-    """Three prompts with a system turn; where a template takes none, its text stands in the user's turn."""
+    """Three prompts with a system turn; if a template has none, its text is in the user's turn."""
     prompts = []
     for index, text in enumerate(("What?", "How many dogs are there?", "Where is it, and why?")):
         images = (ContentPart("image"),) if with_images else ()
@@ -102,7 +102,7 @@ def prompts_of(encoder: Encoder, with_images: bool) -> list[Any]:
 
 @pytest.fixture
 def scores(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
-    """What the model gave for each new token [B, V], before sampling."""
+    """The model's scores for each new token [B, V], before sampling."""
     seen: list[torch.Tensor] = []
     processors = generate._processors
 
@@ -128,7 +128,7 @@ def test_no_cache_and_no_prefix_changes_an_answer(
     options: dict[str, Any] = {"max_new_tokens": [10, 12, 14], "seeds": [1, 2, 3], **SAMPLING}
     expected: torch.Tensor | None = None
     for cache in ("dynamic", "reserved", "static", "prefix"):
-        # Some models remember things of their last batch: let that be another one, of another number of records.
+        # Some models keep state of their last batch: make that another batch, with another number of records.
         between = prompts_of(encoder, not with_images)[1:]
         generate_prompts(model, encoder, between, max_new_tokens=[2, 2], seeds=[1, 2], **SAMPLING)
         other: dict[str, Any] = {"cache": cache}
@@ -136,7 +136,7 @@ def test_no_cache_and_no_prefix_changes_an_answer(
             if with_images and not encoder.family.begins_from_cache:
                 continue
             other = {"prefix": Prefixes(model, encoder.family.generation_inputs).of(shared)}
-            # Of windowed layers (Gemma 3) the last tokens alone are kept: there is nothing to put in front.
+            # Windowed layers (Gemma 3) keep only the last tokens: there is nothing to prepend.
             assert (other["prefix"] is None) == isinstance(encoder.family, Gemma3)
         scores.clear()
         generate_prompts(model, encoder, prompts, **options, **other)

@@ -28,7 +28,7 @@ TOLERANCE = {"logp": 2e-5, "gradient": 1e-4}
 CPU = torch.device("cpu")
 
 
-# Every family as it comes, and some whose prefixes could be shared on separate sequences: one of each way to repeat
+# Every family by default, and some whose prefixes could be shared on separate sequences: one per way to repeat
 # images (features, features of tiles, pixels, tiles of one prompt).
 CASES = [(name, "auto") for name in FAMILIES]
 CASES += [(name, "never") for name in ("llava", "llava_onevision", "qwen3_vl", "smolvlm")]
@@ -72,7 +72,7 @@ def packed_logp(policy: PolicyModel, batch: GroupBatch) -> torch.Tensor:
 
 
 def separate_logp(model: Any, encoder: Encoder, groups: list[EncodedGroup]) -> torch.Tensor:
-    """[N] log-probs of all completions in order: one ordinary forward pass for each."""
+    """[N] log-probs of all completions in order: one ordinary forward pass each."""
     pieces = []
     for group in groups:
         for completion in group.completion_ids:
@@ -91,8 +91,8 @@ def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def weight_N(encoded: list[EncodedGroup]) -> torch.Tensor:
-    """Different for every token, so that no row can stand in for another."""
-    count = sum(len(ids) for one in encoded for ids in one.completion_ids)
+    """Different for every token, so that rows are not interchangeable."""
+    count = sum(len(ids) for group in encoded for ids in group.completion_ids)
     return torch.randn(count, generator=torch.Generator().manual_seed(0))
 
 
@@ -135,7 +135,7 @@ def test_packed_groups_equal_separate_sequences(
 def test_the_batch_reaches_every_part_of_the_model(
     encoder: Encoder, truth: tuple[torch.Tensor, dict[str, torch.Tensor]]
 ) -> None:
-    """The comparison above is worth something: log-probs and gradients of images, text and head are not all 0."""
+    """The comparison above is meaningful: log-probs and gradients of images, text and head are not all 0."""
     logp_N, gradient = truth
     family = encoder.family
     assert float(logp_N.std()) > 0.1
@@ -151,7 +151,7 @@ def test_a_completion_sees_no_sibling(
     first = encoded[0]
     changed = tuple((t + 1) % 200 for t in first.completion_ids[1])
     other = replace(first, completion_ids=(first.completion_ids[0], changed, first.completion_ids[2]))
-    batch, altered = (collate_groups([one, *encoded[1:]], encoder.family) for one in (first, other))
+    batch, altered = (collate_groups([group, *encoded[1:]], encoder.family) for group in (first, other))
     with torch.no_grad():
         before_N, after_N = packed_logp(policy, batch), packed_logp(policy, altered)
     is_changed_N = batch.loss_inputs.completion_of_token_N == 1
@@ -167,7 +167,7 @@ def test_a_completion_sees_its_prefix_image_and_own_past_only(
     own = [i for i, c in enumerate(batch.loss_inputs.completion_of_token_N.tolist()) if c == 0]
     with torch.no_grad():
         before_N = packed_logp(policy, batch)
-        # Its last-but-one token is input only to the prediction of the last.
+        # Its penultimate token affects only the prediction of the last.
         ids_T = batch.input_ids_T.clone()
         ids_T[batch.layout.completion_spans[0][0][1] - 2] += 1
         differs_N = packed_logp(policy, replace(batch, input_ids_T=ids_T)) != before_N
@@ -187,7 +187,7 @@ def test_packing_does_not_change_a_group(
     policy = make_policy().eval()
     with torch.no_grad():
         together_N = packed_logp(policy, collate_groups(encoded[::-1], encoder.family))
-        alone = [packed_logp(policy, collate_groups([one], encoder.family)) for one in encoded[::-1]]
+        alone = [packed_logp(policy, collate_groups([group], encoder.family)) for group in encoded[::-1]]
     torch.testing.assert_close(together_N, torch.cat(alone), atol=TOLERANCE["logp"], rtol=0)
 
 

@@ -79,7 +79,7 @@ def test_a_stand_in_image_runs_the_tower_and_changes_nothing(directory, encoder,
             torch.testing.assert_close(gradient, expected, atol=1e-5, rtol=1e-5, msg=name)
         elif gradient is not None:
             assert not gradient.any(), name
-    # What an image trains, a stand-in touches.
+    # A stand-in reaches the same parameters as an image.
     _, with_images = trained(policy, collate_groups(encode_all(encoder, three_groups()), encoder.family))
     assert {n for n, g in with_images.items() if g is None} == {n for n, g in gradients.items() if g is None}
 
@@ -92,7 +92,7 @@ FROZEN += [(name, "full", "full") for name in ("llava", "qwen2_5_vl")]
 
 @pytest.mark.parametrize(("directory", "checkpointing", "language"), FROZEN, indirect=["directory"])
 def test_a_frozen_tower_builds_no_graph_and_keeps_nothing(directory, encoder, checkpointing: str, language) -> None:
-    """Else every activation of the tower would be kept for a backward pass that trains nothing.
+    """Otherwise every activation of the tower would be saved for a backward pass that trains nothing.
 
     transformers' own switch for checkpointing asks the patch embedding for gradients, and would bring it about.
     """
@@ -100,7 +100,7 @@ def test_a_frozen_tower_builds_no_graph_and_keeps_nothing(directory, encoder, ch
     policy = policy_of(directory, trainable, checkpointing)
     tower = policy.model.get_submodule(encoder.family.vision_module)
     parts = [policy.model.get_submodule(name) for name in encoder.family.projector_modules]
-    projectors = [one for part in parts for one in (part if isinstance(part, torch.nn.ModuleList) else [part])]
+    projectors = [module for part in parts for module in (part if isinstance(part, torch.nn.ModuleList) else [part])]
     learning = {module for part in parts for module in part.modules()}
     frozen = [m for m in tower.modules() if m not in learning and not any(p.requires_grad for p in m.parameters())]
     outputs: list[torch.Tensor] = []
@@ -109,7 +109,7 @@ def test_a_frozen_tower_builds_no_graph_and_keeps_nothing(directory, encoder, ch
 
     def keep(module: torch.nn.Module, inputs: object, output: object) -> None:
         values = output if isinstance(output, tuple) else [output]
-        outputs.extend(one for one in values if isinstance(one, torch.Tensor))
+        outputs.extend(value for value in values if isinstance(value, torch.Tensor))
 
     def save(tensor: torch.Tensor) -> torch.Tensor:
         if outputs and not projected:
@@ -118,23 +118,23 @@ def test_a_frozen_tower_builds_no_graph_and_keeps_nothing(directory, encoder, ch
 
     handles = [module.register_forward_hook(keep) for module in frozen]
     started: list[int] = []
-    for one in projectors:
-        handles.append(one.register_forward_pre_hook(lambda *_: started.append(len(saved_before_projector))))
-        handles.append(one.register_forward_hook(lambda module, inputs, output: projected.append(output)))
+    for projector in projectors:
+        handles.append(projector.register_forward_pre_hook(lambda *_: started.append(len(saved_before_projector))))
+        handles.append(projector.register_forward_hook(lambda module, inputs, output: projected.append(output)))
     with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
         _, gradients = trained(policy, collate_groups(encode_all(encoder, three_groups()), encoder.family))
     for handle in handles:
         handle.remove()
     assert len(outputs) > 10
-    assert all(one.grad_fn is None and not one.requires_grad for one in outputs)
+    assert all(output.grad_fn is None and not output.requires_grad for output in outputs)
     assert started[0] == 0
-    assert len(projected) == len(projectors) and all(one.requires_grad for one in projected)
+    assert len(projected) == len(projectors) and all(output.requires_grad for output in projected)
     learnt = [gradient for name, gradient in gradients.items() if name.startswith(encoder.family.projector_modules)]
     assert learnt and all(gradient is not None and gradient.any() for gradient in learnt)
 
 
 def test_the_tower_runs_once_a_micro_batch_and_sees_each_image_of_a_group_once(directory, encoder) -> None:
-    """Three completions or two, a group's images are encoded once; recomputation does not run the tower again."""
+    """A group's images are encoded once for any number of completions; recomputation does not rerun the tower."""
     policy = policy_of(directory, TrainableConfig(language="lora", projector="full", vision="frozen"), "full")
     tower = policy.model.get_submodule(encoder.family.vision_module)
     seen: list[int] = []
@@ -146,7 +146,7 @@ def test_the_tower_runs_once_a_micro_batch_and_sees_each_image_of_a_group_once(d
     groups = encode_all(encoder, three_groups())
     trained(policy, collate_groups(groups, encoder.family))
     handle.remove()
-    alone = [encoder.family.batch_image_inputs([one.prompt.image_inputs])["pixel_values"] for one in groups]
-    # Entries of the tower's batch: patches in Qwen's, tiles elsewhere (in Idefics3's those of one prompt's dimension).
-    entries = [one.flatten(0, 1) if one.dim() == 5 else one for one in alone]
+    alone = [encoder.family.batch_image_inputs([group.prompt.image_inputs])["pixel_values"] for group in groups]
+    # Entries of the tower's batch: patches for Qwen, otherwise tiles (in Idefics3 with a prompt dimension).
+    entries = [pixels.flatten(0, 1) if pixels.dim() == 5 else pixels for pixels in alone]
     assert seen == [sum(map(len, entries))]

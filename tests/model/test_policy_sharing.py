@@ -1,4 +1,4 @@
-"""Text models under one and the same vision part: which share a prefix, and that all of them train alike.
+"""Text models with the same vision part: which of them share a prefix; all give the same training results.
 
 Run: python -m pytest tests/model/test_policy_sharing.py
 """
@@ -68,7 +68,7 @@ def test_packed_or_separate_the_log_probs_are_those_of_the_plain_model(
 
 
 def test_a_cap_on_attention_scores_is_kept(tmp_path: Path, photo_root: Path) -> None:
-    """transformers' SDPA leaves it out without a word; the capped and the uncapped model must differ."""
+    """transformers' SDPA silently ignores it; the capped and the uncapped model must differ."""
     outputs = []
     for cap in (0.5, None):
         options = {**TEXT_MODELS["gemma2"][1], "attn_logit_softcapping": cap, "layer_types": ["full_attention"] * 2}

@@ -55,7 +55,7 @@ def policy_of(directory: Path, encoder: Encoder, mode: Any, trainable: Trainable
     model = load_model(options, for_training=True)
     prepare_trainable(model, encoder.family, config)
     for name, parameter in model.named_parameters():
-        if "lora_B" in name:  # else the adapter is 0 and its dropout without effect
+        if "lora_B" in name:  # otherwise the adapter is 0 and its dropout has no effect
             torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(1))
     return PolicyModel(model).train()
 
@@ -76,7 +76,7 @@ def trained(policy: PolicyModel, batch: GroupBatch) -> tuple[float, dict[str, to
 @pytest.mark.parametrize("trainable", [FULL, LORA], ids=["full", "lora"])
 @pytest.mark.parametrize("mode", ["full", "selective"])
 def test_the_same_loss_and_gradients_to_the_bit(directory, encoder, batch, mode: str, trainable) -> None:
-    """LoRA's dropout among them: its masks are drawn again."""
+    """Including LoRA's dropout, whose masks are drawn again."""
     expected_loss, expected = trained(policy_of(directory, encoder, "none", trainable), batch)
     loss, gradients = trained(policy_of(directory, encoder, mode, trainable), batch)
     assert loss == expected_loss and gradients.keys() == expected.keys() and len(expected) > 10
@@ -84,7 +84,7 @@ def test_the_same_loss_and_gradients_to_the_bit(directory, encoder, batch, mode:
 
 
 class CountOperators(TorchDispatchMode):
-    """What is executed; a replayed result is not."""
+    """Executed operations; a replayed result is not executed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -150,7 +150,7 @@ def test_a_model_without_layers_to_checkpoint_is_refused() -> None:
 
 
 def test_a_kept_result_may_be_overwritten() -> None:
-    """As DeepSpeed's linear layers of ZeRO-3 do with their bias: it would be added twice."""
+    """As in DeepSpeed's ZeRO-3 linear layers, with their bias: it would be added twice."""
     weight = torch.randn(4, 4, requires_grad=True)
     inputs = torch.randn(3, 4)
 

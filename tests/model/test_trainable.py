@@ -1,4 +1,4 @@
-"""What learns. Run: python -m pytest tests/model/test_trainable.py"""
+"""Trainable parameters. Run: python -m pytest tests/model/test_trainable.py"""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_adapters_on_every_linear_of_the_language_model_and_nowhere_else(directo
     plain = load_model(ModelConfig(path=str(directory), dtype="float32"))
     language = family_of(plain.config).language_module
     expected = {n for n, m in plain.named_modules() if type(m) is torch.nn.Linear and n.startswith(f"{language}.")}
-    # Experts are one tensor each and no linear layers: adapters go to the attention alone.
+    # Experts are single tensors, not linear layers: only the attention gets adapters.
     num_layers, num_linears = (
         (3 if directory.name.startswith(("gemma3", "qwen3")) else 2),
         (4 if "moe" in directory.name else 7),
@@ -164,7 +164,7 @@ def test_projector_has_its_own_learning_rate_and_only_matrices_decay(directory: 
         if parameter.requires_grad:
             lr = 3e-5 if in_projector(name, family) else 1e-4
             assert setting.pop(id(parameter)) == (lr, 0.1 if parameter.dim() > 1 else 0.0), name
-    assert not setting  # nothing frozen, nothing twice
+    assert not setting  # nothing frozen, no duplicates
     same_lr = parameter_groups(model, family, config_of(directory, train=TrainConfig(lr=1e-4)))
     assert {g["lr"] for g in same_lr} == {1e-4}
 

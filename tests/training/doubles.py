@@ -14,7 +14,7 @@ NUM_GROUPS = 12
 
 
 class EngineWithoutModel:
-    """What the preparation asks of an engine; its log-prob of a token is minus the token's id."""
+    """The engine interface that preparation uses; the log-prob of a token is minus its id."""
 
     device, dtype = torch.device("cpu"), torch.float32
 

@@ -1,4 +1,4 @@
-"""Images are decoded once, when they are needed, in this process or in workers."""
+"""Images are decoded once, on demand, in this process or in workers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_a_step_decodes_each_image_of_its_groups_once_and_only_when_it_is_needed
         before = sum(decoded.values())
         for k, batch in enumerate(batches):
             before += len(batch.group_ids)
-            assert sum(decoded.values()) == before, k  # none of the micro-batches that follow
+            assert sum(decoded.values()) == before, k  # none of the following micro-batches
         assert len(batches) == k + 1 and batch.image_inputs["pixel_values"].shape[0] == len(batch.group_ids)
         expected.update(image for g in own for image in data.dataset.groups[data.usable[g]].images)
     assert decoded == expected and sum(expected.values()) == 6
@@ -45,6 +45,6 @@ def test_worker_processes_decode_and_give_the_same_batches(run: Config, decoded)
     run.data.num_workers = 1
     by_workers = [batch for step in training_batches(run.data, data, steps, NO_STORE, engine) for batch in step]
     assert not decoded  # here, in the process that trains
-    assert [one.group_ids for one in by_workers] == [one.group_ids for one in in_line]
-    for one, other in zip(by_workers, in_line, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(one.tensors(), other.tensors(), strict=True))
+    assert [batch.group_ids for batch in by_workers] == [batch.group_ids for batch in in_line]
+    for batch, other in zip(by_workers, in_line, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(batch.tensors(), other.tensors(), strict=True))

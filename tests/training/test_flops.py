@@ -1,4 +1,4 @@
-"""Useful FLOPs against what PyTorch counts while it computes. Run: python -m pytest tests/training/test_flops.py
+"""Useful FLOPs compared with those that PyTorch counts. Run: python -m pytest tests/training/test_flops.py
 
 Shape letters: T packed tokens.
 """
@@ -47,7 +47,7 @@ def executed_work(batch: GroupBatch, work: UsefulWork) -> UsefulWork:
 
 
 def counted_flops(policy: PolicyModel, batch: GroupBatch, *, backward: bool) -> int:
-    """What FlopCounterMode sees; SDPA as plain products, which it counts on every device."""
+    """FLOPs counted by FlopCounterMode; SDPA runs as plain products, which it counts on every device."""
     counter = FlopCounterMode(display=False)
     # A frozen head computes its gradient in the forward pass, unless there is none to compute.
     with counter, sdpa_kernel(SDPBackend.MATH), packed_layout(batch.layout), torch.set_grad_enabled(backward):
@@ -70,7 +70,7 @@ def prepared(directory: Path, trainable: TrainableConfig, **options: Any) -> tup
 
 
 def forward_of_all_layers(policy: PolicyModel, work: UsefulWork) -> int:
-    """With the last layer of a LLaVA's tower: it is computed, its output is not used, and it does not count."""
+    """With the last layer of LLaVA's tower, which is computed but unused and not counted."""
     model = policy.model
     chosen = getattr(model.config, "vision_feature_layer", None)
     if chosen in (None, -1):

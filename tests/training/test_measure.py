@@ -1,4 +1,4 @@
-"""Measuring that is interrupted goes on where it was."""
+"""Interrupted measuring continues where it stopped."""
 
 from __future__ import annotations
 
@@ -31,4 +31,4 @@ def test_a_signal_ends_measuring_on_all_ranks_and_lengths_are_kept(run: Config, 
     decoded.clear()
     data = measure_groups(run, encode.load_encoder(run), Ranks(), lambda mine: [mine])
     assert len(data.usable) == NUM_GROUPS
-    assert sum(decoded.values()) == NUM_GROUPS // 2  # rank 0's half was known
+    assert sum(decoded.values()) == NUM_GROUPS // 2  # rank 0's half was stored

@@ -18,7 +18,7 @@ from tests.sample_groups import encoder_of, group
 def config_with(root: Path, model: Path, photos: Path, **data: object) -> Config:
     """Five groups: one image is missing, one record is damaged."""
     groups = [group(str(n), "a cat", "a dog", image="missing.png" if n == 2 else "wide.png") for n in range(4)]
-    lines = [json.dumps(group_to_json(one)) for one in groups]
+    lines = [json.dumps(group_to_json(group)) for group in groups]
     (root / "groups.jsonl").write_text("\n".join([*lines, '{"id": "torn", "images"']))
     return Config(
         model=ModelConfig(path=str(model), dtype="float32"),

@@ -64,7 +64,7 @@ def test_means_over_the_pairs_of_all_micro_batches() -> None:
     assert list(metrics) == NAMES
     assert metrics["loss"] == 4.0 and metrics["preference_loss"] == 2.0 and metrics["nll/chosen"] == 1.0
     assert metrics["rewards/chosen"] == 0.5 and metrics["rewards/rejected"] == 0.5 and metrics["rewards/margins"] == 0
-    assert metrics["rewards/accuracies"] == pytest.approx(1 / 3)  # a tie is not right
+    assert metrics["rewards/accuracies"] == pytest.approx(1 / 3)  # a tie is not accurate
     assert metrics["logps/chosen"] == pytest.approx(-2 / 3) and metrics["logps/rejected"] == pytest.approx(-5 / 3)
     assert sums.flat()[len(NAMES) : len(NAMES) + 2] == [3.0, 12.0]
     assert sums.reference_gap == pytest.approx(0.125)
@@ -82,14 +82,14 @@ def test_sums_of_ranks_add_up_to_the_metrics_of_the_whole() -> None:
 
 def test_fillers_count_nowhere() -> None:
     sums, without = StepSums.zero(), StepSums.zero()
-    for one in (sums, without):
-        add(one, [1.0], [(0.5, 0.0)])
+    for total in (sums, without):
+        add(total, [1.0], [(0.5, 0.0)])
     add(sums, [float("nan")], [(9.0, 0.0)], is_filler=True)
     assert sums.flat() == without.flat() and sums == without
 
 
 class ReadsOfTheDevice(TorchDispatchMode):
-    """Counts what makes the host wait for a GPU: reading a number there, or a result whose shape depends on values."""
+    """Counts operations that make the host wait for a GPU: reading values, or results with value-dependent shapes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -159,7 +159,7 @@ def test_tensorboard_has_the_same_numbers(tmp_path: Path) -> None:
 
 
 def test_rates_count_useful_work_only() -> None:
-    """Of 12 packed tokens in 2 s, 8 belong to groups; 30 useful FLOPs a token of a peak of 600 FLOP/s."""
+    """Of 12 packed tokens in 2 s, 8 belong to groups; 30 useful FLOPs per token; a peak of 600 FLOP/s."""
     flops = ModelFlops(
         language=Products(5, 5, 5),
         head=Products(),

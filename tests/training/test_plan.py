@@ -48,7 +48,7 @@ def test_ranks_that_will_wait_are_warned_of_once_with_the_fix(encoder: Encoder, 
     with caplog.at_level("INFO"):
         plan_training(config_of(2).train, data, Ranks(0, 2, 0))
     (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert "wait for each other 20 % of the time" in warning  # the mean is 80 where one rank has 100
+    assert "wait for each other 20 % of the time" in warning  # the mean is 80 and one rank has 100
     assert "train.groups_per_step=2 is 1.0 groups per rank and 1.0 per micro-batch" in warning
     assert "train.max_micro_batch_tokens=1000" in warning
     caplog.clear()
@@ -86,7 +86,7 @@ def test_separate_sequences_are_said_aloud_once_with_reason_and_cost(encoder: En
 def test_batches_of_separate_sequences_are_within_the_limit_with_their_padding(
     family_dir: Callable[[str], Path], photo_root: Path, caplog
 ) -> None:
-    """Gemma 3: groups of different prompts, one without an image, whose batch gets a row for the stand-in."""
+    """Gemma 3: groups of different prompts, one without an image, whose batch gets a row for the stand-in image."""
     encoder = encoder_of(family_dir("gemma3"), photo_root)
     groups = [group(f"g{i}", "a" * (1 + 7 * i), "b", "c" * i, prompt=turn(None, "?" * (1 + 9 * i))) for i in range(6)]
     groups.append(PreferenceGroup("text", (), (turn("What?"),), group("x", "a", "bc").completions))
@@ -102,7 +102,7 @@ def test_batches_of_separate_sequences_are_within_the_limit_with_their_padding(
             config.data.num_workers = 0
             keys: Any = SimpleNamespace(gather=lambda keys: torch.zeros(1))
             (batches,) = training_batches(config.data, data, [step], keys, engine)
-            largest += [one.input_ids_T.numel() for one in batches if len(one.group_ids) > 1]
+            largest += [batch.input_ids_T.numel() for batch in batches if len(batch.group_ids) > 1]
         assert all(tokens <= limit for tokens in largest)
         assert limit < 400 or largest
     assert "both directions" in caplog.text and "windows of 24 tokens" in caplog.text
