@@ -1,4 +1,4 @@
-"""One private cluster, and one directory of a user on it, for all tests of this folder."""
+"""One private cluster and one user directory on it, for all tests of this folder."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def cluster() -> Iterator[PrivateCluster]:
 
 @pytest.fixture(scope="session")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the user submits from: data, a model, a clone's slurm/ with the site's settings; a space in the path."""
+    """The user's submission directory: data, a model, a clone's slurm/ with site settings; a space in the path."""
     from tests.tiny import tiny_llava
 
     home = tmp_path_factory.mktemp("cluster") / "my runs"

@@ -1,4 +1,4 @@
-"""A private Slurm cluster on loopback: own configuration, ports and state, no root, nothing left behind.
+"""A private Slurm cluster on loopback: own configuration, ports and state, no root, no leftovers.
 
     with PrivateCluster(Path("/tmp/x"), num_nodes=2) as cluster:
         subprocess.run(["sinfo"], env=cluster.environment)
@@ -54,7 +54,7 @@ ReturnToService=2
 KillWait=10
 MessageTimeout=30
 MinJobAge=600
-# As many CPUs as the nodes say, however few this machine has.
+# The CPUs configured for the nodes, even if this machine has fewer.
 SlurmdParameters=config_overrides
 SchedulerParameters=batch_sched_delay=0,sched_interval=2,sched_min_interval=0
 DebugFlags=NO_CONF_HASH
@@ -82,11 +82,11 @@ def find_program(name: str) -> str | None:
 
 
 class ClusterError(RuntimeError):
-    """The cluster did not start; holds the ends of its logs."""
+    """The cluster did not start; the message contains the ends of its logs."""
 
 
 class PrivateCluster:
-    """Starts on entering, stops on leaving; `environment` makes Slurm's commands talk to it.
+    """Starts on entry and stops on exit; `environment` points Slurm's commands at it.
 
     Args:
         folder: Everything goes here; short, because it holds a socket (108 bytes at most).
@@ -103,7 +103,7 @@ class PrivateCluster:
 
     def __enter__(self) -> PrivateCluster:
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.folder.chmod(0o755)  # munged refuses a socket in a folder that others cannot enter
+        self.folder.chmod(0o755)  # munged rejects a socket in a folder that other users cannot enter
         self._configure()
         try:
             self._start_daemons()
@@ -161,7 +161,7 @@ class PrivateCluster:
             host=host, controller_port=ports[0], user=user, folder=self.folder, nodes="\n".join(nodes)
         )
         (self.folder / "slurm.conf").write_text(text)
-        # Every GPU must be a device file; nothing is ever opened or written there.
+        # Every GPU must be a device file; it is never opened.
         devices = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random")[: self.gpus_per_node]
         (self.folder / "gres.conf").write_text("".join(f"Name=gpu File={device}\n" for device in devices))
         (self.folder / "state").mkdir()
@@ -179,7 +179,7 @@ class PrivateCluster:
         self._start("slurmctld", "-D", "-i")
         for name in self.nodes:
             self._start("slurmd", "-D", "-N", name)
-        # One line a node; `idle` alone, without the mark of one that does not answer.
+        # One line per node; exactly `idle`, without the suffix of a node that does not respond.
         ready = ["idle"] * len(self.nodes)
         if not self._wait_until(
             lambda: self.run("sinfo", "-h", "-N", "-p", "all", "-o", "%T", check=False).split() == ready,

@@ -32,7 +32,7 @@ CHAIN = ("bootstrap", "merge", "train", "export", "evaluate")
 
 
 def script(home: Path, cluster: PrivateCluster, name: str, *arguments: str) -> str:
-    """What a user types; returns what is printed, most often a job's id."""
+    """Runs a command as a user types it; returns its output, usually a job id."""
     command = [str(home / "clone" / "slurm" / name), *arguments]
     result = subprocess.run(command, cwd=home, env=cluster.environment, capture_output=True, text=True, timeout=60)
     assert result.returncode == 0, result.stderr
@@ -62,13 +62,13 @@ def server_flags(url: str) -> list[str]:
 
 
 def changed(body: dict[str, Any], number: int) -> Any:
-    """A rewriting that the validators let pass."""
+    """A rewriting that the validators accept."""
     return completion(f"Picture 0: a blue boat and {number + 20} white houses by a quiet lake.")
 
 
 @dataclass(frozen=True)
 class Limited:
-    """A bootstrapping job whose server takes a second an answer, so that its time limit comes first."""
+    """A bootstrapping job whose server takes a second per answer, so that it reaches its time limit."""
 
     array: str
     merge: str
@@ -77,7 +77,7 @@ class Limited:
 
 @pytest.fixture(scope="module")
 def limited(cluster: PrivateCluster, home: Path) -> Iterator[Limited]:
-    """Submitted first, because it only waits: it shall be over when its test comes."""
+    """Submitted first, because it only waits: it is over by the time its test runs."""
     first = json.loads((home / "annotations.json").read_text())[0]
     records = [{**first, "id": f"a{number:03d}"} for number in range(96)]
     (home / "many.json").write_text(json.dumps(records))
@@ -103,7 +103,7 @@ def limited(cluster: PrivateCluster, home: Path) -> Iterator[Limited]:
 
 @pytest.fixture(scope="module")
 def chain(cluster: PrivateCluster, home: Path, limited: Limited) -> dict[str, str]:
-    """The jobs of one undisturbed pipeline, when it is over."""
+    """The jobs of one uninterrupted pipeline, after it has ended."""
     with fake_server(changed) as (url, _):
         options = ["--time=10", "--", "--config", "run.yaml", *server_flags(url)]
         printed = script(home, cluster, "pipeline.sh", "my results", *options)
@@ -127,7 +127,7 @@ def test_pipeline_goes_from_annotations_to_metrics(home: Path, chain: dict[str, 
 def test_array_and_evaluation_were_shared(home: Path, chain: dict[str, str]) -> None:
     parts = sorted((home / "my results" / "groups.jsonl.parts").glob("rank-*.jsonl"))
     assert [path.name for path in parts] == ["rank-00000.jsonl", "rank-00001.jsonl"]
-    # Who comes first does more; nothing is done twice.
+    # The first to start does more; nothing is done twice.
     assert sum(len(path.read_text().splitlines()) for path in parts) == 2 * NUM_IMAGES
     assert "2 tasks on: 127.0.0.2 127.0.0.3" in log(home, chain["evaluate"])
 
@@ -159,7 +159,7 @@ def test_killed_and_preempted_training_ends_with_the_losses_of_the_unbroken_one(
     victim = json.loads(heartbeat_path(home / "again", 1).read_text())["pid"]
     killed_at = time.monotonic()
     os.kill(victim, signal.SIGKILL)
-    assert cluster.wait_for(job, {"FAILED", "COMPLETED", "PENDING"}, 90) == "FAILED"  # lost too soon to be requeued
+    assert cluster.wait_for(job, {"FAILED", "COMPLETED", "PENDING"}, 90) == "FAILED"  # lost before it could be requeued
     assert time.monotonic() - killed_at < 60
     text = log(home, job)
     blame = rf"the job ends here: rank 1 on \S+ \(process {victim}\) died; last finished step \d+"
@@ -191,13 +191,13 @@ def test_bootstrapping_goes_on_after_its_time_limit(cluster: PrivateCluster, hom
     assert "SIGUSR2: stopping at the next boundary" in text and "ended with code 75" in text
     kept = re.search(r"(\d+) of 96 records of source `inject` are done", text)
     assert kept and int(kept.group(1)) % 8 == 0
-    # No record was asked for twice but those that a validator refused: the second start did the others alone.
+    # Only records that a validator rejected were requested twice: the second start did only the others.
     answered = len((home / "limited" / "groups.jsonl.parts" / "rank-00000.jsonl").read_text().splitlines())
     assert answered == 96 and len(limited.requests) == 96
 
 
 def test_a_cancelled_job_stays_cancelled(cluster: PrivateCluster, home: Path) -> None:
-    """Its tasks get SIGTERM as from a preemption, and stop with code 75; nobody may requeue it then."""
+    """Its tasks get SIGTERM as from a preemption, and stop with code 75; it must not be requeued then."""
     with fake_server(lambda body, number: (time.sleep(30), completion("x"))[1]) as (url, requests):
         job = script(
             home,

@@ -1,4 +1,4 @@
-"""What the scripts rely on in srun, and deepspeed's own way to it. Run: pytest tests/cluster/test_srun.py"""
+"""The srun behaviour that the scripts rely on, and deepspeed's srun launcher. Run: pytest tests/cluster/test_srun.py"""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 def test_ranks_that_leave_one_after_the_other_end_with_their_own_code(
     cluster: PrivateCluster, kill: str, code: int
 ) -> None:
-    """With --kill-on-bad-exit=1 the first to leave has the other killed, and a requeue would never come."""
+    """With --kill-on-bad-exit=1 the first task to exit gets the other killed, and no requeue would happen."""
     program = ["bash", "-c", "sleep $((SLURM_PROCID * 2)); exit 75"]
     srun = ["srun", "--nodes=2", "--ntasks-per-node=1", f"--kill-on-bad-exit={kill}", "--wait=60", *program]
     result = subprocess.run(srun, env=cluster.environment, capture_output=True, text=True, timeout=60)

@@ -31,7 +31,7 @@ from tests.attention_backends import VARLEN, each_sequence_alone, layout_of, num
 from tests.sample_groups import encoder_of, packed_batch, three_groups
 from tests.varlen_reference import flash_attn_3_varlen_func, flash_attn_varlen_func
 
-pytestmark = pytest.mark.gpu  # skipped by tests/conftest.py where there is no CUDA
+pytestmark = pytest.mark.gpu  # skipped by tests/conftest.py without CUDA
 
 CUDA = torch.device("cuda")
 ROWS = {
@@ -56,7 +56,7 @@ def needed(backend: BackendName, dtype: torch.dtype = torch.bfloat16) -> Backend
 @pytest.mark.parametrize("backend", VARLEN)
 @pytest.mark.parametrize(("heads", "key_heads"), [(8, 8), (8, 2), (7, 1)])
 def test_grouped_heads_and_masks_aligned_bottom_right(backend: BackendName, heads: int, key_heads: int) -> None:
-    """The kernels alone: sequences of as many queries as keys, of fewer and of one, values and gradients."""
+    """The kernels only: values and gradients for as many queries as keys, fewer, and one."""
     needed(backend)
     lengths = [(5, 5), (20, 150), (1, 90), (1, 1), (130, 300)]
     starts = [
@@ -104,7 +104,7 @@ def test_flops_are_counted_by_formula(backend: BackendName, key_heads: int) -> N
 def test_values_and_gradients_equal_separate_sequences(
     layout: PackedLayout, shape: tuple[int, int, int], backend: BackendName
 ) -> None:
-    """Not further from fp32 than separate sequences in bf16 are, but for one more rounding."""
+    """No further from fp32 than separate sequences in bf16, except for one more rounding."""
     heads, key_heads, size = shape
     options = {"heads": heads, "key_heads": key_heads, "head_size": size, "device": "cuda"}
     packed, alone = (random_qkv(num_tokens(layout), dtype=torch.bfloat16, **options) for _ in range(2))
@@ -160,7 +160,7 @@ def test_gradients_of_copies_are_rounded_once_and_the_same_every_time() -> None:
 
 
 def test_plans_wait_for_nothing() -> None:
-    """A synchronisation in the making of a plan would leave the GPU without work once a batch."""
+    """A synchronisation while making a plan would idle the GPU once per batch."""
     layout = ROWS["groups of 2 and 3"]
     qkv = random_qkv(num_tokens(layout), head_size=64, dtype=torch.bfloat16, device="cuda")
     every: tuple[BackendName, ...] = (*VARLEN, "flex", "sdpa")

@@ -7,7 +7,7 @@ import torch
 
 from bpo_kernels import head
 
-pytestmark = pytest.mark.gpu  # skipped by tests/conftest.py where there is no CUDA
+pytestmark = pytest.mark.gpu  # skipped by tests/conftest.py without CUDA
 
 
 @pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
@@ -28,7 +28,7 @@ def test_two_streams_give_the_bits_of_one(monkeypatch, vocab, mode, trained):
         outputs, *kept = head.head_forward(ROWS, *arguments, plan)
         grads = head.head_backward(ROWS, coefficient_N, *arguments, plan.step, *kept, (True, trained, False))
         results.append([outputs.logp_n, *(grad for grad in grads if grad is not None)])
-        # Memory that went back while a stream still used it would be taken here, and overwritten.
+        # Memory freed while a stream still uses it would be reused here and overwritten.
         torch.full((2 * 512 * vocab,), torch.nan, device="cuda")
     for once, *others in zip(*results, strict=True):
         assert not once.isnan().any()

@@ -1,4 +1,4 @@
-"""The Triton kernels on a real GPU: the operation tests there, real shapes, memory, addresses beyond 2^31.
+"""The Triton kernels on a real GPU: operation tests, real shapes, memory, addresses beyond 2^31.
 
     pytest -m gpu tests/gpu/test_kernels_gpu.py
 
@@ -22,7 +22,7 @@ from bpo_kernels.bench.cases import TEST_FILES, Case, make_inputs, true_result
 from bpo_kernels.bench.measure import TOLERANCES, disagreement, sample_ms, sleep_cycles
 from bpo_kernels.bench.providers import OURS, PROVIDERS
 
-pytestmark = pytest.mark.gpu  # skipped by tests/conftest.py where there is no CUDA
+pytestmark = pytest.mark.gpu  # skipped by tests/conftest.py without CUDA
 
 KERNEL_TESTS = Path(__file__).parent.parent / "kernels"
 # The files that kernels/bench.py runs before it times an operation.
@@ -34,8 +34,8 @@ OTHER_HEADS = {"llama-3-8b": (4096, 128256), "smollm": (576, 49152), "ragged": (
 
 @pytest.mark.timeout(600)
 def test_operation_tests_pass_on_the_gpu():
-    """In parallel workers where there are any: nearly all of the time is compilation. `benchmarks/gpu.py` has them as a
-    part of their own and leaves this test out."""
+    """In parallel workers if available: nearly all of the time is compilation. `benchmarks/gpu.py` runs these tests as
+    a separate part and skips this one."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(str(KERNEL_TESTS / f) for f in FILES)]
     workers = min(12, len(os.sched_getaffinity(0)))
     if workers > 1 and importlib.util.find_spec("xdist") is not None and "PYTEST_XDIST_WORKER" not in os.environ:
@@ -99,7 +99,7 @@ def test_the_same_bits_twice(provider, variant):
 
 
 def test_times_are_the_devices_and_not_the_hosts():
-    """Between its two kernels the host of this step does something else for 3 ms."""
+    """A step whose host waits 3 ms between its two kernels."""
     device = torch.device("cuda", torch.cuda.current_device())
     small = torch.zeros(16, device=device)
 
@@ -121,7 +121,7 @@ def test_frozen_head_over_chunks_stays_within_the_budget():
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     dispatch.linear_logprob(hidden_NH, weight_VH, target_N, budget_bytes=256 << 20).sum().backward()
-    # fp32 logits of a chunk, D beside them in bf16, the gradient twice.
+    # fp32 logits of a chunk, D in bf16, the gradient twice.
     allowed_bytes = (256 << 20) * 3 // 2 + 4 * hidden_NH.numel() * 2
     assert torch.cuda.max_memory_allocated() - before < allowed_bytes + (16 << 20)
 

@@ -14,9 +14,9 @@ from bpo.model.load import load_model
 from bpo.model.policy import PolicyModel, model_inputs
 from tests.sample_groups import encoder_of, packed_batch, three_groups
 
-pytestmark = pytest.mark.gpu  # skipped by tests/conftest.py where there is no CUDA
+pytestmark = pytest.mark.gpu  # skipped by tests/conftest.py without CUDA
 
-# Of the largest entry of a gradient: atomic additions of attention's backward pass come in no fixed order.
+# Relative to a gradient's largest entry: attention's backward pass has atomic additions in varying order.
 TOLERANCE = 2e-2
 
 

@@ -1,4 +1,4 @@
-"""Copies that run beside the computation, on a real GPU. Run: pytest -m gpu tests/gpu/test_transfer_gpu.py"""
+"""Copies that overlap the computation, on a real GPU. Run: pytest -m gpu tests/gpu/test_transfer_gpu.py"""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import torch
 from bpo.data.transfer import on_device
 from tests.sample_groups import encoder_of, packed_batch, three_groups
 
-pytestmark = pytest.mark.gpu  # skipped by tests/conftest.py where there is no CUDA
+pytestmark = pytest.mark.gpu  # skipped by tests/conftest.py without CUDA
 
 
 def test_batches_arrive_whole_while_the_gpu_is_busy(tiny_llava_dir: Path, photo_root: Path) -> None:
-    """A kernel that runs for long is queued before each batch is read: a copy that did not wait would be seen."""
+    """A long kernel is queued before each batch is read, so that a copy that does not wait is detected."""
     device = torch.device("cuda", torch.cuda.current_device())
     batch = packed_batch(encoder_of(tiny_llava_dir, photo_root), three_groups())
     pixels = batch.image_inputs["pixel_values"].repeat(64, 1, 1, 1)

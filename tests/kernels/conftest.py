@@ -20,7 +20,7 @@ from torch import Tensor
 
 from bpo_kernels import preference_sizes
 
-# The rounding that is allowed beyond the error of the same computation in eager PyTorch, relative to the largest true
+# Allowed rounding in addition to the error of the same computation in eager PyTorch, relative to the largest true
 # value: (of a log-prob, of a gradient). Log-probs are fp32 whatever the inputs; a half-precision gradient is rounded
 # once as D, once as its product, once after its coefficient.
 EPSILON = {
@@ -45,7 +45,7 @@ def on_triton() -> bool:
 
 @pytest.fixture(scope="session", autouse=True)
 def patch_triton_language_once_per_launch() -> Iterator[None]:
-    """Triton's interpreter patches triton.language again at every call of a device function: 40 % of its time."""
+    """Triton's interpreter patches triton.language at every call of a device function: 40 % of its time."""
     if os.environ.get("TRITON_INTERPRET") != "1":
         yield
         return
@@ -73,7 +73,7 @@ def patch_triton_language_once_per_launch() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def fresh_memory_is_nan() -> Iterator[None]:
-    """`torch.empty` holds NaN, so that an output that a kernel does not write fails the test."""
+    """`torch.empty` returns NaN, so that an output that a kernel does not write fails the test."""
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True, warn_only=True)
     assert torch.utils.deterministic.fill_uninitialized_memory

@@ -1,4 +1,4 @@
-"""The benchmark: agreement before times, refusal on red, skipped providers, its reports.
+"""The benchmark: agreement before times, no report if tests fail, skipped providers, reports.
 
 pytest tests/kernels/test_bench.py
 """
@@ -47,7 +47,7 @@ def tiny_case(operation: str, variant: str, logits: str = "peaked", num_rows: in
 )
 def test_every_provider_that_runs_on_a_cpu_agrees_with_fp32_and_is_timed(operation, variant):
     providers = [name for name in bench_providers.PROVIDERS[operation] if name != "compile"]
-    # Two pairs: one alone would look right in any order of its sequences.
+    # Two pairs: with one, any order of its sequences would look correct.
     case = tiny_case(operation, variant, num_rows=512)
     results = {result.provider: result for result in measure(case, providers)}
     assert set(results) == set(providers)
@@ -102,7 +102,7 @@ def test_a_library_that_fails_gets_a_line_and_ours_raises(monkeypatch):
 
 
 def fake_quack(monkeypatch, *, need_dw: bool, calls: list):
-    """QuACK as it is called: its chunked function computes both gradients before 0.6.2, where `need_dw` is missing."""
+    """Calls of QuACK: its chunked function computes both gradients before 0.6.2, where `need_dw` is missing."""
 
     def chunked_fwd(x, weight, target, **options): ...
 
@@ -271,7 +271,7 @@ def test_bad_arguments_are_refused(argv, message, capsys):
 
 
 def test_cases_before_the_kill_are_kept_and_the_rest_is_listed(tmp_path):
-    """The report is written after every case, so a process that is killed leaves what it had."""
+    """The report is written after every case, so a killed process leaves its results."""
     report = tmp_path / "report.json"
     command = [sys.executable, "kernels/bench.py", "preference_loss", "--rows", "64", "128", "--device", "cpu"]
     command += ["--providers", "eager", "--sample-seconds", "0", "--without-tests", "--json", str(report)]

@@ -1,4 +1,4 @@
-"""The written formulas of FLOPs and memory against a profiler's counts.    pytest tests/kernels/test_bench_formulas.py
+"""The formulas of FLOPs and memory against a profiler's counts.    pytest tests/kernels/test_bench_formulas.py
 
 Memory is that of the plain PyTorch path on a CPU: chunked, never [N, V] for all N where a mode does not say so.
 Legend: N rows (response tokens), H hidden size, V vocabulary.
@@ -24,7 +24,7 @@ PROVIDER = {"eager": "eager", "store": "bpo-store", "recompute": "bpo-recompute"
 
 @pytest.fixture
 def wide(monkeypatch):
-    """A head whose logits outweigh all else, V >> H; and the plain path, whatever BPO_KERNELS says."""
+    """A head dominated by its logits, V >> H; and the plain path, regardless of BPO_KERNELS."""
     monkeypatch.setitem(bench_cases.SHAPES, "wide", Shape(32, 8192, 8))
     for operation in ("linear_logprob", "linear_preference_loss"):
         monkeypatch.setattr(dispatch, operation, getattr(plain, operation))
@@ -61,7 +61,7 @@ def test_gemms_are_those_of_the_formula(wide, mode, operation, variant, needed):
 @pytest.mark.parametrize("variant", ["forward", "frozen", "trained"])
 @pytest.mark.parametrize("mode", ["eager", "store", "recompute"])
 def test_peak_memory_follows_the_formula(wide, mode, variant):
-    # D of a trained head in `store` is kept for all rows, so the budget must hold it.
+    # `store` saves D of all rows of a trained head, so it must fit the budget.
     whole = mode == "eager" or (mode == "store" and variant == "trained")
     chunk_rows = NUM_ROWS if whole else CHUNK_ROWS
     case = head_case("linear_logprob", variant, chunk_rows)

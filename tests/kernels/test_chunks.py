@@ -17,7 +17,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 class RecordingStream:
-    """In place of a second stream: logs when the first stream waits for it."""
+    """Replaces the second stream: logs when the first stream waits for it."""
 
     def __init__(self, log: list[str]):
         self.log, self.num_events = log, 0
@@ -58,7 +58,7 @@ def test_with_one_stream_a_chunk_ends_before_the_next_begins():
 
 
 class LateStream:
-    """What work makes here is NaN until the first stream has waited for it."""
+    """Results of work are NaN until the first stream has waited for them."""
 
     def __init__(self):
         self.made: list[tuple[torch.Tensor, torch.Tensor] | None] = []

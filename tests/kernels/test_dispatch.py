@@ -1,4 +1,4 @@
-"""Which implementation runs, and what a user reads where it cannot.    pytest tests/kernels/test_dispatch.py"""
+"""Selection of the implementation, and the errors if it cannot run.    pytest tests/kernels/test_dispatch.py"""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_triton_on_a_cpu_tensor_is_an_error_that_names_the_ways_out(monkeypatch)
 
 _WITHOUT_TRITON = """
 import sys
-sys.modules["triton"] = None  # as where it is not installed
+sys.modules["triton"] = None  # as if not installed
 import torch
 from bpo_kernels import dispatch
 logits, target = torch.zeros(1, 4), torch.zeros(1, dtype=torch.int64)

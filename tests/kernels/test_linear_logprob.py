@@ -27,7 +27,7 @@ def eager(
     softcap: float | None = None,
     scale: float = 1.0,
 ) -> Tensor:
-    """What a model and its loss compute: logits in the model's dtype, log-softmax in fp32."""
+    """The computation of a model and its loss: logits in the model's dtype, log-softmax in fp32."""
     logits_NV = F.linear(hidden_NH, weight_VH, bias_V)
     logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32)) * scale
     if softcap is not None:
@@ -300,12 +300,12 @@ def test_a_logit_of_minus_infinity_has_no_probability(device, mode):
     expected_N = eager(hidden_NH, weight_VH[300:], bias_V[300:], target_N - 300)
     torch.testing.assert_close(logp_N, expected_N)
     assert entropy_N.isfinite().all()
-    # Gradient too: the tile of -inf alone must not make it NaN.
+    # Gradient too: a tile of only -inf must not make it NaN.
     assert torch.autograd.grad(logp_N.sum(), hidden_NH)[0].isfinite().all()
 
 
 def test_fused_rows_have_the_same_bits_in_any_company(device):
-    """Each row's products and tiles are added in an order of their own, so neither order nor number of rows matters."""
+    """Each row is summed in a fixed order, so neither order nor number of rows matters."""
     hidden_NH, weight_VH, _, target_N = problem(150, 700, 40, torch.bfloat16, device, trained=False)
     with torch.no_grad():
         whole_N = dispatch.linear_logprob(hidden_NH, weight_VH, target_N, mode="fused")
@@ -323,7 +323,7 @@ MIB = 1 << 20
 @pytest.mark.parametrize(
     ("needs", "rows", "budget", "expected"),
     [
-        # (hidden, head) need a gradient; expected (mode, rows a chunk, keeps D @ W, keeps D); bf16, V = 32,768:
+        # (hidden, head) need a gradient; expected (mode, rows per chunk, keeps D @ W, keeps D); bf16, V = 32,768:
         # a row of logits takes 128 KiB, a row of D 64 KiB.
         ((False, False), 2048, 256 * MIB, ("fused", 2048, False, False)),
         ((True, False), 2048, 384 * MIB, ("store", 2048, True, False)),
@@ -361,11 +361,11 @@ def test_auto_chooses_by_gradient_need_and_bytes(needs, rows, budget, expected):
     ],
 )
 def test_flops_are_those_of_the_gradients_asked_for(device, hidden, weight, mode, chunk_rows, gemms):
-    """A frozen head costs no weight gradient; what is not kept costs its logits once more."""
+    """A frozen head needs no weight gradient; tensors that are not saved cost a recomputation of the logits."""
     hidden_NH = torch.randn(8, 16, device=device, requires_grad=hidden)
     weight_VH = torch.randn(50, 16, device=device, requires_grad=weight)
     target_N = torch.randint(50, (8,), device=device)
-    # A counter knows the operations that were imported before it was made.
+    # A counter includes only operations imported before it was created.
     dispatch.linear_logprob(hidden_NH, weight_VH, target_N)
     with FlopCounterMode(display=False) as counter:
         logp_N = dispatch.linear_logprob(hidden_NH, weight_VH, target_N, mode=mode, budget_bytes=chunk_rows * 50 * 4)

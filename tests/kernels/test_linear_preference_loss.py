@@ -19,7 +19,7 @@ from bpo_kernels import dispatch, plain
 from tests.pairwise import pairwise
 
 LENGTHS = (3, 1, 4, 2)
-# Two groups: of three completions, all pairs, and of one that stands in no pair.
+# Two groups: three completions with all pairs, and one completion in no pair.
 PAIRS = ((0, 1), (0, 2), (1, 2))
 
 
@@ -50,7 +50,7 @@ def separately(inputs: dict[str, Any], reference_N: Tensor, beta: float, **optio
 
 
 def gradients(outputs: tuple[Tensor, ...], inputs: dict[str, Any]) -> tuple[Tensor, ...]:
-    """Of the losses and of a likelihood term beside them."""
+    """Of the losses and of an additional likelihood term."""
     wanted = [tensor for tensor in (inputs["hidden_NH"], inputs["weight_VH"]) if tensor.requires_grad]
     losses_P, logp_N = outputs[0], outputs[3]
     weight_P = torch.arange(1.0, losses_P.numel() + 1, device=losses_P.device)
@@ -161,7 +161,7 @@ def test_flops_are_those_of_the_gradients_asked_for(device, reference_is, traine
         "live": live,
         "live-own-head": live | {"reference_weight_VH": torch.randn(131, 24, device=device)},
     }
-    # A counter knows the operations that were imported before it was made.
+    # A counter includes only operations imported before it was created.
     dispatch.linear_preference_loss(**inputs, **given[reference_is], beta=0.2, mode=mode)
     with FlopCounterMode(display=False) as counter:
         outputs = dispatch.linear_preference_loss(**inputs, **given[reference_is], beta=0.2, mode=mode)

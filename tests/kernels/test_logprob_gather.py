@@ -62,7 +62,7 @@ def test_large_logits_keep_the_digits_of_the_probabilities(device, level):
 
 
 def test_masked_vocabulary_entries_have_no_probability(device):
-    """Whole tiles of -inf, first and last, as where a vocabulary is padded or a decoder forbids tokens."""
+    """Whole tiles of -inf, first and last, as with a padded vocabulary or tokens forbidden by a decoder."""
     logits_NV = torch.full((2, 9000), -float("inf"), device=device)
     logits_NV[:, 4500:4510] = torch.randn(2, 10, device=device)
     logits_NV.requires_grad_()
@@ -92,7 +92,7 @@ def test_rows_whose_maximum_moves_with_every_tile(assert_as_exact_as_eager, devi
 @pytest.mark.parametrize("vocab", [5, 300, 9000])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_lowest_numbers_and_infinities_as_masks(device, dtype, vocab):
-    """A mask of the dtype's lowest number is a logit like any other; rows without a finite maximum are NaN, alone."""
+    """The dtype's lowest number is an ordinary logit; only rows without a finite maximum are NaN."""
     logits_NV = torch.randn(6, vocab, device=device).to(dtype)
     lowest = torch.finfo(dtype).min
     logits_NV[0, 1:] = lowest
@@ -184,7 +184,7 @@ def test_in_place_backward_gives_the_same_gradient_in_the_memory_of_the_logits(d
     (ours_NV,), ours_NH, overwritten_NV, before_NV = gradient(True)
     (theirs_NV,), theirs_NH, untouched_NV, _ = gradient(False)
     assert torch.equal(ours_NV, theirs_NV)
-    # The strides of the two differ, and with them the order in which a BLAS adds.
+    # Their strides differ, and with them the summation order of a BLAS.
     torch.testing.assert_close(ours_NH, theirs_NH, atol=1e-5, rtol=1e-5 if dtype is torch.float32 else 2e-2)
     assert torch.equal(overwritten_NV, ours_NV)
     assert torch.equal(untouched_NV, before_NV) and not torch.equal(overwritten_NV, before_NV)

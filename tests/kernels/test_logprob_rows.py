@@ -18,7 +18,7 @@ from tests.pairwise import pairwise
 IN_REGISTERS = [1, 31, 128, 1031, 32064]
 STREAMED = 50_001
 OUT_OF_RANGE = 1 << 40
-# The interpreter rounds to bf16 by cutting off.
+# The interpreter rounds to bf16 by truncation.
 BF16_STEP = 2**-7
 
 
@@ -36,7 +36,7 @@ def rows():
 
 
 def true_result(logits_NV, target_N, scale=1.0):
-    """Log-probs and D in fp64; 0 for rows that are left out."""
+    """Log-probs and D in fp64; 0 for masked rows."""
     z_NV = logits_NV.double() * scale
     counted_N = target_N != -100
     index_N1 = target_N.clamp(min=0, max=logits_NV.shape[1] - 1)[:, None]
@@ -50,7 +50,7 @@ def true_result(logits_NV, target_N, scale=1.0):
     *pairwise(vocab=[*IN_REGISTERS, STREAMED], dtype=[torch.bfloat16, torch.float32], scale=[1.0, -0.25]), ids=str
 )
 def test_log_probs_and_their_derivative(rows, device, vocab, scale, dtype):
-    """More rows than are in flight; a row that is left out, of which not even NaN comes through."""
+    """More rows than are in flight; a masked row, whose NaN must not propagate."""
     num_rows = 5
     logits_NV = 8 * torch.randn(num_rows, vocab, device=device)
     target_N = torch.randint(vocab, (num_rows,), device=device)
@@ -70,7 +70,7 @@ def test_log_probs_and_their_derivative(rows, device, vocab, scale, dtype):
 
 @pytest.mark.parametrize("vocab", [1031, STREAMED])
 def test_a_target_outside_the_vocabulary_is_nan_and_its_derivative_that_of_no_target(rows, device, vocab):
-    """Also where its low 32 bits look like a token."""
+    """Even if its low 32 bits look like a token."""
     logits_NV = torch.randn(2, vocab, device=device)
     target_N = torch.tensor([vocab, OUT_OF_RANGE + 3], device=device)
     place_NV = torch.empty_like(logits_NV, dtype=torch.bfloat16)
@@ -82,7 +82,7 @@ def test_a_target_outside_the_vocabulary_is_nan_and_its_derivative_that_of_no_ta
 
 @pytest.mark.parametrize("options", ["bias and cap", "statistics"])
 def test_streamed_rows_with_options(rows, device, options):
-    """The vocabulary ends inside a tile; the row's maximum, or a whole tile of -inf, may lie in any."""
+    """The vocabulary ends inside a tile; the row's maximum, or a whole tile of -inf, may be in any tile."""
     vocab = 10_007
     logits_NV = 3 * torch.randn(4, vocab, device=device)
     logits_NV[0, 4096:8192] = -torch.inf
@@ -137,7 +137,7 @@ def test_a_row_in_registers_is_read_once(rows, traffic, device, vocab, reads, ig
     counted_N = torch.ones(5, dtype=torch.bool)
     if ignored:
         target_N[2] = -100
-        counted_N[2] = reads == 1  # a streamed row that is left out is not read at all
+        counted_N[2] = reads == 1  # a masked streamed row is not read at all
     place_NV = torch.empty_like(logits_NV, dtype=torch.bfloat16)
     own_bytes = 4 * int((target_N != -100).sum())
     traffic.clear()
@@ -153,8 +153,8 @@ def test_a_row_in_registers_is_read_once(rows, traffic, device, vocab, reads, ig
 
 
 def test_no_more_rows_are_in_flight_than_the_l2_holds(rows, monkeypatch):
-    """50 MiB of an H100: 86 rows of Qwen's vocabulary in fp32; a row that fills the cache alone still runs."""
+    """50 MiB of an H100: 86 rows of Qwen's vocabulary in fp32; a row as large as the cache still runs."""
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(L2_cache_size=50 << 20))
-    in_flight = rows._rows_in_flight.__wrapped__  # what it found for a device is kept
+    in_flight = rows._rows_in_flight.__wrapped__  # results per device are cached
     assert in_flight(torch.device("cuda"), 4 * 152064) == 86
     assert in_flight(torch.device("cuda"), 100 << 20) == 1

@@ -1,4 +1,4 @@
-"""What only the plain PyTorch path promises: fp64 gradients and its memory.
+"""Guarantees of the plain PyTorch path only: fp64 gradients and memory.
 
     pytest tests/kernels/test_plain.py
 
@@ -60,7 +60,7 @@ def test_gradcheck_linear_preference_loss(live):
     reference_is = fp64(6, 4, grad=False) if live else fp64(6, grad=False)
 
     def outputs(hidden: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        # A live reference shares the head and yet is a constant: a copy of the head keeps it out of the differences.
+        # A live reference shares the head but is a constant: a copy excludes it from the finite differences.
         own_head = {"reference_weight_VH": WEIGHT} if live else {}
         losses_P, _, _, logp_N = plain.linear_preference_loss(
             hidden, weight, target_N, reference_is, completion_N, pairs_P2, 0.3, **own_head

@@ -20,7 +20,7 @@ LOSSES = [("sigmoid", 0.0), ("sigmoid", 0.1), ("robust", 0.0), ("robust", 0.2), 
 
 
 def by_the_paper(policy_N, reference_N, completion_N, pairs_P2, beta, eps, loss_type, weight_N=None) -> Tensor:
-    """Each loss as its paper writes it, from dense sums."""
+    """Each loss as in its paper, from dense sums."""
     log_ratio_N = (policy_N - reference_N) * (1 if weight_N is None else weight_N)
     ratio = {k: log_ratio_N[completion_N == k].sum() for k in pairs_P2.flatten().tolist()}
     losses = []
@@ -72,7 +72,7 @@ def test_losses_and_gradient_are_as_exact_as_eager(assert_as_exact_as_eager, dev
 
 
 def test_all_pairs_of_many_completions(assert_as_exact_as_eager, device):
-    """105 pairs of 15 completions: nearly all that the backward of few pairs takes, and each in 14 of them."""
+    """105 pairs of 15 completions: nearly the limit of the direct backward, and each completion in 14 of them."""
     pairs_P2 = torch.combinations(torch.arange(15, device=device))
     policy_N, reference_N = -torch.rand(300, device=device), -torch.rand(300, device=device)
     completion_N = torch.arange(300, device=device) // 20
@@ -156,7 +156,7 @@ def test_same_bits_twice_and_unaligned_or_strided_inputs(device):
     apart = [torch.stack([tensor, tensor], dim=-1)[..., 0] for tensor in view]
     first = run(*[tensor.clone() for tensor in view])
     for other in (run(*view), run(*apart), run(*view)):
-        assert all(torch.equal(one, two) for one, two in zip(first, other, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
 
 def test_order_of_tokens_does_not_matter(device):

@@ -1,4 +1,4 @@
-"""How the kernels of the preference loss cut completions and add up their pairs, and what they move.
+"""Splitting of completions and summation of pairs in the preference loss kernels; bytes moved.
 
     pytest tests/kernels/test_preference_sizes.py
     TRITON_INTERPRET=1 BPO_KERNELS=triton pytest tests/kernels/test_preference_sizes.py     (counts bytes, launches)
@@ -21,7 +21,7 @@ from bpo_kernels import dispatch, plain, preference_sizes
 from bpo_kernels.bench.cases import Case, needed_work
 from tests.pairwise import pairwise
 
-# Lengths of completions that lie one after the other, in pieces of 64 tokens: empty ones at both ends and within, whole
+# Lengths of consecutive completions, in pieces of 64 tokens: empty ones at both ends and within, whole
 # pieces and one token more or less, one that begins with a block, and one that is far longer than the rest.
 LENGTHS = (0, 1, 200, 119, 0, 0, 130, 64, 65, 63, 128, 1, 700, 5, 0)
 # Every completion, in no order; number 2 in many pairs, a pair twice, one of a completion with itself, an empty one.
@@ -29,7 +29,7 @@ UNEVEN_PAIRS = [(k, 2) for k in range(14, 2, -1)] + [(2, 0), (1, 2), (12, 9), (1
 
 
 def contiguous(lengths: tuple[int, ...], device: torch.device) -> dict[str, Tensor]:
-    """Log-probs, weights and offsets of completions that lie one after the other."""
+    """Log-probs, weights and offsets of consecutive completions."""
     lengths_K, num_tokens = torch.tensor(lengths), sum(lengths)
     return {
         "policy": -torch.rand(num_tokens, device=device),
@@ -97,7 +97,7 @@ def test_one_completion_in_every_pair_of_many(assert_as_exact_as_eager, device, 
 def test_order_of_the_pairs_changes_no_bit(device, path, on_triton, with_starts):
     batch = contiguous(LENGTHS, device)
     pairs_P2 = torch.tensor(UNEVEN_PAIRS, device=device)
-    # Terms of very unequal size, whose fp32 sum depends on their order.
+    # Terms of very different size, whose fp32 sum depends on their order.
     coefficient_P = (torch.randn(len(pairs_P2)) * 10.0 ** torch.randint(-5, 1, (len(pairs_P2),))).to(device)
     order = torch.randperm(len(pairs_P2), device=device)
     first = result(batch, pairs_P2, coefficient_P, with_starts)
@@ -114,7 +114,7 @@ def test_order_of_the_pairs_changes_no_bit(device, path, on_triton, with_starts)
         for side in (0, 1)
         for k, reward in zip(pairs_P2[:, side].tolist(), first[1 + side].tolist(), strict=True)
     ]
-    assert len(set(rewards)) == len({k for k, _ in rewards}), "a completion has one reward, whatever pair it is in"
+    assert len(set(rewards)) == len({k for k, _ in rewards}), "a completion has the same reward in every pair"
 
 
 def test_a_sum_does_not_depend_on_where_the_completion_lies(device, path, on_triton):
@@ -159,7 +159,7 @@ def test_offsets_and_pairs_of_32_bits(device, path):
 
 
 def test_a_pair_outside_the_completions_writes_nowhere(device, path, on_triton):
-    """On CUDA the indices are not checked: such a side counts as empty, and no memory but the batch's is touched."""
+    """On CUDA the indices are not checked: such a side counts as empty, and only the batch's memory is accessed."""
     if not on_triton:
         pytest.skip("plain PyTorch raises")
     from bpo_kernels import preference_loss
@@ -180,7 +180,7 @@ def test_a_pair_outside_the_completions_writes_nowhere(device, path, on_triton):
 
 @pytest.fixture
 def count_traffic(traffic) -> Callable[..., tuple[Counter, Counter]]:
-    """What the forward and the backward of a call move."""
+    """Bytes moved by the forward and the backward of a call."""
 
     def measure(batch: dict[str, Tensor], pairs_P2: Tensor, weight_N: Tensor | None = None) -> tuple[Counter, Counter]:
         traffic.clear()

@@ -1,4 +1,4 @@
-"""The commit in every report, with git, without it, and in a copy that is not a clone.
+"""The commit in every report, with git, without git, and in a copy that is not a clone.
 
 Run: python -m pytest tests/kernels/test_provenance.py
 """
@@ -79,7 +79,7 @@ def test_environment_variable_comes_first(clone: Path, monkeypatch: pytest.Monke
 
 
 def test_copy_inside_another_repository_does_not_take_its_commit(clone: Path) -> None:
-    """As `pip install bpo` into an environment that lies in a user's own repository."""
+    """As after `pip install bpo` into an environment inside a user's own repository."""
     installed = clone / ".venv" / "site-packages"
     (installed / "bpo").mkdir(parents=True)
     assert source_commit("bpo", root=installed) == UNKNOWN
@@ -90,7 +90,7 @@ def test_git_that_is_not_installed_or_refuses_is_no_error(
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path / "nothing here"))
     assert source_commit("bpo", root=clone) == UNKNOWN
-    refusing = tmp_path / "bin" / "git"  # as git does in a directory of another owner
+    refusing = tmp_path / "bin" / "git"  # as git in a directory of another owner
     refusing.parent.mkdir()
     refusing.write_text("#!/bin/sh\necho 'fatal: detected dubious ownership in repository' >&2\nexit 128\n")
     refusing.chmod(0o755)
