@@ -62,7 +62,7 @@ def test_first_case_on_a_gpu_is_run_once_before_it_is_measured(on_gpu: bool, mon
 
     compared: list[str] = []
     monkeypatch.setattr(memory_check.torch.cuda, "is_available", lambda: on_gpu)
-    monkeypatch.setattr(memory_check.engine, "barrier", lambda: None)
+    monkeypatch.setattr(memory_check.collectives, "barrier", lambda: None)
     monkeypatch.setattr(memory_check, "compare", lambda case, *others: compared.append(case.name) or case.name)
     outcomes = memory_check.run(list(CHECKED), Ranks(rank=1, world_size=2), Path("unused"))
     chosen = [case.name for case in memory_check.CASES if case.name in CHECKED]
