@@ -1,4 +1,4 @@
-"""The backends of packed attention, made to run without a GPU, and layouts to compare them on."""
+"""Backends of packed attention that run without a GPU, and layouts to compare them on."""
 
 from __future__ import annotations
 
@@ -65,13 +65,13 @@ def random_qkv(
         torch.randn(1, length, count, head_size, generator=generator, dtype=torch.float64)
         for count in (heads, key_heads, key_heads)
     ]
-    return [one.to(device, dtype).transpose(1, 2).requires_grad_() for one in made]
+    return [tensor.to(device, dtype).transpose(1, 2).requires_grad_() for tensor in made]
 
 
 def each_sequence_alone(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: PackedLayout, scale: float | None = None
 ) -> torch.Tensor:
-    """[B, T, H, D] from one causal attention a completion on [prefix | completion]."""
+    """[B, T, H, D] from one causal attention per completion on [prefix | completion]."""
     repeat = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
     output = torch.zeros_like(query)
@@ -107,7 +107,7 @@ def _traced_flex_attention() -> Callable[..., torch.Tensor]:
 
 
 def _any_device(*tensors: torch.Tensor) -> None:
-    """In place of FlexAttention's refusal of gradients on the CPU."""
+    """Replaces FlexAttention's check that rejects gradients on the CPU."""
 
 
 def run_without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""A headless browser driven over DevTools' pipe, with the standard library alone: pages, keys, screenshots."""
+"""A headless browser driven over DevTools' pipe, with only the standard library: pages, keys, screenshots."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ FLAGS = (
     "--hide-scrollbars",
     "--remote-debugging-pipe",
 )
-# What the browser itself acts on, such as Escape in a dialog, it knows by number.
+# Keys that the browser itself handles, such as Escape in a dialog, are identified by number.
 VIRTUAL_KEYS = {"Tab": 9, "Enter": 13, "Escape": 27}
 
 
@@ -98,8 +98,8 @@ class Tab:
         path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"]))
 
     def complaints(self) -> list[str]:
-        """What the page threw or the browser logged as an error, refused scripts among them."""
-        self.run("0")  # whatever was under way has been told
+        """Errors thrown by the page or logged by the browser, including blocked scripts."""
+        self.run("0")  # pending events have been received
         found = []
         for event in self.events:
             params = event.get("params", {})
@@ -115,7 +115,7 @@ def browser_tab() -> Iterator[Tab]:
     assert BROWSER is not None
     their_in, our_out = os.pipe()
     our_in, their_out = os.pipe()
-    # The browser reads descriptor 3 and writes 4, whatever numbers the pipes have here.
+    # The browser reads descriptor 3 and writes 4, regardless of the descriptors here.
     script = 'exec 3<&"$1" 4>&"$2"; shift 2; exec "$@"'
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         command = ["bash", "-c", script, "bash", str(their_in), str(their_out)]

@@ -1,4 +1,4 @@
-"""What every test shares: an environment without network, one thread per process, and honest skips."""
+"""Shared by all tests: an environment without network, one thread per process, and skips with reasons."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def repo_root() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_llava_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny random LLaVA on disk, one for the whole session: read it, never write there."""
+    """A tiny random LLaVA on disk, one per session; read-only."""
     from tests.tiny import tiny_llava
 
     return tiny_llava(tmp_path_factory.mktemp("models") / "llava")
@@ -32,7 +32,7 @@ def tiny_llava_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_qwen_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny random Qwen2.5-VL on disk, one for the whole session: read it, never write there."""
+    """A tiny random Qwen2.5-VL on disk, one per session; read-only."""
     from tests.tiny import tiny_qwen
 
     return tiny_qwen(tmp_path_factory.mktemp("models") / "qwen")
@@ -42,7 +42,7 @@ def tiny_qwen_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def family_dir(
     tmp_path_factory: pytest.TempPathFactory, tiny_llava_dir: Path, tiny_qwen_dir: Path
 ) -> Callable[[str], Path]:
-    """The directory of a tiny random model by its model type, made when it is first asked for."""
+    """The directory of a tiny random model by model type, created on first use."""
     made = {"llava": tiny_llava_dir, "qwen2_5_vl": tiny_qwen_dir}
 
     def directory(model_type: str) -> Path:
@@ -75,7 +75,7 @@ def _why_no_slurm() -> str | None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips tests marked `gpu` or `cluster`, saying why, where the machine lacks what they need."""
+    """Skips tests marked `gpu` or `cluster`, with the reason, if the machine lacks their requirements."""
     for marker, why_not in (("gpu", _why_no_gpu), ("cluster", _why_no_slurm)):
         marked = [item for item in items if item.get_closest_marker(marker)]
         reason = why_not() if marked else None

@@ -1,4 +1,4 @@
-"""Inductor's lowering of packed FlexAttention for a CUDA GPU, where there is none: a script, for its own process.
+"""Inductor's lowering of packed FlexAttention for a CUDA GPU, without one: a script, for its own process.
 
     python tests/flex_lowering.py QUERY_HEADS KEY_HEADS [--compile]
 
@@ -64,7 +64,7 @@ Graph = tuple[torch.fx.GraphModule, Sequence[Any]]
 
 
 class Lowered(Exception):
-    """Carries the code that Inductor wrote, instead of loading it."""
+    """Holds the code that Inductor generated, instead of loading it."""
 
 
 def traced_graphs(heads: int, key_heads: int) -> dict[str, Graph]:
@@ -84,7 +84,7 @@ def traced_graphs(heads: int, key_heads: int) -> dict[str, Graph]:
 
     backend = aot_autograd(fw_compiler=keep("forward"), bw_compiler=keep("backward"))
     compiled = torch.compile(flex_attention.flex_attention, dynamic=True, backend=backend)
-    flex_attention._validate_device = lambda *tensors: None  # it refuses gradients on the CPU
+    flex_attention._validate_device = lambda *tensors: None  # it rejects gradients on the CPU
     attention_flex.compiled_flex_attention = lambda: compiled
     plan = attention_flex.flex_plan(LAYOUT, torch.device("cpu"))
     qkv = [
@@ -96,7 +96,7 @@ def traced_graphs(heads: int, key_heads: int) -> dict[str, Graph]:
 
 
 def pretend_to_have_a_gpu() -> None:
-    """What Inductor asks of a device and of its driver before it writes code."""
+    """Device and driver properties that Inductor queries before it generates code."""
     torch.cuda.is_available = lambda: True
     torch.cuda.current_device = lambda: 0
     torch.cuda.get_device_properties = lambda device=None: H100
@@ -125,7 +125,7 @@ def pretend_to_have_a_gpu() -> None:
         passes.lazy_init = lambda *_: None  # patterns of other operators, traced on the device
 
     def permuted(output: torch.Tensor, query_strides: Sequence[int]) -> torch.Tensor:
-        """As FlexAttention's own, without the copy of values, for which a fake tensor asks the driver."""
+        """FlexAttention's own, without the copy of values, for which a fake tensor queries the driver."""
         strides = module._construct_strides(output.shape, get_fill_order(query_strides))
         return output.new_empty_strided(output.shape, strides)
 
@@ -187,7 +187,7 @@ def kernels_of(code: str, folder: Path) -> dict[str, tuple[Any, dict[str, Any]]]
 
 
 def compiled_kernel(function: Any, options: dict[str, Any]) -> dict[str, Any]:
-    """Compiles a kernel for an H100 with Inductor's own options; returns what the compiler says of it."""
+    """Compiles a kernel for an H100 with Inductor's own options; returns the compiler's report."""
     meta = options["triton_meta"]
     source = ASTSource(function, dict(meta["signature"]), constexprs=dict(meta["constants"]), attrs=meta["configs"][0])
     chosen = {name: options[name] for name in ("num_warps", "num_stages")}

@@ -1,4 +1,4 @@
-"""One rank of a job of any launcher: meets the others, writes DIR/rank-N.json. See test_launch_two_nodes.py."""
+"""One rank of a job of any launcher: waits for the others, writes DIR/rank-N.json. See test_launch_two_nodes.py."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from bpo.job import collectives
 from bpo.job.launch import ranks_from_environment, setup_logging
 from bpo.train import train
 
-# Written by 2 ranks, continued by 1 and by 4; more at either end only takes longer.
+# Written by 2 ranks, continued by 1 and by 4; more ranks would only take longer.
 FROM_TWO = {1: ("zero2", "zero3_offload", "full_zero1"), 4: ("zero3", "full_zero3", "bfloat16")}
 
 

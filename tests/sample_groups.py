@@ -24,7 +24,7 @@ def write_photos(folder: Path) -> Path:
 
 
 def turn(*parts: str | None, role: str = "user") -> Turn:
-    """A turn; None stands for an image."""
+    """A turn; None is an image."""
     content = tuple(ContentPart("image") if part is None else ContentPart("text", part) for part in parts)
     return Turn(role, content)  # type: ignore[arg-type]
 
@@ -32,7 +32,7 @@ def turn(*parts: str | None, role: str = "user") -> Turn:
 def group(
     name: str, *responses: str | tuple[str, float, str], image: str = "wide.png", prompt: Turn | None = None
 ) -> PreferenceGroup:
-    """A group about one image; of plain strings the first is preferred to the others."""
+    """A group about one image; if responses are plain strings, the first is preferred to the others."""
     completions = []
     for k, one in enumerate(responses):
         text, score, kind = (one, float(k == 0), "mllm-hal" if k else "gt") if isinstance(one, str) else one
@@ -63,8 +63,8 @@ def encoder_of(model_dir: Path, image_root: Path, max_length_tokens: int = 2048,
 
 
 def encode_all(encoder: Encoder, groups: list[PreferenceGroup]) -> list[EncodedGroup]:
-    encoded = [encoder.encode_group(one) for one in groups]
-    assert all(isinstance(one, EncodedGroup) for one in encoded), encoded
+    encoded = [encoder.encode_group(group) for group in groups]
+    assert all(isinstance(group, EncodedGroup) for group in encoded), encoded
     return encoded  # type: ignore[return-value]
 
 

@@ -1,4 +1,4 @@
-"""Reference stores for the tests that need one: four entries, whose keys say which they are."""
+"""Reference stores for tests: four entries with recognisable keys."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def put(store: ReferenceStore, *names: str) -> None:
 
 
 def filled(directory: Path, *names: str, rank: int = 0) -> ReferenceStore:
-    """A store with one more shard, of these entries (the first three, if none is named)."""
+    """A store with one more shard of these entries (default: the first three)."""
     store = ReferenceStore(directory, FINGERPRINT, rank)
     put(store, *(names or ("one", "two", "three")))
     store.close()

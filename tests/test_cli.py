@@ -30,7 +30,7 @@ OPTIONS = {
 
 
 def run(*argv: str) -> int:
-    """The exit status, whether the command returns it or exits with it."""
+    """The exit status, either returned by the command or from its exit."""
     try:
         return main(list(argv))
     except SystemExit as stop:

@@ -29,7 +29,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 def photograph(width: int = 180, height: int = 120) -> Image.Image:
-    """Smooth light and texture, as a photograph has."""
+    """Smooth light and texture, like a photograph."""
     rng = np.random.default_rng(0)
     small = rng.integers(0, 255, (6, 9, 3), dtype=np.uint8)
     smooth = np.asarray(Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC), dtype=np.int16)
@@ -117,7 +117,7 @@ def test_odd_photographs_go_through_every_command(family: str, tmp_path: Path, m
     assert bpo(["bootstrap", *arguments]) == 0
     groups = [json.loads(line) for line in (tmp_path / "groups.jsonl").read_text().splitlines()]
     quarantined = [json.loads(line) for line in (tmp_path / "groups.jsonl.quarantine.jsonl").read_text().splitlines()]
-    # Qwen2.5-VL refuses an aspect ratio above 200; LLaVA's processor crops the same image. All others are read.
+    # Qwen2.5-VL rejects an aspect ratio above 200; LLaVA's processor crops the same image. All others are read.
     bad = {"broken.jpg", "missing.jpg"} | ({"needle.png"} if family == "qwen" else set())
     assert {entry["file"][0] for entry in quarantined} == bad
     assert len(groups) >= 3 and not bad & {g["images"][0] for g in groups}

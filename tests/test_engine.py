@@ -47,7 +47,7 @@ def test_shipped_files_are_found_from_anywhere(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(ValueError, match="zero9.json: no such file; shipped: ds_configs/zero1.json, .*zero3_offload"):
         find_ds_config("ds_configs/zero9.json")
     (tmp_path / "ds_configs").mkdir()
-    (tmp_path / "ds_configs" / "zero3.json").write_text("{}")  # the user's own file wins
+    (tmp_path / "ds_configs" / "zero3.json").write_text("{}")  # the user's own file takes precedence
     assert find_ds_config("ds_configs/zero3.json").read_text() == "{}"
 
 
@@ -82,7 +82,7 @@ def test_float16_training_is_refused(tmp_path: Path) -> None:
 
 
 def test_buckets_are_no_larger_than_the_gradients() -> None:
-    """DeepSpeed allocates them whole, two a backward pass: 1.6 GB in fp32 for an adapter of any size."""
+    """DeepSpeed allocates them in full, two per backward pass: 1.6 GB in fp32 for an adapter of any size."""
     shipped = {"zero_optimization": {"stage": 2, "reduce_bucket_size": 200_000_000, "overlap_comm": True}, "bf16": {}}
     fitting = with_fitting_buckets(shipped, 80_000)
     assert fitting["zero_optimization"] == {"stage": 2, "reduce_bucket_size": 80_000, "overlap_comm": True}

@@ -1,4 +1,4 @@
-"""`make .venv` (.ci/venv) with a stand-in for Python that records what pip was asked for. Installs nothing.
+"""`make .venv` (.ci/venv) with a fake Python that records the requests to pip. Installs nothing.
 
 Run: python -m pytest tests/test_environment.py
 """
@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-# `-m venv DIR` copies the stand-in into DIR/bin/python; `-m pip` appends its arguments to pip.log and may be told to
-# fail or to take the whole installation down with it; anything else is for the real interpreter.
+# `-m venv DIR` copies the fake to DIR/bin/python; `-m pip` appends its arguments to pip.log and can be set to fail or
+# to kill the whole installation; everything else goes to the real interpreter.
 STAND_IN = f"""#!/usr/bin/env bash
 case "$1 $2" in
     "-m venv") mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
@@ -45,7 +45,7 @@ def write_program(path: Path, text: str) -> None:
 
 
 def make(root: Path, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
-    # As a user's shell would: `make test` puts its own flags and level here, and a make inside speaks of both.
+    # As from a user's shell: `make test` sets its own flags and level here, and a nested make prints both.
     outer = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")}
     return subprocess.run(["make", *words], cwd=root, capture_output=True, text=True, timeout=60, env={**outer, **env})
 
@@ -66,7 +66,7 @@ def test_first_call_installs_pinned_versions_torch_before_bpo_and_second_call_re
     torch, bpo = (next(i for i, call in enumerate(calls) if word in call) for word in (" torch", "-e .[dev]"))
     assert torch < bpo and "--no-build-isolation" in calls[bpo]
 
-    again = make(checkout, ".venv")  # without PYTHON: whatever is there
+    again = make(checkout, ".venv")  # without PYTHON: the existing one
     assert again.returncode == 0 and again.stdout == ""
     (checkout / "setup.py").touch()
     assert make(checkout, ".venv").returncode == 0
@@ -161,7 +161,7 @@ def test_another_python_than_that_of_the_environment_is_refused(checkout: Path) 
 
 
 def test_floors_of_setup_are_the_versions_that_were_tested(repo_root: Path) -> None:
-    """`make floor` writes the report; a floor that is raised or lowered has to be tested again."""
+    """`make floor` writes the report; a floor that is raised or lowered must be tested again."""
     report = json.loads((repo_root / "benchmarks" / "results" / "floor.json").read_text())
     assert report["failed"] == 0 and report["passed"] > 2000
     setup = (repo_root / "setup.py").read_text()

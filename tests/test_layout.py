@@ -1,4 +1,4 @@
-"""The traps of the layout, and the one direction of imports. Run: python -m pytest tests/test_layout.py"""
+"""Pitfalls of the layout, and one-way imports. Run: python -m pytest tests/test_layout.py"""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ LAYERS = {
     "tools": 9,
     "cli": 10,
 }
-# Of one layer, yet they know nothing of each other: each lists what else of its layer it may use.
+# In one layer, but independent of each other: each lists the modules of its layer that it may import.
 BRANCHES: dict[str, set[str]] = {"bootstrap": set(), "evaluation": set(), "losses": set(), "engine": {"losses"}}
-# Not installed everywhere, yet imported by transformers, peft or deepspeed where they are.
+# Not always installed, but imported by transformers, peft or deepspeed if they are.
 THIRD_PARTY = set(
     "datasets evaluate kernels accelerate bitsandbytes wandb mlflow apex cupy scipy sklearn pandas tokenizers "
     "tiktoken flash_attn xformers timm torchvision torchaudio optimum trl vllm mpi4py ray soundfile librosa av "

@@ -54,7 +54,7 @@ def test_sigmoid_at_the_reference_is_log_2_with_gradient_beta_over_2() -> None:
     assert output.loss_P.tolist() == pytest.approx([math.log(2)] * 2, abs=1e-7)
     assert output.chosen_reward_P.tolist() == output.rejected_reward_P.tolist() == [0.0, 0.0]
     output.loss_P[0].backward()
-    # -beta/2 for every token of the chosen answer, +beta/2 of the rejected one, nothing of the bystander
+    # -beta/2 per token of the chosen answer, +beta/2 of the rejected one, 0 of a completion in no pair
     assert policy_N.grad.tolist() == pytest.approx([-0.05] * 3 + [0.05] * 2 + [0.0], abs=1e-8)
 
 

@@ -1,4 +1,4 @@
-"""The offline GPU machine: what is packed for it and what the run script makes of it, without network and git.
+"""The offline GPU machine: its package and the run script, without network and git.
 
 Run: python -m pytest tests/test_offline.py
 """
@@ -22,7 +22,7 @@ import pytest
 from benchmarks.offline import pack, stamp
 from bpo_kernels.provenance import UNKNOWN
 
-# Stands for benchmarks/gpu.py: says what it sees.
+# Replaces benchmarks/gpu.py: reports its environment.
 GPU_SET = """
 import json, os, shutil, sys
 import bpo_kernels, packed_tool, torch
@@ -41,7 +41,7 @@ sys.exit(3)
 
 
 def write_wheel(folder: Path) -> None:
-    """A wheel with a module and a program, as DeepSpeed's."""
+    """A wheel with a module and a program, like DeepSpeed's."""
     info = "packed_tool-1.0.dist-info"
     files = {
         "packed_tool.py": "def main():\n    print('packed')\n",
@@ -73,7 +73,7 @@ def checkout(tmp_path: Path, repo_root: Path) -> Path:
 
 @pytest.fixture
 def programs(tmp_path: Path) -> Path:
-    """A PATH with what any Linux has, and neither git nor a Python environment."""
+    """A PATH with the usual Linux programs, without git and a Python environment."""
     folder = tmp_path / "programs"
     folder.mkdir()
     for name in ("bash", "dirname", "mktemp", "rm"):
@@ -151,7 +151,7 @@ def test_stamp_tells_a_tree_that_changed_after_packing(checkout: Path) -> None:
     assert stamp.read(folder, root=checkout) == UNKNOWN
     (folder / "COMMIT").write_text(f"feedc0de {stamp.digest(checkout)}\n")
     (checkout / "benchmarks" / "results").mkdir()
-    (checkout / "benchmarks" / "results" / "new.json").write_text("{}")  # what a run writes changes nothing
+    (checkout / "benchmarks" / "results" / "new.json").write_text("{}")  # files written by a run change nothing
     assert stamp.read(folder, root=checkout) == "feedc0de"
     (checkout / "kernels" / "head.py").write_text("changed = True\n")
     assert stamp.read(folder, root=checkout) == "feedc0de+changes"
@@ -178,7 +178,7 @@ def required(repo_root: Path) -> list[str]:
 
 
 def test_committed_image_is_at_or_above_the_floors_of_setup(repo_root: Path) -> None:
-    """Else pip would pack another torch."""
+    """Otherwise pip would pack another torch."""
     from packaging.requirements import Requirement
 
     image = pack.read_pins(repo_root / "benchmarks" / "offline" / "image.txt")
@@ -195,7 +195,7 @@ def test_scripts_pass_shellcheck(script: str, repo_root: Path) -> None:
 
 
 def test_one_line_runs_a_clone_that_is_not_installed(repo_root: Path, tmp_path: Path) -> None:
-    """`export PYTHONPATH=$PWD/checkout`: the links win over an installation, from any directory."""
+    """`export PYTHONPATH=$PWD/checkout`: the links take precedence over an installation, from any directory."""
     code = (
         "import bpo, bpo_kernels, importlib.resources as r; from bpo.engine import find_ds_config\n"
         "from bpo.job.run_record import versions; assert versions()['bpo'] == bpo.__version__\n"

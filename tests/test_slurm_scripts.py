@@ -1,4 +1,4 @@
-"""slurm/*.sh with stand-ins for Slurm's commands; tests/cluster runs them on a real cluster.
+"""slurm/*.sh with fakes of Slurm's commands; tests/cluster runs them on a real cluster.
 
 Run: python -m pytest tests/test_slurm_scripts.py
 """
@@ -28,7 +28,7 @@ case "$*" in
     *) exit 1 ;;
 esac
 """
-# Job numbers count from 11; one line a submission, arguments apart by `|`. Refuses what REFUSE names.
+# Job numbers start at 11; one line per submission, arguments separated by `|`. Rejects what REFUSE names.
 SBATCH = """#!/usr/bin/env bash
 if [[ -n "${REFUSE:-}" && "$*" == *"$REFUSE"* ]]; then echo "sbatch: error: refused" >&2; exit 1; fi
 printf '%s|' "$@" >>sbatch.args; echo "$BPO_ROOT" >>sbatch.args

@@ -1,4 +1,4 @@
-"""Tiny random models with real processors, saved as `from_pretrained` directories: no network, a second to make."""
+"""Tiny random models with real processors, saved as `from_pretrained` directories: no network, created in a second."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def tiny_llava(directory: Path, *, tie_word_embeddings: bool = False, num_layers
 
 
 def tiny_qwen(directory: Path) -> Path:
-    """A Qwen2.5-VL of about 70,000 parameters: patch 14, merge 2, images of 28..112 px a side."""
+    """A Qwen2.5-VL of about 70,000 parameters: patch 14, merge 2, images of 28..112 px per side."""
     torch.manual_seed(0)
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"]
     special += ["<|image_pad|>", "<|video_pad|>"]
@@ -131,7 +131,7 @@ def tiny_qwen(directory: Path) -> Path:
     )
     model = Qwen2_5_VLForConditionalGeneration(config)
     size = {"shortest_edge": 28 * 28, "longest_edge": 112 * 112}
-    # Saved piece by piece: the whole Qwen2_5_VLProcessor cannot be built without torchvision (its video part).
+    # Saved in parts: the whole Qwen2_5_VLProcessor cannot be built without torchvision (its video part).
     tokenizer.chat_template = QWEN_TEMPLATE
     sharpen(model)
     return save(directory, model, tokenizer, Qwen2VLImageProcessor(size=size))

@@ -1,4 +1,4 @@
-"""Tiny random models of every supported family beside LLaVA-1.5 and Qwen2.5-VL (tests/tiny.py), saved like those."""
+"""Tiny random models of every supported family except LLaVA-1.5 and Qwen2.5-VL (tests/tiny.py), saved like those."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ from tests.tiny import LLAVA_TEMPLATE, QWEN_TEMPLATE, byte_tokenizer, save, shar
 
 TILE = 28
 PINPOINTS = [[28, 56], [56, 28], [56, 56], [28, 84], [84, 28], [84, 84]]
-# Two newlines are one token in most real vocabularies; what stands around an image then joins the text.
+# Two newlines are one token in most real vocabularies; newlines around an image then merge with those of the text.
 MERGES = (("\u010a", "\u010a"),)
 
 _PARTS = "{% for c in m['content'] %}{% if c['type'] == 'image' %}IMAGE{% else %}{{ c['text'] }}{% endif %}{% endfor %}"
@@ -136,7 +136,7 @@ def tiny_qwen3_vl(directory: Path, *, moe: bool = False) -> Path:
         num_position_embeddings=16,
         deepstack_visual_indexes=[0, 1],
     )
-    # Three layers: what is added after the last one no answer could read.
+    # Three layers: features added after the last one would not affect the answer.
     text = dict(
         **_text(tokenizer, num_hidden_layers=3), head_dim=8, rope_parameters=_mrope() | {"mrope_interleaved": True}
     )
@@ -182,7 +182,7 @@ def tiny_internvl(directory: Path, text_type: type = Qwen2Config, **text: Any) -
 
 
 def tiny_gemma3(directory: Path, **image_options: Any) -> Path:
-    """Gemma 3: 4 tokens an image, a window of 24 tokens in two of three layers, tied embeddings."""
+    """Gemma 3: 4 tokens per image, a window of 24 tokens in two of three layers, tied embeddings."""
     torch.manual_seed(0)
     image = ["<start_of_image>", "<image_soft_token>", "<end_of_image>"]
     tokenizer = byte_tokenizer(
@@ -214,7 +214,7 @@ def tiny_gemma3(directory: Path, **image_options: Any) -> Path:
     model = Gemma3ForConditionalGeneration(config)
     # transformers leaves it at 0: no image would reach the language model.
     torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight, std=1.0)
-    # Head and embedding are one: a large one would answer every token with itself, whatever the image.
+    # Head and embedding are tied: large weights would answer every token with itself, regardless of the image.
     torch.nn.init.normal_(model.model.language_model.embed_tokens.weight, std=0.01)
     return _finish(directory, model, tokenizer, images, GEMMA_TEMPLATE)
 
@@ -272,14 +272,14 @@ BUILDERS: dict[str, Callable[[Path], Path]] = {
 
 
 def _finish(directory: Path, model: Any, tokenizer: Any, images: Any, template: str) -> Path:
-    # Saved piece by piece: most whole processors cannot be built without torchvision (their video part).
+    # Saved in parts: most whole processors cannot be built without torchvision (their video part).
     tokenizer.chat_template = template
     sharpen(model)
     return save(directory, model, tokenizer, images)
 
 
 def _text(tokenizer: Any, **changed: Any) -> dict[str, Any]:
-    """Sizes and token ids that all text models take."""
+    """Sizes and token ids of all text models."""
     sizes = dict(
         hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
     )

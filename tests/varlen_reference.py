@@ -22,7 +22,7 @@ def check_contract(
     starts: tuple[torch.Tensor, torch.Tensor],
     longest: tuple[int, int],
 ) -> None:
-    """Refuses what the kernels would misread.
+    """Rejects inputs that the kernels would misread.
 
     Raises:
         ValueError: names the argument.
@@ -40,7 +40,7 @@ def check_contract(
 
 
 def _probabilities(q_QHD: torch.Tensor, k_MHD: torch.Tensor, scale: float, causal: bool) -> torch.Tensor:
-    """[H, Q, M]; with fewer queries than keys, query i sees the keys up to i + M - Q."""
+    """[H, Q, M]; with fewer queries than keys, query i attends to keys up to i + M - Q."""
     scores_HQM = torch.einsum("qhd,mhd->hqm", q_QHD, k_MHD) * scale
     if causal:
         late_QM = torch.ones_like(scores_HQM[0], dtype=torch.bool).triu(len(k_MHD) - len(q_QHD) + 1)
@@ -91,13 +91,13 @@ def gradients(
 
 
 def _no_log_sums(q: torch.Tensor) -> torch.Tensor:
-    """In place of log-sum-exps, without which these kernels compute their gradients."""
+    """Replaces the log-sum-exps, which these kernels do not need for their gradients."""
     return torch.zeros(q.shape[1], len(q), dtype=torch.float32)
 
 
 @functools.cache
 def install_operators() -> None:
-    """Defines the operators of flash-attn that are not there, and PyTorch's flash attention on CPUs."""
+    """Defines missing operators of flash-attn, and PyTorch's flash attention on CPUs."""
     if not hasattr(torch.ops.flash_attn, "_flash_attn_varlen_forward"):
         torch.library.custom_op("flash_attn::_flash_attn_varlen_forward", mutates_args=())(_flash_2_forward)
         torch.library.custom_op("flash_attn::_flash_attn_varlen_backward", mutates_args=("dq", "dk", "dv"))(
