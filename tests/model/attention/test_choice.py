@@ -1,4 +1,4 @@
-"""Which backend is chosen, and what is refused. Run: python -m pytest tests/model/attention/test_choice.py"""
+"""Backend selection, and rejected settings. Run: python -m pytest tests/model/attention/test_choice.py"""
 
 from __future__ import annotations
 

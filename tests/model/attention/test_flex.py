@@ -45,7 +45,7 @@ ROWS = {
 
 
 def visible_pairs(layout: PackedLayout) -> torch.Tensor:
-    """[T, T] whether a query sees a key, pair by pair from the definition."""
+    """[T, T]: whether a query attends to a key, computed per pair from the definition."""
     sees = torch.zeros(num_tokens(layout), num_tokens(layout), dtype=torch.bool)
     for prefix, completions in zip(layout.prefix_spans, layout.completion_spans, strict=True):
         for span in (prefix, *completions):
@@ -55,7 +55,7 @@ def visible_pairs(layout: PackedLayout) -> torch.Tensor:
 
 
 def as_sets(num_blocks: torch.Tensor, indices: torch.Tensor) -> list[set[int]]:
-    """For each row of blocks, which columns are listed."""
+    """The listed columns of each row of blocks."""
     counts = num_blocks[0, 0].tolist()
     return [set(indices[0, 0, row, :count].tolist()) for row, count in enumerate(counts) if count]
 
@@ -106,10 +106,10 @@ def test_stays_compiled_under_a_dispatch_mode(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.skipif(shutil.which("c++") is None and shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 def test_compiled_for_real_one_kernel_serves_rows_of_all_shapes() -> None:
-    """The forward pass alone: FlexAttention has no compiled backward pass on CPU."""
+    """The forward pass only: FlexAttention has no compiled backward pass on CPU."""
     torch._dynamo.reset()
     for layout in ROWS.values():
-        qkv = [one.detach() for one in random_qkv(num_tokens(layout), key_heads=2, dtype=torch.float32, head_size=16)]
+        qkv = [tensor.detach() for tensor in random_qkv(num_tokens(layout), key_heads=2, dtype=torch.float32, head_size=16)]
         output = shared_prefix_attention(*qkv, layout, backend="flex")
         torch.testing.assert_close(output, each_sequence_alone(*qkv, layout), atol=2e-6, rtol=0)
     assert num_compilations() == 1

@@ -1,4 +1,4 @@
-"""What `FlopCounterMode` counts of packed attention, backend by backend.
+"""FLOPs of packed attention as counted by `FlopCounterMode`, per backend.
 
     python -m pytest tests/model/attention/test_flops.py
 
@@ -55,21 +55,21 @@ def counted(layout: PackedLayout, backend: BackendName, key_heads: int, backward
 @pytest.mark.parametrize("name", PAIRS)
 @pytest.mark.parametrize("backend", COMPILED)
 def test_backends_count_the_same_by_formula(backend: BackendName, name: str, key_heads: int) -> None:
-    """Two products of 2 x 16 FLOPs a pair and query head in the forward pass, five more in the backward pass."""
+    """Two products of 2 x 16 FLOPs per pair and query head in the forward pass, five more in the backward pass."""
     of_product = PAIRS[name] * 4 * 2 * 16
     assert counted(LAYOUTS[name], backend, key_heads, backward=False) == 2 * of_product
     assert counted(LAYOUTS[name], backend, key_heads, backward=True) == 7 * of_product
 
 
 def test_sdpa_counts_its_two_calls() -> None:
-    """As plain products, of which the backward pass has four: it keeps the scores."""
+    """As plain products, four in the backward pass, because the scores are saved."""
     with sdpa_kernel(SDPBackend.MATH):
         assert counted(LAYOUTS["three unequal groups"], "sdpa", 4, backward=False) == 2 * SDPA_PAIRS * 4 * 2 * 16
         assert counted(LAYOUTS["three unequal groups"], "sdpa", 4, backward=True) == 6 * SDPA_PAIRS * 4 * 2 * 16
 
 
 def test_pytorchs_own_formula_of_varlen_attn_says_the_same() -> None:
-    """PyTorch counts `varlen_attn` itself in later versions; it must be neither counted twice nor otherwise."""
+    """PyTorch counts `varlen_attn` itself in later versions; the count must then stay the same."""
     from torch.utils import flop_counter
 
     if not hasattr(flop_counter, "_varlen_attn_forward_flop"):
@@ -79,7 +79,7 @@ def test_pytorchs_own_formula_of_varlen_attn_says_the_same() -> None:
 
 @pytest.mark.parametrize("grouped", [False, True])
 def test_sdpa_kernels_of_gpus_count_grouped_heads(grouped: bool) -> None:
-    """PyTorch 2.11 stops with an AssertionError where key heads are fewer than query heads."""
+    """PyTorch 2.11 raises an AssertionError if there are fewer key heads than query heads."""
     from torch.utils.flop_counter import flop_registry
 
     key_heads = 2 if grouped else 4
@@ -112,7 +112,7 @@ def test_the_meter_of_bpo_bench_counts_sdpa_with_grouped_heads() -> None:
 def test_a_step_counts_what_it_needs(
     backend: BackendName, checkpointing: str, tiny_llava_dir: Path, photo_root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As `bpo bench step` asks: at least 99 % of what `bpo.training.flops` says the step needs."""
+    """As `bpo bench step` asks: at least 99 % of the step's FLOPs by `bpo.training.flops`."""
     torch._dynamo.reset()
     monkeypatch.setattr(load, "choose_backend", lambda wanted, needs: Choice(backend, "tested"))
     config = ModelConfig(path=str(tiny_llava_dir), dtype="float32", gradient_checkpointing=checkpointing)
@@ -126,7 +126,7 @@ def test_a_step_counts_what_it_needs(
     attention = {
         name: flops for name, flops in by_operator.items() if name.startswith(("flash_attn", "torch_attn", "bpo"))
     }
-    # Kept results are not computed again; compiled code is, and so are whole layers.
+    # Saved results are not recomputed; compiled code and whole layers are.
     products = 7 if checkpointing == "none" or (checkpointing == "selective" and backend != "flex") else 9
     text = policy.model.config.text_config
     of_product = 2 * sequence_pairs(batch.layout) * text.hidden_size * text.num_hidden_layers

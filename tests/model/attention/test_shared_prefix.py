@@ -1,4 +1,4 @@
-"""Attention over packed groups against each sequence alone.
+"""Attention over packed groups against separate sequences.
 
 Shape letters: B batch, H heads, T packed tokens, D head size.
 """
@@ -95,7 +95,7 @@ def test_layouts_nest_and_are_gone_after_an_error(backend: BackendName) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_plans_are_made_once_a_batch_and_go_with_it(backend: BackendName, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run has a new layout in every batch: plans that stayed would fill the memory."""
+    """A run has a new layout in every batch: plans that are not freed would fill the memory."""
     made = []
     original = attention.BACKENDS[backend]
 
@@ -177,5 +177,5 @@ def test_a_whole_model_equals_separate_sequences(
     for name, gradient in expected.items():
         scale = max(1.0, float(gradient.abs().max()))
         torch.testing.assert_close(actual[name], gradient, atol=1e-4 * scale, rtol=0, msg=name)
-    # One with a graph (training and what checkpointing computes again), one without (the reference).
+    # One with a graph (training and recomputation), one without (the reference).
     assert num_compilations() == (2 if backend == "flex" else 0)

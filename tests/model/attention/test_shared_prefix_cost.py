@@ -1,4 +1,4 @@
-"""What packed attention costs by the number of groups."""
+"""Cost of packed attention by number of groups."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bpo.records import PackedLayout
 
 
 class WrittenBytes(TorchDispatchMode):
-    """Bytes of every result, whether it is kept or not."""
+    """Bytes of all results, saved or not."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Variable-length attention over packed rows: plans, gathered keys, and the three functions behind one contract.
+"""Variable-length attention over packed rows: plans, gathered keys, and three functions with one interface.
 
     python -m pytest tests/model/attention/test_varlen.py
 
@@ -22,7 +22,7 @@ from tests.attention_backends import LAYOUTS, layout_of, num_tokens, random_qkv,
 
 CPU = torch.device("cpu")
 KERNELS = {"flash-attn 2": attend_flash_2, "flash-attn 3": attend_flash_3, "torch": attend_torch_varlen}
-# Queries and keys of sequences: as many, and fewer queries, for which the mask is aligned bottom-right.
+# Queries and keys of sequences: equal numbers, and fewer queries with a mask aligned bottom-right.
 LENGTHS = [(5, 5), (2, 7), (1, 9), (1, 1), (4, 6)]
 
 
@@ -32,7 +32,7 @@ def _without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def plan_of(lengths: list[tuple[int, int]], **changes: Any) -> VarlenPlan:
-    """The parts of a plan that a kernel reads."""
+    """The fields of a plan that a kernel reads."""
     starts = [
         torch.tensor([0, *torch.tensor(lengths)[:, side].cumsum(0).tolist()], dtype=torch.int32) for side in (0, 1)
     ]
@@ -92,7 +92,7 @@ def test_flash_attn_3_of_an_early_version_returns_a_tuple(monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("takes_switch", [False, True])
 def test_grouped_heads_are_allowed_where_varlen_attn_asks(takes_switch: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """PyTorch 2.11's function has no `enable_gqa` and takes grouped heads as they are; 2.13's refuses them without."""
+    """PyTorch 2.11's function has no `enable_gqa` and takes grouped heads directly; 2.13's requires it for them."""
     from torch.nn.attention import varlen
 
     def with_switch(query: torch.Tensor, *rest: Any, enable_gqa: bool = False, **options: Any) -> bool:
@@ -162,7 +162,7 @@ def test_gradcheck_of_the_gather() -> None:
 def test_options_reach_the_library(
     kernel: Kernel, look_up: str, own_options: dict, deterministic: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """PyTorch's kernel reads itself whether it must be deterministic."""
+    """PyTorch's kernel reads the deterministic setting itself."""
     seen: dict[str, Any] = {}
 
     def recording(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *offsets: object, **options: object) -> Any:

@@ -1,4 +1,4 @@
-"""What the reference depends on. Run: python -m pytest tests/model/reference/test_fingerprint.py"""
+"""The fingerprint of the reference. Run: python -m pytest tests/model/reference/test_fingerprint.py"""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_covers_weights_processor_template_and_dtype(tmp_path: Path, tiny_llava_dir: Path) -> None:
     copy = Path(shutil.copytree(tiny_llava_dir, tmp_path / "model"))
     before = model_fingerprint(str(copy), dtype="float32")
-    assert before == model_fingerprint(str(tiny_llava_dir), dtype="float32")  # not the place, the content
+    assert before == model_fingerprint(str(tiny_llava_dir), dtype="float32")  # depends on content, not on location
     for name in ("model.safetensors", "chat_template.jinja", "tokenizer.json", "config.json"):
         was = model_fingerprint(str(copy), dtype="float32")
         with (copy / name).open("ab") as file:
@@ -80,7 +80,7 @@ def test_a_file_that_changed_is_hashed_again(tmp_path: Path, hashed: list[str], 
 
 
 def test_exchanged_content_with_the_old_size_and_time_is_only_seen_by_rehashing(tmp_path: Path) -> None:
-    """The documented price of not reading the weights at every start."""
+    """The documented cost of not reading the weights at every start."""
     weights = old_file(tmp_path, "w.safetensors", b"first")
     kept = tmp_path / "digests.json"
     was = DigestCache(kept).digests([weights])
@@ -91,7 +91,7 @@ def test_exchanged_content_with_the_old_size_and_time_is_only_seen_by_rehashing(
 
 
 def test_a_file_written_just_now_is_not_believed_yet(tmp_path: Path, hashed: list[str]) -> None:
-    """It could change once more within one tick of the file system's clock."""
+    """It could change again within one tick of the file system's clock."""
     weights = tmp_path / "w.safetensors"
     weights.write_bytes(b"new")
     for _ in range(2):

@@ -45,7 +45,7 @@ def test_gather_gives_the_tokens_in_the_order_of_the_batch(tmp_path: Path) -> No
 def test_ranks_and_runs_write_shards_of_their_own_and_read_all(tmp_path: Path) -> None:
     filled(tmp_path, "one", rank=0)
     filled(tmp_path, "two", rank=1)
-    store = filled(tmp_path, "three", rank=0)  # a second run adds to what is there
+    store = filled(tmp_path, "three", rank=0)  # a second run adds to the existing entries
     assert stored(store, "three", "one", "two") == [*VALUES["three"], *VALUES["one"], *VALUES["two"]]
     assert len(list(tmp_path.glob("*.values"))) == 3
 
@@ -80,7 +80,7 @@ def test_torn_last_record_is_left_out_and_computed_again(tmp_path: Path, cut_byt
 
 
 def test_zeros_at_the_end_of_an_index_are_no_entries(tmp_path: Path) -> None:
-    """After a power cut a file may have its new length and not its new content."""
+    """After a power cut a file may have its new length but not its new content."""
     filled(tmp_path)
     with shard(tmp_path, "index").open("ab") as file:
         file.write(bytes(3 * 52 + 7))
@@ -122,7 +122,7 @@ def test_a_flipped_bit_is_found_and_named(tmp_path: Path) -> None:
 
 
 def test_a_complete_store_is_only_read(tmp_path: Path) -> None:
-    """It may lie on a read-only file system."""
+    """It may be on a read-only file system."""
     filled(tmp_path)
     before = {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in [tmp_path, *tmp_path.iterdir()]}
     store = ReferenceStore(tmp_path, FINGERPRINT, rank=3)
@@ -239,11 +239,11 @@ def test_a_killed_writer_loses_only_what_came_after_its_last_commit(tmp_path: Pa
 
 
 def test_a_full_disk_is_named_with_what_is_needed_and_the_store_stays_usable(tmp_path: Path) -> None:
-    """A limit on file sizes stands for the disk: the write fails half-way in the same manner."""
+    """A file size limit simulates a full disk: the write fails half-way in the same way."""
     printed = run_script(LIMITED, tmp_path)
     assert printed.returncode == 0, printed.stderr
     assert f"{tmp_path}/rank00000-" in printed.stdout and "need 20,052 bytes" in printed.stdout
-    assert shard(tmp_path, "values").stat().st_size == 4096  # part of the entry did reach the disk
+    assert shard(tmp_path, "values").stat().st_size == 4096  # part of the entry was written
     store = ReferenceStore(tmp_path, FINGERPRINT)
     assert len(store) == 1 and stored(store, "one") == VALUES["one"]
     put(store, "two")
