@@ -109,7 +109,7 @@ def test_compiled_for_real_one_kernel_serves_rows_of_all_shapes() -> None:
     """The forward pass only: FlexAttention has no compiled backward pass on CPU."""
     torch._dynamo.reset()
     for layout in ROWS.values():
-        qkv = [tensor.detach() for tensor in random_qkv(num_tokens(layout), key_heads=2, dtype=torch.float32, head_size=16)]
+        qkv = [x.detach() for x in random_qkv(num_tokens(layout), key_heads=2, dtype=torch.float32, head_size=16)]
         output = shared_prefix_attention(*qkv, layout, backend="flex")
         torch.testing.assert_close(output, each_sequence_alone(*qkv, layout), atol=2e-6, rtol=0)
     assert num_compilations() == 1
