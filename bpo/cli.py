@@ -50,6 +50,155 @@ def _convert(argv: list[str]) -> int:
 def _bootstrap(argv: list[str]) -> int:
     from bpo.bootstrap.run import run_bootstrap
     from bpo.config.io import load_config
+    from bpo.job.launch import ranks_from_environment, setup_logging
+    from bpo.job.signals import StopRequest
+
+    setup_logging(ranks_from_environment())
+    config = load_config(argv, prog="bpo bootstrap", description="Create preference groups from annotations.")
+    with StopRequest() as stop:
+        run_bootstrap(config, stop=stop)
+    return 0
+
+
+def _merge(argv: list[str]) -> int:
+    from bpo.bootstrap.run import run_merge
+    from bpo.config.io import load_config
+    from bpo.job.launch import Ranks, setup_logging
+
+    setup_logging(Ranks())
+    summary = run_merge(load_config(argv, prog="bpo merge", description="Merge the results of all shards."))
+    print(f"{summary.num_groups} groups of {summary.num_annotations} annotations: {summary.groups_path}")
+    return 0
+
+
+def _train(argv: list[str]) -> int:
+    from bpo.train import main
+
+    main(argv)
+    return 0
+
+
+def _evaluate(argv: list[str]) -> int:
+    from bpo.config.io import load_config
+    from bpo.evaluation.run import run_evaluation
+    from bpo.job.launch import ranks_from_environment, setup_logging
+    from bpo.job.signals import StopRequest
+
+    setup_logging(ranks_from_environment())
+    config = load_config(argv, prog="bpo evaluate", description="Measure hallucination with CHAIR and POPE.")
+    with StopRequest() as stop:
+        run_evaluation(config, stop=stop)
+    return 0
+
+
+def _export(argv: list[str]) -> int:
+    from bpo.checkpoint.export import run_export
+    from bpo.config.io import load_config
+    from bpo.job.launch import Ranks, setup_logging
+
+    setup_logging(Ranks())
+    print(run_export(load_config(argv, prog="bpo export", description="Export a trained model or adapter.")))
+    return 0
+
+
+def _view(argv: list[str]) -> int:
+    from bpo.tools.view.run import main
+
+    return main(argv)
+
+
+def _score(argv: list[str]) -> int:
+    from bpo.tools.score import main
+
+    return main(argv)
+
+
+def _refs(argv: list[str]) -> int:
+    from bpo.tools.refs import main
+
+    return main(argv)
+
+
+def _plan(argv: list[str]) -> int:
+    from bpo.tools.plan.command import main
+
+    return main(argv)
+
+
+def _bench_kernels(argv: list[str]) -> int:
+    from bpo_kernels.bench.command import main
+
+    return main(argv)
+
+
+def _bench_step(argv: list[str]) -> int:
+    from bpo.tools.bench.step import main
+
+    return main(argv)
+
+
+def _bench_bootstrap(argv: list[str]) -> int:
+    from bpo.tools.bench.bootstrap import main
+
+    return main(argv)
+
+
+BENCHMARKS: dict[str, Callable[[list[str]], int]] = {
+    "bootstrap": _bench_bootstrap,
+    "kernels": _bench_kernels,
+    "step": _bench_step,
+}
+
+
+def _bench(argv: list[str]) -> int:
+    if argv and argv[0] in BENCHMARKS:
+        return BENCHMARKS[argv[0]](argv[1:])
+    asked_for_help = bool(argv) and argv[0] in ("-h", "--help")
+    usage = f"usage: bpo bench {{{','.join(BENCHMARKS)}}} [...]; `bpo bench NAME --help` lists its options"
+    print(usage, file=sys.stdout if asked_for_help else sys.stderr)
+    return 0 if asked_for_help else 2
+
+
+def _doctor(argv: list[str]) -> int:
+    from bpo.tools.doctor import main
+
+    if argv:
+        print("usage: bpo doctor\n\nChecks the environment and explains what each finding means for a run.")
+        return 0 if argv[0] in ("-h", "--help") else 2
+    return main()
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "demo": _demo,
+    "check": _check,
+    "convert": _convert,
+    "bootstrap": _bootstrap,
+    "merge": _merge,
+    "train": _train,
+    "evaluate": _evaluate,
+    "export": _export,
+    "refs": _refs,
+    "score": _score,
+    "view": _view,
+    "plan": _plan,
+    "bench": _bench,
+    "doctor": _doctor,
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0 if arguments else 2
+    if arguments[0] in ("-V", "--version"):
+        from bpo import __version__
+
+        print(f"bpo {__version__}")
+        return 0
+    if arguments[0] not in COMMANDS:
+        print(f"bpo: unknown command {arguments[0]!r}; the commands are {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
     from bpo.job.exits import Interrupted, JobError
 
     try:
