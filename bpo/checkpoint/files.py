@@ -240,6 +240,8 @@ def clean_leftovers(output_dir: Path) -> None:
     for unfinished in sorted(root.glob("step-*.tmp")):
         logger.warning("%s: removed an unfinished save", unfinished)
         shutil.rmtree(unfinished)
+    for temporary in root.glob(f".{POINTER}.*.tmp"):
+        temporary.unlink()
 
 
 def superseded(steps: Sequence[int], keep_last: int, keep_every: int) -> list[int]:

@@ -2,7 +2,7 @@
 
     DIR/FINGERPRINT/RANK-RUN.jsonl      one line per group: its digest, size and time of its images, the measurement
 
-FINGERPRINT covers everything that affects a measurement besides the group and its images: tokenizer, image processor,
+FINGERPRINT covers everything that affects a measurement except the group and its images: tokenizer, image processor,
 chat template, model config and length limits. Other settings use another folder, so entries are never stale.
 """
 

@@ -156,8 +156,9 @@ def test_a_step_that_is_saved_again_replaces_the_old_one_and_a_kill_between_lose
     # State after a kill between the two renames: the old one moved away, the new one not yet renamed.
     directory.rename(directory.with_name("step-00000010.replaced"))
     (checkpoints_root(tmp_path) / "step-00000010.ab12.tmp").mkdir()
+    (checkpoints_root(tmp_path) / ".latest.ab12.tmp").touch()
     clean_leftovers(tmp_path)
-    assert [p.name for p in checkpoints_root(tmp_path).glob("step*")] == ["step-00000010"]
+    assert sorted(p.name for p in checkpoints_root(tmp_path).iterdir()) == ["latest", "step-00000010"]
     verify_checkpoint(directory)
     shutil.copytree(directory, directory.with_name("step-00000010.replaced"))  # a kill after both
     clean_leftovers(tmp_path)

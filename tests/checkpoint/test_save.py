@@ -150,9 +150,7 @@ def test_a_disk_that_fills_up_leaves_the_old_checkpoint_and_says_so(
 ) -> None:
     """A shard takes 12.5 KB: one checkpoint fits next to the ballast, a second does not."""
     disk = tmp_path / "disk"
-    monkeypatch.setattr(
-        "bpo.checkpoint.save._SPARE_BYTES", -(10**9)
-    )  # as under a quota: not in disk_usage
+    monkeypatch.setattr("bpo.checkpoint.save._SPARE_BYTES", -(10**9))  # as under a quota: not in disk_usage
     with small_disk(disk):
         if os.path.ismount(disk):
             (disk / "ballast").write_bytes(bytes(8_000))

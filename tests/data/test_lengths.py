@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -85,6 +86,13 @@ def test_a_killed_run_loses_only_the_line_being_written(tmp_path: Path, encoder:
     opened.clear()
     assert measure(tmp_path / "lengths", encoder) == first
     assert set(opened) == {"square.png"}  # of the third group
+
+
+def test_the_line_format_is_that_of_earlier_versions(tmp_path: Path, encoder: Encoder) -> None:
+    measure(tmp_path / "lengths", encoder)
+    (file,) = (tmp_path / "lengths").glob("rank00000-*.jsonl")
+    first = file.read_bytes().splitlines(keepends=True)[0]
+    assert re.fullmatch(rb'{"key": "[0-9a-f]{64}", "images": \[\[\d+, \d+\]\], "measured": {.*}}\n', first)
 
 
 def test_measured_lengths_are_shared_between_ranks(tmp_path: Path, encoder: Encoder, opened: list[str]) -> None:

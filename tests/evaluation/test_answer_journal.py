@@ -134,6 +134,16 @@ def test_a_torn_line_takes_no_later_answer_with_it(tmp_path: Path, caplog: pytes
     assert "cut short" in caplog.text
 
 
+def test_a_journal_of_an_earlier_version_is_continued(tmp_path: Path) -> None:
+    """It began each batch with an empty line."""
+    part = tmp_path / "rank-00000.jsonl"
+    part.write_bytes(b'\n["pope", 0, "yes"]\n["pope", 1, "n')
+    journal = AnswerJournal(tmp_path)
+    assert len(journal) == 1
+    journal.put("pope", {1: "no \u00e9"})
+    assert part.read_bytes() == b'\n["pope", 0, "yes"]\n["pope", 1, "no \\u00e9"]\n'
+
+
 def test_answers_to_another_prompt_are_in_another_folder(config: Config) -> None:
     with StopRequest() as stop, pytest.raises(Interrupted):
         stop.received = True

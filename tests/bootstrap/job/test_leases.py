@@ -210,7 +210,7 @@ def test_rank_0_gives_up_when_a_living_rank_does_nothing(make: MakeConfig, monke
 
 
 def test_the_stall_timeout_starts_with_the_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A rank that worked for hours has not waited for hours; and each outcome of others begins it anew."""
+    """A rank that worked for hours has not waited for hours, and each outcome of others restarts the timeout."""
     now_s = 10_000.0
     monkeypatch.setattr(run_module.time, "monotonic", lambda: now_s)
     monkeypatch.setattr(run_module.time, "sleep", lambda seconds: None)
