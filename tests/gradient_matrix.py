@@ -1,25 +1,27 @@
-"""First-step gradients of many divisions of one batch: `deepspeed tests/gradient_matrix.py DIR CASE...`.
+"""First-step gradients of many divisions of one batch: `gradient_matrix.py DIR NUM_RANKS:CASE...`.
 
 A case is MODEL:STAGE:TOKENS[:CHECKPOINTING], for instance llava:3:300 or llava:3:300:selective. Writes DIR/N-CASE.pt:
 the loss, every gradient in full, and in which micro-batches of each rank an image stood in for none. Starting a process
-group costs more than a case.
+costs more than a case.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from deepspeed.utils import safe_get_full_grad
+from ranks import fork_ranks
 
 from bpo import engine
 from bpo.config.training import Config, DataConfig, LossConfig, ModelConfig, TrainableConfig, TrainConfig
 from bpo.data.encode import load_encoder
 from bpo.job import collectives
-from bpo.job.launch import Ranks, ranks_from_environment, setup_logging
+from bpo.job.launch import Ranks
 from bpo.model import recompute
 from bpo.model.load import load_resolved, resolve_model
 from bpo.model.policy import PolicyModel
@@ -31,7 +33,7 @@ from bpo.training.plan import plan_training
 from bpo.training.reference_pass import fill_reference_store
 from bpo.training.step import run_step
 
-# Policy and reference differ, so that every pair has a loss and a gradient of its own.
+# Policy and reference differ, so that every pair has a different loss and gradient.
 REFERENCE_SCALE = 0.9
 
 
@@ -48,7 +50,7 @@ def config_of(root: Path, case: str) -> Config:
         trainable=TrainableConfig(language="full", vision="full"),
         loss=LossConfig(beta=0.5, chosen_nll_weight=0.1),
         train=TrainConfig(
-            output_dir=str(root / model),  # one reference store a model
+            output_dir=str(root / model),  # one reference store per model
             ds_config=str(ds_config),
             groups_per_step=10**6,
             epochs=1,
@@ -79,17 +81,23 @@ def first_step(config: Config, ranks: Ranks) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    root, *cases = [a for a in sys.argv[1:] if not a.startswith("--")]
-    ranks = ranks_from_environment()
-    setup_logging(ranks)
-    engine.init_distributed(ranks)
+def run_cases(root: Path, cases: list[str], ranks: Ranks) -> None:
     recompute.CHEAP_INNER = 2  # tiny layers count as large ones
     for case in cases:
-        result = first_step(config_of(Path(root), case), ranks)
+        result = first_step(config_of(root, case), ranks)
         if ranks.is_main:
-            torch.save(result, Path(root) / f"{ranks.world_size}-{case}.pt")
-    collectives.shut_down()
+            torch.save(result, root / f"{ranks.world_size}-{case}.pt")
+
+
+def main() -> None:
+    root, *words = sys.argv[1:]
+    by_ranks: dict[int, list[str]] = {}
+    for word in words:
+        num_ranks, case = word.split(":", 1)
+        by_ranks.setdefault(int(num_ranks), []).append(case)
+    load_resolved(resolve_model(config_of(Path(root), words[0].split(":", 1)[1]).model))  # imports what all ranks need
+    for num_ranks, cases in by_ranks.items():
+        fork_ranks(num_ranks, partial(run_cases, Path(root), cases))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Many small training runs in one 2-rank process group: `deepspeed --num_accelerators 2 tests/train_matrix.py DIR`.
+"""Many small training runs on two ranks, then some of them continued by one and by four: `train_matrix.py DIR`.
 
-Starting a process group costs more than a tiny run: test_train.py starts this once and reads every case's metrics.
+Starting a process costs more than a tiny run: test_train.py starts this once and reads the metrics of every case.
 """
 
 from __future__ import annotations
@@ -9,27 +9,22 @@ import json
 import shutil
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-from bpo import engine
+from ranks import fork_ranks
+
 from bpo.config.training import Config, DataConfig, LoraConfig, LossConfig, ModelConfig, TrainableConfig, TrainConfig
 from bpo.job import collectives
-from bpo.job.launch import Ranks, ranks_from_environment, setup_logging
+from bpo.job.launch import Ranks
+from bpo.model.load import load_model
 from bpo.train import train
 from bpo.training.checks import NonFiniteError
 
-# Runs that are broken off after step 4 and continued by as many ranks.
-RESUMED = (
-    "zero1",
-    "zero2",
-    "zero3",
-    "zero2_offload",
-    "zero3_offload",
-    "full_zero1",
-    "full_zero3",
-    "bfloat16",
-    "dropout",
-)
+# Runs that end after step 4 and are continued by the same number of ranks; bfloat16 is one of ZeRO-3 with LoRA.
+RESUMED = ("zero1", "zero2", "zero2_offload", "zero3_offload", "full_zero1", "full_zero3", "bfloat16", "dropout")
+# Written by two ranks, continued by one and by four.
+FROM_TWO = {1: ("zero3_offload", "full_zero1"), 4: ("full_zero3", "bfloat16")}
 
 
 def base_config(root: Path, name: str, ds_config: str = "zero2", **train_options) -> Config:
@@ -59,21 +54,21 @@ def cases(root: Path) -> dict[str, Config]:
     named = {
         mode: base_config(root, mode, mode) for mode in ("zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
     }
-    named["small_micro_batches"] = base_config(root, "small_micro_batches", "zero3", max_micro_batch_tokens=1)
+    named["small_micro_batches"] = base_config(root, "small_micro_batches", "zero2", max_micro_batch_tokens=1)
     full = TrainableConfig(language="full", vision="full")
     for mode in ("zero1", "zero3"):
         named[f"full_{mode}"] = replace(base_config(root, f"full_{mode}", mode), trainable=full)
-    qwen = base_config(root, "qwen", "zero3")
+    qwen = base_config(root, "qwen", "zero2")
     named["qwen"] = replace(qwen, model=replace(qwen.model, path=str(root / "qwen"), gradient_checkpointing=True))
     half = base_config(root, "bfloat16", "zero3", save_in_background=False)
     named["bfloat16"] = replace(half, model=replace(half.model, dtype="bfloat16"))
-    dropout = base_config(root, "dropout", "zero3")
+    dropout = base_config(root, "dropout", "zero2")
     named["dropout"] = replace(dropout, lora=LoraConfig(r=4, alpha=8, dropout=0.2))
     return named
 
 
 def after_step_4(root: Path, case: str, config: Config, ranks: Ranks, name: str = "") -> Config:
-    """Continues a case's run in a directory as a kill after step 4 would have left it."""
+    """Continues a case's run in the state that a kill after step 4 would have left."""
     name = name or f"resumed_{case}"
     if ranks.is_main:
         shutil.copytree(root / case, root / name)
@@ -82,22 +77,39 @@ def after_step_4(root: Path, case: str, config: Config, ranks: Ranks, name: str 
     return replace(config, train=replace(config.train, output_dir=str(root / name), resume=True))
 
 
-def main() -> None:
-    root = Path(next(a for a in sys.argv[1:] if not a.startswith("--")))
-    ranks = ranks_from_environment()
-    setup_logging(ranks)
-    engine.init_distributed(ranks)
+def run_cases(root: Path, ranks: Ranks) -> None:
     named = cases(root)
     for config in named.values():
         train(config, ranks)
     for case in RESUMED:
         train(after_step_4(root, case, named[case], ranks), ranks)
     try:
-        # A rate this high overflows fp32 within a few steps; all ranks must stop together and say where.
+        # A rate this high overflows fp32 within a few steps; all ranks must stop together and report the groups.
         train(base_config(root, "diverges", "zero2", lr=1e30, max_grad_norm=0.0), ranks)
     except NonFiniteError as error:
         (root / f"diverges.{ranks.rank}.json").write_text(json.dumps(str(error)))
-    collectives.shut_down()
+
+
+def change_ranks(root: Path, ranks: Ranks) -> None:
+    named = cases(root)
+    for case in FROM_TWO[ranks.world_size]:
+        train(after_step_4(root, case, named[case], ranks, f"{case}_by_{ranks.world_size}"), ranks)
+    alone = base_config(root, "alone", "zero2")
+    if ranks.world_size == 1:
+        train(alone, ranks)
+        # Another number of ranks and another ZeRO stage.
+        config = after_step_4(root, "zero2", named["zero2"], ranks, "zero2_by_zero3")
+        train(replace(config, train=replace(config.train, ds_config="ds_configs/zero3.json")), ranks)
+    else:
+        train(after_step_4(root, "alone", alone, ranks, "alone_by_4"), ranks)
+
+
+def main() -> None:
+    root = Path(sys.argv[1])
+    load_model(cases(root)["zero2"].model, for_training=True)  # imports what all ranks need
+    fork_ranks(2, partial(run_cases, root))
+    for count in FROM_TWO:
+        fork_ranks(count, partial(change_ranks, root))
 
 
 if __name__ == "__main__":

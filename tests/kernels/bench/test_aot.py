@@ -28,7 +28,7 @@ def cases() -> dict[tuple[str, tuple | None], object]:
 @pytest.mark.parametrize("arch", aot.ARCHITECTURES)
 def test_no_kernel_spills_or_exceeds_shared_memory(cases, arch):
     for (name, only), case in cases.items():
-        if only is not None and arch not in only:
+        if (only is not None and arch not in only) or ("fp16" in name and arch != 90):  # fp16 has the tiles of bf16
             continue
         usage = aot.compile_case(case, arch)
         assert 0 < usage.registers <= case.max_registers, (name, usage)

@@ -369,7 +369,8 @@ def test_bpo_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="trl is not installed: pip install 'bpo[bench]'")
 def test_beside_trl(tmp_path: Path) -> None:
     path = tmp_path / "report.json"
-    assert main([*SMALL, "--completions", "2", "--num-groups", "2", "--repetitions", "1", "--json", str(path)]) == 0
+    words = ["--providers", "bpo", "trl", "--completions", "2", "--num-groups", "2", "--repetitions", "1"]
+    assert main([*SMALL, *words, "--json", str(path)]) == 0
     (result,) = json.loads(path.read_text())["cases"]
     ours, theirs = result["figures"]["bpo"], result["figures"]["trl"]
     assert ours["tokens"] == 4 + 24 + 2 * 8 and ours["images"] == 1

@@ -24,7 +24,7 @@ class Brief(Recipe):
 def test_chain_ends_with_figures_a_table_and_a_report(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    recipe = Brief(num_annotations=48, num_evaluation_scenes=12, steps=2, groups_per_step=8)
+    recipe = Brief(num_annotations=48, num_evaluation_scenes=12, steps=2, groups_per_step=8, num_ranks=1)
     monkeypatch.setattr(run, "VARIANTS", tuple(v for v in VARIANTS if v.name in ("sft", "bpo")))
     quiet_libraries()
     results = [run.run_seed(tmp_path / "seed-0", 0, recipe)]
