@@ -182,8 +182,11 @@ def test_one_rank_equals_two_from_the_command_line(matrix: Path) -> None:
     assert result.returncode == 0, result.stdout[-6000:]
     assert losses(matrix, "one_rank") == pytest.approx(losses(matrix, "zero2"), abs=2e-4)
     assert list((matrix / "one_rank" / "tensorboard").glob("events*"))
-    again = launch([sys.executable, "-m", "bpo.train", "--config", str(matrix / "one_rank.yaml")])
-    assert again.returncode != 0 and "--resume" in again.stdout
+
+
+def test_a_second_run_in_the_same_directory_is_refused(matrix: Path) -> None:
+    messages = [json.loads((matrix / f"again.{rank}.json").read_text()) for rank in (0, 1)]
+    assert messages[0] == messages[1] and "pass --resume" in messages[0]
 
 
 def test_a_signal_saves_a_checkpoint_and_resume_finishes(matrix: Path) -> None:

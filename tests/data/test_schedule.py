@@ -164,15 +164,15 @@ def test_ranks_carry_the_same_tokens_in_every_step_and_micro_batch(groups_per_st
 
 
 def test_200_000_groups_are_scheduled_fast_in_little_memory() -> None:
-    """The limits are 30 s and 1 GB."""
+    """The limits are 30 s of CPU time (a busy machine takes longer) and 1 GB."""
 
     def plan(count: int) -> int:
         lengths = realistic_lengths(count)
         return len(plan_steps(lengths, groups_per_step=128, epochs=1, seed=0, world_size=16, max_tokens=8192))
 
-    started = time.perf_counter()
+    started = time.process_time()
     assert plan(200_000) == 1563
-    assert time.perf_counter() - started < 30
+    assert time.process_time() - started < 30
     tracemalloc.start()  # tracing is slow, so use a tenth of the groups
     plan(20_000)
     peak_bytes = tracemalloc.get_traced_memory()[1]

@@ -112,13 +112,13 @@ def test_a_real_llm_injects_errors() -> None:
     llm = load_causal_lm(InjectConfig(llm=str(folder), gguf_file=gguf), CPU)
     captions = ["Two children are playing football in the park.", "A white bus is parked in front of a hotel."]
     turn = Turn("user", (ContentPart("text", "Describe it."),))
-    annotations = [Annotation(f"{i}", (), (turn,), caption) for i, caption in enumerate(captions * 2)]
+    annotations = [Annotation(f"{i}", (), (turn,), caption) for i, caption in enumerate(captions)]
     requests = [build_request(a, "description", 40, seed) for seed, a in enumerate(annotations)]
     reasons = []
     for annotation, reply in zip(annotations, replies_of(llm, requests), strict=True):
         text, went_on = clean_rewriting(reply.text, annotation.response)
         reasons.append(refusal(text, annotation.response, max_words=350, finished=reply.finished or went_on))
-    assert reasons.count(None) >= 2, reasons
+    assert reasons.count(None) >= 1, reasons
 
 
 def test_a_cached_prefix_changes_nothing_but_the_work(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
 
 from bpo.config.training import Config, TrainableConfig
-from bpo.tools.plan.activations import activation_costs
+from bpo.tools.plan.activations import ActivationCosts, activation_costs
 from bpo.tools.plan.shape import ModelShape, shape_of
 
 LLAMA = {
@@ -41,9 +42,14 @@ def shape(num_layers: int = 5, **trainable: str) -> ModelShape:
     return shape_of("tiny", Config(trainable=TrainableConfig(**trainable)), model_config)  # type: ignore[arg-type]
 
 
+@functools.cache
+def costs_of(num_layers: int, checkpointing: str, **trainable: str) -> ActivationCosts:
+    return activation_costs(shape(num_layers, **trainable), checkpointing)
+
+
 def kept_by_a_layer(checkpointing: str, **trainable: str) -> float:
     """Bytes a token that one more layer keeps."""
-    five, six = (activation_costs(shape(n, **trainable), checkpointing).language.kept.per_row for n in (5, 6))
+    five, six = (costs_of(n, checkpointing, **trainable).language.kept.per_row for n in (5, 6))
     return six - five
 
 
@@ -62,12 +68,9 @@ def test_full_recomputation_keeps_the_inputs_of_layers() -> None:
 
 
 def test_selective_lies_between_and_adapters_keep_more_than_frozen_weights() -> None:
-    kept = {
-        mode: activation_costs(shape(language="lora"), mode).language.kept(100)
-        for mode in ("none", "selective", "full")
-    }
+    kept = {mode: costs_of(5, mode, language="lora").language.kept(100) for mode in ("none", "selective", "full")}
     assert kept["full"] < kept["selective"] < kept["none"]
-    frozen = activation_costs(shape(language="frozen"), "none").language.kept(100)
+    frozen = costs_of(5, "none", language="frozen").language.kept(100)
     assert frozen < kept["none"]
 
 
@@ -88,7 +91,7 @@ def test_zero3_keeps_the_inputs_of_frozen_linears() -> None:
 
 
 def test_a_frozen_tower_keeps_nothing_but_its_output() -> None:
-    frozen, trained = (activation_costs(shape(vision=x), "none").vision for x in ("frozen", "full"))
+    frozen, trained = (costs_of(5, "none", vision=x).vision for x in ("frozen", "full"))
     assert frozen.kept.per_row == 2 * 32 * 2  # the last block's output and the one handed on
     assert trained.kept.per_row > 10 * frozen.kept.per_row
 
@@ -98,7 +101,7 @@ def test_costs_are_affine_in_rows(rows: int, monkeypatch: pytest.MonkeyPatch) ->
     """The two sizes that are traced predict others."""
     from bpo.tools.plan import activations
 
-    costs = activation_costs(shape(), "selective").language
+    costs = costs_of(5, "selective").language
     monkeypatch.setattr(activations, "_ROWS", (rows, rows + 1))
     monkeypatch.setattr(activations, "_LAYERS", (4, 5))
     other = activation_costs(shape(), "selective").language
@@ -107,6 +110,6 @@ def test_costs_are_affine_in_rows(rows: int, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_model_of_few_layers_is_traced_whole() -> None:
-    kept = [activation_costs(shape(n, language="full"), "none").language.kept.per_row for n in (1, 2, 3, 4)]
+    kept = [costs_of(n, "none", language="full").language.kept.per_row for n in (1, 2, 3, 4)]
     steps = [b - a for a, b in zip(kept, kept[1:], strict=False)]
     assert steps == pytest.approx([steps[0]] * 3)

@@ -4,13 +4,32 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from bpo.config.io import load_config
+from bpo.tools.plan import candidates
+from bpo.tools.plan.activations import ActivationCosts, activation_costs
 from bpo.tools.plan.command import main, parse_bytes
+from bpo.tools.plan.shape import ModelShape
+
+
+@pytest.fixture(scope="module", autouse=True)
+def each_model_is_traced_once() -> Iterator[None]:
+    traced: dict[tuple[Any, ...], ActivationCosts] = {}
+
+    def costs(shape: ModelShape, mode: str, *, gathers: bool) -> ActivationCosts:
+        key = shape.name, shape.num_trained, mode, gathers
+        if key not in traced:
+            traced[key] = activation_costs(shape, mode, gathers=gathers)
+        return traced[key]
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(candidates, "activation_costs", costs)
+        yield
 
 
 def plan(tmp_path: Path, *options: str, status: int = 0) -> dict[str, Any]:

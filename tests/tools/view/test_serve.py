@@ -147,14 +147,19 @@ def test_the_command_serves_until_a_signal_and_leaves_no_files(data: Path, numbe
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "TMPDIR": str(data.parent / "tmp")},
+        # A shell starts background commands, such as these tests, with SIGINT ignored; children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    assert process.stdout is not None
-    line = process.stdout.readline()
-    found = re.match(r"http://127\.0\.0\.1:(\d+)/", line)
-    assert found, line
-    status, _, body = ask(int(found[1]), "/")
-    assert status == 200 and b"groups.jsonl" in body
-    process.send_signal(number)
-    _, error = process.communicate(timeout=20)
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        found = re.match(r"http://127\.0\.0\.1:(\d+)/", line)
+        assert found, line
+        status, _, body = ask(int(found[1]), "/")
+        assert status == 200 and b"groups.jsonl" in body
+        process.send_signal(number)
+        _, error = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 0 and "Traceback" not in error
     assert list((data.parent / "tmp").iterdir()) == []
