@@ -107,7 +107,7 @@ def test_groups_and_configuration_are_read(tmp_path: Path, tiny_llava_dir: Path)
         (("--model", "llava-1.5-7b", "--nodes", "0"), "--nodes is 0"),
         (("--model", "llava-1.5-7b", "--mfu", "1.5"), "--mfu is 1.5"),
         (("--model", "llava-1.5-7b", "--completions", "1"), "--completions is 1"),
-        (("--model", "llava-1.5-7b", "--gpu", "h1000"), "--gpu h1000: not known"),
+        (("--model", "llava-1.5-7b", "--gpu", "h1000"), "--gpu h1000: unknown"),
         (("--model", "llava-1.5-7b", "--gpu-memory", "lots"), "'lots' is not a memory size"),
     ],
 )
