@@ -14,6 +14,7 @@ from pathlib import Path
 
 from ranks import fork_ranks
 
+from bpo.checkpoint.files import CheckpointError
 from bpo.config.training import Config, DataConfig, LoraConfig, LossConfig, ModelConfig, TrainableConfig, TrainConfig
 from bpo.job import collectives
 from bpo.job.launch import Ranks

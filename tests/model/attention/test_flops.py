@@ -25,6 +25,7 @@ from bpo.records import PackedLayout
 from bpo.tools.bench.meter import Meter
 from bpo.training.flops import model_flops
 from tests.attention_backends import BACKENDS, LAYOUTS, VARLEN, num_tokens, random_qkv, run_without_gpu
+from tests.pairwise import pairwise
 from tests.sample_groups import encoder_of, packed_batch, three_groups
 
 CPU = torch.device("cpu")
@@ -51,9 +52,7 @@ def counted(layout: PackedLayout, backend: BackendName, key_heads: int, backward
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize("key_heads", [4, 2])
-@pytest.mark.parametrize("name", PAIRS)
-@pytest.mark.parametrize("backend", COMPILED)
+@pytest.mark.parametrize(*pairwise(backend=COMPILED, name=list(PAIRS), key_heads=[4, 2]))
 def test_backends_count_the_same_by_formula(backend: BackendName, name: str, key_heads: int) -> None:
     """Two products of 2 x 16 FLOPs per pair and query head in the forward pass, five more in the backward pass."""
     of_product = PAIRS[name] * 4 * 2 * 16

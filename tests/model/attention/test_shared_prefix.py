@@ -142,8 +142,13 @@ def test_a_choice_is_registered_and_logged_once(backend: BackendName, caplog: py
     assert not any(part in name for part in ("flash", "flex", "sdpa"))  # transformers looks for these
 
 
-@pytest.mark.parametrize("checkpointing", ["none", "full", "selective"])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("backend", "checkpointing"),
+    [
+        *((backend, "selective") for backend in BACKENDS),
+        *(("sdpa", "none"), ("sdpa", "full"), ("flash", "none"), ("varlen", "full"), ("flex", "full")),
+    ],
+)
 def test_a_whole_model_equals_separate_sequences(
     backend: BackendName,
     checkpointing: str,
