@@ -1,4 +1,4 @@
-"""The `bpo` command. Run: python -m pytest tests/test_cli.py"""
+"""The `bpo` command."""
 
 from __future__ import annotations
 

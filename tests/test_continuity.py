@@ -1,4 +1,4 @@
-"""Work that commit c84fdfe left unfinished is continued by the present code. Run: pytest tests/test_continuity.py
+"""Work that commit c84fdfe left unfinished is continued by the present code.
 
 continuity/make.py wrote the files: a killed training run with its reference store, and a killed bootstrapping job.
 """

@@ -1,4 +1,4 @@
-"""The DeepSpeed files. Run: python -m pytest tests/test_ds_configs.py"""
+"""The DeepSpeed files."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""bootstrap -> train -> evaluate -> export, by the commands of the README, on LLaVA-format data with odd photographs.
-
-Run: pytest tests/test_end_to_end.py
-"""
+"""bootstrap -> train -> evaluate -> export by the commands of the README, on LLaVA-format data with odd photographs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The parts of the engine that need no process group. Run: python -m pytest tests/test_engine.py"""
+"""The parts of the engine that need no process group."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The gradient of a batch does not depend on how it is divided. Run: python -m pytest tests/test_engine_gradients.py
+"""The gradient of a batch does not depend on how it is divided.
 
 Packing, number of ranks, accumulation and ZeRO stage, with text-only groups among those with images: on two ranks that
 take one group at a time, one runs the vision tower for its images while the other's group has none.

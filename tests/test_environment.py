@@ -1,7 +1,4 @@
-"""`make .venv` (.ci/venv) with a fake Python that records the requests to pip. Installs nothing.
-
-Run: python -m pytest tests/test_environment.py
-"""
+"""`make .venv` (.ci/venv) with a fake Python that records the requests to pip. Installs nothing."""
 
 from __future__ import annotations
 

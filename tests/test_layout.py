@@ -1,4 +1,4 @@
-"""Pitfalls of the layout, and one-way imports. Run: python -m pytest tests/test_layout.py"""
+"""Pitfalls of the layout, and one-way imports."""
 
 from __future__ import annotations
 

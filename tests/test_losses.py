@@ -1,4 +1,4 @@
-"""Preference losses by their closed forms. Run: python -m pytest tests/test_losses.py
+"""Preference losses by their closed forms.
 
 Shape letters: N response tokens, K completions, P pairs.
 """

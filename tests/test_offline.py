@@ -1,7 +1,4 @@
-"""The offline GPU machine: its package and the run script, without network and git.
-
-Run: python -m pytest tests/test_offline.py
-"""
+"""The offline GPU machine: its package and the run script, without network and git."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The README's tree and table match the code. Run: pytest tests/test_readme.py"""
+"""The README's tree and table match the code."""
 
 from __future__ import annotations
 

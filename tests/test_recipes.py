@@ -1,4 +1,4 @@
-"""Every shipped recipe is a valid configuration with a description. Run: pytest tests/test_recipes.py"""
+"""Every shipped recipe is a valid configuration with a description."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""slurm/*.sh with fakes of Slurm's commands; tests/cluster runs them on a real cluster.
-
-Run: python -m pytest tests/test_slurm_scripts.py
-"""
+"""slurm/*.sh with fakes of Slurm's commands; tests/cluster runs them on a real cluster."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Thirty random kills over one run change nothing. Run: pytest tests/test_soak.py
+"""Thirty random kills over one run change nothing.
 
 Longer: python tests/soak.py --minutes N
 """

@@ -1,4 +1,4 @@
-"""Training end to end with DeepSpeed on two CPU ranks. Run: pytest tests/test_train.py"""
+"""Training end to end with DeepSpeed on two CPU ranks."""
 
 from __future__ import annotations
 

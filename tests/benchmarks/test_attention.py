@@ -1,7 +1,4 @@
-"""benchmarks/attention.py: its verdict, a backend that fails, the time limit.
-
-python -m pytest tests/benchmarks/test_attention.py
-"""
+"""benchmarks/attention.py: its verdict, a backend that fails, the time limit."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Parts of the GPU set as processes: none outlives its time, and a killed one leaves no lock.
-
-Run: python -m pytest tests/benchmarks/test_gpu_process.py
-"""
+"""Parts of the GPU set as processes: none outlives its time, and a killed one leaves no lock."""
 
 from __future__ import annotations
 

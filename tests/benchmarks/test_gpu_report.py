@@ -1,7 +1,4 @@
-"""Targets and page of the GPU set from a report. Every number here is made up for these tests; none was measured.
-
-Run: python -m pytest tests/benchmarks/test_gpu_report.py
-"""
+"""Targets and page of the GPU set from a report. Every number here is made up for these tests; none was measured."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The plan of benchmarks/gpu.py: which parts run, in which order, what holds them up, and how a run goes on.
-
-Run: python -m pytest tests/benchmarks/test_gpu_set.py
-"""
+"""The plan of benchmarks/gpu.py: which parts run, in which order, what holds them up, and how a run goes on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Changed words and their kinds. Run: python -m pytest tests/bootstrap/test_changes.py"""
+"""Changed words and their kinds."""
 
 from __future__ import annotations
 

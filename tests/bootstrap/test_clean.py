@@ -1,4 +1,4 @@
-"""Cleaning of rewritings. Run: python -m pytest tests/bootstrap/test_clean.py"""
+"""Cleaning of rewritings."""
 
 from __future__ import annotations
 

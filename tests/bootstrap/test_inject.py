@@ -1,4 +1,4 @@
-"""Requests to a text-only LLM. Run: python -m pytest tests/bootstrap/test_inject.py"""
+"""Requests to a text-only LLM."""
 
 from __future__ import annotations
 

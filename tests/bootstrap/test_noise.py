@@ -1,4 +1,4 @@
-"""Diffusion noise for image weakening. Run: python -m pytest tests/bootstrap/test_noise.py"""
+"""Diffusion noise for image weakening."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whole bootstrapping jobs: sharding, resuming, quarantine. Run: python -m pytest tests/bootstrap/test_run.py"""
+"""Whole bootstrapping jobs: sharding, resuming, quarantine."""
 
 from __future__ import annotations
 

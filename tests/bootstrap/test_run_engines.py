@@ -1,4 +1,4 @@
-"""Whole bootstrapping jobs for every source and engine. Run: python -m pytest tests/bootstrap/test_run_engines.py"""
+"""Whole bootstrapping jobs for every source and engine."""
 
 from __future__ import annotations
 

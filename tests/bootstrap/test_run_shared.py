@@ -1,4 +1,4 @@
-"""Shards, signals, and restarts without progress. Run: python -m pytest tests/bootstrap/test_run_shared.py"""
+"""Shards, signals, and restarts without progress."""
 
 from __future__ import annotations
 

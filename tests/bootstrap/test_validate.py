@@ -1,4 +1,4 @@
-"""Validation of completions. Run: python -m pytest tests/bootstrap/test_validate.py"""
+"""Validation of completions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Answers to weakened images. Run: python -m pytest tests/bootstrap/test_weaken.py"""
+"""Answers to weakened images."""
 
 from __future__ import annotations
 

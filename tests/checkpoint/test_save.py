@@ -1,6 +1,6 @@
 """Saving in the background, and disk errors.
 
-Run: pytest tests/checkpoint/test_save.py. One process; the kills of several are in test_save_kills.py.
+One process; the kills of several are in test_save_kills.py.
 """
 
 from __future__ import annotations

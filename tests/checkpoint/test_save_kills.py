@@ -1,4 +1,4 @@
-"""SIGKILL of one rank or of all at every stage of a save. Run: pytest tests/checkpoint/test_save_kills.py
+"""SIGKILL of one rank or of all at every stage of a save.
 
 Two real processes over gloo save step 10, then step 20, and are killed within it. What the log says was saved must be
 there, whole, and the next job must be able to save again.

@@ -1,4 +1,4 @@
-"""The scripts of slurm/ on a real Slurm: two nodes on loopback, a tiny model. Run: pytest tests/cluster
+"""The scripts of slurm/ on a real Slurm: two nodes on loopback, a tiny model.
 
 The whole chain runs once, undisturbed. Then the same training is disturbed: a rank is killed, the job is preempted and
 comes back; its losses must be those of the chain. Meanwhile a bootstrapping job of another user of the same nodes

@@ -1,4 +1,4 @@
-"""The srun behaviour that the scripts rely on, and deepspeed's srun launcher. Run: pytest tests/cluster/test_srun.py"""
+"""The srun behaviour that the scripts rely on, and deepspeed's srun launcher."""
 
 from __future__ import annotations
 

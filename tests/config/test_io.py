@@ -1,4 +1,4 @@
-"""Configuration options, files and flags. Run: python -m pytest tests/config/test_io.py"""
+"""Configuration options, files and flags."""
 
 from __future__ import annotations
 

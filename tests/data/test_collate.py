@@ -1,4 +1,4 @@
-"""Packing of groups into one row. Run: python -m pytest tests/data/test_collate.py"""
+"""Packing of groups into one row."""
 
 from __future__ import annotations
 

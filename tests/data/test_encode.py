@@ -1,4 +1,4 @@
-"""Encoding of records as token ids. Run: python -m pytest tests/data/test_encode.py"""
+"""Encoding of records as token ids."""
 
 from __future__ import annotations
 

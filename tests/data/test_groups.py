@@ -1,4 +1,4 @@
-"""Training groups: measuring, filtering, batching. Run: python -m pytest tests/data/test_groups.py"""
+"""Training groups: measuring, filtering, batching."""
 
 from __future__ import annotations
 

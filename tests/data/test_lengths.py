@@ -1,4 +1,4 @@
-"""Cache of measured lengths. Run: python -m pytest tests/data/test_lengths.py"""
+"""Cache of measured lengths."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Property tests of the schedule of a run. Run: python -m pytest tests/data/test_schedule.py"""
+"""Property tests of the schedule of a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Transfer of micro-batches to the device. Run: python -m pytest tests/data/test_transfer.py"""
+"""Transfer of micro-batches to the device."""
 
 from __future__ import annotations
 

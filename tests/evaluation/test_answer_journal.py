@@ -1,4 +1,4 @@
-"""Answers on disk: ranks share the questions, no answer is lost. Run: pytest tests/evaluation/test_answer_journal.py"""
+"""Answers on disk: ranks share the questions, no answer is lost."""
 
 from __future__ import annotations
 

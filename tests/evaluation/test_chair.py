@@ -1,4 +1,4 @@
-"""CHAIR by its published definition, on cases made by hand. Run: pytest tests/evaluation/test_chair.py"""
+"""CHAIR by its published definition, on cases made by hand."""
 
 from __future__ import annotations
 

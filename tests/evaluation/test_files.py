@@ -1,4 +1,4 @@
-"""COCO and POPE files are read as published; errors name the place. Run: pytest tests/evaluation/test_files.py"""
+"""COCO and POPE files are read as published; errors name the place."""
 
 from __future__ import annotations
 

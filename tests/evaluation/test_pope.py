@@ -1,4 +1,4 @@
-"""POPE by its published definition, on cases made by hand. Run: pytest tests/evaluation/test_pope.py"""
+"""POPE by its published definition, on cases made by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`run_evaluation` on tiny models: what it writes, prints and refuses. Run: pytest tests/evaluation/test_run.py"""
+"""`run_evaluation` on tiny models: what it writes, prints and refuses."""
 
 from __future__ import annotations
 

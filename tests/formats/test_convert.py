@@ -1,4 +1,4 @@
-"""Conversions are lossless and write files atomically. Run: python -m pytest tests/formats/test_convert.py"""
+"""Conversions are lossless and write files atomically."""
 
 from __future__ import annotations
 

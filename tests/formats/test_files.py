@@ -1,4 +1,4 @@
-"""Reading of preference files and annotations in their published formats. Run: pytest tests/formats/test_files.py"""
+"""Reading of preference files and annotations in their published formats."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Unusual input files: pandas indexes, macOS tar files, multi-line objects, pipes. Run: pytest FILE"""
+"""Unusual input files: pandas indexes, macOS tar files, multi-line objects, pipes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every kind of bad image is reported by its code; unusual ones load. Run: pytest tests/formats/test_images_bad.py"""
+"""Every kind of bad image is reported by its code; unusual ones load."""
 
 from __future__ import annotations
 

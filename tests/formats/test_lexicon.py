@@ -1,4 +1,4 @@
-"""Mentions match an exhaustive search over all phrases. Run: python -m pytest tests/formats/test_lexicon.py"""
+"""Mentions match an exhaustive search over all phrases."""
 
 from __future__ import annotations
 

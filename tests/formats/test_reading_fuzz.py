@@ -1,4 +1,4 @@
-"""Fuzzing: any input gives a record, an image or an error with a known code. Run: pytest FILE"""
+"""Fuzzing: any input gives a record, an image or an error with a known code."""
 
 from __future__ import annotations
 

@@ -1,7 +1,5 @@
 """Attention over packed groups on a real GPU: every backend that can run there against separate sequences.
 
-    pytest -m gpu tests/gpu/test_attention_gpu.py
-
 Shape letters: T packed tokens, K key heads, D head size.
 """
 

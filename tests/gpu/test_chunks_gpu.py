@@ -1,4 +1,4 @@
-"""Row kernels on a second stream of a real GPU.    Run: pytest -m gpu tests/gpu/test_chunks_gpu.py"""
+"""Row kernels on a second stream of a real GPU."""
 
 from __future__ import annotations
 

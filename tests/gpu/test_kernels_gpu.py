@@ -1,7 +1,5 @@
 """The Triton kernels on a real GPU: operation tests, real shapes, memory, addresses beyond 2^31.
 
-    pytest -m gpu tests/gpu/test_kernels_gpu.py
-
 Legend: N rows (response tokens), H hidden size, V vocabulary.
 """
 

@@ -1,4 +1,4 @@
-"""Selective recomputation with the attention of a real GPU. Run: pytest -m gpu tests/gpu/test_recompute_gpu.py"""
+"""Selective recomputation with the attention of a real GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Copies that overlap the computation, on a real GPU. Run: pytest -m gpu tests/gpu/test_transfer_gpu.py"""
+"""Copies that overlap the computation, on a real GPU."""
 
 from __future__ import annotations
 

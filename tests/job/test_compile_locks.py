@@ -1,7 +1,4 @@
-"""Locks left by killed compilations, with torch's own loader and with a training run started as users do.
-
-Run: python -m pytest tests/job/test_compile_locks.py
-"""
+"""Locks left by killed compilations, with torch's own loader and with a training run started as users do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files replaced as a whole, with faults at every step. Run: pytest tests/job/test_durable.py"""
+"""Files replaced as a whole, with faults at every step."""
 
 from __future__ import annotations
 

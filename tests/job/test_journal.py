@@ -1,4 +1,4 @@
-"""Append-only journals: torn lines, locks, readers that follow a writer. Run: pytest tests/job/test_journal.py"""
+"""Append-only journals: torn lines, locks, readers that follow a writer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ranks and addresses from launchers. Run: python -m pytest tests/job/test_launch.py"""
+"""Ranks and addresses from launchers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Two nodes under torchrun and deepspeed, simulated on one machine. Run: pytest tests/job/test_launch_two_nodes.py"""
+"""Two nodes under torchrun and deepspeed, simulated on one machine."""
 
 from __future__ import annotations
 

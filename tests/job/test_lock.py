@@ -1,4 +1,4 @@
-"""Competing jobs, dead owners, clock jumps, unwritable directories. Run: pytest tests/job/test_lock.py"""
+"""Competing jobs, dead owners, clock jumps, unwritable directories."""
 
 from __future__ import annotations
 

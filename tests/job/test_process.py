@@ -1,4 +1,4 @@
-"""Process identity: start times, recycled ids, other hosts. Run: pytest tests/job/test_process.py"""
+"""Process identity: start times, recycled ids, other hosts."""
 
 from __future__ import annotations
 

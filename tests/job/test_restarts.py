@@ -1,4 +1,4 @@
-"""Restarts without progress. Run: pytest tests/job/test_restarts.py"""
+"""Restarts without progress."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Signals, and progress when one is received. Run: python -m pytest tests/job/test_signals.py"""
+"""Signals, and progress when one is received."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which rank is named when one dies, freezes or hangs. Run: pytest tests/job/test_watchdog.py
+"""Which rank is named when one dies, freezes or hangs.
 
 Ranks are watchdogs of this process and of children; two ranks with DeepSpeed are in test_watchdog_rank_loss.py.
 """

@@ -1,6 +1,6 @@
 """A rank is killed, another is frozen; each time the job ends on its own and resumes from a valid state.
 
-Two ranks of bpo.train without a launcher, as srun starts them. Run: pytest tests/job/test_watchdog_rank_loss.py
+Two ranks of bpo.train without a launcher, as srun starts them.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""The benchmark: agreement before times, no report if tests fail, skipped providers, reports.
-
-pytest tests/kernels/test_bench.py
-"""
+"""The benchmark: agreement before times, no report if tests fail, skipped providers, reports."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The formulas of FLOPs and memory against a profiler's counts.    pytest tests/kernels/test_bench_formulas.py
+"""The formulas of FLOPs and memory against a profiler's counts.
 
 Memory is that of the plain PyTorch path on a CPU: chunked, never [N, V] for all N where a mode does not say so.
 Legend: N rows (response tokens), H hidden size, V vocabulary.

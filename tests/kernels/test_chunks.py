@@ -1,4 +1,4 @@
-"""The order of the LM head's chunks, and the row kernels on a second stream.    pytest tests/kernels/test_chunks.py
+"""The order of the LM head's chunks, and the row kernels on a second stream.
 
 tests/gpu/test_chunks_gpu.py runs the same on real streams.
 """

@@ -1,4 +1,4 @@
-"""Selection of the implementation, and the errors if it cannot run.    pytest tests/kernels/test_dispatch.py"""
+"""Selection of the implementation, and the errors if it cannot run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Log-probs from hidden states.    pytest tests/kernels/test_linear_logprob.py
+"""Log-probs from hidden states.
 
 Legend: N rows (response tokens), H hidden size, V vocabulary.
 """

@@ -1,4 +1,4 @@
-"""Head and preference loss together.    pytest tests/kernels/test_linear_preference_loss.py
+"""Head and preference loss together.
 
 Legend: N rows (response tokens), H hidden size, V vocabulary, P pairs.
 """

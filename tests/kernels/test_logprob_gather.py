@@ -1,4 +1,4 @@
-"""Log-probs from logits.    pytest tests/kernels/test_logprob_gather.py
+"""Log-probs from logits.
 
 Legend: N rows, V vocabulary.
 """

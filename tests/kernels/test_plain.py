@@ -1,7 +1,5 @@
 """Guarantees of the plain PyTorch path only: fp64 gradients and memory.
 
-    pytest tests/kernels/test_plain.py
-
 Legend: N rows (response tokens), H hidden size, V vocabulary.
 """
 

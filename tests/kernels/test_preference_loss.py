@@ -1,4 +1,4 @@
-"""The preference loss.    pytest tests/kernels/test_preference_loss.py
+"""The preference loss.
 
 Legend: N tokens, K completions, P pairs.
 """

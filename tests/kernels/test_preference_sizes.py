@@ -1,6 +1,5 @@
 """Splitting of completions and summation of pairs in the preference loss kernels; bytes moved.
 
-    pytest tests/kernels/test_preference_sizes.py
     TRITON_INTERPRET=1 BPO_KERNELS=triton pytest tests/kernels/test_preference_sizes.py     (counts bytes, launches)
 
 Legend: N tokens, K completions, P pairs.

@@ -1,7 +1,4 @@
-"""The commit in every report, with git, without git, and in a copy that is not a clone.
-
-Run: python -m pytest tests/kernels/test_provenance.py
-"""
+"""The commit in every report, with git, without git, and in a copy that is not a clone."""
 
 from __future__ import annotations
 

@@ -1,6 +1,5 @@
 """The operation tests once more, on the Triton kernels, in Triton's interpreter.
 
-    pytest tests/kernels/test_triton_interpreter.py
     TRITON_INTERPRET=1 BPO_KERNELS=triton pytest tests/kernels/test_linear_logprob.py      (one file, with a debugger)
 
 In a process of its own: Triton decides when it is imported whether it interprets or compiles.

@@ -1,4 +1,4 @@
-"""Batched answers of tiny random models. Run: python -m pytest tests/model/test_generate.py"""
+"""Batched answers of tiny random models."""
 
 from __future__ import annotations
 

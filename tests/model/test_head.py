@@ -1,4 +1,4 @@
-"""The LM head that returns log-probs. Run: python -m pytest tests/model/test_head.py"""
+"""The LM head that returns log-probs."""
 
 from __future__ import annotations
 

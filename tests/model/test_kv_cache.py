@@ -1,4 +1,4 @@
-"""Key-value caches reduce the work and change no answer. Run: python -m pytest tests/model/test_kv_cache.py"""
+"""Key-value caches reduce the work and change no answer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Loading models. Run: python -m pytest tests/model/test_load.py"""
+"""Loading models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Packed shared-prefix batches against separate sequences. Run: python -m pytest tests/model/test_policy.py
+"""Packed shared-prefix batches against separate sequences.
 
 The truth is the plain transformers model, loaded for generation, on each [prompt | completion] alone.
 Shape letters: N response tokens, T tokens of one sequence, V vocabulary.

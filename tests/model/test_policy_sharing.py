@@ -1,7 +1,4 @@
-"""Text models with the same vision part: which of them share a prefix; all give the same training results.
-
-Run: python -m pytest tests/model/test_policy_sharing.py
-"""
+"""Text models with the same vision part: which of them share a prefix; all give the same training results."""
 
 from __future__ import annotations
 

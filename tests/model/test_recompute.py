@@ -1,4 +1,4 @@
-"""Recomputation in the backward pass. Run: python -m pytest tests/model/test_recompute.py"""
+"""Recomputation in the backward pass."""
 
 from __future__ import annotations
 

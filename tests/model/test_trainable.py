@@ -1,4 +1,4 @@
-"""Trainable parameters. Run: python -m pytest tests/model/test_trainable.py"""
+"""Trainable parameters."""
 
 from __future__ import annotations
 

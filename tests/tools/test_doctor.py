@@ -1,4 +1,4 @@
-"""`bpo doctor`: findings and their fixes. Run: python -m pytest tests/tools/test_doctor.py"""
+"""`bpo doctor`: findings and their fixes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Samples of groups files. Run: python -m pytest tests/tools/test_groups.py"""
+"""Samples of groups files."""
 
 from __future__ import annotations
 

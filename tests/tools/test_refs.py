@@ -1,4 +1,4 @@
-"""`bpo refs`. Run: python -m pytest tests/tools/test_refs.py"""
+"""`bpo refs`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`bpo score`. Run: python -m pytest tests/tools/test_score.py"""
+"""`bpo score`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Useful FLOPs compared with those that PyTorch counts. Run: python -m pytest tests/training/test_flops.py
+"""Useful FLOPs compared with those that PyTorch counts.
 
 Shape letters: T packed tokens.
 """

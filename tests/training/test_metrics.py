@@ -1,4 +1,4 @@
-"""Training metrics. Run: python -m pytest tests/training/test_metrics.py"""
+"""Training metrics."""
 
 from __future__ import annotations
 

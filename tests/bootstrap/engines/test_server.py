@@ -1,4 +1,4 @@
-"""Chat completions against real HTTP and its faults. Run: python -m pytest tests/bootstrap/engines/test_server.py"""
+"""Chat completions against real HTTP and its faults."""
 
 from __future__ import annotations
 

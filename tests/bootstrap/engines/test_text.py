@@ -1,4 +1,4 @@
-"""Text-only LLMs in memory. Run: python -m pytest tests/bootstrap/engines/test_text.py"""
+"""Text-only LLMs in memory."""
 
 from __future__ import annotations
 

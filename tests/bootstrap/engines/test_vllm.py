@@ -1,4 +1,4 @@
-"""vLLM behind a stand-in of the same contract. Run: python -m pytest tests/bootstrap/engines/test_vllm.py"""
+"""vLLM behind a stand-in of the same contract."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Workers that share a job through leases. Run: python -m pytest tests/bootstrap/job/test_leases.py"""
+"""Workers that share a job through leases."""
 
 from __future__ import annotations
 

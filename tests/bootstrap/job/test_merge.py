@@ -1,4 +1,4 @@
-"""Decisions of the merge. Run: python -m pytest tests/bootstrap/job/test_merge.py"""
+"""Decisions of the merge."""
 
 from __future__ import annotations
 

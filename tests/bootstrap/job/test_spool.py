@@ -1,4 +1,4 @@
-"""Annotations and outcomes on disk. Run: python -m pytest tests/bootstrap/job/test_spool.py"""
+"""Annotations and outcomes on disk."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Model family specifics. Run: python -m pytest tests/data/families/test_families.py
+"""Model family specifics.
 
 Compared with each family's processor and model in transformers. Processors with a video processor require torchvision;
 here they are built without it, which suffices for images.

@@ -1,4 +1,4 @@
-"""Import of data written by the package `datasets`. Run: python -m pytest tests/formats/importers/test_arrow.py"""
+"""Import of data written by the package `datasets`."""
 
 from __future__ import annotations
 

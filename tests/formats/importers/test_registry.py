@@ -1,4 +1,4 @@
-"""Import of third-party files to annotations and groups. Run: pytest tests/formats/importers/test_registry.py"""
+"""Import of third-party files to annotations and groups."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Every kernel compiles without a GPU for four architectures, fits, and moves memory in wide accesses.
-
-pytest tests/kernels/bench/test_aot.py
-"""
+"""Every kernel compiles without a GPU for four architectures, fits, and moves memory in wide accesses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Backend selection, and rejected settings. Run: python -m pytest tests/model/attention/test_choice.py"""
+"""Backend selection, and rejected settings."""
 
 from __future__ import annotations
 

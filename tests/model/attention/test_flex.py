@@ -1,7 +1,5 @@
 """FlexAttention over packed rows: block masks and compilations.
 
-    python -m pytest tests/model/attention/test_flex.py
-
 Shape letters: T packed tokens, Q blocks.
 """
 

@@ -1,7 +1,5 @@
 """FLOPs of packed attention as counted by `FlopCounterMode`, per backend.
 
-    python -m pytest tests/model/attention/test_flops.py
-
 Shape letters: N response tokens.
 """
 

@@ -1,7 +1,5 @@
 """Variable-length attention over packed rows: plans, gathered keys, and three functions with one interface.
 
-    python -m pytest tests/model/attention/test_varlen.py
-
 Shape letters: T packed tokens, K key heads, D head size, R gathered rows, S sequences.
 """
 

@@ -1,4 +1,4 @@
-"""The fingerprint of the reference. Run: python -m pytest tests/model/reference/test_fingerprint.py"""
+"""The fingerprint of the reference."""
 
 from __future__ import annotations
 

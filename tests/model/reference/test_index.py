@@ -1,4 +1,4 @@
-"""Finding entries by key. Run: python -m pytest tests/model/reference/test_index.py"""
+"""Finding entries by key."""
 
 from __future__ import annotations
 

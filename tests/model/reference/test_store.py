@@ -1,4 +1,4 @@
-"""The store of reference log-probs. Run: python -m pytest tests/model/reference/test_store.py"""
+"""The store of reference log-probs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""bpo bench bootstrap on a tiny world. Run: python -m pytest tests/tools/bench/test_bootstrap.py"""
+"""bpo bench bootstrap on a tiny world."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""`bpo bench step`: data of exact lengths, the same adapter everywhere, comparison, verdicts; one run of each provider.
-
-Run: python -m pytest tests/tools/bench/test_step.py
-"""
+"""`bpo bench step`: data of exact lengths, the same adapter for all, comparison, verdicts; one run of each provider."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The demo's base model: `pytest tests/tools/demo/test_base.py`."""
+"""The demo's base model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The demo's whole chain with a few steps of everything: world to report. Run: pytest tests/tools/demo/test_run.py"""
+"""The demo's whole chain with a few steps of everything: world to report."""
 
 from __future__ import annotations
 

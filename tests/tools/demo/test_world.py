@@ -1,4 +1,4 @@
-"""The synthetic world: `pytest tests/tools/demo/test_world.py`."""
+"""The synthetic world."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What layers keep, traced, against closed forms. Run: python -m pytest tests/tools/plan/test_activations.py"""
+"""What layers keep, traced, against closed forms."""
 
 from __future__ import annotations
 

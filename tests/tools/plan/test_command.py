@@ -1,4 +1,4 @@
-"""The `bpo plan` command. Run: python -m pytest tests/tools/plan/test_command.py"""
+"""The `bpo plan` command."""
 
 from __future__ import annotations
 

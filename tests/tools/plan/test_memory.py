@@ -1,4 +1,4 @@
-"""Bytes of a rank. Run: python -m pytest tests/tools/plan/test_memory.py"""
+"""Bytes of a rank."""
 
 from __future__ import annotations
 

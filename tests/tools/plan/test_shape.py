@@ -1,4 +1,4 @@
-"""Shapes of models without their weights. Run: python -m pytest tests/tools/plan/test_shape.py"""
+"""Shapes of models without their weights."""
 
 from __future__ import annotations
 

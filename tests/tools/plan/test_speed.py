@@ -1,4 +1,4 @@
-"""Computed step times. Run: python -m pytest tests/tools/plan/test_speed.py"""
+"""Computed step times."""
 
 from __future__ import annotations
 

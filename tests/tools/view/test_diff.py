@@ -1,4 +1,4 @@
-"""Diffs of negatives. Run: python -m pytest tests/tools/view/test_diff.py"""
+"""Diffs of negatives."""
 
 from __future__ import annotations
 

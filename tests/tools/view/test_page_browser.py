@@ -1,4 +1,4 @@
-"""The page in a headless browser. Run: python -m pytest tests/tools/view/test_page_browser.py"""
+"""The page in a headless browser."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bad records, refusals and scores by record. Run: python -m pytest tests/tools/view/test_reading.py"""
+"""Bad records, refusals and scores by record."""
 
 from __future__ import annotations
 
