@@ -13,7 +13,7 @@ import logging
 import os
 from collections.abc import Callable
 from types import ModuleType
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -81,7 +81,7 @@ def dispatched(twin: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(twin)
     def operation(*args: P.args, **kwargs: P.kwargs) -> R:
-        tensor = args[0] if args else kwargs[first]
+        tensor: Any = args[0] if args else kwargs[first]
         return getattr(_implementation(name, tensor), name)(*args, **kwargs)
 
     return operation

@@ -10,6 +10,7 @@ and the second kernel joins the tiles in order, so results are deterministic and
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 import triton
@@ -241,7 +242,7 @@ def fused_rows(
     descriptors, capped = uses_descriptors(hidden_NH, weight_VH), head.bias_V is not None or head.softcap is not None
     config = gemm_config(hidden_NH.dtype, num_rows, _arch(device), descriptors=descriptors, capped=capped)
     num_tiles = triton.cdiv(vocab, config.BLOCK_V)
-    float32 = {"dtype": torch.float32, "device": device}
+    float32: dict[str, Any] = {"dtype": torch.float32, "device": device}
     logp_N, target_logit_N = torch.empty(2, num_rows, **float32)
     max_TN, sum_TN = torch.empty(2, num_tiles, num_rows, **float32)
     entropy_N = moment_TN = argmax_TN = highest_N = None

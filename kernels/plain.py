@@ -89,7 +89,8 @@ class _LogprobGather(torch.autograd.Function):
 def _gather_step(logits_NV: Tensor) -> int:
     budget_bytes = None if logits_NV.is_cuda else _GATHER_CHUNK_BYTES
     itemsize = statistics_dtype(logits_NV.dtype).itemsize
-    return rows_per_chunk(*logits_NV.shape, itemsize, budget_bytes, logits_NV.device)
+    num_rows, vocab = logits_NV.shape
+    return rows_per_chunk(num_rows, vocab, itemsize, budget_bytes, logits_NV.device)
 
 
 def preference_loss(

@@ -29,7 +29,7 @@ def linear_logprob(
     mode: str = "auto",
     budget_bytes: int | None = None,
     statistics: bool = False,
-) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+) -> Any:
     """Log-probs of the targets from hidden states, without the [N, V] logits of all rows.
 
     Equals `z = scale * F.linear(hidden, weight, bias).float()`, with `z = softcap * tanh(z / softcap)` if a

@@ -45,7 +45,7 @@ class _Batch:
     def num_completions(self) -> int:
         return self.starts_K1.shape[0] - 1
 
-    def sorted(self, values_N: Tensor | None) -> Tensor | None:
+    def sorted(self, values_N: Tensor | None) -> Any:
         if values_N is None:
             return None
         return values_N.contiguous() if self.order_N is None else values_N[self.order_N]
@@ -90,12 +90,13 @@ def forward(
     slope = label_smoothing if loss_type == "sigmoid" else -label_smoothing / (1 - 2 * label_smoothing)
     loss_options = (beta, slope, "sigmoid" if loss_type == "robust" else loss_type)
     batch = _batch(completion_of_token_N, pairs_P2, completion_starts_K1)
-    tokens = [batch.sorted(values_N) for values_N in (policy_logp_N, reference_logp_N, token_weight_N)]
+    policy_N, reference_N = batch.sorted(policy_logp_N), batch.sorted(reference_logp_N)
+    weight_N = batch.sorted(token_weight_N)
     with torch.cuda.device_of(policy_logp_N):
         if sizes.is_direct(num_tokens, num_pairs):
-            _launch_direct(batch, *tokens, rows, *loss_options)
+            _launch_direct(batch, policy_N, reference_N, weight_N, rows, *loss_options)
         else:
-            _launch_sums_and_pairs(batch, *tokens, rows, *loss_options)
+            _launch_sums_and_pairs(batch, policy_N, reference_N, weight_N, rows, *loss_options)
     return rows[0], rows[1], rows[2], rows[3]
 
 

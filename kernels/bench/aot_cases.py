@@ -66,7 +66,7 @@ _ROW_POINTERS = {"logits_ptr": "*fp32", "target_ptr": "*i64", "logp_ptr": "*fp32
 def _row_case(dtype: str, vocab: int, with_dlogits: bool) -> Case:
     config = logprob_rows.row_config(vocab, DTYPES[dtype], plain=True, amd=False)
     signature = _ROW_POINTERS | {"V": "i32", "scale": "fp32"}
-    constants = {"IGNORED": IGNORED_TARGET, "WITH_DLOGITS": with_dlogits}
+    constants: dict[str, Any] = {"IGNORED": IGNORED_TARGET, "WITH_DLOGITS": with_dlogits}
     constants |= {"BLOCK_V": config.BLOCK_V, "REST_V": config.REST_V}
     _add_optional(signature, constants, {"dlogits_ptr": f"*{dtype}" if with_dlogits else None})
     label = f"logprob_row {dtype} V={vocab}" + " +D" * with_dlogits
@@ -133,6 +133,7 @@ def _preference_loss_cases() -> list[Case]:
         kernel = getattr(preference_loss.kernels, f"{name.split()[0]}_kernel")
         cases.append(Case(name, kernel, signature, constants, sizes.NUM_WARPS))
 
+    constants: dict[str, Any]
     for has_weight in (True, False):
         weight, label = {"weight_ptr": "*fp32" if has_weight else None}, " +weight" * has_weight
         tokens = dict.fromkeys(("policy_ptr", "reference_ptr"), "*fp32")

@@ -27,7 +27,7 @@ VARIANTS = {
 }
 OPERATIONS = tuple(VARIANTS)
 # Files in tests/kernels: an operation is timed only after its tests pass.
-TEST_FILES = {operation: (f"test_{operation}.py",) for operation in OPERATIONS}
+TEST_FILES: dict[str, tuple[str, ...]] = {operation: (f"test_{operation}.py",) for operation in OPERATIONS}
 TEST_FILES["linear_logprob"] += ("test_logprob_rows.py",)
 TEST_FILES["preference_loss"] += ("test_preference_sizes.py",)
 # Tokens per completion if there are enough rows for a pair.

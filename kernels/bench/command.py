@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -41,7 +42,7 @@ from bpo_kernels.bench.cases import (
 from bpo_kernels.bench.measure import ROOT, Result, machine
 from bpo_kernels.bench.providers import PROVIDER_NAMES
 
-COLUMNS = ("operation", "shape", "rows", "logits", "provider", "ms (p20-p80)")
+COLUMNS: tuple[str, ...] = ("operation", "shape", "rows", "logits", "provider", "ms (p20-p80)")
 COLUMNS += ("TFLOP/s", "of GEMM", "GB/s", "of copy", "peak MiB", "GEMMs")
 HEADER = f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}"
 
@@ -194,7 +195,7 @@ def main(argv: list[str] | None = None) -> int:
         if options.json is None:
             return
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        report = about | {"dtype": str(dtype), "tests": tests, "not_run": not_run}
+        report: dict[str, Any] = about | {"dtype": str(dtype), "tests": tests, "not_run": not_run}
         report["results"] = [asdict(result) for result in results]
         partial = options.json.with_suffix(".partial")
         partial.write_text(json.dumps(report, indent=2) + "\n")

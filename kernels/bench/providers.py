@@ -260,6 +260,7 @@ def _liger_dpo(case: Case, inputs: Inputs) -> Step:
     # `forward` itself, because FlopCounterMode's hooks on module calls do not support autograd.grad of a leaf.
     loss = operation(beta=BETA, compiled=case.device.type == "cuda").forward
     assert inputs.hidden_NH is not None and inputs.weight_VH is not None
+    weight_VH = inputs.weight_VH
     zero = torch.zeros(1, 1, 1, dtype=case.dtype, device=case.device)
     hidden_STH = _padded(case, inputs.hidden_NH.detach(), zero).requires_grad_()
     reference_STH = _padded(case, inputs.reference_NH, zero)
@@ -267,9 +268,7 @@ def _liger_dpo(case: Case, inputs: Inputs) -> Step:
     wanted = [hidden_STH, inputs.weight_VH] if case.trains_head else [hidden_STH]
 
     def step() -> list[Tensor]:
-        value, _ = loss(
-            inputs.weight_VH, hidden_STH, target_ST, ref_input=reference_STH, ref_weight=inputs.weight_VH.detach()
-        )
+        value, _ = loss(weight_VH, hidden_STH, target_ST, ref_input=reference_STH, ref_weight=weight_VH.detach())
         grad_STH, *rest = torch.autograd.grad(value, wanted)
         response_STH = grad_STH[:, case.head.prompt_tokens :]
         chosen, rejected = response_STH.chunk(2)
