@@ -12,6 +12,8 @@ TEST_WORKERS ?= 2
 TEST_TIMEOUT_S ?= 600
 
 BIN := .venv/bin
+TEXTS := bpo kernels ds_configs slurm benchmarks tests docs .ci Makefile setup.py pyproject.toml README.md CONTRIBUTING.md CHANGELOG.md
+SCRIPTS := slurm/*.sh .ci/run .ci/venv benchmarks/offline/run.sh
 # ninja and the deepspeed launcher must be on PATH; one thread per process, because ranks and workers share the cores.
 RUN := env PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1
 
@@ -30,15 +32,17 @@ test: .venv compiler ## all tests that need no GPU
 	$(RUN) $(BIN)/python -m pytest -m "not gpu" -n $(TEST_WORKERS) --dist loadfile \
 		--timeout $(TEST_TIMEOUT_S) $(PYTEST_ARGS)
 
-lint: .venv ## ruff: errors, imports, bugbear, upgrades; formatting
+lint: .venv ## ruff: errors, imports, formatting; codespell; shellcheck
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell -D - -D .ci/prose.txt $(TEXTS)
+	$(BIN)/shellcheck -x $(SCRIPTS)
 
 format: .venv ## apply lint fixes and formatting
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-types: .venv ## mypy on bpo/
+types: .venv ## mypy on bpo/ and kernels/
 	$(BIN)/mypy
 
 gpu: .venv compiler ## on a GPU machine, within 10 minutes: GPU tests and benchmarks; writes benchmarks/results/gpu-*.json

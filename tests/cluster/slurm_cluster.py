@@ -5,7 +5,7 @@
 
 Its nodes are called 127.0.0.2, 127.0.0.3 ...: names that resolve on every Linux machine, so that MASTER_ADDR and
 hostfiles are made from them as from real ones. Each node is a slurmd of its own on this machine, and says that it has
-`gpus_per_node` GPUs, which are only counted. Daemons run as whoever starts the tests and are ended by process id.
+`gpus_per_node` GPUs, which are only counted. Daemons run as the user who starts the tests and are ended by process id.
 
 Authentication: auth/munge with a key, a socket and a munged of its own; auth/none would do as well, but its
 credentials are not checked and it is gone from later versions.

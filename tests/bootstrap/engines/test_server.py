@@ -85,7 +85,7 @@ def test_a_server_that_stays_away_ends_the_job_after_its_patience() -> None:
         with pytest.raises(ServerError, match=rf"{url}/chat/completions.*'r1'.*503.*patience_s=100"):
             replies_of(generator(url, clock, patience_s=100), [request()])
     assert 30 <= clock.now_s <= 100 and len(received) == len(clock.slept) + 1
-    with pytest.raises(ServerError, match="'r1'"):  # nobody listens any more
+    with pytest.raises(ServerError, match="'r1'"):  # the port is closed
         replies_of(generator(url, patience_s=100), [request()])
 
 

@@ -129,18 +129,18 @@ def test_rows_are_streamed_from_a_repository(tmp_path: Path, capsys: pytest.Capt
     for name, message in (
         (f"{repository}", f"has the splits train, test; choose one: hub:{repository}:train"),
         (f"{repository}:val", "cannot be loaded (ValueError: Bad split: val"),
-        ("nobody/nothing", "check name, split and network"),
+        ("an-owner/nothing", "check name, split and network"),
     ):
         assert main(["convert", f"hub:{name}", str(tmp_path / "x.jsonl")]) == 1
         assert message in capsys.readouterr().err
-    with pytest.raises(ValueError, match="bpo convert hub:nobody/nothing FILE.jsonl"):
-        read_groups(Path("hub:nobody/nothing"))
+    with pytest.raises(ValueError, match="bpo convert hub:an-owner/nothing FILE.jsonl"):
+        read_groups(Path("hub:an-owner/nothing"))
 
 
 def test_a_missing_package_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     photos(tmp_path).save_to_disk(tmp_path / "saved")
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
-    for path in (tmp_path / "saved", Path("hub:nobody/nothing")):
+    for path in (tmp_path / "saved", Path("hub:an-owner/nothing")):
         with pytest.raises(ValueError, match=r"requires the package datasets; pip install 'bpo\[hub\]'"):
             check_data(path)
 

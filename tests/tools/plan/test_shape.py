@@ -64,7 +64,7 @@ def test_every_built_in_shape_is_of_a_supported_family() -> None:
 def test_an_unknown_name_says_what_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ValueError, match="not a directory or a built-in shape.*llava-1.5-7b"):
-        model_config_of("nobody/llava-9b")
+        model_config_of("an-owner/llava-9b")
     with pytest.raises(ValueError, match="has no config.json"):
         model_config_of(str(tmp_path))
 
