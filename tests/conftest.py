@@ -15,6 +15,15 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 ROOT = Path(__file__).resolve().parent.parent
+# Files of 20 s or more, the slowest first: none should start when the other workers are about to finish.
+SLOW_FILES = """
+    test_train.py test_end_to_end.py kernels/test_triton_interpreter.py kernels/bench/test_aot.py
+    job/test_watchdog_rank_loss.py tools/demo/test_run.py test_engine_gradients.py tools/bench/test_step.py
+    bootstrap/test_run.py model/attention/test_flex.py tools/plan/test_memory.py tools/plan/test_command.py
+    benchmarks/test_gpu_set.py tools/plan/test_activations.py bootstrap/engines/test_text.py
+    model/attention/test_shared_prefix.py model/attention/test_flops.py bootstrap/job/test_spool.py
+    model/test_trainable.py job/test_compile_locks.py
+""".split()
 
 
 @pytest.fixture(scope="session")
@@ -74,8 +83,16 @@ def _why_no_slurm() -> str | None:
     return f"needs Slurm; not on PATH: {', '.join(missing)}" if missing else None
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Keeps the order of files under xdist, which would start those with the most tests first."""
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips tests marked `gpu` or `cluster`, with the reason, if the machine lacks their requirements."""
+    """Puts slow files first; skips tests marked `gpu` or `cluster` if the machine lacks their requirements."""
+    place = {ROOT / "tests" / name: number for number, name in enumerate(SLOW_FILES)}
+    items.sort(key=lambda item: place.get(item.path, len(place)))
     for marker, why_not in (("gpu", _why_no_gpu), ("cluster", _why_no_slurm)):
         marked = [item for item in items if item.get_closest_marker(marker)]
         reason = why_not() if marked else None

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
+from tests.conftest import SLOW_FILES
+
 ROOT = Path(__file__).resolve().parent.parent
 
 # Test files and folders that are not of one module, and their subject.
@@ -94,7 +96,7 @@ def modules_of(test: str) -> set[str]:
     return set()
 
 
-def test_files() -> list[str]:
+def module_tests() -> list[str]:
     files = sorted(str(path.relative_to(ROOT / "tests")) for path in (ROOT / "tests").rglob("test_*.py"))
     return [file for file in files if file not in WHOLE and Path(file).parts[0] not in WHOLE]
 
@@ -115,18 +117,18 @@ def listed_modules() -> dict[str, str]:
 
 
 def test_every_test_file_is_named_after_a_module() -> None:
-    strangers = [file for file in test_files() if not modules_of(file)]
+    strangers = [file for file in module_tests() if not modules_of(file)]
     assert not strangers, f"name these after their module, or list them in WHOLE: {strangers}"
 
 
 def test_every_module_has_a_test_file() -> None:
     modules = [path for folder in ("bpo", "kernels") for path in sorted((ROOT / folder).rglob("*.py"))]
-    named = set().union(*map(modules_of, test_files()))
+    named = set().union(*map(modules_of, module_tests()))
     missing = {str(path.relative_to(ROOT)) for path in modules if has_code(path)} - named
     assert missing - listed_modules().keys() == set(), "write a test file, or list them in COVERS"
     assert listed_modules().keys() - missing == set(), "not needed in COVERS: they have a test file, or are gone"
 
 
 def test_the_tables_name_existing_test_files() -> None:
-    listed = [*WHOLE, *COVERS]
+    listed = [*WHOLE, *COVERS, *SLOW_FILES]
     assert [name for name in listed if not (ROOT / "tests" / name).exists()] == []
