@@ -177,7 +177,7 @@ def test_killed_and_preempted_training_ends_with_the_losses_of_the_unbroken_one(
     assert cluster.wait_for(job, {"COMPLETED", "FAILED", "CANCELLED"}, 240) == "COMPLETED", log(home, job)[-3000:]
     text = log(home, job)
     assert cluster.restarts(job) == 1 and "restart 0" in text and "restart 1" in text  # one log
-    assert "SIGTERM: stopping at the next boundary" in text and "stopped by a signal, what is done is kept" in text
+    assert "SIGTERM: stopping at the next boundary" in text and "stopped by a signal, results so far are kept" in text
     again, unbroken = steps(home / "again"), steps(home / "my results" / "run")
     assert [(s["step"], s["loss"], s["grad_norm"]) for s in again] == [
         (s["step"], s["loss"], s["grad_norm"]) for s in unbroken
