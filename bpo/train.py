@@ -5,6 +5,7 @@ Reads the groups, computes reference log-probs once, trains with DeepSpeed. torc
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
 import time
@@ -82,7 +83,7 @@ def prepare(
         store = fill_reference_store(config, resolved, trainer, data, stop)
     guard.after_reference()
     description = partition.RunDescription(config, data, steps, store.fingerprint, ranks.world_size)
-    with guard.phase("loading the checkpoint"):
+    with guard.phase("loading the checkpoint") if found else contextlib.nullcontext():
         done = partition.resume(trainer, description, found)
     saver = partition.build_saver(trainer, config.train, description, guard)
     return Prepared(data, steps, trainer, store, saver, done, flops)
@@ -122,8 +123,7 @@ def run_steps(config: Config, run: Prepared, guard: RunGuard, stop: StopRequest 
         check_finite(sums, step, [grad_norm], trainer)
         number = step.index + 1
         report.step(number, totals, time.perf_counter() - started, config.train.lr * lr_factor, grad_norm)
-        every = config.train.save_every_steps
-        due = number == total or bool(every and number % every == 0)
+        due = number == total or number % (config.train.save_every_steps or total) == 0
         if run.saver.boundary(number, due=due, stop=stop is not None and stop.received):
             break
     run.saver.finish(number)

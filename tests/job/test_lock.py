@@ -137,7 +137,10 @@ def test_an_owner_that_lost_its_directory_is_told(tmp_path: Path) -> None:
 
 def test_a_damaged_lock_is_taken_over(tmp_path: Path) -> None:
     (tmp_path / LOCK).write_text("{")
-    RunLock(tmp_path, **FAST).release()
+    lock = RunLock(tmp_path, **FAST)
+    assert json.loads((tmp_path / LOCK).read_text())["token"] == lock.owner["token"] and lock.lost() is None
+    lock.release()
+    assert not (tmp_path / LOCK).exists()
 
 
 def test_a_directory_that_cannot_be_written_is_named(tmp_path: Path) -> None:
