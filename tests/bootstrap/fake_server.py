@@ -51,6 +51,12 @@ def fake_server(
                     return
                 self.wfile.write(content[: len(content) // 2] if status == CUT else content)
 
+        def do_GET(self) -> None:  # what a client sends that follows a redirect
+            with lock:
+                received.append({"path": self.path, "key": self.headers.get("Authorization")})
+            self.send_response(200)
+            self.end_headers()
+
         def log_message(self, *args: object) -> None:
             pass
 

@@ -1,7 +1,7 @@
 """Chat completions from an OpenAI-compatible server (vLLM, SGLang, llama.cpp ...), using only the standard library.
 
 An API key, if required, is read from the environment variable OPENAI_API_KEY: configuration files are copied into every
-run directory.
+run directory. It is sent to the host of `server.url` alone: redirects are not followed.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any, Protocol
 
 from bpo.bootstrap.engines.text import Reply
 from bpo.config.bootstrap import ServerConfig
+from bpo.job.exits import JobError
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +33,7 @@ _BLOCK_BYTES, _MAX_ANSWER_BYTES = 1 << 16, 16 << 20
 _REQUEST_REFUSED = (400, 413, 422)
 
 
-class ServerError(RuntimeError):
+class ServerError(JobError):
     """The server cannot be used; the message contains its URL, the record and the server's response."""
 
 
@@ -52,6 +53,13 @@ class _TryAgain(Exception):
         self.pause_s = pause_s
 
 
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """Redirects are errors: following one would send the API key to a host that the user did not name."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
 class Clock(Protocol):
     """`time`, or a substitute for tests."""
 
@@ -66,6 +74,8 @@ class ChatServer:
     def __init__(self, options: ServerConfig, clock: Clock = time):
         self.options = options
         self.url = options.url.rstrip("/") + "/chat/completions"
+        self._headers = {"Content-Type": "application/json", **_authorization()}
+        self._opener = urllib.request.build_opener(_NoRedirects)
         self._clock = clock
         self._lock = threading.Lock()
         self._stopped = threading.Event()
@@ -155,19 +165,28 @@ class ChatServer:
             self._clock.sleep(turn_s - now_s)
 
     def _post(self, data: bytes) -> Reply:
-        headers = {"Content-Type": "application/json"}
-        if key := os.environ.get("OPENAI_API_KEY"):
-            headers["Authorization"] = f"Bearer {key}"
-        http_request = urllib.request.Request(self.url, data=data, headers=headers, method="POST")
+        http_request = urllib.request.Request(self.url, data=data, headers=self._headers, method="POST")
         try:
             deadline_s = time.monotonic() + self.options.timeout_s
-            with urllib.request.urlopen(http_request, timeout=self.options.timeout_s) as response:
+            with self._opener.open(http_request, timeout=self.options.timeout_s) as response:
                 return _read_reply(_read_whole(response, deadline_s))
         except urllib.error.HTTPError as error:
             raise _classify(error) from error
         except (OSError, http.client.HTTPException) as error:
             # URLError, timeouts and dropped connections: the server may be starting or busy.
             raise _TryAgain(f"no answer: {error}") from error
+
+
+def _authorization() -> dict[str, str]:
+    """The header with the API key, if there is one.
+
+    Raises:
+        ServerError: the key cannot be a header; does not contain it, as the error of `http.client` would.
+    """
+    key = os.environ.get("OPENAI_API_KEY", "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise ServerError("OPENAI_API_KEY has line breaks or characters outside ASCII; set it to the key alone")
+    return {"Authorization": f"Bearer {key}"} if key else {}
 
 
 def _read_whole(response: Any, deadline_s: float) -> bytes:
@@ -201,9 +220,14 @@ def _classify(error: urllib.error.HTTPError) -> Exception:
     except (OSError, http.client.HTTPException) as cut:
         content = f"(response truncated: {cut})"
     message = f"HTTP {error.code}: {content}"
+    if 300 <= error.code < 400:
+        target = error.headers.get("Location", "")
+        return ServerError(
+            f"redirect to {target!r} (HTTP {error.code}) not followed; set server.url to the final address"
+        )
     if error.code in _REQUEST_REFUSED:
         return _RefusedRequest(message)
     if error.code in (408, 409, 425, 429) or error.code >= 500:
         retry_after = error.headers.get("Retry-After", "")
-        return _TryAgain(message, float(retry_after) if retry_after.isdigit() else None)
+        return _TryAgain(message, float(retry_after) if retry_after.isdecimal() else None)
     return ServerError(f"{message}; check server.url, server.model and OPENAI_API_KEY")

@@ -157,6 +157,23 @@ def test_a_wrong_model_or_key_stops_at_once() -> None:
     assert len(received) == 1
 
 
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_the_key_does_not_follow_a_redirect(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "secret\n")  # as read from a file
+    with fake_server(lambda body, number: completion("ok")) as (other, received):
+        with fake_server(lambda body, number: (status, {}), {"Location": f"{other}/chat/completions"}) as (url, asked):
+            with pytest.raises(ServerError, match=f"redirect to '{other}/chat/completions'.*set server.url"):
+                replies_of(generator(url), [request()])
+    assert [body["key"] for body in asked] == ["Bearer secret"] and received == []
+
+
+def test_a_key_that_cannot_be_sent_is_not_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-1\nsk-2")
+    with pytest.raises(ServerError, match="OPENAI_API_KEY has line breaks") as error:
+        generator("http://127.0.0.1:1/v1")
+    assert "sk-" not in str(error.value)
+
+
 def test_a_request_that_the_server_refuses_does_not_stop_the_others() -> None:
     def answer(body: dict[str, Any], number: int) -> Answer:
         long = "long" in json.dumps(body["messages"])
