@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from bpo.job.exits import EXIT_INTERRUPTED, Interrupted, JobError, exit_code_of
 from bpo.job.launch import Ranks, pick_device
 
 T = TypeVar("T")
@@ -23,7 +25,7 @@ class Collectives(Protocol):
         """Returns the sums over all ranks, on every rank."""
 
     def gather(self, item: T) -> list[T]:
-        """Returns every rank's item in rank order, on every rank."""
+        """Returns every rank's item, a JSON value, in rank order, on every rank."""
 
 
 class Alone:
@@ -55,24 +57,82 @@ class JobRanks:
 
 
 def from_rank_0(make: Callable[[], T]) -> T:
-    """Runs `make` on rank 0 and returns or raises its outcome on every rank, so that all agree on what is on disk."""
-    outcome: list[Any] = [None, None]
+    """Runs `make` on rank 0 and returns or raises its outcome on every rank, so that all agree on what is on disk.
+
+    Values travel as described in `gather_from_ranks`. Rank 0 raises its error itself, the others one of the same
+    message and exit code.
+
+    Raises:
+        FirstRankError: rank 0 failed. Interrupted: rank 0 was asked to stop.
+    """
+    error: Exception | None = None
+    outcome: dict[str, Any] = {}
     if dist.get_rank() == 0:
         try:
-            outcome = [make(), None]
-        except Exception as error:  # raised below, on this rank and on all others
-            outcome = [None, error]
-    dist.broadcast_object_list(outcome)
-    if outcome[1] is not None:
-        raise outcome[1]
-    return outcome[0]
+            outcome = {"value": make()}
+        except Exception as raised:  # raised below, on this rank and on all others
+            error, outcome = raised, {"error": _describe(raised)}
+    content = _to_bytes(outcome)
+    size = torch.tensor([len(content)], device=_transport_device())
+    dist.broadcast(size, 0)
+    if dist.get_rank() != 0:
+        content = torch.empty(int(size), dtype=torch.uint8)
+    content = content.to(size.device)
+    dist.broadcast(content, 0)
+    if error is not None:
+        raise error
+    outcome = _from_bytes(content)
+    if "error" in outcome:
+        raise _as_error(**outcome["error"])
+    return outcome["value"]
 
 
 def gather_from_ranks(item: T) -> list[T]:
-    """Returns every rank's item, in rank order."""
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, item)
-    return gathered
+    """Returns every rank's item, in rank order.
+
+    Items are JSON values: tuples arrive as lists, keys of objects as strings. Unlike the pickled objects of torch's
+    `all_gather_object`, they cannot execute code on the ranks that receive them.
+    """
+    content = _to_bytes(item)
+    size = torch.tensor([len(content)], device=_transport_device())
+    sizes = [torch.empty_like(size) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, size)
+    padded = torch.zeros(max(int(size) for size in sizes), dtype=torch.uint8, device=size.device)
+    padded[: len(content)] = content
+    contents = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(contents, padded)
+    return [_from_bytes(content[: int(size)]) for content, size in zip(contents, sizes, strict=True)]
+
+
+class FirstRankError(JobError):
+    """An error of rank 0, raised on another rank."""
+
+    def __init__(self, message: str, exit_code: int, owns_directory: bool):
+        super().__init__(message)
+        self.exit_code, self.owns_directory = exit_code, owns_directory
+
+
+def _describe(error: Exception) -> dict[str, Any]:
+    code = exit_code_of(error)
+    message = str(error) if code is not None else f"rank 0 failed: {type(error).__name__}: {error}"
+    return {"message": message, "code": code or 1, "owns_directory": getattr(error, "owns_directory", True)}
+
+
+def _as_error(message: str, code: int, owns_directory: bool) -> Exception:
+    return Interrupted(message) if code == EXIT_INTERRUPTED else FirstRankError(message, code, owns_directory)
+
+
+def _transport_device() -> torch.device:
+    return pick_device() if dist.get_backend() == "nccl" else torch.device("cpu")
+
+
+def _to_bytes(value: Any) -> torch.Tensor:
+    text = json.dumps(value, separators=(",", ":"))
+    return torch.frombuffer(bytearray(text, "ascii"), dtype=torch.uint8)
+
+
+def _from_bytes(content: torch.Tensor) -> Any:
+    return json.loads(content.cpu().numpy().tobytes())
 
 
 def barrier() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -140,10 +140,10 @@ def _gather_measured(
     results: Iterable[MeasuredGroup | Dropped], gather: Any, stop: StopRequest | None
 ) -> list[list[MeasuredGroup | Dropped]]:
     """Gathers every rank's measurements, only at the end, because ranks take different times for their shares."""
-    mine = []
+    mine: list[list[Any] | dict[str, str]] = []
     stopped = False
     for result in results:
-        mine.append(result)
+        mine.append(_to_json(result))
         stopped = stop is not None and stop.received
         if stopped:
             break
@@ -152,7 +152,18 @@ def _gather_measured(
         raise Interrupted(
             f"stopped by a signal while measuring; {sum(len(results) for results, _ in gathered)} groups measured"
         )
-    return [results for results, _ in gathered]
+    return [[_from_json(result) for result in results] for results, _ in gathered]
+
+
+def _to_json(result: MeasuredGroup | Dropped) -> list[Any] | dict[str, str]:
+    """About 100 bytes per measured group as JSON."""
+    if isinstance(result, Dropped):
+        return asdict(result)
+    return [getattr(result, field.name) for field in fields(MeasuredGroup)]
+
+
+def _from_json(result: list[Any] | dict[str, str]) -> MeasuredGroup | Dropped:
+    return Dropped(**result) if isinstance(result, dict) else MeasuredGroup(*result)
 
 
 def _measured(
