@@ -126,7 +126,8 @@ def test_odd_photographs_go_through_every_command(family: str, tmp_path: Path, m
     assert steps[0]["loss"] == pytest.approx(np.log(2), abs=1e-4)
 
     merged = tmp_path / "merged"
-    assert bpo(["export", "--export.checkpoint", str(tmp_path / "run"), "--export.output", str(merged)]) == 0
+    paths = ["--model.path", str(model), "--export.checkpoint", str(tmp_path / "run"), "--export.output", str(merged)]
+    assert bpo(["export", *paths]) == 0
     from transformers import AutoModelForImageTextToText
 
     exported = AutoModelForImageTextToText.from_pretrained(merged)

@@ -61,6 +61,18 @@ ROUNDING = (
 DATA, WEIGHTS, PLAN = "data", "weights", "plan"
 
 
+def base_files(fingerprint: Mapping[str, str]) -> dict[str, str]:
+    """The SHA-256 of each file of the base model, from `model_fingerprint`."""
+    return {
+        name.removeprefix("file:"): value for name, value in sorted(fingerprint.items()) if name.startswith("file:")
+    }
+
+
+def base_digest(files: Mapping[str, str]) -> str:
+    """The fingerprint `WEIGHTS` of a checkpoint."""
+    return content_digest(f"file:{name} {value}" for name, value in sorted(files.items()))
+
+
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """`{"train": {"lr": 1}}` -> `{"train.lr": 1}`."""
     flat: dict[str, Any] = {}

@@ -2,83 +2,184 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
-from bpo.checkpoint.files import MANIFEST, CheckpointError, verify_checkpoint
+from bpo.checkpoint.compatible import WEIGHTS, base_digest, base_files
+from bpo.checkpoint.files import MANIFEST, CheckpointError, checkpoint_dirs, latest_valid, verify_checkpoint
 from bpo.checkpoint.shards import ShardSet
 from bpo.config.training import Config, LoraConfig, ModelConfig, TrainableConfig
 from bpo.data.families import Family, family_of
+from bpo.job.durable import file_digest, new_directory
 from bpo.model.load import load_model
-from bpo.model.trainable import lora_config
+from bpo.model.reference.fingerprint import model_fingerprint
+from bpo.model.trainable import lora_config, prepare_trainable
 
 logger = logging.getLogger(__name__)
 
+# Names what an export is of, so that a pipeline that is started again finds it done.
+RECORD = "bpo_export.json"
 # All other files of a model directory belong to the processor or the generation settings.
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack"}
 
 
-def find_checkpoint(path: Path) -> Path:
-    """Returns `path` if it is a checkpoint, else the latest checkpoint of that output directory.
+def find_checkpoint(path: Path) -> tuple[Path, dict[str, Any]]:
+    """Returns `path` with its manifest if it is a checkpoint, else the latest valid checkpoint of that run directory.
+
+    Not the one named by `checkpoints/latest`: a kill may have come between writing a checkpoint and naming it.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or it is damaged.
     """
-    if (path / MANIFEST).is_file():
-        return path
-    pointer = path / "checkpoints" / "latest"
-    if not pointer.is_file():
-        raise ValueError(f"export.checkpoint {path}: neither a checkpoint nor a run directory with checkpoints/latest")
-    newest = pointer.with_name(pointer.read_text(encoding="utf-8").strip())
-    if not (newest / MANIFEST).is_file():
-        raise ValueError(f"export.checkpoint {path}: its latest checkpoint {newest} does not exist; choose another one")
-    return newest
+    is_checkpoint = (path / MANIFEST).is_file()
+    if not is_checkpoint and not checkpoint_dirs(path):
+        raise ValueError(f"export.checkpoint {path}: neither a checkpoint nor a run directory with checkpoints")
+    try:
+        return (path, verify_checkpoint(path)) if is_checkpoint else latest_valid(path)
+    except CheckpointError as error:
+        raise ValueError(f"export.checkpoint: {error}; export another checkpoint") from error
 
 
-def _section(cls: type, tree: dict[str, Any]) -> Any:
+def _section(cls: type, manifest: dict[str, Any], name: str) -> Any:
     """A configuration section from a manifest, without keys that newer versions dropped."""
     known = {entry.name for entry in dataclasses.fields(cls)}
-    return cls(**{key: value for key, value in tree.items() if key in known})
+    try:
+        return cls(**{key: value for key, value in manifest["config"][name].items() if key in known})
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"export.checkpoint: section `{name}` of its manifest is unusable: {error!r}") from error
 
 
 def run_export(config: Config) -> Path:
-    """Writes `export.output` from `export.checkpoint` and the base model of the run.
+    """Writes `export.output` from `export.checkpoint` and the base model `model.path`.
 
-    `model.path`, if given, replaces the path stored in the checkpoint, for model directories that moved.
+    Which model is loaded, and whether its code may run, is decided by the caller's `model.*`, never by the checkpoint,
+    which may come from somebody else. The output appears only when it is complete.
 
     Raises:
-        ValueError: a path is missing, or an adapter is requested but more than LoRA and projector was trained.
+        ValueError: a path is missing, the output is not empty, the base model is not the one that was trained, a tensor
+            is missing or not finite, or an adapter is requested but more than LoRA and projector was trained.
     """
     if not config.export.checkpoint or not config.export.output:
         raise ValueError("export.checkpoint and export.output must both be given")
-    checkpoint = find_checkpoint(Path(config.export.checkpoint))
-    try:
-        manifest = verify_checkpoint(checkpoint)
-    except CheckpointError as error:
-        raise ValueError(f"export.checkpoint: {error}; export another checkpoint") from error
-    tree = manifest["config"]
-    model_config: ModelConfig = _section(ModelConfig, tree["model"])
-    if config.model.path:
-        model_config = dataclasses.replace(model_config, path=config.model.path)
-    trainable: TrainableConfig = _section(TrainableConfig, tree["trainable"])
-    adapter: LoraConfig = _section(LoraConfig, tree["lora"])
+    output = Path(config.export.output)
+    checkpoint, manifest = find_checkpoint(Path(config.export.checkpoint))
+    record = {"checkpoint": file_digest(checkpoint / MANIFEST), "step": manifest["step"], "form": config.export.form}
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        if _read_record(output) == record:
+            logger.info("%s already is the export of step %d of %s", output, manifest["step"], checkpoint)
+            return output
+        raise ValueError(f"export.output {output} is not an empty folder; give another one, or remove it first")
+    trained_from = _section(ModelConfig, manifest, "model")
+    if not config.model.path:
+        raise ValueError(
+            f"model.path is empty; pass --model.path with the base model. The checkpoint was trained from "
+            f"{trained_from.path!r}, which is not loaded by itself: a checkpoint may come from somebody else"
+        )
+    check_base(config, manifest)
+    model_config = dataclasses.replace(config.model, dtype=trained_from.dtype)
+    trainable: TrainableConfig = _section(TrainableConfig, manifest, "trainable")
+    adapter: LoraConfig = _section(LoraConfig, manifest, "lora")
     state = dict(
         ShardSet(checkpoint, [name for name in manifest["files"] if name.endswith(".safetensors")]).parameters()
     )
-    output = Path(config.export.output)
-    if config.export.form == "adapter":
-        _write_adapter(output, state, model_config, trainable, adapter)
-    else:
-        _write_merged(output, state, model_config, trainable, adapter)
+    check_tensors(state.items(), str(checkpoint))
+    check_trained(state, dataclasses.replace(config, model=model_config, trainable=trainable, lora=adapter))
+    with new_directory(output) as unfinished:
+        if config.export.form == "adapter":
+            _write_adapter(unfinished, state, model_config, trainable, adapter)
+        else:
+            _write_merged(unfinished, state, model_config, trainable, adapter)
+        (unfinished / RECORD).write_text(json.dumps(record) + "\n", encoding="utf-8")
     logger.info("exported step %d of %s to %s", manifest["step"], checkpoint, output)
     return output
+
+
+def _read_record(output: Path) -> Any:
+    """What an export wrote about itself; None in any other folder."""
+    with contextlib.suppress(OSError, ValueError):
+        return json.loads((output / RECORD).read_text(encoding="utf-8"))
+    return None
+
+
+def check_base(config: Config, manifest: dict[str, Any]) -> None:
+    """Compares the files of `model.path` with those of the model that was trained, by SHA-256.
+
+    Raises:
+        ValueError: they differ, and `train.accept_changes` does not name them.
+    """
+    # Every file is hashed: a cache next to the checkpoint would be somebody else's word for it.
+    files = base_files(model_fingerprint(config.model.path))
+    expected = manifest["fingerprints"][WEIGHTS]
+    if base_digest(files) == expected:
+        return
+    then: dict[str, str] = manifest.get("base", {})
+    differing = sorted(name for name in then.keys() | files.keys() if then.get(name) != files.get(name))
+    names = f" ({', '.join(differing[:5])}{', ...' if len(differing) > 5 else ''})" if then else ""
+    message = (
+        f"model.path {config.model.path} is not the model that the checkpoint was trained from: files differ{names}"
+    )
+    if WEIGHTS not in config.train.accept_changes:
+        raise ValueError(
+            f"{message}. Give the original directory, or, if the change is harmless, --train.accept_changes "
+            f"'[\"{WEIGHTS}\"]'"
+        )
+    logger.warning("%s (accepted)", message)
+
+
+def check_trained(state: dict[str, torch.Tensor], config: Config) -> None:
+    """Compares the parameters of a checkpoint with those that `config` trains, by name and shape.
+
+    Raises:
+        ValueError: they differ.
+    """
+    model = _empty_model(config.model)
+    prepare_trainable(model, family_of(model.config), config)
+    trained = {name: p.shape for name, p in model.named_parameters() if p.requires_grad}  # tied names once
+    unexpected = [name for name in state if name not in trained or state[name].shape != trained[name]]
+    if unexpected:
+        raise ValueError(
+            f"the checkpoint has parameters the model lacks: {', '.join(unexpected[:5])}; wrong base model?"
+        )
+    if missing := sorted(trained.keys() - state.keys()):
+        raise ValueError(f"the checkpoint lacks parameters that were trained: {', '.join(missing[:5])}")
+
+
+def _empty_model(options: ModelConfig) -> Any:
+    """The model without weights, for its names and shapes."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    config = AutoConfig.from_pretrained(options.path, trust_remote_code=options.trust_remote_code)
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(config)
+
+
+def check_tensors(tensors: Iterable[tuple[str, torch.Tensor]], where: str) -> int:
+    """Returns the number of elements of all tensors.
+
+    Raises:
+        ValueError: an element is NaN or infinite; names the tensors.
+    """
+    total, bad = 0, []
+    for name, tensor in tensors:
+        total += tensor.numel()
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            bad.append(name)
+    if bad:
+        raise ValueError(
+            f"{where}: {len(bad)} tensors contain NaN or infinite values, such as {', '.join(bad[:3])}; "
+            "export an earlier checkpoint"
+        )
+    return total
 
 
 def _write_merged(
@@ -90,25 +191,23 @@ def _write_merged(
         import peft
 
         adapted = peft.LoraModel(model, lora_config(model, family, lora, config.path), "default")
-        _load_exactly(adapted.model, state)
+        adapted.model.load_state_dict(state, strict=False)
         model = adapted.merge_and_unload()
     else:
-        _load_exactly(model, state)
-    output.mkdir(parents=True, exist_ok=True)
+        model.load_state_dict(state, strict=False)
     model.save_pretrained(output)
+    # Read back, which also covers what merging did: a sum of finite weights may overflow in half precision.
+    written = check_tensors(_stored_tensors(output), config.path)
+    expected = sum(parameter.numel() for parameter in model.parameters())  # tied ones once, as in the files
+    if written < expected:
+        raise ValueError(f"{output}: {written:,} of {expected:,} weights were written; is the disk full?")
     copy_processor(Path(config.path), output)
 
 
-def _load_exactly(model: torch.nn.Module, state: dict[str, torch.Tensor]) -> None:
-    """Loads trained parameters; each must exist in the model (tied names count once), and every adapter must be set."""
-    unexpected = model.load_state_dict(state, strict=False).unexpected_keys
-    if unexpected:
-        raise ValueError(
-            f"the checkpoint has parameters the model lacks: {', '.join(unexpected[:5])}; wrong base model?"
-        )
-    missing = [name for name, _ in model.named_parameters() if "lora_" in name and name not in state]
-    if missing:
-        raise ValueError(f"the checkpoint lacks parameters that were trained: {', '.join(missing[:5])}")
+def _stored_tensors(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    for file in sorted(directory.glob("*.safetensors")):
+        with safe_open(str(file), framework="pt") as tensors:
+            yield from ((name, tensors.get_tensor(name)) for name in tensors.keys())  # noqa: SIM118  not a dict
 
 
 def _write_adapter(
@@ -119,22 +218,17 @@ def _write_adapter(
             f"export.form=adapter needs trainable.language=lora and a frozen vision tower; this run had "
             f"language={trainable.language}, vision={trainable.vision}. Use export.form=merged"
         )
-    from transformers import AutoConfig, AutoModelForImageTextToText
-
-    model_config = AutoConfig.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
-    family = family_of(model_config)
-    with torch.device("meta"):  # only names are needed
-        model = AutoModelForImageTextToText.from_config(model_config)
+    model = _empty_model(config)
+    family = family_of(model.config)
     settings = lora_config(model, family, lora, config.path)
     settings.inference_mode = True
     if trainable.projector == "full":
         if family.projector_parameters:
             raise ValueError(
                 f"export.form=adapter cannot hold {', '.join(family.projector_parameters)}, which the projector of "
-                f"`{model_config.model_type}` trains in addition to its modules; use export.form=merged"
+                f"`{model.config.model_type}` trains in addition to its modules; use export.form=merged"
             )
         settings.modules_to_save = list(_saved_modules(model, family))
-    output.mkdir(parents=True, exist_ok=True)
     settings.save_pretrained(str(output))
     # PEFT's names: no adapter name, and a prefix for its two wrappers.
     renamed = {f"base_model.model.{name.replace('.default.', '.')}": value for name, value in state.items()}
@@ -158,5 +252,10 @@ def copy_processor(source: Path, output: Path, skip: set[str] | None = None) -> 
         source = Path(str(cached_file(str(source), "config.json"))).parent
     for file in sorted(source.iterdir()):
         is_weight = file.suffix in _WEIGHT_SUFFIXES or file.name.endswith(".index.json")
-        if file.is_file() and not is_weight and file.name not in (skip or set()) and not (output / file.name).exists():
+        if (
+            file.is_file()
+            and not is_weight
+            and file.name not in {RECORD, *(skip or ())}
+            and not (output / file.name).exists()
+        ):
             shutil.copy2(file, output / file.name)

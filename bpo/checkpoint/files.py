@@ -201,6 +201,22 @@ def newest_valid_checkpoint(output_dir: Path, job: Collectives | None = None) ->
     return None
 
 
+def latest_valid(output_dir: Path) -> tuple[Path, dict[str, Any]]:
+    """The latest valid checkpoint, for readers: changes nothing in the directory, whose run may be going on.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    problems = []
+    for directory in checkpoint_dirs(output_dir):
+        try:
+            return directory, verify_checkpoint(directory)
+        except CheckpointError as error:
+            logger.error("checkpoint %s skipped: %s", directory.name, error)
+            problems.append(str(error))
+    raise CheckpointError("\n".join(problems) or f"{checkpoints_root(output_dir)} contains no checkpoint")
+
+
 def _try_manifest(directory: Path) -> tuple[dict[str, Any], str]:
     try:
         return read_manifest(directory), ""

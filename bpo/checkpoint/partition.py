@@ -14,7 +14,16 @@ from typing import Any
 
 import torch
 
-from bpo.checkpoint.compatible import DATA, PLAN, WEIGHTS, check_content, check_options, content_digest
+from bpo.checkpoint.compatible import (
+    DATA,
+    PLAN,
+    WEIGHTS,
+    base_digest,
+    base_files,
+    check_content,
+    check_options,
+    content_digest,
+)
 from bpo.checkpoint.files import (
     CheckpointError,
     Hook,
@@ -87,10 +96,10 @@ class RunDescription:
         self, config: Config, data: TrainingData, steps: Sequence[PlannedStep], reference: dict[str, str], ranks: int
     ):
         self.config, self.steps, self.ranks = config, steps, ranks
-        weights = [f"{name} {value}" for name, value in sorted(reference.items()) if name.startswith("file:")]
+        self.base = base_files(reference)
         self.fingerprints = {
             DATA: content_digest(f"{group.reference_key} {group.num_pairs}" for group in data.measured),
-            WEIGHTS: content_digest(weights),
+            WEIGHTS: base_digest(self.base),
             "reference": content_digest(f"{name} {value}" for name, value in sorted(reference.items())),
         }
 
@@ -111,6 +120,7 @@ class RunDescription:
             },
             "seeds": {"train.seed": self.config.train.seed},
             "fingerprints": {**self.fingerprints, PLAN: self.plan_digest(step)},
+            "base": self.base,
             "versions": versions(),
             "config": to_tree(self.config),
         }

@@ -6,13 +6,14 @@ import contextlib
 import hashlib
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 
 def sync_directory(directory: Path) -> None:
-    """Makes new names in a directory durable."""
+    """Makes new names in a directory durable; also the content of a file."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -48,6 +49,28 @@ def write_durably(path: Path, content: str | bytes, *, sync: bool = True) -> Non
     """Replaces a small file as a whole; see `replacing`."""
     with replacing(path, sync=sync) as file:
         file.write(content.encode() if isinstance(content, str) else content)
+
+
+@contextlib.contextmanager
+def new_directory(path: Path) -> Iterator[Path]:
+    """Gives a temporary folder next to `path`; renames it to `path` when all its files are on disk.
+
+    Raises:
+        OSError: `path` exists and is not an empty folder (the temporary folder is then removed, as after any error).
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    temporary.mkdir()
+    try:
+        yield temporary
+        for file in temporary.rglob("*"):
+            sync_directory(file)
+        sync_directory(temporary)
+        os.rename(temporary, path)  # replaces an empty folder, and nothing else
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    sync_directory(path.parent)
 
 
 def file_digest(path: Path) -> str:

@@ -6,6 +6,7 @@ Nothing is trained: a checkpoint is made by moving the trainable parameters at r
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,16 +14,19 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
+from bpo.checkpoint.compatible import WEIGHTS, base_digest, base_files
 from bpo.checkpoint.export import find_checkpoint, run_export
 from bpo.checkpoint.files import commit, seal_file, step_dir
 from bpo.checkpoint.shards import KINDS, Fragment, Shard, shard_name
 from bpo.config.io import to_tree
-from bpo.config.training import Config, ExportConfig, LoraConfig, ModelConfig, TrainableConfig
+from bpo.config.training import Config, ExportConfig, LoraConfig, ModelConfig, TrainableConfig, TrainConfig
 from bpo.data.encode import Encoder
 from bpo.data.families import FAMILIES, family_of
 from bpo.model.load import load_model
+from bpo.model.reference.fingerprint import model_fingerprint
 from bpo.model.trainable import prepare_trainable
 from tests.sample_groups import encoder_of, turn
 from tests.tiny import tiny_llava
@@ -44,7 +48,7 @@ def perturbed(config: Config) -> Any:
     return model.eval()
 
 
-def write_checkpoint(run: Path, model: Any, config: Config) -> Path:
+def write_checkpoint(run: Path, model: Any, config: Config, step: int = 3) -> Path:
     """As one rank of a training run would have written it."""
     named = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
     flat = torch.cat([p.float().flatten() for p in named.values()])
@@ -53,12 +57,14 @@ def write_checkpoint(run: Path, model: Any, config: Config) -> Path:
         fragments.append(Fragment(name, tuple(p.shape), str(p.dtype)[6:], 0, p.numel(), 0, at))
         at += p.numel()
     shard = Shard(fragments, 3, {f"{kind}.0": flat.clone() for kind in KINDS})
-    final = step_dir(run, 3)
+    final = step_dir(run, step)
     temporary = final.with_suffix(".tmp")
     temporary.mkdir(parents=True)
     shard.write(temporary / shard_name(0))
     files = {shard_name(0): seal_file(temporary / shard_name(0))}
-    commit(temporary, final, {"step": 3, "world_size": 1, "config": to_tree(config), "files": files})
+    base = base_files(model_fingerprint(config.model.path))
+    written = {"step": step, "world_size": 1, "config": to_tree(config), "base": base, "files": files}
+    commit(temporary, final, {**written, "fingerprints": {WEIGHTS: base_digest(base)}})
     return final
 
 
@@ -82,9 +88,11 @@ class Trained:
     def logits_of(self, model: Any) -> torch.Tensor:
         return model(**self.inputs).logits
 
-    def export(self, output: Path, form: str = "merged", checkpoint: Path | None = None) -> Path:
+    def export(
+        self, output: Path, form: str = "merged", checkpoint: Path | None = None, base: Path | None = None
+    ) -> Path:
         settings = ExportConfig(checkpoint=str(checkpoint or self.run), output=str(output), form=form)  # type: ignore[arg-type]
-        return run_export(Config(export=settings))
+        return run_export(Config(export=settings, model=ModelConfig(path=str(base or self.base))))
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -96,6 +104,11 @@ def trained(
 ) -> Trained:
     base = family_dir(request.param)
     return Trained(base, tmp_path_factory.mktemp("run"), encoder_of(base, photo_root))
+
+
+@pytest.fixture(scope="module")
+def trained_llava(tiny_llava_dir: Path, photo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    return Trained(tiny_llava_dir, tmp_path_factory.mktemp("run"), encoder_of(tiny_llava_dir, photo_root))
 
 
 def auto_model(directory: Path) -> Any:
@@ -178,15 +191,95 @@ def test_missing_paths_say_what_to_give(tmp_path: Path) -> None:
         run_export(Config())
     with pytest.raises(ValueError, match="neither a checkpoint nor a run directory"):
         find_checkpoint(tmp_path)
-    (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints" / "latest").write_text("step-00000009")
-    with pytest.raises(ValueError, match="step-00000009"):
+    (tmp_path / "checkpoints" / "step-00000009").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"step-00000009 has no manifest.json.*export another checkpoint"):
         find_checkpoint(tmp_path)
 
 
-def test_damaged_weights_are_not_exported(trained: Trained, tmp_path: Path) -> None:
-    import shutil
+def test_paths_and_trust_come_from_the_user_not_from_the_checkpoint(
+    trained_llava: Trained, tmp_path: Path, tiny_llava_dir: Path
+) -> None:
+    """Code in the directory that a foreign manifest names does not run, although the manifest trusts it."""
+    hostile = Path(shutil.copytree(tiny_llava_dir, tmp_path / "hostile"))
+    settings = json.loads((hostile / "config.json").read_text())
+    settings |= {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil"}}
+    (hostile / "config.json").write_text(json.dumps(settings))
+    (hostile / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
+    claims = replace(trained_llava.config.model, path=str(hostile), trust_remote_code=True)
+    model = perturbed(trained_llava.config)
+    run = write_checkpoint(tmp_path / "foreign", model, replace(trained_llava.config, model=claims)).parent.parent
+    with pytest.raises(ValueError, match=r"model.path is empty; pass --model.path .*trained from .*hostile"):
+        run_export(Config(export=ExportConfig(checkpoint=str(run), output=str(tmp_path / "a"))))
+    with pytest.raises(ValueError, match=r"is not the model that the checkpoint was trained from.*evil.py"):
+        trained_llava.export(tmp_path / "b", checkpoint=run)
+    assert not (tmp_path / "ran").exists()
 
+
+@pytest.mark.parametrize("change", ["weights", "tokenizer"])
+def test_another_base_model_is_refused_by_the_name_of_its_files(
+    trained_llava: Trained, tmp_path: Path, change: str
+) -> None:
+    base = Path(shutil.copytree(trained_llava.base, tmp_path / "base"))
+    name = {"weights": "model.safetensors", "tokenizer": "tokenizer_config.json"}[change]
+    if change == "weights":
+        moved = {tensor: value + 1 for tensor, value in load_file(base / name).items()}
+        save_file(moved, base / name, metadata={"format": "pt"})
+    else:
+        (base / name).write_text((base / name).read_text() + " ")
+    with pytest.raises(ValueError, match=rf"files differ \({name}\)"):
+        trained_llava.export(tmp_path / "merged", base=base)
+    assert not (tmp_path / "merged").exists()
+    accepted = Config(
+        export=ExportConfig(checkpoint=str(trained_llava.run), output=str(tmp_path / "merged")),
+        model=ModelConfig(path=str(base)),
+        train=TrainConfig(accept_changes=["weights"]),
+    )
+    assert (run_export(accepted) / "model.safetensors").exists()
+
+
+def test_an_output_that_is_not_empty_is_left_alone(trained_llava: Trained, tmp_path: Path) -> None:
+    """Neither the base model is overwritten, nor does an old tokenizer or index remain among new weights."""
+    base = Path(shutil.copytree(trained_llava.base, tmp_path / "base"))
+    before = {file.name: file.read_bytes() for file in base.iterdir()}
+    with pytest.raises(ValueError, match="is not an empty folder"):
+        trained_llava.export(base, base=base)
+    assert {file.name: file.read_bytes() for file in base.iterdir()} == before
+    (tmp_path / "empty").mkdir()
+    output = trained_llava.export(tmp_path / "empty")
+    written = (output / "model.safetensors").stat().st_mtime_ns
+    assert trained_llava.export(output) == output  # a pipeline started again finds it done
+    assert (output / "model.safetensors").stat().st_mtime_ns == written
+    with pytest.raises(ValueError, match="is not an empty folder"):
+        trained_llava.export(output, "adapter")
+
+
+def test_the_latest_valid_checkpoint_is_exported_whatever_the_pointer_says(
+    trained_llava: Trained, tmp_path: Path
+) -> None:
+    """A kill between rename and pointer leaves `latest` one save behind; a damaged later one is skipped."""
+    run = Path(shutil.copytree(trained_llava.run, tmp_path / "run"))
+    model = perturbed(trained_llava.config)
+    newest = write_checkpoint(run, model, trained_llava.config, 8)
+    write_checkpoint(run, model, trained_llava.config, 9)
+    (run / "checkpoints" / "step-00000009" / "rank-00000.safetensors").write_bytes(b"cut")
+    (run / "checkpoints" / "latest").write_text("step-00000003\n")
+    assert find_checkpoint(run)[0] == newest
+    assert (run / "checkpoints" / "step-00000009").exists()  # of a run that may be going on: nothing is renamed
+    assert (run / "checkpoints" / "latest").read_text() == "step-00000003\n"
+
+
+@pytest.mark.parametrize("form", ["merged", "adapter"])
+def test_weights_that_are_not_finite_are_not_exported(trained_llava: Trained, tmp_path: Path, form: str) -> None:
+    model = perturbed(trained_llava.config)
+    with torch.no_grad():
+        next(p for p in model.parameters() if p.requires_grad).view(-1)[5] = float("nan")
+    write_checkpoint(tmp_path / "run", model, trained_llava.config)
+    with pytest.raises(ValueError, match=r"1 tensors contain NaN or infinite values, such as model\."):
+        trained_llava.export(tmp_path / "out", form, checkpoint=tmp_path / "run")
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
+
+
+def test_damaged_weights_are_not_exported(trained: Trained, tmp_path: Path) -> None:
     run = Path(shutil.copytree(trained.run, tmp_path / "run"))
     weights = run / "checkpoints" / "step-00000003" / "rank-00000.safetensors"
     data = bytearray(weights.read_bytes())
