@@ -35,6 +35,7 @@ from bpo.model.load import ResolvedModel, load_resolved, resolve_model
 from bpo.model.policy import PolicyModel
 from bpo.model.reference.store import ReferenceStore
 from bpo.model.trainable import prepare_trainable
+from bpo.training.agreement import check_agreement, facts_of_plan, facts_of_start
 from bpo.training.batches import training_batches
 from bpo.training.checks import check_finite, check_first_step
 from bpo.training.flops import ModelFlops, model_flops
@@ -62,14 +63,18 @@ def prepare(
     config: Config, resolved: ResolvedModel, ranks: Ranks, guard: RunGuard, stop: StopRequest | None
 ) -> Prepared:
     """Finds the checkpoint, measures and plans the groups, loads the model, fills the reference store, restores."""
-    found = partition.find_resumable(config, collectives.JobRanks(ranks))
+    job = collectives.JobRanks(ranks)
+    encoder = load_encoder(config, resolved.config)
+    if ranks.world_size > 1:
+        check_agreement(facts_of_start(config, resolved, encoder), job)
+    found = partition.find_resumable(config, job)
     guard.count_restart(found[1]["step"] if found else 0)
     if ranks.is_main:
         write_run_record(config, Path(config.train.output_dir))
-    encoder = load_encoder(config, resolved.config)
     with guard.phase("measuring the groups"):
         data = measure_groups(config, encoder, ranks, collectives.gather_from_ranks, stop)
     steps = plan_training(config.train, data, ranks)
+    check_agreement(facts_of_plan(steps), job)
     settings = engine.deepspeed_config(config.train, resolved.dtype, max(len(s.micro_batches[0]) for s in steps))
     with guard.phase("loading the model"), engine.partitioned_loading(settings):
         model = load_resolved(resolved)

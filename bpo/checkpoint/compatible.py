@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from bpo.checkpoint.files import CheckpointError
+from bpo.config.io import flat_tree
 
 logger = logging.getLogger(__name__)
 
@@ -73,17 +74,6 @@ def base_digest(files: Mapping[str, str]) -> str:
     return content_digest(f"file:{name} {value}" for name, value in sorted(files.items()))
 
 
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`{"train": {"lr": 1}}` -> `{"train.lr": 1}`."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
-
-
 def _matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
@@ -101,7 +91,7 @@ def check_options(
     Raises:
         CheckpointError: an option that affects the result of a step has changed and is not in `accepted`.
     """
-    old, new = flatten(manifest["config"]), flatten(now)
+    old, new = flat_tree(manifest["config"]), flat_tree(now)
     differing = [k for k in sorted(old.keys() & new.keys()) if old[k] != new[k] and not _matches(k, FREE)]
     rounding = [f"{key} {old[key]!r} -> {new[key]!r}" for key in differing if key in ROUNDING]
     if manifest["world_size"] != world_size:

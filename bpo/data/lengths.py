@@ -35,24 +35,30 @@ def encoder_fingerprint(encoder: Encoder, max_words: int, *, keep_text_only: boo
     """16 hexadecimal digits of everything that affects a length, except the group."""
     import transformers
 
-    tokenizer = encoder.tokenizer
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    vocabulary = sorted(tokenizer.get_vocab().items()) if backend is None else backend.to_str()
     parts = [
         FORMAT,
         transformers.__version__,
-        type(tokenizer).__name__,
-        vocabulary,
-        tokenizer.special_tokens_map,
-        encoder.processor.chat_template,
-        encoder.processor.image_processor.to_json_string(),
-        encoder.family.config.to_json_string(use_diff=False),
+        *encoder_parts(encoder).values(),
         str(encoder.image_root.resolve()),
         encoder.max_length_tokens,
         max_words,
         keep_text_only,
     ]
     return _digest(parts)[:16]
+
+
+def encoder_parts(encoder: Encoder) -> dict[str, Any]:
+    """The files of the model that affect a length, by what they are."""
+    tokenizer = encoder.tokenizer
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return {
+        "tokenizer class": type(tokenizer).__name__,
+        "vocabulary": sorted(tokenizer.get_vocab().items()) if backend is None else backend.to_str(),
+        "special tokens": tokenizer.special_tokens_map,
+        "chat template": encoder.processor.chat_template,
+        "image processor": encoder.processor.image_processor.to_json_string(),
+        "config": encoder.family.config.to_json_string(use_diff=False),
+    }
 
 
 def lengths_directory(groups_file: Path, output_dir: Path) -> Path:

@@ -6,8 +6,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import bpo
-from bpo.config.io import save_config
+from bpo.config.io import to_tree
 from bpo.config.training import Config
+from bpo.job.durable import write_durably
 from bpo_kernels.provenance import source_commit
 
 PACKAGES = ("torch", "transformers", "deepspeed", "peft")
@@ -26,9 +27,17 @@ def version_of(distribution: str) -> str:
         return "not installed"
 
 
+def save_config(config: Config, path: Path) -> None:
+    """Replaces `path` as a whole with the resolved configuration, as YAML."""
+    import yaml
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_durably(path, yaml.safe_dump(to_tree(config), sort_keys=False), sync=False)
+
+
 def write_run_record(config: Config, output_dir: Path) -> None:
     """Writes config.yaml and versions.txt, before any work, so that failed runs have them too."""
     save_config(config, output_dir / "config.yaml")
     lines = [f"commit: {source_commit('bpo', 'kernels', 'ds_configs')}"]
     lines += [f"{name}: {number}" for name, number in versions().items()]
-    (output_dir / "versions.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_durably(output_dir / "versions.txt", "\n".join(lines) + "\n", sync=False)

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from bpo.checkpoint.compatible import FREE, ROUNDING, check_content, check_options, flatten
+from bpo.checkpoint.compatible import FREE, ROUNDING, check_content, check_options
 from bpo.checkpoint.files import CheckpointError
-from bpo.config.io import all_keys, to_tree
+from bpo.config.io import all_keys, flat_tree, to_tree
 from bpo.config.training import Config
 
 
@@ -77,4 +77,4 @@ def test_the_lists_name_options_that_exist() -> None:
     known = all_keys()
     unknown = [name for name in (*FREE, *ROUNDING) if name.removesuffix(".*") not in known]
     assert unknown == [] and set(FREE).isdisjoint(ROUNDING)
-    assert flatten({"a": {"b": 1, "c": {"d": 2}}}) == {"a.b": 1, "a.c.d": 2}
+    assert flat_tree({"a": {"b": 1, "c": {"d": 2}}}) == {"a.b": 1, "a.c.d": 2}

@@ -14,8 +14,9 @@ import yaml
 
 from bpo.config import bootstrap as config_bootstrap_module
 from bpo.config import training as config_module
-from bpo.config.io import all_keys, load_config, save_config, to_tree
+from bpo.config.io import all_keys, load_config, to_tree
 from bpo.config.training import Config, DataConfig, LoraConfig, LossConfig, TrainConfig
+from bpo.job.run_record import save_config
 
 
 def sections(node: type = Config) -> Iterator[type]:

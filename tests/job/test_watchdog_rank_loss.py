@@ -20,8 +20,8 @@ from tiny import tiny_llava
 from train_matrix import base_config
 
 from bpo.checkpoint.files import newest_valid_checkpoint
-from bpo.config.io import save_config
 from bpo.job.exits import EXIT_INTERRUPTED, EXIT_NO_PROGRESS, EXIT_RANK_LOST
+from bpo.job.run_record import save_config
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 10.0

@@ -13,8 +13,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 import bpo
-from bpo.config.io import save_config
 from bpo.config.training import Config
+from bpo.job.run_record import save_config
 
 
 class TrainingFailed(RuntimeError):
