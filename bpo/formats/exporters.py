@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
@@ -55,8 +55,9 @@ def group_to_paper(group: PreferenceGroup) -> dict[str, Any]:
     if len(group.prompt) == 1:
         text = "".join(part.text or f"{IMAGE_MARKER}\n" for part in group.prompt[0].content)
         as_text = {**tree, "prompt": text}
-        if group_from_paper(as_text, group.id, group.id) == group:
-            return as_text
+        with suppress(RecordError):  # text that is refused, such as further markers
+            if group_from_paper(as_text, group.id, group.id) == group:
+                return as_text
     return tree
 
 

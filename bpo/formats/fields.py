@@ -7,9 +7,9 @@ import sys
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from bpo.formats.markers import IMAGE_PART
+from bpo.formats.markers import IMAGE_PART, Content, place_images
 from bpo.formats.problems import RecordError
-from bpo.records import ROLES, ContentPart, Turn
+from bpo.records import ROLES, ContentPart, Role, Turn
 
 RECORD_KEYS = frozenset(("id", "images", "image", "prompt", "completions", "response"))
 
@@ -151,35 +151,26 @@ def refuse_unknown(obj: Mapping[str, Any], known: Collection[str], where: str) -
 def prompt_turns(prompt: Any, num_images: int, where: str) -> tuple[Turn, ...]:
     """Parses a prompt in bpo's format: text, or turns whose content is text or parts.
 
-    Markers in text are not interpreted. Without image parts, the images go to the front of the first user turn.
+    `place_images` interprets `<image>` markers and places images without one.
 
     Raises:
-        RecordError: The prompt is malformed, does not end with a user turn, or has a wrong number of image parts.
+        RecordError: The prompt is malformed, does not end with a user turn, or see `place_images`.
     """
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
     if not isinstance(prompt, list) or not prompt:
         raise RecordError("wrong-type", f"{where}: field 'prompt' must be text or a non-empty list of turns")
     turns = [turn_of(turn, f"prompt[{number}]", where) for number, turn in enumerate(prompt)]
-    if turns[-1].role != "user":
+    last = turns[-1][0]
+    if last != "user":
         raise RecordError(
-            "turn-order", f"{where}: field 'prompt' ends with role {turns[-1].role!r}; the last turn must be the user's"
+            "turn-order", f"{where}: field 'prompt' ends with role {last!r}; the last turn must be the user's"
         )
-    num_parts = sum(turn.num_images for turn in turns)
-    if num_parts == 0 and num_images:
-        first = next(number for number, turn in enumerate(turns) if turn.role == "user")
-        turns[first] = Turn("user", (IMAGE_PART,) * num_images + turns[first].content)
-    elif num_parts != num_images:
-        raise RecordError(
-            "image-parts",
-            f"{where}: field 'prompt' has {num_parts} image parts for {num_images} images; make the numbers equal "
-            "(or omit image parts to put the images first)",
-        )
-    return tuple(turns)
+    return place_images(turns, num_images, where)
 
 
-def turn_of(turn: Any, name: str, where: str) -> Turn:
-    """Parses one turn, `{"role": ..., "content": text or parts}`.
+def turn_of(turn: Any, name: str, where: str) -> tuple[Role, Content]:
+    """Returns (role, text or parts) of one turn, `{"role": ..., "content": text or parts}`.
 
     Raises:
         RecordError: The turn is malformed.
@@ -194,11 +185,10 @@ def turn_of(turn: Any, name: str, where: str) -> Turn:
         )
     content = turn.get("content")
     if isinstance(content, str):
-        text = text_of(content, f"{name}.content", where)
-        return Turn(role, (ContentPart("text", text),) if text else ())
+        return role, text_of(content, f"{name}.content", where)
     if not isinstance(content, list):
         raise RecordError("wrong-type", f"{where}: {name}.content must be text or a list of parts")
-    return Turn(role, tuple(_part(part, f"{name}.content[{n}]", where) for n, part in enumerate(content)))
+    return role, tuple(_part(part, f"{name}.content[{n}]", where) for n, part in enumerate(content))
 
 
 def prompt_to_json(prompt: tuple[Turn, ...]) -> list[dict[str, Any]]:

@@ -8,7 +8,8 @@
                      {"response": "A tram.", "score": 0, "type": "mllm-hal", "provenance": {"source": "weaken"}}]}
 
 `image` is an alias of `images` (one path or a list). A prompt may be plain text, or turns whose content is plain text:
-the images then come first, and `<image>` in the text is not interpreted. Fields that bpo does not use are kept.
+`<image>` in the text of a user turn marks an image, and unmarked images come first. Fields that bpo does not use are
+kept.
 """
 
 from __future__ import annotations
@@ -83,19 +84,27 @@ def iterate_annotations(
             left_out("text only", record.id)
 
 
-def read_groups(path: Path, bad: BadRecords | None = None) -> tuple[PreferenceGroup, ...]:
+def read_groups(
+    path: Path, bad: BadRecords | None = None, skipped: dict[str, list[str]] | None = None
+) -> tuple[PreferenceGroup, ...]:
     """Reads preference groups in any supported format: `groups.jsonl`, the paper's release, TRL, RLHF-V, RLAIF-V.
 
     `groups.jsonl` requires unique ids; other formats may omit or repeat them, as in `read_annotations`.
 
     Args:
         bad: Handling of bad records; by default the first one raises an error.
+        skipped: Receives the ids of the records that are left out, by reason (a code of `PROBLEMS`).
 
     Raises:
         ValueError: Names the file, record, field and fix.
     """
     message = "this is an annotation file; set it as data.annotations and run bpo bootstrap"
-    groups = iterate_records(_open(path, "groups", message), bad or BadRecords())
+
+    def left_out(reason: str, record_id: str) -> None:
+        if skipped is not None:
+            skipped.setdefault(reason, []).append(record_id)
+
+    groups = iterate_records(_open(path, "groups", message), bad or BadRecords(), left_out=left_out)
     return tuple(group for group in groups if isinstance(group, PreferenceGroup))
 
 

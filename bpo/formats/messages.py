@@ -11,6 +11,8 @@ from bpo.formats.problems import RecordError
 MESSAGE_FIELDS = ("messages", "conversations", "prompt", "chosen", "rejected")
 # Keys of an image's path in a part: transformers and Qwen use the first three, OpenAI the last.
 _SOURCES = ("image", "path", "url", "image_url")
+# Beginnings of the types of parts with other media: video, video_url, audio, input_audio ...
+_OTHER_PARTS = ("video", "audio", "input_audio", "input_video")
 
 
 def lift_images(record: Mapping[str, Any], where: str) -> Mapping[str, Any]:
@@ -36,6 +38,22 @@ def lift_images(record: Mapping[str, Any], where: str) -> Mapping[str, Any]:
         raise RecordError("wrong-type", f"{where}: {' and '.join(lifted)} contain different images; use one prompt")
     others = {name: value for name, value in record.items() if name not in ("image", "images")}
     return others | {name: bare for name, (bare, _) in lifted.items()} | {"images": images}
+
+
+def refuse_other_media(record: Mapping[str, Any], where: str) -> None:
+    """Raises RecordError if a field or a part of a message has a video or audio, which bpo does not read."""
+    found = [name for name in ("video", "videos", "audio", "audios") if _holds_any(record.get(name))]
+    for name in MESSAGE_FIELDS:
+        for message in record[name] if isinstance(record.get(name), list) else ():
+            content = message.get("content") if isinstance(message, dict) else None
+            parts = [part for part in content if isinstance(part, dict)] if isinstance(content, list) else []
+            found += [str(part["type"]) for part in parts if str(part.get("type")).startswith(_OTHER_PARTS)]
+    if found:
+        raise RecordError("other-media", f"{where}: the record has a {found[0]}; bpo trains on images only")
+
+
+def _holds_any(value: Any) -> bool:
+    return any(map(_holds_any, value)) if isinstance(value, list) else value not in (None, "", {})
 
 
 def without_nulls(messages: Any) -> Any:

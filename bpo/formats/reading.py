@@ -6,17 +6,20 @@ import hashlib
 from array import array
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from bpo.formats.bad_records import BadRecords
 from bpo.formats.fields import id_text
+from bpo.formats.importers.names import canonical
 from bpo.formats.importers.preferences import PairRow, merge_rows
-from bpo.formats.importers.registry import Outcome, Schema, Source
+from bpo.formats.importers.registry import Outcome, Schema, Source, form_of
 from bpo.formats.jsonfiles import Piece
-from bpo.formats.messages import lift_images
-from bpo.formats.problems import Problem, RecordError
-from bpo.records import Annotation, PreferenceGroup
+from bpo.formats.markers import refuse_marked_answer
+from bpo.formats.messages import lift_images, refuse_other_media
+from bpo.formats.problems import PROBLEMS, Problem, RecordError
+from bpo.records import Annotation, PreferenceGroup, Turn
 
+AnyRecord = TypeVar("AnyRecord", Annotation, PreferenceGroup)
 # (record, where) -> the record with embedded images replaced by paths.
 TakeImages = Callable[[Mapping[str, Any], str], Mapping[str, Any]]
 
@@ -78,7 +81,7 @@ def record_id_of(schema: Schema, value: Mapping[str, Any], piece: Piece) -> str:
 
 
 def adapt(schema: Schema, piece: Piece, take_images: TakeImages | None = None) -> tuple[str, Outcome]:
-    """Parses one piece; returns its id and the adapted record.
+    """Parses one piece; returns its id and the adapted record, in which line breaks are LF.
 
     Raises:
         RecordError: Names the file, record, field and fix.
@@ -87,13 +90,42 @@ def adapt(schema: Schema, piece: Piece, take_images: TakeImages | None = None) -
     record_id = record_id_of(schema, value, piece)
     where = piece.where if schema.unique_ids else f"{piece.where} (id {record_id!r})"
     try:
-        value = lift_images(value, piece.where)
+        refuse_other_media(value, where)
+        fields = canonical(value)
+        schema = form_of(schema, value, fields, where)
+        value = lift_images(fields, piece.where)
         if take_images is not None:
             value = take_images(value, piece.where)
-        return record_id, schema.adapt(value, record_id, where)
+        return record_id, _checked(schema.adapt(value, record_id, where), where)
     except RecordError as error:
+        if PROBLEMS[error.code].level == "left out":
+            return record_id, error.code
         error.record_id = record_id
         raise
+
+
+def _checked(outcome: Outcome, where: str) -> Outcome:
+    """Returns the outcome with CRLF as LF; raises RecordError if an answer contains a marker."""
+    if isinstance(outcome, str):
+        return outcome
+    if isinstance(outcome, PairRow):
+        return replace(outcome, group=_with_lf(outcome.group, where))
+    return _with_lf(outcome, where)
+
+
+def _with_lf(record: AnyRecord, where: str) -> AnyRecord:
+    answers = [record.response] if isinstance(record, Annotation) else [c.response for c in record.completions]
+    refuse_marked_answer(answers, where)
+    if not any("\r\n" in text for text in [*answers, *(turn.text for turn in record.prompt)]):
+        return record
+    prompt = tuple(
+        Turn(turn.role, tuple(replace(part, text=part.text.replace("\r\n", "\n")) for part in turn.content))
+        for turn in record.prompt
+    )
+    if isinstance(record, Annotation):
+        return replace(record, prompt=prompt, response=record.response.replace("\r\n", "\n"))
+    completions = tuple(replace(c, response=c.response.replace("\r\n", "\n")) for c in record.completions)
+    return replace(record, prompt=prompt, completions=completions)
 
 
 def iterate_records(

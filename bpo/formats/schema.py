@@ -20,7 +20,6 @@ from bpo.formats.fields import (
     text_of,
 )
 from bpo.formats.importers.llava import NO_ANSWER
-from bpo.formats.markers import place_images
 from bpo.formats.problems import RecordError
 from bpo.records import Annotation, Completion, PreferenceGroup, Provenance
 
@@ -70,18 +69,14 @@ def group_from_json(obj: Any, where: str) -> PreferenceGroup:
 
 
 def group_from_paper(obj: Mapping[str, Any], record_id: str, where: str) -> PreferenceGroup:
-    """Parses one group in the paper's released schema; a text prompt may contain `<image>` markers (`place_images`).
+    """Parses one group in the paper's released schema.
 
     Raises:
         RecordError: Names `where`, the field and the fix.
     """
     images = _images(obj, where)
-    prompt = required(obj, "prompt", where)
-    if isinstance(prompt, str):
-        turns = place_images([("user", text_of(prompt, "prompt", where))], len(images))
-    else:
-        turns = prompt_turns(prompt, len(images), where)
-    return PreferenceGroup(record_id, images, turns, _completions(obj, where), extra_of(obj, GROUP_KEYS, where))
+    prompt = prompt_turns(required(obj, "prompt", where), len(images), where)
+    return PreferenceGroup(record_id, images, prompt, _completions(obj, where), extra_of(obj, GROUP_KEYS, where))
 
 
 def annotation_to_json(annotation: Annotation) -> dict[str, Any]:

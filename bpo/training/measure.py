@@ -16,7 +16,7 @@ from bpo.data.groups import BAD_REASONS, GroupDataset, MeasuredGroup, write_drop
 from bpo.data.lengths import MeasuredLengths, encoder_fingerprint, lengths_directory
 from bpo.formats.bad_records import BadRecords
 from bpo.formats.files import read_groups
-from bpo.formats.problems import Problem
+from bpo.formats.problems import PROBLEMS, Problem
 from bpo.job.exits import Interrupted
 from bpo.job.launch import Ranks
 from bpo.job.signals import StopRequest
@@ -90,7 +90,8 @@ def measure_groups(
     if not config.data.groups:
         raise ValueError("data.groups is empty; set it to the file that `bpo bootstrap` wrote")
     bad = BadRecords.from_config(config.data)
-    groups = read_groups(Path(config.data.groups), bad)
+    skipped: dict[str, list[str]] = {}
+    groups = read_groups(Path(config.data.groups), bad, skipped)
     dataset = GroupDataset(
         groups,
         encoder,
@@ -108,12 +109,13 @@ def measure_groups(
     everyone = _gather_measured(results, gather, stop)
     by_index = [everyone[i % ranks.world_size][i // ranks.world_size] for i in range(len(dataset))]
     dropped = [Dropped(problem.record_id or problem.where, problem.code, problem.detail) for problem in bad.problems]
+    dropped += [Dropped(name, code, PROBLEMS[code].meaning) for code, names in skipped.items() for name in names]
     dropped += [group for group in by_index if isinstance(group, Dropped)]
     usable = [(i, group) for i, group in enumerate(by_index) if isinstance(group, MeasuredGroup)]
     if ranks.is_main and dropped:
         path = Path(config.train.output_dir) / "dropped.jsonl"
         counts = ", ".join(f"{n} {reason}" for reason, n in sorted(write_dropped(dropped, path).items()))
-        total = len(dataset) + len(bad.problems)
+        total = len(dataset) + len(bad.problems) + sum(map(len, skipped.values()))
         logger.warning("%d of %d groups cannot be used (%s); listed in %s", len(dropped), total, counts, path)
     judge_dropped(bad, by_index, config.data.groups)
     if not usable:

@@ -101,7 +101,7 @@ def files(tmp_path: Path) -> Path:
             "content": [{"type": "text", "text": "Look: "}, {"type": "image"}, {"type": "text", "text": "?"}],
         },
         {"role": "assistant", "content": "A street."},
-        {"role": "user", "content": "And <image> what drives there?"},
+        {"role": "user", "content": [{"type": "text", "text": "And <image> what drives there?"}]},
     ]
     completions = [
         {"response": "A bus.", "score": 1, "type": "gt", "annotator": {"id": 7}},
@@ -175,7 +175,9 @@ def test_absolute_paths_become_relative_with_image_root(files: Path) -> None:
 def test_annotations_survive_and_convert_only_to_bpo(files: Path) -> None:
     turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A bus."}]
     record = {"id": 5, "image": "0.png", "conversations": turns, "response": "kept apart", "split": "train"}
-    (files / "a.json").write_text(json.dumps([record, record | {"image": None}]))
+    (files / "a.json").write_text(
+        json.dumps([record, record | {"image": None, "conversations": [{"from": "human", "value": "What?"}, turns[1]]}])
+    )
     result = convert(files / "a.json", files / "a.jsonl")
     assert result.left_out == {"text only": 1}
     assert read_annotations(files / "a.jsonl").annotations == read_annotations(files / "a.json").annotations

@@ -58,10 +58,10 @@ def conversation(*turns: str, image: Any = "x.png", record_id: str = "a") -> dic
 # groups.jsonl
 
 
-def test_a_plain_text_prompt_is_literal_and_images_come_first(tmp_path: Path) -> None:
-    path = write(tmp_path / "g.jsonl", group_json(images=["x.png", "y.png"], image=..., prompt="Explain <image> tags."))
+def test_images_come_before_a_plain_text_prompt(tmp_path: Path) -> None:
+    path = write(tmp_path / "g.jsonl", group_json(images=["x.png", "y.png"], image=..., prompt="Explain it."))
     (group,) = read_groups(path)
-    assert group.prompt == (Turn("user", (IMAGE, IMAGE, text("Explain <image> tags."))),)
+    assert group.prompt == (Turn("user", (IMAGE, IMAGE, text("Explain it."))),)
     assert group.images == ("x.png", "y.png")
     assert group.completions[0] == Completion("A bus.", 1.0, "gt")
     assert group.completions[1].provenance == Provenance("weaken", seed=3)
@@ -136,8 +136,8 @@ def test_unknown_fields_are_kept(tmp_path: Path) -> None:
 
 
 def test_a_group_without_images_has_an_empty_list() -> None:
-    group = group_from_json(group_json(image=..., images=[], prompt="Explain <image> tags."), "here")
-    assert group.images == () and group.prompt[0].text == "Explain <image> tags."
+    group = group_from_json(group_json(image=..., images=[], prompt="Explain tags."), "here")
+    assert group.images == () and group.prompt[0].text == "Explain tags."
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,10 @@ def test_a_group_without_images_has_an_empty_list() -> None:
         (group_json(prompt=...), "'prompt' is missing"),
         (group_json(prompt=[{"role": "gpt", "content": "x"}]), "role 'gpt'"),
         (group_json(prompt=[{"role": "assistant", "content": "x"}]), "ends with role 'assistant'"),
-        (group_json(prompt=[{"role": "user", "content": [{"type": "image"}] * 2}]), "2 image parts for 1 images"),
+        (
+            group_json(prompt=[{"role": "user", "content": [{"type": "image"}] * 2}]),
+            "2 image parts and 0 <image> markers for 1 images",
+        ),
         (group_json(prompt=[{"role": "user", "content": [{"type": "image_url"}]}]), r"prompt\[0\].content\[0\]"),
         (group_json(completions=[GT]), "at least two"),
         (group_json(completions=[GT, {"score": 0, "type": "x"}]), r"completions\[1\]: field 'response' is missing"),
@@ -207,13 +210,13 @@ def test_the_released_schema_is_read(tmp_path: Path) -> None:
     path = write_list(
         tmp_path / "bpo_instruct.json",
         {"prompt": "What is this?\n<image>", "image": image, "completions": completions},
-        {"id": 33471, "prompt": "<image>\nHow does <image> look in HTML?", "image": image, "completions": completions},
+        {"id": 33471, "prompt": "<image>\nHow does it look?", "image": image, "completions": completions},
         {"id": 33471, "prompt": "What?", "image": image, "completions": completions},
     )
     groups = read_groups(path)
     assert [group.id for group in groups] == ["record-0", "33471", "33471#2"]
     assert groups[0].prompt == (Turn("user", (IMAGE, text("What is this?"))),)
-    assert groups[1].prompt == (Turn("user", (IMAGE, text("How does <image> look in HTML?"))),)
+    assert groups[1].prompt == (Turn("user", (IMAGE, text("How does it look?"))),)
     assert groups[2].prompt == (Turn("user", (IMAGE, text("What?"))),)
     assert [c.type for c in groups[0].completions] == ["gt", "mllm-hal", "llm-hal"]
     assert groups[0].images == (image,)
@@ -241,10 +244,9 @@ def test_the_last_answer_is_the_response_and_earlier_turns_are_the_prompt(tmp_pa
         ("x.png", "Before <image> after", (IMAGE, text("Before  after"))),
         ("x.png", "<image>", (IMAGE,)),
         ("x.png", "What?", (IMAGE, text("What?"))),
-        ("x.png", "<image>\nWhy write <image> here?", (IMAGE, text("Why write <image> here?"))),
         (["x", "y"], "<image>\n<image>\nCompare.", (IMAGE, IMAGE, text("Compare."))),
         (["x", "y"], "First: <image> second: <image>", (text("First: "), IMAGE, text(" second: "), IMAGE)),
-        (["x", "y"], "<image> and <image> or <image>", (IMAGE, text(" and "), IMAGE, text(" or <image>"))),
+        (["x", "y"], "<image>\r\n<image>\r\nCompare\r\nthem.", (IMAGE, IMAGE, text("Compare\nthem."))),
         (["x", "y"], "Compare with <image>.", (IMAGE, text("Compare with "), IMAGE, text("."))),
     ],
 )

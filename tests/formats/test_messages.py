@@ -53,12 +53,72 @@ def test_parts_without_a_path_take_the_images_of_the_record_and_markers_stay_tex
     assert annotation.prompt == (Turn("user", (text("What is <image>?"), IMAGE)),) and annotation.images == ("a.png",)
 
 
+# A question about two images, in every form of data; ... stands for the question.
+PAIR_OF_TEXTS = {"chosen": "A bus.", "rejected": "A tram."}
+SCORED = {
+    "completions": [{"response": "A bus.", "score": 1, "type": "a"}, {"response": "A tram.", "score": 0, "type": "b"}]
+}
+ANSWER = {"role": "assistant", "content": "A bus."}
+FORMS: dict[str, tuple[str, dict[str, Any]]] = {
+    "bpo's groups": ("a.jsonl", {"id": "1", "prompt": ..., **SCORED}),
+    "groups without ids": ("a.jsonl", {"prompt": ..., **SCORED}),
+    "the paper's list": ("a.json", {"prompt": ..., **SCORED}),
+    "turns": ("a.jsonl", {"id": "1", "prompt": [{"role": "user", "content": ...}], **SCORED}),
+    "TRL's text": ("a.json", {"prompt": ..., **PAIR_OF_TEXTS}),
+    "TRL's messages": ("a.json", {"prompt": [{"role": "user", "content": ...}], **PAIR_OF_TEXTS}),
+    "TRL's conversations": (
+        "a.json",
+        {name: [{"role": "user", "content": ...}, ANSWER] for name in ("chosen", "rejected")},
+    ),
+    "ShareGPT": ("a.json", {"conversations": [{"from": "human", "value": ...}], **PAIR_OF_TEXTS}),
+    "LLaVA": ("a.json", {"conversations": [{"from": "human", "value": ...}, {"from": "gpt", "value": "A bus."}]}),
+    "messages": ("a.json", {"messages": [{"role": "user", "content": ...}, ANSWER]}),
+    "after a turn with parts": (
+        "a.json",
+        {"messages": [message("user", "Hello <image>."), ANSWER, {"role": "user", "content": ...}, ANSWER]},
+    ),
+    "bpo's annotations": ("a.jsonl", {"prompt": ..., "response": "A bus."}),
+}
+
+
+def asked(value: Any, question: str) -> Any:
+    if isinstance(value, dict):
+        return {name: asked(inner, question) for name, inner in value.items()}
+    return (
+        [asked(inner, question) for inner in value] if isinstance(value, list) else question if value is ... else value
+    )
+
+
+def read(path: Path) -> Any:
+    record = json.loads(path.read_text())
+    record = record[0] if isinstance(record, list) else record
+    return read_groups(path)[0] if {"completions", "chosen"} & record.keys() else read_annotations(path).annotations[0]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_marker_in_the_text_of_a_user_turn_is_an_image_in_every_form(tmp_path: Path, form: str) -> None:
+    name, record = FORMS[form]
+    path = tmp_path / name
+
+    def prompt_of(question: str) -> tuple[Turn, ...]:
+        tree = {"images": ["a.png", "b.png"], **asked(record, question)}
+        path.write_text(json.dumps([tree] if name == "a.json" else tree))
+        return read(path).prompt
+
+    assert prompt_of("Left <image> right <image> differ?")[-1] == Turn(
+        "user", (text("Left "), IMAGE, text(" right "), IMAGE, text(" differ?"))
+    )
+    assert prompt_of("<image>\r\n<image>\r\nDo they\r\ndiffer?") == prompt_of("<image>\n<image>\nDo they\ndiffer?")
+    with pytest.raises(ValueError, match=r"3 <image> markers for 2 images; make the numbers equal"):
+        prompt_of("<image> <image> <image>")
+
+
 @pytest.mark.parametrize(
     ("record", "problem"),
     [
         ({"messages": [message("user", {"type": "image", "image": "a"})], "images": ["b"]}, "in a separate field"),
         ({"messages": [message("user", {"type": "image", "image": 7}), message("assistant", "x")]}, "'images' is"),
-        ({"messages": [message("user", {"type": "video"}, "x"), message("assistant", "x")], "image": "a"}, "must be"),
+        ({"messages": [message("user", {"type": "table"}, "x"), message("assistant", "x")], "image": "a"}, "must be"),
         ({"messages": [message("user", "x"), message("assistant", {"type": "image"})], "image": "a"}, "a part is"),
     ],
 )

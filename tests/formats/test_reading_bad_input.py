@@ -78,11 +78,20 @@ BAD_GROUPS: list[tuple[str, bytes]] = [
     ("wrong-type", line(group(completions=[GT, "A tram."]))),
     ("unknown-key", line(answer(provenance={"source": "x", "beam": 3}))),
     ("unknown-key", line(group(prompt=[{"role": "user", "content": "What?", "weight": 0}]))),
-    ("unknown-part", line(group(prompt=[{"role": "user", "content": [{"type": "video"}]}]))),
+    ("unknown-part", line(group(prompt=[{"role": "user", "content": [{"type": "table"}]}]))),
     ("unknown-role", line(group(prompt=[{"role": "tool", "content": "What?"}]))),
     ("unknown-role", line(group(prompt=[{"role": ["user"], "content": "What?"}]))),
     ("turn-order", line(group(prompt=[{"role": "assistant", "content": "Well?"}]))),
     ("image-parts", line(group(prompt=[{"role": "user", "content": [{"type": "image"}] * 2}]))),
+    ("image-parts", line(group(prompt="<image> or <image>?"))),
+    ("image-parts", line(group(images=[], prompt="<image>\nWhat?"))),
+    ("rendered-prompt", line(group(prompt="[INST] Forget it [/INST]"))),
+    ("rendered-prompt", line(group(prompt="<|im_start|>user\n<image>What?<|im_end|>"))),
+    ("rendered-prompt", line(group(prompt="Be brief. USER: <image>\nWhat is it? ASSISTANT:"))),
+    ("rendered-prompt", line(group(prompt=[{"role": "user", "content": "### Human: What?\n### Assistant:"}]))),
+    ("foreign-marker", line(group(prompt="<ImageHere>What?"))),
+    ("foreign-marker", line(group(prompt="What is on ![a picture](good.png)?"))),
+    ("foreign-marker", line(group(images=[], prompt="Picture 1: <img>good.png</img>\nWhat?"))),
     ("few-completions", line(group(completions=[GT]))),
     ("few-completions", line(group(completions={}))),
     ("invalid-score", line(answer(score="0"))),
@@ -111,10 +120,15 @@ LEFT_OUT_OR_NOTED = [
     ("control-character", line(answer(response="A tram\x85."))),
     ("direction-mark", line(answer(response="A tram \u202e.mart"))),
     ("direction-mark", line(answer(response="\u200fA tram"))),
-    ("special-token", line(answer(response="A tram<image> here"))),
+    ("marker-in-answer", line(answer(response="A tram<image> here"))),
+    ("marker-in-answer", line(answer(response="<ref>A tram</ref><box>[[1, 2, 3, 4]]</box>"))),
+    ("marker-in-answer", line(answer(response="<|im_start|>assistant\nA tram.<|im_end|>"))),
+    ("other-media", line(group(video="clip.mp4"))),
+    ("other-media", line(group(audios=[{"path": "a.wav"}]))),
+    ("other-media", line(group(prompt="<video>\nWhat happens?"))),
+    ("other-media", line(group(prompt=[{"role": "user", "content": [{"type": "input_audio"}]}]))),
     ("special-token", line(group(prompt="<|im_start|>system"))),
     ("special-token", line(answer(response="Done</s>"))),
-    ("special-token", line(group(prompt="[INST] Forget it [/INST]"))),
 ]
 
 
@@ -145,7 +159,9 @@ def test_a_bad_line_is_named_by_its_code(root: Path, code: str, bad: bytes) -> N
         with pytest.raises(ValueError, match="line 2"):
             read_groups(path)
     else:
-        assert listed == [] and len(read_groups(path)) == 3
+        skipped: dict[str, list[str]] = {}
+        assert listed == [] and len(read_groups(path, skipped=skipped)) == 3 - len(skipped)
+        assert skipped == ({code: ["bad"]} if code in ("other-media", "marker-in-answer") else {})
 
 
 def test_a_bad_record_is_listed_by_its_id(root: Path) -> None:

@@ -19,6 +19,7 @@ ROLE_OF_SPEAKER: dict[str, Role] = {
     "model": "assistant",
     "system": "system",
 }
+TOOL_ROLES = frozenset(("tool", "tool_call", "tool_response", "function", "function_call", "observation"))
 TEXT_ONLY = "text only"
 NO_ANSWER = "no answer"
 NOT_ALTERNATING = "turns do not alternate"
@@ -48,6 +49,7 @@ def annotation_from_llava(obj: Mapping[str, Any], record_id: str, where: str) ->
     images = conversation_images(obj, where)
     turns = conversation_turns(obj, where)
     if not images:
+        place_images([turn for turn in turns if isinstance(turn[1], str)], 0, where)  # refuses markers without an image
         return TEXT_ONLY
     last = max((n for n, (role, _) in enumerate(turns) if role == "assistant"), default=-1)
     prompt, response = turns[:last], content_text(turns[last][1], "the answer", where) if last >= 0 else ""
@@ -60,13 +62,11 @@ def annotation_from_llava(obj: Mapping[str, Any], record_id: str, where: str) ->
 
 
 def prompt_of(turns: list[tuple[Role, Any]], num_images: int, where: str) -> tuple[Turn, ...]:
-    """Builds the prompt. `<image>` marks an image in plain-text turns only, not if any turn has a list of parts.
+    """Builds the prompt from (role, text or list of parts); see `place_images`.
 
     Raises:
-        RecordError: A part is neither text nor an image, or the number of image parts is wrong.
+        RecordError: A part is neither text nor an image, or see `place_images`.
     """
-    if all(isinstance(content, str) for _, content in turns):
-        return place_images(turns, num_images)
     messages = [{"role": role, "content": content} for role, content in turns]
     return prompt_turns(without_nulls(messages), num_images, where)
 
@@ -119,6 +119,11 @@ def conversation_turn(turn: Any, name: str, where: str) -> tuple[Role, Any]:
         raise RecordError("wrong-type", f"{where}: {name} must be an object with 'from' and 'value'")
     who, what = ("from", "value") if "from" in turn else ("role", "content")
     speaker, content = turn.get(who), turn.get(what)
+    if (isinstance(speaker, str) and speaker in TOOL_ROLES) or (content is None and turn.get("tool_calls")):
+        raise RecordError(
+            "unknown-role",
+            f"{where}: {name} is a tool call or its result, which bpo does not train on; remove the record",
+        )
     if not isinstance(speaker, str) or speaker not in ROLE_OF_SPEAKER:
         raise RecordError("unknown-role", f"{where}: {name}.{who} is {speaker!r}; it must be human, gpt or system")
     if isinstance(content, list) and what == "content":

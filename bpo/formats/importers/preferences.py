@@ -1,4 +1,4 @@
-"""Preference-pair importers: TRL, RLHF-V, RLAIF-V, and ShareGPT with two answers."""
+"""Preference-pair importers: TRL, RLHF-V, RLAIF-V, ShareGPT with two answers, conversations with a rejected answer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from bpo.formats.importers.llava import (
     turn_extra,
 )
 from bpo.formats.jsonfiles import parse_json
-from bpo.formats.markers import place_images
 from bpo.formats.messages import content_text, without_nulls
 from bpo.formats.problems import RecordError
 from bpo.formats.schema import provenance_from_json
@@ -34,11 +33,16 @@ PAIR_KEYS = frozenset(("id", "idx", "image", "images", "image_path", "question",
 
 @dataclass(frozen=True, slots=True)
 class PairRow:
-    """One pair of a group stored in several rows; `indices` are the positions of its completions in the group."""
+    """One row of a group stored in several rows: a pair, or a single answer with a label.
+
+    Attributes:
+        indices: Positions of the row's completions in the group; empty if the rows give their order.
+        num_completions: Number of completions of the group; 0 if it is the number of rows.
+    """
 
     group: PreferenceGroup
-    indices: tuple[int, int]
-    num_completions: int
+    indices: tuple[int, ...] = ()
+    num_completions: int = 0
 
 
 def group_from_trl(obj: Mapping[str, Any], record_id: str, where: str) -> PreferenceGroup | PairRow:
@@ -51,10 +55,7 @@ def group_from_trl(obj: Mapping[str, Any], record_id: str, where: str) -> Prefer
     """
     images = conversation_images(obj, where)
     prompt, chosen, rejected = _split_prompt(obj, where)
-    if isinstance(prompt, str):
-        turns = place_images([("user", text_of(prompt, "field 'prompt'", where))], len(images))
-    else:
-        turns = prompt_turns(without_nulls(prompt), len(images), where)
+    turns = prompt_turns(without_nulls(prompt), len(images), where)
     answers = [_last_answer(chosen, "chosen", where), _last_answer(rejected, "rejected", where)]
     if GROUP_META in obj and obj[GROUP_META] is not None:
         return _pair_row(obj, images, turns, answers, where)
@@ -63,20 +64,47 @@ def group_from_trl(obj: Mapping[str, Any], record_id: str, where: str) -> Prefer
 
 
 def _split_prompt(obj: Mapping[str, Any], where: str) -> tuple[Any, Any, Any]:
-    """Returns (prompt, chosen, rejected); the answers may repeat the prompt or contain the only copy of it."""
+    """Returns (prompt, chosen, rejected); the answers may repeat the prompt, continue it, or contain its only copy."""
     prompt = obj.get("prompt")
-    chosen, rejected = required(obj, "chosen", where), required(obj, "rejected", where)
-    if prompt is not None and not (isinstance(chosen, list) and len(chosen) > 1):
+    begin, chosen, rejected = _split_answers(obj, where)
+    if not begin:
+        if prompt is None:
+            raise RecordError("missing-field", f"{where}: field 'prompt' is missing; add the question")
         return prompt, chosen, rejected
-    if not isinstance(chosen, list) or not isinstance(rejected, list) or chosen[:-1] != rejected[:-1]:
+    last = begin[-1].get("content") if isinstance(begin[-1], dict) else None
+    if prompt is None or prompt in (begin, last):
+        return begin, chosen, rejected
+    if _is_answer(begin[0]):
+        return _as_turns(prompt) + begin, chosen, rejected
+    raise RecordError("different-prompts", f"{where}: chosen does not start with the prompt; remove one of them")
+
+
+def _split_answers(obj: Mapping[str, Any], where: str) -> tuple[list[Any], Any, Any]:
+    """Returns (turns that both answers start with, chosen, rejected), each answer text or a list of one turn.
+
+    Raises:
+        RecordError: An answer is missing, or the answers differ in more than their last turn.
+    """
+    chosen, rejected = required(obj, "chosen", where), required(obj, "rejected", where)
+    if not any(isinstance(answer, list) and len(answer) > 1 for answer in (chosen, rejected)):
+        return [], chosen, rejected
+    one, two = (answer if isinstance(answer, list) else [answer] for answer in (chosen, rejected))
+    if one[:-1] != two[:-1]:
+        number = next((n for n, turns in enumerate(zip(one, two, strict=False)) if turns[0] != turns[1]), 0)
         raise RecordError(
-            "missing-field", f"{where}: field 'prompt' is missing, and chosen and rejected start differently; add it"
+            "different-prompts",
+            f"{where}: chosen ({len(one)} turns) and rejected ({len(two)}) differ from turn {number} on; only the last "
+            "turns may differ: end both after the first turn that differs",
         )
-    begin = chosen[:-1]
-    last = begin[-1].get("content") if begin and isinstance(begin[-1], dict) else None
-    if prompt is not None and prompt not in (begin, last):
-        raise RecordError("wrong-type", f"{where}: chosen does not start with the prompt; remove one of them")
-    return begin, chosen[-1:], rejected[-1:]
+    return one[:-1], one[-1:], two[-1:]
+
+
+def _is_answer(turn: Any) -> bool:
+    return isinstance(turn, dict) and turn.get("role") == "assistant"
+
+
+def _as_turns(prompt: Any) -> list[Any]:
+    return prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
 
 
 def group_from_rlhf_v(obj: Mapping[str, Any], record_id: str, where: str) -> PreferenceGroup:
@@ -87,8 +115,9 @@ def group_from_rlhf_v(obj: Mapping[str, Any], record_id: str, where: str) -> Pre
     """
     source: Mapping[str, Any] = obj
     if "question" not in obj:
-        text = required(obj, "text", where)
-        source = parse_json(text_of(text, "field 'text'", where), f"{where}, field 'text'")
+        source = required(obj, "text", where)
+        if isinstance(source, str):
+            source = parse_json(text_of(source, "field 'text'", where), f"{where}, field 'text'")
         if not isinstance(source, dict):
             raise RecordError(
                 "wrong-type", f"{where}: field 'text' must be a JSON object with question, chosen, rejected"
@@ -103,7 +132,7 @@ def group_from_rlhf_v(obj: Mapping[str, Any], record_id: str, where: str) -> Pre
     extra = extra_of(obj, PAIR_KEYS, where) | (extra_of(source, PAIR_KEYS, where) if source is not obj else {})
     if obj.get("image") is not None and obj.get("image_path"):
         extra["image_path"] = obj["image_path"]  # the publisher's source path
-    return PreferenceGroup(record_id, images, place_images([("user", question)], len(images)), completions, extra)
+    return PreferenceGroup(record_id, images, prompt_turns(question, len(images), where), completions, extra)
 
 
 def group_from_sharegpt(obj: Mapping[str, Any], record_id: str, where: str) -> PreferenceGroup | PairRow | str:
@@ -115,15 +144,17 @@ def group_from_sharegpt(obj: Mapping[str, Any], record_id: str, where: str) -> P
     Raises:
         RecordError: Names `where`, the field and the fix.
     """
-    chosen = obj.get("chosen")
-    if isinstance(chosen, list) and (len(chosen) > 1 or obj.get("prompt") is not None):
+    begin, *answers = _split_answers(obj, where)
+    if obj.get("prompt") is not None or (begin and not _is_answer(begin[0])):
         return group_from_trl(obj, record_id, where)  # TRL format with an additional copy of a conversation
     images, turns = conversation_images(obj, where), conversation_turns(obj, where)
+    turns += [conversation_turn(turn, f"chosen[{number}]", where) for number, turn in enumerate(begin)]
+    if turns and turns[-1][0] == "assistant" and turns[-1][1] in ("", answers[0]):
+        turns.pop()  # a copy of the chosen answer, or a place for it
     if not ends_with_the_user(turns):
         return NOT_ALTERNATING
     completions = []
-    for name, score in (("chosen", 1.0), ("rejected", 0.0)):
-        value = required(obj, name, where)
+    for name, score, value in zip(("chosen", "rejected"), (1.0, 0.0), answers, strict=True):
         value = value[0] if isinstance(value, list) and len(value) == 1 else value
         role, content = ("assistant", value) if isinstance(value, str) else conversation_turn(value, name, where)
         if role != "assistant":
@@ -134,6 +165,56 @@ def group_from_sharegpt(obj: Mapping[str, Any], record_id: str, where: str) -> P
     return PreferenceGroup(record_id, images, prompt_of(turns, len(images), where), tuple(completions), extra)
 
 
+def group_from_rejected(obj: Mapping[str, Any], record_id: str, where: str) -> PreferenceGroup | str:
+    """Converts a conversation whose last answer is the preferred one, with `rejected` (ms-swift, POVID).
+
+    `rejected` is a text or a turn, a list of texts, or the turns of the conversation with another last answer.
+
+    Returns:
+        The group, or `NOT_ALTERNATING`.
+
+    Raises:
+        RecordError: Names `where`, the field and the fix.
+    """
+    if obj.get("rejected_images"):
+        raise RecordError(
+            "different-prompts",
+            f"{where}: 'rejected_images' differ from the images of the preferred answer; bpo compares answers to the same "
+            "images: remove the field, or the record",
+        )
+    images, turns = conversation_images(obj, where), conversation_turns(obj, where)
+    if not turns or turns[-1][0] != "assistant":
+        raise RecordError("missing-field", f"{where}: no answer is preferred to the rejected one; add 'chosen'")
+    if not ends_with_the_user(turns[:-1]):
+        return NOT_ALTERNATING
+    texts = [turns[-1][1], *_rejected_contents(required(obj, "rejected", where), turns[:-1], where)]
+    completions = []
+    for number, content in enumerate(texts):
+        name, score = ("rejected", 0.0) if number else ("chosen", 1.0)
+        text = answer_of(content_text(content, name, where), name, where)
+        completions.append(Completion(text, score, name))
+    extra = conversation_extra(obj, KNOWN_KEYS | {"rejected"}, where)
+    return PreferenceGroup(record_id, images, prompt_of(turns[:-1], len(images), where), tuple(completions), extra)
+
+
+def _rejected_contents(value: Any, prompt: Sequence[Any], where: str) -> list[Any]:
+    """Returns the content of each rejected answer."""
+    answers = value if isinstance(value, list) else [value]
+    if all(isinstance(answer, str) for answer in answers):
+        return answers
+    turns = [conversation_turn(turn, f"rejected[{number}]", where) for number, turn in enumerate(answers)]
+    begin, (role, content) = turns[:-1], turns[-1]
+    if role != "assistant":
+        raise RecordError("unknown-role", f"{where}: rejected ends with the role {role!r}; it must be 'assistant'")
+    if begin and begin not in (list(prompt), [turn for turn in prompt if turn[0] != "system"]):
+        raise RecordError(
+            "different-prompts",
+            f"{where}: the conversation and the rejected one differ before their last turns; only those may: end both "
+            " after the first turn that differs",
+        )
+    return [content]
+
+
 def merge_rows(rows: Sequence[PairRow], where: str) -> PreferenceGroup:
     """Merges the rows of one group.
 
@@ -141,6 +222,8 @@ def merge_rows(rows: Sequence[PairRow], where: str) -> PreferenceGroup:
         RecordError: The rows differ in more than their completions, or a completion is missing.
     """
     first = rows[0]
+    if not first.num_completions:
+        return _merge_labelled(rows, where)
     completions: dict[int, Completion] = {}
     for row in rows:
         if replace(row.group, completions=first.group.completions) != first.group:
@@ -159,6 +242,17 @@ def merge_rows(rows: Sequence[PairRow], where: str) -> PreferenceGroup:
             "rows must be adjacent",
         )
     return replace(first.group, completions=tuple(completions[n] for n in range(first.num_completions)))
+
+
+def _merge_labelled(rows: Sequence[PairRow], where: str) -> PreferenceGroup:
+    completions = tuple(completion for row in rows for completion in row.group.completions)
+    if len({completion.score for completion in completions}) < 2:
+        raise RecordError(
+            "one-label",
+            f"{where}: the answers to this prompt ({len(rows)} in adjacent rows) are all {completions[0].type}; a "
+            "preference needs both labels: sort the file by prompt, and train on prompts with both",
+        )
+    return replace(rows[0].group, completions=completions)
 
 
 def _pair_row(

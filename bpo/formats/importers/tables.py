@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from bpo.formats.fields import extra_of, text_of
+from bpo.formats.fields import extra_of, prompt_turns, text_of
 from bpo.formats.importers.llava import NO_ANSWER, TEXT_ONLY, conversation_images
-from bpo.formats.markers import IMAGE_PART
-from bpo.records import Annotation, ContentPart, Turn
+from bpo.records import Annotation
 
 IMAGE_COLUMNS = ("image", "images", "image_path", "file_name", "filename", "filepath", "path", "jpg")
 PROMPT_COLUMNS = ("prompt", "question", "instruction")
@@ -19,7 +18,7 @@ DEFAULT_PROMPT = "Describe this image."
 def annotation_from_row(obj: Mapping[str, Any], record_id: str, where: str) -> Annotation | str:
     """Converts a row, using the first column present of each kind; the others are kept in `extra`.
 
-    A row without a prompt is a caption with the prompt `DEFAULT_PROMPT`. Markers in text are not interpreted.
+    A row without a prompt is a caption with the prompt `DEFAULT_PROMPT`.
 
     Returns:
         The annotation, `TEXT_ONLY` or `NO_ANSWER`.
@@ -36,9 +35,8 @@ def annotation_from_row(obj: Mapping[str, Any], record_id: str, where: str) -> A
     if not response.strip():
         return NO_ANSWER
     question = text_of(obj[prompt], f"field {prompt!r}", where) if prompt else DEFAULT_PROMPT
-    turn = Turn("user", (*(IMAGE_PART,) * len(images), ContentPart("text", question)))
     extra = extra_of(obj, {"id", *(name for name in names.values() if name)}, where)
-    return Annotation(record_id, images, (turn,), response.strip(), extra)
+    return Annotation(record_id, images, prompt_turns(question, len(images), where), response.strip(), extra)
 
 
 _COLUMNS = {"image": IMAGE_COLUMNS, "prompt": PROMPT_COLUMNS, "answer": ANSWER_COLUMNS}

@@ -123,7 +123,7 @@ def test_tables_with_headings(tmp_path: Path, name: str, separator: str) -> None
     bad = BadRecords("quarantine")
     file = read_annotations(path, bad)
     one, two, five = file.annotations
-    assert one.prompt == (user(IMAGE, text("What is <image>?")),)
+    assert one.prompt == (user(IMAGE, text("What is ?")),)
     assert (one.response, one.extra) == ("A bus,\nred.", {"source": "web"})
     assert (two.prompt[0].text, two.extra, five.id) == ("Describe this image.", {}, "5")
     assert file.skipped == {"no answer": ("3",)}
