@@ -179,8 +179,8 @@ def group_from_rejected(obj: Mapping[str, Any], record_id: str, where: str) -> P
     if obj.get("rejected_images"):
         raise RecordError(
             "different-prompts",
-            f"{where}: 'rejected_images' differ from the images of the preferred answer; bpo compares answers to the same "
-            "images: remove the field, or the record",
+            f"{where}: 'rejected_images' differ from 'images', but bpo compares answers to the same images; remove the "
+            "record",
         )
     images, turns = conversation_images(obj, where), conversation_turns(obj, where)
     if not turns or turns[-1][0] != "assistant":

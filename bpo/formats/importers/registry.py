@@ -10,7 +10,15 @@ from typing import Any, Literal
 
 from bpo.formats.importers.containers import Container, UnknownFormat, open_container
 from bpo.formats.importers.llava import annotation_from_llava
-from bpo.formats.importers.preferences import PairRow, group_from_rlhf_v, group_from_sharegpt, group_from_trl
+from bpo.formats.importers.names import RATED, TURN_FIELDS, canonical, object_hint, preference_field
+from bpo.formats.importers.preferences import (
+    PairRow,
+    group_from_rejected,
+    group_from_rlhf_v,
+    group_from_sharegpt,
+    group_from_trl,
+)
+from bpo.formats.importers.ratings import group_from_ratings, row_from_label
 from bpo.formats.importers.tables import ANSWER_COLUMNS, IMAGE_COLUMNS, annotation_from_row
 from bpo.formats.jsonfiles import Piece
 from bpo.formats.problems import RecordError
@@ -51,17 +59,19 @@ class Schema:
         """Returns the requirements of this schema that the record does not meet."""
         if self.containers and kind not in self.containers:
             return [f"another kind of file ({', '.join(sorted(self.containers))})"]
+        return self.missing_fields(record)
+
+    def missing_fields(self, record: Mapping[str, Any]) -> list[str]:
         return [" or ".join(repr(n) for n in names) for names in self.needs if not any(n in record for n in names)]
 
 
-_TURNS = ("conversations", "messages")
 # Tried in this order, more specific schemas first.
 SCHEMAS: tuple[Schema, ...] = (
     Schema(
         name="groups",
         title="bpo's groups, one per line: id, images, prompt, completions",
         gives="groups",
-        needs=(("completions",),),
+        needs=(("id",), ("completions",)),
         adapt=lambda value, record_id, where: group_from_json(value, where),
         containers=frozenset({"jsonl"}),
         unique_ids=True,
@@ -71,7 +81,7 @@ SCHEMAS: tuple[Schema, ...] = (
         "sharegpt-pairs",
         "ShareGPT with two answers: conversations or messages, chosen, rejected, images",
         "groups",
-        (_TURNS, ("chosen",), ("rejected",)),
+        (TURN_FIELDS, ("chosen",), ("rejected",)),
         group_from_sharegpt,
     ),
     Schema(
@@ -98,6 +108,15 @@ SCHEMAS: tuple[Schema, ...] = (
         id_keys=("id", "idx"),
     ),
     Schema(
+        "rejected",
+        "ms-swift, POVID: conversations or messages, rejected_response or rejected_messages or rejected_conversations",
+        "groups",
+        (TURN_FIELDS, ("rejected", "rejected_images")),
+        group_from_rejected,
+    ),
+    Schema("ratings", "VLFeedback: prompt, completions with annotations", "groups", ((RATED,),), group_from_ratings),
+    Schema("labels", "KTO: conversations or messages, label", "groups", (TURN_FIELDS, ("label",)), row_from_label),
+    Schema(
         "annotations",
         "bpo's annotations: id, images, prompt (turns), response",
         "annotations",
@@ -109,7 +128,7 @@ SCHEMAS: tuple[Schema, ...] = (
         "llava",
         "LLaVA and ShareGPT conversations: conversations or messages, image or images",
         "annotations",
-        (_TURNS,),
+        (TURN_FIELDS,),
         annotation_from_llava,
     ),
     Schema(
@@ -153,8 +172,9 @@ def open_source(path: Path, schema_name: str = "") -> Source:
             error = error or damaged
             continue
         first = first or (piece, value)
+        fields = canonical(value)
         for schema in SCHEMAS:
-            if not schema.missing(value, container.kind):
+            if not schema.missing(fields, container.kind):
                 return Source(container, schema)
     if first is not None:
         raise UnknownFormat(_explain(*first, container.kind))
@@ -163,8 +183,47 @@ def open_source(path: Path, schema_name: str = "") -> Source:
     return Source(container, None)
 
 
+def form_of(schema: Schema, record: Mapping[str, Any], fields: Mapping[str, Any], where: str) -> Schema:
+    """Returns the schema of one record of a file: the file's, or another that gives the same and fits the record.
+
+    Args:
+        schema: Schema of the file.
+        record: The record as it is in the file.
+        fields: The record with canonical names.
+        where: File, record and id, for messages.
+
+    Raises:
+        RecordError: The record is preference data among annotations, or an annotation among groups.
+    """
+    field = preference_field(record) if schema.gives == "annotations" else None
+    if field is None and not schema.missing_fields(fields):
+        return schema
+    other = next((other for other in SCHEMAS if not other.missing_fields(fields)), schema)
+    if field is not None:
+        fix = "name the answers 'chosen' and 'rejected', or remove the field"
+        if other.gives == "groups":
+            fix = f"move all records of the form {other.name!r} to a file of their own"
+        raise RecordError(
+            "preference-field",
+            f"{where}: field {field!r} is preference data, but the file is read as annotations, whose answers are all "
+            f"preferred; {fix}",
+        )
+    if "completions" in fields:
+        return schema
+    if other.gives != schema.gives:
+        raise RecordError(
+            "wrong-file",
+            f"{where}: the record has the form {other.name!r} ({other.gives}), but the first records have the form "
+            f"{schema.name!r} ({schema.gives}); move it to a file of its own",
+        )
+    return other
+
+
 def _explain(piece: Piece, value: Mapping[str, Any], kind: str) -> str:
-    lines = [f"{piece.where}: the fields {sorted(value)[:12]} match no supported format. Supported formats:"]
+    found = f"{piece.where}: the fields {sorted(value)[:12]} match no supported format"
+    if hint := object_hint(value):
+        return f"{found}: {hint}"
+    lines = [f"{found}. Supported formats:"]
     for schema in SCHEMAS:
-        lines.append(f"  {schema.name}: {schema.title}; missing: {', '.join(schema.missing(value, kind))}")
+        lines.append(f"  {schema.name}: {schema.title}; missing: {', '.join(schema.missing(canonical(value), kind))}")
     return "\n".join(lines)
