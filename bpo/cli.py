@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 USAGE = """usage: bpo COMMAND [--config FILE] [--section.key VALUE ...]
 
@@ -199,16 +200,21 @@ def main(argv: list[str] | None = None) -> int:
     if arguments[0] not in COMMANDS:
         print(f"bpo: unknown command {arguments[0]!r}; the commands are {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
-    from bpo.job.exits import Interrupted, JobError
+    from bpo.job.exits import Interrupted, JobError, describe_unknown, exit_code_of
 
     try:
         return COMMANDS[arguments[0]](arguments[1:])
     except (Interrupted, JobError) as reason:
         print(f"bpo {arguments[0]}: {reason}", file=sys.stderr)
         return reason.exit_code
-    except ValueError as error:  # invalid user input: show the message without a traceback
-        print(f"bpo {arguments[0]}: error: {error}", file=sys.stderr)
-        return 1
+    except KeyboardInterrupt:
+        print(f"bpo {arguments[0]}: stopped by Ctrl-C", file=sys.stderr)
+        return 130
+    except Exception as error:  # invalid input: show the message without a traceback
+        code = exit_code_of(error)
+        text = str(error) if code is not None else describe_unknown(error, Path.cwd())
+        print(f"bpo {arguments[0]}: error: {text}", file=sys.stderr)
+        return code or 1
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typing import Any
 
 from bpo.config.training import TrainConfig
 from bpo.job.collectives import from_rank_0
-from bpo.job.exits import EXIT_RANK_LOST, Interrupted, JobError
+from bpo.job.exits import EXIT_RANK_LOST, Interrupted, JobError, write_status
 from bpo.job.launch import Ranks
 from bpo.job.lock import RunLock
 from bpo.job.restarts import RestartCount
@@ -21,6 +21,10 @@ class RankLostError(JobError):
     """Another rank died, failed or froze; names it, its host and its last step."""
 
     exit_code = EXIT_RANK_LOST
+
+    def __init__(self, message: str, run: str = ""):
+        super().__init__(message)
+        self.run = run
 
 
 class RunGuard:
@@ -50,8 +54,10 @@ class RunGuard:
 
     def _own_directory(self) -> str:
         self._lock = RunLock(self.output_dir)
+        run = str(self._lock.owner["token"])
+        write_status(self.output_dir, None, "running", run)
         self._clean(self.output_dir)
-        return str(self._lock.owner["token"])
+        return run
 
     def count_restart(self, step: int) -> None:
         """Counts a resumed start; called on all ranks before the work begins.
@@ -113,7 +119,8 @@ class RunGuard:
             RestartCount(self.output_dir).clear()
         if lost is not None:
             raise RankLostError(
-                f"the job ends here: {lost}. Continue with --resume (exit code {EXIT_RANK_LOST})"
+                f"the job ends here: {lost}. Continue with --resume (exit code {EXIT_RANK_LOST})",
+                self.watchdog.own.run,
             ) from error
 
     def _release(self) -> None:

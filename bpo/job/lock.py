@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bpo.job.exits import JobError
+from bpo.job.exits import JobError, exit_code_of
 from bpo.job.process import ProcessIdentity, is_running, this_process
 
 logger = logging.getLogger(__name__)
@@ -29,6 +29,7 @@ LOCK = "job.lock"
 BEAT_EVERY_S = 5.0
 # Longer than the attribute cache of NFS (60 s).
 STALE_S = 75.0
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class RunLockError(JobError):
@@ -68,7 +69,9 @@ class RunLock:
             while not self._create():
                 self._take_over()
         except OSError as error:
-            raise RunLockError(_cannot_write(output_dir, error)) from error
+            refused = RunLockError(_cannot_write(output_dir, error))
+            refused.exit_code = exit_code_of(error) or refused.exit_code
+            raise refused from error
         except RunLockError:
             self._beats.unlink(missing_ok=True)
             raise
@@ -166,4 +169,5 @@ class RunLock:
 def _cannot_write(output_dir: Path, error: OSError) -> str:
     why = {errno.EROFS: "it is on a read-only file system", errno.EACCES: "this user may not write there"}
     reason = why.get(error.errno or 0, error.strerror)
-    return f"train.output_dir {output_dir} cannot be written: {reason}. Make it writable or give another directory"
+    fix = "Free space there, then continue with --resume," if error.errno in _FULL else "Make it writable"
+    return f"train.output_dir {output_dir} cannot be written: {reason}. {fix} or give another directory"

@@ -27,12 +27,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from bpo.job.durable import write_durably
-from bpo.job.exits import EXIT_RANK_LOST
+from bpo.job.exits import EXIT_RANK_LOST, write_lost_status
 from bpo.job.process import ProcessIdentity, is_running, this_process
 
 logger = logging.getLogger(__name__)
 
 MAX_INTERVAL_S = 5.0
+_STATUS_S = 5.0
 
 
 @dataclass
@@ -210,7 +211,14 @@ class Watchdog:
         return f"{what}; {last.where()} is furthest behind: {last.progress()}"
 
     def _fire(self, message: str) -> None:
+        text = f"the job ends here: {message}. Continue with --resume (exit code {EXIT_RANK_LOST})"
         # One unbuffered write: this process ends now, and every rank may be writing.
-        advice = f"Continue with --resume (exit code {EXIT_RANK_LOST})"
-        os.write(sys.stderr.fileno(), f"[rank {self.own.rank}] the job ends here: {message}. {advice}\n".encode())
+        os.write(sys.stderr.fileno(), f"[rank {self.own.rank}] {text}\n".encode())
+        # In a thread of its own: the file system may be what hangs.
+        status = (self.output_dir, text, self.own.run)
+        writer = threading.Thread(
+            target=write_lost_status, args=status, kwargs={"is_main": self.own.rank == 0}, daemon=True
+        )
+        writer.start()
+        writer.join(_STATUS_S)
         self._end(EXIT_RANK_LOST)

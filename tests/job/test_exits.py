@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from bpo.checkpoint.save import SaveFailedError
-from bpo.job.exits import Interrupted, process_end
+from bpo.job.exits import Interrupted, process_end, read_status, write_lost_status, write_status
 from bpo.job.lock import RunLockError
 from bpo.job.restarts import NoProgressError
 
@@ -53,9 +54,11 @@ def test_an_error_that_names_the_fix_ends_with_its_code_and_without_a_traceback(
     error: Exception, code: int, tmp_path: Path, caplog
 ) -> None:
     assert end(tmp_path, error) == (code, [])
-    assert status(tmp_path) == (code, str(error))
+    found, message = status(tmp_path)
+    assert found == code and message.startswith(str(error))
     (record,) = caplog.records
-    assert record.getMessage() == str(error) and record.exc_info is None
+    assert record.getMessage() == message and record.exc_info is None
+    assert "--resume" in message or code != 74 or not isinstance(error, OSError)
 
 
 def test_no_status_is_written_into_the_directory_of_another_job_nor_by_another_rank(tmp_path: Path) -> None:
@@ -64,11 +67,70 @@ def test_no_status_is_written_into_the_directory_of_another_job_nor_by_another_r
     assert not (tmp_path / "status.json").exists()
 
 
-@pytest.mark.parametrize("error", [KeyError("x"), OSError(errno.ENOENT, "No such file"), RuntimeError("a bug")])
-def test_any_other_error_keeps_its_traceback(error: Exception, tmp_path: Path) -> None:
-    with pytest.raises(type(error)):
-        end(tmp_path, error)
-    assert not (tmp_path / "status.json").exists()
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (KeyError("x"), "KeyError: 'x' (test_exits.py:"),
+        (OSError(errno.ENOENT, "No such file", "a.png"), "'a.png'"),
+        (RuntimeError("two\n lines"), "RuntimeError: two lines (test_exits.py:"),
+        (OSError(errno.EMFILE, "Too many open files"), "ulimit -n 4096"),
+        (RuntimeError("unable to open shared memory object </torch_1> in read-write mode"), "data.num_workers to 0"),
+        (KeyError("getpwuid(): uid not found: 4711"), "set the environment variables HOME and USER"),
+    ],
+)
+def test_any_other_error_is_one_line_and_its_traceback_a_file(
+    error: Exception, told: str, tmp_path: Path, caplog
+) -> None:
+    assert end(tmp_path, error) == (1, [])
+    code, message = status(tmp_path)
+    (record,) = caplog.records
+    assert code == 1 and record.getMessage() == message and told in message and "\n" not in message
+    (path,) = tmp_path.glob("traceback-*.log")
+    assert message.endswith(f"traceback: {path}") and "in end\n    raise error" in path.read_text()
+
+
+def test_a_traceback_that_cannot_be_stored_is_shown(tmp_path: Path, capsys, caplog) -> None:
+    assert end(tmp_path / "none", KeyError("x")) == (1, [])
+    assert "raise error" in capsys.readouterr().err and "cannot be written: No such file" in caplog.text
+
+
+def test_a_killed_start_leaves_a_running_status_not_the_outcome_of_the_one_before(tmp_path: Path) -> None:
+    assert end(tmp_path) == (0, ["left"])
+    with process_end(tmp_path, is_main=True, leave_group=lambda: None):
+        told = read_status(tmp_path)
+    assert (told["state"], told["exit_code"]) == ("running", None)
+    assert (told["pid"], told["host"]) == (os.getpid(), os.uname().nodename)
+    assert read_status(tmp_path)["state"] == "ended"
+
+
+def test_a_refused_start_leaves_the_status_of_the_running_job_but_ends_its_own(tmp_path: Path) -> None:
+    write_status(tmp_path, None, "running", "token")
+    of_another = {**read_status(tmp_path), "pid": 1}
+    (tmp_path / "status.json").write_text(json.dumps(of_another))
+    assert end(tmp_path, RunLockError("in use by process 1")) == (1, [])
+    assert read_status(tmp_path) == of_another
+    write_status(tmp_path, 0, "finished")
+    assert end(tmp_path, RunLockError("in use by process 1")) == (1, [])
+    assert status(tmp_path) == (1, "in use by process 1")
+
+
+@pytest.mark.parametrize(
+    ("before", "is_main", "written"),
+    [
+        ((None, "running", "this"), True, True),
+        ((None, "running", "this"), False, True),  # rank 0 is dead
+        ((74, "disk full", "this"), False, False),  # rank 0 has told why
+        ((None, "running", "later"), True, False),  # frozen until another start had begun
+        ((None, "running", "later"), False, False),
+    ],
+)
+def test_a_lost_rank_is_in_the_status_of_its_own_start(
+    before: tuple[int | None, str, str], is_main: bool, written: bool, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr("bpo.job.exits._FIRST_RANK_S", 0.0)
+    write_status(tmp_path, *before)
+    write_lost_status(tmp_path, "rank 1 died", "this", is_main=is_main)
+    assert status(tmp_path) == ((76, "rank 1 died") if written else before[:2])
 
 
 def test_a_lost_rank_ends_the_process_although_a_library_would_wait_at_exit(tmp_path: Path) -> None:

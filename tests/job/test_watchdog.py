@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from bpo.job.exits import EXIT_RANK_LOST
+from bpo.job.exits import EXIT_RANK_LOST, read_status
 from bpo.job.watchdog import Watchdog, heartbeat_path, read_heartbeat
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -76,6 +76,8 @@ def test_a_killed_rank_is_named_with_host_and_last_step(
     line = capfd.readouterr().err.strip()
     assert f"rank 1 on {HOST} (process {other.pid}) died; last finished step 41, then step 42" in line
     assert "\n" not in line and "--resume" in line
+    status = read_status(tmp_path)
+    assert (status["state"], status["exit_code"]) == ("ended", EXIT_RANK_LOST) and status["message"] in line
 
 
 def test_a_frozen_rank_is_named_after_the_timeout(

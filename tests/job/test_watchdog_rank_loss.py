@@ -20,7 +20,7 @@ from tiny import tiny_llava
 from train_matrix import base_config
 
 from bpo.checkpoint.files import newest_valid_checkpoint
-from bpo.job.exits import EXIT_INTERRUPTED, EXIT_NO_PROGRESS, EXIT_RANK_LOST
+from bpo.job.exits import EXIT_INTERRUPTED, EXIT_NO_PROGRESS, EXIT_RANK_LOST, read_status
 from bpo.job.run_record import save_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -88,6 +88,8 @@ def test_killed_then_frozen_then_stopped(root: Path) -> None:
     job = Job(root, "killed")
     try:
         job.wait_for_step(metrics, 6)
+        status = read_status(root / "run")
+        assert (status["state"], status["pid"], status["exit_code"]) == ("running", job.ranks[0].pid, None)
         job.ranks[1].send_signal(signal.SIGKILL)
         ended = time.monotonic()
         assert job.ranks[0].wait(60) == EXIT_RANK_LOST, job.text(0)[-3000:]
@@ -96,22 +98,26 @@ def test_killed_then_frozen_then_stopped(root: Path) -> None:
         job.kill()
     (line,) = {text.split("ends here: ")[1] for text in job.text(0).splitlines() if "the job ends here" in text}
     assert line.startswith(f"rank 1 on {os.uname().nodename} (process {job.ranks[1].pid}) died; last finished step ")
+    status = read_status(root / "run")
+    assert (status["exit_code"], line in status["message"]) == (EXIT_RANK_LOST, True)
 
     found = newest_valid_checkpoint(root / "run")
     assert found is not None and found[1]["step"] >= 4
     job = Job(root, "frozen", "--resume")
     try:
         job.wait_for_step(metrics, found[1]["step"] + 5)
-        job.ranks[1].send_signal(signal.SIGSTOP)
+        job.ranks[0].send_signal(signal.SIGSTOP)  # the one that usually writes the status
         frozen = time.monotonic()
-        assert job.ranks[0].wait(60) == EXIT_RANK_LOST, job.text(0)[-3000:]
+        assert job.ranks[1].wait(60) == EXIT_RANK_LOST, job.text(1)[-3000:]
         assert TIMEOUT_S - 1 < time.monotonic() - frozen < TIMEOUT_S + 20
     finally:
         job.kill()
     assert f"continuing from {checkpoints}" in job.text(0)
-    ends = [line for line in job.text(0).splitlines() if "the job ends here" in line]
-    assert ends and all(f"rank 1 on {os.uname().nodename} (process {job.ranks[1].pid})" in line for line in ends)
+    ends = [line for line in job.text(1).splitlines() if "the job ends here" in line]
+    assert ends and all(f"rank 0 on {os.uname().nodename} (process {job.ranks[0].pid})" in line for line in ends)
     assert all("last finished step" in line for line in ends)
+    status = read_status(root / "run")
+    assert (status["exit_code"], status["pid"]) == (EXIT_RANK_LOST, job.ranks[1].pid)
 
     job = Job(root, "stopped", "--resume")
     found = newest_valid_checkpoint(root / "run")
@@ -127,7 +133,7 @@ def test_killed_then_frozen_then_stopped(root: Path) -> None:
     steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
     assert steps == list(range(1, steps[-1] + 1))
     assert newest_valid_checkpoint(root / "run")[1]["step"] == steps[-1]  # type: ignore[index]
-    status = json.loads((root / "run" / "status.json").read_text())
+    status = read_status(root / "run")
     assert status["exit_code"] == EXIT_INTERRUPTED and "--resume" in status["message"]
 
 
@@ -142,4 +148,4 @@ def test_restarts_in_vain_end_with_their_own_code(root: Path, tmp_path: Path) ->
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     assert result.returncode == EXIT_NO_PROGRESS, result.stderr[-3000:]
     assert "3 restarts since the checkpoint of step 0 have made no progress" in result.stderr
-    assert json.loads((output / "status.json").read_text())["exit_code"] == EXIT_NO_PROGRESS
+    assert read_status(output)["exit_code"] == EXIT_NO_PROGRESS
