@@ -36,7 +36,7 @@ COVERS = {
     "bootstrap/test_run.py": "completion_types engines/models job/broken_images job/identity sources",
     "bootstrap/test_weaken.py": "engines/vision",
     "checkpoint/test_files.py": "partition shards",
-    "config/test_io.py": "bootstrap training",
+    "config/test_io.py": "bootstrap foreign options training",
     "data/families/test_families.py": "base gemma idefics internvl llava qwen",
     "data/test_encode.py": "processor",
     "evaluation/test_answer_journal.py": "answers",

@@ -1,21 +1,18 @@
-"""Bootstrapping options, and the `check` helper of all configuration sections."""
+"""Bootstrapping options."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Literal
 
+from bpo.config.options import NUM_SEEDS, Range, Section, check, number, seconds
+
 Source = Literal["weaken", "inject", "crop", "mask", "regenerate", "text-only", "unweakened"]
 CacheKind = Literal["reserved", "dynamic", "static"]
 
 
-def check(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
-
-
 @dataclass(kw_only=True)
-class ServerConfig:
+class ServerConfig(Section):
     """OpenAI-compatible server (vLLM, SGLang, llama.cpp, ...). The API key is read from OPENAI_API_KEY.
 
     Attributes:
@@ -27,26 +24,26 @@ class ServerConfig:
         patience_s: Seconds without any response after which the job stops; finished records are kept.
     """
 
+    where = "server"
+
     url: str = ""
     model: str = ""
-    concurrency: int = 16
-    timeout_s: float = 120.0
-    requests_per_minute: float = 0.0
-    patience_s: float = 900.0
+    concurrency: int = number(16, at_least=1, at_most=4096)
+    timeout_s: float = seconds(120.0, at_least=0.1)
+    requests_per_minute: float = number(0.0, at_least=1e-3, zero="no limit")
+    patience_s: float = seconds(900.0, at_least=0.1)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check(
             not self.url or self.url.startswith(("http://", "https://")),
             f"server.url is {self.url!r}; it must have the form http://HOST:PORT/v1",
         )
         check(bool(self.model) or not self.url, "server.url is set but server.model is empty; set the served model")
-        check(self.concurrency >= 1, f"server.concurrency is {self.concurrency}; it must be at least 1")
-        check(self.timeout_s > 0 and self.patience_s > 0, "server.timeout_s and server.patience_s must be positive")
-        check(self.requests_per_minute >= 0, "server.requests_per_minute must be 0 (no limit) or more")
 
 
 @dataclass(kw_only=True)
-class WeakenConfig:
+class WeakenConfig(Section):
     """Negatives from the model's answers to weakened images (types `mllm-hal`, `mllm-crop`, `mllm-mask`, ...).
 
     The sampling options apply to all sources answered by the multimodal model.
@@ -65,27 +62,21 @@ class WeakenConfig:
         max_new_tokens: Maximum number of tokens per answer.
     """
 
-    noise_step: int = 900
-    noise_steps: list[int] = field(default_factory=list)
-    space: Literal["normalised", "pixel"] = "normalised"
-    pixel_side: int = 336
-    crop_share: float = 0.15
-    mask_share: float = 0.8
-    temperature: float = 0.2
-    top_p: float = 1.0
-    max_new_tokens: int = 1024
+    where = "bootstrap.weaken"
 
-    def __post_init__(self) -> None:
-        for step in (self.noise_step, *self.noise_steps):
-            check(-1 <= step <= 999, f"noise_step is {step}; the schedule has steps 0..999 (-1: no noise)")
-        check(self.pixel_side >= 0, "bootstrap.weaken.pixel_side must be 0 (keep the size) or more")
-        for name in ("crop_share", "mask_share"):
-            check(0 < getattr(self, name) < 1, f"bootstrap.weaken.{name} must be in (0, 1)")
-        _check_sampling("bootstrap.weaken", self.temperature, self.top_p, self.max_new_tokens)
+    noise_step: int = number(900, at_least=-1, at_most=999)
+    noise_steps: list[int] = field(default_factory=list, metadata={"range": Range(at_least=-1, at_most=999)})
+    space: Literal["normalised", "pixel"] = "normalised"
+    pixel_side: int = number(336, at_least=1, at_most=2**15, zero="keep the size")
+    crop_share: float = number(0.15, above=0, below=1)
+    mask_share: float = number(0.8, above=0, below=1)
+    temperature: float = number(0.2, at_least=0, zero="greedy")
+    top_p: float = number(1.0, above=0, at_most=1)
+    max_new_tokens: int = number(1024, at_least=1)
 
 
 @dataclass(kw_only=True)
-class RegenerateConfig:
+class RegenerateConfig(Section):
     """Negatives that keep the start of the annotation and are continued by the model (type `mllm-cont`).
 
     Attributes:
@@ -94,16 +85,19 @@ class RegenerateConfig:
         weakened: Whether to show the model the weakened image instead of the clean one.
     """
 
-    cut_min: float = 0.2
-    cut_max: float = 0.7
+    where = "bootstrap.regenerate"
+
+    cut_min: float = number(0.2, above=0, below=1)
+    cut_max: float = number(0.7, above=0, below=1)
     weakened: bool = True
 
     def __post_init__(self) -> None:
-        check(0 < self.cut_min <= self.cut_max < 1, "bootstrap.regenerate requires 0 < cut_min <= cut_max < 1")
+        super().__post_init__()
+        check(self.cut_min <= self.cut_max, "bootstrap.regenerate requires cut_min <= cut_max")
 
 
 @dataclass(kw_only=True)
-class VisionConfig:
+class VisionConfig(Section):
     """Inference engine of the multimodal model. Weights are loaded from `model.path`, or by the server.
 
     Attributes:
@@ -111,10 +105,13 @@ class VisionConfig:
         server: Server options, used if `engine` is `server`.
     """
 
+    where = "bootstrap.vision"
+
     engine: Literal["transformers", "vllm", "server"] = "transformers"
     server: ServerConfig = field(default_factory=ServerConfig)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check(
             (self.engine == "server") == bool(self.server.url),
             "bootstrap.vision: engine `server` and server.url require each other; set both or neither",
@@ -122,7 +119,7 @@ class VisionConfig:
 
 
 @dataclass(kw_only=True)
-class InjectConfig:
+class InjectConfig(Section):
     """Negatives from a text-only LLM that rewrites the annotation with plausible errors (type `llm-hal`).
 
     Attributes:
@@ -141,21 +138,22 @@ class InjectConfig:
         dtype: Data type of the text-only LLM.
     """
 
+    where = "bootstrap.inject"
+
     mode: Literal["description", "qa", "auto"] = "auto"
     prompt_dir: str = ""
     llm: str = ""
     gguf_file: str = ""
     engine: Literal["transformers", "vllm"] = "transformers"
     server: ServerConfig = field(default_factory=ServerConfig)
-    temperature: float = 0.8
-    top_p: float = 0.95
-    max_new_tokens: int = 1024
-    attempts: int = 1
+    temperature: float = number(0.8, at_least=0, zero="greedy")
+    top_p: float = number(0.95, above=0, at_most=1)
+    max_new_tokens: int = number(1024, at_least=1)
+    attempts: int = number(1, at_least=1)
     dtype: Literal["float32", "bfloat16", "float16", "config"] = "config"
 
     def __post_init__(self) -> None:
-        _check_sampling("bootstrap.inject", self.temperature, self.top_p, self.max_new_tokens)
-        check(self.attempts >= 1, f"bootstrap.inject.attempts is {self.attempts}; it must be at least 1")
+        super().__post_init__()
         both = self.llm and self.server.url
         check(not both, "bootstrap.inject.llm and bootstrap.inject.server.url are both set; choose one")
         check(
@@ -165,7 +163,7 @@ class InjectConfig:
 
 
 @dataclass(kw_only=True)
-class ValidateConfig:
+class ValidateConfig(Section):
     """Validation of negatives. Empty, truncated and unchanged texts are always rejected.
 
     Attributes:
@@ -181,30 +179,22 @@ class ValidateConfig:
         lexicon: Custom file of objects, attributes, ... in the format of bpo/bootstrap/lexicon/en.yaml, used instead.
     """
 
-    max_repeats: int = 3
-    min_distinct_share: float = 0.25
-    min_changed_words: int = 1
-    max_changed_share: float = 1.0
-    min_length_ratio: float = 0.1
-    max_length_ratio: float = 10.0
+    where = "bootstrap.validate"
+
+    max_repeats: int = number(3, at_least=1)
+    min_distinct_share: float = number(0.25, at_least=0, below=1)
+    min_changed_words: int = number(1, at_least=0)
+    max_changed_share: float = number(1.0, above=0, at_most=1)
+    min_length_ratio: float = number(0.1, at_least=0, at_most=1)
+    max_length_ratio: float = number(10.0, at_least=1)
     require_real_change: bool = True
     same_language: bool = True
     refuse_duplicates: bool = True
     lexicon: str = ""
 
-    def __post_init__(self) -> None:
-        check(self.max_repeats >= 1, "bootstrap.validate.max_repeats must be 1 or more")
-        check(0 <= self.min_distinct_share < 1, "bootstrap.validate.min_distinct_share must be in [0, 1)")
-        check(self.min_changed_words >= 0, "bootstrap.validate.min_changed_words must be 0 or more")
-        check(0 < self.max_changed_share <= 1, "bootstrap.validate.max_changed_share must be in (0, 1]")
-        check(
-            0 <= self.min_length_ratio <= 1 <= self.max_length_ratio,
-            "bootstrap.validate: min_length_ratio must be in [0, 1], and max_length_ratio 1 or more",
-        )
-
 
 @dataclass(kw_only=True)
-class BootstrapConfig:
+class BootstrapConfig(Section):
     """Generation of negatives from annotations.
 
     Attributes:
@@ -234,43 +224,34 @@ class BootstrapConfig:
         stall_timeout_s: Seconds without a batch finished by any rank after which rank 0 stops waiting for claimed work.
     """
 
+    where = "bootstrap"
+
     sources: list[Source] = field(default_factory=lambda: ["weaken", "inject"])
     weaken: WeakenConfig = field(default_factory=WeakenConfig)
     inject: InjectConfig = field(default_factory=InjectConfig)
     regenerate: RegenerateConfig = field(default_factory=RegenerateConfig)
     vision: VisionConfig = field(default_factory=VisionConfig)
     validate: ValidateConfig = field(default_factory=ValidateConfig)
-    target_shares: dict[str, float] = field(default_factory=dict)
-    batch_size: int = 16
+    target_shares: dict[str, float] = field(default_factory=dict, metadata={"range": Range(above=0)})
+    batch_size: int = number(16, at_least=1)
     cache: CacheKind = "reserved"
-    seed: int = 0
-    limit: int = 0
-    max_inject_records: int = 0
-    num_shards: int = 1
-    shard_index: int = 0
-    claim_timeout_s: float = 120.0
-    num_workers: int | None = None
-    max_idle_restarts: int = 3
-    stall_timeout_s: float = 3600.0
+    seed: int = number(0, at_least=0, below=NUM_SEEDS)
+    limit: int = number(0, at_least=0, zero="all")
+    max_inject_records: int = number(0, at_least=0, zero="all")
+    num_shards: int = number(1, at_least=1)
+    shard_index: int = number(0, at_least=0)
+    claim_timeout_s: float = seconds(120.0, at_least=1)
+    num_workers: int | None = number(None, at_least=0, at_most=1024)
+    max_idle_restarts: int = number(3, at_least=0, zero="no limit")
+    stall_timeout_s: float = seconds(3600.0, at_least=0.1)
 
     def __post_init__(self) -> None:
-        for source, share in self.target_shares.items():
+        super().__post_init__()
+        for source in self.target_shares:
             check(source in self.sources, f"bootstrap.target_shares.{source} is not in bootstrap.sources")
-            check(share > 0, f"bootstrap.target_shares.{source} is {share}; it must be positive")
-        check(self.batch_size >= 1, f"bootstrap.batch_size is {self.batch_size}; it must be at least 1")
-        check(self.limit >= 0, f"bootstrap.limit is {self.limit}; it must be 0 (all) or more")
-        check(self.max_inject_records >= 0, "bootstrap.max_inject_records must be 0 (all) or more")
-        check(self.num_shards >= 1, f"bootstrap.num_shards is {self.num_shards}; it must be at least 1")
         check(
-            0 <= self.shard_index < self.num_shards,
-            f"bootstrap.shard_index is {self.shard_index}; it must be 0 or more and below num_shards {self.num_shards}",
-        )
-        check(self.max_idle_restarts >= 0, "bootstrap.max_idle_restarts must be 0 (no limit) or more")
-        check(self.stall_timeout_s > 0, "bootstrap.stall_timeout_s must be positive")
-        check(self.claim_timeout_s > 0, "bootstrap.claim_timeout_s must be positive")
-        check(
-            self.num_workers is None or self.num_workers >= 0,
-            "bootstrap.num_workers must be 0 (no prefetching) or more",
+            self.shard_index < self.num_shards,
+            f"bootstrap.shard_index is {self.shard_index}; it must be below num_shards {self.num_shards}",
         )
         if "weaken" in self.sources and self.vision.engine != "transformers":
             check(
@@ -282,9 +263,3 @@ class BootstrapConfig:
             len(self.sources) == len(set(self.sources)) and bool(self.sources),
             "bootstrap.sources must not be empty or contain duplicates",
         )
-
-
-def _check_sampling(where: str, temperature: float, top_p: float, max_new_tokens: int) -> None:
-    check(temperature >= 0, f"{where}.temperature is {temperature}; it must be 0 (greedy) or more")
-    check(0 < top_p <= 1, f"{where}.top_p is {top_p}; it must be in (0, 1]")
-    check(max_new_tokens >= 1, f"{where}.max_new_tokens is {max_new_tokens}; it must be at least 1")

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
-from bpo.config.bootstrap import BootstrapConfig, check
+from bpo.config.bootstrap import BootstrapConfig
+from bpo.config.options import NUM_SEEDS, Section, check, number, seconds, text
 
 
 @dataclass(kw_only=True)
-class ModelConfig:
+class ModelConfig(Section):
     """Model loading and execution.
 
     Attributes:
@@ -26,21 +29,24 @@ class ModelConfig:
         trust_remote_code: Run code shipped with the model. Enable only for models you trust.
     """
 
+    where = "model"
+
     path: str = ""
     dtype: Literal["float32", "bfloat16", "float16", "config"] = "bfloat16"
     attention: Literal["auto", "flash", "varlen", "flex", "sdpa"] = "auto"
-    vision_attention: str = "sdpa"
+    vision_attention: str = text("sdpa", needed=True)
     gradient_checkpointing: Literal["none", "full", "selective"] | bool = "none"
     share_prefix: Literal["auto", "never"] = "auto"
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if isinstance(self.gradient_checkpointing, bool):
             self.gradient_checkpointing = "full" if self.gradient_checkpointing else "none"
 
 
 @dataclass(kw_only=True)
-class DataConfig:
+class DataConfig(Section):
     """Data files, length limits and handling of bad records.
 
     Attributes:
@@ -59,34 +65,23 @@ class DataConfig:
         prefetch_factor: Number of micro-batches prefetched to host memory by each worker process.
     """
 
+    where = "data"
+
     annotations: str = ""
     groups: str = ""
     image_root: str = ""
-    max_length_tokens: int = 2048
-    max_completion_words: int = 350
+    max_length_tokens: int = number(2048, at_least=1)
+    max_completion_words: int = number(350, at_least=1)
     keep_lengths: bool = True
     on_bad: Literal["quarantine", "error"] = "quarantine"
-    max_bad_share: float = 0.1
+    max_bad_share: float = number(0.1, at_least=0, at_most=1)
     text_only: Literal["drop", "keep"] = "drop"
-    num_workers: int = 2
-    prefetch_factor: int = 2
-
-    def __post_init__(self) -> None:
-        check(
-            self.max_length_tokens > 0,
-            f"data.max_length_tokens is {self.max_length_tokens}; it must be positive",
-        )
-        check(
-            self.max_completion_words > 0,
-            f"data.max_completion_words is {self.max_completion_words}; it must be positive",
-        )
-        check(0 <= self.max_bad_share <= 1, f"data.max_bad_share is {self.max_bad_share}; it must be in [0, 1]")
-        check(self.num_workers >= 0, f"data.num_workers is {self.num_workers}; it must be 0 or more")
-        check(self.prefetch_factor >= 1, f"data.prefetch_factor is {self.prefetch_factor}; it must be at least 1")
+    num_workers: int = number(2, at_least=0, at_most=1024)
+    prefetch_factor: int = number(2, at_least=1, at_most=1024)
 
 
 @dataclass(kw_only=True)
-class LoraConfig:
+class LoraConfig(Section):
     """Low-rank adaptation (LoRA) of the language model. Defaults are the paper's.
 
     Attributes:
@@ -96,18 +91,16 @@ class LoraConfig:
         target: Names of the linear layers to adapt; empty adapts all of the language model except the LM head.
     """
 
-    r: int = 32
-    alpha: float = 256.0
-    dropout: float = 0.05
-    target: list[str] = field(default_factory=list)
+    where = "lora"
 
-    def __post_init__(self) -> None:
-        check(self.r >= 1, f"lora.r is {self.r}; it must be at least 1")
-        check(0 <= self.dropout < 1, f"lora.dropout is {self.dropout}; it must be in [0, 1)")
+    r: int = number(32, at_least=1, at_most=2**16)
+    alpha: float = number(256.0, above=0)
+    dropout: float = number(0.05, at_least=0, below=1)
+    target: list[str] = field(default_factory=list)
 
 
 @dataclass(kw_only=True)
-class TrainableConfig:
+class TrainableConfig(Section):
     """Trainable parts of the model.
 
     Attributes:
@@ -117,12 +110,15 @@ class TrainableConfig:
         lm_head: How to train the LM head and token embeddings, if `language` is `full`.
     """
 
+    where = "trainable"
+
     language: Literal["lora", "full", "frozen"] = "lora"
     projector: Literal["full", "frozen"] = "full"
     vision: Literal["full", "frozen"] = "frozen"
     lm_head: Literal["full", "frozen"] = "full"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check(
             self.language != "frozen" or self.projector == "full" or self.vision == "full",
             "trainable: language, projector and vision are all frozen; make at least one trainable",
@@ -130,7 +126,7 @@ class TrainableConfig:
 
 
 @dataclass(kw_only=True)
-class LossConfig:
+class LossConfig(Section):
     """Preference loss.
 
     Attributes:
@@ -140,25 +136,16 @@ class LossConfig:
         chosen_nll_weight: Weight of the mean negative log-likelihood per token of the chosen completions.
     """
 
-    type: str = "sigmoid"
-    beta: float = 0.1
-    label_smoothing: float = 0.0
-    chosen_nll_weight: float = 0.0
+    where = "loss"
 
-    def __post_init__(self) -> None:
-        check(self.beta > 0, f"loss.beta is {self.beta}; it must be positive")
-        check(
-            0 <= self.label_smoothing < 0.5,
-            f"loss.label_smoothing is {self.label_smoothing}; it must be in [0, 0.5)",
-        )
-        check(
-            self.chosen_nll_weight >= 0,
-            f"loss.chosen_nll_weight is {self.chosen_nll_weight}; it must be 0 or more",
-        )
+    type: str = text("sigmoid", needed=True)
+    beta: float = number(0.1, above=0)
+    label_smoothing: float = number(0.0, at_least=0, below=0.5)
+    chosen_nll_weight: float = number(0.0, at_least=0)
 
 
 @dataclass(kw_only=True)
-class TrainConfig:
+class TrainConfig(Section):
     """Optimisation, batching, checkpoints and logging.
 
     Attributes:
@@ -198,71 +185,44 @@ class TrainConfig:
         peak_tflops: Peak TFLOP/s of one device, for MFU; 0 looks it up by the device's name.
     """
 
-    output_dir: str = "runs/train"
-    ds_config: str = "ds_configs/zero2.json"
-    epochs: int = 2
-    max_steps: int = 0
-    groups_per_step: int = 32
-    max_micro_batch_tokens: int = 8192
+    where = "train"
+
+    output_dir: str = text("runs/train", needed=True)
+    ds_config: str = text("ds_configs/zero2.json", needed=True)
+    epochs: int = number(2, at_least=1)
+    max_steps: int = number(0, at_least=0, zero="all epochs")
+    groups_per_step: int = number(32, at_least=1)
+    max_micro_batch_tokens: int = number(8192, at_least=1)
     completion_types: list[str] = field(default_factory=list)
-    lr: float = 2e-6
-    projector_lr: float = 0.0
+    lr: float = number(2e-6, above=0)
+    projector_lr: float = number(0.0, above=0, zero="train.lr")
     lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup_ratio: float = 0.03
-    weight_decay: float = 0.0
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.999
-    adam_eps: float = 1e-8
-    max_grad_norm: float = 1.0
-    seed: int = 0
-    save_every_steps: int = 0
-    keep_last: int = 3
-    keep_every: int = 0
+    warmup_ratio: float = number(0.03, at_least=0, below=1)
+    weight_decay: float = number(0.0, at_least=0)
+    adam_beta1: float = number(0.9, at_least=0, below=1)
+    adam_beta2: float = number(0.999, at_least=0, below=1)
+    adam_eps: float = number(1e-8, above=0)
+    max_grad_norm: float = number(1.0, at_least=0, zero="off")
+    seed: int = number(0, at_least=0, below=NUM_SEEDS)
+    save_every_steps: int = number(0, at_least=0, zero="only at the end")
+    keep_last: int = number(3, at_least=0, zero="all")
+    keep_every: int = number(0, at_least=0, zero="off")
     save_in_background: bool = True
-    hang_timeout_seconds: float = 600.0
-    max_idle_restarts: int = 3
+    hang_timeout_seconds: float = seconds(600.0, at_least=5, zero="off")
+    max_idle_restarts: int = number(3, at_least=0, zero="no limit")
     accept_changes: list[str] = field(default_factory=list)
-    log_every_steps: int = 1
+    log_every_steps: int = number(1, at_least=1)
     resume: bool = False
     tensorboard: bool = True
     reference_dir: str = ""
-    reference_micro_batch_tokens: int = 0
+    reference_micro_batch_tokens: int = number(0, at_least=0)
     rehash_weights: bool = False
-    first_loss_tolerance: float = 0.0
-    peak_tflops: float = 0.0
-
-    def __post_init__(self) -> None:
-        check(self.epochs >= 1, f"train.epochs is {self.epochs}; it must be at least 1")
-        check(
-            self.groups_per_step >= 1,
-            f"train.groups_per_step is {self.groups_per_step}; it must be at least 1",
-        )
-        check(self.max_micro_batch_tokens >= 1, "train.max_micro_batch_tokens must be at least 1")
-        check(self.lr > 0, f"train.lr is {self.lr}; it must be positive")
-        check(
-            self.projector_lr >= 0,
-            f"train.projector_lr is {self.projector_lr}; it must be 0 (train.lr) or positive",
-        )
-        check(0 <= self.warmup_ratio < 1, f"train.warmup_ratio is {self.warmup_ratio}; it must be in [0, 1)")
-        check(self.log_every_steps >= 1, "train.log_every_steps must be at least 1")
-        for name in (
-            "max_steps",
-            "save_every_steps",
-            "keep_last",
-            "keep_every",
-            "hang_timeout_seconds",
-            "max_idle_restarts",
-            "max_grad_norm",
-            "weight_decay",
-            "reference_micro_batch_tokens",
-            "first_loss_tolerance",
-            "peak_tflops",
-        ):
-            check(getattr(self, name) >= 0, f"train.{name} is {getattr(self, name)}; it must be 0 or more")
+    first_loss_tolerance: float = number(0.0, at_least=0)
+    peak_tflops: float = number(0.0, at_least=0)
 
 
 @dataclass(kw_only=True)
-class EvaluationConfig:
+class EvaluationConfig(Section):
     """Benchmarks of `bpo evaluate`.
 
     Attributes:
@@ -279,27 +239,23 @@ class EvaluationConfig:
         stall_timeout_s: Seconds without a batch answered by any rank after which rank 0 stops waiting for the others.
     """
 
+    where = "evaluation"
+
     output: str = ""
     chair_instances: str = ""
     chair_captions: str = ""
     synonyms: str = ""
     chair_prompt: str = "Describe this image."
     pope_questions: list[str] = field(default_factory=list)
-    max_new_tokens: int = 512
-    batch_size: int = 16
-    limit: int = 0
-    max_idle_restarts: int = 3
-    stall_timeout_s: float = 3600.0
-
-    def __post_init__(self) -> None:
-        check(self.max_idle_restarts >= 0, "evaluation.max_idle_restarts must be 0 (no limit) or more")
-        check(self.stall_timeout_s > 0, "evaluation.stall_timeout_s must be positive")
-        check(self.batch_size >= 1, f"evaluation.batch_size is {self.batch_size}; it must be at least 1")
-        check(self.max_new_tokens >= 1, "evaluation.max_new_tokens must be at least 1")
+    max_new_tokens: int = number(512, at_least=1)
+    batch_size: int = number(16, at_least=1)
+    limit: int = number(0, at_least=0, zero="all")
+    max_idle_restarts: int = number(3, at_least=0, zero="no limit")
+    stall_timeout_s: float = seconds(3600.0, at_least=0.1)
 
 
 @dataclass(kw_only=True)
-class ExportConfig:
+class ExportConfig(Section):
     """Options of `bpo export`.
 
     Attributes:
@@ -307,6 +263,8 @@ class ExportConfig:
         output: Output directory.
         form: `merged` writes full weights and the processor; `adapter` only the trained weights, as a PEFT adapter.
     """
+
+    where = "export"
 
     checkpoint: str = ""
     output: str = ""
@@ -338,3 +296,13 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
+
+
+def missing_model(path: str) -> str:
+    """What a model directory lacks before it can be opened; empty if nothing, or if `path` may be a Hub id."""
+    folder = Path(path)
+    if folder.is_dir():
+        return "" if (folder / "config.json").is_file() else "the directory has no config.json, so it is not a model"
+    if folder.exists():
+        return "this is a file; give the directory of the model"
+    return "" if re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", path) else "no such directory"

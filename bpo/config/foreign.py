@@ -1,0 +1,113 @@
+"""Names that TRL, LLaMA-Factory and ms-swift give to options, and what they are here."""
+
+from __future__ import annotations
+
+_MICRO_BATCH = "`train.max_micro_batch_tokens`, the tokens per forward pass and rank"
+_STEP = "`train.groups_per_step`, the groups per optimizer step over all ranks"
+_LENGTH = "`data.max_length_tokens`, the tokens of prompt and completion together"
+_DTYPE = "`model.dtype`: bfloat16, float16 or float32"
+_ATTENTION = "`model.attention`: auto, flash, varlen, flex or sdpa"
+_FREEZE = "`trainable.{}`: frozen or full"
+_ALWAYS = "nothing: {}"
+
+# Lower case, with underscores. A plain key, or a phrase that contains one in backquotes.
+FOREIGN = {
+    # model
+    "model_name_or_path": "model.path",
+    "model_id_or_path": "model.path",
+    "model_type": _ALWAYS.format("the family is read from the model's config.json; the model is `model.path`"),
+    "template": _ALWAYS.format("the chat template is that of the processor in `model.path`"),
+    "torch_dtype": _DTYPE,
+    "bf16": _DTYPE,
+    "fp16": _DTYPE,
+    "pure_bf16": _DTYPE,
+    "attn_impl": _ATTENTION,
+    "attn_implementation": _ATTENTION,
+    "flash_attn": _ATTENTION,
+    "use_remote_code": "model.trust_remote_code",
+    "activation_checkpointing": "model.gradient_checkpointing",
+    "vit_gradient_checkpointing": "model.gradient_checkpointing",
+    # data
+    "dataset": "data.groups",
+    "dataset_name": "data.groups",
+    "train_file": "data.groups",
+    "data_path": "data.groups",
+    "dataset_dir": "`data.groups`, the path of the file itself",
+    "media_dir": "data.image_root",
+    "image_folder": "data.image_root",
+    "cutoff_len": _LENGTH,
+    "max_length": _LENGTH,
+    "model_max_length": _LENGTH,
+    "max_prompt_length": _LENGTH,
+    "max_completion_length": _LENGTH,
+    "max_target_length": _LENGTH,
+    "preprocessing_num_workers": "data.num_workers",
+    "dataset_num_proc": "data.num_workers",
+    "dataloader_num_workers": "data.num_workers",
+    "dataloader_prefetch_factor": "data.prefetch_factor",
+    # what is trained
+    "finetuning_type": "`trainable.language`: lora, full or frozen",
+    "train_type": "`trainable.language`: lora, full or frozen",
+    "tuner_type": "`trainable.language`: lora, full or frozen",
+    "use_peft": "`trainable.language`: lora, full or frozen",
+    "lora_rank": "lora.r",
+    "lora_r": "lora.r",
+    "lora_alpha": "lora.alpha",
+    "lora_dropout": "lora.dropout",
+    "lora_target": "lora.target",
+    "lora_target_modules": "lora.target",
+    "target_modules": "lora.target",
+    "freeze_vision_tower": _FREEZE.format("vision"),
+    "freeze_vit": _FREEZE.format("vision"),
+    "freeze_multi_modal_projector": _FREEZE.format("projector"),
+    "freeze_aligner": _FREEZE.format("projector"),
+    "freeze_mm_mlp_adapter": _FREEZE.format("projector"),
+    "freeze_language_model": "`trainable.language`: lora, full or frozen",
+    "freeze_llm": "`trainable.language`: lora, full or frozen",
+    "aligner_lr": "train.projector_lr",
+    "mm_projector_lr": "train.projector_lr",
+    # loss
+    "rlhf_type": "`loss.type`: sigmoid is DPO",
+    "loss_type": "loss.type",
+    "pref_loss": "loss.type",
+    "stage": _ALWAYS.format("every run is preference training, with the loss `loss.type`"),
+    "pref_beta": "loss.beta",
+    "dpo_beta": "loss.beta",
+    "pref_ftx": "loss.chosen_nll_weight",
+    "rpo_alpha": "loss.chosen_nll_weight",
+    "dpo_label_smoothing": "loss.label_smoothing",
+    "ref_model": _ALWAYS.format("the reference is `model.path` before training"),
+    "ref_model_name_or_path": _ALWAYS.format("the reference is `model.path` before training"),
+    "precompute_ref_log_probs": _ALWAYS.format("they are always computed once, and kept in `train.reference_dir`"),
+    # optimisation
+    "learning_rate": "train.lr",
+    "vit_lr": _ALWAYS.format("a trained vision tower has the learning rate `train.lr`"),
+    "lr_scheduler_type": "train.lr_schedule",
+    "warmup_steps": "`train.warmup_ratio`, a fraction of the steps",
+    "num_train_epochs": "train.epochs",
+    "max_epochs": "train.epochs",
+    "per_device_train_batch_size": f"{_MICRO_BATCH}, and {_STEP}",
+    "train_batch_size": _STEP,
+    "gradient_accumulation_steps": f"{_STEP}; micro-batches follow from `train.max_micro_batch_tokens`",
+    "adam_epsilon": "train.adam_eps",
+    "data_seed": "train.seed",
+    "deepspeed": "train.ds_config",
+    "deepspeed_config": "train.ds_config",
+    # output
+    "overwrite_output_dir": _ALWAYS.format("choose another `train.output_dir`, or continue with `train.resume`"),
+    "save_steps": "train.save_every_steps",
+    "save_total_limit": "train.keep_last",
+    "save_strategy": "train.save_every_steps",
+    "logging_steps": "train.log_every_steps",
+    "resume_from_checkpoint": "`train.resume`, true or false",
+    "report_to": "`train.tensorboard`, true or false",
+    "ddp_timeout": "train.hang_timeout_seconds",
+    "eval_dataset": "`evaluation.chair_instances` or `evaluation.pope_questions`, by bpo evaluate",
+    "export_dir": "export.output",
+}
+
+
+def translation(leaf: str) -> str:
+    """What a foreign name is here, as the end of a message; empty if it is not known."""
+    meaning = FOREIGN.get(leaf.lower().replace("-", "_"), "")
+    return f"; here it is {meaning if '`' in meaning else f'`{meaning}`'}" if meaning else ""
