@@ -55,7 +55,8 @@ def _bootstrap(argv: list[str]) -> int:
     from bpo.job.signals import StopRequest
 
     setup_logging(ranks_from_environment())
-    config = load_config(argv, prog="bpo bootstrap", description="Create preference groups from annotations.")
+    about = "Create preference groups from annotations."
+    config = load_config(argv, prog="bpo bootstrap", description=about, reads=("data.annotations",))
     with StopRequest() as stop:
         run_bootstrap(config, stop=stop)
     return 0
@@ -86,7 +87,8 @@ def _evaluate(argv: list[str]) -> int:
     from bpo.job.signals import StopRequest
 
     setup_logging(ranks_from_environment())
-    config = load_config(argv, prog="bpo evaluate", description="Measure hallucination with CHAIR and POPE.")
+    about = "Measure hallucination with CHAIR and POPE."
+    config = load_config(argv, prog="bpo evaluate", description=about, reads=("model.path",))
     with StopRequest() as stop:
         run_evaluation(config, stop=stop)
     return 0

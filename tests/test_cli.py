@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -84,6 +85,10 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["bootstrap", "--config", "nowhere.yaml"], "nowhere.yaml: no such file"),
         (["demo", "--seeds", "0"], "--seeds is 0"),
         (["train", "--train.lr", "0"], "train.lr is 0"),
+        (["train"], "model.path and data.groups must be set"),
+        (["train", "--model.path", "/no/where", "--data.groups", "g"], "model.path is '/no/where': no such directory"),
+        (["bootstrap"], "data.annotations must be set"),
+        (["evaluate"], "model.path must be set"),
     ],
 )
 def test_a_mistake_is_one_line_that_says_what_to_do(
@@ -91,7 +96,7 @@ def test_a_mistake_is_one_line_that_says_what_to_do(
 ) -> None:
     assert run(*argv) == 1
     printed = capsys.readouterr().err
-    assert message in printed and "error: " in printed
+    assert message in printed and "error: " in printed and printed.count("\n") == 1
 
 
 def test_no_traceback_reaches_the_user() -> None:
@@ -100,13 +105,19 @@ def test_no_traceback_reaches_the_user() -> None:
     assert "bpo export: error: " in result.stderr and "Traceback" not in result.stderr
 
 
-def test_an_error_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_ours_is_one_line_and_its_traceback_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def broken(argv: list[str]) -> int:
         raise KeyError("a bug")
 
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(COMMANDS, "doctor", broken)
-    with pytest.raises(KeyError, match="a bug"):
-        main(["doctor"])
+    assert main(["doctor"]) == 1
+    [file] = tmp_path.iterdir()
+    printed = capsys.readouterr().err
+    assert "KeyError: 'a bug'" in printed and str(file) in printed and printed.count("\n") == 1
+    assert "Traceback" in file.read_text()
 
 
 def test_help_does_not_wait_for_torch() -> None:
