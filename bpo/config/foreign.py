@@ -35,6 +35,8 @@ FOREIGN = {
     "dataset_dir": "`data.groups`, the path of the file itself",
     "media_dir": "data.image_root",
     "image_folder": "data.image_root",
+    "image_max_pixels": "data.max_pixels",
+    "image_min_pixels": "data.min_pixels",
     "cutoff_len": _LENGTH,
     "max_length": _LENGTH,
     "model_max_length": _LENGTH,

@@ -54,6 +54,9 @@ class DataConfig(Section):
         groups: Preference groups, written by bootstrap and read by train: JSONL, the paper's release, TRL, RLHF-V, ...
         image_root: Base folder of image paths; paths must not lead out of it.
         max_length_tokens: Maximum length of prefix plus one completion; completions are truncated to it, prompts never.
+        min_pixels: Images with fewer pixels are scaled up to this number, by models that resize by it (Qwen-VL); 0 uses
+            the model's own limit. As max_pixels, it applies in bootstrapping, training and evaluation.
+        max_pixels: Images with more pixels are scaled down to this number, which limits the tokens of a large image.
         max_completion_words: Maximum words per completion; groups with a longer one are dropped, as in the paper.
         keep_lengths: Cache measured lengths in GROUPS.lengths, so that a restart does not open images whose size and
             modification time are unchanged.
@@ -71,6 +74,8 @@ class DataConfig(Section):
     groups: str = ""
     image_root: str = ""
     max_length_tokens: int = number(2048, at_least=1)
+    min_pixels: int = number(0, at_least=1, zero="the model's own")
+    max_pixels: int = number(0, at_least=1, zero="the model's own")
     max_completion_words: int = number(350, at_least=1)
     keep_lengths: bool = True
     on_bad: Literal["quarantine", "error"] = "quarantine"
@@ -78,6 +83,13 @@ class DataConfig(Section):
     text_only: Literal["drop", "keep"] = "drop"
     num_workers: int = number(2, at_least=0, at_most=1024)
     prefetch_factor: int = number(2, at_least=1, at_most=1024)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(
+            not self.max_pixels or self.min_pixels <= self.max_pixels,
+            f"data.min_pixels is {self.min_pixels}, more than data.max_pixels={self.max_pixels}; lower it",
+        )
 
 
 @dataclass(kw_only=True)

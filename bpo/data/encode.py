@@ -5,9 +5,8 @@ Shape letters: T tokens of one prompt.
 
 from __future__ import annotations
 
-import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from PIL import Image
 
 from bpo.config.training import Config
 from bpo.data.families import Family, ImagePlace, family_of
-from bpo.data.processor import Processor, load_processor
+from bpo.data.processor import ChatTemplateError, Processor, load_processor
 from bpo.formats.images import ImageError, load_image
 from bpo.records import Completion, PreferenceGroup, Turn
 
@@ -103,6 +102,7 @@ class Encoder:
         self.processor = processor
         self.tokenizer = processor.tokenizer
         self.family: Family = family_of(model_config, share_prefix)
+        _check_ids(self.tokenizer, model_config)
         self.image_root = image_root
         self.max_length_tokens = max_length_tokens
         self.image_token_id = self.family.image_token_id
@@ -139,6 +139,8 @@ class Encoder:
         turns = [("user", "?"), ("assistant", answer)]
         messages = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns]
         rendered = self.processor.apply_chat_template(messages, add_generation_prompt=False)
+        if "'type'" in rendered:  # the parts themselves, converted to text
+            raise self.processor.only_text_error()
         after = self.tokenizer(rendered.partition(answer)[2].lstrip(), add_special_tokens=False)["input_ids"]
         never = {self.tokenizer.bos_token_id, self.image_token_id}
         is_control = bool(after) and after[0] in self._special_tokens.values() and after[0] not in never
@@ -156,14 +158,17 @@ class Encoder:
             images: Paths, or the result of `encode_images` for them.
 
         Raises:
-            EncodingError: The numbers of images and image parts differ, or the template dropped or added an image.
+            EncodingError: The numbers of images and image parts differ; the template fails, drops or adds an image.
             ImageError: An image cannot be read.
         """
         expected = sum(turn.num_images for turn in prompt)
         if expected != len(images):
             raise EncodingError(f"record {record_id!r}: the prompt has {expected} image parts but {len(images)} images")
         encoded = images if isinstance(images, EncodedImages) else self.encode_images(images)
-        pieces, literals = self._render(prompt)
+        try:
+            pieces, literals = self._render(prompt)
+        except ChatTemplateError as error:
+            raise EncodingError(f"record {record_id!r}: {error}") from error
         found = sum(piece.count(self._placeholder) for piece in pieces[::2])
         if found != expected:
             raise EncodingError(
@@ -216,25 +221,34 @@ class Encoder:
         A literal is a string in the user's text that equals a control token.
         """
         literals: list[str] = []
-
-        def protect(text: str) -> str:
-            def keep(match: re.Match[str]) -> str:
-                literals.append(match.group())
-                return _LITERAL.format(len(literals) - 1)
-
-            return self._literal_re.sub(keep, text)
-
         messages = []
         for turn in prompt:
-            content: list[dict[str, str]] = []
-            for kind, parts in itertools.groupby(turn.content, key=lambda part: part.type):
-                if kind == "image":
-                    content += [{"type": "image"} for _ in parts]
-                else:  # join adjacent parts: together they may spell a control token
-                    content.append({"type": "text", "text": protect("".join(part.text for part in parts))})
+            texts = self._protected([part.text for part in turn.content if part.type == "text"], literals)
+            content = [
+                {"type": "image"} if part.type == "image" else {"type": "text", "text": next(texts)}
+                for part in turn.content
+            ]
             messages.append({"role": turn.role, "content": content})
         rendered = self.processor.apply_chat_template(messages)
         return _LITERAL_RE.split(rendered), literals
+
+    def _protected(self, texts: Sequence[str], literals: list[str]) -> Iterator[str]:
+        """Yields the texts of a turn with control tokens replaced by indices of `literals`, to which they are added.
+
+        A template may join the texts, which may spell a control token together: then each text's share is a literal.
+        """
+        spans = [match.span() for match in self._literal_re.finditer("".join(texts))]
+        offset = 0
+        for text in texts:
+            kept, done = "", 0
+            for start, end in spans:
+                start, end = max(start - offset, 0), min(end - offset, len(text))
+                if start < end:
+                    kept += text[done:start] + _LITERAL.format(len(literals))
+                    literals.append(text[start:end])
+                    done = end
+            yield kept + text[done:]
+            offset += len(text)
 
     def _tokenize(self, pieces: Sequence[str], literals: Sequence[str]) -> list[int]:
         """Tokenizes a rendered prompt; literals are encoded as plain text."""
@@ -273,8 +287,7 @@ class Encoder:
         prompt = self.encode_prompt(group.id, group.images, group.prompt)
         room = self.max_length_tokens - len(prompt.prefix_ids)
         if room < 1:
-            detail = f"the prompt has {len(prompt.prefix_ids)} tokens; data.max_length_tokens={self.max_length_tokens}"
-            return Dropped(group.id, "prompt-too-long", detail)
+            return Dropped(group.id, "prompt-too-long", self.too_long(prompt))
         best: dict[tuple[int, ...], float] = {}
         for completion in group.completions:
             ids = self.encode_completion(completion.response)[:room]
@@ -283,8 +296,30 @@ class Encoder:
             return Dropped(group.id, "no-pair", "no two completions differ in both tokens and score")
         return EncodedGroup(prompt, tuple(best), tuple(best.values()))
 
+    def too_long(self, prompt: EncodedPrompt) -> str:
+        """Says how long a prompt is that leaves no room for an answer, and which options make room."""
+        text = (
+            f"the prompt takes {len(prompt.prefix_ids)} of {self.max_length_tokens} tokens, "
+            f"{prompt.prefix_ids.count(self.image_token_id)} of them for images; raise "
+            f"data.max_length_tokens={self.max_length_tokens}"
+        )
+        pixels = self.family.pixel_limits(self.processor.image_processor)
+        return f"{text}, or lower data.max_pixels={pixels[1]}" if pixels and prompt.image_inputs else text
+
     def decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(list(ids), skip_special_tokens=True).strip()
+
+
+def _check_ids(tokenizer: Any, model_config: Any) -> None:
+    """Raises ValueError if the tokenizer has a token without a row in the embedding."""
+    num_rows = model_config.get_text_config().vocab_size
+    token, index = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    if index >= num_rows:
+        raise ValueError(
+            f"token {token!r} of the tokenizer has id {index}, but the model's embedding has {num_rows} rows "
+            "(vocab_size); use the model's own tokenizer, or save the model after "
+            f"model.resize_token_embeddings({index + 1})"
+        )
 
 
 def keep_types(group: PreferenceGroup, types: Sequence[str]) -> PreferenceGroup:
@@ -306,5 +341,8 @@ def load_encoder(config: Config, model_config: Any = None) -> Encoder:
     processor = load_processor(config.model.path, trust_remote_code=trust)
     if model_config is None:
         model_config = AutoConfig.from_pretrained(config.model.path, trust_remote_code=trust)
+    if config.data.min_pixels or config.data.max_pixels:
+        limits = config.data.min_pixels, config.data.max_pixels
+        family_of(model_config).limit_pixels(processor.image_processor, *limits)
     image_root = Path(config.data.image_root or ".")
     return Encoder(processor, model_config, image_root, config.data.max_length_tokens, config.model.share_prefix)

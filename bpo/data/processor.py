@@ -6,26 +6,117 @@ such as Qwen2.5-VL although bpo reads no videos.
 
 from __future__ import annotations
 
+import ctypes
 import json
+import logging
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+logger = logging.getLogger(__name__)
+
+# A template is code that comes with the model; rendering takes about a millisecond.
+TEMPLATE_TIMEOUT_S = 10.0
+
+
+class ChatTemplateError(ValueError):
+    """A chat template that fails, or takes only text as content; names the template."""
 
 
 @dataclass(frozen=True, slots=True)
 class Processor:
+    """The parts of a processor; `template_source` names the chat template in messages."""
+
     tokenizer: Any
     image_processor: Any
     chat_template: str
+    template_source: str = "chat template"
 
     def apply_chat_template(self, messages: list[dict[str, Any]], *, add_generation_prompt: bool = True) -> str:
-        """Renders structured messages to text with one placeholder per image."""
-        return self.tokenizer.apply_chat_template(
-            messages, chat_template=self.chat_template, add_generation_prompt=add_generation_prompt, tokenize=False
+        """Renders structured messages to text with one placeholder per image.
+
+        Raises:
+            ChatTemplateError: The template fails on these messages.
+            TimeoutError: It takes longer than `TEMPLATE_TIMEOUT_S`.
+        """
+        try:
+            return self._render(messages, add_generation_prompt)
+        except TimeoutError:
+            raise
+        except Exception as error:  # raised by the template's code: any type
+            if self._takes_only_text(messages):
+                raise self.only_text_error() from error
+            cause = f"{type(error).__name__}: {error}"
+            raise ChatTemplateError(f"{self.template_source}: the chat template fails ({cause})") from error
+
+    def only_text_error(self) -> ChatTemplateError:
+        return ChatTemplateError(
+            f"{self.template_source}: the chat template takes only text as content, so it cannot place images; save "
+            "the template of the model's processor as chat_template.jinja in the model directory"
         )
+
+    def _render(self, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
+        try:
+            return _within(
+                TEMPLATE_TIMEOUT_S,
+                lambda: self.tokenizer.apply_chat_template(
+                    messages,
+                    chat_template=self.chat_template,
+                    add_generation_prompt=add_generation_prompt,
+                    tokenize=False,
+                ),
+            )
+        except TimeoutError as error:
+            raise TimeoutError(
+                f"{self.template_source}: the chat template was stopped after {TEMPLATE_TIMEOUT_S:g} s; look for an "
+                "endless loop in it"
+            ) from error
+
+    def _takes_only_text(self, messages: list[dict[str, Any]]) -> bool:
+        """Whether the template renders the same messages with their text as content."""
+        texts = [
+            {**message, "content": "".join(part.get("text", "") for part in message["content"])} for message in messages
+        ]
+        try:
+            self._render(texts, add_generation_prompt=True)
+        except Exception:
+            return False
+        return True
+
+
+def _within(seconds: float, function: Callable[[], str]) -> str:
+    """Calls `function` in a thread of its own; a signal would do only in the main thread.
+
+    Raises:
+        TimeoutError: It has not returned in time; its thread is stopped at the next Python instruction.
+    """
+    results: list[str] = []
+    errors: list[BaseException] = []
+
+    def call() -> None:
+        try:
+            results.append(function())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive():
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(SystemExit))
+        raise TimeoutError
+    if errors:
+        raise errors[0]
+    return results[0]
 
 
 def load_processor(path: str, *, trust_remote_code: bool = False) -> Processor:
     """Loads the processor's parts from a model directory or Hub id.
+
+    The processor's own chat template takes precedence over the tokenizer's, as in `AutoProcessor`; a difference is
+    logged.
 
     Raises:
         ValueError: There is no chat template; lists the places searched.
@@ -37,29 +128,53 @@ def load_processor(path: str, *, trust_remote_code: bool = False) -> Processor:
 
     tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     image_processor = AutoImageProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
-    template = tokenizer.chat_template or _processor_chat_template(path)
-    if not template:
+    templates = _templates(path, tokenizer)
+    if not templates:
         raise ValueError(
             f"{path}: no chat template in the tokenizer, chat_template.jinja or chat_template.json; "
             "save one with the processor (processor.chat_template = ...; processor.save_pretrained(DIR))"
         )
-    return Processor(tokenizer, image_processor, template)
+    source, template = next(iter(templates.items()))
+    others = [name for name, other in templates.items() if other != template]
+    if others:
+        logger.warning("%s: %s has another chat template than %s; %s is used", path, ", ".join(others), source, source)
+    return Processor(tokenizer, image_processor, template, f"{path}: {source}")
 
 
-def _processor_chat_template(path: str) -> str | None:
-    """Reads the template saved by a processor: chat_template.jinja, or the older chat_template.json."""
+def _templates(path: str, tokenizer: Any) -> dict[str, str]:
+    """File -> chat template, in the order of precedence in `ProcessorMixin`; the tokenizer's last."""
+    found = {
+        "processor_config.json": _in_json(path, "processor_config.json"),
+        "chat_template.jinja": _content(path, "chat_template.jinja"),
+        "chat_template.json": _in_json(path, "chat_template.json"),
+        "tokenizer_config.json": _in_json(path, "tokenizer_config.json"),
+        "the tokenizer": tokenizer.chat_template,
+    }
+    templates: dict[str, str] = {}
+    for name, template in found.items():
+        if isinstance(template, list):  # named templates, as in tokenizer_config.json
+            template = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        if isinstance(template, dict):
+            template = template.get("default")
+        if isinstance(template, str) and template:
+            templates[name] = template
+    return templates
+
+
+def _in_json(path: str, name: str) -> Any:
+    content = _content(path, name)
+    try:
+        tree = json.loads(content) if content else {}
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: {name} is not valid JSON ({error}); copy it again from the model") from error
+    return tree.get("chat_template") if isinstance(tree, dict) else None
+
+
+def _content(path: str, name: str) -> str | None:
+    """Returns the text of a file of the model, or None if there is none."""
     from transformers.utils import cached_file
 
-    missing_is_fine: dict[str, Any] = {
-        "_raise_exceptions_for_missing_entries": False,
-        "_raise_exceptions_for_connection_errors": False,
-    }
-    jinja = cached_file(path, "chat_template.jinja", **missing_is_fine)
-    if jinja:
-        with open(jinja, encoding="utf-8") as file:
-            return file.read()
-    legacy = cached_file(path, "chat_template.json", **missing_is_fine)
-    if legacy:
-        with open(legacy, encoding="utf-8") as file:
-            return json.load(file)["chat_template"]
-    return None
+    file = cached_file(
+        path, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
+    )
+    return Path(file).read_text(encoding="utf-8") if file else None

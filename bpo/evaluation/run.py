@@ -128,6 +128,7 @@ def _identity(config: Config, benchmarks: Benchmarks) -> str:
         str(model),
         config.model.dtype,
         config.data.image_root,
+        [config.data.min_pixels, config.data.max_pixels],
         [options.chair_prompt, options.max_new_tokens, options.batch_size],
         [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files],
         list(benchmarks.coco.file_of_image.items()) if benchmarks.coco else None,

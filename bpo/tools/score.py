@@ -98,7 +98,12 @@ def write_scores(options: argparse.Namespace) -> int:
     """
     unread, unseen = bad_records_from(options), bad_records_from(options)
     groups = list(sample(iterate_groups(options.data, unread), options.limit))
-    data = DataConfig(image_root=str(options.image_root), max_length_tokens=options.max_length_tokens)
+    data = DataConfig(
+        image_root=str(options.image_root),
+        max_length_tokens=options.max_length_tokens,
+        min_pixels=options.min_pixels,
+        max_pixels=options.max_pixels,
+    )
     sides = {
         name: Config(model=ModelConfig(path=str(path), dtype=options.dtype, attention="auto"), data=data)
         for name, path in (("reference", options.reference), ("policy", options.policy))
@@ -179,6 +184,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--limit", type=int, default=0, help="number of groups, drawn at random; 0: all")
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"], help="(default: %(default)s)")
     parser.add_argument("--max-length-tokens", type=int, default=2048, help="as in training (default: %(default)s)")
+    for limit in ("min", "max"):
+        parser.add_argument(f"--{limit}-pixels", type=int, default=0, help=f"data.{limit}_pixels of the training")
     parser.add_argument("--max-micro-batch-tokens", type=int, default=8192, help="(default: %(default)s)")
     add_bad_record_options(parser)
     options = parser.parse_args(argv)

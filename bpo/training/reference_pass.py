@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from bpo.model.load import ResolvedModel
 from bpo.model.reference.fingerprint import DIGESTS, model_fingerprint
 from bpo.model.reference.format import ReferenceStoreError
 from bpo.model.reference.store import ReferenceStore, open_or_create
-from bpo.records import GroupBatch
+from bpo.records import GroupBatch, LostGroup
 from bpo.training.batches import micro_batches
 from bpo.training.measure import TrainingData
 from bpo_kernels.dispatch import chosen_implementation
@@ -45,15 +46,18 @@ def fill_reference_store(
     directory = Path(config.train.reference_dir or Path(config.train.output_dir) / "reference")
     fingerprint = from_rank_0(lambda: _open_store(config, model, directory))
     store = ReferenceStore(directory, fingerprint, engine.ranks.rank)
-    first_with_key = {group.reference_key: g for g, group in reversed(list(enumerate(data.measured)))}
+    first_with_key = _first_with_key(data)
     # Decided by one rank: another job may be adding to the store, and all ranks must agree on the missing groups.
     missing = from_rank_0(lambda: _missing_groups(store, first_with_key))
     barrier()  # a slower rank must not read entries that others already write
     if not missing:
         logger.info("reference store %s: complete, %d entries", directory, len(store))
         return store
-    name, stopped = _reference_pass(config, engine, data, store, missing, stop)
-    store.reload(gather_from_ranks(name))
+    name, lost, stopped = _reference_pass(config, engine, data, store, missing, stop)
+    everyone = gather_from_ranks({"shard": name, "lost": [asdict(group) for group in lost]})
+    store.reload(rank["shard"] for rank in everyone)
+    data.lost.report([rank["lost"] for rank in everyone], is_main=engine.ranks.is_main)
+    first_with_key = _first_with_key(data)
     lacking = int((~store.has(list(first_with_key))).sum())
     if lacking and stopped:
         raise Interrupted(
@@ -68,7 +72,9 @@ def fill_reference_store(
 def _open_store(config: Config, model: ResolvedModel, directory: Path) -> dict[str, str]:
     # Another summation order rounds differently, and the first step compares policy and reference up to rounding.
     choice = model.attention
-    sequences = {"sequences": "separate"} if choice is None else {"attention": choice.backend}
+    settings = {"sequences": "separate"} if choice is None else {"attention": choice.backend}
+    if config.data.min_pixels or config.data.max_pixels:
+        settings["pixels"] = f"{config.data.min_pixels} to {config.data.max_pixels}"
     fingerprint = model_fingerprint(
         config.model.path,
         kept_digests=directory / DIGESTS,
@@ -76,10 +82,16 @@ def _open_store(config: Config, model: ResolvedModel, directory: Path) -> dict[s
         dtype=str(model.dtype).removeprefix("torch."),
         vision_attention=config.model.vision_attention,
         kernels=_KERNELS_IN_STORES[chosen_implementation(torch.empty(0, device=model.device))],
-        **sequences,
+        **settings,
     )
     open_or_create(directory, fingerprint)
     return fingerprint
+
+
+def _first_with_key(data: TrainingData) -> dict[str, int]:
+    """The first planned group of each reference key, without lost groups."""
+    present = [(g, group) for g, group in enumerate(data.measured) if data.usable[g] not in data.lost.indices]
+    return {group.reference_key: g for g, group in reversed(present)}
 
 
 def _missing_groups(store: ReferenceStore, first_with_key: dict[str, int]) -> list[int]:
@@ -94,8 +106,11 @@ def _reference_pass(
     store: ReferenceStore,
     missing: list[int],
     stop: StopRequest | None,
-) -> tuple[str | None, bool]:
-    """Computes this rank's share into its own shard; returns the shard's name and whether `stop` cut the pass short.
+) -> tuple[str | None, list[LostGroup], bool]:
+    """Computes this rank's share into its own shard.
+
+    Returns:
+        The shard's name, the groups whose images are no longer what was measured, and whether `stop` cut it short.
 
     Without a backward pass activations are freed after each layer, so a micro-batch may be larger than in training.
     """
@@ -111,10 +126,12 @@ def _reference_pass(
     started = time.perf_counter()
     share = sum(tokens[g] for groups, _ in mine for g in groups)
     hidden = not engine.ranks.is_main
+    lost: list[LostGroup] = []
     done_tokens, stopped = 0, False
     with tqdm(total=share, unit="tok", unit_scale=True, desc="reference log-probs", disable=hidden) as progress:
         for batch in on_device(micro_batches(config.data, data, mine, engine), engine.device, engine.dtype):
             _store_batch(store, batch, engine.reference_logp(batch))
+            lost += batch.lost
             progress.update(batch.input_ids_T.numel())
             done_tokens += batch.input_ids_T.numel()
             # All ranks have the same number of micro-batches, so they can agree to stop after each, as after each step.
@@ -124,7 +141,7 @@ def _reference_pass(
     name = store.close()
     seconds = time.perf_counter() - started
     logger.info("reference pass: %.1f s, %s tokens per second per rank", seconds, f"{done_tokens / seconds:,.0f}")
-    return name, stopped
+    return name, lost, stopped
 
 
 def _store_batch(store: ReferenceStore, batch: GroupBatch, logp_N: torch.Tensor) -> None:

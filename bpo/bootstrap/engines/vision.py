@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from PIL import Image
 
 from bpo.bootstrap.engines.text import ChatEngine, Reply
 from bpo.bootstrap.weaken import Weakening, picture_weakener, weaken_images
-from bpo.config.training import Config
+from bpo.config.training import Config, DataConfig
 from bpo.data.encode import EncodedImages, EncodedPrompt, Encoder, EncodingError
 from bpo.formats.images import load_image
 from bpo.model.generate import generate_prompts
@@ -114,10 +115,7 @@ class TransformersVisionGenerator:
         beginning = self.encoder.encode_completion(request.beginning)[:-1] if request.beginning else ()
         prompt = replace(prompt, prefix_ids=(*prompt.prefix_ids, *beginning))
         if len(prompt.prefix_ids) >= self.encoder.max_length_tokens:
-            raise EncodingError(
-                f"record {request.record_id!r}: the prompt has {len(prompt.prefix_ids)} tokens, which leaves none for "
-                f"the answer; data.max_length_tokens is {self.encoder.max_length_tokens}"
-            )
+            raise EncodingError(f"record {request.record_id!r}: {self.encoder.too_long(prompt)}")
         return prompt, beginning
 
 
@@ -150,7 +148,7 @@ class ChatVisionGenerator:
         images, turns = _inputs_of(request)
         weaken = picture_weakener(request.weakening, options, self._image_processor)
         root = Path(self.config.data.image_root or ".")
-        pictures = iter([weaken(load_image(root, image)) for image in images])
+        pictures = iter([weaken(_within_limits(load_image(root, image), self.config.data)) for image in images])
         messages: list[dict[str, Any]] = []
         for turn in turns:
             content = [
@@ -180,6 +178,17 @@ def _inputs_of(request: VisionRequest) -> tuple[tuple[str, ...], tuple[Turn, ...
         return request.images, request.prompt
     turns = tuple(Turn(turn.role, tuple(p for p in turn.content if p.type == "text")) for turn in request.prompt)
     return (), tuple(turn if turn.content else Turn(turn.role, (ContentPart("text", ""),)) for turn in turns)
+
+
+def _within_limits(picture: Image.Image, data: DataConfig) -> Image.Image:
+    """The picture resized to data.min_pixels and data.max_pixels: the engine's processor has limits of its own."""
+    pixels = picture.width * picture.height
+    wanted = max(min(pixels, data.max_pixels or pixels), data.min_pixels)
+    if wanted == pixels:
+        return picture
+    scale = math.sqrt(wanted / pixels)
+    width, height = (max(1, math.floor(side * scale)) for side in picture.size)
+    return picture.resize((width, height), Image.Resampling.BICUBIC)
 
 
 def data_url(picture: Image.Image) -> str:

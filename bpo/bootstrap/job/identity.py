@@ -28,6 +28,8 @@ def job_identity(config: Config) -> dict[str, Any]:
         "data.annotations (content)": _content_digest(Path(config.data.annotations)),
         "data.max_completion_words": config.data.max_completion_words,
         "data.max_length_tokens": config.data.max_length_tokens,
+        "data.min_pixels": config.data.min_pixels or None,  # None: as in jobs of versions without the option
+        "data.max_pixels": config.data.max_pixels or None,
         "model.path": config.model.path,
         "model.path (weights)": weights_digest(config.model.path),
         "model.dtype": config.model.dtype,

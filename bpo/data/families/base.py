@@ -105,6 +105,21 @@ class Family(abc.ABC):
         places = self.places(outputs, processor.tokenizer)
         return self.image_inputs(outputs), places
 
+    def pixel_limits(self, image_processor: Any) -> tuple[int, int] | None:
+        """Returns the smallest and largest number of pixels to which images are resized; None if there are none."""
+        return None
+
+    def limit_pixels(self, image_processor: Any, min_pixels: int, max_pixels: int) -> None:
+        """Sets the limits of `pixel_limits`; 0 keeps the processor's own.
+
+        Raises:
+            ValueError: The family has no such limits, or they exclude every size.
+        """
+        raise ValueError(
+            "data.min_pixels and data.max_pixels are for models that resize images by their number of pixels "
+            f"(Qwen-VL); `{self.config.model_type}` does not: remove them"
+        )
+
     def nested(self, pictures: Sequence[Image.Image]) -> list[Any]:
         """Returns the images of one prompt in the nesting expected by the image processor."""
         return list(pictures)

@@ -28,6 +28,21 @@ class Qwen2VL(Family):
         merge = self.config.vision_config.spatial_merge_size
         return (outputs["image_grid_thw"].prod(-1) // merge**2).tolist()
 
+    def pixel_limits(self, image_processor: Any) -> tuple[int, int]:
+        size = dict(image_processor.size)
+        return size["shortest_edge"], size["longest_edge"]
+
+    def limit_pixels(self, image_processor: Any, min_pixels: int, max_pixels: int) -> None:
+        own_min, own_max = self.pixel_limits(image_processor)
+        smallest, largest = min_pixels or own_min, max_pixels or own_max
+        token_pixels = (image_processor.patch_size * image_processor.merge_size) ** 2
+        if largest < max(smallest, token_pixels):
+            raise ValueError(
+                f"data.max_pixels={largest} is less than data.min_pixels={smallest} or the {token_pixels} pixels of "
+                f"one image token (the model's own limits: {own_min} to {own_max})"
+            )
+        image_processor.size = {"shortest_edge": smallest, "longest_edge": largest}
+
     def prefix_positions(self, prefix_ids_T: torch.Tensor, image_inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """Text advances all channels; image tokens get (t, row, column) relative to the end of the preceding text.
 
