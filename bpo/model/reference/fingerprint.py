@@ -18,7 +18,17 @@ DIGESTS = "digests.json"
 
 # A file modified this recently could change again without a later modification time.
 _CLOCK_GRAIN_NS = 2 * 10**9
-_SUFFIXES = {".safetensors", ".bin", ".json", ".jinja", ".model", ".txt", ".py", ".gguf"}
+# In the order in which transformers looks for them; an index names its shards.
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+_CONFIGS = (
+    "config.json generation_config.json preprocessor_config.json processor_config.json video_preprocessor_config.json "
+    "tokenizer_config.json special_tokens_map.json added_tokens.json tokenizer.json chat_template.jinja "
+    "chat_template.json adapter_config.json adapter_model.safetensors adapter_model.bin"
+).split()
+_VOCABULARIES = (
+    "tokenizer.model spiece.model sentencepiece.model sentencepiece.bpe.model spm.model source.spm target.spm "
+    "vocab.json vocab.txt merges.txt dict.txt bpe.codes normalizer.json"
+).split()
 logger = logging.getLogger(__name__)
 
 
@@ -77,6 +87,35 @@ def _hash(file: Path) -> list[Any]:
     return [*identity, file_digest(file)]
 
 
+def weight_files(directory: Path) -> list[Path]:
+    """The files from which transformers reads the weights: the index first, shards in order; some may be missing."""
+    explicit = _json(directory / "config.json").get("transformers_weights")
+    found = next((name for name in (explicit, *_WEIGHTS) if name and (directory / name).is_file()), None)
+    if found is None:
+        return []
+    shards = set(_json(directory / found).get("weight_map", {}).values()) if found.endswith(".json") else set()
+    return [directory / found, *(directory / str(shard) for shard in sorted(shards))]
+
+
+def loaded_files(directory: Path) -> list[Path]:
+    """The files of a model directory that transformers loads; any other may change without an effect on the model."""
+    files = {file for file in weight_files(directory) if file.is_file()}
+    files |= {file for name in (*_CONFIGS, *_VOCABULARIES) if (file := directory / name).is_file()}
+    if any("auto_map" in _json(file) for file in files if file.name.endswith("config.json")):
+        # The model's own code, which may read any text or vocabulary beside it.
+        files |= {f for f in directory.iterdir() if f.suffix in (".py", ".model", ".txt", ".tiktoken") and f.is_file()}
+    return sorted(files)
+
+
+def _json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty if there is none, which loading reports."""
+    try:
+        tree = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return tree if isinstance(tree, dict) else {}
+
+
 def model_fingerprint(
     path: str, *, kept_digests: Path | None = None, rehash: bool = False, **settings: str
 ) -> dict[str, str]:
@@ -93,6 +132,6 @@ def model_fingerprint(
         from transformers.utils import cached_file
 
         directory = Path(str(cached_file(path, "config.json"))).parent
-    files = sorted(f for f in directory.iterdir() if f.suffix in _SUFFIXES and f.is_file())
+    files = loaded_files(directory)
     digests = DigestCache(kept_digests, rehash).digests(files)
     return {**{f"file:{f.name}": digests[f] for f in files}, **settings, "code_path": CODE_PATH}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -49,14 +50,37 @@ def test_covers_weights_processor_template_and_dtype(tmp_path: Path, tiny_llava_
     assert {field for field in half if before[field] != half[field]} == {"dtype"}
 
 
+def test_only_files_that_are_loaded_count(tmp_path: Path) -> None:
+    """Notes, a trainer's state or weights in another format beside the model change nothing."""
+
+    def put(name: str, content: str = "{}") -> None:
+        (tmp_path / name).write_text(content)
+
+    index = json.dumps({"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}})
+    for name in ("config.json", "model-1.safetensors", "model-2.safetensors", "tokenizer.json", "merges.txt"):
+        put(name)
+    put("model.safetensors.index.json", index)
+    before = model_fingerprint(str(tmp_path))
+    assert {name for name in before if name.startswith("file:")} == {f"file:{f.name}" for f in tmp_path.iterdir()}
+    unrelated = "notes.txt consolidated.safetensors trainer_state.json training_args.bin pytorch_model.bin convert.py"
+    for name in unrelated.split():
+        put(name)
+    assert model_fingerprint(str(tmp_path)) == before
+    put("config.json", '{"auto_map": {"AutoModel": "modeling.Model"}}')  # then code is loaded
+    assert "file:convert.py" in model_fingerprint(str(tmp_path))
+    put("model.safetensors")  # is preferred to shards
+    assert "file:model-1.safetensors" not in model_fingerprint(str(tmp_path))
+
+
 def test_an_unchanged_model_is_hashed_once_and_nothing_is_written_beside_it(tmp_path: Path, hashed: list[str]) -> None:
     model = tmp_path / "model"
     model.mkdir()
-    for name in ("a.safetensors", "b.safetensors", "config.json"):
+    names = ("config.json", "model.safetensors", "tokenizer.json")
+    for name in names:
         old_file(model, name, name.encode())
     kept = tmp_path / "store" / "digests.json"
     first = model_fingerprint(str(model), kept_digests=kept)
-    assert sorted(hashed) == ["a.safetensors", "b.safetensors", "config.json"]
+    assert sorted(hashed) == sorted(names)
     assert model_fingerprint(str(model), kept_digests=kept) == first and len(hashed) == 3
     assert len(list(model.iterdir())) == 3
     assert model_fingerprint(str(model), kept_digests=kept, rehash=True) == first and len(hashed) == 6
