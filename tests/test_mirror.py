@@ -61,7 +61,7 @@ COVERS = {
     "model/reference/test_store.py": "format",
     "test_engine.py": "job/collectives",
     "test_layout.py": "__init__",
-    "test_train.py": "training/checks training/report training/step",
+    "test_train.py": "training/report training/step",
     "tools/bench/test_step.py": "bpo_provider case meter report synthetic trl_provider workers",
     "tools/demo/test_base.py": "tower vocabulary",
     "tools/demo/test_report.py": "/bpo/tools/charts",

@@ -34,6 +34,34 @@ def seed_micro_batch(seed: int, step: int, micro_batch: int, rank: int) -> None:
     torch.manual_seed(int.from_bytes(digest[:7], "little"))
 
 
+def check_weights(model: torch.nn.Module, path: str) -> None:
+    """Stops all ranks together if a weight of the base model is not finite: it would look like a fault of the data.
+
+    Reads the weights once, on their device; under ZeRO-3 each rank its own part.
+
+    Raises:
+        NonFiniteError: names the tensors.
+    """
+    broken = {name for rank in gather_from_ranks(_non_finite_weights(model)) for name in rank}
+    if broken:
+        more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
+        raise NonFiniteError(
+            f"{path}: the model's own weights are not finite: {', '.join(sorted(broken)[:3])}{more}; the files are "
+            "damaged, or the training that wrote them diverged, or model.dtype is too narrow; use another copy"
+        )
+
+
+@torch.no_grad()
+def _non_finite_weights(model: torch.nn.Module) -> list[str]:
+    broken = []
+    for name, parameter in model.named_parameters():
+        part = getattr(parameter, "ds_tensor", parameter)
+        # The extremes are NaN if any value is; unlike isfinite of all values, they need no memory.
+        if part.numel() and not torch.stack(torch.aminmax(part)).isfinite().all():
+            broken.append(name.replace(".base_layer", ""))
+    return broken
+
+
 def check_finite(sums: StepSums, step: PlannedStep, reduced: list[float], engine: TrainingEngine) -> None:
     """Stops all ranks together if a reduced value, the same on every rank, is not finite.
 
@@ -59,7 +87,10 @@ def check_first_step(config: TrainConfig, flat: list[float], sums: StepSums, eng
     """
     half_precision = engine.dtype != torch.float32
     tolerance = config.first_loss_tolerance or (2e-2 if half_precision else 1e-4)
-    loss = step_metrics(flat)["preference_loss"]
+    metrics = step_metrics(flat)
+    if not metrics:
+        return  # the step has lost all its groups
+    loss = metrics["preference_loss"]
     expected_sum, num_pairs = engine.sum_over_ranks([sums.expected_first_loss, sums.num_pairs])
     expected = expected_sum / num_pairs
     gap = abs(loss - expected)
