@@ -25,6 +25,10 @@ class ChatTemplateError(ValueError):
     """A chat template that fails, or takes only text as content; names the template."""
 
 
+class EndlessTemplateError(ValueError):
+    """A chat template that was stopped by the time limit. It would stop every record, so none is left out for it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Processor:
     """The parts of a processor; `template_source` names the chat template in messages."""
@@ -39,11 +43,11 @@ class Processor:
 
         Raises:
             ChatTemplateError: The template fails on these messages.
-            TimeoutError: It takes longer than `TEMPLATE_TIMEOUT_S`.
+            EndlessTemplateError: It takes longer than `TEMPLATE_TIMEOUT_S`.
         """
         try:
             return self._render(messages, add_generation_prompt)
-        except TimeoutError:
+        except EndlessTemplateError:
             raise
         except Exception as error:  # raised by the template's code: any type
             if self._takes_only_text(messages):
@@ -69,7 +73,7 @@ class Processor:
                 ),
             )
         except TimeoutError as error:
-            raise TimeoutError(
+            raise EndlessTemplateError(
                 f"{self.template_source}: the chat template was stopped after {TEMPLATE_TIMEOUT_S:g} s; look for an "
                 "endless loop in it"
             ) from error

@@ -20,6 +20,28 @@ from bpo.records import Completion
 from tests.sample_groups import PHOTOS, encoder_of, group, turn
 from tests.tiny import LLAVA_TEMPLATE, byte_tokenizer
 
+# llava-hf/llava-1.5-7b-hf's template: all images first, and a space after each text.
+LLAVA_1_5_TEMPLATE = (
+    "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': ' }}{% endif %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
+    "{% if message['role'] != 'assistant' %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ content['text'] + ' ' }}"
+    "{% endfor %}{% else %}{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{% generation %}{{ content['text'] + ' ' }}{% endgeneration %}{% endfor %}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+CHATS = {
+    "one text": [turn("What?")],
+    "image first": [turn(None, "What is this?")],
+    "two neighbouring texts": [turn(None, "First.", "Second?")],
+    "texts around an image": [turn("Before", None, "after", "it.")],
+    "two images": [turn(None, "then", None, "Differ?")],
+    "line breaks": [turn(None, "\n\nWhat?\n")],
+    "spaces": [turn("  What ", None, " is it?  ")],
+    "system": [turn("Be ", "brief.", role="system"), turn(None, "What?")],
+    "several turns": [turn(None, "What?"), turn("A cat", ".", role="assistant"), turn("Sure", "?")],
+    "unicode": [turn(None, "\u4ec0\u4e48?", "\U0001f600")],
+}
 CONTROL = "<image> </s> <s> <pad> <|image_pad|> <|im_end|> <|im_start|>"
 
 
@@ -61,6 +83,40 @@ def test_llava_ids_match_its_processor(llava: Encoder, tiny_llava_dir: Path, pho
     assert torch.equal(ours.image_inputs["pixel_values"], theirs["pixel_values"])
 
 
+@pytest.mark.parametrize("chat", CHATS)
+@pytest.mark.parametrize("template", [LLAVA_TEMPLATE, LLAVA_1_5_TEMPLATE], ids=["tiny", "llava-1.5"])
+def test_prefix_ids_equal_apply_chat_template(
+    llava: Encoder, tiny_llava_dir: Path, photo_root: Path, template: str, chat: str
+) -> None:
+    processor = AutoProcessor.from_pretrained(tiny_llava_dir)
+    encoder = Encoder(replace(llava.processor, chat_template=template), llava.family.config, photo_root, 2048)
+    photos = iter(PHOTOS)
+    messages, images = [], []
+    for message in CHATS[chat]:
+        content: list[dict[str, str]] = []
+        for part in message.content:
+            if part.type == "image":
+                images.append(next(photos))
+                content.append({"type": "image", "path": str(photo_root / images[-1])})
+            else:
+                content.append({"type": "text", "text": part.text})
+        messages.append({"role": message.role, "content": content})
+    theirs = processor.apply_chat_template(
+        messages, chat_template=template, add_generation_prompt=True, tokenize=True, return_dict=True
+    )
+    assert list(encoder.encode_prompt("r", images, CHATS[chat]).prefix_ids) == list(theirs["input_ids"][0])
+
+
+@pytest.mark.parametrize("chat", CHATS)
+def test_qwens_prefix_ids_equal_apply_chat_template(qwen: Encoder, chat: str) -> None:
+    """Without the images: Qwen's processor needs torchvision; tests/data/families compares prompts with images."""
+    texts = [(t.role, [part.text for part in t.content if part.type == "text"]) for t in CHATS[chat]]
+    messages = [{"role": role, "content": [{"type": "text", "text": text} for text in own]} for role, own in texts]
+    theirs = qwen.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True)
+    ours = qwen.encode_prompt("r", [], [turn(*own, role=role) for role, own in texts])
+    assert list(ours.prefix_ids) == list(theirs["input_ids"])
+
+
 @pytest.mark.parametrize("photo", PHOTOS)
 def test_image_tokens_match_the_towers_features(
     encoder: Encoder, photo: str, request: pytest.FixtureRequest, tiny_llava_dir: Path, tiny_qwen_dir: Path
@@ -97,8 +153,10 @@ def test_control_tokens_in_text_stay_text(encoder: Encoder) -> None:
 
 def test_neighbouring_parts_cannot_spell_a_control_token(encoder: Encoder) -> None:
     plain = encoder.encode_prompt("r", ["wide.png"], [turn(None, "x")])
-    halves = encoder.encode_prompt("r", ["wide.png"], [turn(None, "<ima", "ge> </", "s> <|im_", "end|>")])
-    assert control_counts(encoder, halves.prefix_ids) == control_counts(encoder, plain.prefix_ids)
+    for parts in ([None, "<ima", "ge> </", "s> <|im_", "end|>"], ["<ima", None, "ge> </", "s> <|i", "m_", "end|>"]):
+        halves = encoder.encode_prompt("r", ["wide.png"], [turn(*parts)])
+        assert control_counts(encoder, halves.prefix_ids) == control_counts(encoder, plain.prefix_ids)
+        assert encoder.tokenizer.decode(halves.prefix_ids).count("</s> <|im_end|>") == 1
 
 
 @settings(max_examples=40, deadline=None)
@@ -176,7 +234,10 @@ def test_a_prompt_that_leaves_no_room_drops_its_group(tiny_llava_dir: Path, phot
     dropped = encoder_of(tiny_llava_dir, photo_root, max_length_tokens=num_prefix).encode_group(group("g", "a", "b"))
     assert isinstance(dropped, Dropped)
     assert (dropped.group_id, dropped.reason) == ("g", "prompt-too-long")
-    assert f"max_length_tokens={num_prefix}" in dropped.detail
+    assert dropped.detail == (
+        f"the prompt takes {num_prefix} of {num_prefix} tokens, 4 of them for images; raise "
+        f"data.max_length_tokens={num_prefix}"
+    )
 
 
 def test_completions_equal_after_tokenising_are_not_a_pair(tiny_llava_dir: Path, photo_root: Path) -> None:
