@@ -248,3 +248,16 @@ def test_a_chat_engine_is_sent_the_weakened_picture_itself(photos: Path) -> None
     assert body["messages"][-1] == {"role": "assistant", "content": "It is"}
     assert body["continue_final_message"] is True and body["add_generation_prompt"] is False
     assert (body["seed"], body["max_tokens"]) == (5, 10)
+
+
+@pytest.mark.parametrize(("limits", "size"), [({"max_pixels": 300}, (20, 15)), ({"min_pixels": 4800}, (80, 60))])
+def test_pixel_limits_apply_to_pictures_for_a_chat_engine(
+    photos: Path, limits: dict[str, int], size: tuple[int, int]
+) -> None:
+    Image.new("RGB", (40, 30)).save(photos / "photo.png")
+    config = Config(data=DataConfig(image_root=str(photos), **limits))  # type: ignore[arg-type]
+    chat = ChatVisionGenerator(engine=None, config=config, name="big", encoder=None)  # type: ignore[arg-type]
+    prompt = (Turn("user", (ContentPart("image"),)),)
+    body = chat.prepare(VisionRequest("r", ("photo.png",), prompt, Weakening("none", 5)))
+    url = body["messages"][0]["content"][0]["image_url"]["url"]
+    assert Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))).size == size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from PIL import Image
 from bpo.config.training import Config, DataConfig, EvaluationConfig, ModelConfig
 from bpo.evaluation.chair import score_descriptions
 from bpo.evaluation.pope import PopeQuestion, score_answers
-from bpo.evaluation.run import EvaluationResult, format_table, run_evaluation
+from bpo.evaluation.run import EvaluationResult, _identity, format_table, read_benchmarks, run_evaluation
 from bpo.formats.bad_records import TooManyBadRecords
 from bpo.formats.lexicon import build_lexicon
 from tests.tiny import tiny_llava, tiny_qwen
@@ -106,6 +107,13 @@ def test_a_benchmark_goes_on_without_few_unusable_images_and_says_so(tmp_path: P
     assert [d["image"] for d in result["chair"]["descriptions"]] == ["a.png", "c.png"]
     assert [a["question_id"] for a in result["pope"]["answers"]] == [0, 2, 0, 2]
     assert [(entry["record"], entry["code"]) for entry in result["bad_images"]] == [("b.png", "image-undecodable")]
+
+
+def test_answers_to_images_of_other_pixel_limits_are_not_reused(tmp_path: Path, models: dict[str, Path]) -> None:
+    config = config_for(tmp_path, models["qwen"])
+    capped = replace(config, data=replace(config.data, max_pixels=3136))
+    benchmarks = read_benchmarks(config.evaluation)
+    assert _identity(config, benchmarks) != _identity(capped, benchmarks)
 
 
 def test_the_table_shows_percentages() -> None:

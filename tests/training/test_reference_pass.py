@@ -15,6 +15,7 @@ from bpo.job.launch import Ranks
 from bpo.job.signals import StopRequest
 from bpo.model.load import ResolvedModel, resolve_model
 from bpo.model.reference import format as reference_format
+from bpo.model.reference.format import ReferenceStoreError
 from bpo.training import reference_pass
 from bpo.training.batches import training_batches
 from bpo.training.measure import measure_groups
@@ -52,6 +53,17 @@ def test_an_interrupted_reference_pass_is_completed(run: Config, monkeypatch: py
     groups = Path(run.data.groups)
     groups.write_text(groups.read_text().replace("yes 7", "certainly 7"))
     assert passed() == ["g7"]
+
+
+def test_a_store_of_other_pixel_limits_is_refused(run: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same number of image tokens may be of another grid, so tokens and files alone do not tell."""
+    no_collectives(monkeypatch)
+    data = measure_groups(run, encode.load_encoder(run), Ranks(), lambda mine: [mine])
+    engine: Any = EngineWithoutModel()
+    fill_reference_store(run, resolved(run), engine, data)
+    run.data.max_pixels = 3136
+    with pytest.raises(ReferenceStoreError, match="pixels.*0 to 3136"):
+        fill_reference_store(run, resolved(run), engine, data)
 
 
 def resolved(run: Config) -> ResolvedModel:

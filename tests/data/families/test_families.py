@@ -34,9 +34,10 @@ from transformers import (
 from transformers.models.smolvlm import processing_smolvlm
 from transformers.processing_utils import ProcessorMixin
 
-from bpo.config.training import ModelConfig
-from bpo.data.encode import Encoder
+from bpo.config.training import Config, DataConfig, ModelConfig
+from bpo.data.encode import Dropped, Encoder, load_encoder
 from bpo.data.families import FAMILIES, family_of
+from bpo.data.lengths import encoder_fingerprint
 from bpo.model.load import load_model
 from tests.sample_groups import encode_all, encoder_of, group, three_groups, turn
 from tests.tiny_families import TILE, tiny_gemma3
@@ -151,6 +152,42 @@ def test_the_stand_in_is_a_small_image(name: str, encoder: Encoder, model: Any) 
     assert len(stand_in.prefix_ids) == sum(f.flatten(0, -2).shape[0] for f in features)
     # A single tile of 4 tokens if the family supports it; otherwise the smallest canvas.
     assert len(stand_in.prefix_ids) == (88 if name in ("llava_next", "llava_onevision") else 4)
+
+
+def limited(directory: Path, image_root: Path, **data: int) -> Encoder:
+    model, files = ModelConfig(path=str(directory)), {"image_root": str(image_root)}
+    return load_encoder(Config(model=model, data=DataConfig(**files, **data)))  # type: ignore[arg-type]
+
+
+def test_pixel_limits_apply_or_are_refused_by_name(
+    name: str, encoder: Encoder, family_dir: Callable[[str], Path], sizes_root: Path
+) -> None:
+    def image_tokens(limited_encoder: Encoder, size: str) -> int:
+        return limited_encoder.encode_prompt("r", [f"{size}.png"], [turn(None)]).prefix_ids.count(
+            encoder.image_token_id
+        )
+
+    if not name.startswith("qwen"):
+        with pytest.raises(ValueError, match=f"data.max_pixels .*`{name}` does not: remove them"):
+            limited(family_dir(name), sizes_root, max_pixels=3136)
+        return
+    capped = limited(family_dir(name), sizes_root, max_pixels=4 * 784)
+    assert (image_tokens(encoder, "large"), image_tokens(capped, "large")) == (12, 2)
+    raised = limited(family_dir(name), sizes_root, min_pixels=8 * 784)
+    assert image_tokens(encoder, "tiny") == 1 and image_tokens(raised, "tiny") >= 8
+    prints = {encoder_fingerprint(e, 350) for e in (limited(family_dir(name), sizes_root), capped, raised)}
+    assert len(prints) == 3  # cached lengths are not mixed
+    with pytest.raises(ValueError, match=r"max_pixels=700 is less than .* 784 pixels of one image token"):
+        limited(family_dir(name), sizes_root, max_pixels=700)
+
+
+def test_a_prompt_that_is_too_long_names_the_options_that_shorten_it(tiny_qwen_dir: Path, sizes_root: Path) -> None:
+    encoder = limited(tiny_qwen_dir, sizes_root, max_length_tokens=20)
+    dropped = encoder.encode_group(group("g", "a", "b", image="large.png"))
+    assert isinstance(dropped, Dropped) and dropped.reason == "prompt-too-long"
+    assert "of 20 tokens, 12 of them for images; raise data.max_length_tokens=20, or lower data.max_pixels=12544" in (
+        dropped.detail
+    )
 
 
 def test_named_parts_exist_in_the_model(encoder: Encoder, model: Any) -> None:
