@@ -175,6 +175,19 @@ class LossInputs:
 
 
 @dataclass(frozen=True, slots=True)
+class LostGroup:
+    """A group that was usable when the run was planned and no longer is, such as one whose image has been replaced.
+
+    index: its index in the dataset.
+    """
+
+    index: int
+    group_id: str
+    reason: str
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
 class GroupBatch:
     """Several groups packed into one row without padding: the unit of one forward pass.
 
@@ -191,6 +204,7 @@ class GroupBatch:
     sequence_inputs: further model inputs of B padded rows; empty for one packed row.
     feature_rows_F: for each image (or tile) in the rows, the entry of `pixel_values` with its features, if an image
         that occurs in several rows is encoded once; None if each occurrence has its own entry.
+    lost: groups of the plan that the batch lacks.
     """
 
     group_ids: tuple[str, ...]
@@ -206,6 +220,7 @@ class GroupBatch:
     useful_work: UsefulWork = field(default_factory=UsefulWork)
     sequence_inputs: dict[str, torch.Tensor] = field(default_factory=dict)
     feature_rows_F: torch.Tensor | None = None
+    lost: tuple[LostGroup, ...] = ()
 
     def pin_memory(self) -> GroupBatch:
         """The batch in page-locked memory, for asynchronous copies; called by a DataLoader with `pin_memory`."""

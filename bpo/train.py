@@ -11,8 +11,12 @@ import sys
 import time
 from pathlib import Path
 
-if __name__ == "__main__" and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
-    sys.path.pop(0)  # `deepspeed bpo/train.py` puts bpo/ first: its modules must not shadow top-level ones
+if __name__ == "__main__":
+    if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
+        sys.path.pop(0)  # `deepspeed bpo/train.py` puts bpo/ first: its modules must not shadow top-level ones
+    from bpo.job.signals import StopRequest
+
+    _stop = StopRequest()  # before the imports, which take seconds
 
 import torch
 
@@ -37,9 +41,10 @@ from bpo.model.reference.store import ReferenceStore
 from bpo.model.trainable import prepare_trainable
 from bpo.training.agreement import check_agreement, facts_of_plan, facts_of_start
 from bpo.training.batches import training_batches
-from bpo.training.checks import check_finite, check_first_step
+from bpo.training.checks import check_finite, check_first_step, check_weights
 from bpo.training.flops import ModelFlops, model_flops
 from bpo.training.measure import TrainingData, measure_groups
+from bpo.training.metrics import num_lost
 from bpo.training.plan import plan_training
 from bpo.training.reference_pass import fill_reference_store
 from bpo.training.report import StepReport
@@ -82,6 +87,7 @@ def prepare(
     flops = model_flops(model, encoder.family)
     with guard.phase("starting DeepSpeed"):
         trainer = engine.TrainingEngine(PolicyModel(model), encoder.family, config, settings, ranks)
+    check_weights(trainer.policy.model, config.model.path)
     trainer.on_forward = guard.in_forward
     guard.watchdog.beat("the reference pass")
     with guard.progress_if_interrupted():
@@ -121,6 +127,9 @@ def run_steps(config: Config, run: Prepared, guard: RunGuard, stop: StopRequest 
         sums = run_step(trainer, next(batches), config, run.data.num_pairs(step.groups), step.index)
         totals = trainer.sum_over_ranks(sums.flat())
         check_finite(sums, step, totals, trainer)
+        if num_lost(totals):
+            lost = collectives.gather_from_ranks([dataclasses.asdict(group) for group in sums.lost])
+            run.data.lost.report(lost, is_main=trainer.ranks.is_main)
         if step.index == 0:
             check_first_step(config.train, totals, sums, trainer)
         lr_factor = engine.learning_rate_factor(step.index, total, config.train)
@@ -136,19 +145,20 @@ def run_steps(config: Config, run: Prepared, guard: RunGuard, stop: StopRequest 
     return number == total
 
 
-def main(argv: list[str] | None = None) -> None:
-    ranks = ranks_from_environment()
-    setup_logging(ranks)
+def main(argv: list[str] | None, stop: StopRequest) -> None:
+    own = own_arguments(sys.argv[1:] if argv is None else argv)
     try:
-        config = load_config(own_arguments(sys.argv[1:] if argv is None else argv), "bpo/train.py", __doc__ or "")
+        ranks = ranks_from_environment()
+        setup_logging(ranks)
+        config = load_config(own, "bpo/train.py", __doc__ or "", reads=("model.path", "data.groups"))
     except ValueError as error:
         sys.exit(f"error: {error}")
     torch.manual_seed(config.train.seed)
     with process_end(Path(config.train.output_dir), is_main=ranks.is_main, leave_group=collectives.shut_down):
-        engine.init_distributed(ranks)
-        if not train(config, ranks, StopRequest()):
+        engine.init_distributed(ranks, stop)
+        if not train(config, ranks, stop):
             raise Interrupted("interrupted; a checkpoint was written")
 
 
 if __name__ == "__main__":
-    main()
+    main(None, _stop)

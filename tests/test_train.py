@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from tiny import tiny_llava, tiny_qwen
-from train_matrix import FROM_TWO, RESUMED
+from train_matrix import FROM_TWO, LOST, RESUMED
 
 from bpo.tools.refs import inspect_store
 
@@ -165,6 +165,35 @@ def test_non_finite_loss_stops_all_ranks_and_names_records(matrix: Path) -> None
     messages = [json.loads((matrix / f"diverges.{rank}.json").read_text()) for rank in (0, 1)]
     assert messages[0] == messages[1]
     assert "not finite" in messages[0] and "g" in messages[0].split("groups: ")[1]
+
+
+def test_a_damaged_weight_of_the_base_model_is_named_instead_of_the_records(matrix: Path) -> None:
+    messages = [json.loads((matrix / f"damaged_weight.{rank}.json").read_text()) for rank in (0, 1)]
+    assert messages[0] == messages[1]
+    assert "weights are not finite: model.language_model.layers.1.mlp.up_proj.weight; " in messages[0]
+
+
+def test_ranks_that_differ_stop_together_and_name_the_option(matrix: Path) -> None:
+    messages = [json.loads((matrix / f"ranks_differ.{rank}.json").read_text()) for rank in (0, 1)]
+    assert messages[0] == messages[1]
+    assert "option train.lr: 0.005 on rank 0" in messages[0] and "0.01 on rank 1" in messages[0]
+    assert not (matrix / "ranks_differ" / "reference").exists()  # before anything long
+
+
+def test_images_lost_between_steps_cost_their_groups_and_not_the_run(matrix: Path) -> None:
+    """Deleted, truncated and replaced under ZeRO-3 on two ranks; a later start leaves the same groups out."""
+    lost = [json.loads(line) for line in (matrix / "lost" / "lost.jsonl").read_text().splitlines()]
+    assert {f"{entry['group_id'][1:]}.png" for entry in lost} == {name for names in LOST.values() for name in names}
+    assert len(lost) == len({entry["group_id"] for entry in lost})
+    details = {entry["group_id"]: entry["detail"] for entry in lost}
+    assert "missing" in details["g3"] and "cannot be decoded" in details["g8"] and "has changed" in details["g12"]
+    for case in ("lost", "resumed_lost"):
+        assert [m["step"] for m in metrics(matrix, case)] == list(range(1, 9))
+        assert all(math.isfinite(m["loss"]) for m in metrics(matrix, case))
+    assert losses(matrix, "lost")[0] == losses(matrix, "zero3")[0]  # before the change
+    assert losses(matrix, "lost")[4:] != losses(matrix, "zero3")[4:]
+    before, after = manifest(matrix, "lost", 8), manifest(matrix, "resumed_lost", 8)
+    assert before["fingerprints"] == after["fingerprints"]
 
 
 def test_run_records_config_versions_and_commit(matrix: Path) -> None:

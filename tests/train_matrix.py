@@ -11,8 +11,11 @@ import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
+import torch
 from ranks import fork_ranks
+from safetensors.torch import load_file, save_file
 
 from bpo.checkpoint.files import CheckpointError
 from bpo.config.training import Config, DataConfig, LoraConfig, LossConfig, ModelConfig, TrainableConfig, TrainConfig
@@ -20,10 +23,15 @@ from bpo.job import collectives
 from bpo.job.launch import Ranks
 from bpo.model.load import load_model
 from bpo.train import train
+from bpo.training import step as training
+from bpo.training.agreement import RanksDifferError
 from bpo.training.checks import NonFiniteError
+from bpo.training.metrics import StepSums
 
 # Runs that end after step 4 and are continued by the same number of ranks; bfloat16 is one of ZeRO-3 with LoRA.
 RESUMED = ("zero1", "zero2", "zero2_offload", "zero3_offload", "full_zero1", "full_zero3", "bfloat16", "dropout")
+# Images that change after the first step of the run `lost`.
+LOST = {"deleted": ["3.png", "4.png"], "cut": ["8.png"], "replaced": ["12.png"]}
 # Written by two ranks, continued by one and by four.
 FROM_TWO = {1: ("zero3_offload", "full_zero1"), 4: ("full_zero3", "bfloat16")}
 
@@ -93,6 +101,56 @@ def run_cases(root: Path, ranks: Ranks) -> None:
         train(base_config(root, "diverges", "zero2", lr=1e30, max_grad_norm=0.0), ranks)
     except NonFiniteError as error:
         (root / f"diverges.{ranks.rank}.json").write_text(json.dumps(str(error)))
+    try:
+        train(base_config(root, "ranks_differ", "zero3", lr=5e-3 * (1 + ranks.rank)), ranks)
+    except RanksDifferError as error:
+        (root / f"ranks_differ.{ranks.rank}.json").write_text(json.dumps(str(error)))
+    lose_images(root, ranks)
+    try:
+        train(with_damaged_weight(root, ranks), ranks)
+    except NonFiniteError as error:
+        (root / f"damaged_weight.{ranks.rank}.json").write_text(json.dumps(str(error)))
+
+
+def with_damaged_weight(root: Path, ranks: Ranks) -> Config:
+    """A base model with one NaN, of which under ZeRO-3 one rank has the part."""
+    model = root / "damaged"
+    if ranks.is_main:
+        shutil.copytree(root / "llava", model)
+        tensors = load_file(model / "model.safetensors")
+        next(tensor for name, tensor in tensors.items() if name.endswith("layers.1.mlp.up_proj.weight"))[-1, -1] = (
+            torch.nan
+        )
+        save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    collectives.barrier()
+    config = base_config(root, "damaged_weight", "zero3")
+    return replace(config, model=replace(config.model, path=str(model)))
+
+
+def lose_images(root: Path, ranks: Ranks) -> None:
+    """Under ZeRO-3, where every rank must run every layer: images that are deleted, cut and replaced after a step."""
+    images = root / "changing_images"
+    if ranks.is_main:
+        shutil.copytree(root / "images", images)
+    collectives.barrier()
+    config = base_config(root, "lost", "zero3")
+    config.data = replace(config.data, image_root=str(images), on_bad="quarantine", max_bad_share=0.5)
+
+    def run_step(*arguments) -> StepSums:
+        sums = training.run_step(*arguments)
+        if ranks.is_main and arguments[-1] == 0:
+            for deleted in LOST["deleted"]:
+                (images / deleted).unlink()
+            for cut in LOST["cut"]:
+                (images / cut).write_bytes((images / cut).read_bytes()[:-50])
+            for replaced in LOST["replaced"]:
+                shutil.copy(images / "15.png", images / replaced)
+        collectives.barrier()
+        return sums
+
+    with mock.patch("bpo.train.run_step", run_step):
+        train(config, ranks)
+    train(after_step_4(root, "lost", config, ranks), ranks)
 
 
 def change_ranks(root: Path, ranks: Ranks) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from bpo.data.collate import collate_groups, preference_pairs, reference_key
 from bpo.data.encode import Dropped, EncodedGroup, EncodedPrompt, Encoder, EncodingError, keep_types
-from bpo.formats.images import ImageError, image_bytes_digest
-from bpo.records import GroupBatch, PreferenceGroup
+from bpo.formats.images import ImageError, image_bytes_digest, resolve_image_path
+from bpo.job.durable import replacing
+from bpo.job.journal import to_line
+from bpo.job.signals import leave_signals_to_parent
+from bpo.records import GroupBatch, LostGroup, PreferenceGroup
 
 # Reasons of `Dropped` that mean bad data, and their codes in `bpo.formats.problems.PROBLEMS`.
 BAD_REASONS = {"bad-image": "image-refused", "bad-record": "image-parts"}
@@ -26,6 +29,7 @@ class MeasuredGroup:
 
     num_tokens: tokens of the group if its completions share the prefix.
     num_completions, longest_tokens: number of rows as separate sequences, and tokens of the longest.
+    images: size and time of each image file, from `image_identities`.
     """
 
     num_tokens: int
@@ -33,6 +37,7 @@ class MeasuredGroup:
     reference_key: str
     num_completions: int = 0
     longest_tokens: int = 0
+    images: Sequence[list[int] | None] = ()
 
 
 class GroupDataset(Dataset):
@@ -77,22 +82,65 @@ class GroupDataset(Dataset):
             return Dropped(group.id, "bad-record", str(error))
 
     def measure(self, index: int) -> MeasuredGroup | Dropped:
+        group = self.groups[index]
+        images = image_identities(group, self.encoder.image_root)
         encoded = self.encode(index)
         if isinstance(encoded, Dropped):
             return encoded
-        digests = [image_bytes_digest(self.encoder.image_root, image) for image in self.groups[index].images]
+        digests = [image_bytes_digest(self.encoder.image_root, image) for image in group.images]
+        if images != image_identities(group, self.encoder.image_root):
+            return Dropped(
+                group.id, "bad-image", f"{', '.join(group.images)}: written to while being read; start again"
+            )
         return MeasuredGroup(
             num_tokens=encoded.num_tokens,
             num_pairs=len(preference_pairs(encoded.scores)),
             reference_key=reference_key(encoded, digests),
             num_completions=len(encoded.completion_ids),
             longest_tokens=encoded.longest_tokens,
+            images=images,
         )
+
+    def load(self, index: int, measured: MeasuredGroup) -> EncodedGroup | Dropped:
+        """Encodes one group for a step, and compares it with its measurement, to which plan and reference belong.
+
+        The content of an image is compared only if its size or time has changed. Content that was replaced in place
+        *with* the old size and time is therefore not detected.
+        """
+        group = self.groups[index]
+        encoded = self.encode(index)
+        if isinstance(encoded, Dropped):
+            return encoded
+        if encoded.num_tokens != measured.num_tokens or len(encoded.completion_ids) != measured.num_completions:
+            detail = (
+                f"it has {encoded.num_tokens} tokens instead of {measured.num_tokens}: its image or record has changed"
+            )
+            return Dropped(group.id, "bad-record", detail)
+        # After reading: a file that was replaced before or while it was read has another time by now.
+        if list(measured.images) != image_identities(group, self.encoder.image_root):
+            try:
+                digests = [image_bytes_digest(self.encoder.image_root, image) for image in group.images]
+            except ImageError as error:
+                return Dropped(group.id, "bad-image", str(error))
+            if reference_key(encoded, digests) != measured.reference_key:
+                detail = f"the content of {', '.join(group.images)} has changed since the reference was computed"
+                return Dropped(group.id, "bad-image", detail)
+        return encoded
+
+    def placeholder(self) -> EncodedGroup:
+        """A small group that keeps a rank in lockstep where its micro-batch has lost every group of its own."""
+        end = self.encoder.eos_token_id
+        return EncodedGroup(self.stand_in, ((end,), (end, end)), (1.0, 0.0))
 
     def measure_all(self, indices: Sequence[int], num_workers: int) -> Iterator[MeasuredGroup | Dropped]:
         """Measures groups in worker processes, in the order of `indices`."""
         loader = DataLoader(
-            _Measured(self), batch_size=None, sampler=list(indices), num_workers=num_workers, collate_fn=_same
+            _Measured(self),
+            batch_size=None,
+            sampler=list(indices),
+            num_workers=num_workers,
+            collate_fn=_same,
+            worker_init_fn=leave_signals_to_parent,
         )
         return iter(loader)
 
@@ -108,9 +156,14 @@ class _Measured(Dataset):
 class _MicroBatches(Dataset):
     """One item is one micro-batch, so that worker processes prepare whole batches."""
 
-    def __init__(self, dataset: GroupDataset, keys: dict[int, str], batches: Sequence[tuple[Sequence[int], bool]]):
+    def __init__(
+        self,
+        dataset: GroupDataset,
+        measured: Mapping[int, MeasuredGroup | None],
+        batches: Sequence[tuple[Sequence[int], bool]],
+    ):
         self.dataset = dataset
-        self.keys = keys
+        self.measured = measured
         self.batches = batches
 
     def __len__(self) -> int:
@@ -118,23 +171,27 @@ class _MicroBatches(Dataset):
 
     def __getitem__(self, item: int) -> GroupBatch:
         indices, is_filler = self.batches[item]
-        encoded = []
+        encoded, keys, lost = [], [], []
         for index in indices:
-            group = self.dataset.encode(index)
+            measured = self.measured[index]
+            if measured is None:
+                continue
+            group = self.dataset.load(index, measured)
             if isinstance(group, Dropped):
-                raise RuntimeError(
-                    f"group {group.group_id!r} was usable when the run was planned but no longer is: {group.detail}; "
-                    "data must not change during a run"
-                )
-            encoded.append(group)
-        keys = [self.keys[index] for index in indices]
+                lost.append(LostGroup(index, group.group_id, group.reason, group.detail))
+            else:
+                encoded.append(group)
+                keys.append(measured.reference_key)
+        if not encoded:
+            encoded, is_filler = [self.dataset.placeholder()], True
         stand_in = self.dataset.stand_in if not any(group.prompt.image_inputs for group in encoded) else None
-        return collate_groups(encoded, self.dataset.encoder.family, keys, is_filler=is_filler, stand_in=stand_in)
+        batch = collate_groups(encoded, self.dataset.encoder.family, keys, is_filler=is_filler, stand_in=stand_in)
+        return dataclasses.replace(batch, lost=tuple(lost))
 
 
 def iterate_micro_batches(
     dataset: GroupDataset,
-    keys: dict[int, str],
+    measured: Mapping[int, MeasuredGroup | None],
     batches: Sequence[tuple[Sequence[int], bool]],
     *,
     num_workers: int,
@@ -143,20 +200,24 @@ def iterate_micro_batches(
 ) -> Iterator[GroupBatch]:
     """Packed micro-batches in order, prepared ahead by worker processes.
 
+    A group that can no longer be used as it was measured is left out and listed in `GroupBatch.lost`. A micro-batch
+    without any group left becomes a filler without reference keys.
+
     Args:
         batches: `(dataset indices, is_filler)` of each micro-batch.
-        keys: Reference key of each dataset index.
+        measured: Measurement of each dataset index; None leaves the group out.
         num_workers: Worker processes; 0 prepares each micro-batch on demand.
         prefetch_factor: Micro-batches that each worker prepares ahead.
     """
     loader: DataLoader[Any] = DataLoader(
-        _MicroBatches(dataset, keys, batches),
+        _MicroBatches(dataset, measured, batches),
         batch_size=None,
         shuffle=False,
         num_workers=num_workers,
         prefetch_factor=prefetch_factor if num_workers else None,
         collate_fn=_same,
         pin_memory=pin_memory,
+        worker_init_fn=leave_signals_to_parent,
     )
     return iter(loader)
 
@@ -165,12 +226,25 @@ def _same(item: Any) -> Any:
     return item
 
 
+def image_identities(group: PreferenceGroup, image_root: Path) -> list[list[int] | None]:
+    """Size in bytes and modification time in nanoseconds of each image file; None for unusable ones."""
+    identities: list[list[int] | None] = []
+    for image in group.images:
+        try:
+            status = resolve_image_path(image_root, image).stat()
+        except (ImageError, OSError):
+            identities.append(None)  # measured as missing; a file that appears later has an identity
+        else:
+            identities.append([status.st_size, status.st_mtime_ns])
+    return identities
+
+
 def write_dropped(dropped: Sequence[Dropped], path: Path) -> dict[str, int]:
     """Lists dropped groups in a JSONL file; returns their number per reason."""
     counts: dict[str, int] = {}
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8") as file:
+    with replacing(path, sync=False) as file:
         for group in dropped:
             counts[group.reason] = counts.get(group.reason, 0) + 1
-            file.write(json.dumps({"id": group.group_id, "reason": group.reason, "detail": group.detail}) + "\n")
+            file.write(to_line({"id": group.group_id, "reason": group.reason, "detail": group.detail}))
     return counts

@@ -18,11 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from bpo.data.encode import Dropped, Encoder
-from bpo.data.groups import GroupDataset, MeasuredGroup
+from bpo.data.groups import GroupDataset, MeasuredGroup, image_identities
 from bpo.formats.files import group_to_json
-from bpo.formats.images import ImageError, resolve_image_path
 from bpo.job.journal import JournalReader, JournalWriter, to_line
-from bpo.records import PreferenceGroup
 
 logger = logging.getLogger(__name__)
 
@@ -102,10 +100,14 @@ class MeasuredLengths:
         entries = self._known.get(self._keys[index])
         if not entries:
             return None
-        images = image_identities(self.dataset.groups[index], self.dataset)
+        images = image_identities(self.dataset.groups[index], self.dataset.encoder.image_root)
         for entry in entries:
             if entry["images"] == images:
-                return Dropped(**entry["dropped"]) if "dropped" in entry else MeasuredGroup(**entry["measured"])
+                return (
+                    Dropped(**entry["dropped"])
+                    if "dropped" in entry
+                    else MeasuredGroup(**{**entry["measured"], "images": images})
+                )
         return None
 
     def measure(self, num_workers: int) -> Iterator[Measured]:
@@ -114,7 +116,9 @@ class MeasuredLengths:
         missing = [index for index in self.indices if index not in known]
         logger.info("measured lengths in %s: %d of %d groups known", self.directory, len(known), len(self.indices))
         # Read before the images: a file that changes in between is measured again next time.
-        before = {index: image_identities(self.dataset.groups[index], self.dataset) for index in missing}
+        before = {
+            index: image_identities(self.dataset.groups[index], self.dataset.encoder.image_root) for index in missing
+        }
         fresh = self.dataset.measure_all(missing, num_workers) if missing else iter(())
         writer: JournalWriter | None = None
         try:
@@ -134,19 +138,6 @@ class MeasuredLengths:
     def _new_journal(self) -> JournalWriter:
         name = f"rank{self.rank:05d}-{os.getpid()}-{os.urandom(3).hex()}.jsonl"
         return JournalWriter(self.directory / name, exclusive=False, sync_each=False)
-
-
-def image_identities(group: PreferenceGroup, dataset: GroupDataset) -> list[list[int] | None]:
-    """Size in bytes and modification time in nanoseconds of each image file; None for unusable ones."""
-    identities: list[list[int] | None] = []
-    for image in group.images:
-        try:
-            status = resolve_image_path(dataset.encoder.image_root, image).stat()
-        except (ImageError, OSError):
-            identities.append(None)  # measured as missing; a file that appears later has an identity
-        else:
-            identities.append([status.st_size, status.st_mtime_ns])
-    return identities
 
 
 def _digest(value: Any) -> str:

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from bpo.config.training import DataConfig
 from bpo.data.groups import iterate_micro_batches
 from bpo.data.schedule import PlannedStep
@@ -27,7 +29,7 @@ def micro_batches(
     indices = [([data.usable[g] for g in groups], is_filler) for groups, is_filler in batches]
     return iterate_micro_batches(
         data.dataset,
-        data.keys,
+        data.expected,
         indices,
         num_workers=config.num_workers,
         prefetch_factor=config.prefetch_factor,
@@ -59,7 +61,10 @@ def training_batches(
     rank = engine.ranks.rank
     flat = [pair for s in steps for pair in zip(s.micro_batches[rank], s.is_filler[rank], strict=True)]
     with_reference = (
-        batch.with_reference(store.gather(batch.reference_keys)) for batch in micro_batches(config, data, flat, engine)
+        batch.with_reference(
+            store.gather(batch.reference_keys) if batch.reference_keys else torch.zeros(batch.target_N.numel())
+        )
+        for batch in micro_batches(config, data, flat, engine)
     )
     source = on_device(with_reference, engine.device, engine.dtype)
     for step in steps:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +20,32 @@ from bpo.formats.problems import PROBLEMS, Problem
 from bpo.job.exits import Interrupted
 from bpo.job.launch import Ranks
 from bpo.job.signals import StopRequest
+from bpo.records import LostGroup
+from bpo.training import lost
+from bpo.training.lost import LostGroups
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class TrainingData:
-    """The usable groups; `usable[i]` is the dataset index of planned group i, `measured[i]` its measurements."""
+    """The usable groups; `usable[i]` is the dataset index of planned group i, `measured[i]` its measurements.
+
+    lost: those of them that became unusable later.
+    """
 
     dataset: GroupDataset
     usable: tuple[int, ...]
     measured: tuple[MeasuredGroup, ...]
+    lost: LostGroups = field(default_factory=LostGroups)
 
     @property
-    def keys(self) -> dict[int, str]:
-        return {index: group.reference_key for index, group in zip(self.usable, self.measured, strict=True)}
+    def expected(self) -> dict[int, MeasuredGroup | None]:
+        """The measurement of each dataset index; None for lost groups."""
+        return {
+            index: None if index in self.lost.indices else group
+            for index, group in zip(self.usable, self.measured, strict=True)
+        }
 
     @property
     def separate_reason(self) -> str | None:
@@ -74,7 +85,8 @@ class TrainingData:
         return [bool(self.dataset.groups[index].images) for index in self.usable]
 
     def num_pairs(self, groups: tuple[int, ...]) -> int:
-        return sum(self.measured[g].num_pairs for g in groups)
+        """Pairs of planned groups, without those known to be lost."""
+        return sum(self.measured[g].num_pairs for g in groups if self.usable[g] not in self.lost.indices)
 
 
 def measure_groups(
@@ -108,6 +120,13 @@ def measure_groups(
     )
     everyone = _gather_measured(results, gather, stop)
     by_index = [everyone[i % ranks.world_size][i // ranks.world_size] for i in range(len(dataset))]
+    lost_file = Path(config.train.output_dir) / lost.FILE
+    still_lost = []
+    if config.train.resume:
+        entries = gather(lost.earlier_losses(lost_file) if ranks.is_main else [])[0]
+        still_lost = lost.keep_places(by_index, dataset.groups, entries)
+    elif ranks.is_main:
+        lost_file.unlink(missing_ok=True)
     dropped = [Dropped(problem.record_id or problem.where, problem.code, problem.detail) for problem in bad.problems]
     dropped += [Dropped(name, code, PROBLEMS[code].meaning) for code, names in skipped.items() for name in names]
     dropped += [group for group in by_index if isinstance(group, Dropped)]
@@ -117,14 +136,20 @@ def measure_groups(
         counts = ", ".join(f"{n} {reason}" for reason, n in sorted(write_dropped(dropped, path).items()))
         total = len(dataset) + len(bad.problems) + sum(map(len, skipped.values()))
         logger.warning("%d of %d groups cannot be used (%s); listed in %s", len(dropped), total, counts, path)
-    judge_dropped(bad, by_index, config.data.groups)
+    judge_dropped(bad, by_index, config.data.groups, still_lost)
     if not usable:
         first = f"; the first: {dropped[0].group_id}: {dropped[0].detail}" if dropped else ""
         raise ValueError(f"{config.data.groups}: no group can be trained on{first}")
-    return TrainingData(dataset, tuple(i for i, _ in usable), tuple(group for _, group in usable))
+    if still_lost and ranks.is_main:
+        logger.warning("%d groups stay left out, lost in earlier starts of this run: %s", len(still_lost), lost_file)
+    num_records, indices = len(dataset) + len(bad.problems), {group.index for group in still_lost}
+    lost_groups = LostGroups(lost_file, config.data.groups, bad, num_records, dict(usable), indices)
+    return TrainingData(dataset, tuple(i for i, _ in usable), tuple(group for _, group in usable), lost_groups)
 
 
-def judge_dropped(bad: BadRecords, measured: Sequence[MeasuredGroup | Dropped], file: str) -> None:
+def judge_dropped(
+    bad: BadRecords, measured: Sequence[MeasuredGroup | Dropped], file: str, still_lost: Sequence[LostGroup] = ()
+) -> None:
     """Applies `data.on_bad` and `data.max_bad_share` to groups with a bad image or record.
 
     Raises:
@@ -132,8 +157,8 @@ def judge_dropped(bad: BadRecords, measured: Sequence[MeasuredGroup | Dropped], 
         TooManyBadRecords: more are bad, in reading and measuring combined, than allowed.
     """
     num_records = len(measured) + len(bad.problems)
-    for group in measured:
-        if isinstance(group, Dropped) and group.reason in BAD_REASONS:
+    for group in [*measured, *still_lost]:
+        if not isinstance(group, MeasuredGroup) and group.reason in BAD_REASONS:
             bad.report(Problem(BAD_REASONS[group.reason], file, group.group_id, group.detail))
     bad.check_share(num_records, file)
 
@@ -161,7 +186,7 @@ def _to_json(result: MeasuredGroup | Dropped) -> list[Any] | dict[str, str]:
     """About 100 bytes per measured group as JSON."""
     if isinstance(result, Dropped):
         return asdict(result)
-    return [getattr(result, field.name) for field in fields(MeasuredGroup)]
+    return [getattr(result, entry.name) for entry in fields(MeasuredGroup)]
 
 
 def _from_json(result: list[Any] | dict[str, str]) -> MeasuredGroup | Dropped:

@@ -15,7 +15,7 @@ import torch
 
 from bpo.job.durable import write_durably
 from bpo.losses import LossOutput
-from bpo.records import GroupBatch, UsefulWork
+from bpo.records import GroupBatch, LostGroup, UsefulWork
 from bpo.training.flops import ModelFlops
 
 _NAMES = (
@@ -57,6 +57,7 @@ class StepSums:
     expected_first_loss: float = 0.0
     groups: list[str] = field(default_factory=list)
     non_finite_groups: list[str] = field(default_factory=list)
+    lost: list[LostGroup] = field(default_factory=list)
     _unread: list[_Unread] = field(default_factory=list, repr=False, compare=False)
 
     @classmethod
@@ -65,7 +66,8 @@ class StepSums:
 
     @torch.no_grad()
     def add(self, output: LossOutput, batch: GroupBatch) -> None:
-        """Adds a micro-batch; ignores fillers, whose pairs have weight 0."""
+        """Adds a micro-batch; of fillers, whose pairs have weight 0, only the lost groups."""
+        self.lost.extend(batch.lost)
         if batch.is_filler:
             return
         inputs = batch.loss_inputs
@@ -111,13 +113,21 @@ class StepSums:
     def flat(self) -> list[float]:
         """This rank's sums and work as one list, to be summed over ranks."""
         self._read()
-        return [*self.values, self.num_pairs, self.num_tokens, *map(float, astuple(self.useful_work))]
+        work = map(float, astuple(self.useful_work))
+        return [*self.values, self.num_pairs, self.num_tokens, *work, float(len(self.lost))]
 
 
 def step_metrics(flat: list[float]) -> dict[str, float]:
-    """Means over the pairs of the global batch, from the flat sums of all ranks."""
+    """Means over the pairs of the global batch, from the flat sums of all ranks; none if it has lost all its groups."""
     pairs = flat[len(_NAMES)]
+    if not pairs:
+        return {}
     return {name: value / pairs for name, value in zip(_NAMES, flat, strict=False)}
+
+
+def num_lost(flat: list[float]) -> int:
+    """Groups that the step has lost, from the flat sums of all ranks."""
+    return int(flat[-1])
 
 
 def step_rates(
@@ -136,7 +146,7 @@ def step_rates(
         those of groups, without stand-in images, padding and repeated prefixes.
     """
     num_pairs, num_tokens = flat[len(_NAMES) : len(_NAMES) + 2]
-    work = UsefulWork(*map(int, flat[len(_NAMES) + 2 :]))
+    work = UsefulWork(*map(int, flat[len(_NAMES) + 2 : -1]))
     rates = {
         "pairs_per_second": num_pairs / seconds,
         "tokens_per_second": num_tokens / seconds,

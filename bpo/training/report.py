@@ -55,7 +55,8 @@ class StepReport:
         metrics = step_metrics(totals) | step_rates(totals, seconds, self.flops, self.peak)
         metrics |= {"lr": lr, "grad_norm": grad_norm}
         self._progress.update()
-        self._progress.set_postfix(loss=f"{metrics['loss']:.4f}", acc=f"{metrics['rewards/accuracies']:.2f}")
+        if "loss" in metrics:
+            self._progress.set_postfix(loss=f"{metrics['loss']:.4f}", acc=f"{metrics['rewards/accuracies']:.2f}")
         if number % self.config.log_every_steps == 0 or number == self.total:
             metrics["epoch"] = round(number * self.config.groups_per_step / self.groups_per_epoch, 4)
             self._writer.write(number, metrics)

@@ -26,7 +26,7 @@ def run_step(
         seed_micro_batch(config.train.seed, step, k, trainer.ranks.rank)
         with packed_layout(batch.layout):
             output = trainer.forward(batch, config.loss)
-            share = (output.loss_P * batch.loss_inputs.pair_weight_P).sum() / num_pairs
+            share = (output.loss_P * batch.loss_inputs.pair_weight_P).sum() / max(1, num_pairs)
             trainer.backward(share, is_last=k == len(batches) - 1)
         sums.add(output, batch)
         if step == 0:
