@@ -2,7 +2,7 @@
 # Evaluation with CHAIR and POPE, one task per GPU; the questions are divided among the tasks.
 #
 #   slurm/evaluate.sh [--time=2:00:00 --] --config FILE --model.path DIR [...]    submits itself, with site.env
-#   sbatch slurm/evaluate.sh --config FILE --model.path DIR [...]                 from the root of the clone
+#   sbatch slurm/evaluate.sh --config FILE --model.path DIR [...]                 from any folder
 #
 # On a signal before the time limit, or on preemption, the job is requeued; existing answers are kept.
 #
@@ -20,9 +20,20 @@
 
 set -euo pipefail
 
-root="${BPO_ROOT:-${SLURM_SUBMIT_DIR:-$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)}}"
-if [[ ! -f "$root/slurm/job.sh" ]]; then
-    echo "error: $root is not the root of the clone; submit from there, or set BPO_ROOT to it" >&2
+# Only files of this script's own clone are run. sbatch runs a copy; Slurm has the path and the arguments as submitted.
+here=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")
+if [[ ! -f "$here/job.sh" ]]; then
+    here="${BPO_ROOT:-}/slurm"
+    if [[ $(scontrol show job "${SLURM_JOB_ID:-}" 2>&1) =~ $'\n'\ *Command=([^$'\n']*)evaluate\.sh ]]; then
+        submitted="${BASH_REMATCH[1]%%evaluate.sh*}evaluate.sh"
+        [[ "$submitted" == /* ]] || submitted="$SLURM_SUBMIT_DIR/$submitted"
+        original=$(dirname "$(readlink -f "$submitted")")
+        [[ ! -f "$submitted" || ! -f "$original/job.sh" ]] || here="$original"
+    fi
+fi
+root="${here%/slurm}"
+if [[ "$here" != */slurm || ! -f "$here/job.sh" ]]; then
+    echo "error: this script's clone is not known; submit CLONE/slurm/evaluate.sh, or set BPO_ROOT to CLONE" >&2
     exit 2
 fi
 # shellcheck source-path=SCRIPTDIR source=job.sh

@@ -10,7 +10,7 @@
 
 set -euo pipefail
 
-root="${BPO_ROOT:-$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)}"
+root=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.." && pwd)
 # shellcheck source-path=SCRIPTDIR source=job.sh
 source "$root/slurm/job.sh"
 

@@ -2,7 +2,7 @@
 # Preference training, one task per GPU.
 #
 #   slurm/train.sh [--nodes=4 --time=12:00:00 --] --config FILE [--train.lr 1e-6 ...]    submits itself, with site.env
-#   sbatch --nodes=4 slurm/train.sh --config FILE [...]                                  from the root of the clone
+#   sbatch --nodes=4 slurm/train.sh --config FILE [...]                                  from any folder
 #
 # sbatch's options override those below and, in the first form, BPO_SBATCH_ARGS of slurm/site.env. For nodes with a
 # different number of GPUs set both --ntasks-per-node and --gpus-per-node.
@@ -24,9 +24,20 @@
 
 set -euo pipefail
 
-root="${BPO_ROOT:-${SLURM_SUBMIT_DIR:-$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)}}"
-if [[ ! -f "$root/slurm/job.sh" ]]; then
-    echo "error: $root is not the root of the clone; submit from there, or set BPO_ROOT to it" >&2
+# Only files of this script's own clone are run. sbatch runs a copy; Slurm has the path and the arguments as submitted.
+here=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")
+if [[ ! -f "$here/job.sh" ]]; then
+    here="${BPO_ROOT:-}/slurm"
+    if [[ $(scontrol show job "${SLURM_JOB_ID:-}" 2>&1) =~ $'\n'\ *Command=([^$'\n']*)train\.sh ]]; then
+        submitted="${BASH_REMATCH[1]%%train.sh*}train.sh"
+        [[ "$submitted" == /* ]] || submitted="$SLURM_SUBMIT_DIR/$submitted"
+        original=$(dirname "$(readlink -f "$submitted")")
+        [[ ! -f "$submitted" || ! -f "$original/job.sh" ]] || here="$original"
+    fi
+fi
+root="${here%/slurm}"
+if [[ "$here" != */slurm || ! -f "$here/job.sh" ]]; then
+    echo "error: this script's clone is not known; submit CLONE/slurm/train.sh, or set BPO_ROOT to CLONE" >&2
     exit 2
 fi
 # shellcheck source-path=SCRIPTDIR source=job.sh

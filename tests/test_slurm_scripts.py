@@ -17,9 +17,10 @@ printf '%s\\n' "$@" >srun.args
 env -0 >srun.env
 exit "${SRUN_EXIT:-0}"
 """
-# Answers only if the node list arrives as one word, as it does when it is quoted.
+# Answers only if the node list arrives as one word, as it does when it is quoted. COMMAND is what was submitted.
 SCONTROL = """#!/usr/bin/env bash
 case "$*" in
+    "show job 7") printf 'JobId=7 JobName=x\\n   Command=%s\\n   WorkDir=/\\n' "${COMMAND:?}" ;;
     "show hostnames gpu[1-2]") printf 'gpu1\\ngpu2\\n' ;;
     "requeue "*) echo "$2" >>"$SLURM_SUBMIT_DIR/requeued"; exit "${REQUEUE_EXIT:-0}" ;;
     *) exit 1 ;;
@@ -65,6 +66,7 @@ def in_job(clone: Path, script: str, *arguments: str, **slurm: str) -> subproces
         "SLURM_JOB_NODELIST": "gpu[1-2]",
         "SLURM_NTASKS": "16",
         "SLURM_CPUS_PER_TASK": "8",
+        "COMMAND": " ".join([str(clone / "slurm" / script), *arguments]),
     }
     copy = clone.parent / "spooled"
     shutil.copy(ROOT / "slurm" / script, copy)
@@ -214,9 +216,23 @@ def test_an_array_with_gaps_is_refused(clone: Path) -> None:
 
 
 @pytest.mark.parametrize("script", ["train.sh", "bootstrap.sh", "evaluate.sh", "command.sh"])
-def test_a_script_far_from_its_clone_says_what_to_do(clone: Path, script: str) -> None:
-    result = in_job(clone, script, SLURM_SUBMIT_DIR="/")
-    assert result.returncode == 2 and "submit from there, or set BPO_ROOT" in result.stderr
+def test_only_files_of_the_submitted_script_s_clone_are_run(clone: Path, script: str) -> None:
+    """The folder from which it is submitted, or an inherited BPO_ROOT, may look like a clone."""
+    other = clone.parent / "other"
+    (other / "slurm").mkdir(parents=True)
+    (other / "slurm" / "job.sh").write_text("echo foreign code; exit 3\n")
+    inherited = {"SLURM_SUBMIT_DIR": str(other), "BPO_ROOT": str(other)}
+    (clone / "slurm" / "site.env").write_text("echo own code\n")
+    result = in_job(clone, script, "/slurm/train.sh", f"{other}/slurm/{script}", **inherited)
+    assert "own code" in result.stdout and "foreign code" not in result.stdout, result.stderr
+    result = run(clone / "slurm" / script, other, clone, **inherited)  # outside of a job
+    assert "foreign code" not in result.stdout and submissions(other)[0][-1] == str(clone), result.stderr
+    shutil.copy(clone / "slurm" / script, other / script)
+    for elsewhere in (str(other / script), f"{script} {clone}/slurm/{script}"):
+        result = in_job(clone, script, SLURM_SUBMIT_DIR=str(other), COMMAND=elsewhere)
+        assert result.returncode == 2 and "set BPO_ROOT to CLONE" in result.stderr
+    result = in_job(clone, script, SLURM_SUBMIT_DIR=str(other), COMMAND=str(other / script), BPO_ROOT=str(clone))
+    assert "own code" in result.stdout  # a copy, and the user says of which clone
 
 
 def test_outside_of_a_job_a_script_submits_itself_with_the_options_of_the_site(clone: Path, tmp_path: Path) -> None:

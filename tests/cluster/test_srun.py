@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +27,22 @@ def test_ranks_that_leave_one_after_the_other_end_with_their_own_code(
     srun = ["srun", "--nodes=2", "--ntasks-per-node=1", f"--kill-on-bad-exit={kill}", "--wait=60", *program]
     result = subprocess.run(srun, env=cluster.environment, capture_output=True, text=True, timeout=60)
     assert result.returncode == code, result.stderr
+
+
+@pytest.mark.parametrize("path", ["../my clone/slurm/command.sh", "{clone}/slurm/command.sh"])
+def test_sbatch_runs_the_files_of_the_script_s_own_clone(cluster: PrivateCluster, tmp_path: Path, path: str) -> None:
+    """Slurm runs a copy of the script, in a folder that may itself look like a clone."""
+    clone, here = tmp_path / "my clone", tmp_path / "here"
+    shutil.copytree(ROOT / "slurm", clone / "slurm")
+    (clone / "slurm" / "site.env").write_text("echo own code; exit 0\n")
+    (here / "slurm").mkdir(parents=True)
+    (here / "slurm" / "job.sh").write_text("echo foreign code; exit 0\n")
+    options = ["--parsable", "--cpus-per-task=1", "--time=1", "--output", str(tmp_path / "log")]
+    submitted = ["sbatch", *options, path.format(clone=clone), "merge", "--config", "a b.yaml"]
+    job = subprocess.run(submitted, cwd=here, env=cluster.environment, capture_output=True, text=True, timeout=60)
+    assert job.returncode == 0, job.stderr
+    cluster.wait_for(job.stdout.strip(), {"COMPLETED", "FAILED"}, 60)
+    assert (tmp_path / "log").read_text() == "own code\n"
 
 
 def test_deepspeed_starts_ranks_by_srun(cluster: PrivateCluster, tmp_path: Path) -> None:
