@@ -26,7 +26,7 @@ class ChatTemplateError(ValueError):
 
 
 class EndlessTemplateError(ValueError):
-    """A chat template that was stopped by the time limit. It would stop every record, so none is left out for it."""
+    """A chat template that was stopped by the time limit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,14 +46,13 @@ class Processor:
             EndlessTemplateError: It takes longer than `TEMPLATE_TIMEOUT_S`.
         """
         try:
-            return self._render(messages, add_generation_prompt)
-        except EndlessTemplateError:
-            raise
-        except Exception as error:  # raised by the template's code: any type
-            if self._takes_only_text(messages):
+            return render_template(
+                self.tokenizer, self.chat_template, messages, self.template_source, add_generation_prompt
+            )
+        except ChatTemplateError as error:
+            if self._takes_text(messages):
                 raise self.only_text_error() from error
-            cause = f"{type(error).__name__}: {error}"
-            raise ChatTemplateError(f"{self.template_source}: the chat template fails ({cause})") from error
+            raise
 
     def only_text_error(self) -> ChatTemplateError:
         return ChatTemplateError(
@@ -61,33 +60,43 @@ class Processor:
             "the template of the model's processor as chat_template.jinja in the model directory"
         )
 
-    def _render(self, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
-        try:
-            return _within(
-                TEMPLATE_TIMEOUT_S,
-                lambda: self.tokenizer.apply_chat_template(
-                    messages,
-                    chat_template=self.chat_template,
-                    add_generation_prompt=add_generation_prompt,
-                    tokenize=False,
-                ),
-            )
-        except TimeoutError as error:
-            raise EndlessTemplateError(
-                f"{self.template_source}: the chat template was stopped after {TEMPLATE_TIMEOUT_S:g} s; look for an "
-                "endless loop in it"
-            ) from error
-
-    def _takes_only_text(self, messages: list[dict[str, Any]]) -> bool:
-        """Whether the template renders the same messages with their text as content."""
+    def _takes_text(self, messages: list[dict[str, Any]]) -> bool:
+        """Whether the template renders the messages with their text as content."""
         texts = [
             {**message, "content": "".join(part.get("text", "") for part in message["content"])} for message in messages
         ]
         try:
-            self._render(texts, add_generation_prompt=True)
-        except Exception:
+            return bool(render_template(self.tokenizer, self.chat_template, texts, self.template_source))
+        except ChatTemplateError:
             return False
-        return True
+
+
+def render_template(
+    tokenizer: Any,
+    template: str | None,
+    messages: list[dict[str, Any]],
+    source: str,
+    add_generation_prompt: bool = True,
+) -> str:
+    """Renders messages with a chat template; None uses the tokenizer's. `source` names it in messages.
+
+    Raises:
+        ChatTemplateError: The template fails on these messages.
+        EndlessTemplateError: It takes longer than `TEMPLATE_TIMEOUT_S`.
+    """
+    try:
+        return _within(
+            TEMPLATE_TIMEOUT_S,
+            lambda: tokenizer.apply_chat_template(
+                messages, chat_template=template, add_generation_prompt=add_generation_prompt, tokenize=False
+            ),
+        )
+    except TimeoutError as error:
+        raise EndlessTemplateError(
+            f"{source}: the chat template was stopped after {TEMPLATE_TIMEOUT_S:g} s; look for an endless loop in it"
+        ) from error
+    except Exception as error:  # raised by the template's code: any type
+        raise ChatTemplateError(f"{source}: the chat template fails ({type(error).__name__}: {error})") from error
 
 
 def _within(seconds: float, function: Callable[[], str]) -> str:

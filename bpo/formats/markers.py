@@ -18,10 +18,10 @@ IMAGE_PART = ContentPart("image")
 Content = str | tuple[ContentPart, ...]
 
 # Control tokens of chat templates.
-CHAT_TOKEN = r"<\|[\w ]{1,40}\|>|<(?:bos|eos|start_of_turn|end_of_turn|end_of_utterance)>|\[/?INST\]|<</?SYS>>"
+CHAT_TOKEN = r"<[|｜][\w ▁]{1,40}[|｜]>|<(?:bos|eos|start_of_turn|end_of_turn|end_of_utterance)>|\[/?INST\]|<</?SYS>>"
 # Image markers of other tools, which would be trained as literal text.
 _FOREIGN = re.compile(
-    r"<\|(?:image(?:_\d+|_pad)?|vision_start)\|>|<Image>|<ImageHere>|<ImageContent>|<image_placeholder>|<image \d+>"
+    r"<\|(?:im(?:g|age)\w*|vision_start)\|>|<I(?:mage|MAGE)(?:Here|Content)?>|<image(?:_placeholder|[ _]?\d+)>"
     r"|<(?:IMG_CONTEXT|start_of_image|image_soft_token)>|<img\s[^>]*src\s*=|!\[[^\]]*\]\([^)]+\)"
 )
 # Qwen-VL's path in the text: an image even if the record names none.

@@ -15,7 +15,7 @@ from transformers import AutoConfig
 
 from bpo.data import processor as processor_module
 from bpo.data.encode import Encoder, EncodingError
-from bpo.data.processor import EndlessTemplateError, load_processor
+from bpo.data.processor import EndlessTemplateError, load_processor, render_template
 from tests.sample_groups import encoder_of, turn
 from tests.tiny import LLAVA_TEMPLATE
 
@@ -90,10 +90,12 @@ def test_an_endless_template_is_stopped_and_named(
     monkeypatch.setattr(processor_module, "TEMPLATE_TIMEOUT_S", 0.2)
     (model_dir / "chat_template.jinja").write_text(ENDLESS)
     before = set(threading.enumerate())
-    with pytest.raises(
-        EndlessTemplateError, match=r"model: chat_template\.jinja: the chat template was stopped after 0\.2 s"
-    ):
+    stopped = r"the chat template was stopped after 0\.2 s"
+    with pytest.raises(EndlessTemplateError, match=rf"model: chat_template\.jinja: {stopped}"):
         encoder_of(model_dir, photo_root)
+    tokenizer = load_processor(str(model_dir)).tokenizer
+    with pytest.raises(EndlessTemplateError, match=f"a text-only LLM: {stopped}"):
+        render_template(tokenizer, None, [{"role": "user", "content": "?"}], "a text-only LLM")
     deadline = time.monotonic() + 60
     while set(threading.enumerate()) - before:  # nothing goes on in the background
         assert time.monotonic() < deadline

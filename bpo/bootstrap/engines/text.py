@@ -17,6 +17,7 @@ import torch
 from bpo.bootstrap.inject import InjectionRequest, Message, as_plain_text
 from bpo.config.bootstrap import CacheKind, InjectConfig
 from bpo.data.encode import EncodedPrompt, Encoder, EncodingError
+from bpo.data.processor import render_template
 from bpo.model.generate import generate_ids, generate_prompts
 from bpo.model.kv_cache import CachedPrefix, Prefixes, common_beginning
 from bpo.records import ContentPart, Turn
@@ -150,7 +151,7 @@ class TransformersTextGenerator:
         if not self.tokenizer.chat_template:
             return list(self.tokenizer(self._disarm(as_plain_text(request)))["input_ids"])
         messages = [{"role": m.role, "content": self._disarm(m.content)} for m in request.messages]
-        rendered = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        rendered = render_template(self.tokenizer, None, messages, f"{self.name}: the tokenizer")
         return list(self.tokenizer(rendered, add_special_tokens=False)["input_ids"])
 
     def _disarm(self, text: str) -> str:
