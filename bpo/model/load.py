@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import errno
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from bpo.config.training import ModelConfig
+from bpo.config.training import ModelConfig, missing_model
 from bpo.data.families import family_of
 from bpo.model.attention import shared_prefix
 from bpo.model.attention.choice import Choice, Needs, choose_backend
 from bpo.model.recompute import checkpoint_layers
+from bpo.model.reference.fingerprint import weight_files
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,8 @@ def resolve_model(
 
     if not options.path:
         raise ValueError("model.path is empty; set it to the directory (or hub id) of the model")
-    config = AutoConfig.from_pretrained(options.path, trust_remote_code=options.trust_remote_code)
+    with named_model_errors(options.path):
+        config = AutoConfig.from_pretrained(options.path, trust_remote_code=options.trust_remote_code)
     shares_prefix = family_of(config, options.share_prefix).separate_reason is None
     device = device or torch.device("cpu")
     dtype = (config.dtype or torch.float32) if options.dtype == "config" else getattr(torch, options.dtype)
@@ -58,6 +64,45 @@ def resolve_model(
     if for_training and shares_prefix:
         attention = choose_backend(options.attention, Needs.of_model(config.get_text_config(), device, dtype))
     return ResolvedModel(options, config, device, dtype, for_training, attention)
+
+
+@contextlib.contextmanager
+def named_model_errors(path: str) -> Iterator[None]:
+    """Turns the libraries' errors about files of the model into one line that says what is missing or damaged.
+
+    Raises:
+        ValueError: an error was raised, and a file is missing or damaged, or the libraries found no model.
+    """
+    try:
+        yield
+    except Exception as error:  # for a missing file: OSError, KeyError, ValueError, SafetensorError
+        fault = _fault_of_files(path)
+        if not fault and not (isinstance(error, OSError) and error.errno in (None, errno.ENOENT)):
+            raise
+        raise ValueError(f"model.path is {path!r}: {fault or ' '.join(str(error).split())}") from error
+
+
+def _fault_of_files(path: str) -> str:
+    """What a model directory lacks, or which of its weight files is damaged; empty if neither is known."""
+    from safetensors import SafetensorError, safe_open
+
+    directory = Path(path)
+    if fault := missing_model(path):
+        return fault
+    if not directory.is_dir():
+        return "no such directory, and no such model in the Hub's cache or, if this machine is online, on the Hub"
+    files = weight_files(directory)
+    if not files:
+        return "the directory has no weights (model.safetensors, or its index with all shards)"
+    if missing := [file.name for file in files if not file.is_file()]:
+        return f"weight files are missing: {', '.join(missing)}; copy the model again"
+    for file in files:
+        if file.suffix == ".safetensors":
+            try:
+                safe_open(file, "pt").__enter__()
+            except SafetensorError as error:
+                return f"{file.name} is damaged or cut off ({error}); copy the model again"
+    return ""
 
 
 def load_model(options: ModelConfig, device: torch.device | None = None, *, for_training: bool = False) -> Any:
@@ -80,13 +125,16 @@ def load_resolved(model: ResolvedModel) -> Any:
         attentions["text_config"] = shared_prefix.register(model.attention)
     elif getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
         attentions["text_config"] = "eager"  # SDPA does not support softcapping, but some versions select it anyway
-    loaded = AutoModelForImageTextToText.from_pretrained(
-        options.path,
-        config=copy.deepcopy(model.config),  # modified by from_pretrained; `model.config` describes the stored model
-        dtype=model.dtype,
-        attn_implementation=attentions,
-        trust_remote_code=options.trust_remote_code,
-    )
+    with named_model_errors(options.path):
+        loaded = AutoModelForImageTextToText.from_pretrained(
+            options.path,
+            config=copy.deepcopy(
+                model.config
+            ),  # from_pretrained modifies it; `model.config` describes the stored model
+            dtype=model.dtype,
+            attn_implementation=attentions,
+            trust_remote_code=options.trust_remote_code,
+        )
     if model.for_training:
         loaded.config.use_cache = False
         checkpoint_layers(loaded, str(options.gradient_checkpointing))

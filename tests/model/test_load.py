@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from transformers import LlamaConfig
 
 from bpo.config.training import ModelConfig
 from bpo.model.attention import shared_prefix as attention
-from bpo.model.load import load_model, resolve_model
+from bpo.model.load import load_model, load_resolved, resolve_model
 
 
 def test_for_generation_in_eval_mode_with_plain_attention(tiny_qwen_dir: Path) -> None:
@@ -46,3 +47,38 @@ def test_missing_path_and_unsupported_type_say_what_to_do(tmp_path: Path) -> Non
     LlamaConfig().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="`llama` is not supported; supported: gemma3, .*, smolvlm"):
         load_model(ModelConfig(path=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("damage", "fault"),
+    [
+        ("gone", "no such directory"),
+        ("config.json", "the directory has no config.json"),
+        ("model.safetensors", "the directory has no weights"),
+        ("cut", "model.safetensors is damaged or cut off"),
+        ("shard", "weight files are missing: model-2.safetensors"),
+    ],
+)
+def test_a_model_directory_that_changes_after_the_start_says_what_is_missing(
+    damage: str, fault: str, tmp_path: Path, tiny_llava_dir: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny_llava_dir, tmp_path / "model"))
+    resolved = resolve_model(ModelConfig(path=str(folder), dtype="float32"))
+    weights = folder / "model.safetensors"
+    if damage == "gone":
+        shutil.rmtree(folder)
+    elif damage == "cut":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif damage == "shard":
+        weights.unlink()
+        (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-2.safetensors"}}')
+    else:
+        (folder / damage).unlink()
+    with pytest.raises(ValueError, match=f"^model.path is '{folder}': {fault}[^\n]*$"):
+        load_resolved(resolved) if damage != "config.json" else resolve_model(resolved.options)
+
+
+def test_a_hub_id_that_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ValueError, match="^model.path is 'no/such': no such directory, and no such model in the Hub's"):
+        resolve_model(ModelConfig(path="no/such"))
