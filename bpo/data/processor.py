@@ -15,10 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bpo.config.training import missing_model
+
 logger = logging.getLogger(__name__)
 
 # A template is code that comes with the model; rendering takes about a millisecond.
-TEMPLATE_TIMEOUT_S = 10.0
+TEMPLATE_TIMEOUT_S = 5.0
 
 
 class ChatTemplateError(ValueError):
@@ -132,15 +134,19 @@ def load_processor(path: str, *, trust_remote_code: bool = False) -> Processor:
     logged.
 
     Raises:
-        ValueError: There is no chat template; lists the places searched.
+        ValueError: There is no tokenizer, image processor or chat template; lists the places searched.
     """
     from transformers import AutoTokenizer
 
     # Some versions of transformers (5.17) export it at top level only if torchvision is installed.
     from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    image_processor = AutoImageProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        image_processor = AutoImageProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        fault = missing_model(path) or " ".join(str(error).split())
+        raise ValueError(f"{path}: no tokenizer or image processor can be loaded: {fault}") from error
     templates = _templates(path, tokenizer)
     if not templates:
         raise ValueError(
