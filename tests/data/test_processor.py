@@ -67,6 +67,14 @@ def test_a_damaged_template_file_is_named(model_dir: Path) -> None:
         load_processor(str(model_dir))
 
 
+@pytest.mark.parametrize("name", ["preprocessor_config.json", "config.json"])
+def test_a_missing_file_is_one_line(model_dir: Path, name: str) -> None:
+    for file in (model_dir / name, model_dir / "processor_config.json"):
+        file.unlink(missing_ok=True)
+    with pytest.raises(ValueError, match=f"^{model_dir}: no tokenizer or image processor [^\n]*{name}[^\n]*$"):
+        load_processor(str(model_dir))
+
+
 @pytest.mark.parametrize("template", [TEXT_TEMPLATE, TEXT_TEMPLATE.replace("' + m['content']", "' ~ m['content']")])
 def test_a_template_that_takes_only_text_is_named(model_dir: Path, photo_root: Path, template: str) -> None:
     set_key(model_dir / "tokenizer_config.json", [{"name": "default", "template": template}])

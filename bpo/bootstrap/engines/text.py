@@ -16,6 +16,7 @@ import torch
 
 from bpo.bootstrap.inject import InjectionRequest, Message, as_plain_text
 from bpo.config.bootstrap import CacheKind, InjectConfig
+from bpo.config.training import missing_model
 from bpo.data.encode import EncodedPrompt, Encoder, EncodingError
 from bpo.data.processor import render_template
 from bpo.model.generate import generate_ids, generate_prompts
@@ -223,7 +224,7 @@ def load_causal_lm(
     """Loads `options.llm` (a directory or hub id; `options.gguf_file` names a GGUF file in it) for generation.
 
     Raises:
-        ValueError: The GGUF file does not exist, or the model is not a decoder-only LM.
+        ValueError: The directory or the GGUF file does not exist, or the model is not a decoder-only LM.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -235,6 +236,8 @@ def load_causal_lm(
         )
     dtype = "auto" if options.dtype == "config" else getattr(torch, options.dtype)
     logger.info("loading the text-only LLM %s", options.llm)
+    if not gguf and (fault := missing_model(options.llm)):
+        raise ValueError(f"bootstrap.inject.llm is {options.llm!r}: {fault}")
     tokenizer = AutoTokenizer.from_pretrained(options.llm, **gguf)
     model = AutoModelForCausalLM.from_pretrained(options.llm, dtype=dtype, **gguf, **_dense_weights(bool(gguf)))
     name = f"{options.llm}/{options.gguf_file}" if gguf else options.llm

@@ -75,6 +75,11 @@ def test_a_gguf_file_that_is_not_there_is_an_error(tiny_llm_dir: Path) -> None:
         load_causal_lm(InjectConfig(llm=str(tiny_llm_dir), gguf_file="none.gguf"), CPU)
 
 
+def test_an_llm_that_is_not_there_is_an_error() -> None:
+    with pytest.raises(ValueError, match="^bootstrap.inject.llm is '/no/where': no such directory$"):
+        load_causal_lm(InjectConfig(llm="/no/where"), CPU)
+
+
 @pytest.mark.parametrize("family", ["tiny_llava_dir", "tiny_qwen_dir"])
 def test_the_own_language_model_answers_without_an_image(family: str, request: pytest.FixtureRequest) -> None:
     config = Config(model=ModelConfig(path=str(request.getfixturevalue(family)), dtype="float32"))
