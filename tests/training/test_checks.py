@@ -1,0 +1,31 @@
+"""Fail-fast checks before the first step."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bpo.training import checks
+from bpo.training.checks import NonFiniteError, check_weights
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite_is_named_whatever_rank_has_it(
+    value: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = torch.nn.ModuleDict({"a": torch.nn.Linear(2, 2), "b": torch.nn.Linear(2, 2, dtype=torch.bfloat16)})
+    monkeypatch.setattr(checks, "gather_from_ranks", lambda item: [[], item])
+    check_weights(model, "/models/m")
+    with torch.no_grad():
+        model["b"].weight[1, 1] = value
+    with pytest.raises(NonFiniteError, match=r"^/models/m: the model's own weights are not finite: b\.weight; "):
+        check_weights(model, "/models/m")
+
+
+def test_under_zero_3_each_rank_checks_its_own_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = torch.nn.Linear(2, 2, bias=False)
+    model.weight.data = torch.empty(0)
+    model.weight.ds_tensor = torch.tensor([1.0, float("nan")])
+    monkeypatch.setattr(checks, "gather_from_ranks", lambda item: [item])
+    with pytest.raises(NonFiniteError, match="not finite: weight;"):
+        check_weights(model, "m")
