@@ -21,10 +21,11 @@ from tqdm import tqdm
 from bpo.config.training import DataConfig
 from bpo.formats.bad_records import share
 from bpo.formats.examine import Examination, Findings, examine, forget_images
+from bpo.formats.importers.preferences import PairRow
 from bpo.formats.importers.registry import SCHEMAS, Source, open_source
 from bpo.formats.jsonfiles import Piece
-from bpo.formats.problems import PROBLEMS, Problem
-from bpo.formats.reading import SeenIds
+from bpo.formats.problems import PROBLEMS, Problem, RecordError
+from bpo.formats.reading import SeenIds, merge_adjacent
 from bpo.job.durable import replacing
 from bpo.job.journal import to_line
 
@@ -104,34 +105,50 @@ def check_data(
         raise ValueError(f"{path}: the file contains no records")
     result = CheckResult(str(path), source.schema.name, source.schema.gives)
     what = Examination(source.schema.name, image_root, opens_images, max_words)
-    seen, last_id = SeenIds(), None
+    seen, last = SeenIds(), ""
+    rows: list[PairRow] = []
     forget_images()
     with _Progress(source, progress) as bar, _report_dead_worker(path):
         for batch, findings in _examined(_batches(source.container.pieces()), what, workers):
             for index, record_id in enumerate(findings.ids):
                 problems = findings.problems.get(index, [])
-                if record_id is not None and not (findings.is_pair and record_id == last_id):
-                    repeated = _repeated(seen, source, record_id, findings.places[index], findings.is_pair)
-                    problems = [*problems, *repeated]
-                    last_id = record_id
-                if problems:
-                    result.add(problems)
-                    _write_bad(problems, quarantine)
+                row = findings.rows.get(index)
+                if rows and (row is None or row.group.id != rows[0].group.id):
+                    _add(result, _unmergeable(rows, last, seen), quarantine)
+                    rows = []
+                last = findings.places[index]
+                if row is not None:
+                    rows.append(row)
+                elif record_id is not None:
+                    problems = [*problems, *_repeated(seen, source, record_id, last)]
+                _add(result, problems, quarantine)
             result.num_records += len(findings.ids)
             bar.update(batch)
+        _add(result, _unmergeable(rows, last, seen), quarantine)
     result.seconds = time.monotonic() - started
     return result
 
 
-def _repeated(seen: SeenIds, source: Source, record_id: str, where: str, is_pair: bool) -> Iterator[Problem]:
+def _repeated(seen: SeenIds, source: Source, record_id: str, where: str) -> Iterator[Problem]:
     if seen.add(record_id):
         return
-    unique = source.schema is not None and source.schema.unique_ids
-    code = "rows-apart" if is_pair else "duplicate-id" if unique else "repeated-id"
+    code = "duplicate-id" if source.schema is not None and source.schema.unique_ids else "repeated-id"
     yield Problem(code, where, record_id, f"{where}: id {record_id!r} is already used by an earlier record")
 
 
-def _write_bad(problems: Iterable[Problem], quarantine: IO[bytes] | None) -> None:
+def _unmergeable(rows: Sequence[PairRow], where: str, seen: SeenIds) -> list[Problem]:
+    """Returns the problem of adjacent rows of one group that training would find, if any."""
+    try:
+        if rows:
+            merge_adjacent(rows, where, seen)
+    except RecordError as error:
+        return [Problem(error.code, where, rows[0].group.id, str(error))]
+    return []
+
+
+def _add(result: CheckResult, problems: Sequence[Problem], quarantine: IO[bytes] | None) -> None:
+    if problems:
+        result.add(problems)
     for problem in problems:
         if quarantine is not None and problem.level == "bad":
             # ASCII: an id may contain a lone surrogate.

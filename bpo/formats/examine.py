@@ -54,13 +54,13 @@ class Findings:
         ids: Record ids; None if unreadable.
         places: Locations of the records (file and line or position).
         problems: Index in the batch -> problems.
-        is_pair: Whether each record is a row with one pair of a group.
+        rows: Index in the batch -> the row, where a group is stored in several rows.
     """
 
     ids: list[str | None] = field(default_factory=list)
     places: list[str] = field(default_factory=list)
     problems: dict[int, list[Problem]] = field(default_factory=dict)
-    is_pair: bool = False
+    rows: dict[int, PairRow] = field(default_factory=dict)
 
 
 def examine(pieces: Sequence[Piece], what: Examination) -> Findings:
@@ -83,7 +83,7 @@ def examine(pieces: Sequence[Piece], what: Examination) -> Findings:
                     found += _checked_file(what.image_root, image) if image not in embedded.names else []
             problems += [Problem(code, piece.where, record_id, f"{piece.where}: {detail}") for code, detail in found]
             if isinstance(outcome, PairRow):
-                record_id, findings.is_pair = outcome.group.id, True
+                record_id, findings.rows[index] = outcome.group.id, outcome
         findings.ids.append(record_id)
         findings.places.append(piece.where)
         if problems:
@@ -120,6 +120,7 @@ def _of_record(outcome: Outcome, max_words: int) -> Iterator[tuple[str, str]]:
     if isinstance(outcome, str):
         yield outcome, PROBLEMS[outcome].meaning
         return
+    is_row = isinstance(outcome, PairRow)
     record = outcome.group if isinstance(outcome, PairRow) else outcome
     if isinstance(record, Annotation):
         answers, extras = [record.response], [record.extra]
@@ -127,7 +128,7 @@ def _of_record(outcome: Outcome, max_words: int) -> Iterator[tuple[str, str]]:
         answers = [completion.response for completion in record.completions]
         extras = [record.extra, *(completion.extra for completion in record.completions)]
         scores = [completion.score for completion in record.completions]
-        if len(set(scores)) < 2:
+        if len(set(scores)) < 2 and not is_row:
             yield "no-preference", "all completions have the same score"
         elif len(set(zip(answers, scores, strict=True))) > len(set(answers)):
             yield "same-text", "completions with different scores have the same text"

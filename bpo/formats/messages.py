@@ -9,35 +9,39 @@ from bpo.formats.fields import text_of
 from bpo.formats.problems import RecordError
 
 MESSAGE_FIELDS = ("messages", "conversations", "prompt", "chosen", "rejected")
-# Keys of an image's path in a part: transformers and Qwen use the first three, OpenAI the last.
-_SOURCES = ("image", "path", "url", "image_url")
+# Types of parts: transformers, Qwen and verl use `text` and `image`, OpenAI the others, Oumi the last.
+_TEXT_PARTS = ("input_text", "output_text")
+_IMAGE_PARTS = ("image", "image_url", "input_image", "image_path")
+# Keys of an image's path in a part: transformers and Qwen use the first three, OpenAI the fourth, Oumi the last.
+_SOURCES = ("image", "path", "url", "image_url", "content")
 # Beginnings of the types of parts with other media: video, video_url, audio, input_audio ...
 _OTHER_PARTS = ("video", "audio", "input_audio", "input_video")
 
 
 def lift_images(record: Mapping[str, Any], where: str) -> Mapping[str, Any]:
-    """Moves the image paths in message parts to `images`, leaving image parts without a path.
+    """Moves the image paths in message parts to `images`, leaving parts of the types `text` and `image`.
 
     Raises:
         RecordError: The record has images in both places, or its message fields have different images.
     """
     lists = {name: record[name] for name in MESSAGE_FIELDS if isinstance(record.get(name), list)}
-    lifted: dict[str, tuple[list[Any], list[Any]]] = {}
+    bare: dict[str, list[Any]] = {}
+    lifted: dict[str, list[Any]] = {}
     for name, messages in lists.items():
         if any(isinstance(message, dict) and isinstance(message.get("content"), list) for message in messages):
             sources: list[Any] = []
-            bare = [_bare_message(message, sources) for message in messages]
+            bare[name] = [_bare_message(message, sources) for message in messages]
             if sources:
-                lifted[name] = bare, sources
+                lifted[name] = sources
     if not lifted:
-        return record
+        return {**record, **bare} if bare else record
     if record.get("image") or record.get("images"):
         raise RecordError("wrong-type", f"{where}: images are in the messages and in a separate field; keep one")
-    _, images = next(iter(lifted.values()))
-    if any(sources != images for _, sources in lifted.values()):
+    images = next(iter(lifted.values()))
+    if any(sources != images for sources in lifted.values()):
         raise RecordError("wrong-type", f"{where}: {' and '.join(lifted)} contain different images; use one prompt")
     others = {name: value for name, value in record.items() if name not in ("image", "images")}
-    return others | {name: bare for name, (bare, _) in lifted.items()} | {"images": images}
+    return others | bare | {"images": images}
 
 
 def refuse_other_media(record: Mapping[str, Any], where: str) -> None:
@@ -121,11 +125,15 @@ def _bare_message(message: Any, sources: list[Any]) -> Any:
 
 
 def _bare_part(part: Any, sources: list[Any]) -> Any:
-    if not isinstance(part, dict) or part.get("type") not in ("image", "image_url"):
+    if isinstance(part, dict) and part.get("type") in _TEXT_PARTS:
+        return part | {"type": "text"}
+    if not isinstance(part, dict) or part.get("type") not in _IMAGE_PARTS:
         return part
     name = next((name for name in _SOURCES if part.get(name) is not None), None)
     if name is None:
         return part
     source = part[name]
-    sources.append(source["url"] if isinstance(source, dict) and source.keys() == {"url"} else source)
-    return {key: value for key, value in part.items() if key not in _SOURCES} | {"type": "image"}
+    # OpenAI's object may have `detail`, a hint for its servers.
+    is_url = isinstance(source, dict) and source.keys() - {"detail"} == {"url"}
+    sources.append(source["url"] if is_url else source)
+    return {key: value for key, value in part.items() if key not in (*_SOURCES, "detail")} | {"type": "image"}

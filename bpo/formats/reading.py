@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -90,8 +90,8 @@ def adapt(schema: Schema, piece: Piece, take_images: TakeImages | None = None) -
     record_id = record_id_of(schema, value, piece)
     where = piece.where if schema.unique_ids else f"{piece.where} (id {record_id!r})"
     try:
-        refuse_other_media(value, where)
         fields = canonical(value)
+        refuse_other_media(fields, where)
         schema = form_of(schema, value, fields, where)
         value = lift_images(fields, piece.where)
         if take_images is not None:
@@ -184,12 +184,21 @@ def iterate_records(
 
 def _finished(rows: list[PairRow], where: str, seen: SeenIds, bad: BadRecords) -> Iterator[PreferenceGroup]:
     """Merges adjacent rows into a group; reports incomplete or repeated groups as bad."""
-    record_id = rows[0].group.id
     try:
-        group = merge_rows(rows, where)
-        if not seen.add(record_id):
-            raise RecordError("rows-apart", f"{where}: rows of group {record_id!r} are not adjacent; sort by group")
+        group = merge_adjacent(rows, where, seen)
     except RecordError as error:
-        bad.report(Problem(error.code, where, record_id, str(error)))
+        bad.report(Problem(error.code, where, rows[0].group.id, str(error)))
     else:
         yield group
+
+
+def merge_adjacent(rows: Sequence[PairRow], where: str, seen: SeenIds) -> PreferenceGroup:
+    """Merges adjacent rows into a group, whose id is added to `seen`.
+
+    Raises:
+        RecordError: The group is incomplete, or has been read already.
+    """
+    group = merge_rows(rows, where)
+    if not seen.add(group.id):
+        raise RecordError("rows-apart", f"{where}: rows of group {group.id!r} are not adjacent; sort by group")
+    return group

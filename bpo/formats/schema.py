@@ -55,10 +55,6 @@ def group_from_json(obj: Any, where: str) -> PreferenceGroup:
     """
     if not isinstance(obj, dict):
         raise RecordError("not-an-object", f"{where}: a group is {type(obj).__name__}, not an object; write {{...}}")
-    if "conversations" in obj and "completions" not in obj:
-        raise RecordError(
-            "wrong-file", f"{where}: this is an annotation file; set it as data.annotations and run bpo bootstrap"
-        )
     if obj.get("id") is None:
         raise RecordError("missing-field", f"{where}: field 'id' is missing; give every group a unique id")
     group_id = id_text(obj["id"], where)

@@ -37,11 +37,15 @@ def write(path: Path, *records: Any) -> Path:
         {"type": "image", "url": "a.png"},
         {"type": "image_url", "image_url": {"url": "a.png"}},
         {"type": "image_url", "image_url": "a.png"},
+        {"type": "image_url", "image_url": {"url": "a.png", "detail": "high"}},
+        {"type": "input_image", "image_url": "a.png", "detail": "auto"},
+        {"type": "image_path", "content": "a.png"},
     ],
 )
 def test_a_message_part_may_contain_an_image(tmp_path: Path, part: dict[str, Any]) -> None:
     other = {"type": "image", "image": "b.png"}
-    turns = [message("user", "Is ", part, " or ", other, "it?"), message("assistant", "A", " bus.")]
+    answer = message("assistant", "A", {"type": "output_text", "text": " bus."})
+    turns = [message("user", {"type": "input_text", "text": "Is "}, part, " or ", other, "it?"), answer]
     (annotation,) = read_annotations(write(tmp_path / "a.json", {"id": 1, "messages": turns})).annotations
     assert annotation.images == ("a.png", "b.png") and annotation.response == "A bus."
     assert annotation.prompt == (Turn("user", (text("Is "), IMAGE, text(" or "), IMAGE, text("it?"))),)

@@ -181,6 +181,7 @@ def test_every_problem_code_is_tested() -> None:
         code for code, _ in BAD_IMAGES
     }
     tested |= {"torn-record", "nested-too-deeply", "too-large", "rows-apart", "wrong-columns", "image-embedded"}
+    tested |= {"different-prompts", "one-label"}  # tests/formats/importers/test_names.py, test_ratings.py
     assert len(tested) >= 40
     # Not tested here: a model's image processor, and file permissions (which do not apply to root).
     assert set(PROBLEMS) - tested == {"image-refused", "image-unreadable"}
@@ -213,6 +214,8 @@ BAD_ANNOTATIONS: list[tuple[str, Any]] = [
             ],
         ),
     ),
+    ("preference-field", conversation("What?", "This.", rejected="That.")),
+    ("preference-field", conversation("What?", "This.", label=False)),
     ("repeated-id", conversation("What?", "This.", id="first")),
     ("lone-surrogate", conversation("What?", "Th\ud800is.")),
     ("invalid-id", conversation("What?", "This.", id=False)),

@@ -29,6 +29,7 @@ _NAMES: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(f"(?:rejected|reject|dispreferred|non_?preferred|losing){_KIND}"), "rejected"),
     (re.compile("img_path|image_path|image_bytes|jpg|img"), "image"),
     (re.compile("kto_tag"), "label"),
+    (re.compile("system_prompt"), "system"),
 )
 # Names that only preference data use, in a record or a turn.
 _PREFERENCE = re.compile(
@@ -50,9 +51,12 @@ def canonical(record: Mapping[str, Any]) -> Mapping[str, Any]:
     if _is_own(record):
         return record
     fields = {name: _decoded_turns(value) if name in _TEXT_OF_TURNS else value for name, value in record.items()}
+    for name in ("chosen", "rejected", "label"):
+        if name in fields and fields[name] is None:
+            del fields[name]
     for key in record:
         name = _name_of(key)
-        if name != key and fields.get(key) is not None and not _has(fields, name):
+        if name != key and _has(fields, key) and not _has(fields, name):
             fields[name] = fields.pop(key)
     if not any(_has(fields, name) for name in (*TURN_FIELDS, *PROMPT_FIELDS)):
         _name_prompt(fields)

@@ -19,6 +19,7 @@ from bpo.formats.importers.llava import (
     prompt_of,
     turn_extra,
 )
+from bpo.formats.importers.names import TURN_FIELDS
 from bpo.formats.jsonfiles import parse_json
 from bpo.formats.messages import content_text, without_nulls
 from bpo.formats.problems import RecordError
@@ -27,7 +28,9 @@ from bpo.records import Completion, PreferenceGroup
 
 # Columns added to TRL's by the exporter, so that groups survive a round trip through pairs.
 GROUP_META, CHOSEN_META, REJECTED_META = "bpo_group", "bpo_chosen", "bpo_rejected"
-TRL_KEYS = frozenset(("id", "image", "images", "prompt", "chosen", "rejected", GROUP_META, CHOSEN_META, REJECTED_META))
+TRL_KEYS = frozenset(
+    ("id", "image", "images", "prompt", "question", "chosen", "rejected", GROUP_META, CHOSEN_META, REJECTED_META)
+)
 PAIR_KEYS = frozenset(("id", "idx", "image", "images", "image_path", "question", "chosen", "rejected", "text"))
 
 
@@ -45,7 +48,7 @@ class PairRow:
     num_completions: int = 0
 
 
-def group_from_trl(obj: Mapping[str, Any], record_id: str, where: str) -> PreferenceGroup | PairRow:
+def group_from_trl(obj: Mapping[str, Any], record_id: str, where: str) -> PreferenceGroup | PairRow | str:
     """Converts one row of TRL's preference format: `prompt`, `chosen`, `rejected` (texts or messages) and `images`.
 
     If the answers are whole conversations, their common messages before the last one are the prompt.
@@ -53,8 +56,10 @@ def group_from_trl(obj: Mapping[str, Any], record_id: str, where: str) -> Prefer
     Raises:
         RecordError: Names `where`, the field and the fix.
     """
-    images = conversation_images(obj, where)
     prompt, chosen, rejected = _split_prompt(obj, where)
+    if prompt is None:
+        return group_from_sharegpt(obj, record_id, where)
+    images = conversation_images(obj, where)
     turns = prompt_turns(without_nulls(prompt), len(images), where)
     answers = [_last_answer(chosen, "chosen", where), _last_answer(rejected, "rejected", where)]
     if GROUP_META in obj and obj[GROUP_META] is not None:
@@ -64,11 +69,14 @@ def group_from_trl(obj: Mapping[str, Any], record_id: str, where: str) -> Prefer
 
 
 def _split_prompt(obj: Mapping[str, Any], where: str) -> tuple[Any, Any, Any]:
-    """Returns (prompt, chosen, rejected); the answers may repeat the prompt, continue it, or contain its only copy."""
-    prompt = obj.get("prompt")
+    """Returns (prompt, chosen, rejected); the answers may repeat the prompt, continue it, or contain its only copy.
+
+    The prompt is None if it is in a conversation.
+    """
+    prompt = obj.get("prompt", obj.get("question"))
     begin, chosen, rejected = _split_answers(obj, where)
     if not begin:
-        if prompt is None:
+        if prompt is None and not any(name in obj for name in TURN_FIELDS):
             raise RecordError("missing-field", f"{where}: field 'prompt' is missing; add the question")
         return prompt, chosen, rejected
     last = begin[-1].get("content") if isinstance(begin[-1], dict) else None
@@ -123,7 +131,7 @@ def group_from_rlhf_v(obj: Mapping[str, Any], record_id: str, where: str) -> Pre
                 "wrong-type", f"{where}: field 'text' must be a JSON object with question, chosen, rejected"
             )
     image = obj.get("image") if obj.get("image") is not None else obj.get("image_path")
-    images = conversation_images({"image": image}, where)
+    images = conversation_images({"image": image, "images": obj.get("images")}, where)
     question = answer_of(required(source, "question", where), "field 'question'", where)
     completions = tuple(
         Completion(answer_of(required(source, name, where), f"field {name!r}", where), score, name)
@@ -165,7 +173,7 @@ def group_from_sharegpt(obj: Mapping[str, Any], record_id: str, where: str) -> P
     return PreferenceGroup(record_id, images, prompt_of(turns, len(images), where), tuple(completions), extra)
 
 
-def group_from_rejected(obj: Mapping[str, Any], record_id: str, where: str) -> PreferenceGroup | str:
+def group_from_rejected(obj: Mapping[str, Any], record_id: str, where: str) -> PreferenceGroup | PairRow | str:
     """Converts a conversation whose last answer is the preferred one, with `rejected` (ms-swift, POVID).
 
     `rejected` is a text or a turn, a list of texts, or the turns of the conversation with another last answer.
@@ -176,6 +184,8 @@ def group_from_rejected(obj: Mapping[str, Any], record_id: str, where: str) -> P
     Raises:
         RecordError: Names `where`, the field and the fix.
     """
+    if obj.get("chosen") is not None:
+        return group_from_sharegpt(obj, record_id, where)
     if obj.get("rejected_images"):
         raise RecordError(
             "different-prompts",

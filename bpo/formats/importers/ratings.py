@@ -22,6 +22,7 @@ from bpo.formats.importers.names import PROMPT_FIELDS, RATED
 from bpo.formats.importers.preferences import PairRow
 from bpo.formats.messages import content_text
 from bpo.formats.problems import RecordError
+from bpo.formats.schema import COMPLETION_KEYS
 from bpo.records import Completion, PreferenceGroup
 
 # Keys include 1 and 0, which equal True and False.
@@ -43,9 +44,8 @@ def group_from_ratings(obj: Mapping[str, Any], record_id: str, where: str) -> Pr
     images = conversation_images(obj, where)
     name = next((name for name in ("messages", "conversations", *PROMPT_FIELDS) if obj.get(name) is not None), "prompt")
     value = required(obj, name, where)
-    turns = conversation_turns(
-        {"messages": [{"role": "user", "content": value}] if isinstance(value, str) else value}, where
-    )
+    value = [{"role": "user", "content": value}] if isinstance(value, str) else value
+    turns = conversation_turns({"messages": value, "system": obj.get("system")}, where)
     if not ends_with_the_user(turns):
         return NOT_ALTERNATING
     entries = required(obj, RATED, where)
@@ -63,14 +63,13 @@ def _rated(entry: Any, name: str, where: str) -> Completion:
     if "rank" in entry:
         raise RecordError(
             "invalid-score",
-            f"{where}: ranks do not tell which end is best; write 'scores', a list in which higher is preferred",
+            f"{where}: a ranking does not tell which end is best; write 'scores', of which higher ones are preferred",
         )
-    known = ("response", "score", "annotations") if "score" in entry else ("response",)
     if entry.get("score") is not None:
         score = score_of(entry["score"], f"{name}.score", where)
     else:
         score = _mean_rating(entry.get("annotations"), name, where)
-    return Completion(text, score, "rated", None, extra_of(entry, known, where, ("score", "type", "provenance")))
+    return Completion(text, score, "rated", None, extra_of(entry, ("response", "score"), where, COMPLETION_KEYS))
 
 
 def _mean_rating(annotations: Any, name: str, where: str) -> float:
@@ -103,7 +102,7 @@ def row_from_label(obj: Mapping[str, Any], record_id: str, where: str) -> PairRo
         RecordError: Names `where`, the field and the fix.
     """
     label = required(obj, "label", where)
-    if not isinstance(label, (bool, int, str)) or label not in _LABELS:
+    if not isinstance(label, (int, float, str)) or label not in _LABELS:
         raise RecordError(
             "wrong-type",
             f"{where}: field 'label' is {label!r}; in KTO's form it is true or false: rename or remove another label",

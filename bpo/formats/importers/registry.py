@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from bpo.formats.importers.arrow import HUB
 from bpo.formats.importers.containers import Container, UnknownFormat, open_container
 from bpo.formats.importers.llava import annotation_from_llava
 from bpo.formats.importers.names import RATED, TURN_FIELDS, canonical, object_hint, preference_field
@@ -28,6 +30,7 @@ from bpo.records import Annotation, PreferenceGroup
 # Result of adapting a record; a str is the reason to skip it.
 Outcome = Annotation | PreferenceGroup | PairRow | str
 PROBED_RECORDS = 100
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/(?![\w.-]+\.(?:json|jsonl|csv|tsv|parquet|tar|gz|zst)$)[\w-][\w.-]*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +159,10 @@ def open_source(path: Path, schema_name: str = "") -> Source:
         ValueError: The file cannot be read, or no record can be parsed (then the error of the first one).
         UnknownFormat: No schema matches; lists all schemas and what was missing for each.
     """
+    if _HUB_NAME.fullmatch(str(path)) and not Path(path).exists():
+        raise ValueError(
+            f"{path} does not exist; if it is a dataset of the Hub: `bpo convert {HUB}{path} FILE.jsonl --images DIR`"
+        )
     container = open_container(path)
     if schema_name:
         found = [schema for schema in SCHEMAS if schema.name == schema_name]
@@ -211,11 +218,10 @@ def form_of(schema: Schema, record: Mapping[str, Any], fields: Mapping[str, Any]
     if "completions" in fields:
         return schema
     if other.gives != schema.gives:
-        raise RecordError(
-            "wrong-file",
-            f"{where}: the record has the form {other.name!r} ({other.gives}), but the first records have the form "
-            f"{schema.name!r} ({schema.gives}); move it to a file of its own",
-        )
+        fix = "an annotation file (data.annotations, for bpo bootstrap)"
+        if other.gives == "groups":
+            fix = "a file of groups (data.groups)"
+        raise RecordError("wrong-file", f"{where}: the record has the form {other.name!r}; move it to {fix}")
     return other
 
 
