@@ -143,7 +143,9 @@ class CheckpointSaver:
     def _start(self, step: int) -> None:
         began = time.perf_counter()
         shard = self.take()
-        needed = sum(self.job.gather(shard.num_bytes)) + _SPARE_BYTES
+        sizes = self.job.gather((shard.num_bytes, shard.is_finite()))
+        self._check_finite(step, [finite for _, finite in sizes])
+        needed = sum(size for size, _ in sizes) + _SPARE_BYTES
         token, problem = self.job.gather(self._make_room(step, needed) if self.job.rank == 0 else ("", None))[0]
         self._step, self._written, self._problem = step, None, problem
         self._temporary = checkpoints_root(self.output_dir) / f"{step_dir(self.output_dir, step).name}.{token}.tmp"
@@ -151,6 +153,16 @@ class CheckpointSaver:
         self._writer = threading.Thread(target=self._write, args=(host,), name="checkpoint", daemon=True)
         self._started_at, self._blocked_s = began, time.perf_counter() - began
         self._writer.start()
+
+    def _check_finite(self, step: int, finite: list[bool]) -> None:
+        """A step may end with a finite loss and gradient, and weights that are not; the next loss would show it."""
+        if not all(finite):
+            kept = f"the latest checkpoint, {self.newest}, is valid" if self.newest else "older checkpoints are valid"
+            ranks = ", ".join(str(rank) for rank, is_finite in enumerate(finite) if not is_finite)
+            raise CheckpointError(
+                f"the weights after step {step} contain NaN or infinite values (on ranks {ranks}) "
+                f"and are not saved; {kept}. Lower train.lr, set train.max_grad_norm, or use float32"
+            )
 
     def _make_room(self, step: int, needed: int) -> tuple[str, str | None]:
         """Creates the folder and checks the free disk space before anything is written."""

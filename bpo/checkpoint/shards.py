@@ -59,6 +59,13 @@ class Shard:
     def num_bytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in self.tensors.values())
 
+    def is_finite(self) -> bool:
+        """Whether no master weight is NaN or infinite; needs no memory of the weights' size."""
+        # By fragments: ZeRO-3 leaves the padding between them uninitialised.
+        weights = (self.tensors[f"{MASTER}.{f.flat}"].narrow(0, f.flat_start, f.numel) for f in self.fragments)
+        largest = [torch.linalg.vector_norm(weight, torch.inf) for weight in weights]
+        return not largest or bool(torch.isfinite(torch.stack(largest)).all())
+
     def to_host(self, buffers: dict[str, torch.Tensor]) -> Shard:
         """A copy in host memory; training may continue when it returns.
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from bpo.job.durable import write_durably
+from bpo.job.journal import JournalReader, to_line
 from bpo.losses import LossOutput
 from bpo.records import GroupBatch, LostGroup, UsefulWork
 from bpo.training.flops import ModelFlops
@@ -193,14 +194,10 @@ class MetricsWriter:
 
 
 def _drop_from(path: Path, start_step: int) -> None:
-    """Removes the lines of steps that a resumed run repeats, so that each step is logged exactly once."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] <= start_step:
-                kept.append(line)
-        except json.JSONDecodeError:
-            continue  # a line that a killed run did not finish
-    write_durably(path, "".join(line + "\n" for line in kept))
+    """Replaces the file without the steps that a resumed run repeats, so that each step is logged exactly once.
+
+    Lines that are not metrics, such as one that a power failure has damaged, are dropped with a warning.
+    """
+    if path.exists():
+        read = JournalReader(path).poll(lambda entry: (int(entry["step"]), entry))
+        write_durably(path, b"".join(to_line(entry) for _, (step, entry) in read if step <= start_step))

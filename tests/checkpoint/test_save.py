@@ -19,7 +19,14 @@ from typing import Any
 import pytest
 from checkpoint_worker import Run, stored_step
 
-from bpo.checkpoint.files import STAGES, checkpoint_dirs, checkpoints_root, newest_valid_checkpoint, step_dir
+from bpo.checkpoint.files import (
+    STAGES,
+    CheckpointError,
+    checkpoint_dirs,
+    checkpoints_root,
+    newest_valid_checkpoint,
+    step_dir,
+)
 from bpo.checkpoint.save import SaveFailedError
 
 pytestmark = pytest.mark.timeout(60)
@@ -97,6 +104,29 @@ def test_a_save_that_is_due_waits_for_the_one_before(tmp_path: Path) -> None:
         run.to(step)
     run.saver.finish(7)
     assert steps_of(tmp_path) == list(range(1, 8))
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path, value: str) -> None:
+    """The last step of a run may end so with a finite loss: nothing would show it but the model."""
+    run = Run(tmp_path)
+    run.save(10)
+    take, where = run.saver.take, 1
+
+    def spoiled() -> Any:
+        shard = take()
+        shard.tensors = {**shard.tensors, "master.0": shard.tensors["master.0"].clone()}
+        shard.tensors["master.0"][where] = float(value)
+        return shard
+
+    run.saver.take = spoiled
+    run.save(10)  # in the padding, which ZeRO-3 does not initialise
+    where = 17
+    with pytest.raises(
+        CheckpointError, match=r"weights after step 11 contain NaN.*latest.*step-00000010, is valid.*train.lr"
+    ):
+        run.save(11)
+    assert steps_of(tmp_path) == [10] and [d.name for d in checkpoint_dirs(tmp_path)] == ["step-00000010"]
 
 
 def test_in_the_foreground_it_is_committed_when_the_call_returns(tmp_path: Path) -> None:

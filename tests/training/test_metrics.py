@@ -140,6 +140,35 @@ def test_resumed_writer_replaces_later_steps_and_a_torn_line(tmp_path: Path) -> 
     assert lines(tmp_path) == [{"step": 1, "loss": 1}, {"step": 2, "loss": 7}]
 
 
+def test_lines_that_are_not_metrics_are_skipped_by_file_and_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A bad byte, the zeros that a power failure leaves, JSON that is no object of a step."""
+    damaged = [b'{"step": 2, "loss": \xff}', b"\0" * 40, b"5", b"{}", b'{"step": null}']
+    good = [b'{"step": 1, "loss": 0.1}', b'{"step": 3, "loss": NaN}']
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join([good[0], *damaged, good[1]]) + b"\n")
+    MetricsWriter(tmp_path, enabled=True, tensorboard=False, start_step=9).close()
+    assert (tmp_path / "metrics.jsonl").read_bytes().splitlines() == good
+    for number in range(2, 7):
+        assert f"metrics.jsonl:{number}: unreadable line, skipped" in caplog.text
+
+
+def test_a_kill_while_a_resumed_run_shortens_the_file_leaves_it_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = '{"step": 1, "loss": 1}\n{"step": 2, "loss": 2}\n'
+    (tmp_path / "metrics.jsonl").write_text(before)
+
+    def killed(*_: object) -> None:
+        assert (tmp_path / "metrics.jsonl").read_text() == before
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        MetricsWriter(tmp_path, enabled=True, tensorboard=False, start_step=1)
+    assert (tmp_path / "metrics.jsonl").read_text() == before
+
+
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     writer = MetricsWriter(tmp_path, enabled=False, tensorboard=True, start_step=0)
     writer.write(1, {"loss": 0.5})
