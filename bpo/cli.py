@@ -49,15 +49,16 @@ def _convert(argv: list[str]) -> int:
 
 
 def _bootstrap(argv: list[str]) -> int:
-    from bpo.bootstrap.run import run_bootstrap
-    from bpo.config.io import load_config
-    from bpo.job.launch import ranks_from_environment, setup_logging
     from bpo.job.signals import StopRequest
 
-    setup_logging(ranks_from_environment())
-    about = "Create preference groups from annotations."
-    config = load_config(argv, prog="bpo bootstrap", description=about, reads=("data.annotations",))
-    with StopRequest() as stop:
+    with StopRequest() as stop:  # before the imports, which take seconds
+        from bpo.bootstrap.run import run_bootstrap
+        from bpo.config.io import load_config
+        from bpo.job.launch import ranks_from_environment, setup_logging
+
+        setup_logging(ranks_from_environment())
+        about = "Create preference groups from annotations."
+        config = load_config(argv, prog="bpo bootstrap", description=about, reads=("data.annotations",))
         run_bootstrap(config, stop=stop)
     return 0
 
@@ -74,22 +75,26 @@ def _merge(argv: list[str]) -> int:
 
 
 def _train(argv: list[str]) -> int:
-    from bpo.train import main
+    from bpo.job.signals import StopRequest
 
-    main(argv)
+    with StopRequest() as stop:
+        from bpo.train import main
+
+        main(argv, stop)
     return 0
 
 
 def _evaluate(argv: list[str]) -> int:
-    from bpo.config.io import load_config
-    from bpo.evaluation.run import run_evaluation
-    from bpo.job.launch import ranks_from_environment, setup_logging
     from bpo.job.signals import StopRequest
 
-    setup_logging(ranks_from_environment())
-    about = "Measure hallucination with CHAIR and POPE."
-    config = load_config(argv, prog="bpo evaluate", description=about, reads=("model.path",))
     with StopRequest() as stop:
+        from bpo.config.io import load_config
+        from bpo.evaluation.run import run_evaluation
+        from bpo.job.launch import ranks_from_environment, setup_logging
+
+        setup_logging(ranks_from_environment())
+        about = "Measure hallucination with CHAIR and POPE."
+        config = load_config(argv, prog="bpo evaluate", description=about, reads=("model.path",))
         run_evaluation(config, stop=stop)
     return 0
 

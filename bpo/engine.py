@@ -15,9 +15,11 @@ import torch
 
 from bpo.config.training import Config, LossConfig, TrainConfig
 from bpo.data.families import Family
+from bpo.job import one_process, rendezvous
 from bpo.job.collectives import JobRanks
 from bpo.job.compile_locks import named_compile_locks
 from bpo.job.launch import Ranks, export_torch_environment, pick_device
+from bpo.job.signals import StopRequest
 from bpo.losses import LossOutput, fused_loss, is_fused, loss_of_logp
 from bpo.model.attention.shared_prefix import packed_layout
 from bpo.model.policy import PolicyModel, model_inputs
@@ -101,20 +103,33 @@ def with_fitting_buckets(settings: dict[str, Any], num_gradients: int) -> dict[s
 
 
 @named_compile_locks()
-def init_distributed(ranks: Ranks) -> None:
-    """Starts the process group: NCCL on GPUs, gloo on CPUs.
+def init_distributed(ranks: Ranks, stop: StopRequest | None = None) -> None:
+    """Starts the process group: NCCL on GPUs, gloo on CPUs; one process on a CPU opens no port.
 
     Raises:
+        RendezvousError: the ranks do not find each other.
+        Interrupted: `stop` was received before all ranks had started.
         StaleCompileLockError: a killed process has left the lock of an operation that DeepSpeed compiles here.
     """
+    timeout = rendezvous.collective_timeout()
     import deepspeed
 
     export_torch_environment(ranks)
-    if torch.cuda.is_available():
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
         torch.cuda.set_device(pick_device(ranks))
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+    backend = "nccl" if on_gpu else "gloo" if ranks.world_size > 1 else one_process.register()
+    torch.distributed.init_process_group(
+        backend,
+        store=rendezvous.meet(ranks, timeout, stop),
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        timeout=timeout,
+        device_id=pick_device(ranks) if on_gpu and ranks.world_size > 1 else None,  # as DeepSpeed does
+    )
+    deepspeed.init_distributed(dist_backend=backend, verbose=False)
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from bpo.job.exits import EXIT_INTERRUPTED, Interrupted, JobError, exit_code_of
 from bpo.job.launch import Ranks, pick_device
+from bpo.job.rendezvous import named_wait
 
 T = TypeVar("T")
 
@@ -74,11 +75,12 @@ def from_rank_0(make: Callable[[], T]) -> T:
             error, outcome = raised, {"error": _describe(raised)}
     content = _to_bytes(outcome)
     size = torch.tensor([len(content)], device=_transport_device())
-    dist.broadcast(size, 0)
-    if dist.get_rank() != 0:
-        content = torch.empty(int(size), dtype=torch.uint8)
-    content = content.to(size.device)
-    dist.broadcast(content, 0)
+    with named_wait(_ranks()):
+        dist.broadcast(size, 0)
+        if dist.get_rank() != 0:
+            content = torch.empty(int(size), dtype=torch.uint8)
+        content = content.to(size.device)
+        dist.broadcast(content, 0)
     if error is not None:
         raise error
     outcome = _from_bytes(content)
@@ -96,11 +98,12 @@ def gather_from_ranks(item: T) -> list[T]:
     content = _to_bytes(item)
     size = torch.tensor([len(content)], device=_transport_device())
     sizes = [torch.empty_like(size) for _ in range(dist.get_world_size())]
-    dist.all_gather(sizes, size)
-    padded = torch.zeros(max(int(size) for size in sizes), dtype=torch.uint8, device=size.device)
-    padded[: len(content)] = content
-    contents = [torch.empty_like(padded) for _ in sizes]
-    dist.all_gather(contents, padded)
+    with named_wait(_ranks()):
+        dist.all_gather(sizes, size)
+        padded = torch.zeros(max(int(size) for size in sizes), dtype=torch.uint8, device=size.device)
+        padded[: len(content)] = content
+        contents = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(contents, padded)
     return [_from_bytes(content[: int(size)]) for content, size in zip(contents, sizes, strict=True)]
 
 
@@ -122,6 +125,10 @@ def _as_error(message: str, code: int, owns_directory: bool) -> Exception:
     return Interrupted(message) if code == EXIT_INTERRUPTED else FirstRankError(message, code, owns_directory)
 
 
+def _ranks() -> Ranks:
+    return Ranks(dist.get_rank(), dist.get_world_size())
+
+
 def _transport_device() -> torch.device:
     return pick_device() if dist.get_backend() == "nccl" else torch.device("cpu")
 
@@ -136,10 +143,12 @@ def _from_bytes(content: torch.Tensor) -> Any:
 
 
 def barrier() -> None:
-    dist.barrier()
+    with named_wait(_ranks()):
+        dist.barrier()
 
 
 def shut_down() -> None:
-    """Leaves the process group; otherwise the launcher may wait for a rank that has exited, or warn about it."""
-    dist.barrier()
-    dist.destroy_process_group()
+    """Leaves the process group, if it was entered; otherwise the launcher may wait for a rank that has exited."""
+    if dist.is_initialized():
+        barrier()
+        dist.destroy_process_group()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -48,7 +47,7 @@ def ranks_from_environment(environ: dict[str, str] | None = None) -> Ranks:
     values = []
     for name, default in zip(names, ("0", "1", "0"), strict=True):
         text = env.get(name, default)
-        if not text.isdigit():
+        if not text.isdecimal():
             raise ValueError(f"the environment variable {name} is {text!r}; it must be a number")
         values.append(int(text))
     ranks = Ranks(*values)
@@ -61,7 +60,7 @@ def restart_count(environ: dict[str, str] | None = None) -> int:
     """How often SLURM has restarted this job (SLURM_RESTART_COUNT); 0 for a first start or outside SLURM."""
     env = os.environ if environ is None else environ
     text = env.get("SLURM_RESTART_COUNT", "0")
-    if not text.isdigit():
+    if not text.isdecimal():
         raise ValueError(f"the environment variable SLURM_RESTART_COUNT is {text!r}; it must be a number")
     return int(text)
 
@@ -88,17 +87,13 @@ def export_torch_environment(ranks: Ranks) -> None:
     # The node list of the step if there is one: srun may use a subset of the job's nodes, with rank 0 on its first.
     nodelist = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST", "")
     os.environ.setdefault("MASTER_ADDR", first_host(nodelist) if nodelist and ranks.world_size > 1 else "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", str(_master_port(ranks.world_size)))
+    os.environ.setdefault("MASTER_PORT", str(_master_port()))
 
 
-def _master_port(world_size: int) -> int:
-    """A port that jobs on one node do not share: a free one for a single process, else derived from the job id."""
-    if world_size == 1:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            return int(probe.getsockname()[1])
+def _master_port() -> int:
+    """A port that jobs on one node do not share, derived from the job id."""
     job = os.environ.get("SLURM_JOB_ID", "0")
-    return 29500 + int(job) % 10000 if job.isdigit() else 29500
+    return 29500 + int(job) % 10000 if job.isdecimal() else 29500
 
 
 def pick_device(ranks: Ranks | None = None) -> torch.device:

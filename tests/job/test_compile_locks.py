@@ -211,7 +211,11 @@ def test_doctor_lists_each_lock_with_its_fix(holder: subprocess.Popen[str], root
 def start_training(tmp_path: Path, root: Path) -> subprocess.Popen[str]:
     output = tmp_path / "run"
     output.mkdir()
-    options = ["--model.path", "model", "--data.groups", "groups.jsonl", "--train.output_dir", str(output)]
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    (tmp_path / "groups.jsonl").touch()
+    options = ["--model.path", str(tmp_path / "model"), "--data.groups", str(tmp_path / "groups.jsonl")]
+    options += ["--train.output_dir", str(output)]
     return subprocess.Popen(
         [sys.executable, "-m", "bpo.cli", "train", *options],
         stdout=subprocess.PIPE,

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,11 +19,23 @@ from bpo.job.exits import Interrupted
 from bpo.job.guard import RunGuard
 from bpo.job.launch import Ranks
 from bpo.job.restarts import RestartCount
-from bpo.job.signals import StopRequest
+from bpo.job.signals import StopRequest, leave_signals_to_parent
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
-def test_a_signal_is_remembered_until_the_next_boundary(number: signal.Signals, caplog) -> None:
+@pytest.fixture
+def usual_handlers() -> Iterator[None]:
+    """Those of an interactive start: a test run in the background may have some of them ignored."""
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP], ids=lambda n: n.name
+)
+def test_a_signal_is_remembered_until_the_next_boundary(number: signal.Signals, usual_handlers: None, caplog) -> None:
     before = signal.getsignal(number)
     with StopRequest() as stop:
         stop.check("nothing is kept")
@@ -28,6 +45,53 @@ def test_a_signal_is_remembered_until_the_next_boundary(number: signal.Signals, 
             stop.check("3 answers are kept")
     assert f"{number.name}: stopping at the next boundary" in caplog.text and "already stopping" in caplog.text
     assert signal.getsignal(number) == before
+
+
+# Blocked where no Python handler runs, as in a collective: only the thread of the signals notices.
+BLOCKED = """
+import ctypes, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from bpo.job.signals import StopRequest
+stop = StopRequest()
+print(signal.getsignal(signal.SIGHUP) == signal.SIG_IGN, flush=True)
+libc = ctypes.CDLL(None)
+for _ in range(4):
+    libc.sleep(30)
+"""
+
+
+def test_a_second_ctrl_c_ends_at_once_but_a_forwarded_one_does_not() -> None:
+    command = ["nohup", sys.executable, "-c", BLOCKED]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout.readline() == "True\n"  # ignored by nohup: it stays so
+        for _ in range(2):  # the terminal's, and the launcher's
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.1)
+        time.sleep(2.5)
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        assert process.wait(10) == 130
+        errors = process.stderr.read()
+    assert "second Ctrl-C" in errors and "Traceback" not in errors
+
+
+def test_a_worker_ends_with_its_parent_only() -> None:
+    worker = multiprocessing.get_context("fork").Process(target=_work, daemon=True)
+    worker.start()
+    assert worker.pid is not None
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR2, signal.SIGTERM):
+        subprocess.run(["sh", "-c", f"sleep 0.3; kill -{number.value} {worker.pid}"], check=True)  # not from its parent
+    worker.join(0.5)
+    assert worker.is_alive()
+    worker.terminate()
+    worker.join(10)
+    assert worker.exitcode == 0
+
+
+def _work() -> None:
+    leave_signals_to_parent()
+    time.sleep(60)
 
 
 @pytest.mark.parametrize(
