@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import random
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -12,6 +11,8 @@ from bpo.config.training import DataConfig
 from bpo.formats.bad_records import BadRecords
 from bpo.formats.importers.registry import open_source
 from bpo.formats.reading import iterate_records
+from bpo.job.durable import write_durably
+from bpo.job.journal import to_line
 from bpo.records import PreferenceGroup
 
 
@@ -80,4 +81,4 @@ def write_bad_records(path: Path, bad: BadRecords) -> None:
     if not bad.problems:
         path.unlink(missing_ok=True)
         return
-    path.write_text("".join(json.dumps(problem.to_json()) + "\n" for problem in bad.problems), encoding="ascii")
+    write_durably(path, b"".join(to_line(problem.to_json()) for problem in bad.problems), sync=False)

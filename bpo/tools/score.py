@@ -8,7 +8,6 @@ Uses one process, one model in memory at a time, and the forward pass of trainin
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,6 +21,8 @@ from bpo.data.encode import Dropped, EncodedGroup, Encoder, EncodingError, load_
 from bpo.formats.bad_records import BadRecords
 from bpo.formats.problems import Problem, RecordError
 from bpo.job.compile_locks import named_compile_locks
+from bpo.job.durable import replacing
+from bpo.job.journal import to_line
 from bpo.job.launch import pick_device
 from bpo.model.attention.shared_prefix import packed_layout
 from bpo.model.load import load_model
@@ -118,7 +119,7 @@ def write_scores(options: argparse.Namespace) -> int:
     encoder = load_encoder(sides["policy"])
     usable = [group for group in groups if group.id in reference]
     written = 0
-    with options.out.open("w", encoding="utf-8") as file:
+    with replacing(options.out) as file:
         for group, encoded, values in score_groups(sides["policy"], usable, max_tokens, unseen):
             ids, before = reference[group.id]
             if ids != encoded.completion_ids:
@@ -126,7 +127,7 @@ def write_scores(options: argparse.Namespace) -> int:
                     f"{options.policy} and {options.reference} tokenize group {group.id!r} differently; give the model "
                     "that the policy was trained from as --reference"
                 )
-            file.write(json.dumps(_line(encoder, group, encoded, values, before), ensure_ascii=False) + "\n")
+            file.write(to_line(_line(encoder, group, encoded, values, before), ensure_ascii=False))
             written += 1
     if listed.problems:
         print(
