@@ -113,14 +113,14 @@ def check_data(
             for index, record_id in enumerate(findings.ids):
                 problems = findings.problems.get(index, [])
                 row = findings.rows.get(index)
-                if rows and (row is None or row.group.id != rows[0].group.id):
-                    _add(result, _unmergeable(rows, last, seen), quarantine)
-                    rows = []
-                last = findings.places[index]
                 if row is not None:
+                    if rows and rows[0].group.id != row.group.id:
+                        _add(result, _unmergeable(rows, last, seen), quarantine)
+                        rows = []
                     rows.append(row)
+                    last = findings.places[index]
                 elif record_id is not None:
-                    problems = [*problems, *_repeated(seen, source, record_id, last)]
+                    problems = [*problems, *_repeated(seen, source, record_id, findings.places[index])]
                 _add(result, problems, quarantine)
             result.num_records += len(findings.ids)
             bar.update(batch)

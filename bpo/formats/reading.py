@@ -105,15 +105,15 @@ def adapt(schema: Schema, piece: Piece, take_images: TakeImages | None = None) -
 
 
 def _checked(outcome: Outcome, where: str) -> Outcome:
-    """Returns the outcome with CRLF as LF; raises RecordError if an answer contains a marker."""
     if isinstance(outcome, str):
         return outcome
     if isinstance(outcome, PairRow):
-        return replace(outcome, group=_with_lf(outcome.group, where))
-    return _with_lf(outcome, where)
+        return replace(outcome, group=_checked_record(outcome.group, where))
+    return _checked_record(outcome, where)
 
 
-def _with_lf(record: AnyRecord, where: str) -> AnyRecord:
+def _checked_record(record: AnyRecord, where: str) -> AnyRecord:
+    """Returns the record with CRLF as LF; raises RecordError if an answer contains a marker."""
     answers = [record.response] if isinstance(record, Annotation) else [c.response for c in record.completions]
     refuse_marked_answer(answers, where)
     if not any("\r\n" in text for text in [*answers, *(turn.text for turn in record.prompt)]):
@@ -159,12 +159,12 @@ def iterate_records(
         record_id: str | None = None
         try:
             record_id, outcome = adapt(schema, piece, take_images)
-            if rows and not (isinstance(outcome, PairRow) and outcome.group.id == rows[0].group.id):
-                finished, rows = rows, []
-                yield from _finished(finished, last, seen, bad)
-            last = piece.where
             if isinstance(outcome, PairRow):
+                if rows and rows[0].group.id != outcome.group.id:
+                    finished, rows = rows, []
+                    yield from _finished(finished, last, seen, bad)
                 rows.append(outcome)
+                last = piece.where
             elif isinstance(outcome, str):
                 if left_out is not None:
                     left_out(outcome, seen.unused(record_id))

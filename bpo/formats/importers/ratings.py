@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from statistics import fmean
 from typing import Any
 
@@ -77,11 +78,10 @@ def _mean_rating(annotations: Any, name: str, where: str) -> float:
     ratings = []
     for aspect, judged in aspects.items():
         rating = judged.get("Rating", judged.get("rating")) if isinstance(judged, dict) else judged
-        try:
-            ratings.append(float(rating) if isinstance(rating, str) else rating)
-        except ValueError:
-            ratings.append(rating)
-        score_of(ratings[-1], f"the rating of {name}.annotations[{aspect!r}]", where)
+        if isinstance(rating, str):
+            with suppress(ValueError):  # refused below
+                rating = float(rating)
+        ratings.append(score_of(rating, f"the rating of {name}.annotations[{aspect!r}]", where))
     if not ratings:
         raise RecordError(
             "invalid-score",

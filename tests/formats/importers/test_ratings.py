@@ -94,6 +94,15 @@ def test_adjacent_answers_to_one_prompt_with_both_labels_are_a_group(tmp_path: P
     assert read_groups(tmp_path / "again.jsonl") == (first, second)
 
 
+def test_a_bad_row_does_not_separate_the_rows_around_it(tmp_path: Path) -> None:
+    rows = [labelled("A.", True), labelled("", False), labelled("<image>", True), labelled("B.", False)]
+    bad = BadRecords("quarantine")
+    path = write(tmp_path / "a.jsonl", *rows)
+    (group,) = read_groups(path, bad)
+    assert [c.response for c in group.completions] == ["A.", "B."] and [p.code for p in bad.problems] == ["empty-text"]
+    assert check_data(path, opens_images=False).counts == {"empty-text": 1, "marker-in-answer": 1}
+
+
 @pytest.mark.parametrize(
     ("rows", "codes"),
     [
