@@ -14,6 +14,7 @@ from bpo.formats.images import ImageError, decode_image, read_image_file
 from bpo.formats.importers.preferences import PairRow
 from bpo.formats.importers.registry import SCHEMAS, Outcome
 from bpo.formats.jsonfiles import Piece
+from bpo.formats.markers import CHAT_TOKEN
 from bpo.formats.problems import PROBLEMS, Problem, RecordError
 from bpo.formats.reading import adapt
 from bpo.records import Annotation
@@ -22,8 +23,8 @@ _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 _DIRECTION = re.compile("[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 # Special tokens of the supported model families' chat templates and processors, and image markers of data files.
 _SPECIAL = re.compile(
-    r"<\|[\w ]{1,40}\|>|</?s>|<(?:bos|eos|pad|unk|image|video|audio|img|IMG_CONTEXT|image_soft_token"
-    r"|fake_token_around_image|start_of_turn|end_of_turn|start_of_image|end_of_image|end_of_utterance)>|\[/?INST\]|<</?SYS>>"
+    CHAT_TOKEN + r"|</?s>|<(?:pad|unk|image|video|audio|img|IMG_CONTEXT|image_soft_token|fake_token_around_image"
+    r"|start_of_image|end_of_image)>"
 )
 # An image shared by nearby records is opened only once.
 _KEPT_IMAGES = 4096

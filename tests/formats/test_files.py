@@ -258,11 +258,14 @@ def test_image_markers(tmp_path: Path, image: Any, value: str, content: tuple[Co
 
 def test_markers_over_several_turns(tmp_path: Path) -> None:
     late = conversation("Hello, do you know <b>?", "Hi <image>.", "<image>\nWhat?", "A bus.")
+    told = conversation("<image>\nWhat?", "A bus.", record_id="d")
+    told["conversations"].insert(1, {"from": "system", "value": "Be brief."})
     answered = conversation("Hello?", "Hi <image>.", "What?", "A bus.", record_id="c")
     spread = conversation("<image>\nOne?", "A bus.", "<image>\nTwo?", "A tram.", image=["x", "y"], record_id="b")
-    annotations = read_annotations(write(tmp_path / "a.jsonl", late, spread, answered)).annotations
+    annotations = read_annotations(write(tmp_path / "a.jsonl", late, spread, answered, told)).annotations
     assert [turn.num_images for turn in annotations[0].prompt] == [0, 0, 1]
     assert annotations[0].prompt[1].text == "Hi <image>."
+    assert annotations[3].prompt == (Turn("user", (IMAGE, text("What?"))), Turn("system", (text("Be brief."),)))
     assert [turn.num_images for turn in annotations[1].prompt] == [1, 0, 1]
     assert [turn.num_images for turn in annotations[2].prompt] == [1, 0, 0]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from bpo.formats.fields import extra_of, image_paths, prompt_turns, text_of
+from bpo.formats.fields import extra_of, image_paths, text_of, turn_of
 from bpo.formats.markers import place_images
 from bpo.formats.messages import content_text, without_nulls
 from bpo.formats.problems import RecordError
@@ -67,8 +67,9 @@ def prompt_of(turns: list[tuple[Role, Any]], num_images: int, where: str) -> tup
     Raises:
         RecordError: A part is neither text nor an image, or see `place_images`.
     """
-    messages = [{"role": role, "content": content} for role, content in turns]
-    return prompt_turns(without_nulls(messages), num_images, where)
+    messages = without_nulls([{"role": role, "content": content} for role, content in turns])
+    parsed = [turn_of(message, f"turn {number}", where) for number, message in enumerate(messages)]
+    return place_images(parsed, num_images, where)
 
 
 def ends_with_the_user(prompt: list[tuple[Role, Any]]) -> bool:
