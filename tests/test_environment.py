@@ -8,17 +8,19 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-# `-m venv DIR` copies the fake to DIR/bin/python; `-m pip` appends its arguments to pip.log and can be set to fail or
-# to kill the whole installation; everything else goes to the real interpreter.
+# `-m venv DIR` copies the fake to DIR/bin/python; `-m pip` appends its arguments to pip.log and can be set to wait, to
+# fail or to kill the whole installation; everything else goes to the real interpreter.
 STAND_IN = f"""#!/usr/bin/env bash
 case "$1 $2" in
     "-m venv") mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
     "-m pip")
         echo "$@" >>pip.log
+        while [[ -e pip-waits ]]; do sleep 0.02; done
         if [[ -e pip-fails && "$*" == *torch* ]]; then exit 1; fi
         if [[ -e pip-is-killed && "$*" == *torch* ]]; then kill -9 $PPID; fi ;;
     *) exec "{sys.executable}" "$@" ;;
@@ -106,6 +108,48 @@ def test_moved_checkout_starts_over(checkout: Path) -> None:
     moved = checkout.rename(checkout.parent / "moved")
     again = build(moved)
     assert again.returncode == 0 and "starting over" in again.stdout
+
+
+def test_checkout_reached_through_a_link_keeps_its_environment(checkout: Path) -> None:
+    build(checkout)
+    link = checkout.parent / "link"
+    link.symlink_to(checkout)
+    again = make(link, "-C", str(link), ".venv", PWD=str(link))
+    direct = subprocess.run([str(link / ".ci" / "venv")], cwd=link, capture_output=True, text=True)
+    assert (again.returncode, direct.returncode, direct.stdout) == (0, 0, ""), direct.stdout
+    assert "starting over" not in again.stdout
+
+
+def test_an_environment_that_a_process_uses_is_not_removed(checkout: Path) -> None:
+    build(checkout)
+    (checkout / ".venv" / "library.so").write_bytes(b"x" * 4096)
+    code = (
+        "import mmap, sys; file = open('.venv/library.so'); library = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)"
+    )
+    command = [sys.executable, "-c", f"{code}; print(flush=True); sys.stdin.read()"]
+    with subprocess.Popen(command, cwd=checkout, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline()
+        moved = checkout.rename(checkout.parent / "moved")
+        refused = build(moved)
+        assert refused.returncode != 0 and f"process {process.pid} uses it" in refused.stderr
+        assert (moved / ".venv" / "library.so").exists()
+    assert build(moved).returncode == 0
+
+
+@pytest.mark.skipif(shutil.which("flock") is None, reason="needs flock")
+def test_a_second_call_waits_for_the_installation_of_the_first(checkout: Path) -> None:
+    (checkout / "pip-waits").touch()
+    first = subprocess.Popen(["bash", ".ci/venv", "./standin"], cwd=checkout, stdout=subprocess.DEVNULL)
+    while not pip_calls(checkout):
+        assert first.poll() is None
+        time.sleep(0.02)
+    second = subprocess.Popen(["bash", ".ci/venv", "./standin"], cwd=checkout, stderr=subprocess.PIPE, text=True)
+    try:
+        assert second.stderr is not None and "waiting for another call" in second.stderr.readline()
+    finally:
+        (checkout / "pip-waits").unlink()
+        assert (first.wait(60), second.wait(60)) == (0, 0)
+    assert len(pip_calls(checkout)) == 4  # the second found everything installed
 
 
 def test_extra_is_installed_once_and_its_failure_is_a_warning(checkout: Path) -> None:
