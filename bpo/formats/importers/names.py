@@ -14,6 +14,7 @@ from itertools import zip_longest
 from typing import Any
 
 from bpo.formats.importers.llava import ROLE_OF_SPEAKER
+from bpo.formats.messages import turns_of_columns
 
 TURN_FIELDS = ("conversations", "messages")
 PROMPT_FIELDS = ("prompt", "question")
@@ -28,12 +29,12 @@ _NAMES: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(f"(?:chosen|preferred|winning){_KIND}"), "chosen"),
     (re.compile(f"(?:rejected|reject|dispreferred|non_?preferred|losing){_KIND}"), "rejected"),
     (re.compile("img_path|image_path|image_bytes|jpg|img"), "image"),
-    (re.compile("kto_tag"), "label"),
+    (re.compile("label|kto_tag"), "label"),
     (re.compile("system_prompt"), "system"),
 )
 # Names that only preference data use, in a record or a turn.
 _PREFERENCE = re.compile(
-    r"reject|chosen|prefer|^(?:label|kto_tag)$|^rank(?:ing|ings|s)?$|^(?:winn|los)(?:er|ing)"
+    r"reject|chosen|prefer|^(?:label|kto_tag)$|^rank(?:ing|ings|s)?$|^(?:winn|los)(?:er|ing)|^(?:score|rating|reward)s?$"
     r"|^(?:model_)?(?:output|response|completion|answer)_?(?:\d+|[ab])$"
     r"|^(?:better|worse|best|worst|negative|hallucinated)_(?:output|response|completion|answer|caption|text)"
 )
@@ -61,10 +62,9 @@ def canonical(record: Mapping[str, Any]) -> Mapping[str, Any]:
     if not any(_has(fields, name) for name in (*TURN_FIELDS, *PROMPT_FIELDS)):
         _name_prompt(fields)
     for name in ("prompt", "chosen", "rejected"):
-        if isinstance(fields.get(name), list):
-            fields[name] = [_with_role(turn) for turn in fields[name]]
-        elif isinstance(fields.get(name), dict):
-            fields[name] = _with_role(fields[name])
+        value = turns_of_columns(fields.get(name))
+        if isinstance(value, (dict, list)):
+            fields[name] = [_with_role(turn) for turn in value] if isinstance(value, list) else _with_role(value)
     if fields.get("rejected_images") in (None, [], fields.get("images", fields.get("image"))):
         fields.pop("rejected_images", None)
     _join_turns(fields)
@@ -104,12 +104,17 @@ def _is_own(record: Mapping[str, Any]) -> bool:
 
 @functools.lru_cache(maxsize=4096)
 def _name_of(field: str) -> str:
-    return next((name for pattern, name in _NAMES if pattern.fullmatch(field)), field)
+    snake = _snake_case(field)
+    return next((name for pattern, name in _NAMES if pattern.fullmatch(snake)), field)
 
 
 @functools.lru_cache(maxsize=4096)
 def _is_preference(field: str) -> bool:
-    return _PREFERENCE.search(field.lower()) is not None
+    return _PREFERENCE.search(_snake_case(field)) is not None
+
+
+def _snake_case(field: str) -> str:
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|[ -]", "_", field).lower()
 
 
 def _has(fields: Mapping[str, Any], name: str) -> bool:

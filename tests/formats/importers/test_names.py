@@ -51,6 +51,12 @@ PAIRS: dict[str, dict[str, Any]] = {
         "chosen_response": "A bus.",
         "rejected_answer": "A tram.",
     },
+    "capitals": {"image": "a.png", "question": "What?", "Chosen": "A bus.", "rejectedResponse": "A tram."},
+    "turns as columns": {
+        "image": "a.png",
+        "chosen_conversations": {"from": ["human", "gpt"], "value": ["<image>What?", "A bus."]},
+        "rejected_conversations": {"from": ["human", "gpt"], "value": ["<image>What?", "A tram."]},
+    },
     "preferred": {"image_path": "a.png", "prompt": "What?", "preferred": "A bus.", "dispreferred": "A tram."},
     "turns as text": {"prompt": json.dumps([{"role": "user", "content": PARTS}]), **TEXTS},
     "turns of from and value": {"image": "a.png", "prompt": "What?", "chosen": [GPT], "rejected": [OTHER_GPT]},
@@ -148,6 +154,8 @@ STRAY: list[tuple[str, dict[str, Any]]] = [
             ("dispreferred_caption", "A tram."),
             ("human_preference", [1, 0]),
             ("worse_response", "A tram."),
+            ("humanPreference", 1),
+            ("rating", 2),
         )
     ],
     ("label", CAPTION | {"label": False}),
