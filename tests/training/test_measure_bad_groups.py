@@ -39,6 +39,18 @@ def test_bad_groups_are_listed_with_dropped_ones(tmp_path: Path, tiny_llava_dir:
     assert dropped[0]["id"].endswith("groups.jsonl, line 5") and dropped[1]["id"] == "2"
 
 
+def test_groups_left_out_in_reading_are_listed_too(tmp_path: Path, tiny_llava_dir: Path, photo_root: Path) -> None:
+    config = config_with(tmp_path, tiny_llava_dir, photo_root, max_bad_share=0.4)
+    marked = group_to_json(group("marked", "a cat", "<image>"))
+    video = group_to_json(group("video", "a cat", "a dog")) | {"video": "clip.mp4"}
+    with (tmp_path / "groups.jsonl").open("a") as file:
+        file.writelines(f"\n{json.dumps(record)}" for record in (marked, video))
+    assert len(measure(config, tiny_llava_dir, photo_root).usable) == 3
+    dropped = [json.loads(line) for line in (tmp_path / "run" / "dropped.jsonl").read_text().splitlines()]
+    reasons = {entry["id"]: entry["reason"] for entry in dropped}
+    assert (reasons["marked"], reasons["video"]) == ("marker-in-answer", "other-media")
+
+
 def test_above_the_ceiling_and_with_error_nothing_is_trained(
     tmp_path: Path, tiny_llava_dir: Path, photo_root: Path
 ) -> None:
