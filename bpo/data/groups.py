@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from bpo.data.collate import collate_groups, preference_pairs, reference_key
 from bpo.data.encode import Dropped, EncodedGroup, EncodedPrompt, Encoder, EncodingError, keep_types
-from bpo.formats.images import ImageError, image_bytes_digest, resolve_image_path
+from bpo.formats.images import ImageError, image_bytes_digest, image_identities
 from bpo.job.durable import replacing
 from bpo.job.journal import to_line
 from bpo.job.signals import leave_signals_to_parent
@@ -83,12 +83,12 @@ class GroupDataset(Dataset):
 
     def measure(self, index: int) -> MeasuredGroup | Dropped:
         group = self.groups[index]
-        images = image_identities(group, self.encoder.image_root)
+        images = image_identities(group.images, self.encoder.image_root)
         encoded = self.encode(index)
         if isinstance(encoded, Dropped):
             return encoded
         digests = [image_bytes_digest(self.encoder.image_root, image) for image in group.images]
-        if images != image_identities(group, self.encoder.image_root):
+        if images != image_identities(group.images, self.encoder.image_root):
             return Dropped(
                 group.id, "bad-image", f"{', '.join(group.images)}: written to while being read; start again"
             )
@@ -117,7 +117,7 @@ class GroupDataset(Dataset):
             )
             return Dropped(group.id, "bad-record", detail)
         # After reading: a file that was replaced before or while it was read has another time by now.
-        if list(measured.images) != image_identities(group, self.encoder.image_root):
+        if list(measured.images) != image_identities(group.images, self.encoder.image_root):
             try:
                 digests = [image_bytes_digest(self.encoder.image_root, image) for image in group.images]
             except ImageError as error:
@@ -224,19 +224,6 @@ def iterate_micro_batches(
 
 def _same(item: Any) -> Any:
     return item
-
-
-def image_identities(group: PreferenceGroup, image_root: Path) -> list[list[int] | None]:
-    """Size in bytes and modification time in nanoseconds of each image file; None for unusable ones."""
-    identities: list[list[int] | None] = []
-    for image in group.images:
-        try:
-            status = resolve_image_path(image_root, image).stat()
-        except (ImageError, OSError):
-            identities.append(None)  # measured as missing; a file that appears later has an identity
-        else:
-            identities.append([status.st_size, status.st_mtime_ns])
-    return identities
 
 
 def write_dropped(dropped: Sequence[Dropped], path: Path) -> dict[str, int]:

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from bpo.data.encode import Dropped, Encoder
-from bpo.data.groups import GroupDataset, MeasuredGroup, image_identities
+from bpo.data.groups import GroupDataset, MeasuredGroup
 from bpo.formats.files import group_to_json
+from bpo.formats.images import image_identities
 from bpo.job.journal import JournalReader, JournalWriter, to_line
 
 logger = logging.getLogger(__name__)
@@ -100,7 +101,7 @@ class MeasuredLengths:
         entries = self._known.get(self._keys[index])
         if not entries:
             return None
-        images = image_identities(self.dataset.groups[index], self.dataset.encoder.image_root)
+        images = image_identities(self.dataset.groups[index].images, self.dataset.encoder.image_root)
         for entry in entries:
             if entry["images"] == images:
                 return (
@@ -117,7 +118,8 @@ class MeasuredLengths:
         logger.info("measured lengths in %s: %d of %d groups known", self.directory, len(known), len(self.indices))
         # Read before the images: a file that changes in between is measured again next time.
         before = {
-            index: image_identities(self.dataset.groups[index], self.dataset.encoder.image_root) for index in missing
+            index: image_identities(self.dataset.groups[index].images, self.dataset.encoder.image_root)
+            for index in missing
         }
         fresh = self.dataset.measure_all(missing, num_workers) if missing else iter(())
         writer: JournalWriter | None = None

@@ -19,13 +19,14 @@ from bpo.evaluation.chair import ChairResult, DescriptionScore, score_descriptio
 from bpo.evaluation.files import CocoImages, read_coco, read_pope
 from bpo.evaluation.pope import PopeQuestion, PopeResult, says_yes, score_answers
 from bpo.formats.bad_records import BadRecords
-from bpo.formats.images import ImageError, load_image
+from bpo.formats.images import ImageError, image_identities, load_image
 from bpo.formats.problems import Problem
 from bpo.job.compile_locks import named_compile_locks
 from bpo.job.durable import write_durably
 from bpo.job.launch import ranks_from_environment, restart_count
 from bpo.job.restarts import RestartCount
 from bpo.job.signals import StopRequest
+from bpo.model.reference.fingerprint import loaded_files
 
 if TYPE_CHECKING:
     from bpo.data.encode import Encoder
@@ -119,11 +120,11 @@ def run_evaluation(config: Config, progress: bool = True, stop: StopRequest | No
 def _identity(config: Config, benchmarks: Benchmarks) -> str:
     """16 hexadecimal digits of everything that answers depend on; names their folder, so that answers are never stale.
 
-    Model files count by name, size and time: hashing tens of gigabytes could take longer than the evaluation.
+    Model files and images count by name, size and time: hashing them could take longer than the evaluation.
     """
     options = config.evaluation
     model = Path(config.model.path)
-    files = sorted(path for path in model.iterdir() if path.is_file()) if model.is_dir() else []
+    files = loaded_files(model) if model.is_dir() else []
     parts = [
         str(model),
         config.model.dtype,
@@ -131,6 +132,7 @@ def _identity(config: Config, benchmarks: Benchmarks) -> str:
         [config.data.min_pixels, config.data.max_pixels],
         [options.chair_prompt, options.max_new_tokens, options.batch_size],
         [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files],
+        image_identities(_images(benchmarks), Path(config.data.image_root or ".")),
         list(benchmarks.coco.file_of_image.items()) if benchmarks.coco else None,
         [asdict(question) for question in benchmarks.questions],
     ]
@@ -170,8 +172,7 @@ def with_usable_images(benchmarks: Benchmarks, image_root: Path, bad: BadRecords
         RecordError: `bad.on_bad` is error, and an image is unusable.
         TooManyBadRecords: More images are unusable than `bad.max_bad_share` allows.
     """
-    files = [*(benchmarks.coco.file_of_image.values() if benchmarks.coco else ())]
-    images = dict.fromkeys([*files, *(question.image for question in benchmarks.questions)])
+    images = _images(benchmarks)
     unusable = set()
     for image in images:
         try:
@@ -188,6 +189,12 @@ def with_usable_images(benchmarks: Benchmarks, image_root: Path, bad: BadRecords
         kept = {image_id: file for image_id, file in coco.file_of_image.items() if file not in unusable}
         coco = CocoImages(kept, {image_id: coco.present_of_image[image_id] for image_id in kept}, coco.lexicon)
     return Benchmarks(coco, tuple(question for question in benchmarks.questions if question.image not in unusable))
+
+
+def _images(benchmarks: Benchmarks) -> list[str]:
+    """Every image once, in order."""
+    files = [*(benchmarks.coco.file_of_image.values() if benchmarks.coco else ())]
+    return list(dict.fromkeys([*files, *(question.image for question in benchmarks.questions)]))
 
 
 def evaluate_model(

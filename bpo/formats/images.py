@@ -11,6 +11,7 @@ import hashlib
 import io
 import logging
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ logger = logging.getLogger(__name__)
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 MAX_PIXELS = 89_478_485  # Pillow's default limit: 256 MiB of RGB
+BLOCK_ROWS = 256  # converted at a time
 ODD_SHAPE_RATIO = 100
 EXIF_ORIENTATION = 0x0112
 # Raster formats only. Pillow would also run Ghostscript on EPS and try rare decoders with little security testing.
@@ -202,6 +204,19 @@ def image_bytes_digest(root: Path, relative: str) -> str:
     return digest.hexdigest()
 
 
+def image_identities(images: Iterable[str], image_root: Path) -> list[list[int] | None]:
+    """Size in bytes and modification time in nanoseconds of each image file; None for unusable ones."""
+    identities: list[list[int] | None] = []
+    for image in images:
+        try:
+            status = resolve_image_path(image_root, image).stat()
+        except (ImageError, OSError):
+            identities.append(None)  # measured as missing; a file that appears later has an identity
+        else:
+            identities.append([status.st_size, status.st_mtime_ns])
+    return identities
+
+
 def _check_size(image: Image.Image, relative: str) -> None:
     if image.width * image.height > MAX_PIXELS:
         raise ImageError(
@@ -236,22 +251,30 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
         return Image.fromarray(_to_8_bit(image)).convert("RGB")
     if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, rgba).convert("RGB")
+        rgb = Image.new("RGB", image.size)
+        for top in range(0, image.height, BLOCK_ROWS):  # a whole picture with its copies would take 16 bytes per pixel
+            rgba = image.crop((0, top, image.width, min(top + BLOCK_ROWS, image.height))).convert("RGBA")
+            white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+            rgb.paste(Image.alpha_composite(white, rgba).convert("RGB"), (0, top))
+        return rgb
     return image.convert("RGB") if image.mode != "RGB" else image.copy()
 
 
 def _to_8_bit(image: Image.Image) -> np.ndarray:
     """Scales greyscale of more than 8 bits to uint8 [height, width]; Pillow's conversion clips at 255."""
-    grey_HW = np.asarray(image).astype(np.float64)
-    if not np.isfinite(grey_HW).all():
-        raise ValueError("it contains NaN or infinite values")
+    grey_HW = np.asarray(image)
     low, high = float(grey_HW.min()), float(grey_HW.max())
+    if not np.isfinite([low, high]).all():  # NaN anywhere makes both NaN
+        raise ValueError("it contains NaN or infinite values")
     if image.mode.startswith("I") and low >= 0 and high <= 65535:
         low, high = 0.0, 65535.0  # Pillow opens 16-bit files as I;16, or as I for PGM
-    span = high - low
-    scaled_HW = (grey_HW - low) * (255.0 / span if span > 0 else 0.0)
-    scaled_HW = np.rint(scaled_HW).astype(np.uint8)
+    factor = 255.0 / (high - low) if high > low else 0.0
     key = image.info.get("transparency")  # transparent grey value of a 16-bit PNG
-    return np.where(grey_HW == key, np.uint8(255), scaled_HW) if isinstance(key, int) else scaled_HW
+    scaled_HW = np.empty(grey_HW.shape, np.uint8)
+    for start in range(0, len(grey_HW), BLOCK_ROWS):  # a copy in float64 takes 8 bytes per pixel
+        block_HW = grey_HW[start : start + BLOCK_ROWS]
+        block_8_HW = np.rint((block_HW.astype(np.float64) - low) * factor).astype(np.uint8)
+        if isinstance(key, int):
+            block_8_HW[block_HW == key] = 255
+        scaled_HW[start : start + BLOCK_ROWS] = block_8_HW
+    return scaled_HW

@@ -144,12 +144,16 @@ def test_a_journal_of_an_earlier_version_is_continued(tmp_path: Path) -> None:
     assert part.read_bytes() == b'\n["pope", 0, "yes"]\n["pope", 1, "no \\u00e9"]\n'
 
 
-def test_answers_to_another_prompt_are_in_another_folder(config: Config) -> None:
+@pytest.mark.parametrize("changed", ["prompt", "image"])
+def test_answers_to_another_prompt_or_image_are_in_another_folder(config: Config, changed: str) -> None:
     with StopRequest() as stop, pytest.raises(Interrupted):
         stop.received = True
         run_evaluation(config, progress=False, stop=stop)
     first = {path.name for path in folder(config).iterdir()}
-    config.evaluation.chair_prompt = "What is there?"
+    if changed == "prompt":
+        config.evaluation.chair_prompt = "What is there?"
+    else:
+        os.utime(next(Path(config.data.image_root).rglob("*.png")), (1, 1))
     with StopRequest() as stop, pytest.raises(Interrupted):
         stop.received = True
         run_evaluation(config, progress=False, stop=stop)

@@ -12,6 +12,7 @@ from bpo.bootstrap.inject import Mode, prompt_text
 from bpo.config.training import Config
 from bpo.formats.importers.registry import open_source
 from bpo.job.durable import write_durably
+from bpo.model.reference.fingerprint import loaded_files
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf", ".pt")
 _SAMPLES_PER_FILE = 64
@@ -70,7 +71,13 @@ def check_identity(config: Config, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         write_durably(path, json.dumps(identity, indent=2) + "\n")
         return
-    stored = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        stored = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"{path} is damaged ({error}), so nothing tells whether its results are of these options; restore it, or "
+            f"remove {folder} to start over"
+        ) from error
     differing = [name for name in {**stored, **identity} if stored.get(name) != identity.get(name)]
     if differing:
         changes = "; ".join(f"{name} was {stored.get(name)!r}, is {identity.get(name)!r}" for name in differing)
@@ -81,19 +88,19 @@ def check_identity(config: Config, folder: Path) -> None:
 
 
 def weights_digest(path: str) -> str | None:
-    """SHA-256 over samples of every weight file and all of every config file in a directory; None for a hub id.
+    """SHA-256 over samples of every weight file and all of every other file that transformers loads; None for a hub id.
 
     64 samples of 4 KiB per file distinguish trained from untrained weights without reading tens of gigabytes.
     """
     folder = Path(path)
     if not path or not folder.is_dir():
         return None
-    digest = hashlib.sha256()
+    digest, loaded = hashlib.sha256(), set(loaded_files(folder))
     for file in sorted(folder.iterdir()):
         if file.suffix in _WEIGHT_SUFFIXES:
             digest.update(f"{file.name} {file.stat().st_size}".encode())
             _add_samples(digest, file)
-        elif file.suffix in (".json", ".jinja", ".model", ".txt"):
+        elif file in loaded and file.suffix in (".json", ".jinja", ".model", ".txt"):
             digest.update(file.name.encode() + file.read_bytes())
     return digest.hexdigest()
 

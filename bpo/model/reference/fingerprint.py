@@ -48,10 +48,10 @@ class DigestCache:
         self.path = path
         self.known: dict[str, list[Any]] = {}
         if path is not None and path.exists() and not rehash:
-            try:
-                self.known = json.loads(path.read_text(encoding="utf-8"))
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}: not valid JSON ({error}); remove it: the files are hashed again") from error
+            stored = _json(path)
+            self.known = {name: entry for name, entry in stored.items() if _is_entry(entry)}
+            if not stored or len(self.known) < len(stored):
+                logger.warning("%s: unreadable entries; the files that they name are hashed again", path)
 
     def digests(self, files: list[Path]) -> dict[Path, str]:
         """The SHA-256 of each file; uncached files are hashed, four at a time, and cached."""
@@ -70,6 +70,10 @@ class DigestCache:
             logger.info("%s is not writable: digests of the weights are not cached", path.parent)
             return
         replace_file(path, json.dumps(self.known, indent=1, sort_keys=True).encode())
+
+
+def _is_entry(entry: Any) -> bool:
+    return isinstance(entry, list) and list(map(type, entry)) == [int, int, int, str]
 
 
 def _name(file: Path) -> str:

@@ -123,8 +123,12 @@ def test_a_file_written_just_now_is_not_believed_yet(tmp_path: Path, hashed: lis
     assert len(hashed) == 2
 
 
-def test_a_broken_digest_file_is_named(tmp_path: Path) -> None:
-    kept = tmp_path / "digests.json"
-    kept.write_text("{")
-    with pytest.raises(ValueError, match=r"digests.json: not valid JSON .* remove it"):
-        DigestCache(kept)
+@pytest.mark.parametrize("content", ["{", "", "[]", '{"FILE": {}}', '{"FILE": [5, 1, 2, 3]}', '{"FILE": []}'])
+def test_a_broken_digest_file_is_named_and_the_files_are_hashed_again(
+    tmp_path: Path, content: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    kept, weights = tmp_path / "digests.json", tmp_path / "weights"
+    weights.write_bytes(b"weights")
+    kept.write_text(content.replace("FILE", str(weights)))
+    assert DigestCache(kept).digests([weights]) == {weights: file_digest(weights)}
+    assert "digests.json: unreadable entries" in caplog.text
