@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from itertools import zip_longest
 from typing import Any
 
@@ -49,7 +49,8 @@ def canonical(record: Mapping[str, Any]) -> Mapping[str, Any]:
     - turns as JSON text, and `from` and `value` in answers, become turns with `role` and `content`;
     - answers with ratings or scores in lists become `RATED`.
     """
-    if _is_own(record):
+    is_text = any(isinstance(record.get(name), str) for name in TURN_FIELDS)
+    if _is_own(record) or not (is_text or _has_other_names(tuple(record))):
         return record
     fields = {name: _decoded_turns(value) if name in _TEXT_OF_TURNS else value for name, value in record.items()}
     for name in ("chosen", "rejected", "label"):
@@ -74,8 +75,12 @@ def canonical(record: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def preference_field(record: Mapping[str, Any]) -> str | None:
     """Returns the name of a field of the record or of a turn that only preference data have, if one has a value."""
-    found = ((name, value) for name, value in _named_values(record) if _is_preference(name))
-    return next((name for name, value in found if value not in (None, "", [], {})), None)
+    turns = [turn for name in TURN_FIELDS for turn in _as_list(_decoded_turns(record.get(name)))]
+    for fields in (record, *turns):
+        for name in _preference_names(tuple(fields)) if isinstance(fields, Mapping) else ():
+            if fields[name] not in (None, "", [], {}):
+                return name
+    return None
 
 
 def object_hint(value: Mapping[str, Any]) -> str:
@@ -91,6 +96,9 @@ def object_hint(value: Mapping[str, Any]) -> str:
     return f"the records are the values of one object, with {name!r} as a key; write a list of them: jq '[.[]]'"
 
 
+_CHANGED = frozenset(
+    (*PROMPT_FIELDS, "chosen", "rejected", "rejected_images", "label", "message", "query", "instruction", "input")
+) | frozenset((*_LISTS_OF_ANSWERS,))
 _TEXT_OF_TURNS = frozenset((*TURN_FIELDS, "message", "prompt", "chosen", "rejected"))
 
 
@@ -108,9 +116,16 @@ def _name_of(field: str) -> str:
     return next((name for pattern, name in _NAMES if pattern.fullmatch(snake)), field)
 
 
-@functools.lru_cache(maxsize=4096)
-def _is_preference(field: str) -> bool:
-    return _PREFERENCE.search(_snake_case(field)) is not None
+# The two below are cached by all names of a record, which are mostly the same throughout a file.
+@functools.lru_cache(maxsize=256)
+def _has_other_names(fields: tuple[str, ...]) -> bool:
+    """Returns whether `canonical` may have to change a record with these fields."""
+    return any(name in _CHANGED or _name_of(name) != name for name in fields)
+
+
+@functools.lru_cache(maxsize=256)
+def _preference_names(fields: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(name for name in fields if _PREFERENCE.search(_snake_case(name)))
 
 
 def _snake_case(field: str) -> str:
@@ -123,13 +138,8 @@ def _has(fields: Mapping[str, Any], name: str) -> bool:
     return fields.get(name) is not None
 
 
-def _named_values(record: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    yield from record.items()
-    for name in TURN_FIELDS:
-        turns = _decoded_turns(record.get(name))
-        for turn in turns if isinstance(turns, list) else ():
-            if isinstance(turn, dict):
-                yield from turn.items()
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _decoded_turns(value: Any) -> Any:
