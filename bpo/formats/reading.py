@@ -6,7 +6,7 @@ import hashlib
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 from bpo.formats.bad_records import BadRecords
 from bpo.formats.fields import id_text
@@ -19,7 +19,6 @@ from bpo.formats.messages import lift_images, refuse_other_media
 from bpo.formats.problems import PROBLEMS, Problem, RecordError
 from bpo.records import Annotation, PreferenceGroup, Turn
 
-AnyRecord = TypeVar("AnyRecord", Annotation, PreferenceGroup)
 # (record, where) -> the record with embedded images replaced by paths.
 TakeImages = Callable[[Mapping[str, Any], str], Mapping[str, Any]]
 
@@ -105,27 +104,27 @@ def adapt(schema: Schema, piece: Piece, take_images: TakeImages | None = None) -
 
 
 def _checked(outcome: Outcome, where: str) -> Outcome:
+    """Returns the outcome with CRLF as LF; raises RecordError if an answer contains a marker."""
     if isinstance(outcome, str):
         return outcome
-    if isinstance(outcome, PairRow):
-        return replace(outcome, group=_checked_record(outcome.group, where))
-    return _checked_record(outcome, where)
-
-
-def _checked_record(record: AnyRecord, where: str) -> AnyRecord:
-    """Returns the record with CRLF as LF; raises RecordError if an answer contains a marker."""
+    record = outcome.group if isinstance(outcome, PairRow) else outcome
     answers = [record.response] if isinstance(record, Annotation) else [c.response for c in record.completions]
     refuse_marked_answer(answers, where)
     if not any("\r\n" in text for text in [*answers, *(turn.text for turn in record.prompt)]):
-        return record
-    prompt = tuple(
-        Turn(turn.role, tuple(replace(part, text=part.text.replace("\r\n", "\n")) for part in turn.content))
-        for turn in record.prompt
-    )
+        return outcome
     if isinstance(record, Annotation):
-        return replace(record, prompt=prompt, response=record.response.replace("\r\n", "\n"))
-    completions = tuple(replace(c, response=c.response.replace("\r\n", "\n")) for c in record.completions)
-    return replace(record, prompt=prompt, completions=completions)
+        return replace(record, prompt=_with_lf(record.prompt), response=_lf(record.response))
+    completions = tuple(replace(c, response=_lf(c.response)) for c in record.completions)
+    group = replace(record, prompt=_with_lf(record.prompt), completions=completions)
+    return replace(outcome, group=group) if isinstance(outcome, PairRow) else group
+
+
+def _with_lf(prompt: tuple[Turn, ...]) -> tuple[Turn, ...]:
+    return tuple(replace(turn, content=tuple(replace(p, text=_lf(p.text)) for p in turn.content)) for turn in prompt)
+
+
+def _lf(text: str) -> str:
+    return text.replace("\r\n", "\n")
 
 
 def iterate_records(

@@ -72,7 +72,7 @@ def fill_reference_store(
 def _open_store(config: Config, model: ResolvedModel, directory: Path) -> dict[str, str]:
     # Another summation order rounds differently, and the first step compares policy and reference up to rounding.
     choice = model.attention
-    settings = {"sequences": "separate"} if choice is None else {"attention": choice.backend}
+    settings: dict[str, str] = {"sequences": "separate"} if choice is None else {"attention": choice.backend}
     if config.data.min_pixels or config.data.max_pixels:
         settings["pixels"] = f"{config.data.min_pixels} to {config.data.max_pixels}"
     fingerprint = model_fingerprint(
