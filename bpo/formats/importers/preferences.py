@@ -186,12 +186,6 @@ def group_from_rejected(obj: Mapping[str, Any], record_id: str, where: str) -> P
     """
     if obj.get("chosen") is not None:
         return group_from_sharegpt(obj, record_id, where)
-    if obj.get("rejected_images"):
-        raise RecordError(
-            "different-prompts",
-            f"{where}: 'rejected_images' differ from 'images', but bpo compares answers to the same images; remove the "
-            "record",
-        )
     images, turns = conversation_images(obj, where), conversation_turns(obj, where)
     if not turns or turns[-1][0] != "assistant":
         raise RecordError("missing-field", f"{where}: no answer is preferred to the rejected one; add 'chosen'")

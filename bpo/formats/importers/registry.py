@@ -111,14 +111,14 @@ SCHEMAS: tuple[Schema, ...] = (
         id_keys=("id", "idx"),
     ),
     Schema(
-        "rejected",
+        "ms-swift",
         "ms-swift, POVID: conversations or messages, rejected_response or rejected_messages or rejected_conversations",
         "groups",
         (TURN_FIELDS, ("rejected", "rejected_images")),
         group_from_rejected,
     ),
-    Schema("ratings", "VLFeedback: prompt, completions with annotations", "groups", ((RATED,),), group_from_ratings),
-    Schema("labels", "KTO: conversations or messages, label", "groups", (TURN_FIELDS, ("label",)), row_from_label),
+    Schema("vlfeedback", "VLFeedback: prompt, completions with annotations", "groups", ((RATED,),), group_from_ratings),
+    Schema("kto", "KTO: conversations or messages, label", "groups", (TURN_FIELDS, ("label",)), row_from_label),
     Schema(
         "annotations",
         "bpo's annotations: id, images, prompt (turns), response",
@@ -200,9 +200,16 @@ def form_of(schema: Schema, record: Mapping[str, Any], fields: Mapping[str, Any]
         where: File, record and id, for messages.
 
     Raises:
-        RecordError: The record is preference data among annotations, or an annotation among groups.
+        RecordError: The record is preference data among annotations, an annotation among groups, or a pair of answers to
+            different images.
     """
     field = preference_field(record) if schema.gives == "annotations" else None
+    if field is None and fields.get("rejected_images"):
+        raise RecordError(
+            "different-prompts",
+            f"{where}: 'rejected_images' differ from 'images', but bpo compares answers to the same images; remove the "
+            "record",
+        )
     if field is None and not schema.missing_fields(fields):
         return schema
     other = next((other for other in SCHEMAS if not other.missing_fields(fields)), schema)

@@ -192,7 +192,7 @@ def test_a_pair_among_annotations_is_bad_and_names_its_form(tmp_path: Path) -> N
     bad = BadRecords("quarantine")
     records = (text_only, text_only, {**CONVERSATION, "chosen": "x", "rejected": "y"}, PAIRS["ms-swift, a text"])
     assert read_annotations(write(tmp_path / "a.jsonl", *records), bad).annotations == ()
-    assert ["'sharegpt-pairs'" in p.detail or "'rejected'" in p.detail for p in bad.problems] == [True, True]
+    assert ["'sharegpt-pairs'" in p.detail or "'ms-swift'" in p.detail for p in bad.problems] == [True, True]
 
 
 def test_records_in_several_forms_are_read_and_annotations_among_them_are_bad(tmp_path: Path) -> None:
@@ -207,6 +207,7 @@ def test_records_in_several_forms_are_read_and_annotations_among_them_are_bad(tm
     [
         ({"rejected_images": ["b.png"], "rejected_response": "A tram."}, "'rejected_images' differ"),
         ({"rejected_images": ["b.png"]}, "'rejected_images' differ"),
+        ({"rejected_images": ["b.png"], "chosen": "A bus.", "rejected": "A tram."}, "'rejected_images' differ"),
         ({"rejected_messages": [ASKED | {"content": "Why?"}, TRAM]}, "differ before their last turns"),
         ({"rejected_messages": [ASKED]}, "ends with the role 'user'"),
         ({"messages": [ASKED], "rejected_response": "A tram."}, "add 'chosen'"),

@@ -337,9 +337,9 @@ def test_the_schema_of_a_record_is_found(tmp_path: Path) -> None:
         "llava": {"conversations": [], "image": ""},
         "table": {"image": "", "caption": ""},
         "sharegpt-pairs": {"messages": [], "chosen": {}, "rejected": {}},
-        "rejected": {"messages": [], "rejected_response": ""},
-        "ratings": {"prompt": "", "completions": [{"response": "", "annotations": {}}]},
-        "labels": {"messages": [], "label": True},
+        "ms-swift": {"messages": [], "rejected_response": ""},
+        "vlfeedback": {"prompt": "", "completions": [{"response": "", "annotations": {}}]},
+        "kto": {"messages": [], "label": True},
     }
     for name, record in records.items():
         schema = open_source(write_json(tmp_path / "a.json", 5, record)).schema
