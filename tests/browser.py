@@ -9,8 +9,8 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,14 @@ FLAGS = (
     "--hide-scrollbars",
     "--remote-debugging-pipe",
 )
+# For what must happen: costs nothing where it does, and a loaded machine may need it. Less than a test's own timeout.
+PATIENCE_S = 180.0
 # Keys that the browser itself handles, such as Escape in a dialog, are identified by number.
 VIRTUAL_KEYS = {"Tab": 9, "Enter": 13, "Escape": 27}
+
+
+class BrowserError(AssertionError):
+    """The browser refuses a command, such as a question to a page that it is replacing."""
 
 
 class Tab:
@@ -59,7 +65,8 @@ class Tab:
         while True:
             answer = json.loads(self._read())
             if answer.get("id") == self._id:
-                assert "error" not in answer, answer["error"]
+                if "error" in answer:
+                    raise BrowserError(answer["error"])
                 return answer["result"]
             self.events.append(answer)
 
@@ -70,6 +77,12 @@ class Tab:
             message += byte
         return bytes(message)
 
+    def reload(self) -> None:
+        """Returns when the new page is complete; until then questions would be answered by the old one or by none."""
+        self.run("window.isOld = true")
+        self.call("Page.reload")
+        self.until("!window.isOld && document.readyState === 'complete'")
+
     def open(self, url: str, width: int = 1200, height: int = 900) -> None:
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
         self.call("Page.navigate", url=url)
@@ -78,13 +91,27 @@ class Tab:
     def run(self, expression: str) -> Any:
         """The value of a JavaScript expression, promises awaited."""
         result = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
-        assert "exceptionDetails" not in result, result["exceptionDetails"]
+        if "exceptionDetails" in result:
+            raise BrowserError(result["exceptionDetails"])
         return result["result"].get("value")
 
-    def until(self, expression: str, timeout_s: float = 20.0) -> None:
-        deadline = time.monotonic() + timeout_s
-        while not self.run(expression):
-            assert time.monotonic() < deadline, f"never true: {expression}"
+    def until(self, expression: str) -> None:
+        """Waits until a question, which may be asked repeatedly, is answered with something true."""
+        self.wait_for(expression, bool)
+
+    def equals(self, expression: str, value: Any) -> None:
+        """Waits until a question is answered with `value`: keys and events take effect after they were sent."""
+        self.wait_for(expression, lambda answer: answer == value)
+
+    def wait_for(self, expression: str, accepted: Callable[[Any], bool]) -> None:
+        deadline = time.monotonic() + PATIENCE_S
+        answer: Any = None
+        while True:
+            with suppress(BrowserError):  # the page is being replaced
+                answer = self.run(expression)
+                if accepted(answer):
+                    return
+            assert time.monotonic() < deadline, f"never as expected: {expression}; last: {answer!r}"
             time.sleep(0.02)
 
     def press(self, key: str) -> None:
