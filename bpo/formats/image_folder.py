@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import urllib.request
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from bpo.formats.download import download
 from bpo.formats.embedded import IMAGE_FIELDS, take_embedded
 from bpo.formats.images import ImageError, decode_image, resolve_image_path
 from bpo.formats.problems import RecordError
 from bpo.job.durable import write_durably
 
-MAX_DOWNLOAD_BYTES = 64 << 20
-DOWNLOAD_TIMEOUT_S = 30.0
 _SIGNATURES = ((b"\xff\xd8", ".jpg"), (b"\x89PNG", ".png"), (b"GIF8", ".gif"), (b"BM", ".bmp"), (b"RIFF", ".webp"))
 
 
@@ -87,24 +85,6 @@ class ImageFolder:
         if isinstance(value, str) and value.startswith(("http://", "https://")):
             return self.put(None, download(value), where)
         return value
-
-
-def download(url: str) -> bytes:
-    """Downloads an http(s) URL of at most `MAX_DOWNLOAD_BYTES`.
-
-    Raises:
-        ImageError: The download fails or exceeds the limit.
-    """
-    try:
-        with urllib.request.urlopen(url, timeout=DOWNLOAD_TIMEOUT_S) as answer:
-            content = answer.read(MAX_DOWNLOAD_BYTES + 1)
-    except (OSError, ValueError) as error:
-        raise ImageError(f"image {url[:120]!r} cannot be downloaded ({error}); check the URL", "image-url") from error
-    if len(content) > MAX_DOWNLOAD_BYTES:
-        raise ImageError(
-            f"image {url[:120]!r} is larger than {MAX_DOWNLOAD_BYTES >> 20} MiB; scale it down", "image-url"
-        )
-    return content
 
 
 def _is_plain(name: str) -> bool:

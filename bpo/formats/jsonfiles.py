@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
+from bpo.formats.compressed import decompressed
 from bpo.formats.jsonscan import MAX_RECORD_CHARACTERS, Damage, JsonScanner
 from bpo.formats.problems import RecordError
 
 BOM = b"\xef\xbb\xbf"
+HEAD_BYTES = 1024  # from which the kind of file is known
 # An invalid UTF-8 byte as decoded by the error handler `surrogateescape`.
 _FOREIGN_BYTE = re.compile("[\udc80-\udcff]")
 
@@ -102,15 +104,13 @@ def json_pieces(path: Path) -> Iterator[Piece]:
         if file.read(3) != BOM:
             file.seek(0)
         start = file.tell()
-        first = file.read(1)
-        while first and first in b" \t\r\n":
-            first = file.read(1)
+        is_list = file.read(HEAD_BYTES).lstrip().startswith(b"[")
         file.seek(start)
-        yield from _list_pieces(path, file) if first == b"[" else _line_pieces(path, file)
+        yield from _list_pieces(path, file) if is_list else _line_pieces(path, file)
 
 
 def open_file(path: Path) -> BinaryIO:
-    """Opens a file of records.
+    """Opens a file of records; a compressed one as a stream of its content (`bpo.formats.compressed`).
 
     Raises:
         ValueError: Names the file and the reason.
@@ -119,7 +119,7 @@ def open_file(path: Path) -> BinaryIO:
         # Opening a pipe may block, and it can be read only once.
         if Path(path).exists() and not Path(path).is_file():
             raise ValueError(f"{path} is not a regular file; write its content to one")
-        return Path(path).open("rb")
+        return decompressed(path, Path(path).open("rb"))
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror}); check the path") from error
 

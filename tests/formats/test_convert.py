@@ -237,12 +237,15 @@ def server() -> Iterator[str]:
         image_server.shutdown()
 
 
-def test_urls_are_fetched_only_if_allowed(files: Path, server: str) -> None:
+def test_urls_are_fetched_only_if_allowed(files: Path, server: str, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [{"image": f"{server}/{name}.png", "caption": "A bus."} for name in ("a", "missing")]
     (files / "a.json").write_text(json.dumps(rows))
     convert(files / "a.json", files / "plain.jsonl", images=ImageFolder(files / "images"))
     assert read_annotations(files / "plain.jsonl").annotations[0].images == (f"{server}/a.png",)
     assert not (files / "images").exists()
+    with pytest.raises(ValueError, match="'127.0.0.1' is 127.0.0.1, which is not a public address"):
+        convert(files / "a.json", files / "a.jsonl", images=ImageFolder(files / "images", fetches_urls=True))
+    monkeypatch.setattr("bpo.formats.download.is_public", lambda address: True)
     bad = BadRecords("quarantine")
     convert(files / "a.json", files / "a.jsonl", images=ImageFolder(files / "images", fetches_urls=True), bad=bad)
     (annotation,) = read_annotations(files / "a.jsonl").annotations

@@ -5,11 +5,14 @@ Images are not decoded here: an image cell remains `{"bytes", "path"}`, as in th
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bpo.formats.jsonfiles import Piece
+from bpo.formats.foreign import foreign_kind
+from bpo.formats.importers.expansion import check_row_groups, check_uncompressed, split_rows
+from bpo.formats.jsonfiles import Piece, open_file
 from bpo.formats.messages import MESSAGE_FIELDS, turns_of_columns
 
 ROWS = 64  # per batch; a row may contain images
@@ -17,16 +20,32 @@ HUB = "hub:"
 
 
 def parquet_pieces(path: Path) -> Iterator[Piece]:
-    """Yields the rows of a parquet file; raises `ValueError` if pyarrow is missing or the file is damaged."""
+    """Yields the rows of a parquet file.
+
+    Memory is bounded by the limits of `bpo.formats.importers.expansion`.
+
+    Raises:
+        ValueError: pyarrow is missing, the file is damaged, or a row group expands too far.
+    """
     try:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
         raise ValueError(f"{path}: parquet requires pyarrow; pip install 'bpo[hub]'") from error
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
+        metadata = pyarrow.parquet.read_metadata(path)
+        check_row_groups(path, metadata)
+        # Whether an entry of a dictionary fills one cell or thousands is only known while it is a dictionary.
+        columns = metadata.schema
+        texts = [columns.column(n).path for n in range(len(columns)) if columns.column(n).physical_type == "BYTE_ARRAY"]
+        reading = {"read_dictionary": texts, "buffer_size": 1 << 20, "pre_buffer": False}
+        with pyarrow.parquet.ParquetFile(path, **reading) as file:
             yield from _pieces(file.iter_batches(batch_size=ROWS), str(path))
     except (pyarrow.ArrowException, OSError) as error:
+        with open_file(path) as raw:
+            kind = foreign_kind(raw.read(512), path.name)
+        if kind is not None:
+            raise ValueError(f"{path} is {kind}") from error
         raise ValueError(f"{path} is a damaged parquet file ({error}); download it again") from error
 
 
@@ -38,6 +57,8 @@ def saved_pieces(path: Path) -> Iterator[Piece]:
     """
     datasets = _datasets(str(path))
     try:
+        for entry in json.loads((path / "state.json").read_bytes())["_data_files"]:
+            check_uncompressed(path / entry["filename"])
         tables = datasets.load_from_disk(str(path)).with_format("arrow").iter(batch_size=ROWS)
         yield from _pieces(tables, str(path))
     except Exception as error:  # a damaged table may raise ArrowInvalid, KeyError, JSONDecodeError, ...
@@ -68,13 +89,13 @@ def hub_pieces(path: Path) -> Iterator[Piece]:
 
 def _pieces(tables: Iterator[Any], source: str) -> Iterator[Piece]:
     index = 0
-    for table in tables:
-        for row in table.to_pylist():
+    for rows, damage in (split for table in tables for split in split_rows(table)):
+        for row in rows:
             # A null cell means an absent field.
             cells = {name: _plain(value) for name, value in row.items() if value is not None}
             for name in cells.keys() & MESSAGE_FIELDS:
                 cells[name] = turns_of_columns(cells[name])
-            yield Piece(f"{source}, row {index}", index, False, cells)
+            yield Piece(f"{source}, row {index}", index, False, cells, damage)
             index += 1
 
 

@@ -1,21 +1,25 @@
 """Container formats: JSON list, JSONL, COCO JSON, CSV, TSV, parquet, datasets, tar shards. Each yields `Piece`s.
 
+All but parquet and datasets, which compress by themselves, may be compressed (`bpo.formats.compressed`).
 All containers are streamed: at most one batch of records is in memory (for COCO, also its image names).
 """
 
 from __future__ import annotations
 
+import itertools
 import json
-import tarfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+from bpo.formats.compressed import MAGIC_BYTES, StreamError, compression_of
+from bpo.formats.foreign import foreign_kind
 from bpo.formats.importers.arrow import HUB, hub_pieces, parquet_pieces, saved_pieces
 from bpo.formats.importers.csvfiles import table_pieces
-from bpo.formats.importers.shards import tar_pieces
-from bpo.formats.jsonfiles import Piece, json_pieces, open_file
+from bpo.formats.importers.names import object_hint
+from bpo.formats.importers.shards import is_tar, tar_pieces
+from bpo.formats.jsonfiles import HEAD_BYTES, Piece, json_pieces, open_file
 from bpo.formats.jsonscan import Damage, JsonScanner
 
 
@@ -43,16 +47,12 @@ class Container:
         """Yields the unparsed records; raises `ValueError` if a file cannot be read."""
         index = done_bytes = 0
         for path in self.paths:
-            for piece in CONTAINERS[self.kind](path):
-                yield Piece(
-                    piece.where,
-                    index,
-                    piece.from_list,
-                    piece.source,
-                    piece.damage,
-                    piece.is_torn,
-                    done_bytes + piece.end_bytes,
-                )
+            try:
+                for piece in CONTAINERS[self.kind](path):
+                    yield replace(piece, index=index, end_bytes=done_bytes + piece.end_bytes)
+                    index += 1
+            except StreamError as error:
+                yield Piece(str(path), index, False, b"", Damage(error.code, error.args[0].removeprefix(f"{path}: ")))
                 index += 1
             done_bytes += _size_of(path)
 
@@ -97,10 +97,17 @@ def _only_split(path: Path) -> Path:
 
 
 def _kind_of(path: Path) -> str:
+    with open(path, "rb") if path.is_file() else open_file(path) as raw:
+        compression = compression_of(raw.read(MAGIC_BYTES))
     with open_file(path) as file:
-        head = file.read(1024)
+        head = file.read(HEAD_BYTES)
+    if head.startswith(b"PAR1") and compression:
+        raise UnknownFormat(f"{path}: a parquet file inside {compression}; unpack it (parquet compresses by itself)")
     if head.startswith(b"PAR1"):
         return "parquet"
+    foreign = foreign_kind(head, path.name)
+    if foreign is not None:
+        raise UnknownFormat(f"{path} is {foreign}")
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
     if text[:1] == b"[":
         return "list"
@@ -108,26 +115,43 @@ def _kind_of(path: Path) -> str:
         if _is_coco(path):
             return "coco"
         if text.split(b"\n")[0].strip() == b"{":
-            raise UnknownFormat(f"{path}: a JSON object spans several lines; write a list of objects, or one per line")
+            hint = object_hint(_first_member(path)) or "write a list of objects, or one per line"
+            raise UnknownFormat(f"{path}: a JSON object spans several lines; {hint}")
         return "jsonl"
-    if path.suffix.lower() in (".csv", ".tsv"):
-        return path.suffix.lower()[1:]
-    if path.suffix.lower() in (".json", ".jsonl", ".ndjson"):
+    suffix = (path.with_suffix("") if compression else path).suffix.lower()
+    if suffix in (".csv", ".tsv"):
+        return suffix[1:]
+    if suffix in (".json", ".jsonl", ".ndjson"):
         return "jsonl"  # with a damaged first line, or empty
-    if head and _is_tar(path):
+    if head and is_tar(path):
         return "tar"
-    packed = " (unpack it first)" if head[:2] in (b"\x1f\x8b", b"PK") else ""
     raise UnknownFormat(
-        f"{path}: not a JSON list or JSONL, CSV, TSV, parquet or tar file; first bytes: {head[:16]!r}{packed}; "
+        f"{path}: not a JSON list or JSONL, CSV, TSV, parquet or tar file; first bytes: {head[:16]!r}; "
         "tables must have the suffix .csv or .tsv"
     )
 
 
-def _is_tar(path: Path) -> bool:
+def _first_member(path: Path) -> dict[str, Any]:
+    """Returns the first member of a JSON object, a list with its first element only; nothing if it is damaged."""
     try:
-        return tarfile.is_tarfile(path)
-    except (EOFError, OSError):  # a damaged compressed file
-        return False
+        with open_file(path) as file:
+            scanner = _inside_object(file)
+            key = json.loads(scanner.value())
+            scanner.expect(":")
+            if scanner.peek() != "[":
+                return {key: json.loads(scanner.value())}
+            scanner.expect("[")
+            return {key: [json.loads(source) for source, _ in itertools.islice(scanner.elements(), 1)]}
+    except (ValueError, RecursionError):
+        return {}
+
+
+def _inside_object(file: BinaryIO) -> JsonScanner:
+    scanner = JsonScanner(file)
+    if scanner.peek() == "\ufeff":
+        scanner.expect("\ufeff")
+    scanner.expect("{")
+    return scanner
 
 
 def _is_coco(path: Path) -> bool:
@@ -146,10 +170,7 @@ def _is_coco(path: Path) -> bool:
 def _coco_lists(path: Path, first_only: bool = False) -> Iterator[tuple[str, dict[str, Any] | Damage]]:
     """Yields (key, element) of the lists in a JSON object; damaged elements as `Damage`."""
     with open_file(path) as file:
-        scanner = JsonScanner(file)
-        if scanner.peek() == "\ufeff":
-            scanner.expect("\ufeff")
-        scanner.expect("{")
+        scanner = _inside_object(file)
         while scanner.peek() != "}":
             key = json.loads(scanner.value())
             scanner.expect(":")

@@ -5,19 +5,25 @@ from __future__ import annotations
 import csv
 import io
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import IO
 
 from bpo.formats.jsonfiles import Piece, open_file
 from bpo.formats.jsonscan import Damage
 
 MAX_CELL_CHARACTERS = 16 << 20
+MAX_ROW_CHARACTERS = 64 << 20
+MAX_REREAD_CHARACTERS = 256 << 20  # each damaged row is read again line by line, so a file of them would never end
 # Minimum number of row-like lines in a cell to treat it as swallowed rows; text often has commas, but rarely tabs.
-_SWALLOWED_LINES = {",": 5, "\t": 1}
+_SWALLOWED_LINES = {",": 5, ";": 5, "\t": 1}
 
 
 def table_pieces(path: Path, separator: str) -> Iterator[Piece]:
     """Yields one record per row: column name -> cell, without empty cells.
+
+    A header without commas but with semicolons is of a table from Excel in a locale with a decimal comma.
 
     Raises:
         ValueError: The file or its header cannot be read.
@@ -25,6 +31,9 @@ def table_pieces(path: Path, separator: str) -> Iterator[Piece]:
     csv.field_size_limit(MAX_CELL_CHARACTERS)
     with open_file(path) as raw, io.TextIOWrapper(raw, "utf-8-sig", "surrogateescape", newline="") as file:
         lines = _Lines(file)
+        first = lines.peek()
+        if separator == "," and "," not in first and ";" in first:
+            separator = ";"
         rows = csv.reader(lines, delimiter=separator, strict=True)
         header = _header(path, rows)
         index = 0
@@ -37,7 +46,9 @@ def table_pieces(path: Path, separator: str) -> Iterator[Piece]:
             except csv.Error as error:
                 row, damage = [], Damage("wrong-columns", f"not a valid row ({error}); quote its cells")
             if damage is not None:
-                lines.give_back()
+                num_lost = lines.give_back()
+                if num_lost:
+                    damage = replace(damage, message=f"{damage.message}; the next {num_lost} lines are lost with it")
             elif not row:
                 continue  # a blank line
             cells = {name: cell for name, cell in zip(header, row, strict=False) if cell != ""}
@@ -82,8 +93,9 @@ class _Lines:
         row: Lines of the current row.
     """
 
-    def __init__(self, file: Iterable[str]):
-        self._file = iter(file)
+    def __init__(self, file: IO[str]):
+        self._file = file
+        self._row_characters = self._reread_characters = 0
         self._returned: deque[str] = deque()
         self._number = 0
         self.row: list[str] = []
@@ -92,17 +104,36 @@ class _Lines:
         return self
 
     def __next__(self) -> str:
-        line = self._returned.popleft() if self._returned else next(self._file)
+        line = self._returned.popleft() if self._returned else self._file.readline(MAX_CELL_CHARACTERS)
+        if not line:
+            raise StopIteration
         self.row.append(line)
         self._number += 1
+        self._row_characters += len(line)
+        if self._row_characters > MAX_ROW_CHARACTERS:
+            raise csv.Error(f"it has more than {MAX_ROW_CHARACTERS >> 20} MiB")
         return line
+
+    def peek(self) -> str:
+        """Returns the next line without consuming it; empty at the end."""
+        if not self._returned:
+            self._returned.append(self._file.readline(MAX_CELL_CHARACTERS))
+        return self._returned[0]
 
     def begin_row(self) -> int:
         """Starts a new row; returns the number of the next line."""
-        self.row = []
+        self.row, self._row_characters = [], 0
         return self._number + 1
 
-    def give_back(self) -> None:
-        """Pushes back all lines of the row except the first, to be read as separate rows."""
+    def give_back(self) -> int:
+        """Pushes back all lines of the row except the first, to be read as separate rows.
+
+        Returns:
+            The number of lines that are lost instead, once `MAX_REREAD_CHARACTERS` are used up.
+        """
+        self._reread_characters += self._row_characters
+        if self._reread_characters > MAX_REREAD_CHARACTERS:
+            return len(self.row) - 1
         self._returned.extendleft(reversed(self.row[1:]))
         self._number -= len(self.row[1:])
+        return 0

@@ -5,14 +5,16 @@ from __future__ import annotations
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, BinaryIO
 
-from bpo.formats.jsonfiles import Piece, parse_json
+from bpo.formats.compressed import StreamError
+from bpo.formats.jsonfiles import Piece, open_file, parse_json
 from bpo.formats.jsonscan import Damage
 from bpo.formats.problems import RecordError
 
 IMAGE_SUFFIXES = frozenset("jpg jpeg png webp gif bmp tif tiff avif ppm pgm".split())
-MAX_MEMBER_BYTES = 256 << 20
+MAX_MEMBER_BYTES = 256 << 20  # of a member, and of the members of one sample together
+MAX_HEADER_BYTES = 1 << 20
 
 
 def tar_pieces(path: Path) -> Iterator[Piece]:
@@ -24,9 +26,9 @@ def tar_pieces(path: Path) -> Iterator[Piece]:
     index = 0
     sample = _Sample("")
     try:
-        # Not "r|*": stream mode does not notice a file truncated inside a member.
-        with tarfile.open(path, "r:*") as tar:
-            while (member := tar.next()) is not None:
+        # Not "r|": stream mode does not notice a file truncated inside a member.
+        with open_file(path) as file, tarfile.open(fileobj=(source := _Bounded(file)), mode="r:") as tar:  # type: ignore[call-overload]
+            while (member := source.next_of(tar)) is not None:
                 tar.members = []  # type: ignore[attr-defined]  # bounds memory
                 if member.isdir():
                     continue
@@ -42,6 +44,9 @@ def tar_pieces(path: Path) -> Iterator[Piece]:
                         index += 1
                     sample = _Sample(key)
                 sample.add(member, suffix.lower(), tar.extractfile(member) if member.isfile() else None)
+    except StreamError as error:
+        yield Piece(f"{path}, sample {sample.key!r}", index, False, {}, Damage(error.code, str(error)))
+        return
     except (tarfile.TarError, OSError, EOFError) as error:
         damage = Damage("torn-record", f"the shard is damaged or truncated here ({error}); download it again")
         yield Piece(f"{path}, sample {sample.key!r}", index, False, {}, damage)
@@ -50,17 +55,57 @@ def tar_pieces(path: Path) -> Iterator[Piece]:
         yield sample.piece(path, index)
 
 
+def is_tar(path: Path) -> bool:
+    """Returns whether a file, decompressed, is a tar archive; raises `ValueError` if it cannot be read."""
+    try:
+        with open_file(path) as file, tarfile.open(fileobj=_Bounded(file), mode="r:"):  # type: ignore[call-overload]
+            return True
+    except (tarfile.TarError, StreamError):
+        return False
+
+
+class _Bounded:
+    """A file for `tarfile`, which reads a header of any size at once."""
+
+    def __init__(self, file: BinaryIO):
+        self._file = file
+        self._max_bytes = MAX_HEADER_BYTES
+        self.tell, self.close = file.tell, file.close
+
+    def next_of(self, tar: tarfile.TarFile) -> tarfile.TarInfo | None:
+        self._max_bytes = MAX_HEADER_BYTES
+        member = tar.next()
+        self._max_bytes = MAX_MEMBER_BYTES
+        return member
+
+    def read(self, size: int) -> bytes:
+        if size > self._max_bytes:
+            raise tarfile.ReadError(f"a header of {size} bytes")
+        # `tarfile` steps back by one byte: keep it in the buffer.
+        return self._file.read(size - 1) + self._file.read(1) if size else b""
+
+    def seek(self, position: int) -> int:
+        return self._file.seek(position)
+
+
 class _Sample:
     def __init__(self, key: str):
         self.key = key
+        self._num_bytes = 0
         self.fields: dict[str, Any] = {}
         self.images: list[dict[str, Any]] = []
         self.damage: Damage | None = None
 
     def add(self, member: tarfile.TarInfo, suffix: str, file: IO[bytes] | None) -> None:
-        if file is None or member.size > MAX_MEMBER_BYTES:
-            what = "a link or device" if file is None else f"of {member.size} bytes"
-            self.damage = Damage("wrong-type", f"member {member.name!r} is {what}; pack a regular file")
+        self._num_bytes += member.size + tarfile.BLOCKSIZE
+        if file is None:
+            self.damage = Damage("wrong-type", f"member {member.name!r} is a link or device; pack a regular file")
+        elif self._num_bytes > MAX_MEMBER_BYTES:
+            self.damage = Damage(
+                "too-large",
+                f"with member {member.name!r} the sample has more than {MAX_MEMBER_BYTES >> 20} MiB; split it",
+            )
+        if file is None or self.damage is not None:
             return
         raw = file.read()
         kind = suffix.rpartition(".")[2]
