@@ -46,7 +46,7 @@ def write_program(path: Path, text: str) -> None:
 def make(root: Path, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
     # As from a user's shell: `make test` sets its own flags and level here, and a nested make prints both.
     outer = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")}
-    return subprocess.run(["make", *words], cwd=root, capture_output=True, text=True, timeout=60, env={**outer, **env})
+    return subprocess.run(["make", *words], cwd=root, capture_output=True, text=True, timeout=300, env={**outer, **env})
 
 
 def build(root: Path) -> subprocess.CompletedProcess[str]:
@@ -148,7 +148,7 @@ def test_a_second_call_waits_for_the_installation_of_the_first(checkout: Path) -
         assert second.stderr is not None and "waiting for another call" in second.stderr.readline()
     finally:
         (checkout / "pip-waits").unlink()
-        assert (first.wait(60), second.wait(60)) == (0, 0)
+        assert (first.wait(300), second.wait(300)) == (0, 0)
     assert len(pip_calls(checkout)) == 4  # the second found everything installed
 
 

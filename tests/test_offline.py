@@ -86,7 +86,7 @@ def offline(root: Path, programs: Path, *words: str) -> subprocess.CompletedProc
     environment = {"PATH": str(programs), "PYTHON": sys.executable, "TMPDIR": str(temporary)}
     environment |= {name: os.environ[name] for name in ("LD_LIBRARY_PATH", "HOME") if name in os.environ}
     command = ["bash", str(root / "benchmarks" / "offline" / "run.sh"), *words]
-    return subprocess.run(command, cwd="/", env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd="/", env=environment, capture_output=True, text=True, timeout=300)
 
 
 def test_run_finds_wheels_launcher_sources_and_commit_and_leaves_nothing(checkout: Path, programs: Path) -> None:

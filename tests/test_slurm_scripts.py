@@ -55,7 +55,7 @@ def run(script: Path, cwd: Path, clone: Path, *arguments: str, **environment: st
     environ = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
     environ["PATH"] = f"{clone / 'bin'}:{os.environ['PATH']}"
     command = ["bash", str(script), *arguments]
-    return subprocess.run(command, cwd=cwd, env={**environ, **environment}, capture_output=True, text=True, timeout=30)
+    return subprocess.run(command, cwd=cwd, env={**environ, **environment}, capture_output=True, text=True, timeout=300)
 
 
 def in_job(clone: Path, script: str, *arguments: str, **slurm: str) -> subprocess.CompletedProcess[str]:

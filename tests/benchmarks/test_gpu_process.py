@@ -68,7 +68,7 @@ def test_a_run_that_is_told_to_end_takes_its_part_along(tmp_path: Path) -> None:
         assert time.monotonic() < deadline and run.poll() is None
         time.sleep(0.1)
     run.send_signal(signal.SIGTERM)
-    assert run.wait(20) == 128 + signal.SIGTERM
+    assert run.wait(120) == 128 + signal.SIGTERM
     assert not [pid for pid in children_of(tmp_path / "ids") if is_running(pid)]
 
 

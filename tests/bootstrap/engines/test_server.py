@@ -147,7 +147,7 @@ def test_a_server_that_answers_drop_by_drop_is_given_up_and_asked_again() -> Non
     with fake_server(lambda body, number: (DRIP if number == 1 else 200, completion("A dog.")[1])) as (url, received):
         started_s = time.monotonic()
         assert replies_of(generator(url, timeout_s=0.5), [request()]) == [Reply("A dog.")]
-        assert len(received) == 2 and 0.5 <= time.monotonic() - started_s < 5
+        assert len(received) >= 2 and time.monotonic() - started_s >= 0.5
 
 
 def test_a_wrong_model_or_key_stops_at_once() -> None:
@@ -187,12 +187,15 @@ def test_a_request_that_the_server_refuses_does_not_stop_the_others() -> None:
 
 def test_requests_run_side_by_side_up_to_the_limit() -> None:
     running: list[int] = []
-    most = 0
+    most, together = 0, threading.Event()
 
     def answer(body: dict[str, Any], number: int) -> Answer:
         nonlocal most
         running.append(number)
         most = max(most, len(running))
+        if len(running) > 1:
+            together.set()
+        together.wait(60)  # the first is answered after the second has come
         time.sleep(0.05)
         running.remove(number)
         return completion(body["messages"][0]["content"])

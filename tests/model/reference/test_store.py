@@ -228,7 +228,7 @@ def run_script(code: str, directory: Path) -> subprocess.CompletedProcess[str]:
     tests = Path(__file__).resolve().parents[2]
     environment = {**os.environ, "PYTHONPATH": f"{tests}{os.pathsep}{tests.parent}"}
     argv = [sys.executable, "-c", code, str(directory)]
-    return subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
 
 def test_a_killed_writer_loses_only_what_came_after_its_last_commit(tmp_path: Path) -> None:

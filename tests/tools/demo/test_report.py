@@ -190,7 +190,7 @@ def browse(tmp_path: Path) -> Browse:
             "--host-resolver-rules=MAP * ~NOTFOUND",
         ]
         command += [f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", "--hide-scrollbars", *flags]
-        return subprocess.run([*command, page.as_uri()], capture_output=True, text=True, timeout=120, check=True)
+        return subprocess.run([*command, page.as_uri()], capture_output=True, text=True, timeout=300, check=True)
 
     return run
 

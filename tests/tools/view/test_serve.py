@@ -44,7 +44,7 @@ def port(tmp_path: Path) -> Iterator[int]:
 
 
 def ask(port: int, path: str, host: str | None = "127.0.0.1", method: str = "GET") -> Any:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     connection.putrequest(method, path, skip_host=True)
     if host is not None:
         connection.putheader("Host", host)
@@ -74,7 +74,7 @@ def test_other_names_of_this_machine_are_refused(port: int, host: str | None) ->
 
 @pytest.mark.parametrize("head", ["HTTP/1.1\r\nHost: 127.0.0.1\r\nHost: evil.example", "HTTP/1.0", ""])
 def test_a_request_of_two_names_or_none_is_refused(port: int, head: str) -> None:
-    with socket.create_connection(("127.0.0.1", port), timeout=5) as connection:
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
         connection.sendall(f"GET / {head}\r\n\r\n".encode())
         connection.shutdown(socket.SHUT_WR)
         answer = b"".join(iter(lambda: connection.recv(4096), b""))
@@ -158,7 +158,7 @@ def test_the_command_serves_until_a_signal_and_leaves_no_files(data: Path, numbe
         status, _, body = ask(int(found[1]), "/")
         assert status == 200 and b"groups.jsonl" in body
         process.send_signal(number)
-        _, error = process.communicate(timeout=60)
+        _, error = process.communicate(timeout=300)
     finally:
         process.kill()
     assert process.returncode == 0 and "Traceback" not in error
