@@ -1,4 +1,4 @@
-"""Ranges of options: `number(2e-6, above=0)` and `text("runs", needed=True)` declare them, `Section` checks them."""
+"""Ranges of options: `number(2e-6, above=0)` and `needed("runs")` declare them, `Section` checks them."""
 
 from __future__ import annotations
 
@@ -62,9 +62,9 @@ def seconds(default: float, *, at_least: float, zero: str = "") -> Any:
     return field(default=default, metadata={"range": limits, "largest": LARGEST_TIME_S})
 
 
-def text(default: str, *, needed: bool) -> Any:
-    """A field for a text that must not be empty if it is `needed`."""
-    return field(default=default, metadata={"needed": needed})
+def needed(default: str) -> Any:
+    """A field for a text that must not be empty."""
+    return field(default=default, metadata={"needed": True})
 
 
 @dataclass(kw_only=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from bpo.config.bootstrap import BootstrapConfig
-from bpo.config.options import NUM_SEEDS, Section, check, number, seconds, text
+from bpo.config.options import NUM_SEEDS, Section, check, needed, number, seconds
 
 
 @dataclass(kw_only=True)
@@ -34,7 +34,7 @@ class ModelConfig(Section):
     path: str = ""
     dtype: Literal["float32", "bfloat16", "float16", "config"] = "bfloat16"
     attention: Literal["auto", "flash", "varlen", "flex", "sdpa"] = "auto"
-    vision_attention: str = text("sdpa", needed=True)
+    vision_attention: str = needed("sdpa")
     gradient_checkpointing: Literal["none", "full", "selective"] | bool = "none"
     share_prefix: Literal["auto", "never"] = "auto"
     trust_remote_code: bool = False
@@ -150,7 +150,7 @@ class LossConfig(Section):
 
     where = "loss"
 
-    type: str = text("sigmoid", needed=True)
+    type: str = needed("sigmoid")
     beta: float = number(0.1, above=0)
     label_smoothing: float = number(0.0, at_least=0, below=0.5)
     chosen_nll_weight: float = number(0.0, at_least=0)
@@ -199,8 +199,8 @@ class TrainConfig(Section):
 
     where = "train"
 
-    output_dir: str = text("runs/train", needed=True)
-    ds_config: str = text("ds_configs/zero2.json", needed=True)
+    output_dir: str = needed("runs/train")
+    ds_config: str = needed("ds_configs/zero2.json")
     epochs: int = number(2, at_least=1)
     max_steps: int = number(0, at_least=0, zero="all epochs")
     groups_per_step: int = number(32, at_least=1)
