@@ -28,7 +28,8 @@ _KIND = "(?:_(?:response|answer|output|completion|caption|text|messages?|convers
 _NAMES: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(f"(?:chosen|preferred|winning){_KIND}"), "chosen"),
     (re.compile(f"(?:rejected|reject|dispreferred|non_?preferred|losing){_KIND}"), "rejected"),
-    (re.compile("img_path|image_path|image_bytes|jpg|img"), "image"),
+    (re.compile("(?:img|image)_(?:path|file|filename|name|bytes|url)|img|file_?name|jpe?g|png|webp"), "image"),
+    (re.compile("(?:img|image)_(?:paths|files|filenames|names|urls|list)|imgs"), "images"),
     (re.compile("label|kto_tag"), "label"),
     (re.compile("system_prompt"), "system"),
 )
@@ -133,9 +134,8 @@ def _snake_case(field: str) -> str:
 
 
 def _has(fields: Mapping[str, Any], name: str) -> bool:
-    if name == "image" and fields.get("images") is not None:
-        return True
-    return fields.get(name) is not None
+    names = ("image", "images") if name in ("image", "images") else (name,)
+    return any(fields.get(name) is not None for name in names)
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -31,7 +31,7 @@ GROUP_META, CHOSEN_META, REJECTED_META = "bpo_group", "bpo_chosen", "bpo_rejecte
 TRL_KEYS = frozenset(
     ("id", "image", "images", "prompt", "question", "chosen", "rejected", GROUP_META, CHOSEN_META, REJECTED_META)
 )
-PAIR_KEYS = frozenset(("id", "idx", "image", "images", "image_path", "question", "chosen", "rejected", "text"))
+PAIR_KEYS = frozenset(("id", "idx", "image", "images", "question", "chosen", "rejected", "text"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,16 +130,13 @@ def group_from_rlhf_v(obj: Mapping[str, Any], record_id: str, where: str) -> Pre
             raise RecordError(
                 "wrong-type", f"{where}: field 'text' must be a JSON object with question, chosen, rejected"
             )
-    image = obj.get("image") if obj.get("image") is not None else obj.get("image_path")
-    images = conversation_images({"image": image, "images": obj.get("images")}, where)
+    images = conversation_images(obj, where)
     question = answer_of(required(source, "question", where), "field 'question'", where)
     completions = tuple(
         Completion(answer_of(required(source, name, where), f"field {name!r}", where), score, name)
         for name, score in (("chosen", 1.0), ("rejected", 0.0))
     )
     extra = extra_of(obj, PAIR_KEYS, where) | (extra_of(source, PAIR_KEYS, where) if source is not obj else {})
-    if obj.get("image") is not None and obj.get("image_path"):
-        extra["image_path"] = obj["image_path"]  # the publisher's source path
     return PreferenceGroup(record_id, images, prompt_turns(question, len(images), where), completions, extra)
 
 

@@ -200,8 +200,8 @@ def form_of(schema: Schema, record: Mapping[str, Any], fields: Mapping[str, Any]
         where: File, record and id, for messages.
 
     Raises:
-        RecordError: The record is preference data among annotations, an annotation among groups, or a pair of answers to
-            different images.
+        RecordError: The record is preference data among annotations, an annotation among groups, or a pair of answers
+            to different images.
     """
     field = preference_field(record) if schema.gives == "annotations" else None
     if field is None and fields.get("rejected_images"):

@@ -96,6 +96,17 @@ def test_a_pair_in_any_common_form_is_a_group(tmp_path: Path, form: str) -> None
     assert group.extra == {}
 
 
+@pytest.mark.parametrize(
+    "name", ["img_path", "image_path", "image_file", "imageName", "file_name", "jpg", "image_paths"]
+)
+def test_an_image_under_any_common_name_is_not_lost(tmp_path: Path, name: str) -> None:
+    value = ["a.png"] if name.endswith("s") else "a.png"
+    group = group_of(tmp_path, {name: value, "prompt": "What?", **TEXTS})
+    assert group.images == ("a.png",) and group.extra == {}
+    group = group_of(tmp_path, {name: value, "images": ["b.png"], "question": "What?", **TEXTS})
+    assert group.images == ("b.png",) and group.extra == {name: value}
+
+
 def test_several_rejected_answers_are_completions_of_one_group(tmp_path: Path) -> None:
     group = group_of(tmp_path, {**CONVERSATION, "rejected_response": ["A tram.", "A car."]})
     assert [(c.response, c.score) for c in group.completions] == [("A bus.", 1), ("A tram.", 0), ("A car.", 0)]
