@@ -55,6 +55,8 @@ def test_what_decides_a_step_is_refused_field_by_field_with_the_flag_that_accept
     text = str(refusal.value)
     assert "step 40" in text and "train.lr: 2e-06 -> 0.001" in text and "loss.beta: 0.1 -> 0.3" in text
     assert "train.epochs:" not in text and '--train.accept_changes \'["loss.beta", "train.lr"]\'' in text
+    with pytest.raises(CheckpointError, match="data.max_pixels: 0 -> 3136"):
+        check_options(manifest(), changed(data__max_pixels=3136), 2, [])
     caplog.set_level(logging.WARNING)
     check_options(manifest(), now, 2, ["train.epochs", "train.lr", "loss.beta"])
     assert "another train.lr (accepted): 2e-06 -> 0.001" in caplog.text
