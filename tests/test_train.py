@@ -219,12 +219,21 @@ def test_a_second_run_in_the_same_directory_is_refused(matrix: Path) -> None:
 
 
 def test_a_signal_saves_a_checkpoint_and_resume_finishes(matrix: Path) -> None:
-    """The signal that a scheduler sends before the time limit; started without a launcher, as by slurm/train.sh."""
+    """Ctrl-C as `deepspeed` passes it on: SIGINT to all processes, then SIGTERM, also to those that load the data."""
     config = (matrix / "zero2" / "config.yaml").read_text().replace(str(matrix / "zero2"), str(matrix / "signalled"))
-    (matrix / "signalled.yaml").write_text(config.replace("epochs: 2", "epochs: 40"))
+    config = config.replace("epochs: 2", "epochs: 40").replace("num_workers: 0", "num_workers: 2")
+    (matrix / "signalled.yaml").write_text(config)
     command = [sys.executable, "-m", "bpo.train", "--config", str(matrix / "signalled.yaml")]
     environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "DS_ACCELERATOR": "cpu"}
-    process = subprocess.Popen(command, cwd=matrix, env=environment, text=True, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        command,
+        cwd=matrix,
+        env=environment,
+        text=True,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # may be ignored in background
+    )
     try:
         written = matrix / "signalled" / "metrics.jsonl"
         deadline = time.monotonic() + 300
@@ -232,11 +241,14 @@ def test_a_signal_saves_a_checkpoint_and_resume_finishes(matrix: Path) -> None:
             assert time.monotonic() < deadline
             assert process.poll() is None, process.communicate()[1][-3000:]
             time.sleep(0.1)
-        process.send_signal(signal.SIGUSR2)
+        os.killpg(process.pid, signal.SIGINT)
+        time.sleep(0.2)
+        os.killpg(process.pid, signal.SIGTERM)
         _, errors = process.communicate(timeout=60)
     finally:
         process.kill()
     assert process.returncode == 75, errors[-3000:]
+    assert "Traceback" not in errors and errors.count("SIGINT: stopping") == 1
     done = len(metrics(matrix, "signalled"))
     assert (matrix / "signalled" / "checkpoints" / "latest").read_text() == f"step-{done:08d}"
     more = ["--resume", "--train.max_steps", str(done + 2)]

@@ -124,8 +124,8 @@ def test_killed_then_frozen_then_stopped(root: Path) -> None:
     assert found is not None
     try:
         job.wait_for_step(metrics, found[1]["step"] + 3)
-        for process in job.ranks:  # twice, as some schedulers and some people do
-            process.send_signal(signal.SIGTERM)
+        for process in job.ranks:  # a closed terminal, then its session's manager
+            process.send_signal(signal.SIGHUP)
             process.send_signal(signal.SIGTERM)
         assert [process.wait(60) for process in job.ranks] == [EXIT_INTERRUPTED] * 2, job.text(0)[-3000:]
     finally:
