@@ -208,11 +208,12 @@ def main(argv: list[str] | None = None) -> int:
         print(f"bpo: unknown command {arguments[0]!r}; the commands are {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     from bpo.job.exits import Interrupted, JobError, describe_unknown, exit_code_of
+    from bpo.job.terminal import printable
 
     try:
         return COMMANDS[arguments[0]](arguments[1:])
     except (Interrupted, JobError) as reason:
-        print(f"bpo {arguments[0]}: {reason}", file=sys.stderr)
+        print(printable(f"bpo {arguments[0]}: {reason}"), file=sys.stderr)
         return reason.exit_code
     except KeyboardInterrupt:
         print(f"bpo {arguments[0]}: stopped by Ctrl-C", file=sys.stderr)
@@ -220,7 +221,7 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:  # invalid input: show the message without a traceback
         code = exit_code_of(error)
         text = str(error) if code is not None else describe_unknown(error, Path.cwd())
-        print(f"bpo {arguments[0]}: error: {text}", file=sys.stderr)
+        print(printable(f"bpo {arguments[0]}: error: {text}"), file=sys.stderr)
         return code or 1
 
 

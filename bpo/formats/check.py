@@ -28,6 +28,7 @@ from bpo.formats.problems import PROBLEMS, Problem, RecordError
 from bpo.formats.reading import SeenIds, merge_adjacent
 from bpo.job.durable import replacing
 from bpo.job.journal import to_line
+from bpo.job.terminal import printable
 
 MAX_EXAMPLES = 3
 BATCH_RECORDS = 1000
@@ -227,8 +228,8 @@ class _Progress:
 
 
 def _one_line(text: str) -> str:
-    """Escapes a message, which may quote untrusted data, as one printable line of at most 220 characters."""
-    line = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
+    """Returns a message, which may quote untrusted data, as one printable line of at most 220 characters."""
+    line = printable(text.replace("\n", "\\n"))
     return line if len(line) <= 220 else f"{line[:217]}..."
 
 
@@ -249,6 +250,8 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     named = args.data if args.data.name not in ("", "..") else args.data.resolve()
     quarantine = args.quarantine or named.with_name(f"{named.name}.quarantine.jsonl")
+    if not named.parent.is_dir():
+        open_source(args.data, args.schema)  # a missing file is named first, not the list next to it
     try:
         with replacing(quarantine, sync=False) as file:
             result = check_data(
@@ -265,9 +268,9 @@ def main(argv: list[str]) -> int:
         raise ValueError(
             f"{quarantine} cannot be written ({error.strerror}); choose another path with --quarantine"
         ) from error
-    print(result.table())
+    print(printable(result.table()))
     if result.num_bad:
-        print(f"Bad records are listed in {quarantine}")
+        print(printable(f"Bad records are listed in {quarantine}"))
     if args.json:
         try:
             args.json.write_text(json.dumps(vars(result), indent=1) + "\n", encoding="utf-8")

@@ -20,6 +20,7 @@ from bpo.formats.images import read_image_file, relative_image_path
 from bpo.formats.importers.registry import SCHEMAS, Source, open_source
 from bpo.formats.problems import Problem, RecordError
 from bpo.formats.reading import iterate_records
+from bpo.job.terminal import printable
 from bpo.records import Annotation, PreferenceGroup
 
 Target = Literal["bpo", "trl", "paper"]
@@ -184,14 +185,14 @@ def main(argv: list[str]) -> int:
         bad=BadRecords(args.on_bad, args.max_bad_share),
         progress=True,
     )
-    print(f"{args.output}: {result.num_written:,} rows from {result.num_read:,} records ({result.schema})")
-    for reason, count in result.left_out.most_common():
-        print(f"  left out: {count:,} ({reason})")
+    lines = [f"{args.output}: {result.num_written:,} rows from {result.num_read:,} records ({result.schema})"]
+    lines += [f"  left out: {count:,} ({reason})" for reason, count in result.left_out.most_common()]
     if result.num_images:
-        print(f"  {result.num_images:,} images written to {args.images}")
+        lines.append(f"  {result.num_images:,} images written to {args.images}")
     if result.bad.problems:
         quarantine = args.output.with_name(f"{args.output.name}.quarantine.jsonl")
-        lines = [json.dumps(problem.to_json()) + "\n" for problem in result.bad.problems]
-        quarantine.write_text("".join(lines), encoding="ascii")
-        print(f"  bad: {len(lines):,}, listed in {quarantine}")
+        bad_lines = [json.dumps(problem.to_json()) + "\n" for problem in result.bad.problems]
+        quarantine.write_text("".join(bad_lines), encoding="ascii")
+        lines.append(f"  bad: {len(bad_lines):,}, listed in {quarantine}")
+    print(printable("\n".join(lines)))
     return 0

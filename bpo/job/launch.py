@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from bpo.job.terminal import PrintableFormatter
+
 if TYPE_CHECKING:
     import torch
 
@@ -109,11 +111,9 @@ def pick_device(ranks: Ranks | None = None) -> torch.device:
 def setup_logging(ranks: Ranks) -> None:
     """Logs INFO on rank 0 and warnings on the others; with several ranks, each line names its rank."""
     where = f"[rank {ranks.rank}] " if ranks.world_size > 1 else ""
-    logging.basicConfig(
-        level=logging.INFO if ranks.is_main else logging.WARNING,
-        format=f"%(asctime)s {where}%(levelname)s %(name)s: %(message)s",
-        datefmt="%H:%M:%S",
-        stream=sys.stderr,
-    )
+    handler = logging.StreamHandler(sys.stderr)
+    form = f"%(asctime)s {where}%(levelname)s %(name)s: %(message)s"
+    handler.setFormatter(PrintableFormatter(form, "%H:%M:%S"))
+    logging.basicConfig(level=logging.INFO if ranks.is_main else logging.WARNING, handlers=[handler])
     for noisy in ("transformers", "DeepSpeed", "urllib3", "PIL"):
         logging.getLogger(noisy).setLevel(logging.WARNING)

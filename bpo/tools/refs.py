@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from bpo.job.durable import sync_directory
+from bpo.job.terminal import printable
 from bpo.model.reference.format import (
     ReferenceStoreError,
     Shard,
@@ -164,7 +165,7 @@ def _print_summary(summary: StoreSummary) -> None:
         )
     print("fingerprint:")
     for field, value in sorted(summary.fingerprint.items()):
-        print(f"  {field}: {value}")
+        print(printable(f"  {field}: {value}"))
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
@@ -182,7 +183,7 @@ def _verify(arguments: argparse.Namespace) -> int:
         print(f"{arguments.dir}: all checksums match")
         return 0
     for damaged in damage:
-        print("\n".join(damaged.lines()))
+        print(printable("\n".join(damaged.lines())))
     if not arguments.remove_damaged:
         print(f"remove them with `bpo refs verify {arguments.dir} --remove-damaged`; the next run recomputes them")
         return 1

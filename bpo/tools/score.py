@@ -24,6 +24,7 @@ from bpo.job.compile_locks import named_compile_locks
 from bpo.job.durable import replacing
 from bpo.job.journal import to_line
 from bpo.job.launch import pick_device
+from bpo.job.terminal import printable
 from bpo.model.attention.shared_prefix import packed_layout
 from bpo.model.load import load_model
 from bpo.model.policy import PolicyModel, model_inputs
@@ -130,9 +131,8 @@ def write_scores(options: argparse.Namespace) -> int:
             file.write(to_line(_line(encoder, group, encoded, values, before), ensure_ascii=False))
             written += 1
     if listed.problems:
-        print(
-            f"skipped {len(listed.problems):,} bad records, listed in {options.out}.quarantine.jsonl", file=sys.stderr
-        )
+        text = f"skipped {len(listed.problems):,} bad records, listed in {options.out}.quarantine.jsonl"
+        print(printable(text), file=sys.stderr)
     return written
 
 
@@ -191,8 +191,8 @@ def main(argv: list[str]) -> int:
     add_bad_record_options(parser)
     options = parser.parse_args(argv)
     try:
-        print(f"{write_scores(options)} groups: {options.out}")
+        print(printable(f"{write_scores(options)} groups: {options.out}"))
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(printable(f"error: {error}"), file=sys.stderr)
         return 1
     return 0

@@ -21,6 +21,7 @@ from bpo.bootstrap.changes import load_lexicon
 from bpo.bootstrap.job.merge import sibling_path
 from bpo.config.bootstrap import WeakenConfig
 from bpo.formats.bad_records import BadRecords
+from bpo.job.terminal import printable
 from bpo.records import PreferenceGroup
 from bpo.tools.groups import bad_records_from, iterate_groups, sample, write_bad_records
 from bpo.tools.view.entries import REFUSED_ADVICE, SCORES_ADVICE, check_refused, entry_of, refused_only, token_scores
@@ -91,7 +92,7 @@ def build_page(options: argparse.Namespace, folder: Path) -> Path:
     statistics.problems = inputs.bad_records().problems
     write_bad_records(folder / "quarantine.jsonl", inputs.bad_records())
     for warning in inputs.warnings(folder):
-        tqdm.write(warning, file=sys.stderr)
+        tqdm.write(printable(warning), file=sys.stderr)
     return writer.finish()
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from bpo.bootstrap.job.merge import sibling_path
+from bpo.job.terminal import printable
 from bpo.tools.groups import add_bad_record_options
 from bpo.tools.view.build import build_page
 from bpo.tools.view.serve import server_of
@@ -84,11 +85,11 @@ def main(argv: list[str]) -> int:
             if options.serve:
                 serve(options)
             else:
-                print(build_page(options, options.out or sibling_path(options.data, "page")).resolve())
+                print(printable(build_page(options, options.out or sibling_path(options.data, "page")).resolve()))
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 0 if options.serve else 130
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(printable(f"error: {error}"), file=sys.stderr)
         return 1
     return 0
