@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from bpo.formats.bad_records import BadRecords
-from bpo.formats.check import check_data
+from bpo.formats.check import check_data, main
 from bpo.formats.files import read_annotations, read_groups
 from bpo.records import Completion, ContentPart, PreferenceGroup, Turn
 
@@ -264,7 +264,7 @@ def test_an_object_around_the_records_is_named(tmp_path: Path, content: Any, mes
 def test_the_name_of_a_dataset_on_the_hub_is_recognised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="bpo convert hub:openbmb/RLAIF-V-Dataset "):
-        check_data(Path("openbmb/RLAIF-V-Dataset"))
+        main(["openbmb/RLAIF-V-Dataset"])
     with pytest.raises(ValueError, match="cannot be read"):
         check_data(Path("data/groups.jsonl"))
 
