@@ -18,7 +18,8 @@ from bpo.config.training import Config
 from bpo.data.families import Family, ImagePlace, family_of
 from bpo.data.processor import ChatTemplateError, Processor, load_processor
 from bpo.formats.images import ImageError, load_image
-from bpo.records import Completion, PreferenceGroup, Turn
+from bpo.formats.usable import NO_PAIR, distinct_answers
+from bpo.records import PreferenceGroup, Turn
 
 # Private-use characters that replace a literal in the user's text while the chat template is rendered.
 _LITERAL = "\ue0f0{}\ue0f1"
@@ -102,12 +103,12 @@ class Encoder:
         self.processor = processor
         self.tokenizer = processor.tokenizer
         self.family: Family = family_of(model_config, share_prefix)
-        _check_ids(self.tokenizer, model_config)
         self.image_root = image_root
         self.max_length_tokens = max_length_tokens
         self.image_token_id = self.family.image_token_id
         if self.tokenizer.eos_token_id is None:
             raise ValueError("the tokenizer has no EOS token; set tokenizer.eos_token to the token that ends an answer")
+        _check_ids(self.tokenizer, model_config, self.image_token_id)
         self._special_tokens = self._all_special_tokens()
         self.eos_token_id: int = self._end_of_answer()
         # A model may end turns and documents with different tokens; in generation, both end the answer.
@@ -288,12 +289,9 @@ class Encoder:
         room = self.max_length_tokens - len(prompt.prefix_ids)
         if room < 1:
             return Dropped(group.id, "prompt-too-long", self.too_long(prompt))
-        best: dict[tuple[int, ...], float] = {}
-        for completion in group.completions:
-            ids = self.encode_completion(completion.response)[:room]
-            best[ids] = max(completion.score, best.get(ids, completion.score))
-        if len(set(best.values())) < 2:
-            return Dropped(group.id, "no-pair", "no two completions differ in both tokens and score")
+        best = distinct_answers((self.encode_completion(c.response)[:room], c.score) for c in group.completions)
+        if best is None:
+            return Dropped(group.id, *NO_PAIR)
         return EncodedGroup(prompt, tuple(best), tuple(best.values()))
 
     def too_long(self, prompt: EncodedPrompt) -> str:
@@ -310,8 +308,13 @@ class Encoder:
         return self.tokenizer.decode(list(ids), skip_special_tokens=True).strip()
 
 
-def _check_ids(tokenizer: Any, model_config: Any) -> None:
-    """Raises ValueError if the tokenizer has a token without a row in the embedding."""
+def _check_ids(tokenizer: Any, model_config: Any, image_token_id: int) -> None:
+    """Raises ValueError if a token has no row in the embedding, or the image token is not in the tokenizer."""
+    if tokenizer.convert_ids_to_tokens(image_token_id) is None:
+        raise ValueError(
+            f"the model's image token has id {image_token_id} (config.json), which the tokenizer lacks; use the "
+            "model's own tokenizer"
+        )
     num_rows = model_config.get_text_config().vocab_size
     token, index = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
     if index >= num_rows:
@@ -320,15 +323,6 @@ def _check_ids(tokenizer: Any, model_config: Any) -> None:
             "(vocab_size); use the model's own tokenizer, or save the model after "
             f"model.resize_token_embeddings({index + 1})"
         )
-
-
-def keep_types(group: PreferenceGroup, types: Sequence[str]) -> PreferenceGroup:
-    """Keeps the top-scored completions of a group and those of the given types; empty `types` keeps all."""
-    if not types:
-        return group
-    top = max(completion.score for completion in group.completions)
-    kept: tuple[Completion, ...] = tuple(c for c in group.completions if c.score == top or c.type in types)
-    return PreferenceGroup(group.id, group.images, group.prompt, kept)
 
 
 def load_encoder(config: Config, model_config: Any = None) -> Encoder:

@@ -116,6 +116,10 @@ def test_a_token_without_an_embedding_row_is_named_at_the_start(
     shutil.copytree(tiny_llava_dir, tmp_path / "model")
     tokenizer = load_processor(str(tiny_llava_dir)).tokenizer
     rows = len(tokenizer)
+    (config := AutoConfig.from_pretrained(tiny_llava_dir)).image_token_id = rows
+    config.save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match=rf"image token has id {rows} .* which the tokenizer lacks"):
+        encoder_of(tmp_path / "model", photo_root)
     tokenizer.add_tokens(["<new>"], special_tokens=True)
     tokenizer.save_pretrained(tmp_path / "model")
     with pytest.raises(ValueError, match=rf"'<new>' .* has id {rows}, .* {rows} rows .*embeddings\({rows + 1}\)"):
