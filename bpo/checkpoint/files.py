@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from bpo.job.collectives import Alone, Collectives
-from bpo.job.durable import file_digest, sync_directory, write_durably
+from bpo.job.durable import file_digest, sync_directory, sync_file, write_durably
 from bpo.job.exits import JobError
 
 logger = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ def _step_of(directory: Path) -> int:
 def seal_file(path: Path) -> dict[str, Any]:
     """Syncs a written file to disk and reads it back: its `bytes` and `sha256` for the manifest."""
     with path.open("rb") as file:
-        os.fsync(file.fileno())
+        sync_file(file.fileno())
     return {"bytes": path.stat().st_size, "sha256": file_digest(path)}
 
 

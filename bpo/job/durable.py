@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import secrets
@@ -11,12 +12,28 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+# Of file systems that cannot sync: some in user space, some of containers. They give no guarantee to wait for.
+_CANNOT_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS}
+
+
+def sync_file(descriptor: int) -> None:
+    """fsync where the file system has it.
+
+    Raises:
+        OSError: the content could not be written.
+    """
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _CANNOT_SYNC:
+            raise
+
 
 def sync_directory(directory: Path) -> None:
     """Makes new names in a directory durable; also the content of a file."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        sync_file(descriptor)
     finally:
         os.close(descriptor)
 
@@ -35,7 +52,7 @@ def replacing(path: Path, *, sync: bool = True) -> Iterator[BinaryIO]:
             yield file
             if sync:
                 file.flush()
-                os.fsync(file.fileno())
+                sync_file(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):

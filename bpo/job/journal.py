@@ -16,6 +16,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
+from bpo.job.durable import sync_file
+
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
@@ -57,12 +59,12 @@ class JournalWriter:
         self._file.write(lines)
         self._file.flush()
         if self._sync_each:
-            os.fsync(self._file.fileno())
+            sync_file(self._file.fileno())
 
     def close(self) -> None:
         try:
             if not self._sync_each:
-                os.fsync(self._file.fileno())
+                sync_file(self._file.fileno())
         finally:
             self._file.close()
 

@@ -3,9 +3,10 @@
 OUTPUT/job.lock          owner of the directory: host, process, job id, a random token
 OUTPUT/job.lock.TOKEN    beats: rewritten every few seconds by the owner
 
-The lock is created by link(), which is atomic on local disks, Lustre and NFS; flock is not used, because many clusters
-mount their file systems without it. Whether the owner is alive is decided without clocks: on the same host by its
-process, elsewhere by watching its beats for `STALE_S` seconds. A job restarted by SLURM takes its own lock back.
+The lock is created by link(), which is atomic on local disks, Lustre and NFS, or by an exclusive open() where there are
+no hard links; flock is not used, because many clusters mount their file systems without it. Whether the owner lives is
+decided without clocks: in the same PID namespace by its process, elsewhere by watching its beats for `STALE_S`
+seconds. A job restarted by SLURM takes the lock of its earlier start back.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from bpo.job.exits import JobError, exit_code_of
+from bpo.job.launch import restart_count
 from bpo.job.process import ProcessIdentity, is_running, this_process
 
 logger = logging.getLogger(__name__)
@@ -30,6 +32,8 @@ BEAT_EVERY_S = 5.0
 # Longer than the attribute cache of NFS (60 s).
 STALE_S = 75.0
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+# From link() on file systems without hard links: FAT, some network and user-space file systems.
+_NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EOPNOTSUPP}
 
 
 class RunLockError(JobError):
@@ -42,6 +46,7 @@ def owner_record() -> dict[str, Any]:
     return {
         **this_process()._asdict(),
         "job": os.environ.get("SLURM_JOB_ID", ""),
+        "start": restart_count(),
         "token": secrets.token_hex(8),
     }
 
@@ -80,31 +85,43 @@ class RunLock:
 
     def _create(self) -> bool:
         self._beats.write_text("0", encoding="utf-8")
-        # Linked when complete: no reader sees half a lock. link() fails if the name exists, on NFS too.
         temporary = self._beats.with_suffix(self._beats.suffix + ".new")
         temporary.write_text(json.dumps(self.owner), encoding="utf-8")
         try:
-            os.link(temporary, self.path)
+            self._move_to_lock(temporary)
         except FileExistsError:
             return False
-        finally:
-            temporary.unlink()
         return True
+
+    def _move_to_lock(self, source: Path) -> None:
+        """Gives `source` the name of the lock unless that exists, on NFS too; removes `source` in any case."""
+        try:
+            os.link(source, self.path)  # complete: no reader sees half a lock
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            with self.path.open("xb") as file:
+                file.write(source.read_bytes())
+        finally:
+            source.unlink()
 
     def read(self) -> dict[str, Any] | None:
         """The current owner of the lock; None if it is free."""
+        content = self._content()
+        return None if content is None else _owner_of(content)
+
+    def _content(self) -> bytes | None:
         try:
-            return json.loads(self.path.read_text(encoding="utf-8"))
+            return self.path.read_bytes()
         except FileNotFoundError:
             return None
-        except json.JSONDecodeError:
-            return {"host": "?", "pid": "?", "token": ""}  # damaged: its owner is unknown and can only be watched
 
     def _take_over(self) -> None:
         """Removes the lock of a dead job; raises for one that is alive."""
-        other = self.read()
-        if other is None:
+        content = self._content()
+        if content is None:
             return
+        other = _owner_of(content)
         why = self._why_gone(other)
         if why is None:
             raise RunLockError(
@@ -116,10 +133,11 @@ class RunLock:
             os.rename(self.path, moved)
         except FileNotFoundError:
             return  # another job was faster; check again
-        if json.dumps(other) != moved.read_text(encoding="utf-8") and other["token"]:
-            os.link(moved, self.path)  # not the lock that was checked: another job has taken over; restore it
-        else:
-            logger.warning("%s: taken over from %s, which %s", self.path, _name(other), why)
+        if content != moved.read_bytes():
+            self._move_to_lock(moved)  # not the lock that was checked: another job has taken over; restore it
+            return
+        logger.warning("%s: taken over from %s, which %s", self.path, _name(other), why)
+        if other["token"]:
             (self.path.parent / f"{LOCK}.{other['token']}").unlink(missing_ok=True)
         moved.unlink()
 
@@ -127,15 +145,16 @@ class RunLock:
         running = is_running(ProcessIdentity(other["host"], other.get("boot", ""), other["pid"], other.get("started")))
         if running is not None:
             return None if running else "no longer runs"
-        if self.owner["job"] and other.get("job") == self.owner["job"]:
+        # Not just the same job: its tasks run at the same time.
+        if self.owner["job"] and other.get("job") == self.owner["job"] and other.get("start", 0) < self.owner["start"]:
             return "was an earlier start of this job"
         logger.warning("%s: owned by %s; watching it for %.0f s", self.path, _name(other), self._stale_s)
         beats = self.path.parent / f"{LOCK}.{other['token']}"
-        before = beats.read_text(encoding="utf-8") if other["token"] and beats.is_file() else None
+        before = beats.read_bytes() if other["token"] and beats.is_file() else None
         deadline = time.monotonic() + self._stale_s
         while time.monotonic() < deadline:
             time.sleep(min(self._beat_every_s, self._stale_s / 4))
-            now = beats.read_text(encoding="utf-8") if other["token"] and beats.is_file() else None
+            now = beats.read_bytes() if other["token"] and beats.is_file() else None
             if now != before:
                 return None
         return f"gave no sign of life for {self._stale_s:.0f} s"
@@ -164,6 +183,18 @@ class RunLock:
         if owner is not None and owner.get("token") == self.owner["token"]:
             self.path.unlink()
         self._beats.unlink(missing_ok=True)
+
+
+def _owner_of(content: bytes) -> dict[str, Any]:
+    """The owner in a lock; of a damaged lock, one without a token, which is unknown and has no beats to watch."""
+    try:
+        owner = json.loads(content)
+        process = [owner["host"], owner.get("boot", ""), owner["token"]]
+        if all(isinstance(value, str) for value in process) and isinstance(owner["pid"], int):
+            return owner
+    except (ValueError, TypeError, KeyError, AttributeError):
+        pass
+    return {"host": "?", "pid": 0, "token": ""}
 
 
 def _cannot_write(output_dir: Path, error: OSError) -> str:

@@ -1,4 +1,7 @@
-"""Process identity and liveness: host, boot, process id and start time tell a process from any later one."""
+"""Process identity and liveness: host, boot, process id and start time tell a process from any later one.
+
+A process id means nothing in another PID namespace, such as another container of the host, nor where /proc hides it.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ class ProcessIdentity(NamedTuple):
 
     Attributes:
         host: Host name; names repeat in clouds and containers, hence `boot`.
-        boot: Boot id of the host; empty if the system has none.
+        boot: Boot id of the host and PID namespace; empty if they are unknown.
         started: Start time in clock ticks since boot; None if unknown.
     """
 
@@ -35,7 +38,13 @@ def process_start(pid: int) -> str | None:
 
 
 def boot_id() -> str:
-    return _BOOT_ID.read_text(encoding="utf-8").strip() if _BOOT_ID.is_file() else ""
+    """The boot id of the host and the PID namespace of this process; empty if /proc is not of this namespace."""
+    try:
+        if os.readlink("/proc/self") != str(os.getpid()):
+            return ""
+        return f"{_BOOT_ID.read_text(encoding='utf-8').strip()}:{os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
 
 
 def this_process() -> ProcessIdentity:
@@ -44,8 +53,19 @@ def this_process() -> ProcessIdentity:
 
 
 def is_running(process: ProcessIdentity) -> bool | None:
-    """Whether a process runs; None if it cannot be known from here (another host or boot, or no boot id)."""
+    """Whether a process runs; None if that cannot be known from here.
+
+    Unknown are processes of another host, boot or PID namespace, and those that /proc hides from this user.
+    """
     if not process.boot or (process.host, process.boot) != (os.uname().nodename, boot_id()):
         return None
     found = process_start(process.pid)
+    if found is None and not Path(f"/proc/{process.pid}").exists():
+        try:
+            os.kill(process.pid, 0)
+        except ProcessLookupError:
+            return False
+        except OSError:  # of another user
+            return None
+        return None
     return found is not None and process.started in (None, found)

@@ -50,10 +50,11 @@ class RestartCount:
         before = {"step": -1, "restarts": 0}
         if self.path.is_file():
             try:
-                before = json.loads(self.path.read_text(encoding="utf-8"))
-            except json.JSONDecodeError:
+                content = json.loads(self.path.read_bytes())
+                before = {name: int(content[name]) for name in before}
+            except (ValueError, KeyError, TypeError):
                 logger.warning("%s is damaged; the count restarts at 0", self.path)
-        restarts = int(before["restarts"]) + 1 if before["step"] == step else 1
+        restarts = before["restarts"] + 1 if before["step"] == step else 1
         if limit and restarts > limit:
             raise NoProgressError(
                 f"{limit} restarts since {self._progress.format(step)} have made no progress; check the logs of these "

@@ -73,10 +73,10 @@ def read_heartbeat(path: Path, run: str) -> Heartbeat | None:
     Files are replaced as a whole, so they are never partial; on NFS, opening one may fail with a stale handle.
     """
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
+        heartbeat = Heartbeat(**json.loads(path.read_bytes()))
+    except (OSError, ValueError, TypeError):
         return None
-    return Heartbeat(**tree) if tree.get("run") == run else None
+    return heartbeat if heartbeat.run == run else None
 
 
 def is_dead(heartbeat: Heartbeat) -> bool:

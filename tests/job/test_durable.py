@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 from bpo.job.durable import replacing, write_durably
+from bpo.job.journal import JournalWriter
 
 
 def test_a_file_appears_when_it_is_complete(tmp_path: Path) -> None:
@@ -43,6 +45,17 @@ def test_an_error_leaves_the_old_file_and_no_temporary_one(
         if fault == "body":
             refuse()
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["file"]
+
+
+def test_a_file_system_that_cannot_sync_is_not_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fsync(descriptor: int) -> None:
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write_durably(tmp_path / "file", "new")
+    with JournalWriter(tmp_path / "lines.jsonl", exclusive=False) as journal:
+        journal.append(b"1\n")
+    assert (tmp_path / "file").read_text() == "new" and (tmp_path / "lines.jsonl").read_text() == "1\n"
 
 
 def test_content_is_synced_before_the_name_and_the_name_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

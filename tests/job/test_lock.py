@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import multiprocessing
@@ -9,12 +10,14 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from bpo.job.exits import EXIT_CANNOT_SAVE
 from bpo.job.lock import LOCK, RunLock, RunLockError, owner_record
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -96,6 +99,22 @@ def test_an_owner_on_another_host_is_watched_not_believed(tmp_path: Path, caplog
     assert "gave no sign of life" in caplog.text and not beats.exists()
 
 
+@pytest.mark.parametrize("changes", [{"boot": "this boot:pid:[4026532999]"}, {"host": "n7", "boot": "other"}])
+def test_a_task_of_the_same_job_or_a_container_of_the_same_host_is_watched(
+    changes: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In another PID namespace the owner's id may be free, or that of another process."""
+    monkeypatch.setenv("SLURM_JOB_ID", "41")
+    other = write_lock(tmp_path, pid=dead_pid(), **changes)
+    stop = multiprocessing.Event()
+    job = multiprocessing.Process(target=_beat, args=(tmp_path / f"{LOCK}.{other['token']}", stop))
+    job.start()
+    with pytest.raises(RunLockError, match="in use by process"):
+        RunLock(tmp_path, **FAST)
+    stop.set()
+    job.join()
+
+
 def _beat(path: Path, stop: Any) -> None:
     count = 0
     while not stop.wait(0.02):
@@ -108,6 +127,7 @@ def test_a_job_that_slurm_restarts_takes_its_own_lock_back_at_once(
 ) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "41")
     write_lock(tmp_path, host="n7", boot="other")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     started = time.monotonic()
     RunLock(tmp_path).release()  # with the usual 75 seconds of watching
     assert time.monotonic() - started < 2 and "an earlier start of this job" in caplog.text
@@ -135,12 +155,44 @@ def test_an_owner_that_lost_its_directory_is_told(tmp_path: Path) -> None:
     assert "no job" in str(lock.lost())
 
 
-def test_a_damaged_lock_is_taken_over(tmp_path: Path) -> None:
-    (tmp_path / LOCK).write_text("{")
+@pytest.mark.parametrize("content", ["{", "", "{}", "[]", '{"host": 1, "pid": "x", "token": null}'])
+def test_a_damaged_lock_is_taken_over(content: str, tmp_path: Path) -> None:
+    (tmp_path / LOCK).write_text(content)
     lock = RunLock(tmp_path, **FAST)
     assert json.loads((tmp_path / LOCK).read_text())["token"] == lock.owner["token"] and lock.lost() is None
     lock.release()
-    assert not (tmp_path / LOCK).exists()
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_lock_that_was_still_being_written_is_not_taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / LOCK).write_text("")
+    timer = threading.Timer(0.2, write_lock, (tmp_path,))
+    timer.start()
+    with pytest.raises(RunLockError, match=f"process {os.getpid()}"):
+        RunLock(tmp_path, **FAST)
+
+
+def test_a_file_system_without_hard_links_has_locks_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def link(*paths: Any) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", link)
+    write_lock(tmp_path, pid=dead_pid())
+    lock = RunLock(tmp_path, **FAST)
+    with pytest.raises(RunLockError, match="in use"):
+        RunLock(tmp_path, **FAST)
+    lock.release()
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_full_disk_is_named_with_its_exit_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write_text(*arguments: Any, **options: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", write_text)
+    with pytest.raises(RunLockError, match="No space left on device. Free space there, then .*--resume") as refused:
+        RunLock(tmp_path, **FAST)
+    assert refused.value.exit_code == EXIT_CANNOT_SAVE
 
 
 def test_a_directory_that_cannot_be_written_is_named(tmp_path: Path) -> None:

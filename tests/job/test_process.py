@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
 
 from bpo.job.process import is_running, process_start, this_process
 
@@ -37,6 +40,20 @@ def test_a_recycled_pid_is_not_the_process() -> None:
     assert is_running(this_process()._replace(started=None)) is True  # start time unknown: the id decides
 
 
-def test_nothing_is_known_of_other_hosts_and_boots() -> None:
-    for elsewhere in ({"host": "n7"}, {"boot": "other"}, {"boot": ""}):
+def test_nothing_is_known_of_other_hosts_boots_and_namespaces() -> None:
+    boot = this_process().boot
+    for elsewhere in ({"host": "n7"}, {"boot": "other"}, {"boot": ""}, {"boot": boot.replace("pid:[", "pid:[9")}):
         assert is_running(this_process()._replace(**elsewhere)) is None
+
+
+def test_nothing_is_known_of_processes_that_proc_hides(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "exists", lambda path: False)  # as mounted with hidepid=2
+    monkeypatch.setattr("bpo.job.process.process_start", lambda pid: None)
+    assert is_running(this_process()._replace(pid=1)) is None
+    assert is_running(this_process()._replace(pid=ended_pid())) is False
+
+
+def test_a_proc_of_another_namespace_is_no_evidence(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = this_process()
+    monkeypatch.setattr(os, "readlink", lambda path: "4711")  # such as that of the host in a container
+    assert this_process().boot == "" and is_running(here) is None

@@ -19,7 +19,10 @@ def test_restarts_without_a_new_checkpoint_come_to_an_end(tmp_path: Path) -> Non
     assert [count.start(20, 0) for _ in range(9)] == list(range(1, 10))  # 0: no limit
 
 
-def test_a_damaged_count_restarts_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    (tmp_path / "restarts.json").write_text("{")
+@pytest.mark.parametrize("content", ["{", "{}", "[]", "3", '{"step": 10, "restarts": null}'])
+def test_a_damaged_count_restarts_with_a_warning(
+    content: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "restarts.json").write_text(content)
     assert RestartCount(tmp_path).start(10, 3) == 1
     assert "damaged" in caplog.text

@@ -172,6 +172,12 @@ def test_heartbeats_of_an_earlier_start_are_ignored(tmp_path: Path, capfd: pytes
     assert ends == [EXIT_RANK_LOST] and "rank 1 has published no heartbeat for 1 s" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("content", ["", "{", "{}", "[]", '{"run": "r"}'])
+def test_a_damaged_heartbeat_counts_as_silence(content: str, tmp_path: Path) -> None:
+    (tmp_path / "rank").write_text(content)
+    assert read_heartbeat(tmp_path / "rank", "r") is None
+
+
 def test_0_watches_nothing(tmp_path: Path) -> None:
     dog, ends = watch(tmp_path, 0.0)
     dog.beat("step 1", 0)

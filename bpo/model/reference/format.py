@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bpo.job.durable import sync_directory, write_durably
+from bpo.job.durable import sync_directory, sync_file, write_durably
 
 FORMAT = 2
 KEY_BYTES = 32
@@ -220,7 +220,7 @@ class ShardWriter:
                 raise FileNotFoundError(errno.ENOENT, "the shard was removed while it was being written")
             for descriptor, chunks in ((values, self._values), (index, self._records)):
                 write_all(descriptor, b"".join(chunks))
-                os.fsync(descriptor)
+                sync_file(descriptor)
         except OSError as error:
             self._release()
             needed = self._pending_bytes + len(self._records) * RECORD.itemsize
