@@ -41,7 +41,7 @@ class Qwen2VL(Family):
                 f"data.max_pixels={largest} is less than data.min_pixels={smallest} or the {token_pixels} pixels of "
                 f"one image token (the model's own limits: {own_min} to {own_max})"
             )
-        image_processor.size = {"shortest_edge": smallest, "longest_edge": largest}
+        image_processor.size = type(image_processor.size)(shortest_edge=smallest, longest_edge=largest)
 
     def prefix_positions(self, prefix_ids_T: torch.Tensor, image_inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """Text advances all channels; image tokens get (t, row, column) relative to the end of the preceding text.
