@@ -43,7 +43,7 @@ COVERS = {
     "formats/importers/test_arrow.py": "shards",
     "formats/test_compressed.py": "importers/expansion",
     "formats/importers/test_registry.py": "containers csvfiles llava preferences tables",
-    "formats/test_check.py": "examine",
+    "formats/test_check.py": "examine usable",
     "formats/test_convert.py": "exporters fields image_folder schema",
     "formats/test_images.py": "embedded",
     "formats/test_messages.py": "markers",

@@ -12,8 +12,9 @@ from typing import Any
 from torch.utils.data import DataLoader, Dataset
 
 from bpo.data.collate import collate_groups, preference_pairs, reference_key
-from bpo.data.encode import Dropped, EncodedGroup, EncodedPrompt, Encoder, EncodingError, keep_types
+from bpo.data.encode import Dropped, EncodedGroup, EncodedPrompt, Encoder, EncodingError
 from bpo.formats.images import ImageError, image_bytes_digest, image_identities
+from bpo.formats.usable import keep_types, refusal
 from bpo.job.durable import replacing
 from bpo.job.journal import to_line
 from bpo.job.signals import leave_signals_to_parent
@@ -67,13 +68,9 @@ class GroupDataset(Dataset):
     def encode(self, index: int) -> EncodedGroup | Dropped:
         """Encodes one group; a broken image or record becomes `Dropped` with the error as its detail."""
         group = self.groups[index]
-        if not group.images and not self.keep_text_only:
-            detail = "the group has no image to judge its answers by; set data.text_only=keep to train on it"
-            return Dropped(group.id, "no-image", detail)
-        longest = max(len(completion.response.split()) for completion in group.completions)
-        if longest > self.max_words:
-            detail = f"a completion of {longest} words is above data.max_completion_words={self.max_words}"
-            return Dropped(group.id, "too-many-words", detail)
+        refused = refusal(group, max_words=self.max_words, keep_text_only=self.keep_text_only)
+        if refused is not None:
+            return Dropped(group.id, *refused)
         try:
             return self.encoder.encode_group(group)
         except ImageError as error:

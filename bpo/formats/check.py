@@ -19,8 +19,8 @@ from typing import IO, Any
 from tqdm import tqdm
 
 from bpo.config.training import DataConfig
-from bpo.formats.bad_records import share
-from bpo.formats.examine import Examination, Findings, examine, forget_images
+from bpo.formats.bad_records import BadRecords, TooManyBadRecords, share
+from bpo.formats.examine import Examination, Findings, examine, forget_images, why_unused
 from bpo.formats.importers.preferences import PairRow
 from bpo.formats.importers.registry import SCHEMAS, Source, open_source
 from bpo.formats.jsonfiles import Piece
@@ -46,6 +46,8 @@ class CheckResult:
         num_bad: Number of records with a problem of level `bad`.
         counts: Problem code -> number of records.
         examples: Problem code -> first messages.
+        num_trained: Number of groups that training would use, as far as this is known without the model.
+        unused: Reason -> number of records or groups that training would not use.
         seconds: Wall-clock time.
     """
 
@@ -56,6 +58,8 @@ class CheckResult:
     num_bad: int = 0
     counts: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
+    num_trained: int = 0
+    unused: Counter[str] = field(default_factory=Counter)
     seconds: float = 0.0
 
     def add(self, problems: Sequence[Problem]) -> None:
@@ -72,12 +76,37 @@ class CheckResult:
         head = f"{self.path}: {self.num_records:,} records ({self.schema}, {self.gives}) in {self.seconds:.1f} s"
         usable = self.num_records - self.num_bad
         lines = [f"{head}; {usable:,} usable, {self.num_bad:,} bad"]
+        if self.gives == "groups":
+            lines += self._training()
         order = sorted(self.counts, key=lambda code: (_LEVELS.index(PROBLEMS[code].level), -self.counts[code], code))
         for code in order:
             kind = PROBLEMS[code]
             lines.append(f"{self.counts[code]:>10,}  {kind.level:<8}  {code}: {kind.meaning}. Fix: {kind.fix}")
             lines += [f"{'':>22}{_one_line(detail)}" for detail in self.examples[code]]
         return "\n".join(lines)
+
+    def use(self, unused: str | None) -> None:
+        """Counts one record or group as trained on, or as unused for a reason."""
+        self.num_trained += unused is None
+        if unused is not None:
+            self.unused[unused] += 1
+
+    def _training(self) -> Iterator[str]:
+        hints = {"no-image": "data.text_only=keep", "image-embedded": PROBLEMS["image-embedded"].fix}
+        reasons = [
+            f"{count:,} {reason}" + (f" ({hints[reason]})" if reason in hints else "")
+            for reason, count in self.unused.most_common()
+        ]
+        total = self.num_trained + self.unused.total()
+        unused = f"; not: {', '.join(reasons)}" if reasons else ""
+        yield f"bpo train would use {self.num_trained:,} of {total:,} groups (if their prompts fit the model){unused}"
+        bad = {code for code in self.unused if code in PROBLEMS and PROBLEMS[code].level == "bad"}
+        try:
+            limit = BadRecords("quarantine", DataConfig.max_bad_share)
+            num_bad = sum(self.unused[code] for code in bad)
+            limit.check_share(self.num_records, "bpo train stops", num_bad, "see below")
+        except TooManyBadRecords as stop:
+            yield str(stop)
 
 
 def check_data(
@@ -87,6 +116,8 @@ def check_data(
     opens_images: bool = True,
     schema: str = "",
     max_words: int = DataConfig.max_completion_words,
+    keep_text_only: bool = False,
+    types: Sequence[str] = (),
     workers: int = 1,
     quarantine: IO[bytes] | None = None,
     progress: bool = False,
@@ -94,6 +125,8 @@ def check_data(
     """Checks every record in constant memory, plus 16 to 32 bytes per id.
 
     Args:
+        keep_text_only: Whether `data.text_only` is `keep`.
+        types: Value of `train.completion_types`.
         workers: Number of worker processes; 1 runs in the calling process.
         quarantine: File that receives one JSON line per problem of a bad record.
 
@@ -105,27 +138,29 @@ def check_data(
     if source.schema is None:
         raise ValueError(f"{path}: the file contains no records")
     result = CheckResult(str(path), source.schema.name, source.schema.gives)
-    what = Examination(source.schema.name, image_root, opens_images, max_words)
-    seen, last = SeenIds(), ""
-    rows: list[PairRow] = []
+    what = Examination(source.schema.name, image_root, opens_images, max_words, keep_text_only, tuple(types))
+    seen, merging = SeenIds(), _Rows()
     forget_images()
     with _Progress(source, progress) as bar, _report_dead_worker(path):
         for batch, findings in _examined(_batches(source.container.pieces()), what, workers):
             for index, record_id in enumerate(findings.ids):
                 problems = findings.problems.get(index, [])
+                unused = findings.unused.get(index)
                 row = findings.rows.get(index)
                 if row is not None:
-                    if rows and rows[0].group.id != row.group.id:
-                        _add(result, _unmergeable(rows, last, seen), quarantine)
-                        rows = []
-                    rows.append(row)
-                    last = findings.places[index]
-                elif record_id is not None:
-                    problems = [*problems, *_repeated(seen, source, record_id, findings.places[index])]
+                    if merging.rows and merging.rows[0].group.id != row.group.id:
+                        _add(result, merging.finish(result, what, seen), quarantine)
+                    merging.add(row, findings.places[index], unused)
+                else:
+                    if record_id is not None:
+                        repeated = [*_repeated(seen, source, record_id, findings.places[index])]
+                        problems = [*problems, *repeated]
+                        unused = unused or next((p.code for p in repeated if p.level == "bad"), None)
+                    result.use(unused)
                 _add(result, problems, quarantine)
             result.num_records += len(findings.ids)
             bar.update(batch)
-        _add(result, _unmergeable(rows, last, seen), quarantine)
+        _add(result, merging.finish(result, what, seen), quarantine)
     result.seconds = time.monotonic() - started
     return result
 
@@ -137,14 +172,37 @@ def _repeated(seen: SeenIds, source: Source, record_id: str, where: str) -> Iter
     yield Problem(code, where, record_id, f"{where}: id {record_id!r} is already used by an earlier record")
 
 
-def _unmergeable(rows: Sequence[PairRow], where: str, seen: SeenIds) -> list[Problem]:
-    """Returns the problem of adjacent rows of one group that training would find, if any."""
-    try:
-        if rows:
-            merge_adjacent(rows, where, seen)
-    except RecordError as error:
-        return [Problem(error.code, where, rows[0].group.id, str(error))]
-    return []
+class _Rows:
+    """Adjacent rows of one group.
+
+    Attributes:
+        rows: The rows.
+        where: Location of the last one.
+        unused: Why training does not use one of them.
+    """
+
+    def __init__(self) -> None:
+        self.rows: list[PairRow] = []
+        self.where = ""
+        self.unused: str | None = None
+
+    def add(self, row: PairRow, where: str, unused: str | None) -> None:
+        self.rows.append(row)
+        self.where, self.unused = where, self.unused or unused
+
+    def finish(self, result: CheckResult, what: Examination, seen: SeenIds) -> list[Problem]:
+        """Merges and forgets the rows; counts their group, and returns the problem that training would find, if any."""
+        rows, where, unused = self.rows, self.where, self.unused
+        self.rows, self.unused = [], None
+        if not rows:
+            return []
+        try:
+            group = merge_adjacent(rows, where, seen)
+        except RecordError as error:
+            result.use(unused or error.code)
+            return [Problem(error.code, where, rows[0].group.id, str(error))]
+        result.use(unused or why_unused(group, what))
+        return []
 
 
 def _add(result: CheckResult, problems: Sequence[Problem], quarantine: IO[bytes] | None) -> None:
@@ -234,7 +292,7 @@ def _one_line(text: str) -> str:
 
 
 def main(argv: list[str]) -> int:
-    """Runs the command; returns exit status 1 if more records are bad than --max-bad-share allows."""
+    """Runs the command; returns 1 if more records are bad than --max-bad-share allows or no group is trained on."""
     parser = argparse.ArgumentParser(prog="bpo check", description=__doc__)
     data_help = "annotations or groups in any supported format: a file or a folder of shards"
     parser.add_argument("data", type=Path, metavar="DATA", help=data_help)
@@ -243,6 +301,8 @@ def main(argv: list[str]) -> int:
     names = ", ".join(schema.name for schema in SCHEMAS)
     parser.add_argument("--from", dest="schema", default="", help=f"record schema (default: detected), one of {names}")
     parser.add_argument("--max-words", type=int, default=DataConfig.max_completion_words, help="words per completion")
+    parser.add_argument("--text-only", choices=["drop", "keep"], default="drop", help="data.text_only of the training")
+    parser.add_argument("--types", nargs="+", default=(), help="train.completion_types of the training (default: all)")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one per core)")
     parser.add_argument("--max-bad-share", type=share, default=0.0, help="fraction of bad records to tolerate")
     parser.add_argument("--quarantine", type=Path, help="list of bad records (default: DATA.quarantine.jsonl)")
@@ -260,6 +320,8 @@ def main(argv: list[str]) -> int:
                 opens_images=not args.no_images,
                 schema=args.schema,
                 max_words=args.max_words,
+                keep_text_only=args.text_only == "keep",
+                types=args.types,
                 workers=args.workers,
                 quarantine=file,
                 progress=True,
@@ -276,4 +338,5 @@ def main(argv: list[str]) -> int:
             args.json.write_text(json.dumps(vars(result), indent=1) + "\n", encoding="utf-8")
         except OSError as error:
             raise ValueError(f"{args.json}: {error.strerror}; choose another path with --json") from error
-    return int(result.num_bad > args.max_bad_share * result.num_records)
+    is_useless = result.gives == "groups" and not result.num_trained
+    return int(is_useless or result.num_bad > args.max_bad_share * result.num_records)

@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from bpo.formats.embedded import take_embedded
-from bpo.formats.images import ImageError, decode_image, read_image_file
+from bpo.formats.images import ImageError, decode_image, read_image_file, resolve_image_path
 from bpo.formats.importers.preferences import PairRow
-from bpo.formats.importers.registry import SCHEMAS, Outcome
+from bpo.formats.importers.registry import SCHEMAS, Outcome, Schema
 from bpo.formats.jsonfiles import Piece
 from bpo.formats.markers import CHAT_TOKEN
 from bpo.formats.problems import PROBLEMS, Problem, RecordError
 from bpo.formats.reading import adapt
-from bpo.records import Annotation
+from bpo.formats.usable import NO_PAIR, distinct_answers, keep_types, refusal
+from bpo.records import Annotation, PreferenceGroup
 
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 _DIRECTION = re.compile("[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
@@ -39,12 +40,16 @@ class Examination:
         image_root: Base folder of the images.
         opens_images: Whether to decode every image.
         max_words: Value of `data.max_completion_words`.
+        keep_text_only: Whether `data.text_only` is `keep`.
+        types: Value of `train.completion_types`.
     """
 
     schema: str
     image_root: Path
     opens_images: bool
     max_words: int
+    keep_text_only: bool = False
+    types: tuple[str, ...] = ()
 
 
 @dataclass
@@ -56,12 +61,15 @@ class Findings:
         places: Locations of the records (file and line or position).
         problems: Index in the batch -> problems.
         rows: Index in the batch -> the row, where a group is stored in several rows.
+        unused: Index in the batch -> why training does not use the record, if it is not an annotation; of a row, only
+            what is wrong with the row itself.
     """
 
     ids: list[str | None] = field(default_factory=list)
     places: list[str] = field(default_factory=list)
     problems: dict[int, list[Problem]] = field(default_factory=dict)
     rows: dict[int, PairRow] = field(default_factory=dict)
+    unused: dict[int, str] = field(default_factory=dict)
 
 
 def examine(pieces: Sequence[Piece], what: Examination) -> Findings:
@@ -77,6 +85,7 @@ def examine(pieces: Sequence[Piece], what: Examination) -> Findings:
             record_id, outcome = adapt(schema, piece, embedded.take if is_row else None)
         except RecordError as error:
             problems.append(Problem(error.code, piece.where, error.record_id, str(error)))
+            findings.unused[index] = error.code
         else:
             found = [*_of_record(outcome, what.max_words), *embedded.found]
             if what.opens_images:
@@ -85,11 +94,40 @@ def examine(pieces: Sequence[Piece], what: Examination) -> Findings:
             problems += [Problem(code, piece.where, record_id, f"{piece.where}: {detail}") for code, detail in found]
             if isinstance(outcome, PairRow):
                 record_id, findings.rows[index] = outcome.group.id, outcome
+            unused = next((problem.code for problem in problems if problem.level == "bad"), None)
+            unused = unused or _not_extracted(schema, piece, embedded, what) or why_unused(outcome, what)
+            if unused is not None:
+                findings.unused[index] = unused
         findings.ids.append(record_id)
         findings.places.append(piece.where)
         if problems:
             findings.problems[index] = problems
     return findings
+
+
+def _not_extracted(schema: Schema, piece: Piece, embedded: _Embedded, what: Examination) -> str | None:
+    """Returns the code of the error with which training reads a record with embedded images."""
+    if not embedded.names:
+        return None
+    try:
+        for image in _images_of(adapt(schema, piece)[1]):
+            resolve_image_path(what.image_root, image)
+    except RecordError as error:
+        return error.code
+    return None
+
+
+def why_unused(outcome: Outcome, what: Examination) -> str | None:
+    """Returns why training does not use a group without errors, or None; also None for an annotation or a row."""
+    if isinstance(outcome, str):
+        return outcome
+    if not isinstance(outcome, PreferenceGroup):
+        return None
+    group = keep_types(outcome, what.types)
+    refused = refusal(group, max_words=what.max_words, keep_text_only=what.keep_text_only)
+    if refused is None and distinct_answers((c.response, c.score) for c in group.completions) is None:
+        refused = NO_PAIR
+    return None if refused is None else refused[0]
 
 
 class _Embedded:

@@ -69,7 +69,7 @@ _KINDS: tuple[tuple[str, Level, str, str], ...] = (
     # Notes
     ("same-text", "note", "completions with different scores have the same text", "remove one; it has no signal"),
     ("unknown-field", "note", "a field that bpo does not use; it is kept", "none needed"),
-    ("repeated-id", "note", "an annotation's id is not unique; the second x becomes x#2", "none needed"),
+    ("repeated-id", "note", "an id is not unique; the second x becomes x#2", "none needed"),
     ("control-character", "note", "a control character in a text", "remove it, or the model may learn to generate it"),
     ("direction-mark", "note", "a text direction mark (bidirectional control)", "remove it if the text needs none"),
     ("special-token", "note", "a text contains a placeholder or chat token; it is read as plain text", "none needed"),

@@ -75,7 +75,7 @@ def _batches(
             bad.check_share(len(groups), "the groups to score", advice="is it the right --image-root?")
             continue
         if isinstance(encoded, Dropped):
-            tqdm.write(f"skipped {group.id}: {encoded.detail}", file=sys.stderr)
+            tqdm.write(printable(f"skipped {group.id}: {encoded.detail}"), file=sys.stderr)
             continue
         if batch and tokens + encoded.num_tokens > max_tokens:
             yield batch

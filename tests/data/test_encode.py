@@ -13,9 +13,10 @@ from PIL import Image
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, AutoProcessor
 
-from bpo.data.encode import Dropped, EncodedGroup, Encoder, EncodingError, keep_types
+from bpo.data.encode import Dropped, EncodedGroup, Encoder, EncodingError
 from bpo.data.processor import Processor, load_processor
 from bpo.formats.images import ImageError
+from bpo.formats.usable import keep_types
 from bpo.records import Completion
 from tests.sample_groups import PHOTOS, encoder_of, group, turn
 from tests.tiny import LLAVA_TEMPLATE, byte_tokenizer
