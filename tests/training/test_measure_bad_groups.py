@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from bpo.cli import main
@@ -108,11 +110,10 @@ def test_check_counts_what_training_uses(
 def test_check_counts_embedded_images_as_training_does(
     tmp_path: Path, tiny_llava_dir: Path, photo_root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pyarrow = pytest.importorskip("pyarrow.parquet")
     images = [{"bytes": (photo_root / "wide.png").read_bytes(), "path": "wide.png"}]
     rows = [{"prompt": "What?", "chosen": "a cat", "rejected": "a dog", "images": images}]
     path = tmp_path / "rows.parquet"
-    pyarrow.write_table(pyarrow.pa.Table.from_pylist(rows), path)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     assert main(["check", str(path), "--workers", "1"]) == 1
     printed = capsys.readouterr().out
     assert "1 usable, 0 bad" in printed and "bpo train would use 0 of 1 groups" in printed
