@@ -10,7 +10,7 @@ from typing import Any
 
 from bpo.config.training import TrainConfig
 from bpo.job.collectives import from_rank_0
-from bpo.job.exits import EXIT_RANK_LOST, Interrupted, JobError, write_status
+from bpo.job.exits import EXIT_RANK_LOST, Interrupted, JobError, exit_code_of, write_status
 from bpo.job.launch import Ranks
 from bpo.job.lock import RunLock
 from bpo.job.restarts import RestartCount
@@ -40,6 +40,7 @@ class RunGuard:
         self.config, self.ranks, self._clean = config, ranks, clean
         self.output_dir = Path(config.output_dir)
         self._lock: RunLock | None = None
+        self._counted: RestartCount | None = None  # until the first step begins
 
     def __enter__(self) -> RunGuard:
         run = from_rank_0(self._own_directory)
@@ -66,7 +67,9 @@ class RunGuard:
             NoProgressError: `train.max_idle_restarts` restarts have not gone past the checkpoint of `step`.
         """
         if self.config.resume:
-            from_rank_0(lambda: RestartCount(self.output_dir).start(step, self.config.max_idle_restarts))
+            count = RestartCount(self.output_dir)
+            from_rank_0(lambda: count.start(step, self.config.max_idle_restarts))
+            self._counted = count if self.ranks.is_main else None
 
     @contextlib.contextmanager
     def progress_if_interrupted(self) -> Iterator[None]:
@@ -88,6 +91,7 @@ class RunGuard:
 
     def at_step(self, step: int) -> None:
         """Records that `step` steps are finished."""
+        self._counted = None
         self.watchdog.moving = True
         self.watchdog.beat(f"step {step + 1}", step)
 
@@ -114,6 +118,8 @@ class RunGuard:
             lost = self.watchdog.culprit()
         clean_exit = error is None or isinstance(error, Interrupted)
         self.watchdog.stop("" if clean_exit else f"{type(error).__name__}: {error}"[:300])
+        if self._counted is not None and isinstance(error, Exception) and exit_code_of(error) == 1:
+            self._counted.undo()  # another configuration or data than the checkpoint's; restarting is no loop
         self._release()
         if error is None and self.ranks.is_main:
             RestartCount(self.output_dir).clear()

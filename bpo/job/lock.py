@@ -11,6 +11,7 @@ seconds. A job restarted by SLURM takes the lock of its earlier start back.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import logging
@@ -150,12 +151,11 @@ class RunLock:
             return "was an earlier start of this job"
         logger.warning("%s: owned by %s; watching it for %.0f s", self.path, _name(other), self._stale_s)
         beats = self.path.parent / f"{LOCK}.{other['token']}"
-        before = beats.read_bytes() if other["token"] and beats.is_file() else None
+        before = _sign_of_life(beats) if other["token"] else None
         deadline = time.monotonic() + self._stale_s
         while time.monotonic() < deadline:
             time.sleep(min(self._beat_every_s, self._stale_s / 4))
-            now = beats.read_bytes() if other["token"] and beats.is_file() else None
-            if now != before:
+            if other["token"] and _sign_of_life(beats) != before:
                 return None
         return f"gave no sign of life for {self._stale_s:.0f} s"
 
@@ -167,6 +167,8 @@ class RunLock:
                 self._beats.write_text(str(count), encoding="utf-8")
             except OSError as error:  # a full disk must not end the thread: this job still holds the lock
                 logger.warning("%s cannot be written: %s", self._beats, error)
+                with contextlib.suppress(OSError):
+                    os.utime(self._beats)  # a sign of life that needs no space
 
     def lost(self) -> str | None:
         """Names the new owner if another job has taken over the directory because this one seemed dead; else None."""
@@ -183,6 +185,14 @@ class RunLock:
         if owner is not None and owner.get("token") == self.owner["token"]:
             self.path.unlink()
         self._beats.unlink(missing_ok=True)
+
+
+def _sign_of_life(beats: Path) -> tuple[bytes, int] | None:
+    """Content and time of the beats, which are compared for change only; None if there are none."""
+    try:
+        return beats.read_bytes(), beats.stat().st_mtime_ns
+    except FileNotFoundError:
+        return None
 
 
 def _owner_of(content: bytes) -> dict[str, Any]:

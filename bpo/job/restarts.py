@@ -40,6 +40,7 @@ class RestartCount:
     ):
         self.path = directory / name
         self._progress, self._option = progress, option
+        self._before: bytes | None = None
 
     def start(self, step: int, limit: int) -> int:
         """Counts a restart from `step` (0: the beginning); returns the number of restarts without progress.
@@ -48,9 +49,10 @@ class RestartCount:
             NoProgressError: `limit` restarts (0: no limit) have not gone past `step`.
         """
         before = {"step": -1, "restarts": 0}
-        if self.path.is_file():
+        self._before = self.path.read_bytes() if self.path.is_file() else None
+        if self._before is not None:
             try:
-                content = json.loads(self.path.read_bytes())
+                content = json.loads(self._before)
                 before = {name: int(content[name]) for name in before}
             except (ValueError, KeyError, TypeError):
                 logger.warning("%s is damaged; the count restarts at 0", self.path)
@@ -62,6 +64,13 @@ class RestartCount:
             )
         write_durably(self.path, json.dumps({"step": step, "restarts": restarts}), sync=False)
         return restarts
+
+    def undo(self) -> None:
+        """Takes the last `start` back: it was refused, not killed."""
+        if self._before is None:
+            self.clear()
+        else:
+            write_durably(self.path, self._before, sync=False)
 
     def clear(self) -> None:
         """Resets the count after progress or a clean exit."""

@@ -185,6 +185,22 @@ def test_a_file_system_without_hard_links_has_locks_too(tmp_path: Path, monkeypa
     assert os.listdir(tmp_path) == []
 
 
+def test_an_owner_whose_disk_is_full_still_shows_signs_of_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lock = RunLock(tmp_path, **FAST)
+    real = Path.write_text
+
+    def write_text(path: Path, *arguments: Any, **options: Any) -> Any:
+        if path == lock._beats:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "write_text", write_text)
+    monkeypatch.setattr("bpo.job.lock.is_running", lambda process: None)  # as seen from another host
+    with pytest.raises(RunLockError, match="in use"):
+        RunLock(tmp_path, **FAST)
+    lock.release()
+
+
 def test_a_full_disk_is_named_with_its_exit_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def write_text(*arguments: Any, **options: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")

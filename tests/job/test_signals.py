@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import signal
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from bpo.checkpoint.files import clean_leftovers
+from bpo.checkpoint.files import CheckpointError, clean_leftovers
 from bpo.config.training import TrainConfig
 from bpo.job.exits import Interrupted
 from bpo.job.guard import RunGuard
@@ -107,3 +108,22 @@ def test_an_interrupted_reference_pass_is_progress_and_a_failed_one_is_not(
     with pytest.raises(error), guard.progress_if_interrupted():
         raise error("x")
     assert count.path.exists() == counted
+
+
+@pytest.mark.parametrize(
+    ("error", "step_begun", "counted"),
+    [(CheckpointError, False, False), (KeyError, False, True), (CheckpointError, True, True)],
+)
+def test_a_refused_start_is_not_counted_as_one_without_progress(
+    tmp_path: Path, error: type[Exception], step_begun: bool, counted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bpo.job.guard.from_rank_0", lambda make: make())
+    config = TrainConfig(output_dir=str(tmp_path), resume=True, hang_timeout_seconds=0.0)
+    for _ in range(2):  # the second finds the count of the first
+        with pytest.raises(error), RunGuard(config, Ranks(), clean_leftovers) as guard:
+            guard.count_restart(4)
+            if step_begun:
+                guard.at_step(4)
+            raise error("the data differs")
+    restarts = tmp_path / "restarts.json"
+    assert (json.loads(restarts.read_text())["restarts"] if restarts.exists() else 0) == (2 if counted else 0)
