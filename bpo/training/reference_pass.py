@@ -54,9 +54,8 @@ def fill_reference_store(
         logger.info("reference store %s: complete, %d entries", directory, len(store))
         return store
     name, lost, stopped = _reference_pass(config, engine, data, store, missing, stop)
-    everyone = gather_from_ranks({"shard": name, "lost": [asdict(group) for group in lost]})
-    store.reload(rank["shard"] for rank in everyone)
-    data.lost.report([rank["lost"] for rank in everyone], is_main=engine.ranks.is_main)
+    store.reload(gather_from_ranks(name))
+    data.lost.report(gather_from_ranks([asdict(group) for group in lost]), is_main=engine.ranks.is_main)
     first_with_key = _first_with_key(data)
     lacking = int((~store.has(list(first_with_key))).sum())
     if lacking and stopped:
