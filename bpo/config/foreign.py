@@ -9,8 +9,9 @@ _DTYPE = "`model.dtype`: bfloat16, float16 or float32"
 _ATTENTION = "`model.attention`: auto, flash, varlen, flex or sdpa"
 _FREEZE = "`trainable.{}`: frozen or full"
 _ALWAYS = "nothing: {}"
+_NO_EVALUATION = "nothing: training does not evaluate; run bpo evaluate on the exported model"
 
-# Lower case, with underscores. A plain key, or a phrase that contains one in backquotes.
+# Lower case, with underscores. A plain key, or a phrase with keys in backquotes.
 FOREIGN = {
     # model
     "model_name_or_path": "model.path",
@@ -104,6 +105,18 @@ FOREIGN = {
     "resume_from_checkpoint": "`train.resume`, true or false",
     "report_to": "`train.tensorboard`, true or false",
     "ddp_timeout": "train.hang_timeout_seconds",
+    "val_size": _NO_EVALUATION,
+    "split_dataset_ratio": _NO_EVALUATION,
+    "do_eval": _NO_EVALUATION,
+    "eval_strategy": _NO_EVALUATION,
+    "eval_steps": _NO_EVALUATION,
+    "per_device_eval_batch_size": _NO_EVALUATION,
+    "do_train": _ALWAYS.format("bpo train trains"),
+    "plot_loss": _ALWAYS.format("metrics.jsonl in `train.output_dir` has the curves"),
+    "logging_dir": _ALWAYS.format("TensorBoard's files are in `train.output_dir`"),
+    "max_samples": _ALWAYS.format("all groups of `data.groups` are used; `train.max_steps` ends earlier"),
+    "overwrite_cache": _ALWAYS.format("cached lengths of changed data are measured again; see `data.keep_lengths`"),
+    "optim": _ALWAYS.format("the optimizer is AdamW, with the options that begin with train.adam_"),
     "eval_dataset": "`evaluation.chair_instances` or `evaluation.pope_questions`, by bpo evaluate",
     "export_dir": "export.output",
 }
@@ -112,4 +125,4 @@ FOREIGN = {
 def translation(leaf: str) -> str:
     """What a foreign name is here, as the end of a message; empty if it is not known."""
     meaning = FOREIGN.get(leaf.lower().replace("-", "_"), "")
-    return f"; here it is {meaning if '`' in meaning else f'`{meaning}`'}" if meaning else ""
+    return f"; here it is {meaning if ' ' in meaning else f'`{meaning}`'}" if meaning else ""

@@ -41,13 +41,19 @@ def check_keys(tree: dict[str, Any], source: str) -> None:
 def _problems(tree: dict[str, Any], known: list[str], prefix: str = "") -> Iterator[str]:
     for key, value in tree.items():
         dotted = f"{prefix}{key}"
-        is_section = any(other.startswith(f"{dotted}.") for other in known)
+        is_section = bool(_such_as(dotted, known))
         if dotted not in known:
             yield f"unknown key `{dotted}`{_nearest(dotted, known)}"
         elif is_section and not isinstance(value, dict):
-            yield f"section `{dotted}` is {value!r}, not a mapping of keys; add keys or remove it"
+            example = _such_as(dotted, known)
+            yield f"section `{dotted}` is {value!r}, not a mapping of keys; add keys{example} or remove it"
         elif is_section:
             yield from _problems(value, known, f"{dotted}.")
+
+
+def _such_as(section: str, known: list[str]) -> str:
+    """The first option of a section, for messages; empty if it is none."""
+    return next((f" such as `{key}`" for key in known if key.startswith(f"{section}.")), "")
 
 
 def _nearest(dotted: str, known: list[str]) -> str:
@@ -109,17 +115,20 @@ def load_config(argv: list[str], prog: str = "bpo", description: str = "", reads
     parser = ArgumentParser(prog=prog, description=description, epilog=short, exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file; later files and flags take precedence.")
     parser.add_class_arguments(Config, as_group=False)
+    known = all_keys()
     argv = ["=".join([ALIASES.get(name, name), *value]) for name, *value in (flag.split("=", 1) for flag in argv)]
     for flag, value in zip(argv, [*argv[1:], ""], strict=False):
         name = flag.split("=", 1)[0]
         if name == "--config":
             path = Path(flag.split("=", 1)[1] if "=" in flag else value)
             check_keys(read_yaml(path), str(path))
-        elif name.startswith("--") and name not in ("--help", "--print_config") and name[2:] not in all_keys():
-            raise ValueError(f"unknown flag `{name}`{_nearest(name[2:], all_keys())}")
+        elif name.startswith("--") and name not in ("--help", "--print_config") and name[2:] not in known:
+            raise ValueError(f"unknown flag `{name}`{_nearest(name[2:], known)}")
+        elif example := _such_as(name[2:], known):
+            raise ValueError(f"`{name}` is a section of options{example}")
     try:
         namespace = parser.parse_args(argv)
-    except argparse.ArgumentError as error:
+    except (argparse.ArgumentError, OverflowError) as error:  # the latter: an integer beyond any float
         raise ValueError(f"{' '.join(str(error).split())}; `{prog} --help` lists every option") from error
     built = parser.instantiate(namespace)
     config = Config(**{entry.name: built[entry.name] for entry in fields(Config)})
