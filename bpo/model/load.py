@@ -77,6 +77,8 @@ def named_model_errors(path: str) -> Iterator[None]:
         yield
     except Exception as error:  # for a missing file: OSError, KeyError, ValueError, SafetensorError
         fault = _fault_of_files(path)
+        if not fault and isinstance(error, ValueError) and "trust_remote_code" in str(error):
+            fault = "the model brings its own code; read it, and if you trust it, set model.trust_remote_code to true"
         if not fault and not (isinstance(error, OSError) and error.errno in (None, errno.ENOENT)):
             raise
         raise ValueError(f"model.path is {path!r}: {fault or ' '.join(str(error).split())}") from error

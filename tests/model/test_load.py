@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -82,3 +83,19 @@ def test_a_hub_id_that_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ValueError, match="^model.path is 'no/such': no such directory, and no such model in the Hub's"):
         resolve_model(ModelConfig(path="no/such"))
+
+
+def test_code_of_a_model_runs_only_if_the_user_trusts_it(tmp_path: Path, tiny_llava_dir: Path) -> None:
+    folder = Path(shutil.copytree(tiny_llava_dir, tmp_path / "model"))
+    settings = json.loads((folder / "config.json").read_text())
+    settings |= {"model_type": "custom", "auto_map": {"AutoConfig": "custom.Custom"}}
+    (folder / "config.json").write_text(json.dumps(settings))
+    (folder / "custom.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Custom: pass\n")
+    with pytest.raises(
+        ValueError, match=r"^model.path is [^\n]* its own code; [^\n]* set model.trust_remote_code to true$"
+    ):
+        resolve_model(ModelConfig(path=str(folder)))
+    assert not (tmp_path / "ran").exists()
+    with pytest.raises(AttributeError, match="Custom"):  # what the code defines is no config
+        resolve_model(ModelConfig(path=str(folder), trust_remote_code=True))
+    assert (tmp_path / "ran").exists()
