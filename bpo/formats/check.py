@@ -24,11 +24,12 @@ from bpo.formats.examine import Examination, Findings, examine, forget_images, w
 from bpo.formats.importers.preferences import PairRow
 from bpo.formats.importers.registry import SCHEMAS, Source, open_source
 from bpo.formats.jsonfiles import Piece
-from bpo.formats.problems import PROBLEMS, Problem, RecordError
-from bpo.formats.reading import SeenIds, merge_adjacent
+from bpo.formats.problems import PROBLEMS, Problem
+from bpo.formats.reading import RowGroups, SeenIds
 from bpo.job.durable import replacing
 from bpo.job.journal import to_line
 from bpo.job.terminal import printable
+from bpo.records import PreferenceGroup
 
 MAX_EXAMPLES = 3
 BATCH_RECORDS = 1000
@@ -122,7 +123,7 @@ def check_data(
     quarantine: IO[bytes] | None = None,
     progress: bool = False,
 ) -> CheckResult:
-    """Checks every record in constant memory, plus 16 to 32 bytes per id.
+    """Checks every record in constant memory, plus 16 to 32 bytes per id and the labelled rows (KTO).
 
     Args:
         keep_text_only: Whether `data.text_only` is `keep`.
@@ -139,7 +140,8 @@ def check_data(
         raise ValueError(f"{path}: the file contains no records")
     result = CheckResult(str(path), source.schema.name, source.schema.gives)
     what = Examination(source.schema.name, image_root, opens_images, max_words, keep_text_only, tuple(types))
-    seen, merging = SeenIds(), _Rows()
+    seen = SeenIds()
+    merging = _Merging(result, what, seen, quarantine)
     forget_images()
     with _Progress(source, progress) as bar, _report_dead_worker(path):
         for batch, findings in _examined(_batches(source.container.pieces()), what, workers):
@@ -148,8 +150,6 @@ def check_data(
                 unused = findings.unused.get(index)
                 row = findings.rows.get(index)
                 if row is not None:
-                    if merging.rows and merging.rows[0].group.id != row.group.id:
-                        _add(result, merging.finish(result, what, seen), quarantine)
                     merging.add(row, findings.places[index], unused)
                 else:
                     if record_id is not None:
@@ -160,7 +160,7 @@ def check_data(
                 _add(result, problems, quarantine)
             result.num_records += len(findings.ids)
             bar.update(batch)
-        _add(result, merging.finish(result, what, seen), quarantine)
+        merging.finish()
     result.seconds = time.monotonic() - started
     return result
 
@@ -172,37 +172,29 @@ def _repeated(seen: SeenIds, source: Source, record_id: str, where: str) -> Iter
     yield Problem(code, where, record_id, f"{where}: id {record_id!r} is already used by an earlier record")
 
 
-class _Rows:
-    """Adjacent rows of one group.
+class _Merging:
+    """Merges groups stored in several rows, and counts them as training would use them."""
 
-    Attributes:
-        rows: The rows.
-        where: Location of the last one.
-        unused: Why training does not use one of them.
-    """
-
-    def __init__(self) -> None:
-        self.rows: list[PairRow] = []
-        self.where = ""
-        self.unused: str | None = None
+    def __init__(self, result: CheckResult, what: Examination, seen: SeenIds, quarantine: IO[bytes] | None):
+        self._result, self._what, self._quarantine = result, what, quarantine
+        self._groups = RowGroups(seen)
+        self._unused: dict[str, str] = {}  # group -> why training does not use one of its rows
 
     def add(self, row: PairRow, where: str, unused: str | None) -> None:
-        self.rows.append(row)
-        self.where, self.unused = where, self.unused or unused
+        self._count(self._groups.add(row, where))
+        if unused:
+            self._unused.setdefault(row.group.id, unused)
 
-    def finish(self, result: CheckResult, what: Examination, seen: SeenIds) -> list[Problem]:
-        """Merges and forgets the rows; counts their group, and returns the problem that training would find, if any."""
-        rows, where, unused = self.rows, self.where, self.unused
-        self.rows, self.unused = [], None
-        if not rows:
-            return []
-        try:
-            group = merge_adjacent(rows, where, seen)
-        except RecordError as error:
-            result.use(unused or error.code)
-            return [Problem(error.code, where, rows[0].group.id, str(error))]
-        result.use(unused or why_unused(group, what))
-        return []
+    def finish(self) -> None:
+        self._count(self._groups.finish())
+
+    def _count(self, merged: Iterable[PreferenceGroup | Problem]) -> None:
+        for group in merged:
+            if isinstance(group, Problem):
+                self._result.use(self._unused.pop(str(group.record_id), group.code))
+                _add(self._result, [group], self._quarantine)
+            else:
+                self._result.use(self._unused.pop(group.id, None) or why_unused(group, self._what))
 
 
 def _add(result: CheckResult, problems: Sequence[Problem], quarantine: IO[bytes] | None) -> None:

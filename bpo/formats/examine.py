@@ -80,9 +80,8 @@ def examine(pieces: Sequence[Piece], what: Examination) -> Findings:
         problems: list[Problem] = []
         record_id: str | None = None
         embedded = _Embedded(what.opens_images)
-        is_row = isinstance(piece.source, dict)
         try:
-            record_id, outcome = adapt(schema, piece, embedded.take if is_row else None)
+            record_id, outcome = adapt(schema, piece, embedded.take)
         except RecordError as error:
             problems.append(Problem(error.code, piece.where, error.record_id, str(error)))
             findings.unused[index] = error.code

@@ -72,9 +72,9 @@ def image_paths(value: Any, name: str, where: str) -> tuple[str, ...]:
     Raises:
         RecordError: The value is anything else, such as an embedded image.
     """
-    values = value if isinstance(value, list) else [value] if isinstance(value, (str, Mapping)) else [None]
+    values = value if isinstance(value, list) else [value] if isinstance(value, (str, bytes, Mapping)) else [None]
     paths = [_path_of(image) for image in values]
-    if any(isinstance(path, Mapping) for path in paths):
+    if any(isinstance(path, (bytes, Mapping)) for path in paths):
         raise RecordError(
             "image-embedded", f"{where}: field {name!r} contains an image; extract it to a folder with `bpo convert`"
         )

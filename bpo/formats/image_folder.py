@@ -84,6 +84,8 @@ class ImageFolder:
             return [self._fetched(image, where) for image in value]
         if isinstance(value, str) and value.startswith(("http://", "https://")):
             return self.put(None, download(value), where)
+        if isinstance(value, str) and "://" in value:
+            resolve_image_path(Path(), value)  # refuses it, with the fix
         return value
 
 

@@ -10,13 +10,17 @@ import functools
 import hashlib
 import io
 import logging
+import re
+import unicodedata
+import urllib.parse
 import warnings
 from collections.abc import Iterable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 from PIL import Image
 
+from bpo.formats.foreign import foreign_kind
 from bpo.formats.problems import RecordError
 
 logger = logging.getLogger(__name__)
@@ -25,9 +29,14 @@ logger = logging.getLogger(__name__)
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 MAX_PIXELS = 89_478_485  # Pillow's default limit: 256 MiB of RGB
+HEAD_BYTES = 512  # from which a file that is no picture is named
 BLOCK_ROWS = 256  # converted at a time
 ODD_SHAPE_RATIO = 100
 EXIF_ORIENTATION = 0x0112
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+# The start of a JPEG, PNG, GIF, WebP, TIFF or BMP file in base64.
+_BASE64_STARTS = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "SUkqA", "TU0AK", "Qk0")
+_BASE64 = re.compile(r"[A-Za-z0-9+/\-_\s]+=*\s*")
 # Raster formats only. Pillow would also run Ghostscript on EPS and try rare decoders with little security testing.
 FORMATS = "JPEG PNG WEBP GIF TIFF BMP AVIF JPEG2000 PPM ICO DIB TGA PCX SGI QOI".split()
 # Pillow reports camera JPEGs with an embedded preview as MPO.
@@ -62,11 +71,22 @@ def resolve_image_path(root: Path, relative: str) -> Path:
     """
     if not relative:
         raise ImageError("an image path is empty; write a path relative to data.image_root", "image-no-path")
-    if "://" in relative or relative.startswith("data:"):
+    relative = local_path(relative)
+    if is_embedded_text(relative):
         raise ImageError(
-            f"image {relative[:120]!r} is a URL; download it (`bpo convert --fetch-urls`) and write its path under "
-            "data.image_root",
-            "image-url",
+            f"the image {relative[:30]!r}... is embedded as text; extract it with `bpo convert --images DIR`",
+            "image-embedded",
+        )
+    if scheme := _SCHEME.match(relative):
+        if scheme.group(1).lower() in ("http", "https"):
+            raise ImageError(
+                f"image {relative[:120]!r} is a URL; download it with `bpo convert --fetch-urls --images DIR`",
+                "image-url",
+            )
+        raise ImageError(
+            f"image {relative[:120]!r} is at a storage that bpo does not read ({scheme.group()}); copy the files below "
+            "data.image_root with the storage's own tool, and write their paths",
+            "image-scheme",
         )
     try:
         real_root = Path(root).resolve()
@@ -89,13 +109,57 @@ def resolve_image_path(root: Path, relative: str) -> Path:
             "image-absolute" if is_absolute else "image-outside",
         )
     if not exists:
-        hint = "" if real_root.is_dir() else " (data.image_root itself is not a directory)"
+        hint = _other_spelling(real_root, relative) if real_root.is_dir() else " (which is not a directory)"
         raise ImageError(f"image {relative!r} is missing under data.image_root {real_root}{hint}", "image-missing")
     if not is_file:
         raise ImageError(
             f"image {relative!r} is not a regular file ({path}); write the path of an image file", "image-no-file"
         )
     return path
+
+
+def _other_spelling(root: Path, relative: str) -> str:
+    """Returns a hint if the file, or each of several, exists under another spelling of its path; otherwise ""."""
+    slashes = relative.replace("\\", "/")
+    spellings = {
+        "backslashes are not separators here": slashes,
+        "it is percent-encoded": urllib.parse.unquote(slashes),
+        "it has spaces around it": slashes.strip(),
+        "the folder is part of data.image_root": slashes.removeprefix("./").partition("/")[2],
+        "the suffix differs in case": str(PurePosixPath(slashes).with_suffix(PurePosixPath(slashes).suffix.swapcase())),
+    }
+    for reason, spelling in list(spellings.items()):
+        for form in ("NFC", "NFD"):
+            spellings.setdefault(f"{reason}, and the Unicode normal form {form}", unicodedata.normalize(form, spelling))
+            spellings.setdefault(
+                f"the file name has the Unicode normal form {form}", unicodedata.normalize(form, slashes)
+            )
+    for reason, spelling in spellings.items():
+        if spelling not in ("", relative) and _is_file_below(root, spelling):
+            return f", but {spelling!r} is there ({reason}); write this"
+    parts = [part.strip() for part in relative.split(",")]
+    if len(parts) > 1 and all(_is_file_below(root, part) for part in parts):
+        return f"; write several images as a list, {parts}"
+    return ""
+
+
+def _is_file_below(root: Path, relative: str) -> bool:
+    path = (root / relative).resolve()
+    return bool(relative) and path.is_relative_to(root) and path.is_file()
+
+
+def is_embedded_text(text: str) -> bool:
+    """Returns whether the text is an image as a `data:` URL or in base64, not a path."""
+    if text.startswith("data:"):
+        return True
+    return len(text) > 100 and text.lstrip().startswith(_BASE64_STARTS) and _BASE64.fullmatch(text, 0, 400) is not None
+
+
+def local_path(text: str) -> str:
+    """Returns the path of a `file://` URL of this host; any other text unchanged."""
+    if text.startswith(("file:///", "file://localhost/")):
+        return urllib.parse.unquote(text.removeprefix("file://").removeprefix("localhost"))
+    return text
 
 
 def relative_image_path(root: Path, image: str) -> str:
@@ -170,13 +234,23 @@ def decode_image(source: Path | bytes, name: str, notes: list[str] | None = None
     except ImageError:
         raise
     except Image.DecompressionBombError as error:
-        raise ImageError(f"image {name!r} is too large ({error}); scale it down", "image-too-large") from error
+        raise ImageError(
+            f"image {name!r} has too many pixels to decode (at most {MAX_PIXELS:,}); scale it down", "image-too-large"
+        ) from error
     except Exception as error:  # decoders raise anything on malformed bytes: OSError, SyntaxError, struct.error
+        foreign = foreign_kind(source[:HEAD_BYTES] if isinstance(source, bytes) else _head(source))
+        if foreign is not None:
+            raise ImageError(f"image {name!r} is {foreign}", "image-undecodable") from error
         raise ImageError(
             f"image {name!r} cannot be decoded ({type(error).__name__}: {error}); download it again or remove its "
             "record",
             "image-undecodable",
         ) from error
+
+
+def _head(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(HEAD_BYTES)
 
 
 @functools.cache
@@ -220,8 +294,9 @@ def image_identities(images: Iterable[str], image_root: Path) -> list[list[int] 
 def _check_size(image: Image.Image, relative: str) -> None:
     if image.width * image.height > MAX_PIXELS:
         raise ImageError(
-            f"image {relative!r} is too large: {image.width} x {image.height} is more than {MAX_PIXELS} pixels "
-            "(a decompression bomb?); scale it down",
+            f"image {relative!r} has {image.width} x {image.height} pixels, of which at most {MAX_PIXELS:,} are decoded: "
+            "each process would need 3 to 9 bytes per pixel. Scale it down once, for example with `mogrify -resize "
+            f"{MAX_PIXELS // 10**6}000000@ FILE`; data.max_pixels applies only after decoding",
             "image-too-large",
         )
 

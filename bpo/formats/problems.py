@@ -51,7 +51,7 @@ _KINDS: tuple[tuple[str, Level, str, str], ...] = (
     ("wrong-file", "bad", "groups instead of annotations, or vice versa", "set it as data.groups or data.annotations"),
     ("preference-field", "bad", "an annotation has a field of preference data", "name the answers chosen and rejected"),
     ("different-prompts", "bad", "the answers have different prompts or images", "give them the same ones"),
-    ("one-label", "bad", "all answers to a prompt have the same label", "sort the file by prompt"),
+    ("one-label", "bad", "all answers to a prompt have the same label", "leave the prompt out"),
     ("rows-apart", "bad", "rows of a group are not adjacent or contradict each other", "sort the rows by group"),
     # Valid, but without a training signal
     ("text only", "left out", "the record has no image", "none needed; data.text_only=keep trains on such groups"),
@@ -76,6 +76,12 @@ _KINDS: tuple[tuple[str, Level, str, str], ...] = (
     # Images
     ("image-no-path", "bad", "an image path is empty", "write a path relative to the image root"),
     ("image-url", "bad", "an image is a URL", "download it with `bpo convert --fetch-urls`"),
+    (
+        "image-scheme",
+        "bad",
+        "an image is at a storage that bpo does not read (s3://, gs://, ...)",
+        "copy the files below the image root and write their paths",
+    ),
     ("image-absolute", "bad", "an absolute image path outside the image root", "set a higher root"),
     ("image-outside", "bad", "an image path leads out of the image root", "copy the file below the root"),
     ("image-bad-path", "bad", "the path is invalid on this file system", "rename the file"),

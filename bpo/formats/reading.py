@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from bpo.formats.bad_records import BadRecords
+from bpo.formats.embedded import plain_images
 from bpo.formats.fields import id_text
 from bpo.formats.importers.names import canonical
 from bpo.formats.importers.preferences import PairRow, merge_rows
@@ -92,7 +93,7 @@ def adapt(schema: Schema, piece: Piece, take_images: TakeImages | None = None) -
         fields = canonical(value)
         refuse_other_media(fields, where)
         schema = form_of(schema, value, fields, where)
-        value = lift_images(fields, piece.where)
+        value = plain_images(lift_images(fields, piece.where))
         if take_images is not None:
             value = take_images(value, piece.where)
         return record_id, _checked(schema.adapt(value, record_id, where), where)
@@ -149,8 +150,7 @@ def iterate_records(
     if source.schema is None:
         return
     schema, seen, num_records = source.schema, SeenIds(), 0
-    rows: list[PairRow] = []
-    last = ""
+    groups = RowGroups(seen)
     for piece in source.container.pieces():
         num_records += 1
         if seen_piece is not None:
@@ -159,11 +159,7 @@ def iterate_records(
         try:
             record_id, outcome = adapt(schema, piece, take_images)
             if isinstance(outcome, PairRow):
-                if rows and rows[0].group.id != outcome.group.id:
-                    finished, rows = rows, []
-                    yield from _finished(finished, last, seen, bad)
-                rows.append(outcome)
-                last = piece.where
+                yield from _without_problems(groups.add(outcome, piece.where), bad)
             elif isinstance(outcome, str):
                 if left_out is not None:
                     left_out(outcome, seen.unused(record_id))
@@ -176,28 +172,59 @@ def iterate_records(
                 raise RecordError("duplicate-id", message)
         except RecordError as error:
             bad.report(Problem(error.code, piece.where, error.record_id or record_id, str(error)))
-    if rows:
-        yield from _finished(rows, last, seen, bad)
+    yield from _without_problems(groups.finish(), bad)
     bad.check_share(num_records, ", ".join(str(path) for path in source.container.paths[:3]))
 
 
-def _finished(rows: list[PairRow], where: str, seen: SeenIds, bad: BadRecords) -> Iterator[PreferenceGroup]:
-    """Merges adjacent rows into a group; reports incomplete or repeated groups as bad."""
-    try:
-        group = merge_adjacent(rows, where, seen)
-    except RecordError as error:
-        bad.report(Problem(error.code, where, rows[0].group.id, str(error)))
-    else:
-        yield group
+def _without_problems(outcomes: Iterator[PreferenceGroup | Problem], bad: BadRecords) -> Iterator[PreferenceGroup]:
+    for outcome in outcomes:
+        if isinstance(outcome, Problem):
+            bad.report(outcome)
+        else:
+            yield outcome
 
 
-def merge_adjacent(rows: Sequence[PairRow], where: str, seen: SeenIds) -> PreferenceGroup:
-    """Merges adjacent rows into a group, whose id is added to `seen`.
+class RowGroups:
+    """Merges the rows of groups that are stored in several rows.
 
-    Raises:
-        RecordError: The group is incomplete, or has been read already.
+    Labelled rows (KTO) of one prompt may be anywhere in the file, so they are kept until its end; the rows of any other
+    group are adjacent.
+
+    Args:
+        seen: Receives the ids of the groups.
     """
-    group = merge_rows(rows, where)
-    if not seen.add(group.id):
-        raise RecordError("rows-apart", f"{where}: rows of group {group.id!r} are not adjacent; sort by group")
-    return group
+
+    def __init__(self, seen: SeenIds):
+        self._seen = seen
+        self._rows: list[PairRow] = []
+        self._where = ""
+        self._labelled: dict[str, tuple[str, list[PairRow]]] = {}
+
+    def add(self, row: PairRow, where: str) -> Iterator[PreferenceGroup | Problem]:
+        """Yields the group that ends before this row, or why it cannot be used."""
+        if row.is_labelled:
+            self._labelled.setdefault(row.group.id, (where, []))[1].append(row)
+            return
+        if self._rows and self._rows[0].group.id != row.group.id:
+            yield self._merged(self._rows, self._where)
+            self._rows = []
+        self._rows.append(row)
+        self._where = where
+
+    def finish(self) -> Iterator[PreferenceGroup | Problem]:
+        """Yields the groups that are left at the end of the file."""
+        if self._rows:
+            yield self._merged(self._rows, self._where)
+        while self._labelled:
+            where, rows = self._labelled.pop(next(iter(self._labelled)))
+            yield self._merged(rows, where)
+
+    def _merged(self, rows: Sequence[PairRow], where: str) -> PreferenceGroup | Problem:
+        try:
+            group = merge_rows(rows, where)
+            if not self._seen.add(group.id):
+                message = f"{where}: rows of group {group.id!r} are not adjacent; sort by group"
+                raise RecordError("rows-apart", message)
+        except RecordError as error:
+            return Problem(error.code, where, rows[0].group.id, str(error))
+        return group

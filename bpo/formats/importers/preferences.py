@@ -47,6 +47,10 @@ class PairRow:
     indices: tuple[int, ...] = ()
     num_completions: int = 0
 
+    @property
+    def is_labelled(self) -> bool:
+        return not self.num_completions
+
 
 def group_from_trl(obj: Mapping[str, Any], record_id: str, where: str) -> PreferenceGroup | PairRow | str:
     """Converts one row of TRL's preference format: `prompt`, `chosen`, `rejected` (texts or messages) and `images`.
@@ -223,7 +227,7 @@ def merge_rows(rows: Sequence[PairRow], where: str) -> PreferenceGroup:
         RecordError: The rows differ in more than their completions, or a completion is missing.
     """
     first = rows[0]
-    if not first.num_completions:
+    if first.is_labelled:
         return _merge_labelled(rows, where)
     completions: dict[int, Completion] = {}
     for row in rows:
@@ -250,8 +254,8 @@ def _merge_labelled(rows: Sequence[PairRow], where: str) -> PreferenceGroup:
     if len({completion.score for completion in completions}) < 2:
         raise RecordError(
             "one-label",
-            f"{where}: the answers to this prompt ({len(rows)} in adjacent rows) are all {completions[0].type}; a "
-            "preference needs both labels: sort the file by prompt, and train on prompts with both",
+            f"{where}: all {len(rows)} answers to this prompt and image are {completions[0].type}; a preference needs "
+            "both labels: leave out prompts that have one",
         )
     return replace(rows[0].group, completions=completions)
 

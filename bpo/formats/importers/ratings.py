@@ -93,7 +93,7 @@ def _mean_rating(annotations: Any, name: str, where: str) -> float:
 def row_from_label(obj: Mapping[str, Any], record_id: str, where: str) -> PairRow | str:
     """Converts one answer with `label` (KTO): true for a desirable answer, false for an undesirable one.
 
-    Rows with the same prompt and images become one group, if they are adjacent; its id is derived from them.
+    Rows with the same prompt and images become one group, wherever they are; its id is derived from them.
 
     Returns:
         The row, or `NOT_ALTERNATING`.

@@ -76,12 +76,12 @@ def labelled(answer: str, label: Any, question: str = "What?", image: str = "a.p
     return {"messages": turns, "label": label, "images": [image], **more}
 
 
-def test_adjacent_answers_to_one_prompt_with_both_labels_are_a_group(tmp_path: Path) -> None:
+def test_answers_to_one_prompt_with_both_labels_are_a_group_wherever_they_are(tmp_path: Path) -> None:
     rows = [
         labelled("A bus.", True, id="x", source="web"),
         labelled("A tram.", False),
-        labelled("A car.", False),
         {"prompt": "<image>Why?", "completion": "Yes.", "kto_tag": False, "images": ["a.png"]},
+        labelled("A car.", False),
         {"prompt": "<image>Why?", "completion": "So.", "kto_tag": True, "images": ["a.png"]},
     ]
     path = write(tmp_path / "a.jsonl", *rows)
@@ -112,11 +112,7 @@ def test_a_bad_row_does_not_separate_the_rows_around_it(tmp_path: Path) -> None:
         ([labelled("A.", True), labelled("B.", False, image="b.png")], ["one-label"] * 2),
         (
             [labelled("A.", True), labelled("B.", False), labelled("C.", 0, "Why?"), labelled("D.", 1)],
-            ["one-label"] * 2,
-        ),
-        (
-            2 * [labelled("A.", 1), labelled("B.", 0), labelled("C.", 0, "Why?"), labelled("D.", 1, "Why?")],
-            ["rows-apart"] * 2,
+            ["one-label"],
         ),
         ([labelled("A.", "cat"), labelled("B.", 2)], ["wrong-type"] * 2),
     ],
