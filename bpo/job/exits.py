@@ -97,7 +97,8 @@ def process_end(output_dir: Path, *, is_main: bool, leave_group: Callable[[], No
         failed = exit_code_of(error)
         message = str(error) if failed is not None else describe_unknown(error, output_dir)
         if isinstance(error, OSError) and failed == EXIT_CANNOT_SAVE:
-            message += "; make room or repair the disk, then continue with --resume"
+            where = "" if error.filename else f"{output_dir}: "
+            message = f"{where}{error}; make room or repair the disk, then continue with --resume"
         logger.error("%s", message)
         if failed == EXIT_RANK_LOST:
             write_lost_status(output_dir, message, getattr(error, "run", ""), is_main=is_main)

@@ -10,7 +10,7 @@ from typing import Any
 
 from bpo.config.training import TrainConfig
 from bpo.job.collectives import from_rank_0
-from bpo.job.exits import EXIT_RANK_LOST, Interrupted, JobError, exit_code_of, write_status
+from bpo.job.exits import EXIT_CANNOT_SAVE, EXIT_RANK_LOST, Interrupted, JobError, exit_code_of, write_status
 from bpo.job.launch import Ranks
 from bpo.job.lock import RunLock
 from bpo.job.restarts import RestartCount
@@ -118,8 +118,9 @@ class RunGuard:
             lost = self.watchdog.culprit()
         clean_exit = error is None or isinstance(error, Interrupted)
         self.watchdog.stop("" if clean_exit else f"{type(error).__name__}: {error}"[:300])
-        if self._counted is not None and isinstance(error, Exception) and exit_code_of(error) == 1:
-            self._counted.undo()  # another configuration or data than the checkpoint's; restarting is no loop
+        if self._counted is not None and error is not None and exit_code_of(error) in (1, EXIT_CANNOT_SAVE):
+            with contextlib.suppress(OSError):
+                self._counted.undo()  # refused, such as for other data than the checkpoint's, or a disk still full
         self._release()
         if error is None and self.ranks.is_main:
             RestartCount(self.output_dir).clear()

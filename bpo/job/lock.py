@@ -77,6 +77,8 @@ class RunLock:
         except OSError as error:
             refused = RunLockError(_cannot_write(output_dir, error))
             refused.exit_code = exit_code_of(error) or refused.exit_code
+            with contextlib.suppress(OSError):
+                self._beats.unlink()
             raise refused from error
         except RunLockError:
             self._beats.unlink(missing_ok=True)

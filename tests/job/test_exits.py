@@ -55,7 +55,8 @@ def test_an_error_that_names_the_fix_ends_with_its_code_and_without_a_traceback(
 ) -> None:
     assert end(tmp_path, error) == (code, [])
     found, message = status(tmp_path)
-    assert found == code and message.startswith(str(error))
+    assert found == code and str(error) in message
+    assert str(tmp_path) in message or not isinstance(error, OSError)
     (record,) = caplog.records
     assert record.getMessage() == message and record.exc_info is None
     assert "--resume" in message or code != 74 or not isinstance(error, OSError)
