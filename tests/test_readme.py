@@ -1,4 +1,4 @@
-"""The README's tree and table match the code."""
+"""The README's tree and table match the code, and the tests that documents name exist."""
 
 from __future__ import annotations
 
@@ -36,3 +36,18 @@ def test_files_and_functions_of_the_table_exist() -> None:
         assert (ROOT / path).exists(), path
         if name:
             assert re.search(rf"(def|class) {name.split('.')[-1]}\b", (ROOT / path).read_text()), f"{path}: {name}"
+
+
+def test_tests_named_in_documents_exist() -> None:
+    references = {
+        (document.name, path, name)
+        for document in (ROOT / "docs").glob("*.md")
+        for path, name in re.findall(r"`(tests/[\w/]+\.py)::(\w+)", document.read_text(encoding="utf-8"))
+    }
+    assert len(references) >= 25
+    missing = [
+        (document, f"{path}::{name}")
+        for document, path, name in sorted(references)
+        if not (ROOT / path).exists() or f"\ndef {name}(" not in (ROOT / path).read_text(encoding="utf-8")
+    ]
+    assert missing == []
