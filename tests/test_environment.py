@@ -136,6 +136,18 @@ def test_an_environment_that_a_process_uses_is_not_removed(checkout: Path) -> No
     assert build(moved).returncode == 0
 
 
+def test_a_link_to_the_environment_of_another_clone_is_replaced_and_that_one_kept(checkout: Path) -> None:
+    build(checkout)
+    other = Path(shutil.copytree(checkout, checkout.parent / "other", ignore=shutil.ignore_patterns(".venv")))
+    (other / ".venv").symlink_to(checkout / ".venv")
+    before = sorted(checkout.rglob("*"))
+    again = build(other)
+    assert again.returncode == 0 and "starting over" in again.stdout
+    assert not (other / ".venv").is_symlink() and (other / ".venv" / "bin" / "python").exists()
+    assert sorted(checkout.rglob("*")) == before
+    assert make(checkout, ".venv").stdout == ""
+
+
 @pytest.mark.skipif(shutil.which("flock") is None, reason="needs flock")
 def test_a_second_call_waits_for_the_installation_of_the_first(checkout: Path) -> None:
     (checkout / "pip-waits").touch()
