@@ -24,8 +24,8 @@ from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
-START_TIMEOUT_S = 60.0
-STOP_TIMEOUT_S = 20.0
+START_TIMEOUT_S = 240.0
+STOP_TIMEOUT_S = 60.0
 
 CONFIGURATION = """\
 ClusterName=bpo-tests
@@ -121,7 +121,7 @@ class PrivateCluster:
 
     def run(self, *command: str, check: bool = True) -> str:
         """Runs one of Slurm's commands; returns what it printed."""
-        result = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=60)
+        result = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=240)
         if check and result.returncode:
             raise ClusterError(f"{' '.join(command)}: exit status {result.returncode}: {result.stderr}")
         return result.stdout.strip()

@@ -25,7 +25,7 @@ def test_ranks_that_leave_one_after_the_other_end_with_their_own_code(
     """With --kill-on-bad-exit=1 the first task to exit gets the other killed, and no requeue would happen."""
     program = ["bash", "-c", "sleep $((SLURM_PROCID * 2)); exit 75"]
     srun = ["srun", "--nodes=2", "--ntasks-per-node=1", f"--kill-on-bad-exit={kill}", "--wait=60", *program]
-    result = subprocess.run(srun, env=cluster.environment, capture_output=True, text=True, timeout=60)
+    result = subprocess.run(srun, env=cluster.environment, capture_output=True, text=True, timeout=240)
     assert result.returncode == code, result.stderr
 
 
@@ -39,9 +39,9 @@ def test_sbatch_runs_the_files_of_the_script_s_own_clone(cluster: PrivateCluster
     (here / "slurm" / "job.sh").write_text("echo foreign code; exit 0\n")
     options = ["--parsable", "--cpus-per-task=1", "--time=1", "--output", str(tmp_path / "log")]
     submitted = ["sbatch", *options, path.format(clone=clone), "merge", "--config", "a b.yaml"]
-    job = subprocess.run(submitted, cwd=here, env=cluster.environment, capture_output=True, text=True, timeout=60)
+    job = subprocess.run(submitted, cwd=here, env=cluster.environment, capture_output=True, text=True, timeout=240)
     assert job.returncode == 0, job.stderr
-    cluster.wait_for(job.stdout.strip(), {"COMPLETED", "FAILED"}, 60)
+    cluster.wait_for(job.stdout.strip(), {"COMPLETED", "FAILED"}, 240)
     assert (tmp_path / "log").read_text() == "own code\n"
 
 
@@ -57,7 +57,7 @@ def test_deepspeed_starts_ranks_by_srun(cluster: PrivateCluster, tmp_path: Path)
     )
     options = ["--nodes=2", "--ntasks-per-node=1", "--output", str(tmp_path / "log")]
     job = cluster.run("sbatch", "--parsable", *options, str(tmp_path / "job.sh"))
-    state = cluster.wait_for(job, {"COMPLETED", "FAILED"}, 120)
+    state = cluster.wait_for(job, {"COMPLETED", "FAILED"}, 240)
     assert state == "COMPLETED", (tmp_path / "log").read_text()[-3000:]
     ranks = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("rank-*.json"))]
     assert [(rank["rank"], rank["world_size"], rank["sum"]) for rank in ranks] == [(0, 2, 3.0), (1, 2, 3.0)]
