@@ -108,7 +108,7 @@ def _with_paths(value: Any, where: str, put: PutImage) -> Any:
         return put(None, value, where)
     if isinstance(value, Mapping) and ("bytes" in value or "path" in value):
         path, content = value.get("path"), value.get("bytes")
-        if isinstance(content, str) and is_embedded_text(content):
+        if isinstance(content, str):
             content = _decoded(content, where)
         if isinstance(content, bytes):
             return put(path if isinstance(path, str) and path else None, content, where)

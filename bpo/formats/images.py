@@ -15,10 +15,10 @@ import unicodedata
 import urllib.parse
 import warnings
 from collections.abc import Iterable
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from bpo.formats.foreign import foreign_kind
 from bpo.formats.problems import RecordError
@@ -121,22 +121,21 @@ def resolve_image_path(root: Path, relative: str) -> Path:
 def _other_spelling(root: Path, relative: str) -> str:
     """Returns a hint if the file, or each of several, exists under another spelling of its path; otherwise ""."""
     slashes = relative.replace("\\", "/")
-    spellings = {
-        "backslashes are not separators here": slashes,
-        "it is percent-encoded": urllib.parse.unquote(slashes),
-        "it has spaces around it": slashes.strip(),
-        "the folder is part of data.image_root": slashes.removeprefix("./").partition("/")[2],
-        "the suffix differs in case": str(PurePosixPath(slashes).with_suffix(PurePosixPath(slashes).suffix.swapcase())),
-    }
-    for reason, spelling in list(spellings.items()):
-        for form in ("NFC", "NFD"):
-            spellings.setdefault(f"{reason}, and the Unicode normal form {form}", unicodedata.normalize(form, spelling))
-            spellings.setdefault(
-                f"the file name has the Unicode normal form {form}", unicodedata.normalize(form, slashes)
-            )
-    for reason, spelling in spellings.items():
-        if spelling not in ("", relative) and _is_file_below(root, spelling):
-            return f", but {spelling!r} is there ({reason}); write this"
+    name, _, suffix = slashes.rpartition(".")
+    spellings = [
+        (f"in the Unicode normal form {form}", unicodedata.normalize(form, relative)) for form in ("NFC", "NFD")
+    ]
+    spellings += [
+        ("with slashes", slashes),
+        ("not percent-encoded", urllib.parse.unquote(slashes)),
+        ("without spaces around it", slashes.strip()),
+        ("relative to data.image_root", slashes.removeprefix("./").partition("/")[2]),
+        ("with the suffix in another case", f"{name}.{suffix.swapcase()}"),
+    ]
+    spellings += [(why, unicodedata.normalize(form, text)) for why, text in spellings[2:] for form in ("NFC", "NFD")]
+    for text, why in {text: why for why, text in reversed(spellings)}.items():  # each text once: mostly two
+        if text != relative and _is_file_below(root, text):
+            return f", but {text!r} is there ({why}); write this"
     parts = [part.strip() for part in relative.split(",")]
     if len(parts) > 1 and all(_is_file_below(root, part) for part in parts):
         return f"; write several images as a list, {parts}"
@@ -144,8 +143,11 @@ def _other_spelling(root: Path, relative: str) -> str:
 
 
 def _is_file_below(root: Path, relative: str) -> bool:
-    path = (root / relative).resolve()
-    return bool(relative) and path.is_relative_to(root) and path.is_file()
+    try:
+        path = (root / relative).resolve()
+        return bool(relative) and path.is_relative_to(root) and path.is_file()
+    except (OSError, RuntimeError, ValueError):
+        return False
 
 
 def is_embedded_text(text: str) -> bool:
@@ -234,16 +236,15 @@ def decode_image(source: Path | bytes, name: str, notes: list[str] | None = None
     except ImageError:
         raise
     except Image.DecompressionBombError as error:
-        raise ImageError(
-            f"image {name!r} has too many pixels to decode (at most {MAX_PIXELS:,}); scale it down", "image-too-large"
-        ) from error
+        raise _too_large(name, f"more than {2 * MAX_PIXELS:,}") from error
     except Exception as error:  # decoders raise anything on malformed bytes: OSError, SyntaxError, struct.error
         foreign = foreign_kind(source[:HEAD_BYTES] if isinstance(source, bytes) else _head(source))
         if foreign is not None:
             raise ImageError(f"image {name!r} is {foreign}", "image-undecodable") from error
+        is_unknown = isinstance(error, UnidentifiedImageError)
+        reason = "an unknown format" if is_unknown else f"{type(error).__name__}: {error}"
         raise ImageError(
-            f"image {name!r} cannot be decoded ({type(error).__name__}: {error}); download it again or remove its "
-            "record",
+            f"image {name!r} cannot be decoded ({reason}); download it again or remove its record",
             "image-undecodable",
         ) from error
 
@@ -293,12 +294,15 @@ def image_identities(images: Iterable[str], image_root: Path) -> list[list[int] 
 
 def _check_size(image: Image.Image, relative: str) -> None:
     if image.width * image.height > MAX_PIXELS:
-        raise ImageError(
-            f"image {relative!r} has {image.width} x {image.height} pixels, of which at most {MAX_PIXELS:,} are decoded: "
-            "each process would need 3 to 9 bytes per pixel. Scale it down once, for example with `mogrify -resize "
-            f"{MAX_PIXELS // 10**6}000000@ FILE`; data.max_pixels applies only after decoding",
-            "image-too-large",
-        )
+        raise _too_large(relative, f"{image.width} x {image.height}")
+
+
+def _too_large(name: str, size: str) -> ImageError:
+    return ImageError(
+        f"image {name!r} has {size} pixels, but at most {MAX_PIXELS:,} are decoded, at 3 to 9 bytes each; scale it "
+        f"down once (`mogrify -resize {MAX_PIXELS // 10**6}000000@ FILE`): data.max_pixels applies only after decoding",
+        "image-too-large",
+    )
 
 
 def _oddities(image: Image.Image, name: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import http.server
 import io
 import json
@@ -18,12 +19,14 @@ from PIL import Image
 
 from bpo.cli import main
 from bpo.formats.bad_records import BadRecords
+from bpo.formats.check import check_data
 from bpo.formats.convert import convert
 from bpo.formats.exporters import group_to_paper, trl_rows
 from bpo.formats.fields import RECORD_KEYS
 from bpo.formats.files import group_to_json, read_annotations, read_groups
 from bpo.formats.image_folder import ImageFolder
 from bpo.formats.importers.preferences import PairRow, group_from_trl, merge_rows
+from bpo.formats.problems import RecordError
 from bpo.formats.schema import COMPLETION_KEYS, group_from_json, group_from_paper
 from bpo.records import Completion, ContentPart, PreferenceGroup, Provenance, Turn
 
@@ -251,3 +254,71 @@ def test_urls_are_fetched_only_if_allowed(files: Path, server: str, monkeypatch:
     (annotation,) = read_annotations(files / "a.jsonl").annotations
     assert Image.open(files / "images" / annotation.images[0]).getpixel((0, 0)) == (9, 0, 0)
     assert [p.code for p in bad.problems] == ["image-url"] and "404" in bad.problems[0].detail
+
+
+def _base64() -> str:
+    buffer = io.BytesIO()
+    Image.effect_noise((9, 9), 60).save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+PNG = _base64()
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        f"data:image/png;base64,{PNG}",
+        f"data:image/png;charset=utf-8;base64,{PNG.rstrip('=')}",
+        PNG,
+        f"{PNG[:76]}\n{PNG[76:]}\n",
+        PNG.replace("+", "-").replace("/", "_"),
+        {"bytes": PNG, "path": None},
+        {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{PNG}"}},
+        {"url": f"data:image/png;base64,{PNG}"},
+        "file://{root}/p%200.png",
+        "file://localhost{root}/p%200.png",
+        {"path": "{root}/p 0.png", "bytes": None},
+        {"type": "image", "image": "file://{root}/p%200.png"},
+        {"url": "p 0.png"},
+    ],
+)
+@pytest.mark.parametrize("field", ["image", "images", "img_path", "nested"])
+def test_convert_writes_images_of_every_transport(tmp_path: Path, image: Any, field: str) -> None:
+    (tmp_path / "p 0.png").write_bytes(base64.b64decode(PNG))
+    image = json.loads(json.dumps(image).replace("{root}", str(tmp_path)))
+    name, value = ("images", [[image]]) if field == "nested" else (field, [image] if field == "images" else image)
+    row = {"prompt": "What?", "chosen": "A bus.", "rejected": "A tram.", name: value}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
+    assert check_data(tmp_path / "a.jsonl", image_root=tmp_path).counts == {}
+    convert(tmp_path / "a.jsonl", tmp_path / "g.jsonl", images=ImageFolder(tmp_path), image_root=tmp_path)
+    (group,) = read_groups(tmp_path / "g.jsonl")
+    assert (tmp_path / group.images[0]).read_bytes() == base64.b64decode(PNG)
+    assert check_data(tmp_path / "g.jsonl", image_root=tmp_path).num_trained == 1
+
+
+@pytest.mark.parametrize(
+    ("image", "images"),
+    [
+        ([["a.png", "b.png"]], ("a.png", "b.png")),
+        ('["a.png", "b.png"]', ("a.png", "b.png")),
+        ({"<image_00>": "a.png", "<image_01>": "b.png"}, ("a.png", "b.png")),
+        ({"<image_01>": "a.png", "<image_00>": "b.png"}, ("b.png", "a.png")),
+    ],
+)
+def test_images_in_other_lists_are_read_in_their_order(tmp_path: Path, image: Any, images: tuple[str, ...]) -> None:
+    marks = "<image_00> or <image_01>" if isinstance(image, dict) else "<image> or <image>"
+    turns = [{"role": "user", "content": f"{marks}?"}, {"role": "assistant", "content": "The first."}]
+    (tmp_path / "a.json").write_text(json.dumps([{"image": image, "conversations": turns}]))
+    (annotation,) = read_annotations(tmp_path / "a.json").annotations
+    assert annotation.images == images
+    assert [part.type for part in annotation.prompt[0].content] == ["image", "text", "image", "text"]
+    assert annotation.prompt[0].text.replace(" ", "") == "or?"
+
+
+def test_other_schemes_are_not_fetched(files: Path) -> None:
+    (files / "a.json").write_text(json.dumps([{"image": "s3://bucket/a.png", "caption": "A bus."}]))
+    with pytest.raises(RecordError, match="a storage that bpo does not read .s3://") as refused:
+        convert(files / "a.json", files / "a.jsonl", images=ImageFolder(files / "images", fetches_urls=True))
+    assert refused.value.code == "image-scheme"
+    assert check_data(files / "a.json", image_root=files).counts == {"image-scheme": 1}

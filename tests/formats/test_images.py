@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import os
 import struct
@@ -12,7 +13,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bpo.formats.images import MAX_PIXELS, ImageError, image_bytes_digest, load_image, relative_image_path
+from bpo.formats.images import (
+    MAX_PIXELS,
+    ImageError,
+    image_bytes_digest,
+    load_image,
+    relative_image_path,
+    resolve_image_path,
+)
 
 
 def save(root: Path, name: str, image: Image.Image, **options: object) -> str:
@@ -135,8 +143,12 @@ def test_a_path_may_contain_links_and_dots_inside_the_root(tmp_path: Path) -> No
     "relative, message",
     [
         ("", "empty"),
-        ("https://example.com/a.png", "URL"),
-        ("data:image/png;base64,AAAA", "URL"),
+        ("https://example.com/a.png", "download it with `bpo convert --fetch-urls --images DIR`"),
+        ("data:image/png;base64,AAAA", "extract it with `bpo convert --images DIR`"),
+        (base64.b64encode(b"\x89PNG\r\n\x1a\n" + bytes(99)).decode(), "extract it with `bpo convert --images DIR`"),
+        ("gs://bucket/a.png", r"gs://\); copy the files below data.image_root with the storage's own tool"),
+        ("file://host/a.png", r"file://\); copy"),
+        ("file:///etc/passwd", "absolute"),
         ("/etc/passwd", "absolute"),
         ("../outside.png", "leads out"),
         ("link_out.png", "leads out"),
@@ -176,7 +188,7 @@ def test_a_sibling_with_the_roots_name_as_prefix_is_outside(tmp_path: Path) -> N
 
 
 def test_a_missing_root_is_reported(tmp_path: Path) -> None:
-    with pytest.raises(ImageError, match="image_root itself is not a directory"):
+    with pytest.raises(ImageError, match="which is not a directory"):
         load_image(tmp_path / "nowhere", "a.png")
 
 
@@ -191,8 +203,57 @@ def test_a_decompression_bomb_is_refused_before_decoding(tmp_path: Path, side: i
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
     data = chunk(b"IDAT", zlib.compress(b"\0"))
     (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + header + data + chunk(b"IEND", b""))
-    with pytest.raises(ImageError, match="too large"):
+    with pytest.raises(ImageError, match=r"at most 89,478,485 are decoded.*mogrify -resize 89000000@ FILE"):
         load_image(tmp_path, "bomb.png")
+
+
+@pytest.mark.parametrize(
+    ("file", "written", "hint"),
+    [
+        ("sub/a.png", "sub\\a.png", "'sub/a.png' is there (with slashes)"),
+        ("sub/my pic.png", "sub\\my%20pic.png", "'sub/my pic.png' is there (not percent-encoded)"),
+        ("cafe\u0301.png", "caf\u00e9.png", "is there (in the Unicode normal form NFD)"),
+        ("caf\u00e9.png", "caf%C3%A9.png", "is there (not percent-encoded)"),
+        ("cafe\u0301.png", "caf%C3%A9.png", "is there (not percent-encoded)"),
+        ("caf\u00e9.png", "cafe\u0301.png", "is there (in the Unicode normal form NFC)"),
+        ("a.png", "a.png ", "'a.png' is there (without spaces around it)"),
+        ("a.png", "images/a.png", "'a.png' is there (relative to data.image_root)"),
+        ("a.png", "a.PNG", "'a.png' is there (with the suffix in another case)"),
+        ("a.png", "a.png, a.png", "write several images as a list, ['a.png', 'a.png']"),
+        ("a.png", "b\\%00.png", ""),
+        ("a.png", "..%2fa.png", ""),
+    ],
+)
+def test_a_hint_names_another_spelling_only_where_a_file_has_it(
+    tmp_path: Path, file: str, written: str, hint: str
+) -> None:
+    root = tmp_path / "root"
+    (root / "sub").mkdir(parents=True)
+    (tmp_path / "a.png").write_bytes(b"outside")
+    (root / file).write_bytes(b"x")
+    with pytest.raises(ImageError, match="is missing under data.image_root") as refused:
+        resolve_image_path(root, written)
+    assert hint in str(refused.value) and ("is there" in str(refused.value)) == ("is there" in hint)
+
+
+def test_a_file_url_below_the_root_is_its_path(tmp_path: Path) -> None:
+    save(tmp_path, "my pic.png", Image.new("RGB", (2, 2)))
+    assert load_image(tmp_path, f"file://{tmp_path}/my%20pic.png").size == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:aa", "a Git LFS pointer without the data"),
+        (b"<!DOCTYPE html><html>", "a web page"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "an SVG drawing; convert it to PNG"),
+        (b"\0\0\0\x18ftypheic" + bytes(20), "a HEIC picture; convert it"),
+    ],
+)
+def test_a_file_that_is_no_picture_is_named(tmp_path: Path, content: bytes, what: str) -> None:
+    (tmp_path / "a.jpg").write_bytes(content)
+    with pytest.raises(ImageError, match=f"image 'a.jpg' is {what}"):
+        load_image(tmp_path, "a.jpg")
 
 
 def test_digest_is_of_the_files_bytes(tmp_path: Path) -> None:
@@ -248,7 +309,7 @@ def test_no_program_is_run_on_a_picture(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", run)
     page = "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n%%EndComments\nshowpage\n%%EOF\n"
     (tmp_path / "a.png").write_text(page)
-    with pytest.raises(ImageError, match="cannot identify"):
+    with pytest.raises(ImageError, match="cannot be decoded .an unknown format"):
         load_image(tmp_path, "a.png")
 
 

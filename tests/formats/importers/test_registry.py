@@ -294,7 +294,7 @@ def test_an_embedded_image_needs_a_folder(tmp_path: Path) -> None:
     assert not (tmp_path / "a.jsonl").exists()
 
 
-@pytest.mark.parametrize("image", [{"bytes": "aGk=", "path": "a.png"}, {"bytes": None, "path": None}, {"path": 7}])
+@pytest.mark.parametrize("image", [{"bytes": 5, "path": "a.png"}, {"bytes": None, "path": None}, {"path": 7}])
 def test_an_image_that_is_neither_bytes_nor_a_path_is_refused(tmp_path: Path, image: dict[str, Any]) -> None:
     record = {"prompt": "What?", "chosen": "A bus.", "rejected": "A tram.", "images": [image]}
     path = write_lines(tmp_path / "a.jsonl", record)
