@@ -244,7 +244,7 @@ def test_a_signal_saves_a_checkpoint_and_resume_finishes(matrix: Path) -> None:
         os.killpg(process.pid, signal.SIGINT)
         time.sleep(0.2)
         os.killpg(process.pid, signal.SIGTERM)
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=300)
     finally:
         process.kill()
     assert process.returncode == 75, errors[-3000:]

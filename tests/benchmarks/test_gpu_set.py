@@ -164,14 +164,14 @@ def test_a_failed_part_stops_no_other_and_each_is_saved(run: Any) -> None:
 
 
 def test_the_whole_ends_in_time_and_the_rest_is_listed(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session, "RESERVE_SECONDS", 4.0)
+    monkeypatch.setattr(session, "RESERVE_SECONDS", 26.0)
     stubborn = (
         "import signal, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
         "open(sys.argv[1], 'w').write('{\"n\": 1}'); time.sleep(60)"
     )
     begin = time.monotonic()
-    records, _ = run([part("long", stubborn), part("late"), part("later")], total_s=8.0)
-    assert time.monotonic() - begin < 8.0
+    records, _ = run([part("long", stubborn), part("late"), part("later")], total_s=30.0)
+    assert time.monotonic() - begin < 30.0
     assert [record["status"] for record in records.values()] == ["stopped", "not run", "not run"]
     assert records["long"]["report"] == {"n": 1} and "s left" in records["late"]["reason"]
 
@@ -180,7 +180,7 @@ def test_on_a_gpu_a_part_has_a_limit_of_its_own(run: Any) -> None:
     begin = time.monotonic()
     sleeps = part("sleeps", "import time; time.sleep(60)", limit_s=1.5)
     records, _ = run([sleeps, part("next")], total_s=200.0, setting=CUDA)
-    assert time.monotonic() - begin < 20
+    assert time.monotonic() - begin < 50  # it would sleep for 60
     assert [record["status"] for record in records.values()] == ["stopped", "passed"]
 
 
