@@ -9,6 +9,8 @@ DEMO_ARGS ?=
 PYTEST_ARGS ?=
 GPU_ARGS ?=
 TEST_WORKERS ?= 2
+FUZZ ?= 10
+SEED ?= $(shell date +%s)
 TEST_TIMEOUT_S ?= 600
 
 BIN := .venv/bin
@@ -18,12 +20,12 @@ SCRIPTS := slurm/*.sh .ci/run .ci/venv benchmarks/offline/run.sh
 RUN := env PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format types gpu floor clean .venv compiler
+.PHONY: help demo test fuzz lint format types gpu floor clean .venv compiler
 
 help: ## list targets and variables
 	@grep -hE '^[a-z.]+:.*## ' Makefile | sed -E 's/^([a-z.]+):.*## /  make \1\t/' | expand -t 16
 	@echo 'Variables: PYTHON=python3.12  TORCH_INDEX=URL  DEMO_ARGS="--seeds 5"  PYTEST_ARGS="-k plan"' \
-		' TEST_WORKERS=2  TEST_TIMEOUT_S=600'
+		' TEST_WORKERS=2  TEST_TIMEOUT_S=600  FUZZ=10  SEED=7'
 
 demo: .venv compiler ## bootstrap, train, evaluate and report on a small synthetic world
 	$(RUN) $(BIN)/bpo demo $(DEMO_ARGS)
@@ -31,6 +33,11 @@ demo: .venv compiler ## bootstrap, train, evaluate and report on a small synthet
 test: .venv compiler ## all tests that need no GPU
 	$(RUN) $(BIN)/python -m pytest -m "not gpu" -n $(TEST_WORKERS) --dist loadfile \
 		--timeout $(TEST_TIMEOUT_S) $(PYTEST_ARGS)
+
+fuzz: .venv ## random examples instead of the fixed ones, FUZZ times as many; prints the seed that repeats a failure
+	@echo "make fuzz SEED=$(SEED) FUZZ=$(FUZZ)"
+	$(RUN) FUZZ=$(FUZZ) $(BIN)/python -m pytest --hypothesis-seed=$(SEED) --timeout $(TEST_TIMEOUT_S) \
+		$(shell grep -rlE '^from hypothesis' tests --include='test_*.py') $(PYTEST_ARGS)
 
 lint: .venv ## ruff: errors, imports, formatting; codespell; shellcheck
 	$(BIN)/ruff check .

@@ -7,12 +7,22 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 # Before torch, transformers or deepspeed are imported, and inherited by the processes that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+# The everyday tests are the same on each run; found counterexamples are kept as `@example`. `make fuzz` draws others,
+# FUZZ times as many, and prints how to reproduce a failure.
+FUZZ = int(os.environ.get("FUZZ", "1"))
+hypothesis.settings.register_profile("everyday", derandomize=True, database=None)
+hypothesis.settings.register_profile(
+    "fuzz", derandomize=False, database=None, print_blob=True, max_examples=100 * FUZZ, deadline=None
+)
+hypothesis.settings.load_profile("fuzz" if FUZZ > 1 else "everyday")
 
 ROOT = Path(__file__).resolve().parent.parent
 # Files of 20 s or more, the slowest first: none should start when the other workers are about to finish.

@@ -53,7 +53,7 @@ def compression_of(head: bytes) -> str | None:
 def decompressed(path: Path, file: BinaryIO) -> BinaryIO:
     """Returns the content of an open file: the file itself, or a stream of its decompressed content.
 
-    Such a stream can only be read forwards, except for the last few bytes.
+    Seeking backwards by more than the buffer decompresses the file from its start.
 
     Raises:
         ValueError: The package that decompresses it is missing.
@@ -62,18 +62,22 @@ def decompressed(path: Path, file: BinaryIO) -> BinaryIO:
     file.seek(0)
     if kind is None:
         return file
+    file.close()
     try:
-        return io.BufferedReader(_Decompressed(path, file, kind), 1 << 16)
+        return io.BufferedReader(_Decompressed(path, kind), 1 << 16)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
 class _Decompressed(io.RawIOBase):
-    def __init__(self, path: Path, file: BinaryIO, kind: str):
-        self._path, self._file, self._kind = path, file, kind
-        self._stream = _OPENERS[kind](file)
+    def __init__(self, path: Path, kind: str):
+        self._path, self._kind = path, kind
         self._size_bytes = path.stat().st_size
-        self._position = 0
+        self._restart()
+
+    def _restart(self) -> None:
+        self._file = self._path.open("rb")
+        self._stream, self._position = _OPENERS[self._kind](self._file), 0
 
     def readable(self) -> bool:
         return True
@@ -101,8 +105,12 @@ class _Decompressed(io.RawIOBase):
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         target = offset + (self._position if whence == io.SEEK_CUR else 0)
-        if whence == io.SEEK_END or target < self._position:
-            raise io.UnsupportedOperation("a compressed stream is read forwards")
+        if whence == io.SEEK_END:
+            raise io.UnsupportedOperation("the size of a compressed stream is not known")
+        if target < self._position:
+            self._stream.close()
+            self._file.close()
+            self._restart()
         while self._position < target:
             if not self.readinto(memoryview(bytearray(min(1 << 16, target - self._position)))):
                 break

@@ -181,7 +181,23 @@ def parse_json(raw: bytes | str, where: str) -> Any:
         raise RecordError("nested-too-deeply", f"{where}: the JSON is nested too deeply; flatten it") from error
     except ValueError as error:
         code = "nan" if isinstance(error, _NotANumber) else "not-json"
-        raise RecordError(code, f"{where}: not JSON ({error}); write one object per line, or one JSON list") from error
+        cause = _dialect(text, error.pos) if isinstance(error, json.JSONDecodeError) else None
+        fix = cause or f"({error}); write one object per line, or one JSON list"
+        raise RecordError(code, f"{where}: not JSON {fix}") from error
+
+
+def _dialect(text: str, position: int) -> str | None:
+    """Returns what is not JSON at the position of an error, and the fix, if it is of JSON5 or Python."""
+    rest, before = text[position : position + 20].lstrip(), text[:position].rstrip()[-1:]
+    if rest[:1] in ("}", "]") and before == ",":
+        return f"(there is a comma before '{rest[0]}'); remove it"
+    if rest[:1] == "'" or re.match(r"(?:None|True|False)\b", rest):
+        return "but Python's notation (single quotes, None, True); write it with json.dumps"
+    if rest.startswith(("//", "/*", "#")):
+        return "(there is a comment); remove it"
+    if before in ("{", ",") and re.match(r"[A-Za-z_$][\w$]*\s*:", rest):
+        return '(there is a key without quotation marks); write it as "key"'
+    return None
 
 
 class _NotANumber(ValueError):

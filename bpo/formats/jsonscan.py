@@ -95,9 +95,15 @@ class JsonScanner:
             is_whole: Nothing may follow the list; if objects like the first one do, the `]` was extraneous.
         """
         self._first = {}
+        has_ended = False
         if self.peek() == "]":
             self._at += 1
-            return
+            if not is_whole or not self.peek():
+                return
+            is_found = has_ended = self._skip_end()
+            yield "", self._extra_data(is_found)
+            if not is_found:
+                return
         while True:
             source, damage = self._element()
             yield source, damage
@@ -112,14 +118,29 @@ class JsonScanner:
                     return
                 continue
             if not character:
-                yield "", Damage("torn-record", "not JSON: the file ends inside the list; download it again")
+                if not has_ended:
+                    yield "", Damage("torn-record", "not JSON: the file ends inside the list; download it again")
                 return
+            is_found = self._skip_end() if character == "]" else self._skip_to_record(character)
             if character == "]":
-                yield "", Damage("not-json", "not JSON: extra data after the end of the list; remove it")
+                has_ended = True
+                yield "", self._extra_data(is_found)
             else:
                 yield "", Damage("not-json", "not JSON: a comma is missing after the previous record; add it")
-            if not self._skip_to_record(character):
+            if not is_found:
                 return
+
+    def _skip_end(self) -> bool:
+        """Advances from the end of a list to the next record behind it; returns whether there is one."""
+        following = self.peek()
+        self._at += following == "["  # another list
+        return following in ("[", "{") or self._skip_to_record("]" if self._first else following)
+
+    @staticmethod
+    def _extra_data(is_found: bool) -> Damage:
+        if is_found:
+            return Damage("not-json", "not JSON: the list ends here, but records follow; remove the ']'")
+        return Damage("not-json", "not JSON: the list ends here; what follows it is not read. Remove it, or the ']'")
 
     def _element(self) -> tuple[str, Damage | None]:
         self.peek()
@@ -146,7 +167,9 @@ class JsonScanner:
 
     def _skip_damaged(self, error: ValueError | RecursionError) -> tuple[str, Damage | None]:
         """Skips an invalid value by matching brackets; returns its source, so that parsing reports the error."""
-        if self.peek() in (",", "]"):
+        if self.peek() == "]":
+            return "", Damage("not-json", "not JSON: there is a comma before the ']'; remove it")
+        if self.peek() == ",":
             return "", Damage("not-json", "not JSON: empty element between two commas; remove one comma")
         depth = offset = end = 0  # relative to the start of the value
         while True:

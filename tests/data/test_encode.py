@@ -18,6 +18,7 @@ from bpo.data.processor import Processor, load_processor
 from bpo.formats.images import ImageError
 from bpo.formats.usable import keep_types
 from bpo.records import Completion
+from tests.conftest import FUZZ
 from tests.sample_groups import PHOTOS, encoder_of, group, turn
 from tests.tiny import LLAVA_TEMPLATE, byte_tokenizer
 
@@ -160,7 +161,7 @@ def test_neighbouring_parts_cannot_spell_a_control_token(encoder: Encoder) -> No
         assert encoder.tokenizer.decode(halves.prefix_ids).count("</s> <|im_end|>") == 1
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40 * FUZZ, deadline=None)
 @given(text=st.lists(st.sampled_from([*CONTROL.split(), " ", "a", "é", "\ue0f0", "0", "\ue0f1", "\n"])).map("".join))
 def test_any_text_round_trips(llava: Encoder, qwen: Encoder, text: str) -> None:
     for encoder in (llava, qwen):

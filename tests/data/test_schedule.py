@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bpo.data.schedule import epoch_order, plan_balance, plan_steps, split_into_micro_batches
+from tests.conftest import FUZZ
 
 lengths = st.lists(st.integers(1, 400), min_size=1, max_size=30)
 plans = st.fixed_dictionaries(
@@ -25,7 +26,7 @@ plans = st.fixed_dictionaries(
 worlds = st.integers(1, 5)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60 * FUZZ, deadline=None)
 @given(lengths, plans, worlds)
 def test_content_of_a_step_does_not_depend_on_the_number_of_ranks(num_tokens, plan, world_size) -> None:
     alone = plan_steps(num_tokens, world_size=1, **plan)
@@ -42,7 +43,7 @@ def test_content_of_a_step_does_not_depend_on_the_number_of_ranks(num_tokens, pl
         assert {group for group, is_filler in pairs if is_filler} <= set(step.groups)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60 * FUZZ, deadline=None)
 @given(lengths, plans, worlds)
 def test_every_epoch_contains_every_group_once(num_tokens, plan, world_size) -> None:
     steps = plan_steps(num_tokens, world_size=world_size, **plan)
@@ -53,7 +54,7 @@ def test_every_epoch_contains_every_group_once(num_tokens, plan, world_size) -> 
         assert all(size == plan["groups_per_step"] for size in sizes[:-1])
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100 * FUZZ, deadline=None)
 @given(lengths, worlds, st.integers(1, 1500))
 def test_ranks_have_equal_counts_within_the_limit_and_minimal_fillers(num_tokens, world_size, max_tokens) -> None:
     bins = split_into_micro_batches(range(len(num_tokens)), num_tokens, world_size, max_tokens)
@@ -67,7 +68,7 @@ def test_ranks_have_equal_counts_within_the_limit_and_minimal_fillers(num_tokens
     assert empty < world_size  # never a round of forward passes consisting only of fillers
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100 * FUZZ, deadline=None)
 @given(
     st.lists(st.tuples(st.integers(2, 5), st.integers(1, 200)), min_size=1, max_size=30), worlds, st.integers(1, 1500)
 )

@@ -29,6 +29,7 @@ from bpo.formats.importers.preferences import PairRow, group_from_trl, merge_row
 from bpo.formats.problems import RecordError
 from bpo.formats.schema import COMPLETION_KEYS, group_from_json, group_from_paper
 from bpo.records import Completion, ContentPart, PreferenceGroup, Provenance, Turn
+from tests.conftest import FUZZ
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=12) | st.sampled_from(
     ["<image>", " <image>\n", "\n"]
@@ -64,7 +65,7 @@ def groups(draw: Any) -> PreferenceGroup:
 
 
 @given(groups())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150 * FUZZ, deadline=None)
 def test_a_group_survives_bpo_paper_and_trl_formats(group: PreferenceGroup) -> None:
     def through_json(tree: Any) -> Any:
         return json.loads(json.dumps(tree))

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from bpo.formats.files import group_from_json, group_to_json, read_annotations, read_groups
 from bpo.records import Completion, ContentPart, PreferenceGroup, Provenance, Turn
+from tests.conftest import FUZZ
 
 IMAGE = ContentPart("image")
 
@@ -115,7 +116,7 @@ _TURNS = st.builds(
 
 
 @given(st.lists(_TURNS, max_size=3), st.lists(_COMPLETIONS, min_size=2, max_size=4), st.integers(1, 3), _ANSWERS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60 * FUZZ, deadline=None)
 def test_a_group_survives_the_round_trip(
     turns: list[Turn], completions: list[Completion], num_images: int, group_id: str
 ) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -24,6 +24,7 @@ from bpo.formats.problems import PROBLEMS, RecordError
 from bpo.formats.reading import adapt
 from bpo.formats.schema import annotation_from_json, annotation_to_json, group_from_json, group_to_json
 from bpo.records import Annotation, PreferenceGroup
+from tests.conftest import FUZZ
 
 # Values in place of the expected ones: any JSON, including problematic texts.
 TRAPS = [
@@ -95,7 +96,7 @@ RECORDS = st.fixed_dictionaries({}, optional=FIELDS) | st.dictionaries(KEYS, VAL
 
 @pytest.mark.parametrize("schema", SCHEMAS, ids=lambda schema: schema.name)
 @given(record=RECORDS)
-@settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=120 * FUZZ, deadline=None, suppress_health_check=list(HealthCheck))
 def test_any_record_is_refused_or_survives_the_round_trip(schema: Schema, record: dict[str, Any]) -> None:
     piece = Piece("file, line 1", 0, False, json.dumps(record).encode())
     try:
@@ -123,7 +124,7 @@ def test_any_record_is_refused_or_survives_the_round_trip(schema: Schema, record
     indent=st.sampled_from([None, 1]),
     size=st.integers(1, 40),
 )
-@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=100 * FUZZ, deadline=None, suppress_health_check=list(HealthCheck))
 def test_a_list_read_in_chunks_of_any_size_is_the_list(
     tmp_path: Path, records: list[dict[str, Any]], indent: int | None, size: int
 ) -> None:
@@ -144,14 +145,21 @@ GOOD = {
 }
 
 
-@given(data=st.data(), as_list=st.booleans(), size=st.sampled_from([7, 100, 1 << 20]))
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
-def test_damaged_files_are_read_to_their_end(tmp_path: Path, data: st.DataObject, as_list: bool, size: int) -> None:
-    lines = [json.dumps(GOOD | {"id": str(n)}) for n in range(4)]
-    content = bytearray(("[" + ",\n".join(lines) + "]" if as_list else "\n".join(lines) + "\n").encode())
-    for _ in range(data.draw(st.integers(1, 3))):
-        start = data.draw(st.integers(1, len(content) - 1))
-        content[start : start + data.draw(st.integers(0, 3))] = data.draw(st.binary(max_size=3))
+LINES = [json.dumps(GOOD | {"id": str(n)}) for n in range(4)]
+EDITS = st.tuples(st.integers(1, len("\n".join(LINES))), st.integers(0, 3), st.binary(max_size=3))
+
+
+@given(edits=st.lists(EDITS, min_size=1, max_size=3), as_list=st.booleans(), size=st.sampled_from([7, 100, 1 << 20]))
+@example(edits=[(1, 0, b"]")], as_list=True, size=1 << 20)  # the list ends before its first record
+@example(edits=[(1, 0, b"],")], as_list=True, size=7)
+@example(edits=[(1 + len(LINES[0]), 1, b"]")], as_list=True, size=7)
+@settings(max_examples=150 * FUZZ, deadline=None, suppress_health_check=list(HealthCheck))
+def test_damaged_files_are_read_to_their_end(
+    tmp_path: Path, edits: list[tuple[int, int, bytes]], as_list: bool, size: int
+) -> None:
+    content = bytearray(("[" + ",\n".join(LINES) + "]" if as_list else "\n".join(LINES) + "\n").encode())
+    for start, length, replacement in edits:
+        content[start : start + length] = replacement
     path = tmp_path / ("a.json" if as_list else "a.jsonl")
     path.write_bytes(content)
     with pytest.MonkeyPatch.context() as patch:
@@ -159,12 +167,15 @@ def test_damaged_files_are_read_to_their_end(tmp_path: Path, data: st.DataObject
         pieces = list(json_pieces(path))
         # An extra brace may join records and an extra quote may hide them, but nothing is read twice.
         assert len(pieces) <= 16 and all(piece.end_bytes <= len(content) for piece in pieces)
+        num_whole = sum(line.encode() in content for line in LINES)
         try:
             result = check_data(path, opens_images=False)
         except ValueError as error:
-            assert str(path) in str(error)
+            assert str(path) in str(error) and (not num_whole or any(piece.damage for piece in pieces))
         else:
             assert result.num_records == len(pieces) and set(result.counts) <= set(PROBLEMS)
+            # No damage takes a record away in silence.
+            assert result.num_bad or result.num_records >= num_whole
 
 
 def pictures() -> list[bytes]:
@@ -200,7 +211,7 @@ def test_damaged_pictures_are_pictures_or_refused() -> None:
 
 
 @given(content=st.binary(max_size=200), name=st.sampled_from(["a.csv", "a.tsv", "a.json", "a.jsonl", "a.tar", "a"]))
-@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=200 * FUZZ, deadline=None, suppress_health_check=list(HealthCheck))
 def test_any_bytes_are_read_or_refused(tmp_path: Path, content: bytes, name: str) -> None:
     for head in (b"", b"[", b"{", b'[{"image": 1, "caption": 2},', b"image,caption\n", b"PAR1"):
         (tmp_path / name).write_bytes(head + content)
