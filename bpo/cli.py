@@ -1,4 +1,7 @@
-"""The `bpo` command. Each subcommand imports only what it needs, so that help and `doctor` start quickly."""
+"""The `bpo` command. Each subcommand imports only what it needs, so that help and `doctor` start quickly.
+
+Options are read before anything that imports torch, so that a mistake in them is reported at once.
+"""
 
 from __future__ import annotations
 
@@ -52,24 +55,27 @@ def _bootstrap(argv: list[str]) -> int:
     from bpo.job.signals import StopRequest
 
     with StopRequest() as stop:  # before the imports, which take seconds
-        from bpo.bootstrap.run import run_bootstrap
         from bpo.config.io import load_config
         from bpo.job.launch import ranks_from_environment, setup_logging
 
         setup_logging(ranks_from_environment())
         about = "Create preference groups from annotations."
         config = load_config(argv, prog="bpo bootstrap", description=about, reads=("data.annotations",))
+        from bpo.bootstrap.run import run_bootstrap
+
         run_bootstrap(config, stop=stop)
     return 0
 
 
 def _merge(argv: list[str]) -> int:
-    from bpo.bootstrap.run import run_merge
     from bpo.config.io import load_config
     from bpo.job.launch import Ranks, setup_logging
 
     setup_logging(Ranks())
-    summary = run_merge(load_config(argv, prog="bpo merge", description="Merge the results of all shards."))
+    config = load_config(argv, prog="bpo merge", description="Merge the results of all shards.")
+    from bpo.bootstrap.run import run_merge
+
+    summary = run_merge(config)
     print(f"{summary.num_groups} groups of {summary.num_annotations} annotations: {summary.groups_path}")
     return 0
 
@@ -78,6 +84,10 @@ def _train(argv: list[str]) -> int:
     from bpo.job.signals import StopRequest
 
     with StopRequest() as stop:
+        from bpo.config.io import TRAIN_INPUTS, load_config
+        from bpo.job.launch import own_arguments
+
+        load_config(own_arguments(argv), "bpo train", "Preference training in one process.", TRAIN_INPUTS)
         from bpo.train import main
 
         main(argv, stop)
@@ -89,23 +99,26 @@ def _evaluate(argv: list[str]) -> int:
 
     with StopRequest() as stop:
         from bpo.config.io import load_config
-        from bpo.evaluation.run import run_evaluation
         from bpo.job.launch import ranks_from_environment, setup_logging
 
         setup_logging(ranks_from_environment())
         about = "Measure hallucination with CHAIR and POPE."
         config = load_config(argv, prog="bpo evaluate", description=about, reads=("model.path",))
+        from bpo.evaluation.run import run_evaluation
+
         run_evaluation(config, stop=stop)
     return 0
 
 
 def _export(argv: list[str]) -> int:
-    from bpo.checkpoint.export import run_export
     from bpo.config.io import load_config
     from bpo.job.launch import Ranks, setup_logging
 
     setup_logging(Ranks())
-    print(run_export(load_config(argv, prog="bpo export", description="Export a trained model or adapter.")))
+    config = load_config(argv, prog="bpo export", description="Export a trained model or adapter.")
+    from bpo.checkpoint.export import run_export
+
+    print(run_export(config))
     return 0
 
 

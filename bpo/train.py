@@ -24,7 +24,7 @@ from bpo import engine, losses
 from bpo.checkpoint import partition
 from bpo.checkpoint.files import clean_leftovers
 from bpo.checkpoint.save import CheckpointSaver
-from bpo.config.io import load_config
+from bpo.config.io import TRAIN_INPUTS, load_config
 from bpo.config.training import Config
 from bpo.data.encode import load_encoder
 from bpo.data.schedule import PlannedStep
@@ -150,7 +150,7 @@ def main(argv: list[str] | None, stop: StopRequest) -> None:
     try:
         ranks = ranks_from_environment()
         setup_logging(ranks)
-        config = load_config(own, "bpo/train.py", __doc__ or "", reads=("model.path", "data.groups"))
+        config = load_config(own, "bpo/train.py", __doc__ or "", TRAIN_INPUTS)
     except ValueError as error:
         sys.exit(f"error: {error}")
     torch.manual_seed(config.train.seed)

@@ -17,6 +17,7 @@ from typing import Any
 from bpo.config.foreign import translation
 from bpo.config.training import Config, missing_model
 
+TRAIN_INPUTS = ("model.path", "data.groups")
 ALIASES = {"--on-bad": "--data.on_bad", "--max-bad-share": "--data.max_bad_share"}
 
 
