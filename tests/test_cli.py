@@ -99,6 +99,18 @@ def test_a_mistake_is_one_line_that_says_what_to_do(
     assert message in printed and "error: " in printed and printed.count("\n") == 1
 
 
+@pytest.mark.parametrize("command", ["train", "bootstrap", "evaluate"])
+def test_a_rank_that_is_no_number_is_one_line(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "abc")
+    (tmp_path / "config.json").write_text("{}")
+    inputs = [f"--{key}={tmp_path}" for key in ("model.path", "data.groups", "data.annotations")]
+    assert run(command, *inputs, "--train.output_dir", str(tmp_path / "run")) == 1
+    printed = capsys.readouterr().err
+    assert "the environment variable RANK is 'abc'; it must be a number" in printed and printed.count("\n") == 1
+
+
 def test_no_traceback_reaches_the_user() -> None:
     result = subprocess.run([sys.executable, "-m", "bpo.cli", "export"], capture_output=True, text=True, check=False)
     assert result.returncode == 1
