@@ -47,6 +47,7 @@ class CheckResult:
         num_bad: Number of records with a problem of level `bad`.
         counts: Problem code -> number of records.
         examples: Problem code -> first messages.
+        opens_images: Whether images were decoded.
         num_trained: Number of groups that training would use, as far as this is known without the model.
         unused: Reason -> number of records or groups that training would not use.
         seconds: Wall-clock time.
@@ -59,6 +60,7 @@ class CheckResult:
     num_bad: int = 0
     counts: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
+    opens_images: bool = True
     num_trained: int = 0
     unused: Counter[str] = field(default_factory=Counter)
     seconds: float = 0.0
@@ -100,7 +102,8 @@ class CheckResult:
         ]
         total = self.num_trained + self.unused.total()
         unused = f"; not: {', '.join(reasons)}" if reasons else ""
-        yield f"bpo train would use {self.num_trained:,} of {total:,} groups (if their prompts fit the model){unused}"
+        unknown = "their prompts fit the model" if self.opens_images else "their prompts fit and their images are good"
+        yield f"bpo train would use {self.num_trained:,} of {total:,} groups (if {unknown}){unused}"
         bad = {code for code in self.unused if code in PROBLEMS and PROBLEMS[code].level == "bad"}
         try:
             limit = BadRecords("quarantine", DataConfig.max_bad_share)
@@ -138,7 +141,7 @@ def check_data(
     source = open_source(path, schema)
     if source.schema is None:
         raise ValueError(f"{path}: the file contains no records")
-    result = CheckResult(str(path), source.schema.name, source.schema.gives)
+    result = CheckResult(str(path), source.schema.name, source.schema.gives, opens_images=opens_images)
     what = Examination(source.schema.name, image_root, opens_images, max_words, keep_text_only, tuple(types))
     seen = SeenIds()
     merging = _Merging(result, what, seen, quarantine)

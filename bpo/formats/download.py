@@ -56,6 +56,7 @@ def _get(url: str, deadline: float) -> tuple[bytes, str | None]:
     port = parts.port or (443 if is_tls else 80)
     address = public_address(parts.hostname, port)
     connection = http.client.HTTPConnection(parts.hostname, port)
+    connection.default_port = 443 if is_tls else 80  # not repeated in the Host header
     # Connected here and not by name: a second resolution could give another address.
     connection.sock = socket.create_connection((address, port), SOCKET_TIMEOUT_S)
     try:

@@ -16,7 +16,7 @@ from bpo.formats.problems import RecordError
 # (name or None, content, where) -> the path that replaces the image in the record.
 PutImage = Callable[[str | None, bytes, str], str]
 IMAGE_FIELDS = ("image", "images")
-# Fields of an object that holds the path or URL of an image, and those that it may have besides.
+# Fields of an object that holds the path or URL of an image, and those that it may have in addition.
 _PATH_KEYS = ("path", "url", "image", "image_url", "file_name", "filename")
 _OTHER_KEYS = frozenset(("type", "detail", "bytes"))
 _NUMBERED = re.compile(r"<image_\d+>")

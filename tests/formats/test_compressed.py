@@ -129,9 +129,9 @@ def test_a_bomb_in_any_container_takes_bounded_memory(tmp_path: Path) -> None:
     found = json.loads(ran.stdout)
     expected = {
         "cells.parquet": "64 records, None",  # read in parts
-        "list.parquet": "row 0: the row takes 16000 MiB, more than 128",
-        "page.parquet": "row group 0 takes 150 MiB, more than 20 times its",
-        "nulls.parquet": "row group 0 takes 152 MiB",
+        "list.parquet": "row 0: the row takes 8000 MiB, more than 128",
+        "page.parquet": "row group 0 takes 130 MiB, more than 20 times its",
+        "nulls.parquet": "row group 0 takes 137 MiB",
         "saved": "record batches are compressed",
         "blank.jsonl.gz": "expand to more than 200 times as much",
         "line.jsonl.zst": "a line of more than 64 MiB",
@@ -148,15 +148,15 @@ def test_a_bomb_in_any_container_takes_bounded_memory(tmp_path: Path) -> None:
 
 
 def _write_tables(root: Path) -> None:
-    large = pyarrow.array(["x" * (16 << 20)])
+    large = pyarrow.array(["x" * (8 << 20)])
     pair = {"prompt": ["What?"], "chosen": ["a"], "rejected": ["b"], "images": ["0.png"]}
     cells = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 64, pyarrow.int32()), large)
     many = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 1000, pyarrow.int32()), large)
-    nulls = pyarrow.nulls(10_000_000, pyarrow.string())
+    nulls = pyarrow.nulls(9_000_000, pyarrow.string())
     for name, table, options in (
         ("cells", {**{key: value * 64 for key, value in pair.items()}, "images": [None] * 64, "chosen": cells}, {}),
         ("list", pair | {"images": pyarrow.ListArray.from_arrays([0, 1000], many)}, {}),
-        ("page", pair | {"chosen": ["x" * (150 << 20)]}, {"use_dictionary": False}),
+        ("page", pair | {"chosen": ["x" * (130 << 20)]}, {"use_dictionary": False}),
         ("nulls", pair | {"images": pyarrow.ListArray.from_arrays([0, len(nulls)], nulls)}, {}),
     ):
         pyarrow.parquet.write_table(
@@ -175,9 +175,9 @@ def _write_streams(root: Path) -> None:
         (root / f"{name}.zst").write_bytes(PACKERS["zst"](content))
 
     (root / "blank.jsonl.gz").write_bytes(gzip.compress((b" " * 1023 + b"\n") * (140 << 10), 9))
-    zst("line.jsonl", b'{"id": "' + b"x" * (100 << 20))
-    zst("list.json", b'["' + b"x" * (100 << 20))
-    zst("row.csv", b"image,caption\na,b\n" + (b'"' + b"x" * 1000 + b'\n",') * 80_000)
+    zst("line.jsonl", b'{"id": "' + b"x" * (70 << 20))
+    zst("list.json", b'["' + b"x" * (70 << 20))
+    zst("row.csv", b"image,caption\na,b\n" + (b'"' + b"x" * 1000 + b'\n",') * 70_000)
     header = tarfile.TarInfo("long")
     header.type, header.size = tarfile.XHDTYPE, 300 << 20
     zst("header.tar", shard()[:1536] + header.tobuf() + bytes(1 << 20))

@@ -8,6 +8,8 @@ import random
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
@@ -153,6 +155,7 @@ EDITS = st.tuples(st.integers(1, len("\n".join(LINES))), st.integers(0, 3), st.b
 @example(edits=[(1, 0, b"]")], as_list=True, size=1 << 20)  # the list ends before its first record
 @example(edits=[(1, 0, b"],")], as_list=True, size=7)
 @example(edits=[(1 + len(LINES[0]), 1, b"]")], as_list=True, size=7)
+@example(edits=[(1, 0, b"\n")], as_list=False, size=7)
 @settings(max_examples=150 * FUZZ, deadline=None, suppress_health_check=list(HealthCheck))
 def test_damaged_files_are_read_to_their_end(
     tmp_path: Path, edits: list[tuple[int, int, bytes]], as_list: bool, size: int
@@ -171,7 +174,9 @@ def test_damaged_files_are_read_to_their_end(
         try:
             result = check_data(path, opens_images=False)
         except ValueError as error:
-            assert str(path) in str(error) and (not num_whole or any(piece.damage for piece in pieces))
+            # A file that begins with a lone brace is refused as a whole.
+            is_refused = "spans several lines" in str(error) or any(piece.damage for piece in pieces)
+            assert str(path) in str(error) and (is_refused or not num_whole)
         else:
             assert result.num_records == len(pieces) and set(result.counts) <= set(PROBLEMS)
             # No damage takes a record away in silence.
@@ -223,3 +228,28 @@ def test_any_bytes_are_read_or_refused(tmp_path: Path, content: bytes, name: str
         else:
             assert result.num_records > 0
         assert not bad.problems
+
+
+@pytest.fixture(scope="module")
+def parquet(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
+    """A file with nested and dictionary-encoded columns, and its content."""
+    path = tmp_path_factory.mktemp("parquet") / "a.parquet"
+    turns = [{"role": role, "content": f"What {n}?" * n} for n, role in enumerate(("user", "assistant"))]
+    rows = [{"messages": turns, "images": [{"bytes": b"x" * n, "path": None}], "chosen": "A bus."} for n in range(99)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, data_page_size=200, write_batch_size=10)
+    return path, path.read_bytes()
+
+
+@given(edits=st.lists(st.tuples(st.integers(4, 20_000), st.binary(min_size=1, max_size=2)), min_size=1, max_size=4))
+@settings(max_examples=60 * FUZZ, deadline=None, suppress_health_check=list(HealthCheck))
+def test_damaged_parquet_is_read_or_refused(parquet: tuple[Path, bytes], edits: list[tuple[int, bytes]]) -> None:
+    path, content = parquet
+    damaged = bytearray(content)
+    for position, replacement in edits:
+        position %= len(content)
+        damaged[position : position + len(replacement)] = replacement
+    path.write_bytes(damaged)
+    try:
+        check_data(path, opens_images=False)
+    except ValueError as error:
+        assert str(path) in str(error)

@@ -40,8 +40,9 @@ class Container:
     paths: tuple[Path, ...]
 
     @property
-    def size_bytes(self) -> int:
-        return sum(map(_size_of, self.paths))
+    def size_bytes(self) -> int | None:
+        """Total size of the content; None if it is compressed."""
+        return None if any(map(_compression, self.paths)) else sum(map(_size_of, self.paths))
 
     def pieces(self) -> Iterator[Piece]:
         """Yields the unparsed records; raises `ValueError` if a file cannot be read."""
@@ -55,6 +56,13 @@ class Container:
                 yield Piece(str(path), index, False, b"", Damage(error.code, error.args[0].removeprefix(f"{path}: ")))
                 index += 1
             done_bytes += _size_of(path)
+
+
+def _compression(path: Path) -> str | None:
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return compression_of(file.read(MAGIC_BYTES))
 
 
 def _size_of(path: Path) -> int:
@@ -97,10 +105,9 @@ def _only_split(path: Path) -> Path:
 
 
 def _kind_of(path: Path) -> str:
-    with open(path, "rb") if path.is_file() else open_file(path) as raw:
-        compression = compression_of(raw.read(MAGIC_BYTES))
     with open_file(path) as file:
         head = file.read(HEAD_BYTES)
+    compression = _compression(path)
     if head.startswith(b"PAR1") and compression:
         raise UnknownFormat(f"{path}: a parquet file inside {compression}; unpack it (parquet compresses by itself)")
     if head.startswith(b"PAR1"):

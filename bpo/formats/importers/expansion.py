@@ -18,7 +18,7 @@ FREE_BYTES = 128 << 20
 MAX_RATIO = 20
 MAX_ROW_BYTES = 128 << 20
 _BATCH_BYTES = 64 << 20
-_HEADER_BYTES = 64 << 10
+_HEADER_BYTES = (4 << 10, 1 << 20)  # with statistics, a header may be long
 _BYTES_PER_NESTED_VALUE = 16  # levels, validity and offsets
 _BYTES_PER_CELL = 16
 
@@ -55,20 +55,24 @@ def _pages(path: Path, file: BinaryIO, chunk: Any) -> Iterator[tuple[int, int, i
         at = chunk.dictionary_page_offset
     end, num_values = at + chunk.total_compressed_size, 0
     while at < end and num_values < chunk.num_values:
-        file.seek(at)
-        try:
-            header, num_bytes = _struct(file.read(_HEADER_BYTES), 0)
-            page_bytes, stored_bytes = header[2], header[3]
-            values = next((header[n].get(1, 0) for n in (5, 8) if n in header), 0)
-        except (IndexError, KeyError, AttributeError, struct.error, RecursionError) as error:
-            raise ValueError(
-                f"{path} is a damaged parquet file (page header at byte {at}); download it again"
-            ) from error
-        if min(page_bytes, stored_bytes, values) < 0:
-            raise ValueError(f"{path} is a damaged parquet file (page header at byte {at}); download it again")
+        page_bytes, stored_bytes, values, num_bytes = _page_header(path, file, at)
         yield page_bytes, stored_bytes, values
         num_values += values
         at += num_bytes + stored_bytes
+
+
+def _page_header(path: Path, file: BinaryIO, at: int) -> tuple[int, int, int, int]:
+    """Returns (uncompressed bytes, stored bytes, values, bytes of the header) of the page at a position."""
+    for size in _HEADER_BYTES:
+        file.seek(at)
+        try:
+            header, num_bytes = _struct(file.read(size), 0)
+            values = next((header[kind].get(1, 0) for kind in (5, 8) if kind in header), 0)
+            if min(header[2], header[3], values) >= 0:
+                return header[2], header[3], values, num_bytes
+        except (IndexError, KeyError, RecursionError, AttributeError, TypeError):  # cut off, or not a header
+            continue
+    raise ValueError(f"{path} is a damaged parquet file (page header at byte {at}); download it again")
 
 
 def _struct(data: bytes, at: int) -> tuple[dict[int, Any], int]:

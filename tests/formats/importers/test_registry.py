@@ -302,6 +302,15 @@ def test_an_image_that_is_neither_bytes_nor_a_path_is_refused(tmp_path: Path, im
         convert(path, tmp_path / "out.jsonl", images=ImageFolder(tmp_path / "images"))
 
 
+def test_a_table_with_semicolons_is_read(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes('\ufeffimage;question;answer\r\na.png;"A; or B?";Größe 1,5\r\n'.encode())
+    (annotation,) = read_annotations(tmp_path / "a.csv").annotations
+    assert (annotation.prompt[0].text, annotation.response) == ("A; or B?", "Größe 1,5")
+    (tmp_path / "a.csv").write_text("image,question;answer\na.png,What?\n")
+    with pytest.raises(ValueError, match=r"fields \['image', 'question;answer'\] match no supported format"):
+        read_annotations(tmp_path / "a.csv")
+
+
 # Size
 
 
