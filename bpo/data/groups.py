@@ -17,6 +17,7 @@ from bpo.formats.images import ImageError, image_bytes_digest, image_identities
 from bpo.formats.usable import keep_types, refusal
 from bpo.job.durable import replacing
 from bpo.job.journal import to_line
+from bpo.job.process import prepare_for_workers
 from bpo.job.signals import leave_signals_to_parent
 from bpo.records import GroupBatch, LostGroup, PreferenceGroup
 
@@ -131,6 +132,7 @@ class GroupDataset(Dataset):
 
     def measure_all(self, indices: Sequence[int], num_workers: int) -> Iterator[MeasuredGroup | Dropped]:
         """Measures groups in worker processes, in the order of `indices`."""
+        prepare_for_workers(num_workers, prefetch_factor=2)
         loader = DataLoader(
             _Measured(self),
             batch_size=None,
@@ -205,7 +207,11 @@ def iterate_micro_batches(
         measured: Measurement of each dataset index; None leaves the group out.
         num_workers: Worker processes; 0 prepares each micro-batch on demand.
         prefetch_factor: Micro-batches that each worker prepares ahead.
+
+    Raises:
+        ValueError: the limits of this machine are too low for the workers.
     """
+    prepare_for_workers(num_workers, prefetch_factor)
     loader: DataLoader[Any] = DataLoader(
         _MicroBatches(dataset, measured, batches),
         batch_size=None,

@@ -5,9 +5,16 @@ A process id means nothing in another PID namespace, such as another container o
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import resource
 from pathlib import Path
 from typing import NamedTuple
+
+# Open files of a process without workers, and of a batch in transfer: one per tensor. Locks of a queue.
+_OPEN_FILES = 64
+_FILES_PER_BATCH = 16
+_LOCKS = 4
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
@@ -69,3 +76,33 @@ def is_running(process: ProcessIdentity) -> bool | None:
             return None
         return None
     return found is not None and process.started in (None, found)
+
+
+def prepare_for_workers(num_workers: int, prefetch_factor: int) -> None:
+    """Checks that data workers can hand over their batches; raises the limit of open files as far as that is allowed.
+
+    Without this, a worker that cannot share a tensor drops the batch, and the process waits for it forever.
+
+    Raises:
+        ValueError: too few open files or too little shared memory; names the fix.
+    """
+    if not num_workers:
+        return
+    needed = _OPEN_FILES + _FILES_PER_BATCH * num_workers * prefetch_factor
+    limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if 0 <= limit < needed:  # -1: no limit
+        limit = needed if most < 0 else min(needed, most)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, most))
+        if limit < needed:
+            raise ValueError(
+                f"data.num_workers {num_workers} needs {needed} open files, the limit is {limit}: raise it "
+                f"(`ulimit -n {needed}`), or set data.num_workers to 0"
+            )
+    try:
+        locks = [multiprocessing.Semaphore() for _ in range(_LOCKS + _LOCKS * num_workers)]
+    except OSError as error:
+        raise ValueError(
+            f"data.num_workers {num_workers} needs shared memory, and /dev/shm has too little ({error.strerror}): "
+            "enlarge it (in a container: --shm-size=8g), or set data.num_workers to 0"
+        ) from error
+    del locks

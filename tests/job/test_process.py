@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import multiprocessing
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from bpo.job.process import is_running, process_start, this_process
+from bpo.job.process import is_running, prepare_for_workers, process_start, this_process
 
 
 def ended_pid() -> int:
@@ -57,3 +60,22 @@ def test_a_proc_of_another_namespace_is_no_evidence(monkeypatch: pytest.MonkeyPa
     here = this_process()
     monkeypatch.setattr(os, "readlink", lambda path: "4711")  # such as that of the host in a container
     assert this_process().boot == "" and is_running(here) is None
+
+
+def test_limits_that_are_too_low_for_data_workers_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = {"now": (64, 64)}
+    monkeypatch.setattr(resource, "getrlimit", lambda which: limits["now"])
+    monkeypatch.setattr(resource, "setrlimit", lambda which, new: limits.update(now=new))
+    prepare_for_workers(0, 2)
+    with pytest.raises(ValueError, match="data.num_workers 2 needs 128 open files, the limit is 64.*ulimit -n 128"):
+        prepare_for_workers(2, 2)
+    limits["now"] = (64, 4096)  # the process may raise it itself
+    prepare_for_workers(2, 2)
+    assert limits["now"] == (128, 4096)
+
+    def semaphore() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(multiprocessing, "Semaphore", semaphore)
+    with pytest.raises(ValueError, match="/dev/shm has too little .*--shm-size.*data.num_workers to 0"):
+        prepare_for_workers(2, 2)
