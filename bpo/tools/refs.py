@@ -18,6 +18,7 @@ from bpo.model.reference.format import (
     ShardWriter,
     damaged_rows,
     index_files,
+    is_free,
     read_fingerprint,
     read_shard,
     settled,
@@ -26,6 +27,7 @@ from bpo.model.reference.format import (
 from bpo.model.reference.index import EntryIndex
 
 _OLDER = "skip shards modified in the last N minutes, which a job may still be writing (default: %(default)s)"
+_OLDER_WITHOUT_LOCKS = "on a file system without file locks: " + _OLDER
 
 
 @dataclass(frozen=True)
@@ -104,10 +106,11 @@ def find_damage(directory: Path) -> list[Damage]:
 def remove_damaged(directory: Path, damage: list[Damage], older_than_minutes: float) -> int:
     """Removes damaged entries from the index, so that the next run recomputes them; returns how many shards changed.
 
+    Skips shards to which a process still writes. A run that died writes no more: there is nothing to wait for.
     The index of a shard that is not part of the store is renamed to NAME.index.rejected. Values remain until `compact`.
     """
     fingerprint = read_fingerprint(directory)
-    removable = [damaged for damaged in damage if settled(damaged.shard, older_than_minutes)]
+    removable = [damaged for damaged in damage if is_free(damaged.shard, older_than_minutes)]
     for damaged in removable:
         shard = damaged.shard
         if shard.fits:
@@ -190,7 +193,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     changed = remove_damaged(arguments.dir, damage, arguments.older_than_minutes)
     print(f"{changed} of {len(damage)} damaged shards repaired; the next run recomputes the removed entries")
     if changed < len(damage):
-        print(f"the others were modified in the last {arguments.older_than_minutes:g} minutes; try again later")
+        print("a running job may still be writing to the others; try again when it has ended")
     return 0 if changed == len(damage) else 1
 
 
@@ -213,7 +216,7 @@ def main(argv: list[str]) -> int:
     compact.set_defaults(run=_compact)
     for command in (inspect, verify, compact):
         command.add_argument("dir", type=Path, help="store: train.reference_dir, or OUTPUT_DIR/reference")
-    for command in (verify, compact):
-        command.add_argument("--older-than-minutes", type=float, default=60.0, metavar="N", help=_OLDER)
+    for command, older in ((verify, _OLDER_WITHOUT_LOCKS), (compact, _OLDER)):
+        command.add_argument("--older-than-minutes", type=float, default=60.0, metavar="N", help=older)
     arguments = parser.parse_args(argv)
     return arguments.run(arguments)

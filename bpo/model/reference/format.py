@@ -12,7 +12,9 @@ ignored. Shape letter: E entries.
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -237,6 +239,8 @@ class ShardWriter:
             os.close(values)
             raise
         self._descriptors = (values, index)
+        with contextlib.suppress(OSError):  # no locks on this file system: `is_free` goes by age
+            fcntl.flock(index, fcntl.LOCK_EX | fcntl.LOCK_NB)
         write_all(index, self._header)
         sync_directory(self.index.parent)
 
@@ -269,6 +273,23 @@ def settled(shard: Shard, older_than_minutes: float) -> bool:
     """Whether the last write to the shard is at least this old; a younger shard may still have a writer."""
     newest = max(file.stat().st_mtime for file in (shard.index, shard.values) if file.exists())
     return time.time() - newest >= 60 * older_than_minutes
+
+
+def is_free(shard: Shard, older_than_minutes: float) -> bool:
+    """Whether no process writes to the shard: by the lock of its writer, or by age where the file system has no locks.
+
+    Where locks hold on one machine only, a writer elsewhere is not seen; its next commit then ends it with an error.
+    """
+    descriptor = os.open(shard.index, os.O_RDWR)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return settled(shard, older_than_minutes)
+    finally:
+        os.close(descriptor)
+    return True
 
 
 def damaged_rows(shard: Shard) -> np.ndarray:
