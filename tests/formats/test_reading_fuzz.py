@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import random
@@ -216,9 +217,15 @@ def test_damaged_pictures_are_pictures_or_refused() -> None:
 
 
 @given(content=st.binary(max_size=200), name=st.sampled_from(["a.csv", "a.tsv", "a.json", "a.jsonl", "a.tar", "a"]))
-@settings(max_examples=200 * FUZZ, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=120 * FUZZ, deadline=None, suppress_health_check=list(HealthCheck))
 def test_any_bytes_are_read_or_refused(tmp_path: Path, content: bytes, name: str) -> None:
-    for head in (b"", b"[", b"{", b'[{"image": 1, "caption": 2},', b"image,caption\n", b"PAR1"):
+    packed = (
+        b"\x1f\x8b\x08" + bytes(7),
+        b"\xfd7zXZ\x00\x00\x04",
+        b"\x28\xb5\x2f\xfd",
+        gzip.compress(b'{"image":1}\n' * 9),
+    )
+    for head in (b"", b"[", b"{", b'[{"image": 1, "caption": 2},', b"image,caption\n", b"PAR1", *packed):
         (tmp_path / name).write_bytes(head + content)
         bad = BadRecords("quarantine")
         try:
@@ -241,6 +248,8 @@ def parquet(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
 
 
 @given(edits=st.lists(st.tuples(st.integers(4, 20_000), st.binary(min_size=1, max_size=2)), min_size=1, max_size=4))
+@example(edits=[(24, b"\x80")])
+@example(edits=[(11536, b"\x80")])
 @settings(max_examples=60 * FUZZ, deadline=None, suppress_health_check=list(HealthCheck))
 def test_damaged_parquet_is_read_or_refused(parquet: tuple[Path, bytes], edits: list[tuple[int, bytes]]) -> None:
     path, content = parquet

@@ -41,7 +41,7 @@ def parquet_pieces(path: Path) -> Iterator[Piece]:
         reading = {"read_dictionary": texts, "buffer_size": 1 << 20, "pre_buffer": False}
         with pyarrow.parquet.ParquetFile(path, **reading) as file:
             yield from _pieces(file.iter_batches(batch_size=ROWS), str(path))
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         with open_file(path) as raw:
             kind = foreign_kind(raw.read(512), path.name)
         if kind is not None:

@@ -126,17 +126,23 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
 def split_rows(batch: Any) -> Iterator[tuple[list[dict[str, Any]], Damage | None]]:
     """Yields the rows of a record batch or table as Python objects, as many at a time as memory allows.
 
-    A row of more than `MAX_ROW_BYTES` is yielded alone, empty, with a `Damage`.
+    A row of more than `MAX_ROW_BYTES`, or with a text that is not UTF-8, is yielded alone, empty, with a `Damage`.
     """
     size = sum(_size_of(column) for column in batch.columns)
-    if size <= (_BATCH_BYTES if batch.num_rows > 1 else MAX_ROW_BYTES):
-        yield _plain_rows(batch), None
-    elif batch.num_rows > 1:
+    damage: Damage | None = None
+    if size > (_BATCH_BYTES if batch.num_rows > 1 else MAX_ROW_BYTES):
+        damage = Damage("too-large", f"the row takes {size >> 20} MiB, more than {MAX_ROW_BYTES >> 20}; split it")
+    else:
+        try:
+            yield _plain_rows(batch), None
+        except UnicodeDecodeError:
+            damage = Damage("invalid-utf8", "a text is not UTF-8; write the file again")
+    if damage is not None and batch.num_rows > 1:
         half = batch.num_rows // 2
         yield from split_rows(batch.slice(0, half))
         yield from split_rows(batch.slice(half))
-    else:
-        yield [{}], Damage("too-large", f"the row takes {size >> 20} MiB, more than {MAX_ROW_BYTES >> 20}; split it")
+    elif damage is not None:
+        yield [{}], damage
 
 
 def _size_of(column: Any) -> int:
