@@ -8,6 +8,7 @@ chat template, model config and length limits. Other settings use another folder
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -87,13 +88,13 @@ class MeasuredLengths:
         self._keys = {index: _digest(group_to_json(dataset.groups[index])) for index in indices}
         self._known = self._read(set(self._keys.values()))
 
-    def _read(self, wanted: set[str]) -> dict[str, list[dict[str, Any]]]:
-        """All entries of the wanted groups; a group whose images have changed has several."""
-        known: dict[str, list[dict[str, Any]]] = {}
+    def _read(self, wanted: set[str]) -> dict[str, list[tuple[Any, Measured]]]:
+        """All measurements of the wanted groups; a group whose images have changed has several."""
+        known: dict[str, list[tuple[Any, Measured]]] = {}
         for path in sorted(self.directory.glob("*.jsonl")):
-            for _, (key, entry) in JournalReader(path).poll(lambda entry: (entry["key"], entry)):
+            for _, (key, images, measured) in JournalReader(path).poll(_entry):
                 if key in wanted:
-                    known.setdefault(key, []).append(entry)
+                    known.setdefault(key, []).append((images, measured))
         return known
 
     def known(self, index: int) -> Measured | None:
@@ -102,13 +103,9 @@ class MeasuredLengths:
         if not entries:
             return None
         images = image_identities(self.dataset.groups[index].images, self.dataset.encoder.image_root)
-        for entry in entries:
-            if entry["images"] == images:
-                return (
-                    Dropped(**entry["dropped"])
-                    if "dropped" in entry
-                    else MeasuredGroup(**{**entry["measured"], "images": images})
-                )
+        for measured_images, measured in entries:
+            if measured_images == images:
+                return measured if isinstance(measured, Dropped) else dataclasses.replace(measured, images=images)
         return None
 
     def measure(self, num_workers: int) -> Iterator[Measured]:
@@ -140,6 +137,16 @@ class MeasuredLengths:
     def _new_journal(self) -> JournalWriter:
         name = f"rank{self.rank:05d}-{os.getpid()}-{os.urandom(3).hex()}.jsonl"
         return JournalWriter(self.directory / name, exclusive=False, sync_each=False)
+
+
+def _entry(entry: Any) -> tuple[str, Any, Measured]:
+    """The digest of the group, its images and its measurement; raises as `JournalReader.poll` expects."""
+    if "dropped" in entry:
+        return str(entry["key"]), entry["images"], Dropped(**entry["dropped"])
+    measured = MeasuredGroup(**entry["measured"])
+    if not all(isinstance(number, int) for number in (measured.num_tokens, measured.num_pairs)):
+        raise TypeError("lengths that are not numbers")
+    return str(entry["key"]), entry["images"], measured
 
 
 def _digest(value: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -86,6 +87,22 @@ def test_a_killed_run_loses_only_the_line_being_written(tmp_path: Path, encoder:
     opened.clear()
     assert measure(tmp_path / "lengths", encoder) == first
     assert set(opened) == {"square.png"}  # of the third group
+
+
+def test_lines_of_the_wrong_shape_are_measured_again_with_a_warning(
+    tmp_path: Path, encoder: Encoder, opened: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    first = measure(tmp_path / "lengths", encoder)
+    (file,) = (tmp_path / "lengths").glob("*.jsonl")
+    kept, cut, *others = [json.loads(line) for line in file.read_text().splitlines()]
+    damaged: list[object] = [{}, [], 3, None, {"key": [], "images": [], "measured": {}}]
+    damaged += [{**cut, **other} for other in ({"measured": {}}, {"dropped": 1})]
+    damaged.append({**cut, "measured": {**cut["measured"], "num_tokens": None}})
+    file.write_text("".join(json.dumps(entry) + "\n" for entry in [kept, *damaged, *others]))
+    opened.clear()
+    assert measure(tmp_path / "lengths", encoder) == first and opened
+    warned = [f"{file}:{number}: unreadable line" in caplog.text for number in range(1, 11)]
+    assert warned == [False, *[True] * len(damaged), False]
 
 
 def test_the_line_format_is_that_of_earlier_versions(tmp_path: Path, encoder: Encoder) -> None:
