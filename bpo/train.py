@@ -77,7 +77,8 @@ def prepare(
     if ranks.is_main:
         write_run_record(config, Path(config.train.output_dir))
     with guard.phase("measuring the groups"):
-        data = measure_groups(config, encoder, ranks, collectives.gather_from_ranks, stop)
+        gather = collectives.gather_from_ranks
+        data = measure_groups(config, encoder, ranks, gather, stop, continuing=found is not None)
     steps = plan_training(config.train, data, ranks)
     check_agreement(facts_of_plan(steps), job)
     settings = engine.deepspeed_config(config.train, resolved.dtype, max(len(s.micro_batches[0]) for s in steps))

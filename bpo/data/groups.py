@@ -121,8 +121,7 @@ class GroupDataset(Dataset):
             except ImageError as error:
                 return Dropped(group.id, "bad-image", str(error))
             if reference_key(encoded, digests) != measured.reference_key:
-                detail = f"the content of {', '.join(group.images)} has changed since the reference was computed"
-                return Dropped(group.id, "bad-image", detail)
+                return Dropped(group.id, "bad-image", changed_images(group))
         return encoded
 
     def placeholder(self) -> EncodedGroup:
@@ -142,6 +141,10 @@ class GroupDataset(Dataset):
             worker_init_fn=leave_signals_to_parent,
         )
         return iter(loader)
+
+
+def changed_images(group: PreferenceGroup) -> str:
+    return f"the content of {', '.join(group.images)} has changed since the run was planned"
 
 
 class _Measured(Dataset):

@@ -23,6 +23,7 @@ from bpo.data.groups import GroupDataset, MeasuredGroup
 from bpo.formats.files import group_to_json
 from bpo.formats.images import image_identities
 from bpo.job.journal import JournalReader, JournalWriter, to_line
+from bpo.records import PreferenceGroup
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +86,7 @@ class MeasuredLengths:
         self.dataset = dataset
         self.indices = indices
         self.rank = rank
-        self._keys = {index: _digest(group_to_json(dataset.groups[index])) for index in indices}
+        self._keys = {index: group_digest(dataset.groups[index]) for index in indices}
         self._known = self._read(set(self._keys.values()))
 
     def _read(self, wanted: set[str]) -> dict[str, list[tuple[Any, Measured]]]:
@@ -137,6 +138,10 @@ class MeasuredLengths:
     def _new_journal(self) -> JournalWriter:
         name = f"rank{self.rank:05d}-{os.getpid()}-{os.urandom(3).hex()}.jsonl"
         return JournalWriter(self.directory / name, exclusive=False, sync_each=False)
+
+
+def group_digest(group: PreferenceGroup) -> str:
+    return _digest(group_to_json(group))
 
 
 def _entry(entry: Any) -> tuple[str, Any, Measured]:

@@ -1,6 +1,7 @@
 """Groups that become unusable after the plan was made: an image was deleted, truncated or replaced.
 
-    OUTPUT/lost.jsonl     one line per lost group: index, id, reason, detail, and its measurement at the start
+    OUTPUT/planned.jsonl     what the run was planned with: a line per group with its digest and measurement
+    OUTPUT/lost.jsonl        a line per lost group: index, id, reason, detail
 
 A lost group keeps its place in the plan, without weight, so that the other groups stay in their steps, also in later
 starts of the run. A later start uses a group again if its image is what it was.
@@ -15,15 +16,17 @@ from pathlib import Path
 from typing import Any
 
 from bpo.data.encode import Dropped
-from bpo.data.groups import BAD_REASONS, MeasuredGroup
+from bpo.data.groups import BAD_REASONS, MeasuredGroup, changed_images
+from bpo.data.lengths import group_digest
 from bpo.formats.bad_records import BadRecords
 from bpo.formats.problems import Problem
+from bpo.job.durable import replacing, write_durably
 from bpo.job.journal import JournalReader, JournalWriter, to_line
 from bpo.records import LostGroup, PreferenceGroup
 
 logger = logging.getLogger(__name__)
 
-FILE = "lost.jsonl"
+FILE, PLANNED = "lost.jsonl", "planned.jsonl"
 
 
 @dataclass
@@ -35,7 +38,6 @@ class LostGroups:
         source: The file of the groups, for messages.
         bad: The bad records of the run so far; its rules apply to lost groups too.
         num_records: Records of the run, including bad ones.
-        measured: Measurement of each usable dataset index.
         indices: Dataset indices of the lost groups.
     """
 
@@ -43,8 +45,17 @@ class LostGroups:
     source: str = ""
     bad: BadRecords = field(default_factory=BadRecords)
     num_records: int = 0
-    measured: Mapping[int, MeasuredGroup] = field(default_factory=dict)
     indices: set[int] = field(default_factory=set)
+
+    def keep(self, groups: Sequence[LostGroup], *, is_main: bool) -> None:
+        """Replaces the list with the groups that are lost when a start begins."""
+        self.indices = {group.index for group in groups}
+        if not is_main:
+            return
+        self.path.unlink(missing_ok=True)
+        if groups:
+            write_durably(self.path, b"".join(to_line(asdict(group)) for group in groups), sync=False)
+            logger.warning("%d groups stay left out until they are what they were: %s", len(groups), self.path)
 
     def report(self, everyone: Iterable[Sequence[Mapping[str, Any]]], *, is_main: bool) -> None:
         """Adds the groups that the ranks have lost; to be called on all ranks with the same arguments.
@@ -74,38 +85,51 @@ class LostGroups:
         with JournalWriter(self.path, exclusive=False) as journal:
             for group in new:
                 logger.warning("left out from here on: group %r: %s", group.group_id, group.detail)
-                journal.append(to_line({**asdict(group), "measured": asdict(self.measured[group.index])}))
+                journal.append(to_line(asdict(group)))
 
 
-def earlier_losses(path: Path) -> list[dict[str, Any]]:
-    """The entries of `path` that earlier starts of the run have written."""
-
-    def parse(entry: dict[str, Any]) -> dict[str, Any]:
-        LostGroup(**{key: value for key, value in entry.items() if key != "measured"})
-        MeasuredGroup(**entry["measured"])
-        return entry
-
-    return [entry for _, entry in JournalReader(path).poll(parse)] if path.exists() else []
+def write_planned(
+    path: Path, encoder: str, groups: Sequence[PreferenceGroup], measured: Sequence[MeasuredGroup | Dropped]
+) -> None:
+    """Records what a run is planned with: first `encoder`, from `encoder_fingerprint`, then a line per group."""
+    rows = zip(groups, measured, strict=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path, sync=False) as file:
+        file.write(to_line(encoder))
+        for group, result in rows:
+            known = asdict(result) if isinstance(result, MeasuredGroup) else None
+            file.write(to_line([group_digest(group), known]))
 
 
 def keep_places(
-    measured: list[MeasuredGroup | Dropped], groups: Sequence[PreferenceGroup], entries: Iterable[dict[str, Any]]
+    path: Path, encoder: str, groups: Sequence[PreferenceGroup], measured: list[MeasuredGroup | Dropped]
 ) -> list[LostGroup]:
-    """Puts the old measurement of each group that is still lost in `measured`, so that the plan is the same.
+    """Replaces in `measured` what has changed since `write_planned`, so that the plan stays as it was.
+
+    Changes nothing if the file is of other records or another encoder: such a run is refused when the checkpoint is
+    loaded.
 
     Returns:
-        The groups that are still lost. A group whose content is again what it was is not.
+        The groups that were usable and no longer are. A group that was not is left out, whatever it is now.
     """
+
+    def parse(row: Any) -> tuple[str, MeasuredGroup | None] | str:
+        return row if isinstance(row, str) else (row[0], None if row[1] is None else MeasuredGroup(**row[1]))
+
+    first, *rows = [row for _, row in JournalReader(path).poll(parse)] if path.exists() else [""]
+    if first != encoder or len(rows) != len(groups):
+        return []
     lost = []
-    for entry in entries:
-        before = MeasuredGroup(**entry.pop("measured"))
-        group = LostGroup(**entry)
-        if group.index >= len(groups) or groups[group.index].id != group.group_id:
-            continue  # of other data, which is refused when the checkpoint is loaded
-        now = measured[group.index]
-        if isinstance(now, MeasuredGroup) and now.reference_key == before.reference_key:
-            logger.info("group %r is again what it was and is used", group.group_id)
+    for index, (row, group, now) in enumerate(zip(rows, groups, list(measured), strict=True)):
+        digest, before = row
+        same = before is not None and isinstance(now, MeasuredGroup) and now.reference_key == before.reference_key
+        if same or digest != group_digest(group):
             continue
-        measured[group.index] = before
-        lost.append(group)
+        if before is None:
+            if isinstance(now, MeasuredGroup):
+                measured[index] = Dropped(group.id, "not-planned", "it was unusable when the run was planned")
+            continue
+        measured[index] = before
+        reason, detail = (now.reason, now.detail) if isinstance(now, Dropped) else ("bad-image", changed_images(group))
+        lost.append(LostGroup(index, group.id, reason, detail))
     return lost

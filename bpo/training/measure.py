@@ -90,9 +90,18 @@ class TrainingData:
 
 
 def measure_groups(
-    config: Config, encoder: Encoder, ranks: Ranks, gather: Any, stop: StopRequest | None = None
+    config: Config,
+    encoder: Encoder,
+    ranks: Ranks,
+    gather: Any,
+    stop: StopRequest | None = None,
+    *,
+    continuing: bool = False,
 ) -> TrainingData:
     """Encodes every group once, divided among the ranks; lists the unusable ones in dropped.jsonl.
+
+    Args:
+        continuing: Whether a checkpoint of the run is continued, with its plan.
 
     Raises:
         ValueError: no group is left, or a group is bad and `data.on_bad` is error.
@@ -120,19 +129,15 @@ def measure_groups(
     )
     everyone = _gather_measured(results, gather, stop)
     by_index = [everyone[i % ranks.world_size][i // ranks.world_size] for i in range(len(dataset))]
-    lost_file = Path(config.train.output_dir) / lost.FILE
-    still_lost = []
-    if config.train.resume:
-        entries = gather(lost.earlier_losses(lost_file) if ranks.is_main else [])[0]
-        still_lost = lost.keep_places(by_index, dataset.groups, entries)
-    elif ranks.is_main:
-        lost_file.unlink(missing_ok=True)
+    output_dir = Path(config.train.output_dir)
+    planned = (output_dir / lost.PLANNED, _fingerprint(config, encoder, dataset), dataset.groups)
+    still_lost = lost.keep_places(*planned, by_index) if continuing else []
     dropped = [Dropped(problem.record_id or problem.where, problem.code, problem.detail) for problem in bad.problems]
     dropped += [Dropped(name, code, PROBLEMS[code].meaning) for code, names in skipped.items() for name in names]
     dropped += [group for group in by_index if isinstance(group, Dropped)]
     usable = [(i, group) for i, group in enumerate(by_index) if isinstance(group, MeasuredGroup)]
     if ranks.is_main and dropped:
-        path = Path(config.train.output_dir) / "dropped.jsonl"
+        path = output_dir / "dropped.jsonl"
         counts = ", ".join(f"{n} {reason}" for reason, n in sorted(write_dropped(dropped, path).items()))
         total = len(dataset) + len(bad.problems) + sum(map(len, skipped.values()))
         logger.warning("%d of %d groups cannot be used (%s); listed in %s", len(dropped), total, counts, path)
@@ -140,11 +145,11 @@ def measure_groups(
     if not usable:
         first = f"; the first: {dropped[0].group_id}: {dropped[0].detail}" if dropped else ""
         raise ValueError(f"{config.data.groups}: no group can be trained on{first}")
-    if still_lost and ranks.is_main:
-        logger.warning("%d groups stay left out, lost in earlier starts of this run: %s", len(still_lost), lost_file)
-    num_records, indices = len(dataset) + len(bad.problems), {group.index for group in still_lost}
-    lost_groups = LostGroups(lost_file, config.data.groups, bad, num_records, dict(usable), indices)
-    return TrainingData(dataset, tuple(i for i, _ in usable), tuple(group for _, group in usable), lost_groups)
+    losses = LostGroups(output_dir / lost.FILE, config.data.groups, bad, len(dataset) + len(bad.problems))
+    losses.keep(still_lost, is_main=ranks.is_main)
+    if ranks.is_main and not continuing:
+        lost.write_planned(*planned, by_index)
+    return TrainingData(dataset, tuple(i for i, _ in usable), tuple(group for _, group in usable), losses)
 
 
 def judge_dropped(
@@ -193,6 +198,10 @@ def _from_json(result: list[Any] | dict[str, str]) -> MeasuredGroup | Dropped:
     return Dropped(**result) if isinstance(result, dict) else MeasuredGroup(*result)
 
 
+def _fingerprint(config: Config, encoder: Encoder, dataset: GroupDataset) -> str:
+    return encoder_fingerprint(encoder, config.data.max_completion_words, keep_text_only=dataset.keep_text_only)
+
+
 def _measured(
     config: Config, encoder: Encoder, dataset: GroupDataset, mine: Sequence[int], rank: int
 ) -> Iterator[MeasuredGroup | Dropped]:
@@ -200,5 +209,5 @@ def _measured(
     if not config.data.keep_lengths:
         return dataset.measure_all(mine, config.data.num_workers)
     directory = lengths_directory(Path(config.data.groups), Path(config.train.output_dir))
-    directory /= encoder_fingerprint(encoder, config.data.max_completion_words, keep_text_only=dataset.keep_text_only)
+    directory /= _fingerprint(config, encoder, dataset)
     return MeasuredLengths(directory, dataset, mine, rank).measure(config.data.num_workers)

@@ -36,8 +36,8 @@ def own_images(run: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     return replace(run, data=replace(run.data, image_root=str(root), on_bad="quarantine", max_bad_share=0.5))
 
 
-def start(config: Config) -> TrainingData:
-    return measure_groups(config, load_encoder(config), Ranks(), lambda mine: [mine])
+def start(config: Config, *, continuing: bool = False) -> TrainingData:
+    return measure_groups(config, load_encoder(config), Ranks(), lambda mine: [mine], continuing=continuing)
 
 
 def reference(config: Config, data: TrainingData) -> ReferenceStore:
@@ -71,10 +71,9 @@ def test_an_image_replaced_before_the_reference_pass_is_not_trained_on(own_image
     assert data.num_pairs(tuple(range(NUM_GROUPS))) == NUM_GROUPS - len(gone)  # the mean is over what is trained on
     listed = [json.loads(line) for line in Path(own_images.train.output_dir, "lost.jsonl").read_text().splitlines()]
     assert {entry["group_id"] for entry in listed} == gone
-    assert all("wide.png has changed since the reference was computed" in entry["detail"] for entry in listed)
+    assert all("wide.png has changed since the run was planned" in entry["detail"] for entry in listed)
 
-    own_images.train.resume = True
-    again = start(own_images)
+    again = start(own_images, continuing=True)
     assert [g.reference_key for g in again.measured] == [g.reference_key for g in data.measured]
     assert trained(own_images, again, reference(own_images, again))[::2] == (used, steps)  # each step has its groups
 
@@ -92,9 +91,42 @@ def test_an_image_that_is_lost_between_two_steps_and_comes_back(own_images: Conf
     )
     data.lost.report([[asdict(group) for group in lost]], is_main=True)
     (tmp_path / "away").rename(image)
-    own_images.train.resume = True
-    again = start(own_images)
+    again = start(own_images, continuing=True)
     assert not again.lost.indices and trained(own_images, again, store)[0] >= {group.group_id for group in lost}
+
+
+def test_images_that_change_between_two_starts_are_lost_at_their_place(own_images: Config, tmp_path: Path) -> None:
+    """Nobody was there to notice; a replaced, a deleted and a restored one."""
+    own_images.data.max_bad_share = 1.0
+    root = Path(own_images.data.image_root)
+    (root / "square.png").rename(tmp_path / "away")
+    data = start(own_images)
+    store = reference(own_images, data)
+    (tmp_path / "away").rename(root / "square.png")
+    (root / "wide.png").unlink()
+    Image.new("RGB", (58, 112), "red").save(root / "tall.png")
+    again = start(own_images, continuing=True)
+    assert [g.reference_key for g in again.measured] == [g.reference_key for g in data.measured]
+    lost = users_of("wide.png", data) | users_of("tall.png", data)
+    assert {again.dataset.groups[index].id for index in again.lost.indices} == lost
+    assert plan_training(own_images.train, again, Ranks()) == plan_training(own_images.train, data, Ranks())
+    assert trained(own_images, again, store)[0] == set()
+    listed = Path(own_images.train.output_dir, "lost.jsonl").read_text()
+    assert "'wide.png' is missing" in listed and "tall.png has changed since the run was planned" in listed
+    own_images.data.on_bad = "error"
+    with pytest.raises(RecordError, match="'wide.png' is missing|tall.png has changed"):
+        start(own_images, continuing=True)
+
+
+def test_other_records_are_not_taken_for_lost_images(own_images: Config) -> None:
+    data = start(own_images)
+    groups = Path(own_images.data.groups)
+    groups.write_text(groups.read_text().replace("yes 7", "certainly 7"))
+    again = start(own_images, continuing=True)
+    differing = [a.reference_key != b.reference_key for a, b in zip(again.measured, data.measured, strict=True)]
+    assert sum(differing) == 1 and not again.lost.indices  # the checkpoint's fingerprint of the data then refuses it
+    groups.write_text("".join(groups.read_text().splitlines(keepends=True)[:-1]))
+    assert len(start(own_images, continuing=True).measured) == len(data.measured) - 1
 
 
 def test_a_fresh_start_forgets_what_another_run_has_lost(own_images: Config) -> None:
