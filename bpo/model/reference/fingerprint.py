@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from bpo.config.training import missing_model
 from bpo.job.durable import file_digest
 from bpo.model.reference.format import replace_file
 
@@ -130,7 +131,12 @@ def model_fingerprint(
         kept_digests: JSON cache of digests of unchanged files; see `DigestCache` for the risk.
         rehash: Hash every file, ignoring cached digests.
         settings: Other settings that log-probs depend on, such as the dtype.
+
+    Raises:
+        ValueError: the directory is gone, or has no config.json.
     """
+    if fault := missing_model(path):
+        raise ValueError(f"model.path is {path!r}: {fault}")
     directory = Path(path)
     if not directory.is_dir():
         from transformers.utils import cached_file

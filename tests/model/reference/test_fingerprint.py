@@ -72,6 +72,11 @@ def test_only_files_that_are_loaded_count(tmp_path: Path) -> None:
     assert "file:model-1.safetensors" not in model_fingerprint(str(tmp_path))
 
 
+def test_a_directory_that_is_gone_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"^model.path is '{tmp_path}/gone': no such directory$"):
+        model_fingerprint(f"{tmp_path}/gone")
+
+
 def test_an_unchanged_model_is_hashed_once_and_nothing_is_written_beside_it(tmp_path: Path, hashed: list[str]) -> None:
     model = tmp_path / "model"
     model.mkdir()
