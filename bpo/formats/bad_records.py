@@ -13,6 +13,8 @@ from bpo.formats.problems import Problem, RecordError
 
 logger = logging.getLogger(__name__)
 
+MAX_LISTED = 1_000_000  # about 500 MB of problems; a compressed file of a few MB can hold many more bad records
+
 
 def share(text: str) -> float:
     """Parses a fraction of records given on the command line.
@@ -56,9 +58,14 @@ class BadRecords:
 
         Raises:
             RecordError: `on_bad` is "error".
+            TooManyBadRecords: `MAX_LISTED` are listed already.
         """
         if self.on_bad == "error":
             raise RecordError(problem.code, problem.detail)
+        if len(self.problems) >= MAX_LISTED:
+            raise TooManyBadRecords(
+                f"{problem.where}: more than {MAX_LISTED:,} records are bad; `bpo check` counts them"
+            )
         self.problems.append(problem)
 
     def check_share(

@@ -401,3 +401,11 @@ def test_reading_stops_above_max_bad_share(root: Path) -> None:
     assert len(read_groups(path, BadRecords("quarantine", max_bad_share=0.25))) == 3
     with pytest.raises(TooManyBadRecords, match="1 of 4 records are bad.*line 3"):
         read_groups(path, BadRecords("quarantine", max_bad_share=0.24))
+
+
+def test_the_list_of_bad_records_is_bounded(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bpo.formats.bad_records.MAX_LISTED", 3)
+    path = root / "a.jsonl"
+    path.write_text("".join([json.dumps(conversation("What?", "This.")) + "\n", *["{\n"] * 4]))
+    with pytest.raises(TooManyBadRecords, match="a.jsonl, line 5: more than 3 records are bad"):
+        read_annotations(path, BadRecords("quarantine"))
