@@ -95,7 +95,7 @@ def write_planned(
     rows = zip(groups, measured, strict=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path, sync=False) as file:
-        file.write(to_line(encoder))
+        file.write(to_line([encoder, None]))
         for group, result in rows:
             known = asdict(result) if isinstance(result, MeasuredGroup) else None
             file.write(to_line([group_digest(group), known]))
@@ -113,15 +113,15 @@ def keep_places(
         The groups that were usable and no longer are. A group that was not is left out, whatever it is now.
     """
 
-    def parse(row: Any) -> tuple[str, MeasuredGroup | None] | str:
-        return row if isinstance(row, str) else (row[0], None if row[1] is None else MeasuredGroup(**row[1]))
+    def parse(row: Any) -> tuple[str, MeasuredGroup | None]:
+        return row[0], None if row[1] is None else MeasuredGroup(**row[1])
 
-    first, *rows = [row for _, row in JournalReader(path).poll(parse)] if path.exists() else [""]
-    if first != encoder or len(rows) != len(groups):
+    rows = [row for _, row in JournalReader(path).poll(parse)] if path.exists() else []
+    if len(rows) != 1 + len(groups) or rows[0][0] != encoder:
         return []
     lost = []
-    for index, (row, group, now) in enumerate(zip(rows, groups, list(measured), strict=True)):
-        digest, before = row
+    for index, ((digest, before), group) in enumerate(zip(rows[1:], groups, strict=True)):
+        now = measured[index]
         same = before is not None and isinstance(now, MeasuredGroup) and now.reference_key == before.reference_key
         if same or digest != group_digest(group):
             continue

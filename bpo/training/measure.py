@@ -137,10 +137,7 @@ def measure_groups(
     dropped += [group for group in by_index if isinstance(group, Dropped)]
     usable = [(i, group) for i, group in enumerate(by_index) if isinstance(group, MeasuredGroup)]
     if ranks.is_main and dropped:
-        path = output_dir / "dropped.jsonl"
-        counts = ", ".join(f"{n} {reason}" for reason, n in sorted(write_dropped(dropped, path).items()))
-        total = len(dataset) + len(bad.problems) + sum(map(len, skipped.values()))
-        logger.warning("%d of %d groups cannot be used (%s); listed in %s", len(dropped), total, counts, path)
+        _list_dropped(output_dir, dropped, len(dataset) + len(bad.problems) + sum(map(len, skipped.values())))
     judge_dropped(bad, by_index, config.data.groups, still_lost)
     if not usable:
         first = f"; the first: {dropped[0].group_id}: {dropped[0].detail}" if dropped else ""
@@ -150,6 +147,12 @@ def measure_groups(
     if ranks.is_main and not continuing:
         lost.write_planned(*planned, by_index)
     return TrainingData(dataset, tuple(i for i, _ in usable), tuple(group for _, group in usable), losses)
+
+
+def _list_dropped(output_dir: Path, dropped: Sequence[Dropped], num_groups: int) -> None:
+    path = output_dir / "dropped.jsonl"
+    counts = ", ".join(f"{n} {reason}" for reason, n in sorted(write_dropped(dropped, path).items()))
+    logger.warning("%d of %d groups cannot be used (%s); listed in %s", len(dropped), num_groups, counts, path)
 
 
 def judge_dropped(
