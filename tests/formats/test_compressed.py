@@ -96,7 +96,7 @@ def test_zstd_without_pyarrow_names_the_fix(tmp_path: Path, monkeypatch: pytest.
 
 
 # Files of some kB that expand to more than the machine has. Each is refused or read within the limit below.
-MAX_MIB = 700
+MAX_MIB = 600
 SCRIPT = """
 import json, resource, sys
 from pathlib import Path
