@@ -121,14 +121,16 @@ def init_distributed(ranks: Ranks, stop: StopRequest | None = None) -> None:
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     backend = "nccl" if on_gpu else "gloo" if ranks.world_size > 1 else one_process.register()
-    torch.distributed.init_process_group(
-        backend,
-        store=rendezvous.meet(ranks, timeout, stop),
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        timeout=timeout,
-        device_id=pick_device(ranks) if on_gpu and ranks.world_size > 1 else None,  # as DeepSpeed does
-    )
+    store = rendezvous.meet(ranks, timeout, stop)
+    with rendezvous.named_wait(ranks):
+        torch.distributed.init_process_group(
+            backend,
+            store=store,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            timeout=timeout,
+            device_id=pick_device(ranks) if on_gpu and ranks.world_size > 1 else None,  # as DeepSpeed does
+        )
     deepspeed.init_distributed(dist_backend=backend, verbose=False)
 
 

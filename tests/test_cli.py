@@ -133,6 +133,22 @@ def test_an_error_of_ours_is_one_line_and_its_traceback_a_file(
 
 
 @pytest.mark.parametrize(
+    ("error", "code", "told"),
+    [(KeyboardInterrupt(), 130, "stopped by Ctrl-C"), (OSError(28, "No space left on device", "a.json"), 74, "a.json")],
+)
+def test_ctrl_c_and_a_full_disk_are_one_line_with_their_code(
+    error: BaseException, code: int, told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def ended(argv: list[str]) -> int:
+        raise error
+
+    monkeypatch.setitem(COMMANDS, "doctor", ended)
+    assert main(["doctor"]) == code
+    printed = capsys.readouterr().err
+    assert told in printed and printed.count("\n") == 1
+
+
+@pytest.mark.parametrize(
     "argv", ["--help", "train --help", "train --train.lr .inf", "bootstrap", "evaluate", "merge --x", "export --x"]
 )
 def test_help_and_mistakes_do_not_wait_for_torch(argv: str) -> None:

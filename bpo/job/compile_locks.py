@@ -152,4 +152,4 @@ def wait_for_lock(path: Path, *, reports: bool = True) -> None:
             raise StaleCompileLockError(lock.describe())
         if reports and waited_s >= NAME_AFTER_S and logged != lock.state:
             logged = lock.state
-            logger.log(logging.INFO if lock.state == "held" else logging.WARNING, "waiting: %s", lock.describe())
+            logger.warning("waiting: %s", lock.describe())  # also on the nodes that log warnings only

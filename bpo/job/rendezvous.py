@@ -130,13 +130,14 @@ def named_wait(ranks: Ranks) -> Iterator[None]:
 def _name_late_ranks(store: dist.Store, ranks: Ranks, arrivals: int) -> None:
     everyone = range(ranks.world_size)
     late = [rank for rank in everyone if _number(store, f"arrivals/{rank}") < arrivals]
-    if ranks.rank == min(set(everyone) - set(late)):
-        who = f"{_name(store, late[0])} and {len(late) - 1} others" if late else "no rank; all have come: the network"
-        logger.warning(
-            "waiting for %.0f s: %s; see its log. If it no longer runs, stop this job and start it again",
-            NAME_AFTER_S,
-            who.replace(" and 0 others", ""),
-        )
+    if ranks.rank != min(set(everyone) - set(late)):
+        return  # one rank tells
+    if late:
+        others = f" and {len(late) - 1} others" if len(late) > 1 else ""
+        what = f"{_name(store, late[0])}{others}; see its log. If it no longer runs, stop this job and start it again"
+    else:
+        what = "the network between the ranks, of which all have come; see GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME"
+    logger.warning("waiting for %.0f s: %s", NAME_AFTER_S, what)
 
 
 def _number(store: dist.Store, key: str) -> int:

@@ -55,6 +55,7 @@ def port(monkeypatch: pytest.MonkeyPatch) -> int:
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(port))
     monkeypatch.setattr(rendezvous, "_store", None)
+    monkeypatch.setattr(rendezvous, "_arrivals", 0)
     monkeypatch.setattr(rendezvous, "NAME_AFTER_S", 0.2)
     return port
 
@@ -116,6 +117,11 @@ def test_ranks_of_one_host_meet_on_its_loopback_interface(port: int, caplog: pyt
     with named_wait(Ranks(0, 2, 0)):  # to which rank 1 does not come
         time.sleep(0.6)
     assert f"rank 1 on {os.uname().nodename} (process {os.getpid()})" in caplog.text
+    caplog.clear()
+    stores[0].set("arrivals/1", "2")  # now it has come as well
+    with named_wait(Ranks(0, 2, 0)):
+        time.sleep(0.6)
+    assert "the network between the ranks" in caplog.text
 
 
 def test_a_rank_that_does_not_come_is_named_and_waited_for_in_bounded_time(
