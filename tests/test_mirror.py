@@ -46,7 +46,7 @@ COVERS = {
     "formats/test_convert.py": "exporters fields image_folder schema",
     "formats/test_images.py": "embedded",
     "formats/test_messages.py": "markers",
-    "formats/test_reading_bad_input.py": "bad_records foreign jsonfiles jsonscan problems",
+    "formats/test_reading_bad_input.py": "bad_records jsonfiles jsonscan problems",
     "job/test_rendezvous.py": "one_process",
     "job/test_signals.py": "guard",
     "kernels/bench/test_aot.py": "aot_cases",
