@@ -116,6 +116,9 @@ class RunGuard:
             and self.ranks.world_size > 1
         ):
             lost = self.watchdog.culprit()
+            if lost is None and "timed out" in str(error).lower() and self.config.hang_timeout_seconds:
+                what = "a collective timed out; if a rank is only slow, set DEEPSPEED_TIMEOUT to more minutes"
+                lost = self.watchdog.verdict(what)
         clean_exit = error is None or isinstance(error, Interrupted)
         self.watchdog.stop("" if clean_exit else f"{type(error).__name__}: {error}"[:300])
         if self._counted is not None and error is not None and exit_code_of(error) in (1, EXIT_CANNOT_SAVE):

@@ -160,7 +160,7 @@ class Watchdog:
             if self.own.position != position or self._unbounded or not self.moving:
                 position, moved_at = self.own.position, now
             if now - moved_at > self.timeout_s:
-                return self._fire(self._verdict(f"rank {self.own.rank} made no progress for {now - moved_at:.0f} s"))
+                return self._fire(self.verdict(f"rank {self.own.rank} made no progress for {now - moved_at:.0f} s"))
             if neighbour == self.own.rank:
                 continue
             other = self._read(neighbour)
@@ -197,7 +197,8 @@ class Watchdog:
                 return f"{other.where()} is silent; {other.progress()}"
         return None
 
-    def _verdict(self, what: str) -> str:
+    def verdict(self, what: str) -> str:
+        """`what` has happened, and which rank is at fault: the silent one, else the one furthest behind."""
         silent = self.culprit()
         if silent is not None:
             return silent

@@ -17,10 +17,11 @@ import pytest
 from bpo.checkpoint.files import CheckpointError, clean_leftovers
 from bpo.config.training import TrainConfig
 from bpo.job.exits import Interrupted
-from bpo.job.guard import RunGuard
+from bpo.job.guard import RankLostError, RunGuard
 from bpo.job.launch import Ranks
 from bpo.job.restarts import RestartCount
 from bpo.job.signals import StopRequest, leave_signals_to_parent
+from bpo.job.watchdog import Watchdog
 
 
 @pytest.fixture
@@ -127,3 +128,19 @@ def test_a_refused_start_is_not_counted_as_one_without_progress(
             raise error("the data differs")
     restarts = tmp_path / "restarts.json"
     assert (json.loads(restarts.read_text())["restarts"] if restarts.exists() else 0) == (2 if counted else 0)
+
+
+def test_a_rank_slower_than_the_timeout_of_collectives_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bpo.job.guard.from_rank_0", lambda make: make())
+    config = TrainConfig(output_dir=str(tmp_path), hang_timeout_seconds=5.0)
+    told = r"a collective timed out.*DEEPSPEED_TIMEOUT.*rank 1 on .*furthest behind: .*then measuring the groups"
+    with pytest.raises(RankLostError, match=told), RunGuard(config, Ranks(0, 2, 0), clean_leftovers) as guard:
+        slow = Watchdog(tmp_path, 1, 2, 1.0, guard.watchdog.own.run, end=lambda code: None)
+        slow.moving = False
+        for dog in (slow, guard.watchdog, guard.watchdog):
+            dog.beat("measuring the groups")
+        guard.watchdog.interval_s = 0.2
+        raise RuntimeError("Timed out waiting 60000ms for recv operation to complete")
+    slow.stop()
