@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import signal
 import threading
 import time
+from collections.abc import Iterable
 from types import FrameType, TracebackType
 
 from bpo.job.exits import Interrupted
@@ -44,8 +46,9 @@ class StopRequest:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         signal.set_wakeup_fd(self._descriptor_before)
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        if not isinstance(error, SystemExit):  # then `_ignore` follows
+            for number, handler in self._before.items():
+                signal.signal(number, handler)
         os.write(self._writer, bytes(1))
         os.close(self._writer)
 
@@ -56,12 +59,20 @@ class StopRequest:
         if number == signal.SIGINT and not self.received:
             again += "; press Ctrl-C again to end at once"
         logger.warning("%s: %s", signal.Signals(number).name, again)
+        if not self.received:
+            # A launcher's signal may come while the interpreter exits, which would replace the exit code.
+            atexit.register(_ignore, list(self._before))
         self.received = True
 
     def check(self, what: str) -> None:
         """Raises Interrupted if a signal was received; `what` completes its message."""
         if self.received:
             raise Interrupted(f"stopped by a signal; {what}")
+
+
+def _ignore(numbers: Iterable[int]) -> None:
+    for number in numbers:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _end_at_second_ctrl_c(reader: int) -> None:
@@ -83,8 +94,7 @@ def leave_signals_to_parent(worker: int = 0) -> None:
     Terminals, schedulers and launchers send their signals to workers too. A worker that dies of one is an error in the
     parent, which then cannot stop at a boundary.
     """
-    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
+    _ignore((signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2))
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), name="signals", daemon=True).start()
 

@@ -78,6 +78,32 @@ def test_a_second_ctrl_c_ends_at_once_but_a_forwarded_one_does_not() -> None:
     assert "second Ctrl-C" in errors and "Traceback" not in errors
 
 
+ENDING = """
+import atexit, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from bpo.job.signals import StopRequest
+class AtTheEnd:
+    def __del__(self):
+        print("ending", flush=True)
+        time.sleep(1)
+kept = AtTheEnd()  # deleted after the interpreter has reset its handlers
+with StopRequest() as stop:
+    print("started", flush=True)
+    while not stop.received:
+        time.sleep(0.01)
+    sys.exit(75)
+"""
+
+
+def test_a_signal_while_the_interpreter_exits_does_not_replace_the_exit_code() -> None:
+    with subprocess.Popen([sys.executable, "-c", ENDING], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "started\n"
+        process.send_signal(signal.SIGINT)
+        assert process.stdout.readline() == "ending\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == 75
+
+
 def test_a_worker_ends_with_its_parent_only() -> None:
     worker = multiprocessing.get_context("fork").Process(target=_work, daemon=True)
     worker.start()
