@@ -220,7 +220,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments[0] not in COMMANDS:
         print(f"bpo: unknown command {arguments[0]!r}; the commands are {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
-    from bpo.job.exits import Interrupted, JobError, describe_unknown, exit_code_of
+    from bpo.job.exits import Interrupted, JobError, describe_unknown, exit_code_of, message_of
     from bpo.job.terminal import printable
 
     try:
@@ -233,7 +233,7 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     except Exception as error:  # invalid input: show the message without a traceback
         code = exit_code_of(error)
-        text = str(error) if code is not None else describe_unknown(error, Path.cwd())
+        text = message_of(error) if code is not None else describe_unknown(error, Path.cwd())
         print(printable(f"bpo {arguments[0]}: error: {text}"), file=sys.stderr)
         return code or 1
 

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import sys
+import sysconfig
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -71,7 +72,26 @@ def exit_code_of(error: BaseException) -> int | None:
     """The exit code of an error whose message names the fix; None for any other: see `describe_unknown`."""
     if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
         return EXIT_CANNOT_SAVE
-    return 1 if isinstance(error, ValueError) else getattr(error, "exit_code", None)
+    if isinstance(error, ValueError):
+        return None if _is_of_library(error) else 1
+    return getattr(error, "exit_code", None)
+
+
+def _is_of_library(error: BaseException) -> bool:
+    """Whether a library raised the error: its message knows nothing of this program's files and options."""
+    frames = traceback.extract_tb(error.__traceback__)
+    raised_in = frames[-1].filename if frames else ""
+    # Those of a worker process arrive without their traceback, raised again by the library that passes them on.
+    if type(error).__module__.startswith("bpo.") or raised_in.endswith(
+        ("concurrent/futures/_base.py", "torch/_utils.py")
+    ):
+        return False
+    libraries = tuple(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib"))
+    return raised_in.startswith(libraries) and not _is_own_file(raised_in)
+
+
+def _is_own_file(name: str) -> bool:
+    return f"{os.sep}bpo{os.sep}" in name or f"{os.sep}bpo_kernels{os.sep}" in name
 
 
 @contextlib.contextmanager
@@ -95,7 +115,7 @@ def process_end(output_dir: Path, *, is_main: bool, leave_group: Callable[[], No
         code, message = EXIT_INTERRUPTED, f"{reason}; `--resume` continues"
     except Exception as error:
         failed = exit_code_of(error)
-        message = str(error) if failed is not None else describe_unknown(error, output_dir)
+        message = message_of(error) if failed is not None else describe_unknown(error, output_dir)
         if isinstance(error, OSError) and failed == EXIT_CANNOT_SAVE:
             where = "" if error.filename else f"{output_dir}: "
             message = f"{where}{error}; make room or repair the disk, then continue with --resume"
@@ -115,14 +135,20 @@ def process_end(output_dir: Path, *, is_main: bool, leave_group: Callable[[], No
         sys.exit(code)
 
 
+def message_of(error: BaseException) -> str:
+    """The message without the traceback that torch puts into it for an error of a data worker."""
+    text = str(error)
+    return text.strip().splitlines()[-1] if "Original Traceback (most recent call last)" in text else text
+
+
 def describe_unknown(error: Exception, folder: Path) -> str:
     """One line for an error that names no fix: what, where, and the file in `folder` that has the traceback.
 
     The traceback goes to stderr if the file cannot be written.
     """
-    text = " ".join(str(error).split()) or "no message"
+    text = " ".join(message_of(error).split()) or "no message"
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
-    own = [frame for frame in frames if f"{os.sep}bpo{os.sep}" in frame.filename] or frames
+    own = [frame for frame in frames if _is_own_file(frame.filename)] or frames
     where = f" ({Path(own[-1].filename).name}:{own[-1].lineno}, {own[-1].name})" if own else ""
     fix = next((fix for known, fix in _FIXES if known in text.lower()), None)
     path = folder / f"traceback-{os.uname().nodename}-{os.getpid()}.log"

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -76,6 +78,12 @@ def test_no_status_is_written_into_the_directory_of_another_job_nor_by_another_r
         (RuntimeError("two\n lines"), "RuntimeError: two lines (test_exits.py:"),
         (OSError(errno.EMFILE, "Too many open files"), "ulimit -n 4096"),
         (RuntimeError("unable to open shared memory object </torch_1> in read-write mode"), "data.num_workers to 0"),
+        (
+            RuntimeError(
+                "Caught KeyError in worker.\nOriginal Traceback (most recent call last):\n  File x\nKeyError: 'y'"
+            ),
+            "RuntimeError: KeyError: 'y' (test_exits.py:",
+        ),
         (KeyError("getpwuid(): uid not found: 4711"), "set the environment variables HOME and USER"),
     ],
 )
@@ -88,6 +96,29 @@ def test_any_other_error_is_one_line_and_its_traceback_a_file(
     assert code == 1 and record.getMessage() == message and told in message and "\n" not in message
     (path,) = tmp_path.glob("traceback-*.log")
     assert message.endswith(f"traceback: {path}") and "in end\n    raise error" in path.read_text()
+
+
+def test_an_error_of_a_library_keeps_its_traceback_although_it_is_a_value_error(tmp_path: Path) -> None:
+    with pytest.raises(ValueError) as raised:
+        json.loads("{")
+    assert end(tmp_path, raised.value) == (1, [])
+    assert "JSONDecodeError: Expecting property name" in status(tmp_path)[1]
+    (path,) = tmp_path.glob("traceback-*.log")
+    assert "raw_decode" in path.read_text()
+
+
+def test_an_error_of_a_worker_process_is_that_of_this_program(tmp_path: Path) -> None:
+    with (
+        ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork")) as pool,
+        pytest.raises(ValueError) as raised,
+    ):
+        pool.submit(end_with_value_error).result()
+    assert end(tmp_path, raised.value) == (1, [])
+    assert status(tmp_path) == (1, "train.lr is -1") and not list(tmp_path.glob("traceback-*.log"))
+
+
+def end_with_value_error() -> None:
+    raise ValueError("train.lr is -1")
 
 
 def test_a_traceback_that_cannot_be_stored_is_shown(tmp_path: Path, capsys, caplog) -> None:
