@@ -63,7 +63,7 @@ def run_export(config: Config) -> Path:
     """Writes `export.output` from `export.checkpoint` and the base model `model.path`.
 
     Which model is loaded, and whether its code may run, is decided by the caller's `model.*`, never by the checkpoint,
-    which may come from somebody else. The output appears only when it is complete.
+    which may be of unknown origin. The output appears only when it is complete.
 
     Raises:
         ValueError: a path is missing, the output is not empty, the base model is not the one that was trained, a tensor
@@ -83,7 +83,7 @@ def run_export(config: Config) -> Path:
     if not config.model.path:
         raise ValueError(
             f"model.path is empty; pass --model.path with the base model. The checkpoint was trained from "
-            f"{trained_from.path!r}, which is not loaded by itself: a checkpoint may come from somebody else"
+            f"{trained_from.path!r}, which is not loaded by itself: a checkpoint may be of unknown origin"
         )
     check_base(config, manifest)
     model_config = dataclasses.replace(config.model, dtype=trained_from.dtype)
@@ -117,7 +117,7 @@ def check_base(config: Config, manifest: dict[str, Any]) -> None:
     Raises:
         ValueError: they differ, and `train.accept_changes` does not name them.
     """
-    # Every file is hashed: a cache next to the checkpoint would be somebody else's word for it.
+    # Every file is hashed: a cache next to the checkpoint would have to be trusted.
     files = base_files(model_fingerprint(config.model.path))
     expected = manifest["fingerprints"][WEIGHTS]
     if base_digest(files) == expected:

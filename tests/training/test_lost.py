@@ -96,7 +96,7 @@ def test_an_image_that_is_lost_between_two_steps_and_comes_back(own_images: Conf
 
 
 def test_images_that_change_between_two_starts_are_lost_at_their_place(own_images: Config, tmp_path: Path) -> None:
-    """Nobody was there to notice; a replaced, a deleted and a restored one."""
+    """A replaced, a deleted and a restored image, while no start of the run could notice it."""
     own_images.data.max_bad_share = 1.0
     root = Path(own_images.data.image_root)
     (root / "square.png").rename(tmp_path / "away")

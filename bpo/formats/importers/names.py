@@ -35,7 +35,7 @@ _NAMES: tuple[tuple[re.Pattern[str], str], ...] = (
 )
 # Names that only preference data use, in a record or a turn.
 _PREFERENCE = re.compile(
-    r"reject|chosen|prefer|^(?:label|kto_tag)$|^rank(?:ing|ings|s)?$|^(?:winn|los)(?:er|ing)|^(?:score|rating|reward)s?$"
+    r"reject|chosen|prefer|^(?:label|kto_tag)$|^rank(?:ing|ings|s)?$|^(?:winner|winning|loser|losing)|^(?:score|rating|reward)s?$"
     r"|^(?:model_)?(?:output|response|completion|answer)_?(?:\d+|[ab])$"
     r"|^(?:better|worse|best|worst|negative|hallucinated)_(?:output|response|completion|answer|caption|text)"
 )
