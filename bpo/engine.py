@@ -131,7 +131,11 @@ def init_distributed(ranks: Ranks, stop: StopRequest | None = None) -> None:
             timeout=timeout,
             device_id=pick_device(ranks) if on_gpu and ranks.world_size > 1 else None,  # as DeepSpeed does
         )
+    # With it, DeepSpeed maps 64 MB of /dev/shm per rank for its inference, and crashes where there is less.
+    local_size = os.environ.pop("LOCAL_SIZE", None)
     deepspeed.init_distributed(dist_backend=backend, verbose=False)
+    if local_size is not None:
+        os.environ["LOCAL_SIZE"] = local_size
 
 
 @contextlib.contextmanager

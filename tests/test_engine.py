@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,11 @@ from bpo.engine import (
     _CONFIG_OWNED,
     deepspeed_config,
     find_ds_config,
+    init_distributed,
     learning_rate_factor,
     with_fitting_buckets,
 )
+from bpo.job.launch import Ranks
 
 
 def factors(steps: int, warmup: float, schedule: str) -> list[float]:
@@ -32,6 +35,23 @@ def test_schedule_warms_up_peaks_once_and_never_gives_0(steps: int, warmup: floa
     assert all(0 < value <= 1 for value in values)
     assert values[: peak + 1] == sorted(values[: peak + 1]) and values[peak:] == sorted(values[peak:], reverse=True)
     assert peak <= -(-warmup * steps // 1) and (max(values) == 1 or steps == 1)
+
+
+def test_a_small_dev_shm_is_enough_under_the_deepspeed_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed crashes in its shared memory, of 64 MB per rank, if LOCAL_SIZE tells it that all ranks are on one host."""
+    import deepspeed
+
+    seen: list[str | None] = []
+    monkeypatch.setattr(deepspeed, "init_distributed", lambda **options: seen.append(os.environ.get("LOCAL_SIZE")))
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *given, **options: None)
+    for name, value in {"LOCAL_SIZE": "1", "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    for name in ("MASTER_ADDR", "MASTER_PORT", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "DS_ACCELERATOR"):
+        monkeypatch.setenv(name, os.environ.get(name, ""))  # so that what the code sets is undone afterwards
+        if not os.environ[name]:
+            monkeypatch.delenv(name)
+    init_distributed(Ranks())
+    assert seen == [None] and os.environ["LOCAL_SIZE"] == "1"
 
 
 def test_schedule_values() -> None:

@@ -43,6 +43,7 @@ _FIXES = (
     ("out of memory", "lower train.max_micro_batch_tokens, or shard more: `bpo plan` estimates what fits"),
     ("home directory", "set the environment variables HOME and USER"),
     ("getpwuid", "set the environment variables HOME and USER"),
+    ("closed by peer", "another rank has ended: its log has the reason"),
     ("timed out", "a rank is slower than the timeout of collectives: set DEEPSPEED_TIMEOUT to more minutes"),
 )
 
