@@ -38,7 +38,7 @@ def test_schedule_warms_up_peaks_once_and_never_gives_0(steps: int, warmup: floa
 
 
 def test_a_small_dev_shm_is_enough_under_the_deepspeed_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
-    """DeepSpeed crashes in its shared memory, of 64 MB per rank, if LOCAL_SIZE tells it that all ranks are on one host."""
+    """DeepSpeed crashes in its 64 MB of shared memory per rank if LOCAL_SIZE tells it that all are on one host."""
     import deepspeed
 
     seen: list[str | None] = []
