@@ -191,7 +191,7 @@ def _gather_measured(
 
 
 def _to_json(result: MeasuredGroup | Dropped) -> list[Any] | dict[str, str]:
-    """About 100 bytes per measured group as JSON."""
+    """About 140 bytes per measured group as JSON."""
     if isinstance(result, Dropped):
         return asdict(result)
     return [getattr(result, entry.name) for entry in fields(MeasuredGroup)]
