@@ -125,10 +125,10 @@ def process_end(output_dir: Path, *, is_main: bool, leave_group: Callable[[], No
             write_lost_status(output_dir, message, getattr(error, "run", ""), is_main=is_main)
             sys.stderr.flush()
             os._exit(failed)
-        if is_main and (getattr(error, "owns_directory", True) or _is_own(read_status(output_dir))):
+        if is_main and _may_end(output_dir, owns_directory=getattr(error, "owns_directory", True)):
             write_status(output_dir, failed or 1, message)
         sys.exit(failed or 1)
-    if is_main:
+    if is_main and _may_end(output_dir):
         write_status(output_dir, code, message)
     leave_group()
     if code:
@@ -201,12 +201,11 @@ def write_lost_status(output_dir: Path, message: str, run: str, *, is_main: bool
         write_status(output_dir, EXIT_RANK_LOST, message)
 
 
-def _is_own(status: dict[str, Any]) -> bool:
-    return (status.get("host"), status.get("pid"), status.get("started")) == (
-        os.uname().nodename,
-        os.getpid(),
-        _STARTED,
-    )
+def _may_end(output_dir: Path, *, owns_directory: bool = True) -> bool:
+    """Whether the status is this start's to write: before it has the lock, another job may run there."""
+    status = read_status(output_dir)
+    own = {"host": os.uname().nodename, "pid": os.getpid(), "started": _STARTED}
+    return own.items() <= status.items() or (owns_directory and status.get("state") != "running")
 
 
 def _now() -> str:

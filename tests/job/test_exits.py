@@ -16,6 +16,7 @@ import pytest
 from bpo.checkpoint.save import SaveFailedError
 from bpo.job.exits import Interrupted, process_end, read_status, write_lost_status, write_status
 from bpo.job.lock import RunLockError
+from bpo.job.rendezvous import RendezvousError
 from bpo.job.restarts import NoProgressError
 
 
@@ -135,15 +136,20 @@ def test_a_killed_start_leaves_a_running_status_not_the_outcome_of_the_one_befor
     assert read_status(tmp_path)["state"] == "ended"
 
 
-def test_a_refused_start_leaves_the_status_of_the_running_job_but_ends_its_own(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [RunLockError("in use by process 1"), RendezvousError("port 29500 is in use"), Interrupted("x"), KeyError("x")],
+)
+def test_a_start_that_fails_leaves_the_status_of_a_running_job_but_ends_its_own(
+    error: Exception, tmp_path: Path
+) -> None:
     write_status(tmp_path, None, "running", "token")
     of_another = {**read_status(tmp_path), "pid": 1}
     (tmp_path / "status.json").write_text(json.dumps(of_another))
-    assert end(tmp_path, RunLockError("in use by process 1")) == (1, [])
-    assert read_status(tmp_path) == of_another
+    code, _ = end(tmp_path, error)
+    assert code and read_status(tmp_path) == of_another
     write_status(tmp_path, 0, "finished")
-    assert end(tmp_path, RunLockError("in use by process 1")) == (1, [])
-    assert status(tmp_path) == (1, "in use by process 1")
+    assert end(tmp_path, error)[0] == status(tmp_path)[0] == code
 
 
 @pytest.mark.parametrize(
