@@ -116,8 +116,8 @@ class JournalReader:
         """The offset in the file and the parsed value of each new complete line.
 
         Args:
-            parse: Turns a JSON value into an entry. Lines for which it raises ValueError, KeyError or TypeError are
-                skipped with a warning, as are lines that are not JSON.
+            parse: Turns a JSON value into an entry. Lines for which it raises ValueError, LookupError, TypeError or
+                AttributeError are skipped with a warning, as are lines that are not JSON.
         """
         with self.path.open("rb") as file:
             file.seek(self._offset)
@@ -131,7 +131,7 @@ class JournalReader:
                     continue
                 try:
                     entry = parse(from_line(line))
-                except (ValueError, KeyError, TypeError) as error:
+                except (ValueError, LookupError, TypeError, AttributeError) as error:  # or of another shape
                     logger.warning("%s:%d: unreadable line, skipped (%s)", self.path, self._num_lines, error)
                     continue
                 yield start, entry

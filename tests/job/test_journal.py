@@ -66,6 +66,12 @@ def test_unreadable_lines_are_skipped_and_named(tmp_path: Path, caplog: pytest.L
     path.write_bytes(b'{"a": 1}\n\0\0\0\n\n{"b": 2}\n\xff\n[3]\n{"a": 4}\n')
     assert [entry for _, entry in JournalReader(path).poll(lambda entry: entry["a"])] == [1, 4]
     assert [record.getMessage().split(": ")[0] for record in caplog.records] == [f"{path}:{n}" for n in (2, 4, 5, 6)]
+    caplog.clear()
+    path.write_bytes(b'{"a": "x"}\n[]\n3\nnull\n{}\n')  # of another shape than the reader asks for
+    assert [entry for _, entry in JournalReader(path).poll(lambda entry: entry.get("a").strip())] == ["x"]
+    path.write_bytes(b'["x"]\n[]\n')
+    assert [entry for _, entry in JournalReader(path).poll(lambda entry: entry[0])] == ["x"]
+    assert [record.getMessage().split(": ")[0] for record in caplog.records] == [f"{path}:{n}" for n in (2, 3, 4, 5, 2)]
 
 
 def test_an_exclusive_journal_has_one_writer(tmp_path: Path) -> None:
