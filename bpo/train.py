@@ -88,7 +88,7 @@ def prepare(
     flops = model_flops(model, encoder.family)
     with guard.phase("starting DeepSpeed"):
         trainer = engine.TrainingEngine(PolicyModel(model), encoder.family, config, settings, ranks)
-    check_weights(trainer.policy.model, config.model.path)
+    check_weights(trainer.policy.model, config.model.path, ranks.rank)
     trainer.on_forward = guard.in_forward
     guard.watchdog.beat("the reference pass")
     with guard.progress_if_interrupted():

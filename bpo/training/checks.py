@@ -34,7 +34,7 @@ def seed_micro_batch(seed: int, step: int, micro_batch: int, rank: int) -> None:
     torch.manual_seed(int.from_bytes(digest[:7], "little"))
 
 
-def check_weights(model: torch.nn.Module, path: str) -> None:
+def check_weights(model: torch.nn.Module, path: str, rank: int) -> None:
     """Stops all ranks together if a weight of the base model is not finite: it would look like a fault of the data.
 
     Reads the weights once, on their device; under ZeRO-3 each rank its own part.
@@ -42,7 +42,7 @@ def check_weights(model: torch.nn.Module, path: str) -> None:
     Raises:
         NonFiniteError: names the tensors.
     """
-    broken = {name for rank in gather_from_ranks(_non_finite_weights(model)) for name in rank}
+    broken = {name for rank in gather_from_ranks(_non_finite_weights(model, rank)) for name in rank}
     if broken:
         more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
         raise NonFiniteError(
@@ -52,10 +52,13 @@ def check_weights(model: torch.nn.Module, path: str) -> None:
 
 
 @torch.no_grad()
-def _non_finite_weights(model: torch.nn.Module) -> list[str]:
+def _non_finite_weights(model: torch.nn.Module, rank: int) -> list[str]:
     broken = []
     for name, parameter in model.named_parameters():
-        part = getattr(parameter, "ds_tensor", parameter)
+        part = parameter.detach()
+        if hasattr(parameter, "ds_tensor"):  # ZeRO-3; the last part is padded with uninitialised memory
+            size = parameter.ds_tensor.numel()
+            part = parameter.ds_tensor[: max(0, parameter.ds_numel - rank * size)]  # type: ignore[attr-defined]
         # The extremes are NaN if any value is; unlike isfinite of all values, they need no memory.
         if part.numel() and not torch.stack(torch.aminmax(part)).isfinite().all():
             broken.append(name.replace(".base_layer", ""))

@@ -15,17 +15,21 @@ def test_a_weight_that_is_not_finite_is_named_whatever_rank_has_it(
 ) -> None:
     model = torch.nn.ModuleDict({"a": torch.nn.Linear(2, 2), "b": torch.nn.Linear(2, 2, dtype=torch.bfloat16)})
     monkeypatch.setattr(checks, "gather_from_ranks", lambda item: [[], item])
-    check_weights(model, "/models/m")
+    check_weights(model, "/models/m", 0)
     with torch.no_grad():
         model["b"].weight[1, 1] = value
     with pytest.raises(NonFiniteError, match=r"^/models/m: the model's own weights are not finite: b\.weight; "):
-        check_weights(model, "/models/m")
+        check_weights(model, "/models/m", 0)
 
 
-def test_under_zero_3_each_rank_checks_its_own_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = torch.nn.Linear(2, 2, bias=False)
+def test_under_zero_3_each_rank_checks_its_own_part_without_its_padding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three weights on two ranks: DeepSpeed leaves the fourth place of the second rank uninitialised."""
+    model = torch.nn.Linear(3, 1, bias=False)
     model.weight.data = torch.empty(0)
+    model.weight.ds_numel = 3
     model.weight.ds_tensor = torch.tensor([1.0, float("nan")])
     monkeypatch.setattr(checks, "gather_from_ranks", lambda item: [item])
+    check_weights(model, "m", 1)
+    check_weights(model, "m", 2)  # a rank without a part of a small weight
     with pytest.raises(NonFiniteError, match="not finite: weight;"):
-        check_weights(model, "m")
+        check_weights(model, "m", 0)
