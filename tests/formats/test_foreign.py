@@ -24,7 +24,7 @@ from bpo.formats.files import read_annotations
         ("a.xlsx", b"PK\x03\x04", "an Excel workbook; save it as CSV"),
         ("a.bin", b"PK\x03\x04", "a zip archive; unpack it"),
         ("a.jsonl", b"\x80\x04\x95", "a Python pickle, which can run code"),
-        ("a.parquet", gzip.compress(b"PAR1"), "a parquet file inside gzip; unpack it"),
+        ("a.parquet", gzip.compress(b"PAR1", mtime=0), "a parquet file inside gzip; unpack it"),
     ],
 )
 def test_a_foreign_file_is_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
