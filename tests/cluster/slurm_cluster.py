@@ -54,6 +54,8 @@ ReturnToService=2
 KillWait=10
 MessageTimeout=30
 MinJobAge=600
+# Jobs take their port from their id: those of two clusters on this machine, one for each worker of pytest, must differ.
+FirstJobId={first_job}
 # The CPUs configured for the nodes, even if this machine has fewer.
 SlurmdParameters=config_overrides
 SchedulerParameters=batch_sched_delay=0,sched_interval=2,sched_min_interval=0
@@ -158,7 +160,12 @@ class PrivateCluster:
         ]
         user = pwd.getpwuid(os.getuid()).pw_name
         text = CONFIGURATION.format(
-            host=host, controller_port=ports[0], user=user, folder=self.folder, nodes="\n".join(nodes)
+            host=host,
+            controller_port=ports[0],
+            user=user,
+            folder=self.folder,
+            first_job=1 + 1000 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")),
+            nodes="\n".join(nodes),
         )
         (self.folder / "slurm.conf").write_text(text)
         # Every GPU must be a device file; it is never opened.
