@@ -28,11 +28,12 @@ ROOT = Path(__file__).resolve().parent.parent
 # Files of 20 s or more, the slowest first: none should start when the other workers are about to finish.
 SLOW_FILES = """
     test_train.py cluster/test_cluster.py test_end_to_end.py kernels/test_triton_interpreter.py
-    kernels/bench/test_aot.py job/test_watchdog_rank_loss.py tools/demo/test_run.py test_engine_gradients.py tools/bench/test_step.py
-    bootstrap/test_run.py model/attention/test_flex.py tools/plan/test_memory.py tools/plan/test_command.py
-    benchmarks/test_gpu_set.py tools/plan/test_activations.py bootstrap/engines/test_text.py
-    model/attention/test_shared_prefix.py model/attention/test_flops.py bootstrap/job/test_spool.py
-    model/test_trainable.py job/test_compile_locks.py cluster/test_srun.py formats/test_reading_fuzz.py
+    kernels/bench/test_aot.py job/test_watchdog_rank_loss.py tools/demo/test_run.py test_engine_gradients.py
+    tools/bench/test_step.py bootstrap/test_run.py model/attention/test_flex.py tools/plan/test_memory.py
+    tools/plan/test_command.py benchmarks/test_gpu_set.py tools/plan/test_activations.py
+    bootstrap/engines/test_text.py model/attention/test_shared_prefix.py model/attention/test_flops.py
+    bootstrap/job/test_spool.py model/test_trainable.py job/test_compile_locks.py cluster/test_srun.py
+    formats/test_reading_fuzz.py
 """.split()
 
 
