@@ -50,8 +50,9 @@ def refuse_other_media(record: Mapping[str, Any], where: str) -> None:
     for name in MESSAGE_FIELDS:
         for message in record[name] if isinstance(record.get(name), list) else ():
             content = message.get("content") if isinstance(message, dict) else None
-            parts = [part for part in content if isinstance(part, dict)] if isinstance(content, list) else []
-            found += [str(part["type"]) for part in parts if str(part.get("type")).startswith(_OTHER_PARTS)]
+            if isinstance(content, list):
+                parts = [part for part in content if isinstance(part, dict)]
+                found += [str(part["type"]) for part in parts if str(part.get("type")).startswith(_OTHER_PARTS)]
     if found:
         raise RecordError("other-media", f"{where}: the record has a {found[0]}; bpo trains on images only")
 

@@ -164,7 +164,8 @@ def iterate_records(
                 if left_out is not None:
                     left_out(outcome, seen.unused(record_id))
             elif not schema.unique_ids:
-                yield replace(outcome, id=seen.unused(record_id))
+                unused = seen.unused(record_id)
+                yield outcome if outcome.id == unused else replace(outcome, id=unused)
             elif seen.add(outcome.id):
                 yield outcome
             else:
