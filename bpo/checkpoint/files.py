@@ -130,6 +130,8 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     manifest = json.loads(content)
     if manifest["format"] != FORMAT:
         raise CheckpointError(f"{path}: format {manifest['format']}; this version of bpo reads format {FORMAT}")
+    if elsewhere := [name for name in manifest["files"] if name != Path(name).name]:
+        raise CheckpointError(f"{path}: {elsewhere[0]!r} is not the name of a file in this folder")
     return manifest
 
 

@@ -5,6 +5,7 @@ Saving is in test_save.py, kills in test_save_kills.py, DeepSpeed in test_train.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import random
@@ -85,6 +86,16 @@ def test_every_one_of_400_random_bits_is_found(tmp_path: Path) -> None:
             pytest.fail(f"bit {bit} of {name} was not noticed")
         flip_a_bit(directory / name, bit)
     verify_checkpoint(directory)
+
+
+@pytest.mark.parametrize("name", ["../other.safetensors", "/etc/passwd", "a/b.safetensors", "../.."])
+def test_a_manifest_cannot_name_files_outside_its_folder(tmp_path: Path, name: str) -> None:
+    """It is read by export, which may be given a checkpoint of unknown origin."""
+    content = json.dumps({"format": 2, "step": 1, "files": {name: {"bytes": 1, "sha256": ""}}}).encode()
+    (tmp_path / "manifest.json").write_bytes(content)
+    (tmp_path / "manifest.sha256").write_text(f"{hashlib.sha256(content).hexdigest()}  manifest.json\n")
+    with pytest.raises(CheckpointError, match="is not the name of a file in this folder"):
+        verify_checkpoint(tmp_path)
 
 
 def test_a_checkpoint_of_an_older_version_is_said_to_be_one(tmp_path: Path) -> None:
