@@ -18,18 +18,13 @@ from bpo.job.collectives import barrier, from_rank_0, gather_from_ranks
 from bpo.job.exits import Interrupted
 from bpo.job.signals import StopRequest
 from bpo.model.load import ResolvedModel
-from bpo.model.reference.fingerprint import DIGESTS, model_fingerprint
 from bpo.model.reference.format import ReferenceStoreError
-from bpo.model.reference.store import ReferenceStore, open_or_create
+from bpo.model.reference.store import ReferenceStore, open_or_create, run_fingerprint, store_directory
 from bpo.records import GroupBatch, LostGroup
 from bpo.training.batches import micro_batches
 from bpo.training.measure import TrainingData
-from bpo_kernels.dispatch import chosen_implementation
 
 logger = logging.getLogger(__name__)
-
-# Names of the implementations in the store format; they stay when the names in the code change.
-_KERNELS_IN_STORES = {"triton": "triton", "plain": "reference"}
 
 
 def fill_reference_store(
@@ -43,7 +38,7 @@ def fill_reference_store(
         ReferenceStoreError: the store does not match the run, cannot be written, or lacks entries after the pass.
         Interrupted: on all ranks, if any of them was asked to stop; computed entries are stored.
     """
-    directory = Path(config.train.reference_dir or Path(config.train.output_dir) / "reference")
+    directory = store_directory(config)
     fingerprint = from_rank_0(lambda: _open_store(config, model, directory))
     store = ReferenceStore(directory, fingerprint, engine.ranks.rank)
     first_with_key = _first_with_key(data)
@@ -69,20 +64,7 @@ def fill_reference_store(
 
 
 def _open_store(config: Config, model: ResolvedModel, directory: Path) -> dict[str, str]:
-    # Another summation order rounds differently, and the first step compares policy and reference up to rounding.
-    choice = model.attention
-    settings: dict[str, str] = {"sequences": "separate"} if choice is None else {"attention": choice.backend}
-    if config.data.min_pixels or config.data.max_pixels:
-        settings["pixels"] = f"{config.data.min_pixels} to {config.data.max_pixels}"
-    fingerprint = model_fingerprint(
-        config.model.path,
-        kept_digests=directory / DIGESTS,
-        rehash=config.train.rehash_weights,
-        dtype=str(model.dtype).removeprefix("torch."),
-        vision_attention=config.model.vision_attention,
-        kernels=_KERNELS_IN_STORES[chosen_implementation(torch.empty(0, device=model.device))],
-        **settings,
-    )
+    fingerprint = run_fingerprint(config, model, directory)
     open_or_create(directory, fingerprint)
     return fingerprint
 

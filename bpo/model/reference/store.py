@@ -7,6 +7,7 @@ its files. Shape letter: N response tokens.
 
 from __future__ import annotations
 
+import logging
 import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -14,7 +15,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bpo.model.reference.fingerprint import model_fingerprint
+from bpo.config.training import Config
+from bpo.model.load import ResolvedModel
+from bpo.model.reference.fingerprint import DIGESTS, model_fingerprint
 from bpo.model.reference.format import (
     KEY_BYTES,
     ReferenceStoreError,
@@ -25,8 +28,65 @@ from bpo.model.reference.format import (
     write_fingerprint,
 )
 from bpo.model.reference.index import EntryIndex
+from bpo_kernels.dispatch import chosen_implementation
 
-__all__ = ["ReferenceStore", "ReferenceStoreError", "model_fingerprint", "open_or_create"]
+__all__ = [
+    "ReferenceStore",
+    "ReferenceStoreError",
+    "matching_store",
+    "model_fingerprint",
+    "open_or_create",
+    "run_fingerprint",
+    "store_directory",
+]
+
+logger = logging.getLogger(__name__)
+
+# Names of the implementations in the store format; they stay when the names in the code change.
+_KERNELS_IN_STORES = {"triton": "triton", "plain": "reference"}
+
+
+def store_directory(config: Config) -> Path:
+    """The directory of a run's reference store."""
+    return Path(config.train.reference_dir or Path(config.train.output_dir) / "reference")
+
+
+def run_fingerprint(config: Config, model: ResolvedModel, directory: Path) -> dict[str, str]:
+    """Everything that a run's reference log-probs depend on, other than the records.
+
+    Args:
+        directory: The store, which caches digests of the model's files.
+    """
+    # Another summation order rounds differently, and the first step compares policy and reference up to rounding.
+    choice = model.attention
+    settings: dict[str, str] = {"sequences": "separate"} if choice is None else {"attention": choice.backend}
+    if config.data.min_pixels or config.data.max_pixels:
+        settings["pixels"] = f"{config.data.min_pixels} to {config.data.max_pixels}"
+    return model_fingerprint(
+        config.model.path,
+        kept_digests=directory / DIGESTS,
+        rehash=config.train.rehash_weights,
+        dtype=str(model.dtype).removeprefix("torch."),
+        vision_attention=config.model.vision_attention,
+        kernels=_KERNELS_IN_STORES[chosen_implementation(torch.empty(0, device=model.device))],
+        **settings,
+    )
+
+
+def matching_store(config: Config, model: ResolvedModel) -> ReferenceStore | None:
+    """The existing store of `config`, to read; None if there is none, or if it is of another model or setting.
+
+    Raises:
+        ReferenceStoreError: the store has another format or is damaged.
+    """
+    directory = store_directory(config)
+    if not (directory / "fingerprint.json").exists():
+        return None
+    fingerprint = run_fingerprint(config, model, directory)
+    if differing := _differing(read_fingerprint(directory), fingerprint):
+        logger.info("reference store %s not used, it was made for another %s", directory, ", ".join(differing))
+        return None
+    return ReferenceStore(directory, fingerprint)
 
 
 def open_or_create(directory: Path, fingerprint: dict[str, str]) -> None:
@@ -39,14 +99,18 @@ def open_or_create(directory: Path, fingerprint: dict[str, str]) -> None:
         write_fingerprint(directory, fingerprint)
         return
     stored = read_fingerprint(directory)
-    differing = sorted(k for k in stored.keys() | fingerprint.keys() if stored.get(k) != fingerprint.get(k))
-    if differing:
+    if differing := _differing(stored, fingerprint):
         lines = [f"  {_difference(name, stored.get(name), fingerprint.get(name))}" for name in differing]
         raise ReferenceStoreError(
             f"the reference store {directory} was made for another model or setting:\n"
             + "\n".join(lines)
             + "\nremove it, or set train.reference_dir to another directory"
         )
+
+
+def _differing(stored: dict[str, str], now: dict[str, str]) -> list[str]:
+    """The fields in which two fingerprints differ."""
+    return sorted(name for name in stored.keys() | now.keys() if stored.get(name) != now.get(name))
 
 
 def _difference(name: str, stored: str | None, now: str | None) -> str:
