@@ -65,6 +65,8 @@ class Provenance:
         noise_step: Forward diffusion step that weakened the image.
         space: Space of the noise: `normalised` pixels, or `pixel` values before the image processor.
         kept_words: Number of words of the annotation that it starts with.
+        candidate: Which of several candidates of its source it is, from 1; None for the first, which is number 0.
+        donor: Id of the record from whose annotation the text, or the exchanged word, was taken.
     """
 
     source: str
@@ -77,6 +79,8 @@ class Provenance:
     max_new_tokens: int | None = None
     space: str | None = None
     kept_words: int | None = None
+    candidate: int | None = None
+    donor: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
@@ -84,13 +88,17 @@ class Provenance:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """An answer with its score (higher is preferred) and type (`gt`, `mllm-hal`, `llm-hal`, ...)."""
+    """An answer with its score (higher is preferred) and type (`gt`, `mllm-hal`, `llm-hal`, ...).
+
+    The weight of a pair in the loss is the product of the `weight`s of its two completions.
+    """
 
     response: str
     score: float
     type: str
     provenance: Provenance | None = None
     extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    weight: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +161,7 @@ class LossInputs:
     completion_of_token_N: [N] int64, index into the K completions of the batch.
     completion_starts_K1: [K + 1] int64, offset of each completion's first token among the N, and N at the end.
     pairs_P2: [P, 2] int64, (preferred, dispreferred) completion indices.
-    pair_weight_P: [P] 1, or 0 in a filler: a batch that only keeps a rank in lockstep with the others.
+    pair_weight_P: [P] weight of each pair's loss; 0 in a filler: a batch that only keeps a rank in lockstep with others.
     token_weight_N: [N] weight of each token's log-ratio, or None for 1.
     reference: [N] fp32 log-probs of the reference, or None while they are being computed.
     """

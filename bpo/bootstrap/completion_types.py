@@ -10,6 +10,8 @@ COMPLETION_TYPES = {
     "regenerate": "mllm-cont",
     "text-only": "mllm-blind",
     "unweakened": "mllm-self",
+    "swap": "swap",
+    "edit": "edit",
 }
 PROVENANCE_SOURCES = {
     "annotation": "annotation",
@@ -20,4 +22,6 @@ PROVENANCE_SOURCES = {
     "regenerate": "regenerated-end",
     "text-only": "no-image",
     "unweakened": "unweakened-image",
+    "swap": "other-annotation",
+    "edit": "balanced-edit",
 }

@@ -266,10 +266,10 @@ def _sources(config: Config, max_images: int, ranks: Ranks) -> Iterator[tuple[st
         return lambda: ImageAnswers(source, config, generators.vision())
 
     def injected_errors() -> NegativeSource:
-        checks_images = set(config.bootstrap.sources) == {"inject"}
+        checks_images = set(config.bootstrap.generated_sources) == {"inject"}
         return InjectedErrors(config, generators.text(), generators.encoder, checks_images)
 
-    for source in config.bootstrap.sources:
+    for source in config.bootstrap.generated_sources:
         if source != "inject":
             yield source, image_answers(source)
     if "inject" in config.bootstrap.sources:

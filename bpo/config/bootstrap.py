@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from bpo.config.negatives import WHOLE_SET_SOURCES, EditConfig, SwapConfig
 from bpo.config.options import NUM_SEEDS, Range, Section, check, number, seconds
 
-Source = Literal["weaken", "inject", "crop", "mask", "regenerate", "text-only", "unweakened"]
+Source = Literal["weaken", "inject", "crop", "mask", "regenerate", "text-only", "unweakened", "swap", "edit"]
 CacheKind = Literal["reserved", "dynamic", "static"]
 
 
@@ -201,10 +202,12 @@ class BootstrapConfig(Section):
         sources: Sources of negatives. From the paper: `weaken` (answers to noised images) and `inject` (annotations
             with injected errors). Additional: `crop` and `mask` (answers to a part of the image), `regenerate`
             (continuations of the annotation's start), `text-only` (answers without an image), `unweakened` (answers
-            to the clean image, as a control).
+            to the clean image, as a control), `swap` (annotations of other images) and `edit` (one word exchanged).
         weaken: Image weakening, and sampling options of the multimodal model.
         inject: Error injection.
         regenerate: Truncation of annotations before their continuation.
+        swap: Exchange of annotations between records.
+        edit: Exchange of words between annotations.
         vision: Inference engine of the multimodal model.
         validate: Validation of negatives.
         target_shares: Mapping of sources to their target fraction of negatives; surplus negatives are dropped at
@@ -230,6 +233,8 @@ class BootstrapConfig(Section):
     weaken: WeakenConfig = field(default_factory=WeakenConfig)
     inject: InjectConfig = field(default_factory=InjectConfig)
     regenerate: RegenerateConfig = field(default_factory=RegenerateConfig)
+    swap: SwapConfig = field(default_factory=SwapConfig)
+    edit: EditConfig = field(default_factory=EditConfig)
     vision: VisionConfig = field(default_factory=VisionConfig)
     validate: ValidateConfig = field(default_factory=ValidateConfig)
     target_shares: dict[str, float] = field(default_factory=dict, metadata={"range": Range(above=0)})
@@ -263,3 +268,8 @@ class BootstrapConfig(Section):
             len(self.sources) == len(set(self.sources)) and bool(self.sources),
             "bootstrap.sources must not be empty or contain duplicates",
         )
+
+    @property
+    def generated_sources(self) -> list[Source]:
+        """The sources that answer record by record; the others are made at the merge."""
+        return [source for source in self.sources if source not in WHOLE_SET_SOURCES]

@@ -97,7 +97,7 @@ def required_paths(config: Config) -> dict[str, str]:
     needed = {"data.annotations": config.data.annotations, "data.groups": config.data.groups}
     in_process = options.vision.engine != "server"
     own_lm = "inject" in options.sources and not (options.inject.llm or options.inject.server.url)
-    if in_process and (own_lm or set(options.sources) != {"inject"}):
+    if in_process and (own_lm or set(options.generated_sources) - {"inject"}):
         needed["model.path"] = config.model.path
     return needed
 
@@ -123,7 +123,7 @@ def num_prepare_threads(config: Config) -> int:
     options = config.bootstrap
     if options.num_workers is not None:
         return options.num_workers
-    vision_here = options.vision.engine == "transformers" and set(options.sources) != {"inject"}
+    vision_here = options.vision.engine == "transformers" and bool(set(options.generated_sources) - {"inject"})
     text_here = "inject" in options.sources and not options.inject.server.url and options.inject.engine != "vllm"
     if text_here and not options.inject.llm:
         text_here = options.vision.engine == "transformers"

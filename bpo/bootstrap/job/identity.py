@@ -35,13 +35,13 @@ def job_identity(config: Config) -> dict[str, Any]:
         "model.path (weights)": weights_digest(config.model.path),
         "model.dtype": config.model.dtype,
         "bootstrap.seed": options.seed,
-        "bootstrap.sources": sorted(options.sources),
+        "bootstrap.sources": sorted(options.generated_sources),
     }
     validate = {name: value for name, value in asdict(options.validate).items() if name not in _DECIDED_AT_MERGE}
     identity |= {f"bootstrap.validate.{name}": value for name, value in validate.items()}
     lexicon = options.validate.lexicon
     identity["bootstrap.validate.lexicon (content)"] = _digest(Path(lexicon).read_bytes()) if lexicon else None
-    if set(options.sources) != {"inject"}:
+    if set(options.generated_sources) - {"inject"}:
         identity |= {f"bootstrap.weaken.{name}": value for name, value in asdict(options.weaken).items()}
         identity["bootstrap.vision.engine"] = options.vision.engine
         identity["bootstrap.vision.server.model"] = options.vision.server.model

@@ -105,7 +105,7 @@ class SourceQueue:
 def build_queues(annotations: AnnotationSpool, config: Config, reader: OutcomeReader) -> dict[str, SourceQueue]:
     """Source -> its annotations in batches, longest first, without refused annotations."""
     queues: dict[str, SourceQueue] = {}
-    for source in config.bootstrap.sources:
+    for source in config.bootstrap.generated_sources:
         is_text = source == "inject"
         # Requests with different worked examples cannot share a batch.
         positions = annotations.longest_first(config.bootstrap.max_inject_records if is_text else 0, by_kind=is_text)
