@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import inspect
+import pkgutil
 import re
 from collections.abc import Iterator
 from dataclasses import Field, fields, is_dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from bpo.config import bootstrap as config_bootstrap_module
-from bpo.config import training as config_module
+import bpo.config
 from bpo.config.foreign import FOREIGN
 from bpo.config.io import all_keys, load_config, to_tree
+from bpo.config.options import Section
 from bpo.config.training import Config, DataConfig, LoraConfig, LossConfig, TrainConfig
 from bpo.job.run_record import save_config
 
@@ -40,9 +42,9 @@ def test_every_option_is_documented(section: type) -> None:
 
 
 def test_every_section_of_the_module_is_in_the_tree() -> None:
-    modules = (config_module, config_bootstrap_module)
-    defined = {c for m in modules for c in vars(m).values() if is_dataclass(c) and c.__module__ == m.__name__}
-    assert defined == set(sections())
+    modules = [import_module(f"bpo.config.{module.name}") for module in pkgutil.iter_modules(bpo.config.__path__)]
+    classes = [c for m in modules for c in vars(m).values() if is_dataclass(c) and c.__module__ == m.__name__]
+    assert {c for c in classes if issubclass(c, Section | Config) and c is not Section} == set(sections())
 
 
 def test_no_arguments_give_the_defaults() -> None:
