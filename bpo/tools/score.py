@@ -12,11 +12,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from bpo.config.training import Config, DataConfig, ModelConfig
-from bpo.data.collate import collate_groups
 from bpo.data.encode import Dropped, EncodedGroup, Encoder, EncodingError, load_encoder
 from bpo.formats.bad_records import BadRecords
 from bpo.formats.problems import Problem, RecordError
@@ -25,14 +23,12 @@ from bpo.job.durable import replacing
 from bpo.job.journal import to_line
 from bpo.job.launch import pick_device
 from bpo.job.terminal import printable
-from bpo.model.attention.shared_prefix import packed_layout
-from bpo.model.load import load_model
-from bpo.model.policy import PolicyModel, model_inputs
+from bpo.model.group_scores import GroupScorer, completion_places
+from bpo.model.load import resolve_model
 from bpo.records import PreferenceGroup
 from bpo.tools.groups import add_bad_record_options, bad_records_from, iterate_groups, sample, write_bad_records
 
 
-@torch.inference_mode()
 def score_groups(
     config: Config, groups: Sequence[PreferenceGroup], max_tokens: int, bad: BadRecords
 ) -> Iterator[tuple[PreferenceGroup, EncodedGroup, list[list[float]]]]:
@@ -44,28 +40,16 @@ def score_groups(
     Raises:
         ValueError: Too many groups are bad.
     """
-    encoder = load_encoder(config)
-    device = pick_device()
-    policy = PolicyModel(load_model(config.model, device, for_training=True)).to(device).eval()
-    for batch in _batches(encoder, groups, max_tokens, bad):
-        packed = collate_groups([encoded for _, encoded in batch], encoder.family)
-        with packed_layout(packed.layout):
-            logp_N = policy(**model_inputs(packed.to(device, policy.model.dtype))).cpu()
-        first = 0
-        for group, encoded in batch:
-            values = []
-            for ids in encoded.completion_ids:
-                values.append(logp_N[first : first + len(ids)].tolist())
-                first += len(ids)
-            yield group, encoded, values
+    model = resolve_model(config.model, pick_device(), for_training=True)
+    scorer = GroupScorer(model, load_encoder(config))
+    for group, encoded, logp in scorer.score(_encoded(scorer.encoder, groups, bad), max_tokens):
+        yield group, encoded, [values_N.tolist() for values_N in logp]
 
 
-def _batches(
-    encoder: Encoder, groups: Sequence[PreferenceGroup], max_tokens: int, bad: BadRecords
-) -> Iterator[list[tuple[PreferenceGroup, EncodedGroup]]]:
-    """Batches of groups in file order, up to `max_tokens`; groups without a pair or too long are skipped and logged."""
-    batch: list[tuple[PreferenceGroup, EncodedGroup]] = []
-    tokens = 0
+def _encoded(
+    encoder: Encoder, groups: Sequence[PreferenceGroup], bad: BadRecords
+) -> Iterator[tuple[PreferenceGroup, EncodedGroup]]:
+    """Groups in file order; those without a pair or too long are skipped and logged."""
     for group in tqdm(groups, desc="scoring", unit="group"):
         try:
             encoded = encoder.encode_group(group)
@@ -77,13 +61,7 @@ def _batches(
         if isinstance(encoded, Dropped):
             tqdm.write(printable(f"skipped {group.id}: {encoded.detail}"), file=sys.stderr)
             continue
-        if batch and tokens + encoded.num_tokens > max_tokens:
-            yield batch
-            batch, tokens = [], 0
-        batch.append((group, encoded))
-        tokens += encoded.num_tokens
-    if batch:
-        yield batch
+        yield group, encoded
 
 
 @named_compile_locks()
@@ -143,17 +121,14 @@ def _line(
     policy: list[list[float]],
     reference: list[list[float]],
 ) -> dict[str, object]:
-    at = {ids: index for index, ids in enumerate(encoded.completion_ids)}
-    room = encoder.max_length_tokens - len(encoded.prompt.prefix_ids)
     completions = []
-    for completion in group.completions:
-        ids = encoder.encode_completion(completion.response)[:room]
+    for completion, place in zip(group.completions, completion_places(encoder, group, encoded), strict=True):
         completions.append(
             {
                 "response": completion.response,
-                "tokens": token_texts(encoder, ids),
-                "policy": policy[at[ids]],
-                "reference": reference[at[ids]],
+                "tokens": token_texts(encoder, encoded.completion_ids[place]),
+                "policy": policy[place],
+                "reference": reference[place],
             }
         )
     return {"id": group.id, "completions": completions}
