@@ -161,7 +161,7 @@ class LossInputs:
     completion_of_token_N: [N] int64, index into the K completions of the batch.
     completion_starts_K1: [K + 1] int64, offset of each completion's first token among the N, and N at the end.
     pairs_P2: [P, 2] int64, (preferred, dispreferred) completion indices.
-    pair_weight_P: [P] weight of each pair's loss; 0 in a filler: a batch that only keeps a rank in lockstep with others.
+    pair_weight_P: [P] weight of each pair's loss; 0 in a filler: a batch that only keeps a rank in lockstep.
     token_weight_N: [N] weight of each token's log-ratio, or None for 1.
     reference: [N] fp32 log-probs of the reference, or None while they are being computed.
     """

@@ -1,7 +1,7 @@
 """The gradient of a batch does not depend on how it is divided.
 
-Packing, number of ranks, accumulation and ZeRO stage, with text-only groups among those with images: on two ranks that
-take one group at a time, one runs the vision tower for its images while the other's group has none.
+Packing, number of ranks, accumulation and ZeRO stage, with weighted pairs, and text-only groups among those with
+images: on two ranks that take one group at a time, one runs the vision tower while the other's group has no image.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ CASES = {
     ),
 }
 TEXT_ONLY = (1, 2, 5, 6, 7)
+WEIGHTS = {0: (2.0, 0.25), 1: (1.0, 3.5, 0.125), 3: (0.5, 0.0, 1.75), 8: (1.0, 0.0625)}
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +62,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     records = [json.loads(line) for line in path.read_text().splitlines()]
     for number in TEXT_ONLY:
         records[number]["images"] = []
+    for number, weights in WEIGHTS.items():
+        for completion, weight in zip(records[number]["completions"], weights, strict=True):
+            completion["weight"] = weight
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     tiny_llava(root / "llava")
     tiny_qwen(root / "qwen")
@@ -80,7 +85,8 @@ def truth(root: Path) -> dict[str, dict[str, Any]]:
         policy = PolicyModel(load_model(config.model, for_training=True))
         total, num_pairs = 0.0, 0
         for group in read_groups(root / "groups.jsonl"):
-            encoded = encoder.encode_group(group)
+            kept = tuple(completion for completion in group.completions if completion.weight)
+            encoded = encoder.encode_group(replace(group, completions=kept))
             batch = collate_groups([encoded], encoder.family)  # type: ignore[list-item]
             assert bool(batch.image_inputs) == bool(group.images)
             with packed_layout(batch.layout):
@@ -89,8 +95,10 @@ def truth(root: Path) -> dict[str, dict[str, Any]]:
                 loss = torch.zeros(())
                 for better, worse in batch.loss_inputs.pairs_P2.tolist():
                     ratio = [logp.sum() - REFERENCE_SCALE * logp.detach().sum() for logp in per_completion]
-                    loss = loss + F.softplus(-config.loss.beta * (ratio[better] - ratio[worse]))
-                    loss = loss - config.loss.chosen_nll_weight * per_completion[better].mean()
+                    preference = F.softplus(-config.loss.beta * (ratio[better] - ratio[worse]))
+                    nll = -per_completion[better].mean()
+                    weight = kept[better].weight * kept[worse].weight
+                    loss = loss + weight * (preference + config.loss.chosen_nll_weight * nll)
                 loss.backward()
             total += float(loss.detach())
             num_pairs += len(batch.loss_inputs.pairs_P2)

@@ -98,7 +98,7 @@ class RunDescription:
         self.config, self.steps, self.ranks = config, steps, ranks
         self.base = base_files(reference)
         self.fingerprints = {
-            DATA: content_digest(f"{group.reference_key} {group.num_pairs}" for group in data.measured),
+            DATA: content_digest(data.content()),
             WEIGHTS: base_digest(self.base),
             "reference": content_digest(f"{name} {value}" for name, value in sorted(reference.items())),
         }

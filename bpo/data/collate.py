@@ -47,6 +47,7 @@ class _Sequences:
         self.targets: list[int] = []
         self.completion_of_token: list[int] = []
         self.pairs: list[tuple[int, int]] = []
+        self.pair_weights: list[float] = []
         self.num_completions = 0
 
     def add(self, group: EncodedGroup, prefix_positions_XT: torch.Tensor) -> None:
@@ -58,8 +59,10 @@ class _Sequences:
             self.completion_of_token.extend([self.num_completions + index] * len(ids))
         self.prefix_spans.append(prefix_span)
         self.completion_spans.append(tuple(spans))
-        offset = self.num_completions
-        self.pairs.extend((offset + i, offset + j) for i, j in preference_pairs(group.scores))
+        offset, weights = self.num_completions, group.weights or (1.0,) * len(spans)
+        for i, j in preference_pairs(group.scores):
+            self.pairs.append((offset + i, offset + j))
+            self.pair_weights.append(weights[i] * weights[j])
         self.num_completions += len(spans)
 
     def _append(
@@ -156,7 +159,7 @@ def collate_groups(
             completion_of_token_N=torch.tensor(row.completion_of_token, dtype=torch.long),
             completion_starts_K1=torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.long),
             pairs_P2=torch.tensor(row.pairs, dtype=torch.long).reshape(-1, 2),
-            pair_weight_P=torch.full((len(row.pairs),), 0.0 if is_filler else 1.0),
+            pair_weight_P=torch.tensor([0.0 if is_filler else weight for weight in row.pair_weights]),
         ),
         is_filler=is_filler,
         useful_work=UsefulWork() if is_filler else useful_work(groups, family.config),

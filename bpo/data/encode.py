@@ -55,11 +55,15 @@ class EncodedPrompt:
 
 @dataclass(frozen=True, slots=True)
 class EncodedGroup:
-    """A prompt with its distinct completions (each ends with EOS unless truncated) and their scores."""
+    """A prompt with its distinct completions (each ends with EOS unless truncated), their scores and weights.
+
+    weights: one per completion, or empty for 1.
+    """
 
     prompt: EncodedPrompt
     completion_ids: tuple[tuple[int, ...], ...]
     scores: tuple[float, ...]
+    weights: tuple[float, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -277,22 +281,26 @@ class Encoder:
         """Encodes an answer and its end token; control tokens spelled in it are plain text."""
         return (*self._encode_plain(response), self.eos_token_id)
 
-    def encode_group(self, group: PreferenceGroup) -> EncodedGroup | Dropped:
+    def encode_group(self, group: PreferenceGroup, images: EncodedImages | None = None) -> EncodedGroup | Dropped:
         """Encodes a group; completions are truncated to `max_length_tokens`, prompt and images are not.
 
         Completions with equal tokens are merged, keeping the higher score, because they do not form a pair.
 
+        Args:
+            images: The encoded images of the group, if they are at hand.
+
         Returns:
             The encoded group, or `Dropped` if the prompt leaves no room or no pair is left.
         """
-        prompt = self.encode_prompt(group.id, group.images, group.prompt)
+        prompt = self.encode_prompt(group.id, group.images if images is None else images, group.prompt)
         room = self.max_length_tokens - len(prompt.prefix_ids)
         if room < 1:
             return Dropped(group.id, "prompt-too-long", self.too_long(prompt))
-        best = distinct_answers((self.encode_completion(c.response)[:room], c.score) for c in group.completions)
+        best = distinct_answers(group.completions, lambda c: self.encode_completion(c.response)[:room])
         if best is None:
             return Dropped(group.id, *NO_PAIR)
-        return EncodedGroup(prompt, tuple(best), tuple(best.values()))
+        scores, weights = zip(*best.values(), strict=True)
+        return EncodedGroup(prompt, tuple(best), scores, weights)
 
     def too_long(self, prompt: EncodedPrompt) -> str:
         """Says how long a prompt is that leaves no room for an answer, and which options make room."""

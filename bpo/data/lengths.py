@@ -141,7 +141,11 @@ class MeasuredLengths:
 
 
 def group_digest(group: PreferenceGroup) -> str:
-    return _digest(group_to_json(group))
+    """Of all that a measurement depends on; not the weights, since `keep_types` removes completions of weight 0."""
+    tree = group_to_json(group)
+    for completion in tree["completions"]:
+        completion.pop("weight", None)
+    return _digest(tree)
 
 
 def _entry(entry: Any) -> tuple[str, Any, Measured]:

@@ -124,7 +124,7 @@ def why_unused(outcome: Outcome, what: Examination) -> str | None:
         return None
     group = keep_types(outcome, what.types)
     refused = refusal(group, max_words=what.max_words, keep_text_only=what.keep_text_only)
-    if refused is None and distinct_answers((c.response, c.score) for c in group.completions) is None:
+    if refused is None and distinct_answers(group.completions, lambda c: c.response) is None:
         refused = NO_PAIR
     return None if refused is None else refused[0]
 

@@ -103,8 +103,8 @@ def trl_rows(group: PreferenceGroup) -> Iterator[dict[str, Any]]:
     """Yields one row per pair of a group (all i, j with score_i > score_j), without images.
 
     `prompt`, `chosen` and `rejected` are TRL messages. The columns `bpo_group`, `bpo_chosen` and `bpo_rejected` hold
-    as JSON what TRL has no columns for: the group's id and other fields, each completion's index, score, type and
-    provenance. The importer uses them to reassemble the group.
+    as JSON what TRL has no columns for: the group's id and other fields, each completion's index, score, type,
+    provenance and weight. The importer uses them to reassemble the group.
 
     Raises:
         RecordError: All completions have the same score, so there is no pair.
@@ -140,6 +140,7 @@ def _message(completion: Completion) -> list[dict[str, Any]]:
 def _completion_meta(completion: Completion, index: int) -> str:
     meta = {"index": index, "score": completion.score, "type": completion.type, "extra": dict(completion.extra)}
     provenance = None if completion.provenance is None else completion.provenance.to_json()
+    meta |= {"weight": completion.weight} if completion.weight != 1 else {}
     return json.dumps({**meta, "provenance": provenance})
 
 

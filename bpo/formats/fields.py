@@ -12,6 +12,8 @@ from bpo.formats.problems import RecordError
 from bpo.records import ROLES, ContentPart, Role, Turn
 
 RECORD_KEYS = frozenset(("id", "images", "image", "prompt", "completions", "response"))
+# The product of two weights stays finite in the loss, and a number of another kind in this field is noticed.
+MAX_WEIGHT = 1e6
 
 
 def required(obj: Mapping[str, Any], key: str, where: str) -> Any:
@@ -102,6 +104,21 @@ def score_of(value: Any, name: str, where: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
         raise RecordError(
             "invalid-score", f"{where}: {name} is {_short(value)}; it must be a finite number (higher is preferred)"
+        )
+    return float(value)
+
+
+def weight_of(value: Any, name: str, where: str) -> float:
+    """Returns the weight of a completion.
+
+    Raises:
+        RecordError: The value is not a number from 0 to `MAX_WEIGHT`.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= MAX_WEIGHT:
+        raise RecordError(
+            "invalid-weight",
+            f"{where}: {name} is {_short(value)}; it must be a number from 0 (not trained on) to {MAX_WEIGHT:g}, or "
+            "absent for 1",
         )
     return float(value)
 

@@ -48,6 +48,7 @@ _KINDS: tuple[tuple[str, Level, str, str], ...] = (
     ("unknown-key", "bad", "an unknown key in a turn, part or provenance", "remove it"),
     ("few-completions", "bad", "fewer than two completions", "add one, or use the file as annotations"),
     ("invalid-score", "bad", "a score is not a finite number", "write a number; higher is preferred"),
+    ("invalid-weight", "bad", "a weight is not a number from 0 to 1e6", "write a number; 1 is the default"),
     ("wrong-file", "bad", "groups instead of annotations, or vice versa", "set it as data.groups or data.annotations"),
     ("preference-field", "bad", "an annotation has a field of preference data", "name the answers chosen and rejected"),
     ("different-prompts", "bad", "the answers have different prompts or images", "give them the same ones"),

@@ -18,13 +18,14 @@ from bpo.formats.fields import (
     required,
     score_of,
     text_of,
+    weight_of,
 )
 from bpo.formats.importers.llava import NO_ANSWER
 from bpo.formats.problems import RecordError
 from bpo.records import Annotation, Completion, PreferenceGroup, Provenance
 
 GROUP_KEYS = frozenset(("id", "images", "image", "prompt", "completions"))
-COMPLETION_KEYS = frozenset(("response", "score", "type", "provenance"))
+COMPLETION_KEYS = frozenset(("response", "score", "type", "provenance", "weight"))
 ANNOTATION_KEYS = frozenset(("id", "images", "image", "prompt", "response"))
 PROVENANCE_KEYS = tuple(entry.name for entry in fields(Provenance))
 
@@ -40,6 +41,8 @@ def completion_to_json(completion: Completion) -> dict[str, Any]:
     entry: dict[str, Any] = {"response": completion.response, "score": completion.score, "type": completion.type}
     if completion.provenance is not None:
         entry["provenance"] = completion.provenance.to_json()
+    if completion.weight != 1:
+        entry["weight"] = completion.weight
     return {**entry, **completion.extra}
 
 
@@ -112,7 +115,19 @@ def completion_from_json(entry: Any, name: str, where: str) -> Completion:
     provenance = entry.get("provenance")
     if provenance is not None:
         provenance = provenance_from_json(provenance, f"{name}.provenance", where)
-    return Completion(response, score, kind, provenance, extra_of(entry, COMPLETION_KEYS, where, ()))
+    extra = extra_of(entry, COMPLETION_KEYS, where, ())
+    return Completion(response, score, kind, provenance, extra, weight_from_json(entry, name, where))
+
+
+def completion_extra(extra: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of another format's answer, to be kept with the completion: a name of its own becomes `source_NAME`."""
+    return {f"source_{name}" if name in COMPLETION_KEYS else name: value for name, value in extra.items()}
+
+
+def weight_from_json(entry: Mapping[str, Any], name: str, where: str) -> float:
+    """Returns the weight of a completion, 1 if it has none; raises `RecordError` as `weight_of`."""
+    value = entry.get("weight")
+    return 1.0 if value is None else weight_of(value, f"{name}.weight", where)
 
 
 def provenance_from_json(value: Any, name: str, where: str) -> Provenance:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 from bpo.records import Completion, PreferenceGroup
@@ -13,11 +14,12 @@ NO_PAIR = ("no-pair", "no two completions differ in both tokens and score")
 
 
 def keep_types(group: PreferenceGroup, types: Sequence[str]) -> PreferenceGroup:
-    """Keeps the top-scored completions of a group and those of the given types; empty `types` keeps all."""
+    """Keeps the completions with a weight that are top-scored or of the given types; empty `types` keeps all types."""
+    weighted = tuple(completion for completion in group.completions if completion.weight)
     if not types:
-        return group
-    top = max(completion.score for completion in group.completions)
-    kept: tuple[Completion, ...] = tuple(c for c in group.completions if c.score == top or c.type in types)
+        return group if len(weighted) == len(group.completions) else replace(group, completions=weighted)
+    top = max((completion.score for completion in weighted), default=0.0)
+    kept: tuple[Completion, ...] = tuple(c for c in weighted if c.score == top or c.type in types)
     return PreferenceGroup(group.id, group.images, group.prompt, kept)
 
 
@@ -30,19 +32,22 @@ def refusal(group: PreferenceGroup, *, max_words: int, keep_text_only: bool) -> 
     """
     if not group.images and not keep_text_only:
         return "no-image", "the group has no image to judge its answers by; set data.text_only=keep to train on it"
-    longest = max(len(completion.response.split()) for completion in group.completions)
+    longest = max((len(completion.response.split()) for completion in group.completions), default=0)
     if longest > max_words:
         return "too-many-words", f"a completion of {longest} words is above data.max_completion_words={max_words}"
     return None
 
 
-def distinct_answers(scored: Iterable[tuple[Answer, float]]) -> dict[Answer, float] | None:
-    """Merges equal answers (texts or token ids), keeping the higher score.
+def distinct_answers(
+    completions: Iterable[Completion], answer_of: Callable[[Completion], Answer]
+) -> dict[Answer, tuple[float, float]] | None:
+    """Merges completions with equal answers (texts or token ids), keeping the higher score, then the higher weight.
 
     Returns:
-        Answer -> score, or None if no two answers differ in score (`NO_PAIR`).
+        Answer -> (score, weight), or None if no two answers differ in score (`NO_PAIR`).
     """
-    best: dict[Answer, float] = {}
-    for answer, score in scored:
-        best[answer] = max(score, best.get(answer, score))
-    return best if len(set(best.values())) >= 2 else None
+    best: dict[Answer, tuple[float, float]] = {}
+    for completion in completions:
+        answer, value = answer_of(completion), (completion.score, completion.weight)
+        best[answer] = max(value, best.get(answer, value))
+    return best if len({score for score, _ in best.values()}) >= 2 else None

@@ -84,6 +84,13 @@ class TrainingData:
     def _has_image(self) -> list[bool]:
         return [bool(self.dataset.groups[index].images) for index in self.usable]
 
+    def content(self) -> Iterator[str]:
+        """A line per planned group with its images and tokens (as a digest), pairs and weights other than 1."""
+        for index, measured in zip(self.usable, self.measured, strict=True):
+            weights = [completion.weight for completion in self.dataset.groups[index].completions]
+            unequal = f" {weights}" if any(weight != 1 for weight in weights) else ""
+            yield f"{measured.reference_key} {measured.num_pairs}{unequal}"
+
     def num_pairs(self, groups: tuple[int, ...]) -> int:
         """Pairs of planned groups, without those known to be lost."""
         return sum(self.measured[g].num_pairs for g in groups if self.usable[g] not in self.lost.indices)

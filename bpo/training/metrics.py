@@ -30,6 +30,7 @@ _NAMES = (
     "logps/rejected",
     "nll/chosen",
 )
+_NUM_WEIGHTED = 2  # the losses, which training minimises; the other means count each pair once, whatever its weight
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,9 @@ class StepSums:
             output.nll_P,
         )
         gap = (output.logp_N - inputs.reference).abs().max()
-        sums = torch.stack(columns).double() @ inputs.pair_weight_P.double()
+        values = torch.stack(columns).double()
+        values[:_NUM_WEIGHTED] *= inputs.pair_weight_P.double()
+        sums = values @ torch.ones_like(values[0])
         # Not the batch itself: its pixels would stay on the device until the end of the step.
         owners = tuple(
             g for g, spans in zip(batch.group_ids, batch.layout.completion_spans, strict=False) for _ in spans
@@ -95,7 +98,7 @@ class StepSums:
         self._unread.append(
             _Unread(torch.cat([sums, gap.double()[None]]), output.loss_P.detach(), inputs.pairs_P2, owners)
         )
-        self.num_pairs += inputs.pair_weight_P.numel()  # outside fillers each weighs 1
+        self.num_pairs += inputs.pair_weight_P.numel()
         self.num_tokens += batch.input_ids_T.numel()
         self.useful_work += batch.useful_work
         self.groups.extend(batch.group_ids)
@@ -119,7 +122,10 @@ class StepSums:
 
 
 def step_metrics(flat: list[float]) -> dict[str, float]:
-    """Means over the pairs of the global batch, from the flat sums of all ranks; none if it has lost all its groups."""
+    """Means over the pairs of the global batch, from the flat sums of all ranks; none if it has lost all its groups.
+
+    Losses are weighted by the pairs' weights and divided by the number of pairs, as in `run_step`.
+    """
     pairs = flat[len(_NAMES)]
     if not pairs:
         return {}

@@ -14,7 +14,10 @@ from bpo.training.metrics import StepSums
 def run_step(
     trainer: TrainingEngine, batches: StepBatches | list[GroupBatch], config: Config, num_pairs: int, step: int
 ) -> StepSums:
-    """Accumulates this rank's share of the gradient; loss = mean over all pairs of the global batch.
+    """Accumulates this rank's share of the gradient; loss = sum of weight * loss over the global batch / its pairs.
+
+    The divisor is the number of pairs, not the sum of their weights: with weights of mean 1 over the data, the expected
+    gradient is that of the weighted data, and it does not depend on which pairs share a step.
 
     Args:
         batches: This rank's micro-batches, on the trainer's device.

@@ -107,6 +107,13 @@ def test_filler_is_the_same_work_without_weight(encoder: Encoder, encoded: list[
     assert filler.is_filler and not real.is_filler
 
 
+def test_a_pair_weighs_the_product_of_its_completions(encoder: Encoder) -> None:
+    first = replace(group("a", [1, 2], [10], [20], [30]), weights=(0.5, 1.0, 4.0))
+    batch = collate_groups([first, group("b", [4, 5], [40], [50])], encoder.family)
+    assert batch.loss_inputs.pair_weight_P.tolist() == [0.5, 2.0, 1.0]
+    assert not collate_groups([first], encoder.family, is_filler=True).loss_inputs.pair_weight_P.any()
+
+
 def test_reference_key_follows_images_and_tokens_only(encoded: list[EncodedGroup]) -> None:
     first = encoded[0]
     key = reference_key(first, ["digest"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -249,6 +250,14 @@ def test_completions_equal_after_tokenising_are_not_a_pair(tiny_llava_dir: Path,
     kept = encoder.encode_group(group("g", "same", "other", "same"))
     assert isinstance(kept, EncodedGroup)
     assert kept.scores == (1.0, 0.0)  # duplicates are merged, keeping the higher score
+    assert kept.weights == (1.0, 1.0)
+    weighted = group("g", "best", "same", "same")
+    weighted = replace(
+        weighted,
+        completions=tuple(replace(c, weight=w) for c, w in zip(weighted.completions, (1.0, 0.5, 2.0), strict=True)),
+    )
+    merged = encoder.encode_group(weighted)
+    assert isinstance(merged, EncodedGroup) and merged.weights == (1.0, 2.0)
     num_prefix = len(kept.prompt.prefix_ids)
     cut_to_two = encoder_of(tiny_llava_dir, photo_root, max_length_tokens=num_prefix + 2)
     cut = cut_to_two.encode_group(group("g", "abc", "abd"))
@@ -286,6 +295,18 @@ def test_keep_types_always_keeps_the_best() -> None:
     assert keep_types(original, []) == original
     assert replace(kept, completions=original.completions) == original
     assert all(isinstance(c, Completion) for c in kept.completions)
+
+
+def test_completions_without_weight_are_not_trained_on() -> None:
+    original = group("g", ("a", 2.0, "gt"), ("b", 1.0, "mllm-hal"), ("c", 0.0, "llm-hal"))
+
+    def kept(*weights: float, types: Sequence[str] = ()) -> list[str]:
+        completions = tuple(replace(c, weight=w) for c, w in zip(original.completions, weights, strict=True))
+        return [c.response for c in keep_types(replace(original, completions=completions), types).completions]
+
+    assert kept(1.0, 0.0, 0.5) == ["a", "c"]
+    assert kept(0.0, 1.0, 1.0, types=["llm-hal"]) == ["b", "c"]  # the best that is left
+    assert kept(0.0, 0.0, 0.0, types=["llm-hal"]) == kept(0.0, 0.0, 0.0) == []
 
 
 def test_tokenizer_without_eos_is_refused(llava: Encoder, photo_root: Path) -> None:

@@ -134,6 +134,19 @@ def test_groups_left_without_a_pair_by_type_are_dropped(encoder: Encoder) -> Non
     assert reasons(only_weakened) == {"g": "no-pair"}
 
 
+def test_pairs_of_weight_0_are_left_out_before_planning(encoder: Encoder) -> None:
+    original = group("g", "a cat", "a dog", "two dogs")
+
+    def weighted(*weights: float) -> PreferenceGroup:
+        pairs = zip(original.completions, weights, strict=True)
+        return replace(original, completions=tuple(replace(c, weight=w) for c, w in pairs))
+
+    dataset = dataset_of(encoder, weighted(1, 0, 0.5), group("g", "a cat", "two dogs"), max_words=2)
+    some, without = dataset.measure(0), dataset.measure(1)
+    assert isinstance(some, MeasuredGroup) and some == without
+    assert reasons(dataset_of(encoder, weighted(1, 0, 0), weighted(0, 0, 0))) == {"g": "no-pair"}
+
+
 def test_reference_key_follows_the_bytes_of_the_image(encoder: Encoder) -> None:
     dataset = dataset_of(encoder, group("g", "a", "b"), group("h", "a", "b"))
     before, same = dataset.measure(0), dataset.measure(1)

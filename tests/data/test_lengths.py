@@ -6,6 +6,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -151,6 +152,19 @@ def test_a_changed_text_is_measured_again(tmp_path: Path, encoder: Encoder) -> N
     short, long = lengths("a cat", "a dog"), lengths("a cat", "a dog and a very long tail of words")
     assert long.num_tokens > short.num_tokens  # type: ignore[union-attr]
     assert lengths("a cat", "a dog") == short
+
+
+def test_other_weights_are_not_measured_again(tmp_path: Path, encoder: Encoder, opened: list[str]) -> None:
+    def measured(*weights: float) -> list[Measured]:
+        first, *others = three_groups()
+        completions = tuple(replace(c, weight=w) for c, w in zip(first.completions, weights, strict=True))
+        dataset = GroupDataset([replace(first, completions=completions), *others], encoder, max_words=350, types=())
+        return list(MeasuredLengths(tmp_path / "lengths", dataset, range(3)).measure(num_workers=0))
+
+    before = measured(1, 1, 1)
+    opened.clear()
+    assert measured(1, 0.5, 2) == before and opened == []
+    assert measured(1, 0, 2) != before and set(opened) == {"wide.png"}
 
 
 def test_an_unwritable_directory_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog) -> None:

@@ -48,6 +48,7 @@ COMPLETIONS = st.builds(
     ANSWERS,
     st.none() | st.builds(Provenance, ANSWERS, seed=st.none() | st.integers()),
     EXTRAS.map(lambda extra: {k: v for k, v in extra.items() if k not in COMPLETION_KEYS}),
+    st.sampled_from([1.0, 0.0, 0.25, 1e6]),
 )
 PARTS = st.just(ContentPart("image")) | TEXTS.map(lambda text: ContentPart("text", text))
 
@@ -110,7 +111,7 @@ def files(tmp_path: Path) -> Path:
     completions = [
         {"response": "A bus.", "score": 1, "type": "gt", "annotator": {"id": 7}},
         {"response": "A tram.", "score": 0.25, "type": "mllm-hal", "provenance": {"source": "weaken", "seed": 3}},
-        {"response": "A lorry.", "score": 0, "type": "llm-hal"},
+        {"response": "A lorry.", "score": 0, "type": "llm-hal", "weight": 0.5},
     ]
     with (tmp_path / "groups.jsonl").open("w") as file:
         for number in range(3):

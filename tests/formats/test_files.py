@@ -11,6 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bpo.formats.files import group_from_json, group_to_json, read_annotations, read_groups
+from bpo.formats.importers.preferences import group_from_sharegpt
+from bpo.formats.problems import RecordError
 from bpo.records import Completion, ContentPart, PreferenceGroup, Provenance, Turn
 from tests.conftest import FUZZ
 
@@ -124,6 +126,28 @@ def test_a_group_survives_the_round_trip(
     images = tuple(f"{n}.png" for n in range(num_images))
     group = PreferenceGroup(group_id, images, prompt, tuple(completions))
     assert group_from_json(json.loads(json.dumps(group_to_json(group))), "here") == group
+
+
+def test_a_weight_is_written_only_if_it_is_not_1() -> None:
+    group = group_from_json(group_json(completions=[GT, OTHER | {"weight": 0.25}]), "here")
+    assert [completion.weight for completion in group.completions] == [1.0, 0.25]
+    assert ["weight" in entry for entry in group_to_json(group)["completions"]] == [False, True]
+
+
+@pytest.mark.parametrize("weight", ["1", True, -1e-9, 1e7, [1.0]])
+def test_a_weight_that_is_no_number_or_out_of_range_names_the_completion(weight: Any) -> None:
+    record = group_json(completions=[GT, OTHER | {"weight": weight}])
+    with pytest.raises(RecordError, match=r"here.*completions\[1\].weight is .*from 0 .* to 1e\+06, or absent for 1"):
+        group_from_json(record, "here")
+
+
+def test_the_weight_of_another_formats_turn_is_not_the_weight_of_the_pair() -> None:
+    turns = [{"from": "human", "value": "<image>What?"}]
+    answers = {name: {"from": "gpt", "value": name, "weight": 0} for name in ("chosen", "rejected")}
+    group = group_from_sharegpt({"conversations": turns, "images": ["x.png"], **answers}, "a", "here")
+    assert isinstance(group, PreferenceGroup)
+    assert [(c.weight, c.extra) for c in group.completions] == [(1.0, {"source_weight": 0})] * 2
+    assert group_from_json(group_to_json(group), "here") == group
 
 
 def test_unknown_fields_are_kept(tmp_path: Path) -> None:

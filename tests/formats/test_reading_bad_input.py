@@ -94,7 +94,7 @@ BAD_GROUPS: list[tuple[str, bytes]] = [
     ("foreign-marker", line(group(images=[], prompt="Picture 1: <img>good.png</img>\nWhat?"))),
     ("few-completions", line(group(completions=[GT]))),
     ("few-completions", line(group(completions={}))),
-    ("invalid-score", line(answer(score="0"))),
+    ("invalid-weight", line(answer(weight=-0.5))),
     ("invalid-score", line(answer(score=True))),
     (
         "invalid-score",

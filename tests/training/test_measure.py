@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -44,3 +45,16 @@ def test_a_measured_group_is_few_bytes_between_ranks() -> None:
     assert len(sent) < 180 and measure._from_json(json.loads(sent)) == group
     dropped = encode.Dropped("g1", "bad-image", "missing")
     assert measure._from_json(json.loads(json.dumps(measure._to_json(dropped)))) == dropped
+
+
+def test_the_content_of_a_run_changes_with_a_weight_and_not_without(run: Config) -> None:
+    def content() -> list[str]:
+        return list(measure_groups(run, encode.load_encoder(run), Ranks(), lambda mine: [mine]).content())
+
+    path = Path(run.data.groups)
+    unweighted, before = path.read_text(), content()
+    path.write_text(unweighted.replace('"score": 0,', '"score": 0, "weight": 1.0,'))
+    assert content() == before  # as in checkpoints of versions without weights
+    path.write_text(unweighted.replace('"no 3", "score": 0,', '"no 3", "score": 0, "weight": 0.5,'))
+    changed = content()
+    assert [index for index in range(NUM_GROUPS) if changed[index] != before[index]] == [3]

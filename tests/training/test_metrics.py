@@ -28,6 +28,7 @@ def add(
     rewards: list[tuple[float, float]],
     is_filler: bool = False,
     work: UsefulWork | None = None,
+    weights: list[float] | None = None,
 ) -> None:
     """Adds a batch of groups of two completions, one token each: completion c has log-prob -c."""
     num_pairs = len(losses)
@@ -46,7 +47,7 @@ def add(
             completion_of_token_N=torch.arange(2 * num_pairs),
             completion_starts_K1=torch.arange(2 * num_pairs + 1),
             pairs_P2=pairs_P2,
-            pair_weight_P=torch.full((num_pairs,), 0.0 if is_filler else 1.0),
+            pair_weight_P=torch.tensor(weights or [0.0 if is_filler else 1.0] * num_pairs),
             reference=logp_N - 0.125,
         ),
         is_filler=is_filler,
@@ -78,6 +79,14 @@ def test_sums_of_ranks_add_up_to_the_metrics_of_the_whole() -> None:
             add(sums, *batch)
     reduced = [a + b for a, b in zip(one.flat(), other.flat(), strict=True)]
     assert step_metrics(reduced) == pytest.approx(step_metrics(whole.flat()))
+
+
+def test_weights_count_in_the_losses_only() -> None:
+    sums = StepSums.zero()
+    add(sums, [1.0, 3.0], [(0.5, 0.0), (0.25, 0.75)], weights=[0.5, 2.5])
+    metrics = step_metrics(sums.flat())
+    assert metrics["loss"] == 4.0 and metrics["preference_loss"] == 2.0  # 0.5 * 1 + 2.5 * 3 over two pairs
+    assert metrics["nll/chosen"] == 0.5 and metrics["rewards/accuracies"] == 0.5 and metrics["rewards/margins"] == 0
 
 
 def test_fillers_count_nowhere() -> None:

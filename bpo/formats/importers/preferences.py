@@ -23,7 +23,7 @@ from bpo.formats.importers.names import TURN_FIELDS
 from bpo.formats.jsonfiles import parse_json
 from bpo.formats.messages import content_text, without_nulls
 from bpo.formats.problems import RecordError
-from bpo.formats.schema import provenance_from_json
+from bpo.formats.schema import completion_extra, provenance_from_json, weight_from_json
 from bpo.records import Completion, PreferenceGroup
 
 # Columns added to TRL's by the exporter, so that groups survive a round trip through pairs.
@@ -169,7 +169,7 @@ def group_from_sharegpt(obj: Mapping[str, Any], record_id: str, where: str) -> P
         if role != "assistant":
             raise RecordError("unknown-role", f"{where}: {name} has the role {role!r}; it must be 'assistant'")
         text = answer_of(content_text(content, name, where), name, where)
-        completions.append(Completion(text, score, name, None, turn_extra(value, where)))
+        completions.append(Completion(text, score, name, None, completion_extra(turn_extra(value, where))))
     extra = conversation_extra(obj, KNOWN_KEYS | {"chosen", "rejected"}, where)
     return PreferenceGroup(record_id, images, prompt_of(turns, len(images), where), tuple(completions), extra)
 
@@ -275,6 +275,7 @@ def _pair_row(
                 text_of(entry.get("type"), f"{name}.type", where),
                 None if provenance is None else provenance_from_json(provenance, f"{name}.provenance", where),
                 _object_in(entry, name, where),
+                weight_from_json(entry, name, where),
             )
         )
         indices.append(_whole(entry, "index", name, where))

@@ -23,7 +23,7 @@ from bpo.formats.importers.names import PROMPT_FIELDS, RATED
 from bpo.formats.importers.preferences import PairRow
 from bpo.formats.messages import content_text
 from bpo.formats.problems import RecordError
-from bpo.formats.schema import COMPLETION_KEYS
+from bpo.formats.schema import COMPLETION_KEYS, completion_extra
 from bpo.records import Completion, PreferenceGroup
 
 # Keys include 1 and 0, which equal True and False.
@@ -116,6 +116,7 @@ def row_from_label(obj: Mapping[str, Any], record_id: str, where: str) -> PairRo
     extra = conversation_extra(obj, KNOWN_KEYS | {"label"}, where)
     if obj.get("id") is not None:
         extra["source_id"] = record_id
-    completion = Completion(answer, _LABELS[label], "desirable" if _LABELS[label] else "undesirable", None, extra)
+    kind = "desirable" if _LABELS[label] else "undesirable"
+    completion = Completion(answer, _LABELS[label], kind, None, completion_extra(extra))
     group_id = f"prompt-{hashlib.blake2b(key, digest_size=8).hexdigest()}"
     return PairRow(PreferenceGroup(group_id, images, prompt, (completion,)))

@@ -113,6 +113,8 @@ def _completion(
     provenance = completion.provenance.to_json() if completion.provenance else {}
     # As strings: JavaScript numbers have 53 bits.
     provenance = {name: v if isinstance(v, str) else json.dumps(v) for name, v in provenance.items()}
+    if completion.weight != 1:
+        provenance["weight"] = f"{completion.weight:.3g}"
     tree: dict[str, Any] = {
         "type": completion.type,
         "source": provenance.pop("source", ""),
