@@ -36,7 +36,7 @@ COVERS = {
     "bootstrap/test_run.py": "completion_types engines/models job/broken_images sources",
     "bootstrap/test_weaken.py": "engines/vision",
     "checkpoint/test_files.py": "partition shards",
-    "config/test_io.py": "bootstrap foreign negatives options training",
+    "config/test_io.py": "bootstrap foreign measure negatives options training",
     "data/families/test_families.py": "base gemma idefics internvl llava qwen",
     "evaluation/test_answer_journal.py": "answers",
     "formats/importers/test_arrow.py": "shards",

@@ -22,6 +22,7 @@ FREE = (
     "bootstrap.*",
     "evaluation.*",
     "export.*",
+    "measure.*",
     "model.path",
     "model.trust_remote_code",
     "data.annotations",

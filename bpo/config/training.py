@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from bpo.config.bootstrap import BootstrapConfig
+from bpo.config.measure import MeasureConfig
 from bpo.config.options import NUM_SEEDS, Section, check, needed, number, seconds
 
 
@@ -291,6 +292,7 @@ class Config:
         model: Model loading and execution.
         data: Data files, length limits and handling of bad records.
         bootstrap: Generation of negatives from annotations.
+        measure: Measures of preference groups before training.
         lora: Low-rank adaptation of the language model.
         trainable: Trainable parts of the model.
         loss: Preference loss.
@@ -302,6 +304,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     bootstrap: BootstrapConfig = field(default_factory=BootstrapConfig)
+    measure: MeasureConfig = field(default_factory=MeasureConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     trainable: TrainableConfig = field(default_factory=TrainableConfig)
     loss: LossConfig = field(default_factory=LossConfig)
