@@ -1,21 +1,23 @@
 """`bpo bootstrap`: builds preference groups from annotations and images; sharded over ranks and jobs, resumable.
 
-All records are batched once, longest first, so that an out-of-memory error occurs at the start or not at all. Workers
-(the ranks of one job, or of all jobs of a SLURM array, `bootstrap.num_shards`) claim batches in that order: slow
-workers claim fewer, and leases of dead workers are taken over. A batch is always generated whole, so for a given batch
-size even the rounding of batched matrix products is independent of the number of workers and of where a run was killed.
-Workers communicate through files only. Rank 0 merges when every record has an outcome; for several shards, `bpo merge`.
+All records are batched once, in an order in which any prefix is a fair sample (`job/order.py`); the first batch has the
+longest record, so that an out-of-memory error occurs at the start or not at all. Workers (the ranks of one job, or of
+all jobs of a SLURM array, `bootstrap.num_shards`) claim batches in that order: slow workers claim fewer, and leases of
+dead workers are taken over. Sources take turns, so that a job that stops has about the same records for all of them;
+only an LLM that is loaded for `inject` alone waits until the multimodal model has finished. A batch is always generated
+whole, so for a given batch size even the rounding of batched matrix products is independent of the number of workers
+and of where a run was killed. Workers communicate through files only. Rank 0 merges when every record has an outcome;
+for several shards, `bpo merge`.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ from bpo.bootstrap.job.leases import Leases
 from bpo.bootstrap.job.merge import BootstrapSummary, merge, sibling_path
 from bpo.bootstrap.job.outcomes import Outcome, OutcomeReader, OutcomeWriter
 from bpo.bootstrap.job.progress import ProgressBar
-from bpo.bootstrap.job.queue import LeasedBatch, SourceQueue, build_queues, is_finished, lacking
+from bpo.bootstrap.job.queue import LeasedBatch, SourceQueue, build_queues, interleaved, is_finished, lacking
 from bpo.bootstrap.job.spool import AnnotationSpool
 from bpo.bootstrap.sources import ImageAnswers, InjectedErrors, NegativeSource
 from bpo.config.bootstrap import Source
@@ -100,7 +102,7 @@ def run_bootstrap(config: Config, progress: bool = True, stop: StopRequest | Non
     reader = OutcomeReader(folder)
     reader.poll()
     queues = build_queues(annotations, config, reader)
-    seconds: dict[str, float] = {}
+    seconds: dict[str, float] = dict.fromkeys(queues, 0.0)
     broken = BrokenImages(config.data, len(annotations), bad, folder, reader.broken())
     leases = Leases(folder / "claims", f"worker-{share.worker:05d}", config.bootstrap.claim_timeout_s)
     with OutcomeWriter(folder, share.worker) as writer, leases, Prefetcher(num_prepare_threads(config)) as prefetcher:
@@ -108,10 +110,9 @@ def run_bootstrap(config: Config, progress: bool = True, stop: StopRequest | Non
         worker = Worker(Results(reader, writer, broken), leases, prefetcher, stop, progress and ranks.is_main)
         stall = StallTimeout(config.bootstrap.stall_timeout_s)
         while True:
-            for source, make in _sources(config, annotations.most_images, ranks):
-                started = time.monotonic()
-                worker.run_source(make, queues[source])
-                seconds[source] = seconds.get(source, 0.0) + time.monotonic() - started
+            for sources in _sources(config, annotations.most_images, ranks):
+                for source, spent_s in worker.run_sources(sources, queues).items():
+                    seconds[source] += spent_s
             reader.poll()
             if not share.merges or is_finished(queues):
                 break
@@ -226,40 +227,60 @@ class Worker:
     stop: StopRequest | None
     progress: bool
 
-    def run_source(self, make: Callable[[], NegativeSource], queue: SourceQueue) -> None:
-        """Generates all batches that are unfinished and unclaimed; loads the model only if there is one."""
-        batches = queue.leased(self.leases)
-        first = next(batches, None)
-        if first is None:
-            return
-        negatives = make()
-        with ProgressBar(queue, self.results.reader, self.progress) as bar:
-            for claimed, batch, prepared in self.prefetcher.of(
-                self._batches(chain([first], batches), queue, negatives)
-            ):
+    def run_sources(
+        self, make: Mapping[str, Callable[[], NegativeSource]], queues: Mapping[str, SourceQueue]
+    ) -> dict[str, float]:
+        """Generates all batches of some sources that are unfinished and unclaimed; the sources take turns.
+
+        Args:
+            make: Source -> its constructor, called only if there is a batch.
+
+        Returns:
+            Source -> seconds spent on it.
+        """
+        mine = {source: queues[source] for source in make}
+        bars: dict[str, ProgressBar] = {}
+        started_s = time.monotonic()
+        with ExitStack() as stack:
+            for key, batch, prepared in self.prefetcher.of(self._batches(make, mine.values())):
+                queue, negatives, claimed = key
                 if self.stop is not None:
-                    done = f"{bar.num_done} of {queue.num_records} records of source `{queue.source}` are done and kept"
-                    self.stop.check(done)
+                    done = ", ".join(
+                        f"{q.num_done()} of {q.num_records} records of source `{s}`" for s, q in mine.items()
+                    )
+                    self.stop.check(f"{done} are done and kept")
+                if queue.source not in bars:
+                    bar = ProgressBar(queue, self.results.reader, self.progress)
+                    bars[queue.source] = stack.enter_context(bar)
                 with _advice_on_memory(len(batch)):
                     for number in self.results.write_as_finished(negatives.outcomes(batch, prepared)):
-                        bar.add(number)
+                        bars[queue.source].add(number)
                 if claimed.ends:
                     self.leases.release(claimed.ends)
+                ended_s = time.monotonic()
+                bars[queue.source].seconds += ended_s - started_s
+                started_s = ended_s
+        return {source: bar.seconds for source, bar in bars.items()}
 
     def _batches(
-        self, claimed: Iterable[LeasedBatch], queue: SourceQueue, negatives: NegativeSource
-    ) -> Iterator[tuple[LeasedBatch, list[Annotation], list[Callable[[], Any]]]]:
+        self, make: Mapping[str, Callable[[], NegativeSource]], queues: Iterable[SourceQueue]
+    ) -> Iterator[tuple[tuple[SourceQueue, NegativeSource, LeasedBatch], list[Annotation], list[Callable[[], Any]]]]:
         """Yields each batch with its preparation functions."""
-        for claim in claimed:
-            batch = queue.batches[claim.number]
+        made: dict[str, NegativeSource] = {}
+        for queue, claimed in interleaved(queues, self.leases):
+            if queue.source not in made:
+                made[queue.source] = make[queue.source]()
+            negatives = made[queue.source]
+            batch = queue.batches[claimed.number]
             if not negatives.whole_batches:
-                has = queue.has(claim.number)
+                has = queue.has(claimed.number)
                 batch = [annotation for annotation, there in zip(batch, has, strict=True) if not there]
-            yield claim, batch, [partial(negatives.prepare, annotation) for annotation in batch]
+            prepare: list[Callable[[], Any]] = [partial(negatives.prepare, annotation) for annotation in batch]
+            yield (queue, negatives, claimed), batch, prepare
 
 
-def _sources(config: Config, max_images: int, ranks: Ranks) -> Iterator[tuple[str, Callable[[], NegativeSource]]]:
-    """Yields each source and its constructor, grouped by model; `inject`, which may use another LLM, comes last."""
+def _sources(config: Config, max_images: int, ranks: Ranks) -> Iterator[dict[str, Callable[[], NegativeSource]]]:
+    """Yields the sources that take turns, with their constructors: all, except for a second model in memory."""
     generators = Generators(config, ranks, max_images)
 
     def image_answers(source: Source) -> Callable[[], NegativeSource]:
@@ -269,11 +290,15 @@ def _sources(config: Config, max_images: int, ranks: Ranks) -> Iterator[tuple[st
         checks_images = set(config.bootstrap.generated_sources) == {"inject"}
         return InjectedErrors(config, generators.text(), generators.encoder, checks_images)
 
-    for source in config.bootstrap.generated_sources:
-        if source != "inject":
-            yield source, image_answers(source)
-    if "inject" in config.bootstrap.sources:
-        yield "inject", injected_errors
+    options = config.bootstrap
+    images: list[Source] = [source for source in options.generated_sources if source != "inject"]
+    sources: dict[str, Callable[[], NegativeSource]] = {source: image_answers(source) for source in images}
+    if "inject" in options.sources:
+        if options.inject.llm and options.vision.engine != "server":
+            yield sources
+            sources = {}
+        sources["inject"] = injected_errors
+    yield sources
 
 
 @contextmanager

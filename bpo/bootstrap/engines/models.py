@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -60,7 +60,8 @@ class Generators:
         if self.config.bootstrap.vision.engine == "transformers":
             encoder, name = self._required_encoder(), self.config.model.path
             return MultimodalTextGenerator(self._multimodal_model(), encoder, options, name, cache)
-        return ChatTextGenerator(self._chat_engine(), options, self._vision_model_name())
+        system_prompt = self.config.data.system_prompt
+        return ChatTextGenerator(self._chat_engine(), options, self._vision_model_name(), system_prompt)
 
     def _vision_model_name(self) -> str:
         vision = self.config.bootstrap.vision
@@ -104,14 +105,20 @@ def required_paths(config: Config) -> dict[str, str]:
 
 def batch_size(config: Config, source: str) -> int:
     """Records generated together: servers and vLLM need large batches, as outcomes are written between batches."""
-    options = config.bootstrap
-    is_text = source == "inject"
-    own = is_text and not (options.inject.llm or options.inject.server.url)
-    server = options.inject.server if is_text and not own else options.vision.server
-    if server.url:
+    options, engine = config.bootstrap, engine_of(config, source)
+    if engine == "server":
+        inject = options.inject.server
+        server = inject if source == "inject" and inject.url else options.vision.server
         return _SERVER_BATCH_FACTOR * server.concurrency
-    uses_vllm = options.inject.engine == "vllm" if is_text and not own else options.vision.engine == "vllm"
-    return max(options.batch_size, _VLLM_BATCH) if uses_vllm else options.batch_size
+    return max(options.batch_size, _VLLM_BATCH) if engine == "vllm" else options.batch_size
+
+
+def engine_of(config: Config, source: str) -> Literal["transformers", "vllm", "server"]:
+    """The inference engine of a source."""
+    inject = config.bootstrap.inject
+    if source == "inject" and inject.server.url:
+        return "server"
+    return inject.engine if source == "inject" and inject.llm else config.bootstrap.vision.engine
 
 
 def num_prepare_threads(config: Config) -> int:

@@ -24,12 +24,14 @@ class ProgressBar:
 
     Attributes:
         num_done: Known outcomes of all workers.
+        seconds: Time that this worker spent on the source, kept by the caller.
     """
 
     def __init__(self, queue: SourceQueue, reader: OutcomeReader, shown: bool):
         self._queue, self._reader = queue, reader
         self.num_done = queue.num_done()
-        self._started_s, self._num_own, self._polled_s = time.monotonic(), 0, time.monotonic()
+        self.seconds = 0.0
+        self._num_own, self._polled_s = 0, time.monotonic()
         self._bar = tqdm(
             total=queue.num_records,
             initial=self.num_done,
@@ -46,10 +48,9 @@ class ProgressBar:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bar.close()
-        seconds = time.monotonic() - self._started_s
         logger.info(
             "%s: %d answers by this rank in %.1f s, %.1f per second; %d of %d finished",
-            *(self._queue.source, self._num_own, seconds, self._num_own / max(seconds, 1e-9)),
+            *(self._queue.source, self._num_own, self.seconds, self._num_own / max(self.seconds, 1e-9)),
             *(self.num_done, self._queue.num_records),
         )
 

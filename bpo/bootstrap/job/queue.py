@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from bpo.bootstrap.engines.models import batch_size
+from bpo.bootstrap.engines.models import batch_size, engine_of
 from bpo.bootstrap.job.leases import Leases
 from bpo.bootstrap.job.outcomes import OutcomeReader
 from bpo.bootstrap.job.spool import AnnotationSpool, Batches
@@ -24,12 +24,18 @@ class LeasedBatch:
 
 
 class SourceQueue:
-    """The batches of one source; finished ones are not looked up again."""
+    """The batches of one source; finished ones are not looked up again.
+
+    Attributes:
+        reached: Fraction of the work up to the last piece that this worker claimed.
+    """
 
     def __init__(self, source: str, batches: Batches, reader: OutcomeReader):
         self.source, self.batches, self._reader = source, batches, reader
         self._per_piece = max(1, -(-len(batches) // MAX_PIECES))
-        self._open = list(range(-(-len(batches) // self._per_piece)))
+        self._num_pieces = -(-len(batches) // self._per_piece)
+        self._open = list(range(self._num_pieces))
+        self.reached = 0.0
         self._mine: list[int] = []  # claimed by this worker; finished once no outcome is missing
 
     @property
@@ -58,7 +64,7 @@ class SourceQueue:
         return [self._reader.has(self.source, digest) for digest in self.batches.digests(number)]
 
     def leased(self, leases: Leases) -> Iterator[LeasedBatch]:
-        """Yields unfinished batches, the longest answers first, from pieces that this worker claims.
+        """Yields unfinished batches, in order, from pieces that this worker claims.
 
         Ends when live workers have claimed everything that is left.
         """
@@ -82,6 +88,7 @@ class SourceQueue:
             self._reader.poll()
             if self.unfinished(piece):
                 self._mine.append(mine := piece)
+                self.reached = (piece + 1) / self._num_pieces
                 break
             leases.release(self._name(piece))
         self._open = [*others, *pieces]
@@ -103,14 +110,35 @@ class SourceQueue:
 
 
 def build_queues(annotations: AnnotationSpool, config: Config, reader: OutcomeReader) -> dict[str, SourceQueue]:
-    """Source -> its annotations in batches, longest first, without refused annotations."""
+    """Source -> its annotations in batches, in the same fair order, without refused annotations."""
     queues: dict[str, SourceQueue] = {}
     for source in config.bootstrap.generated_sources:
         is_text = source == "inject"
-        # Requests with different worked examples cannot share a batch.
-        positions = annotations.longest_first(config.bootstrap.max_inject_records if is_text else 0, by_kind=is_text)
-        queues[source] = SourceQueue(source, Batches(annotations, positions, batch_size(config, source)), reader)
+        batches = annotations.batches(
+            batch_size(config, source),
+            config.bootstrap.seed,
+            limit=config.bootstrap.max_inject_records if is_text else 0,
+            by_kind=is_text,  # requests with different worked examples cannot share a batch
+            pads=engine_of(config, source) == "transformers",
+        )
+        queues[source] = SourceQueue(source, batches, reader)
     return queues
+
+
+def interleaved(queues: Iterable[SourceQueue], leases: Leases) -> Iterator[tuple[SourceQueue, LeasedBatch]]:
+    """Batches of several queues, piece by piece, from the queue that is least far.
+
+    If the job stops, about the same records are finished for all of them.
+    """
+    leased = {queue: queue.leased(leases) for queue in queues}
+    while leased:
+        queue = min(leased, key=lambda queue: queue.reached)
+        for claimed in leased[queue]:
+            yield queue, claimed
+            if claimed.ends:
+                break
+        else:
+            del leased[queue]
 
 
 def is_finished(queues: dict[str, SourceQueue]) -> bool:

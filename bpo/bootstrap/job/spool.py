@@ -10,6 +10,7 @@ from itertools import islice
 
 import numpy as np
 
+from bpo.bootstrap.job.order import WINDOW_BATCHES, fair_batches, shuffled
 from bpo.bootstrap.job.outcomes import DIGEST_BYTES, record_digest
 from bpo.bootstrap.validate import annotation_refusal
 from bpo.records import Annotation
@@ -25,7 +26,7 @@ class AnnotationSpool:
         annotations: Iterated once.
         limit: Number of annotations to take; 0 takes all.
         max_words: `data.max_completion_words`; longer annotations are refused.
-        kind_of: Returns a small number by which `longest_first` can group records.
+        kind_of: Returns a small number by which `batches` can separate records.
 
     Attributes:
         most_images: Largest number of images of a record.
@@ -70,17 +71,20 @@ class AnnotationSpool:
         """`record_digest` of the id at a position, without reading the record."""
         return bytes(self._digests[DIGEST_BYTES * position : DIGEST_BYTES * (position + 1)])
 
-    def longest_first(self, limit: int = 0, by_kind: bool = False) -> np.ndarray:
-        """Positions of usable annotations among the first `limit` (0: all), longest first, ties in order.
+    def batches(self, size: int, seed: int, *, limit: int = 0, by_kind: bool = False, pads: bool = True) -> Batches:
+        """The usable annotations among the first `limit` (0: all) in batches in a fair order; see `fair_batches`.
 
-        With `by_kind`, sorted by kind first.
+        Args:
+            by_kind: Separate batches for each kind.
+            pads: Batches of like lengths, for engines that pad to the longest record.
         """
-        end = limit or len(self)
-        lengths = np.array(self._lengths[:end], dtype=np.int64)
-        usable = np.array(self._usable[:end], dtype=bool)
-        kinds = np.array(self._kinds[:end] if by_kind else [], dtype=np.uint8)
-        order = np.lexsort((-lengths, kinds)) if by_kind else np.argsort(-lengths, kind="stable")
-        return order[usable[order]].astype(np.uint32)
+        end = min(limit or len(self), len(self))
+        order_N = shuffled(self._digests[: DIGEST_BYTES * end], DIGEST_BYTES, seed)
+        order_N = order_N[np.array(self._usable[:end], dtype=bool)[order_N]]
+        lengths_N = np.array(self._lengths[:end], dtype=np.uint32)[order_N]
+        kinds_N = np.array(self._kinds[:end] if by_kind else bytearray(end), dtype=np.uint8)[order_N]
+        indices_N, starts = fair_batches(lengths_N, kinds_N, size, seed, WINDOW_BATCHES if pads else 1)
+        return Batches(self, order_N[indices_N].astype(np.uint32), starts, size)
 
 
 class Batches:
@@ -88,14 +92,15 @@ class Batches:
 
     Args:
         positions: Positions of the records in `spool`, in processing order.
-        size: Records per batch; the last may have fewer.
+        starts: Offset of each batch among the positions, and their number.
+        size: Largest number of records in a batch.
     """
 
-    def __init__(self, spool: AnnotationSpool, positions: np.ndarray, size: int):
-        self._spool, self._positions, self.size = spool, positions, size
+    def __init__(self, spool: AnnotationSpool, positions: np.ndarray, starts: np.ndarray, size: int):
+        self._spool, self._positions, self._starts, self.size = spool, positions, starts, size
 
     def __len__(self) -> int:
-        return -(-len(self._positions) // self.size)
+        return len(self._starts) - 1
 
     def __getitem__(self, number: int) -> list[Annotation]:
         return [self._spool[position] for position in self._of(number)]
@@ -109,7 +114,7 @@ class Batches:
         return len(self._positions)
 
     def _of(self, number: int) -> list[int]:
-        return [int(position) for position in self._positions[number * self.size : (number + 1) * self.size]]
+        return [int(position) for position in self._positions[self._starts[number] : self._starts[number + 1]]]
 
 
 def _length(annotation: Annotation) -> int:

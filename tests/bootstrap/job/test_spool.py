@@ -36,26 +36,29 @@ def test_annotations_come_back_in_order_and_by_position() -> None:
     assert len(spool(3, 1, 2, limit=2)) == 2
 
 
-def test_work_is_longest_first_without_what_is_refused() -> None:
-    spooled = spool(3, 400, 5, 3, 9)
-    assert spooled.longest_first().tolist() == [4, 2, 0, 3]
-    assert spooled.longest_first(limit=3).tolist() == [2, 0]
-    kinds = AnnotationSpool(spooled, 0, 350, kind_of=lambda annotation: int(annotation.id[1]) % 2)
-    assert kinds.longest_first(by_kind=True).tolist() == [4, 2, 0, 3]
-    assert AnnotationSpool(spooled, 0, 500, lambda a: int(a.id[1]) % 2).longest_first(by_kind=True).tolist() == [
-        4,
-        2,
-        0,
-        1,
-        3,
-    ]
+def ids(batches: Batches) -> list[list[str]]:
+    return [[annotation.id for annotation in batches[number]] for number in range(len(batches))]
+
+
+def test_work_leaves_out_what_is_refused_and_does_not_depend_on_the_order_of_the_file() -> None:
+    words = [3, 400, *range(5, 95)]
+    forwards = spool(*words)
+    planned = ids(forwards.batches(4, seed=0))
+    usable = {annotation(n, w).id for n, w in enumerate(words) if w < 350}
+    assert sorted(sum(planned, [])) == sorted(usable)
+    assert planned[0][0] == annotation(91, 94).id  # the longest
+    backwards = AnnotationSpool(reversed(list(forwards)), 0, 350)
+    assert ids(backwards.batches(4, seed=0)) == planned != ids(forwards.batches(4, seed=1))
+    assert sorted(sum(ids(forwards.batches(4, 0, limit=3)), [])) == sorted(annotation(n).id for n in (0, 2))
+    assert (
+        len(forwards.batches(4, 0, limit=1)) == 1 and ids(spool(400).batches(4, 0)) == ids(spool().batches(4, 0)) == []
+    )
 
 
 def test_batches_are_read_when_asked_for() -> None:
-    batches = Batches(spooled := spool(*range(20, 9, -1)), spooled.longest_first(), size=3)
-    assert [len(batches[i]) for i in range(len(batches))] == [3, 3, 3, 2]
-    assert [a.id for i in (0, 2) for a in batches[i]] == [annotation(n).id for n in (0, 1, 2, 6, 7, 8)]
-    assert batches.num_records == 11
+    batches = (spooled := spool(*range(20, 9, -1))).batches(3, seed=0)
+    assert sorted(len(batches[i]) for i in range(len(batches))) == [2, 3, 3, 3]
+    assert batches.num_records == 11 and {a for i in range(4) for a in batches[i]} == set(spooled)
     assert batches.digests(3) == [record_digest(a.id) for a in batches[3]]
 
 
@@ -107,7 +110,7 @@ def peak_bytes(folder: Path, count: int) -> int:
     spooled = AnnotationSpool((annotation(n, 30) for n in range(count)), 0, 350)
     reader = OutcomeReader(folder / "parts")
     reader.poll()
-    assert SourceQueue("weaken", Batches(spooled, spooled.longest_first(), 16), reader).is_finished()
+    assert SourceQueue("weaken", spooled.batches(16, 0), reader).is_finished()
     summary = merge(config, spooled, reader, {}, {}, BadRecords())
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
