@@ -25,3 +25,13 @@ PROVENANCE_SOURCES = {
     "swap": "other-annotation",
     "edit": "balanced-edit",
 }
+
+
+def candidate_key(source: str, candidate: int) -> str:
+    """Name of a source's candidate in the journal: `weaken`, `weaken#1`, `weaken#2` ..."""
+    return f"{source}#{candidate}" if candidate else source
+
+
+def source_of(key: str) -> str:
+    """The source of a `candidate_key`."""
+    return key.partition("#")[0]

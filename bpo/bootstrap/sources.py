@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from bpo.bootstrap.clean import clean_rewriting
-from bpo.bootstrap.completion_types import PROVENANCE_SOURCES
+from bpo.bootstrap.completion_types import PROVENANCE_SOURCES, candidate_key
 from bpo.bootstrap.engines.text import Reply, TextGenerator
 from bpo.bootstrap.engines.vision import VisionGenerator, VisionRequest, special_tokens_of
 from bpo.bootstrap.inject import InjectionRequest, Mode, build_request, choose_mode
@@ -60,8 +60,9 @@ class PreparedRequest:
 class ImageAnswers:
     """The model's answers to images weakened per source (`choose_weakening`), or its continuations of annotations."""
 
-    def __init__(self, source: Source, config: Config, generator: VisionGenerator):
-        self.source, self.config, self.generator = source, config, generator
+    def __init__(self, source: Source, config: Config, generator: VisionGenerator, candidate: int = 0):
+        self.source, self.config, self.generator, self.candidate = source, config, generator, candidate
+        self.key = candidate_key(source, candidate)
         self.whole_batches = generator.whole_batches
 
     def prepare(self, annotation: Annotation) -> PreparedRequest:
@@ -77,7 +78,7 @@ class ImageAnswers:
             if ready.error is None:
                 asked.append(index)
             else:
-                yield Outcome(annotation.id, self.source, "broken", reason=ready.error)
+                yield Outcome(annotation.id, self.key, "broken", reason=ready.error)
         requests = [prepared[index].request for index in asked]
         for position, reply in self.generator.replies(requests, [prepared[index].prepared for index in asked]):
             yield self._judge(batch[asked[position]], requests[position], reply)
@@ -85,7 +86,7 @@ class ImageAnswers:
     def request(self, annotation: Annotation) -> VisionRequest:
         """The model's request for one record; depends only on seed, record and options."""
         options = self.config.bootstrap
-        seed = derive_seed(options.seed, annotation.id, self.source)
+        seed = derive_seed(options.seed, annotation.id, self.key)
         if self.source != "regenerate":
             weakening = choose_weakening(self.source, options.weaken, seed)
             return VisionRequest(annotation.id, annotation.images, annotation.prompt, weakening)
@@ -96,7 +97,7 @@ class ImageAnswers:
     def _judge(self, annotation: Annotation, request: VisionRequest, reply: Reply) -> Outcome:
         if reply.error:
             status: Status = "broken" if reply.is_broken else "failed"
-            return Outcome(annotation.id, self.source, status, reason=reply.error)
+            return Outcome(annotation.id, self.key, status, reason=reply.error)
         options = self.config.bootstrap.weaken
         provenance = Provenance(
             source=PROVENANCE_SOURCES[self.source],
@@ -108,6 +109,7 @@ class ImageAnswers:
             max_new_tokens=options.max_new_tokens,
             space=request.weakening.space,
             kept_words=len(request.beginning.split()) if request.beginning else None,
+            candidate=self.candidate or None,
         )
         refused = refusal(
             reply.text,
@@ -116,7 +118,7 @@ class ImageAnswers:
             special_tokens=self.generator.special_tokens,
             options=self.config.bootstrap.validate,
         )
-        return judged(annotation.id, self.source, reply.text, refused, provenance)
+        return judged(annotation.id, self.key, reply.text, refused, provenance)
 
 
 def cut_annotation(response: str, options: RegenerateConfig, seed: int) -> str:
@@ -135,8 +137,16 @@ class InjectedErrors:
 
     source = "inject"
 
-    def __init__(self, config: Config, generator: TextGenerator, encoder: Encoder | None, checks_images: bool):
+    def __init__(
+        self,
+        config: Config,
+        generator: TextGenerator,
+        encoder: Encoder | None,
+        checks_images: bool,
+        candidate: int = 0,
+    ):
         self.config, self.generator, self.encoder, self.checks_images = config, generator, encoder, checks_images
+        self.candidate, self.key = candidate, candidate_key(self.source, candidate)
         self.whole_batches = generator.whole_batches
         # Training feeds the completion to the multimodal model, so its control tokens are checked too.
         self._special_tokens = (*generator.special_tokens, *(special_tokens_of(encoder) if encoder else ()))
@@ -155,7 +165,7 @@ class InjectedErrors:
         pending: list[Annotation] = []
         for annotation, error in zip(batch, prepared, strict=True):
             if error:
-                yield Outcome(annotation.id, self.source, "broken", reason=error)
+                yield Outcome(annotation.id, self.key, "broken", reason=error)
             else:
                 pending.append(annotation)
         last = self.config.bootstrap.inject.attempts - 1
@@ -172,13 +182,13 @@ class InjectedErrors:
             pending = [pending[index] for index in sorted(again)]
 
     def _request(self, annotation: Annotation, mode: Mode, attempt: int) -> InjectionRequest:
-        seed = derive_seed(self.config.bootstrap.seed, annotation.id, self.source, attempt)
+        seed = derive_seed(self.config.bootstrap.seed, annotation.id, self.key, attempt)
         options = self.config.bootstrap.inject
         return build_request(annotation, mode, options.max_new_tokens, seed, options.prompt_dir)
 
     def _judge(self, annotation: Annotation, mode: Mode, request: InjectionRequest, reply: Reply) -> Outcome:
         if reply.error:
-            return Outcome(annotation.id, self.source, "failed", reason=reply.error)
+            return Outcome(annotation.id, self.key, "failed", reason=reply.error)
         text, has_next_turn = clean_rewriting(reply.text, annotation.response)
         refused = refusal(
             text,
@@ -199,8 +209,9 @@ class InjectedErrors:
             temperature=options.temperature,
             top_p=options.top_p,
             max_new_tokens=request.max_new_tokens,
+            candidate=self.candidate or None,
         )
-        return judged(annotation.id, self.source, text, refused, provenance)
+        return judged(annotation.id, self.key, text, refused, provenance)
 
 
 def judged(record_id: str, source: str, text: str, refused: Refusal | None, provenance: Provenance) -> Outcome:

@@ -7,6 +7,7 @@ from typing import Literal
 
 from bpo.config.negatives import WHOLE_SET_SOURCES, EditConfig, SwapConfig
 from bpo.config.options import NUM_SEEDS, Range, Section, check, number, seconds
+from bpo.config.select import SelectConfig
 
 Source = Literal["weaken", "inject", "crop", "mask", "regenerate", "text-only", "unweakened", "swap", "edit"]
 CacheKind = Literal["reserved", "dynamic", "static"]
@@ -208,6 +209,7 @@ class BootstrapConfig(Section):
         regenerate: Truncation of annotations before their continuation.
         swap: Exchange of annotations between records.
         edit: Exchange of words between annotations.
+        select: Number of candidates, and the choice among them.
         vision: Inference engine of the multimodal model.
         validate: Validation of negatives.
         target_shares: Mapping of sources to their target fraction of negatives; surplus negatives are dropped at
@@ -235,6 +237,7 @@ class BootstrapConfig(Section):
     regenerate: RegenerateConfig = field(default_factory=RegenerateConfig)
     swap: SwapConfig = field(default_factory=SwapConfig)
     edit: EditConfig = field(default_factory=EditConfig)
+    select: SelectConfig = field(default_factory=SelectConfig)
     vision: VisionConfig = field(default_factory=VisionConfig)
     validate: ValidateConfig = field(default_factory=ValidateConfig)
     target_shares: dict[str, float] = field(default_factory=dict, metadata={"range": Range(above=0)})
