@@ -32,6 +32,10 @@ def candidate_key(source: str, candidate: int) -> str:
     return f"{source}#{candidate}" if candidate else source
 
 
+def candidate_keys(source: str, num_candidates: int) -> list[str]:
+    return [candidate_key(source, candidate) for candidate in range(num_candidates)]
+
+
 def source_of(key: str) -> str:
     """The source of a `candidate_key`."""
     return key.partition("#")[0]

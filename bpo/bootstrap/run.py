@@ -23,11 +23,13 @@ from typing import Any
 
 import torch
 
+from bpo.bootstrap.completion_types import candidate_key, source_of
+from bpo.bootstrap.completion_types import source_of
 from bpo.bootstrap.engines.models import Generators, num_prepare_threads, required_paths
 from bpo.bootstrap.engines.prefetch import Prefetcher
 from bpo.bootstrap.inject import choose_mode
 from bpo.bootstrap.job.broken_images import BrokenImages
-from bpo.bootstrap.job.identity import check_identity
+from bpo.bootstrap.job.identity import SourceIdentities, check_identity
 from bpo.bootstrap.job.leases import Leases
 from bpo.bootstrap.job.merge import BootstrapSummary, merge, sibling_path
 from bpo.bootstrap.job.outcomes import Outcome, OutcomeReader, OutcomeWriter
@@ -98,21 +100,24 @@ def run_bootstrap(config: Config, progress: bool = True, stop: StopRequest | Non
     bad = BadRecords.from_config(config.data)
     annotations = _spooled(config, bad, skipped)
     folder = sibling_path(Path(config.data.groups), "parts")
-    check_identity(config, folder)
-    reader = OutcomeReader(folder)
-    reader.poll()
+    identities = check_identity(config, folder)
+    reader = _read(folder, identities)
     queues = build_queues(annotations, config, reader)
-    seconds: dict[str, float] = dict.fromkeys(queues, 0.0)
+    seconds: dict[str, float] = dict.fromkeys(config.bootstrap.generated_sources, 0.0)
     broken = BrokenImages(config.data, len(annotations), bad, folder, reader.broken())
     leases = Leases(folder / "claims", f"worker-{share.worker:05d}", config.bootstrap.claim_timeout_s)
-    with OutcomeWriter(folder, share.worker) as writer, leases, Prefetcher(num_prepare_threads(config)) as prefetcher:
+    with (
+        OutcomeWriter(folder, share.worker, identities.mark) as writer,
+        leases,
+        Prefetcher(num_prepare_threads(config)) as prefetcher,
+    ):
         restarts = _count_restart(config, folder, share, queues, reader)
         worker = Worker(Results(reader, writer, broken), leases, prefetcher, stop, progress and ranks.is_main)
         stall = StallTimeout(config.bootstrap.stall_timeout_s)
         while True:
             for sources in _sources(config, annotations.most_images, ranks):
-                for source, spent_s in worker.run_sources(sources, queues).items():
-                    seconds[source] += spent_s
+                for key, spent_s in worker.run_sources(sources, queues).items():
+                    seconds[source_of(key)] += spent_s
             reader.poll()
             if not share.merges or is_finished(queues):
                 break
@@ -139,15 +144,23 @@ def run_merge(config: Config) -> BootstrapSummary:
     skipped: dict[str, list[str]] = {}
     bad = BadRecords.from_config(config.data)
     annotations = _spooled(config, bad, skipped)
-    check_identity(config, folder)
-    reader = OutcomeReader(folder)
-    reader.poll()
+    reader = _read(folder, check_identity(config, folder, reads_only=True))
     queues = build_queues(annotations, config, reader)
     if not is_finished(queues):
         raise ValueError(
             f"{folder}: {lacking(queues)}; rerun `bpo bootstrap` with any number of shards: finished records are kept"
         )
     return merge(config, annotations, reader, skipped, {}, bad)
+
+
+def _read(folder: Path, identities: SourceIdentities) -> OutcomeReader:
+    """The outcomes of the job's options; logs the number of others."""
+    reader = OutcomeReader(folder, identities.accepts)
+    reader.poll()
+    for source, count in reader.num_unused.items():
+        if source_of(source) in identities.current:
+            logger.info("%s: %d outcomes of `%s` with other options are kept, not used", folder, count, source)
+    return reader
 
 
 def _spooled(config: Config, bad: BadRecords, skipped: dict[str, list[str]]) -> AnnotationSpool:
@@ -283,21 +296,26 @@ def _sources(config: Config, max_images: int, ranks: Ranks) -> Iterator[dict[str
     """Yields the sources that take turns, with their constructors: all, except for a second model in memory."""
     generators = Generators(config, ranks, max_images)
 
-    def image_answers(source: Source) -> Callable[[], NegativeSource]:
-        return lambda: ImageAnswers(source, config, generators.vision())
+    def image_answers(source: Source, candidate: int) -> Callable[[], NegativeSource]:
+        return lambda: ImageAnswers(source, config, generators.vision(), candidate)
 
-    def injected_errors() -> NegativeSource:
+    def injected_errors(candidate: int) -> NegativeSource:
         checks_images = set(config.bootstrap.generated_sources) == {"inject"}
-        return InjectedErrors(config, generators.text(), generators.encoder, checks_images)
+        return InjectedErrors(config, generators.text(), generators.encoder, checks_images, candidate)
 
     options = config.bootstrap
+    candidates = range(options.select.candidates)
     images: list[Source] = [source for source in options.generated_sources if source != "inject"]
-    sources: dict[str, Callable[[], NegativeSource]] = {source: image_answers(source) for source in images}
+    sources: dict[str, Callable[[], NegativeSource]] = {
+        candidate_key(source, candidate): image_answers(source, candidate)
+        for source in images
+        for candidate in candidates
+    }
     if "inject" in options.sources:
         if options.inject.llm and options.vision.engine != "server":
             yield sources
             sources = {}
-        sources["inject"] = injected_errors
+        sources |= {candidate_key("inject", candidate): partial(injected_errors, candidate) for candidate in candidates}
     yield sources
 
 
@@ -345,11 +363,13 @@ def _rank_summary(
     kept: dict[str, int] = {source: 0 for source in config.bootstrap.sources}
     refused: dict[str, dict[str, int]] = {}
     num_quarantined = 0
-    for (source, status, reason), count in reader.counts().items():
+    for (key, status, reason), count in reader.counts().items():
+        source = source_of(key)
         if status == "kept":
             kept[source] = kept.get(source, 0) + count
         elif status == "refused":
-            refused.setdefault(source, {})[reason] = count
+            by_reason = refused.setdefault(source, {})
+            by_reason[reason] = by_reason.get(reason, 0) + count
         else:
             num_quarantined += count
     return BootstrapSummary(config.data.groups, num_annotations, None, kept, refused, num_quarantined, 0, {}, seconds)

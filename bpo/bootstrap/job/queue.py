@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from bpo.bootstrap.completion_types import candidate_keys
 from bpo.bootstrap.engines.models import batch_size, engine_of
 from bpo.bootstrap.job.leases import Leases
 from bpo.bootstrap.job.outcomes import OutcomeReader
@@ -110,7 +111,7 @@ class SourceQueue:
 
 
 def build_queues(annotations: AnnotationSpool, config: Config, reader: OutcomeReader) -> dict[str, SourceQueue]:
-    """Source -> its annotations in batches, in the same fair order, without refused annotations."""
+    """`candidate_key` -> the annotations in batches, in the same fair order, without refused annotations."""
     queues: dict[str, SourceQueue] = {}
     for source in config.bootstrap.generated_sources:
         is_text = source == "inject"
@@ -121,7 +122,8 @@ def build_queues(annotations: AnnotationSpool, config: Config, reader: OutcomeRe
             by_kind=is_text,  # requests with different worked examples cannot share a batch
             pads=engine_of(config, source) == "transformers",
         )
-        queues[source] = SourceQueue(source, batches, reader)
+        for key in candidate_keys(source, config.bootstrap.select.candidates):
+            queues[key] = SourceQueue(key, batches, reader)
     return queues
 
 
