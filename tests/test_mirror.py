@@ -32,9 +32,11 @@ WHOLE = {
 COVERS = {
     "bootstrap/job/test_leases.py": "progress queue",
     "bootstrap/job/test_merge.py": "balance outcomes statistics",
+    "bootstrap/measure/test_blind.py": "donors model_journal",
     "bootstrap/test_noise.py": "seeds",
     "bootstrap/test_run.py": "completion_types engines/models job/broken_images sources",
     "bootstrap/test_weaken.py": "engines/vision",
+    "bootstrap/whole_set/test_swap.py": "content items outcomes permute takers",
     "checkpoint/test_files.py": "partition shards",
     "config/test_io.py": "bootstrap foreign measure negatives options training",
     "data/families/test_families.py": "base gemma idefics internvl llava qwen",
