@@ -42,6 +42,7 @@ REASONS = {
     "other-text": "more of it changed than bootstrap.validate.max_changed_share",
     "no-real-change": "only its style changed: no object, attribute, count or relation",
     "duplicate": "another negative of the group says the same",
+    "no-swap": "no other annotation is near, not true of the image, and left over in a balanced exchange",
     "surplus": "its source made more than its share in bootstrap.target_shares",
 }
 # Added to both lengths of the ratio, so that "Yes." may be paired with a sentence.

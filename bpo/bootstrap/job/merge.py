@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,13 +16,18 @@ from bpo.bootstrap.completion_types import COMPLETION_TYPES, PROVENANCE_SOURCES
 from bpo.bootstrap.job.balance import balance_rank, thresholds
 from bpo.bootstrap.job.outcomes import Outcome
 from bpo.bootstrap.job.statistics import SourceStatistics
+from bpo.bootstrap.measure.text import TextMeasures, all_warnings, measures_to_json, refused_shares
 from bpo.bootstrap.validate import REASONS, annotation_refusal, content_key
+from bpo.bootstrap.whole_set.outcomes import WholeSetOutcomes, plan_whole_set
+from bpo.bootstrap.whole_set.takers import Annotations
 from bpo.config.training import Config
 from bpo.formats.bad_records import BadRecords
 from bpo.formats.files import group_to_json
 from bpo.job.durable import replacing, write_durably
 from bpo.job.journal import to_line
 from bpo.records import Annotation, Completion, PreferenceGroup, Provenance
+
+logger = logging.getLogger(__name__)
 
 # Statistics sample about this many groups, evenly spaced: sampling a group takes several times as long as merging it.
 STATISTICS_RECORDS = 20_000
@@ -42,6 +48,7 @@ class BootstrapSummary:
         skipped_annotations: Reason -> records of the annotation file without anything to learn from.
         seconds: Source -> seconds spent by this rank in this run.
         statistics: Source -> lengths, similarity to the annotation, objects added and dropped (`SourceStatistics`).
+        measures: Completion type -> what the texts give away, drift, warnings (`bpo.bootstrap.measure.text`).
     """
 
     groups_path: str
@@ -54,6 +61,7 @@ class BootstrapSummary:
     skipped_annotations: dict[str, int]
     seconds: dict[str, float]
     statistics: dict[str, dict[str, Any]] = field(default_factory=dict)
+    measures: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def sibling_path(groups: Path, what: str) -> Path:
@@ -65,14 +73,6 @@ class Outcomes(Protocol):
     """Looks up the outcome of (source, record id): an `OutcomeReader`, or a dict."""
 
     def get(self, key: tuple[str, str], /) -> Outcome | None: ...
-
-
-class Annotations(Protocol):
-    """Iterated twice, in order."""
-
-    def __iter__(self) -> Iterator[Annotation]: ...
-
-    def __len__(self) -> int: ...
 
 
 def merge(
@@ -118,7 +118,9 @@ def merge(
                     quarantine.write(to_line(entry, ensure_ascii=False))
                 made.num_broken += any(outcome.status == "broken" for outcome in of_record)
                 group = build_group(annotation, of_record, config.data.max_completion_words)
+                made.measures.add_annotation(annotation.id, annotation.response, group)
                 if group:
+                    made.measures.add_group(group)
                     made.count_group(annotation, of_record)
                     groups.write(to_line(group_to_json(group), ensure_ascii=False))
             summary = made.summary(skipped, seconds)
@@ -140,6 +142,7 @@ class _Made:
         self._lexicon = load_lexicon(config.bootstrap.validate.lexicon)
         self._every = max(1, -(-num_annotations // STATISTICS_RECORDS))
         self._statistics = {source: SourceStatistics(self._every) for source in self.kept}
+        self.measures = TextMeasures(config.measure, quick=True, lexicon=config.bootstrap.validate.lexicon)
 
     def count_refused(self, entry: Mapping[str, Any]) -> None:
         by_reason = self.refused.setdefault(entry["source"], {})
@@ -158,6 +161,9 @@ class _Made:
                     self._statistics[outcome.source].add(annotation.response, outcome.text, self._lexicon)
 
     def summary(self, skipped: Mapping[str, Sequence[str]], seconds: Mapping[str, float]) -> BootstrapSummary:
+        measured = self.measures.measure(refused_shares(self.kept, self.refused))
+        for warning in all_warnings(measured.values()):
+            logger.warning("%s", warning)
         return BootstrapSummary(
             groups_path=self.config.data.groups,
             num_annotations=self.num_annotations,
@@ -169,6 +175,7 @@ class _Made:
             skipped_annotations={reason: len(ids) for reason, ids in skipped.items()},
             seconds={source: round(value, 3) for source, value in seconds.items()},
             statistics={source: found.to_json() for source, found in self._statistics.items()},
+            measures=measures_to_json(measured),
         )
 
     def check_share(self, bad: BadRecords) -> None:
@@ -205,11 +212,13 @@ def _judged(config: Config, annotations: Annotations, outcomes: Outcomes) -> Ite
     """Each record with its outcomes, after refusals that depend on other outcomes: duplicates and a surplus."""
     options = config.bootstrap
     detail = ", ".join(f"{source} {share:g}" for source, share in options.target_shares.items())
-    left_out = _left_out(config, annotations, outcomes) if options.target_shares else {}
-    for annotation in annotations:
+    whole_set = plan_whole_set(config, annotations, lambda annotation: _of_record(config, annotation, outcomes))
+    left_out = _left_out(config, annotations, outcomes, whole_set) if options.target_shares else {}
+    whole_set = whole_set.within(left_out)
+    for position, annotation in enumerate(annotations):
         judged = []
-        for outcome in _of_record(config, annotation, outcomes):
-            threshold = left_out.get(outcome.source)
+        for outcome in _of_record(config, annotation, outcomes, whole_set.of(position, annotation)):
+            threshold = None if outcome.source in whole_set.plans else left_out.get(outcome.source)
             if outcome.status == "kept" and threshold is not None:
                 if balance_rank(options.seed, outcome.source, annotation.id) >= threshold:
                     outcome = replace(outcome, status="refused", reason="surplus", detail=detail)
@@ -217,12 +226,14 @@ def _judged(config: Config, annotations: Annotations, outcomes: Outcomes) -> Ite
         yield annotation, judged
 
 
-def _left_out(config: Config, annotations: Annotations, outcomes: Outcomes) -> dict[str, int]:
+def _left_out(
+    config: Config, annotations: Annotations, outcomes: Outcomes, whole_set: WholeSetOutcomes
+) -> dict[str, int]:
     """`thresholds` of the sources' negatives, in a separate pass."""
     options = config.bootstrap
     ranks = {source: array("Q") for source in options.target_shares}
-    for annotation in annotations:
-        of_record = _of_record(config, annotation, outcomes)
+    for position, annotation in enumerate(annotations):
+        of_record = _of_record(config, annotation, outcomes, whole_set.of(position, annotation))
         if build_group(annotation, of_record, config.data.max_completion_words):
             for outcome in of_record:
                 if outcome.status == "kept" and outcome.source in ranks:
@@ -230,10 +241,16 @@ def _left_out(config: Config, annotations: Annotations, outcomes: Outcomes) -> d
     return thresholds(ranks, options.target_shares)
 
 
-def _of_record(config: Config, annotation: Annotation, outcomes: Outcomes) -> list[Outcome]:
-    found = (outcomes.get((source, annotation.id)) for source in config.bootstrap.sources)
-    of_record = [outcome for outcome in found if outcome is not None]
-    return without_duplicates(of_record) if config.bootstrap.validate.refuse_duplicates else of_record
+def _of_record(
+    config: Config, annotation: Annotation, outcomes: Outcomes, of_whole_set: Sequence[Outcome] = ()
+) -> list[Outcome]:
+    """The outcomes of one record in the order of the sources, after the refusal of duplicates."""
+    found = (outcomes.get((source, annotation.id)) for source in config.bootstrap.generated_sources)
+    # Of duplicates, the negative of a whole-set source stays: without it, the set would not be balanced.
+    of_record = [*of_whole_set, *(outcome for outcome in found if outcome is not None)]
+    judged = without_duplicates(of_record) if config.bootstrap.validate.refuse_duplicates else of_record
+    place = {str(source): number for number, source in enumerate(config.bootstrap.sources)}
+    return sorted(judged, key=lambda outcome: place[outcome.source])
 
 
 def without_duplicates(outcomes: Sequence[Outcome]) -> list[Outcome]:

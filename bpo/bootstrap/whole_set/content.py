@@ -1,0 +1,147 @@
+"""What a text says, as hashed tokens: words for the distance of two texts, and content that an image can contradict.
+
+A token is a 32-bit hash whose two lowest bits hold a class. Equal words have equal tokens in every process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import Counter
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from bpo.bootstrap.changes import ChangeLexicon, Kind, words_of
+
+# Classes of content: objects, attributes, counts and polarity; relations, which two true descriptions often word
+# differently; and words that the lexicon does not know.
+STRONG, RELATION, UNKNOWN = 0, 1, 2
+# Classes of words in the distance.
+STYLE, CONTENT, QUESTION, NEIGHBOURS = range(4)
+
+_MAX_KNOWN_WORDS = 1 << 16
+_DIGITS = dict(enumerate("zero one two three four five six seven eight nine ten eleven twelve".split()))
+# True of any object: "a dog" and "one dog" describe the same image.
+_VAGUE_COUNTS = frozenset("one single another all both".split())
+_NEGATIONS = frozenset("no not without never neither nor n't cannot none".split())
+_NEGATED_WORDS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """Tokens of one text.
+
+    Attributes:
+        words: One token for each occurrence of a word, and for each two content words in a row; the n-th occurrence is
+            a token of its own.
+        said: Distinct content.
+        num_objects: Number of distinct objects of the lexicon in `said`.
+    """
+
+    words: tuple[int, ...]
+    said: tuple[int, ...]
+    num_objects: int
+
+
+class ContentReader:
+    """Reads the content of texts with a lexicon.
+
+    Args:
+        lexicon: Classifies words; names of one object are one token.
+    """
+
+    def __init__(self, lexicon: ChangeLexicon):
+        self._lexicon = lexicon
+        self._known: dict[str, tuple[str, Kind | None]] = {}
+        self._tokens: dict[tuple[str, int], int] = {}
+
+    def read(self, text: str, answers_question: bool = False) -> Content:
+        """The content of a text.
+
+        Args:
+            answers_question: Whether yes and no count, which mean nothing in a description; there, objects within a
+                few words after a negation do not count either: "no people" may be true of any image.
+        """
+        found = [self._classified(word) for word in words_of(text)]
+        content = [name for name, kind in found if kind is not None]
+        words = self._numbered([name for name, kind in found if kind is None], STYLE)
+        words += self._numbered(content, CONTENT)
+        words += self._numbered([f"{a} {b}" for a, b in pairwise(content)], NEIGHBOURS)
+        objects = {mention.object for mention in self._lexicon.objects.mentions(text)}
+        said = {(name, _CLASS[kind]) for name, kind in found if kind in _CLASS and name not in _VAGUE_COUNTS}
+        if not answers_question:
+            polarity = {name for name, kind in found if kind == "polarity"}
+            objects -= _negated_objects(text, self._lexicon)
+            said = {entry for entry in said if entry[0] not in polarity}
+        # Unknown words in an object's name, such as `teddy` of `teddy bear`, are not content of their own.
+        parts = {part for name in objects for part in name.split()}
+        said = {entry for entry in said if entry[1] != UNKNOWN or entry[0] not in parts}
+        said |= {(name, STRONG) for name in objects}
+        return Content(tuple(words), tuple(sorted(self._token(*entry) for entry in said)), len(objects))
+
+    def question_words(self, question: str) -> list[int]:
+        """Tokens of a question's distinct words."""
+        return [self._token(f"?{word}", QUESTION) for word in sorted(set(words_of(question)))]
+
+    def tokens(self, names: frozenset[str]) -> tuple[int, ...]:
+        """One token for each name of an object."""
+        return tuple(sorted(self._token(name, STRONG) for name in names))
+
+    def _numbered(self, names: list[str], of_class: int) -> list[int]:
+        counts: Counter[str] = Counter()
+        tokens = []
+        for name in names:
+            counts[name] += 1
+            tokens.append(self._token(f"{name}#{counts[name]}" if counts[name] > 1 else name, of_class))
+        return tokens
+
+    def _classified(self, word: str) -> tuple[str, Kind | None]:
+        """The canonical name of a word, and its kind."""
+        known = self._known.get(word)
+        if known is None:
+            if len(self._known) >= _MAX_KNOWN_WORDS:
+                self._known.clear()
+            name = _DIGITS.get(int(word), word) if word.isdecimal() and len(word) < 3 else word
+            known = self._known[word] = self._lexicon.meaning(name), self._lexicon.kind(name)
+        return known
+
+    def _token(self, name: str, of_class: int) -> int:
+        token = self._tokens.get((name, of_class))
+        if token is None:
+            if len(self._tokens) >= _MAX_KNOWN_WORDS:
+                self._tokens.clear()
+            token = self._tokens[name, of_class] = hash32(name) & ~3 | of_class
+        return token
+
+
+# Objects are found as phrases, by `ObjectLexicon.mentions`.
+_CLASS: dict[Kind | None, int] = {
+    "attribute": STRONG,
+    "count": STRONG,
+    "polarity": STRONG,
+    "relation": RELATION,
+    "other": UNKNOWN,
+}
+
+
+def class_of(tokens: np.ndarray) -> np.ndarray:
+    return tokens & np.uint32(3)
+
+
+def hash32(name: str) -> int:
+    """A 32-bit hash, equal in every process."""
+    return int.from_bytes(hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=4).digest(), "big")
+
+
+def _negated_objects(text: str, lexicon: ChangeLexicon) -> set[str]:
+    """Objects whose every mention stands within a few words after a negation."""
+    if not _NEGATIONS & set(words_of(text)):
+        return set()
+    negated: dict[str, bool] = {}
+    for mention in lexicon.objects.mentions(text):
+        clause = re.split(r"[.,;:!?]", text[: mention.start])[-1]
+        after_negation = bool(_NEGATIONS & set(words_of(clause)[-_NEGATED_WORDS:]))
+        negated[mention.object] = negated.get(mention.object, True) and after_negation
+    return {name for name, value in negated.items() if value}

@@ -1,0 +1,168 @@
+"""Swap: the annotation of another image as the rejected answer, each text as often rejected as preferred.
+
+Then the text alone cannot tell which answer is rejected, and only the image can. Records exchange annotations with
+near ones of the same kind of request: at best one object, attribute or count differs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from dataclasses import dataclass
+
+import numpy as np
+
+from bpo.bootstrap.changes import language_of, load_lexicon, words_of
+from bpo.bootstrap.completion_types import PROVENANCE_SOURCES
+from bpo.bootstrap.inject import choose_mode, question_of
+from bpo.bootstrap.job.outcomes import Outcome
+from bpo.bootstrap.seeds import derive_seed
+from bpo.bootstrap.validate import REASONS, count_words, refusal
+from bpo.bootstrap.whole_set.content import ContentReader, hash32
+from bpo.bootstrap.whole_set.items import Item, Items
+from bpo.bootstrap.whole_set.permute import Order, Search, permute
+from bpo.bootstrap.whole_set.sentences import sentence_spans
+from bpo.bootstrap.whole_set.takers import NO, SURPLUS, YES, Annotations, Takers
+from bpo.config.training import Config
+from bpo.records import Annotation, Provenance
+
+# Refusals that depend on the text alone: such an annotation is neither given nor gets another.
+_OF_TEXT_ALONE = frozenset({"empty", "too-long", "placeholder", "characters", "degenerate", "refusal"})
+_HASHES_PER_ORDER = 3
+_QUESTION_WORDS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class SwapPlan:
+    """Which record takes whose text.
+
+    Attributes:
+        annotations: All annotations, by position.
+        seed: Seed of the permutation.
+        partner: Position -> position of the record whose text it takes; -1 for none.
+        sentence: Position -> number of the sentence that is exchanged; -1 for the whole answer.
+        wanted: Position -> `NO`, `YES` or `SURPLUS`.
+    """
+
+    annotations: Annotations
+    seed: int
+    partner: np.ndarray
+    sentence: np.ndarray
+    wanted: np.ndarray
+
+    def outcome(self, position: int, annotation: Annotation) -> Outcome | None:
+        """The negative of a record, its refusal if no text fits, or None if it should not get one."""
+        if self.wanted[position] == NO:
+            return None
+        if self.partner[position] < 0:
+            reason = "surplus" if self.wanted[position] == SURPLUS else "no-swap"
+            return Outcome(annotation.id, "swap", "refused", reason=reason, detail=REASONS[reason])
+        given = int(self.partner[position])
+        donor = self.annotations[given]
+        text, mode = donor.response, "answer"
+        if self.sentence[position] >= 0:
+            start, end = sentence_spans(annotation.response)[self.sentence[position]]
+            first, last = sentence_spans(donor.response)[self.sentence[given]]
+            text = annotation.response[:start] + donor.response[first:last] + annotation.response[end:]
+            mode = "sentence"
+        provenance = Provenance(PROVENANCE_SOURCES["swap"], mode=mode, seed=self.seed, donor=donor.id)
+        return Outcome(annotation.id, "swap", "kept", text, provenance=provenance)
+
+
+def plan_swap(config: Config, annotations: Annotations, takers: Takers) -> SwapPlan:
+    """Draws the permutation for the records that take part; see `permute`."""
+    read = _Reading(config)
+    wanted = takers.of("swap")
+    for position in np.flatnonzero(wanted == YES):
+        read.add(int(position), annotations[int(position)])
+    read.items.finish()
+    options = config.bootstrap.swap
+    tie = np.array(read.tie, dtype=np.uint64)
+    search = Search(read.items.cost, _order(read.items, config.bootstrap.seed), tie, options.rounds, options.block_size)
+    partner = np.full(len(tie), -1)
+    for key in (read.key, read.loose_key):
+        left = np.flatnonzero(partner < 0)
+        found = permute(left, np.array(key, dtype=np.uint64), search)
+        partner[left] = found[left]
+    positions = np.array(read.positions, dtype=np.int64)
+    whole = np.full(len(annotations), -1)
+    matched = partner >= 0
+    whole[positions[matched]] = positions[partner[matched]]
+    sentence = np.full(len(annotations), -1, dtype=np.int32)
+    sentence[positions] = np.array(read.sentence, dtype=np.int32)
+    return SwapPlan(annotations, config.bootstrap.seed, whole, sentence, wanted)
+
+
+def _order(items: Items, seed: int) -> Order:
+    def order(number: int) -> tuple[np.ndarray, ...]:
+        salts = (derive_seed(seed, "swap order", number, index) for index in range(_HASHES_PER_ORDER))
+        return tuple(items.minhash(salt) for salt in salts)
+
+    return order
+
+
+class _Reading:
+    """Reads the records that take part into items."""
+
+    def __init__(self, config: Config):
+        self._config, self._options = config, config.bootstrap.validate
+        self._reader = ContentReader(load_lexicon(self._options.lexicon))
+        self._codes: dict[str | None, int] = {None: 0}
+        self.items = Items(self._options, config.data.max_completion_words)
+        self.positions, self.sentence = array("I"), array("i")
+        self.tie, self.key, self.loose_key = array("Q"), array("Q"), array("Q")
+
+    def add(self, position: int, annotation: Annotation) -> None:
+        """Adds the record unless its annotation alone would be refused."""
+        text = annotation.response
+        max_words = self._config.data.max_completion_words
+        refused = refusal(text, "", max_words=max_words, options=self._options)
+        if refused and refused.reason in _OF_TEXT_ALONE:
+            return
+        seed = derive_seed(self._config.bootstrap.seed, "swap", annotation.id)
+        mode = choose_mode("auto", annotation)
+        number, place, piece = self._piece(text, seed)
+        question = question_of(annotation) if mode == "qa" else ""
+        answer = self._reader.read(text, answers_question=mode == "qa")
+        content = answer if number < 0 else self._reader.read(piece, answers_question=mode == "qa")
+        language = language_of(text) if self._options.same_language else (None, None)
+        script, language_code = (self._codes.setdefault(name, len(self._codes)) for name in language)
+        self.items.append(
+            Item(
+                words=(*content.words, *self._reader.question_words(question)),
+                content=content.said,
+                said=answer.said,
+                images=sorted({hash32(image) for image in annotation.images}),
+                named=(),
+                named_by_answer=(),
+                true=(),
+                has_truth=0,
+                num_objects=content.num_objects,
+                num_words=count_words(piece),
+                num_answer_words=count_words(text),
+                script=script,
+                language=language_code,
+            )
+        )
+        self.positions.append(position)
+        self.sentence.append(number)
+        self.tie.append(seed)
+        asked = words_of(question)
+        kind = (mode, len(annotation.images), number < 0)
+        self.key.append(_hash64(*kind, place, *asked))
+        self.loose_key.append(_hash64(*kind, place == "first", *asked[:_QUESTION_WORDS]))
+
+    def _piece(self, text: str, seed: int) -> tuple[int, str, str]:
+        """The text to exchange: the number of a sentence, or -1, its place in the answer, and the text."""
+        unit = self._config.bootstrap.swap.unit
+        spans = sentence_spans(text) if unit != "answer" else []
+        if not spans or (unit == "auto" and len(spans) == 1):
+            return -1, "", text
+        number = derive_seed(seed, "sentence") % len(spans)
+        place = "first" if not number else "last" if number == len(spans) - 1 else f"{2 * number // len(spans)}"
+        start, end = spans[number]
+        return number, place, text[start:end]
+
+
+def _hash64(*names: object) -> int:
+    return int.from_bytes(hashlib.blake2b(repr(names).encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
