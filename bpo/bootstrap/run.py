@@ -24,7 +24,6 @@ from typing import Any
 import torch
 
 from bpo.bootstrap.completion_types import candidate_key, source_of
-from bpo.bootstrap.completion_types import source_of
 from bpo.bootstrap.engines.models import Generators, num_prepare_threads, required_paths
 from bpo.bootstrap.engines.prefetch import Prefetcher
 from bpo.bootstrap.inject import choose_mode

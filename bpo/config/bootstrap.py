@@ -220,6 +220,8 @@ class BootstrapConfig(Section):
         seed: Random seed of noise and sampling, combined with the record's id.
         limit: Use only the first `limit` annotations; 0 uses all.
         max_inject_records: Inject errors only into the first `max_inject_records` annotations; 0 uses all.
+        accept_changes: Sources to generate again although an earlier start used other options for them; its outcomes
+            are kept, and used again when the options are restored.
         num_shards: Number of jobs that share the annotations, such as array tasks; if above 1, finish with `bpo merge`.
         shard_index: Index of this job, starting from 0.
         claim_timeout_s: Seconds without a heartbeat after which the work of a rank is reassigned.
@@ -246,6 +248,7 @@ class BootstrapConfig(Section):
     seed: int = number(0, at_least=0, below=NUM_SEEDS)
     limit: int = number(0, at_least=0, zero="all")
     max_inject_records: int = number(0, at_least=0, zero="all")
+    accept_changes: list[Source] = field(default_factory=list)
     num_shards: int = number(1, at_least=1)
     shard_index: int = number(0, at_least=0)
     claim_timeout_s: float = seconds(120.0, at_least=1)

@@ -9,13 +9,13 @@ from __future__ import annotations
 import hashlib
 import sqlite3
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, Protocol
 
 from bpo.job.journal import JournalReader, JournalWriter, from_line, to_line
 from bpo.records import Provenance
@@ -35,6 +35,7 @@ class Outcome:
         text: The completion, kept or refused.
         reason: The validator's reason, or the error.
         detail: The validator's finding in this text.
+        weight: Weight of the completion, decided at the merge; not in the journal.
     """
 
     record_id: str
@@ -44,13 +45,14 @@ class Outcome:
     reason: str = ""
     provenance: Provenance | None = None
     detail: str = ""
+    weight: float = 1.0
 
     @property
     def key(self) -> tuple[str, str]:
         return self.source, self.record_id
 
-    def to_line(self) -> bytes:
-        fields = {
+    def to_line(self, mark: str = "") -> bytes:
+        fields: dict[str, Any] = {
             "id": self.record_id,
             "source": self.source,
             "status": self.status,
@@ -59,12 +61,18 @@ class Outcome:
             "provenance": self.provenance.to_json() if self.provenance else None,
             "detail": self.detail,
         }
-        return to_line(fields, ensure_ascii=False)
+        return to_line(fields | {"identity": mark} if mark else fields, ensure_ascii=False)
 
     @classmethod
     def from_json(cls, obj: dict[str, Any]) -> Outcome:
         provenance = Provenance(**obj["provenance"]) if obj["provenance"] else None
         return cls(obj["id"], obj["source"], obj["status"], obj["text"], obj["reason"], provenance, obj["detail"])
+
+
+class Outcomes(Protocol):
+    """Looks up the outcome of (source or candidate, record id): an `OutcomeReader`, or a dict."""
+
+    def get(self, key: tuple[str, str], /) -> Outcome | None: ...
 
 
 def journal_name(worker: int) -> str:
@@ -75,17 +83,21 @@ def journal_name(worker: int) -> str:
 class OutcomeWriter:
     """Appends outcomes to one worker's file, as a context.
 
+    Args:
+        mark: Source of an outcome -> digest of the options that it was generated with, by which readers select.
+
     Raises:
         ValueError: Another process has the file open for writing.
     """
 
-    def __init__(self, folder: Path, worker: int):
+    def __init__(self, folder: Path, worker: int, mark: Callable[[str], str] = lambda source: ""):
+        self._mark = mark
         self._journal = JournalWriter(folder / journal_name(worker), exclusive=True)
         self.path = self._journal.path
 
     def append(self, outcomes: Iterable[Outcome]) -> None:
         """Writes outcomes and returns when they are on disk."""
-        self._journal.append(b"".join(outcome.to_line() for outcome in outcomes))
+        self._journal.append(b"".join(outcome.to_line(self._mark(outcome.source)) for outcome in outcomes))
 
     def __enter__(self) -> OutcomeWriter:
         return self
@@ -101,10 +113,17 @@ class OutcomeReader:
 
     Memory does not grow with the outcomes: a temporary database stores the position of each, and its text is read from
     the journal on demand. Of two outcomes with the same key, the first found is used; the second can only be equal.
+
+    Args:
+        accepts: Whether to use outcomes of this source with this mark; others are only counted.
+
+    Attributes:
+        num_unused: Source -> outcomes that were not accepted.
     """
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, accepts: Callable[[str, str], bool] = lambda source, mark: True):
+        self.folder, self._accepts = folder, accepts
+        self.num_unused: Counter[str] = Counter()
         self._journals: list[JournalReader] = []
         self._numbers: dict[Path, int] = {}
         self._num_of: Counter[str] = Counter()
@@ -175,9 +194,16 @@ class OutcomeReader:
         return Counter({(source, status, reason): count for source, status, reason, count in rows})
 
     def _new_rows(self, number: int) -> Iterator[tuple[str, bytes, str, str, int, int]]:
-        for start, outcome in self._journals[number].poll(Outcome.from_json):
+        for start, (outcome, mark) in self._journals[number].poll(_marked_outcome):
+            if not self._accepts(outcome.source, mark):
+                self.num_unused[outcome.source] += 1
+                continue
             reason = outcome.reason if outcome.status == "refused" else ""
             yield outcome.source, record_digest(outcome.record_id), outcome.status, reason, number, start
+
+
+def _marked_outcome(obj: dict[str, Any]) -> tuple[Outcome, str]:
+    return Outcome.from_json(obj), str(obj.get("identity", ""))
 
 
 def record_digest(record_id: str) -> bytes:

@@ -19,6 +19,9 @@ def test_a_job_is_not_continued_with_other_pixel_limits(photos: Path, tmp_path: 
     capped = replace(config, data=replace(config.data, max_pixels=3136))
     with pytest.raises(ValueError, match="data.max_pixels was None, is 3136"):
         check_identity(capped, tmp_path / "job")
+    faithful = replace(config, data=replace(config.data, image_aspect="pad", system_prompt="Be brief."))
+    with pytest.raises(ValueError, match="data.image_aspect was None, is 'pad' .*; data.system_prompt was None, is 'Be b"):
+        check_identity(faithful, tmp_path / "job")
 
 
 def test_a_note_beside_the_model_changes_nothing_and_another_tokenizer_does(
