@@ -16,7 +16,7 @@ import numpy as np
 from bpo.bootstrap.changes import ChangeLexicon, Kind, words_of
 
 # Classes of content: objects, attributes, counts and polarity; relations, which two true descriptions often word
-# differently; and words that the lexicon does not know.
+# differently; and names that the lexicon does not know.
 STRONG, RELATION, UNKNOWN = 0, 1, 2
 # Classes of words in the distance.
 STYLE, CONTENT, QUESTION, NEIGHBOURS = range(4)
@@ -27,6 +27,7 @@ _DIGITS = dict(enumerate("zero one two three four five six seven eight nine ten 
 _VAGUE_COUNTS = frozenset("one single another all both".split())
 _NEGATIONS = frozenset("no not without never neither nor n't cannot none".split())
 _NEGATED_WORDS = 4
+_ARTICLES = frozenset("a an the this that these those".split())
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +38,10 @@ class Content:
         words: One token for each occurrence of a word, and for each two content words in a row; the n-th occurrence is
             a token of its own.
         said: Distinct content.
-        num_objects: Number of distinct objects of the lexicon in `said`.
     """
 
     words: tuple[int, ...]
     said: tuple[int, ...]
-    num_objects: int
 
 
 class ContentReader:
@@ -61,8 +60,9 @@ class ContentReader:
         """The content of a text.
 
         Args:
-            answers_question: Whether yes and no count, which mean nothing in a description; there, objects within a
-                few words after a negation do not count either: "no people" may be true of any image.
+            answers_question: Whether yes and no count, and relations as much as objects. In a description they do not:
+                "no people" may be true of any image, so objects within a few words after a negation do not count
+                either, and "a left of b" may be true together with "b right of a".
         """
         found = [self._classified(word) for word in words_of(text)]
         content = [name for name, kind in found if kind is not None]
@@ -70,16 +70,17 @@ class ContentReader:
         words += self._numbered(content, CONTENT)
         words += self._numbered([f"{a} {b}" for a, b in pairwise(content)], NEIGHBOURS)
         objects = {mention.object for mention in self._lexicon.objects.mentions(text)}
-        said = {(name, _CLASS[kind]) for name, kind in found if kind in _CLASS and name not in _VAGUE_COUNTS}
+        class_of_kind = _IN_ANSWERS if answers_question else _IN_DESCRIPTIONS
+        said = {(name, class_of_kind[kind]) for name, kind in found if kind in class_of_kind}
+        said -= {(name, STRONG) for name in _VAGUE_COUNTS}
+        said |= {(name, UNKNOWN) for name in _unknown_names(found)}
         if not answers_question:
-            polarity = {name for name, kind in found if kind == "polarity"}
             objects -= _negated_objects(text, self._lexicon)
-            said = {entry for entry in said if entry[0] not in polarity}
         # Unknown words in an object's name, such as `teddy` of `teddy bear`, are not content of their own.
         parts = {part for name in objects for part in name.split()}
         said = {entry for entry in said if entry[1] != UNKNOWN or entry[0] not in parts}
         said |= {(name, STRONG) for name in objects}
-        return Content(tuple(words), tuple(sorted(self._token(*entry) for entry in said)), len(objects))
+        return Content(tuple(words), tuple(sorted(self._token(*entry) for entry in said)))
 
     def question_words(self, question: str) -> list[int]:
         """Tokens of a question's distinct words."""
@@ -117,13 +118,8 @@ class ContentReader:
 
 
 # Objects are found as phrases, by `ObjectLexicon.mentions`.
-_CLASS: dict[Kind | None, int] = {
-    "attribute": STRONG,
-    "count": STRONG,
-    "polarity": STRONG,
-    "relation": RELATION,
-    "other": UNKNOWN,
-}
+_IN_DESCRIPTIONS: dict[Kind | None, int] = {"attribute": STRONG, "count": STRONG, "relation": RELATION}
+_IN_ANSWERS: dict[Kind | None, int] = {**_IN_DESCRIPTIONS, "polarity": STRONG, "relation": STRONG}
 
 
 def class_of(tokens: np.ndarray) -> np.ndarray:
@@ -133,6 +129,16 @@ def class_of(tokens: np.ndarray) -> np.ndarray:
 def hash32(name: str) -> int:
     """A 32-bit hash, equal in every process."""
     return int.from_bytes(hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=4).digest(), "big")
+
+
+def _unknown_names(found: list[tuple[str, Kind | None]]) -> set[str]:
+    """Unknown words that are names: those after an article, attribute or count; all in a text without articles."""
+    has_articles = any(name in _ARTICLES for name, _ in found)
+    return {
+        name
+        for (before, kind_before), (name, kind) in pairwise([("", None), *found])
+        if kind == "other" and (not has_articles or before in _ARTICLES or kind_before in ("attribute", "count"))
+    }
 
 
 def _negated_objects(text: str, lexicon: ChangeLexicon) -> set[str]:

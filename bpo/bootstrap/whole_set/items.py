@@ -19,8 +19,9 @@ from bpo.config.bootstrap import ValidateConfig
 FORBIDDEN = 1 << 16
 # Costs are in words that differ; a content word counts as several words of style, and the order counts too.
 _WEIGHTS = ((STYLE, 1.0), (CONTENT, 4.0), (NEIGHBOURS, 1.0), (QUESTION, 1.0))
-# The text only adds to the annotation, so it may be true of the image; and all that it adds are relations.
-_ADDS_ONLY_COST, _RELATIONS_ONLY_COST = 6.0, 12.0
+# Of pairs whose text may be true of the image: it only adds to the annotation; all that it adds are names that the
+# lexicon does not know; all that it adds are relations.
+_ADDS_ONLY_COST, _UNKNOWN_ONLY_COST, _RELATIONS_ONLY_COST = np.float32(6), np.float32(2), np.float32(24)
 # Added to both lengths of the ratio, as in validate.py.
 _FREE_WORDS = 8
 _ITEMS_PER_CHUNK = 1 << 14
@@ -39,7 +40,6 @@ class Item:
         named_by_answer: Objects that the whole annotation names, by the same lexicon.
         true: Objects in the images, by ground truth or by the annotation.
         has_truth: Whether there is ground truth for the images.
-        num_objects: Number of objects in `content`.
         num_words: Number of words of the text.
         num_answer_words: Number of words of the whole annotation.
         script, language: Numbers of the annotation's script and language; 0 if unknown.
@@ -53,7 +53,6 @@ class Item:
     named_by_answer: Sequence[int]
     true: Sequence[int]
     has_truth: int
-    num_objects: int
     num_words: int
     num_answer_words: int
     script: int
@@ -129,10 +128,11 @@ class Items:
             for kind in (STRONG, RELATION, UNKNOWN)
         }
         loses = taking.size("content")[:, None] > taking.common("content", given, "content")
-        # Where the lexicon knows no object, words that it does not know stand in for them, if one replaces another.
-        unknown = (given.fact("num_objects")[None, :] == 0) & (new[UNKNOWN] > 0) & loses
-        cost += _ADDS_ONLY_COST * ~loses + _RELATIONS_ONLY_COST * ((new[STRONG] == 0) & ~unknown)
-        forbidden = ~((new[STRONG] + new[RELATION] > 0) | unknown) | (changed < self._options.min_changed_words)
+        # A name that the lexicon does not know may be a synonym; it counts if it replaces another word.
+        unknown = (new[UNKNOWN] > 0) & loses
+        weak = new[STRONG] == 0
+        cost += _ADDS_ONLY_COST * ~loses + np.where(unknown, _UNKNOWN_ONLY_COST, _RELATIONS_ONLY_COST) * weak
+        forbidden = (weak & (new[RELATION] == 0) & ~unknown) | (changed < self._options.min_changed_words)
         forbidden |= taking.common("images", given, "images") > 0
         forbidden |= self._wrong_length(taking, given) | _is_true(taking, given)
         if self._options.same_language:

@@ -137,7 +137,6 @@ class _Reading:
                 named_by_answer=(),
                 true=(),
                 has_truth=0,
-                num_objects=content.num_objects,
                 num_words=count_words(piece),
                 num_answer_words=count_words(text),
                 script=script,
@@ -150,7 +149,9 @@ class _Reading:
         asked = words_of(question)
         kind = (mode, len(annotation.images), number < 0)
         self.key.append(_hash64(*kind, place, *asked))
-        self.loose_key.append(_hash64(*kind, place == "first", *asked[:_QUESTION_WORDS]))
+        # An answer that repeats words of its question fits another question only if it has the same words.
+        repeated = sorted(set(self._reader.read(question, answers_question=True).said) & set(answer.said))
+        self.loose_key.append(_hash64(*kind, place == "first", *asked[:_QUESTION_WORDS], *repeated))
 
     def _piece(self, text: str, seed: int) -> tuple[int, str, str]:
         """The text to exchange: the number of a sentence, or -1, its place in the answer, and the text."""
