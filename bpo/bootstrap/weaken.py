@@ -21,6 +21,7 @@ from bpo.bootstrap.seeds import derive_seed
 from bpo.config.bootstrap import WeakenConfig
 from bpo.data.encode import EncodedImages
 from bpo.data.families import Family
+from bpo.data.padding import Colour, pad_to_square
 
 NO_NOISE = -1
 MASK_CELLS = 14
@@ -86,10 +87,19 @@ class PictureWeakener:
 
     Args:
         mean, std: Per channel, from the image processor (pixel values 0..1).
+        padding: Colour with which pictures are padded to a square before noise is added, as the model sees them; crops
+            and masks apply to the picture alone.
     """
 
-    def __init__(self, weakening: Weakening, options: WeakenConfig, mean: Sequence[float], std: Sequence[float]):
-        self.weakening, self.options = weakening, options
+    def __init__(
+        self,
+        weakening: Weakening,
+        options: WeakenConfig,
+        mean: Sequence[float],
+        std: Sequence[float],
+        padding: Colour | None = None,
+    ):
+        self.weakening, self.options, self.padding = weakening, options, padding
         self._mean_311 = torch.tensor(mean, dtype=torch.float32).reshape(3, 1, 1)
         self._std_311 = torch.tensor(std, dtype=torch.float32).reshape(3, 1, 1)
         self._generator = torch.Generator().manual_seed(derive_seed(weakening.seed, "noise"))
@@ -105,6 +115,8 @@ class PictureWeakener:
 
     def _noise(self, picture: Image.Image) -> Image.Image:
         assert self.weakening.noise_step is not None
+        if self.padding is not None:
+            picture = pad_to_square(picture, self.padding)
         values_3HW = torch.from_numpy(np.array(_scaled(picture, self.options.pixel_side))).permute(2, 0, 1) / 255
         clean_3HW = (values_3HW - self._mean_311) / self._std_311
         epsilon_3HW = torch.randn(clean_3HW.shape, generator=self._generator, dtype=torch.float32)
@@ -136,11 +148,13 @@ class PictureWeakener:
         return int(torch.randint(below, (1,), generator=self._generator))
 
 
-def picture_weakener(weakening: Weakening, options: WeakenConfig, image_processor: Any | None) -> PictureWeakener:
+def picture_weakener(
+    weakening: Weakening, options: WeakenConfig, image_processor: Any | None, padding: Colour | None = None
+) -> PictureWeakener:
     """A weakener with the image processor's mean and standard deviation; 0.5 per channel without a processor."""
     mean = getattr(image_processor, "image_mean", None) or [0.5] * 3
     std = getattr(image_processor, "image_std", None) or [0.5] * 3
-    return PictureWeakener(weakening, options, mean, std)
+    return PictureWeakener(weakening, options, mean, std, padding)
 
 
 def _scaled(picture: Image.Image, longer_side: int) -> Image.Image:

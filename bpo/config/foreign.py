@@ -38,6 +38,8 @@ FOREIGN = {
     "image_folder": "data.image_root",
     "image_max_pixels": "data.max_pixels",
     "image_min_pixels": "data.min_pixels",
+    "image_aspect_ratio": "data.image_aspect",
+    "default_system": "data.system_prompt",
     "cutoff_len": _LENGTH,
     "max_length": _LENGTH,
     "model_max_length": _LENGTH,

@@ -58,6 +58,10 @@ class DataConfig(Section):
         min_pixels: Images with fewer pixels are scaled up to this number, by models that resize by it (Qwen-VL); 0 uses
             the model's own limit. As max_pixels, it applies in bootstrapping, training and evaluation.
         max_pixels: Images with more pixels are scaled down to this number, which limits the tokens of a large image.
+        image_aspect: Handling of images that are not square: `processor` leaves it to the image processor, which may
+            crop them; `pad` first pads them with the processor's mean colour, as LLaVA-1.5 was trained. As
+            system_prompt, it applies in bootstrapping, training and evaluation.
+        system_prompt: System turn of prompts that have none of their own; empty adds none.
         max_completion_words: Maximum words per completion; groups with a longer one are dropped, as in the paper.
         keep_lengths: Cache measured lengths in GROUPS.lengths, so that a restart does not open images whose size and
             modification time are unchanged.
@@ -77,6 +81,8 @@ class DataConfig(Section):
     max_length_tokens: int = number(2048, at_least=1)
     min_pixels: int = number(0, at_least=1, zero="the model's own")
     max_pixels: int = number(0, at_least=1, zero="the model's own")
+    image_aspect: Literal["processor", "pad"] = "processor"
+    system_prompt: str = ""
     max_completion_words: int = number(350, at_least=1)
     keep_lengths: bool = True
     on_bad: Literal["quarantine", "error"] = "quarantine"

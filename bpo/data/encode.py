@@ -5,6 +5,7 @@ Shape letters: T tokens of one prompt.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,10 +17,13 @@ from PIL import Image
 
 from bpo.config.training import Config
 from bpo.data.families import Family, ImagePlace, family_of
-from bpo.data.processor import ChatTemplateError, Processor, load_processor
+from bpo.data.padding import pad_to_square, visible_share
+from bpo.data.processor import ChatTemplateError, Processor, load_processor, with_system_turn
 from bpo.formats.images import ImageError, load_image
 from bpo.formats.usable import NO_PAIR, distinct_answers
 from bpo.records import PreferenceGroup, Turn
+
+logger = logging.getLogger(__name__)
 
 # Private-use characters that replace a literal in the user's text while the chat template is rendered.
 _LITERAL = "\ue0f0{}\ue0f1"
@@ -94,6 +98,12 @@ class Encoder:
         image_root: Base folder of the images.
         max_length_tokens: Maximum length of prefix plus one completion.
         share_prefix: Value of `model.share_prefix`.
+        image_aspect: Value of `data.image_aspect`.
+        system_prompt: Value of `data.system_prompt`.
+
+    Raises:
+        ValueError: The tokenizer has no EOS token or does not fit the model; the family does not take padded images;
+            the chat template has no system turn.
     """
 
     def __init__(
@@ -103,10 +113,14 @@ class Encoder:
         image_root: Path,
         max_length_tokens: int,
         share_prefix: str = "auto",
+        image_aspect: str = "processor",
+        system_prompt: str = "",
     ):
         self.processor = processor
         self.tokenizer = processor.tokenizer
         self.family: Family = family_of(model_config, share_prefix)
+        self.padding = self.family.padding_colour(processor.image_processor) if image_aspect == "pad" else None
+        self.system_prompt = system_prompt
         self.image_root = image_root
         self.max_length_tokens = max_length_tokens
         self.image_token_id = self.family.image_token_id
@@ -124,6 +138,8 @@ class Encoder:
         self._placeholder = self.family.placeholder(self.tokenizer)
         longest_first = sorted(self._special_tokens, key=len, reverse=True)
         self._literal_re = re.compile("|".join(map(re.escape, [*longest_first, *_LITERAL.split("{}")])))
+        if system_prompt:
+            processor.check_system_turn()
 
     def _all_special_tokens(self) -> dict[str, int]:
         """Returns all strings that the tokenizer encodes as a control token, with their ids."""
@@ -197,7 +213,7 @@ class Encoder:
         """Decodes and preprocesses the images of one prompt. Thread-safe; does not use the tokenizer.
 
         Args:
-            change: Transform applied to every image before the image processor.
+            change: Transform applied to every image before it is padded and passed to the image processor.
 
         Raises:
             ImageError: An image cannot be read, or the processor rejects its shape.
@@ -207,6 +223,8 @@ class Encoder:
         pictures = [load_image(self.image_root, image) for image in images]
         if change is not None:
             pictures = [change(picture) for picture in pictures]
+        if self.padding is not None:
+            pictures = [pad_to_square(picture, self.padding) for picture in pictures]
         try:
             inputs, places = self.family.preprocess(self.processor, pictures)
         except ValueError as error:
@@ -227,7 +245,7 @@ class Encoder:
         """
         literals: list[str] = []
         messages = []
-        for turn in prompt:
+        for turn in with_system_turn(prompt, self.system_prompt):
             texts = self._protected([part.text for part in turn.content if part.type == "text"], literals)
             content = [
                 {"type": "image"} if part.type == "image" else {"type": "text", "text": next(texts)}
@@ -346,5 +364,16 @@ def load_encoder(config: Config, model_config: Any = None) -> Encoder:
     if config.data.min_pixels or config.data.max_pixels:
         limits = config.data.min_pixels, config.data.max_pixels
         family_of(model_config).limit_pixels(processor.image_processor, *limits)
-    image_root = Path(config.data.image_root or ".")
-    return Encoder(processor, model_config, image_root, config.data.max_length_tokens, config.model.share_prefix)
+    data = config.data
+    encoder = Encoder(
+        processor,
+        model_config,
+        Path(data.image_root or "."),
+        data.max_length_tokens,
+        config.model.share_prefix,
+        data.image_aspect,
+        data.system_prompt,
+    )
+    seen = visible_share(processor.image_processor, 4, 3, padded=encoder.padding is not None)
+    logger.info("data.image_aspect=%s: the model sees %.0f %% of a 4:3 photo", data.image_aspect, 100 * seen)
+    return encoder

@@ -58,6 +58,8 @@ def encoder_parts(encoder: Encoder) -> dict[str, Any]:
         "special tokens": tokenizer.special_tokens_map,
         "chat template": encoder.processor.chat_template,
         "image processor": encoder.processor.image_processor.to_json_string(),
+        **({"padding colour": encoder.padding} if encoder.padding else {}),
+        **({"system prompt": encoder.system_prompt} if encoder.system_prompt else {}),
         "config": encoder.family.config.to_json_string(use_diff=False),
     }
 

@@ -10,12 +10,13 @@ import ctypes
 import json
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bpo.config.training import missing_model
+from bpo.records import ContentPart, Turn
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +56,20 @@ class Processor:
             if self._takes_text(messages):
                 raise self.only_text_error() from error
             raise
+
+    def check_system_turn(self) -> None:
+        """Raises ValueError if the chat template refuses or drops a system turn."""
+        text = "\ue0f2"
+        turns = [("system", text), ("user", "?")]
+        messages = [{"role": role, "content": [{"type": "text", "text": said}]} for role, said in turns]
+        try:
+            fault = "" if text in self.apply_chat_template(messages) else "it drops system turns"
+        except ChatTemplateError as error:
+            fault = str(error)
+        if fault:
+            raise ValueError(
+                f"data.system_prompt is set, but {self.template_source} takes no system turn ({fault}); remove it"
+            )
 
     def only_text_error(self) -> ChatTemplateError:
         return ChatTemplateError(
@@ -125,6 +140,13 @@ def _within(seconds: float, function: Callable[[], str]) -> str:
     if errors:
         raise errors[0]
     return results[0]
+
+
+def with_system_turn(prompt: Sequence[Turn], system_prompt: str) -> tuple[Turn, ...]:
+    """The prompt preceded by a system turn, unless it begins with one of its own or `system_prompt` is empty."""
+    if not system_prompt or (prompt and prompt[0].role == "system"):
+        return tuple(prompt)
+    return Turn("system", (ContentPart("text", system_prompt),)), *prompt
 
 
 def load_processor(path: str, *, trust_remote_code: bool = False) -> Processor:

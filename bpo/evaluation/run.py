@@ -129,7 +129,7 @@ def _identity(config: Config, benchmarks: Benchmarks) -> str:
         str(model),
         config.model.dtype,
         config.data.image_root,
-        [config.data.min_pixels, config.data.max_pixels],
+        [config.data.min_pixels, config.data.max_pixels, config.data.image_aspect, config.data.system_prompt],
         [options.chair_prompt, options.max_new_tokens, options.batch_size],
         [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files],
         image_identities(_images(benchmarks), Path(config.data.image_root or ".")),

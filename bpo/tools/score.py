@@ -83,6 +83,8 @@ def write_scores(options: argparse.Namespace) -> int:
         max_length_tokens=options.max_length_tokens,
         min_pixels=options.min_pixels,
         max_pixels=options.max_pixels,
+        image_aspect=options.image_aspect,
+        system_prompt=options.system_prompt,
     )
     sides = {
         name: Config(model=ModelConfig(path=str(path), dtype=options.dtype, attention="auto"), data=data)
@@ -162,6 +164,11 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--max-length-tokens", type=int, default=2048, help="as in training (default: %(default)s)")
     for limit in ("min", "max"):
         parser.add_argument(f"--{limit}-pixels", type=int, default=0, help=f"data.{limit}_pixels of the training")
+    aspects = ["processor", "pad"]
+    parser.add_argument(
+        "--image-aspect", default="processor", choices=aspects, help="data.image_aspect of the training"
+    )
+    parser.add_argument("--system-prompt", default="", help="data.system_prompt of the training")
     parser.add_argument("--max-micro-batch-tokens", type=int, default=8192, help="(default: %(default)s)")
     add_bad_record_options(parser)
     options = parser.parse_args(argv)

@@ -191,6 +191,62 @@ def test_noise_in_either_space_is_the_same_where_nothing_is_clipped(tiny_llava_d
     assert (pixel != clean.inputs["pixel_values"]).float().mean() > 0.8
 
 
+def test_noise_covers_the_padding_in_either_space(tiny_llava_dir: Path, tmp_path: Path) -> None:
+    """Both spaces noise the same square picture: at the processor's own size they agree up to rounding to 1/255."""
+    data = DataConfig(image_root=str(tmp_path), image_aspect="pad")
+    config = Config(
+        model=ModelConfig(path=str(tiny_llava_dir)),
+        data=data,
+        bootstrap=BootstrapConfig(weaken=replace(OPTIONS, pixel_side=0)),
+    )
+    encoder = load_encoder(config)
+    grey_picture(28, 14).save(tmp_path / "p.png")
+    vision = TransformersVisionGenerator(None, encoder, config)  # type: ignore[arg-type]
+    prompt = (Turn("user", (ContentPart("image"),)),)
+
+    def pixels(weakening: Weakening) -> torch.Tensor:
+        return vision.prepare(VisionRequest("r", ("p.png",), prompt, weakening)).inputs["pixel_values"][0]
+
+    clean = pixels(Weakening("none", 3))
+    assert clean[:, :7].abs().max() < 0.02 < clean[:, 7:21].abs().max()  # margins of the mean colour
+    normalised, pixel = pixels(Weakening("noise", 3, 300, "normalised")), pixels(Weakening("noise", 3, 300, "pixel"))
+    step = 0.51 / 255 / min(encoder.processor.image_processor.image_std)
+    assert ((pixel - normalised).abs() <= step).float().mean() > 0.8
+    assert (pixel - clean)[:, :7].abs().mean() > 0.1
+
+
+def test_crops_and_masks_apply_to_the_picture_without_its_padding() -> None:
+    picture = Image.new("RGB", (200, 100), (255, 0, 0))
+    for kind in ("crop", "mask"):
+        change = PictureWeakener(Weakening(kind, 3), OPTIONS, MEAN, STD, padding=(1, 2, 3))  # type: ignore[arg-type]
+        assert not (np.asarray(change(picture)) == [1, 2, 3]).all(-1).any()
+
+
+def test_a_chat_engine_is_sent_padded_pictures_and_the_system_prompt(tiny_llava_dir: Path, tmp_path: Path) -> None:
+    grey_picture(40, 30).save(tmp_path / "photo.png")
+    data = DataConfig(image_root=str(tmp_path), image_aspect="pad", system_prompt="Be kind.")
+    config = Config(model=ModelConfig(path=str(tiny_llava_dir)), data=data)
+    chat = ChatVisionGenerator(None, config, "big", load_encoder(config))  # type: ignore[arg-type]
+    question = Turn("user", (ContentPart("image"), ContentPart("text", "What?")))
+
+    def messages(kind: str, *prompt: Turn) -> list[dict]:
+        weakening = Weakening(kind, 5, 900 if kind == "noise" else None, "pixel")  # type: ignore[arg-type]
+        return chat.prepare(VisionRequest("r", ("photo.png",), prompt, weakening))["messages"]
+
+    for kind in ("none", "noise", "crop", "mask"):
+        system, user = messages(kind, question)
+        assert system == {"role": "system", "content": [{"type": "text", "text": "Be kind."}]}
+        url = user["content"][0]["image_url"]["url"]
+        sent = Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])))
+        assert sent.width == sent.height
+        if kind == "none":
+            assert np.asarray(sent)[0, 0].tolist() == [122, 116, 104]
+    own = Turn("system", (ContentPart("text", "Be brief."),))
+    assert [m["content"][0].get("text") for m in messages("none", own, question)] == ["Be brief.", None]
+    with pytest.raises(ValueError, match="image_aspect is pad, but model.path is empty"):
+        ChatVisionGenerator(None, config, "big", None)  # type: ignore[arg-type]
+
+
 def test_noise_of_a_picture_follows_its_seed_and_scales_it_down_first() -> None:
     picture = grey_picture(120, 60)
     first, again, other = (np.asarray(weakener(seed=seed)(picture)) for seed in (1, 1, 2))

@@ -18,7 +18,7 @@ from bpo.data.encode import Dropped, EncodedGroup, Encoder, EncodingError
 from bpo.data.processor import Processor, load_processor
 from bpo.formats.images import ImageError
 from bpo.formats.usable import keep_types
-from bpo.records import Completion
+from bpo.records import Completion, Turn
 from tests.conftest import FUZZ
 from tests.sample_groups import PHOTOS, encoder_of, group, turn
 from tests.tiny import LLAVA_TEMPLATE, byte_tokenizer
@@ -45,6 +45,11 @@ CHATS = {
     "several turns": [turn(None, "What?"), turn("A cat", ".", role="assistant"), turn("Sure", "?")],
     "unicode": [turn(None, "\u4ec0\u4e48?", "\U0001f600")],
 }
+# `conv_vicuna_v1` of llava/conversation.py in haotian-liu/LLaVA, with which LLaVA-1.5 and the paper's release train.
+VICUNA_SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
 CONTROL = "<image> </s> <s> <pad> <|image_pad|> <|im_end|> <|im_start|>"
 
 
@@ -216,6 +221,39 @@ def test_the_templates_token_after_an_answer_ends_it(llava: Encoder, template: s
     assert encoder.eos_token_id == llava.tokenizer.convert_tokens_to_ids(end)
     assert set(encoder.end_token_ids) == {encoder.eos_token_id, llava.tokenizer.eos_token_id}
     assert encoder.encode_completion("a")[-1] == encoder.eos_token_id
+
+
+def prompted(encoder: Encoder, template: str, system_prompt: str) -> Encoder:
+    processor = replace(encoder.processor, chat_template=template)
+    return Encoder(processor, encoder.family.config, encoder.image_root, 2048, system_prompt=system_prompt)
+
+
+def test_the_system_prompt_gives_the_conversation_of_the_original_llava(llava: Encoder) -> None:
+    encoder = prompted(llava, LLAVA_1_5_TEMPLATE, VICUNA_SYSTEM)
+
+    def text(images: Sequence[str], *turns: Turn) -> str:
+        return encoder.tokenizer.decode(encoder.encode_prompt("r", images, turns).prefix_ids)
+
+    image = "<image>" * 4
+    assert text(["wide.png"], turn(None, "What?")) == f"{VICUNA_SYSTEM} USER: {image}\nWhat? ASSISTANT:"
+    own = turn("Be brief.", role="system")
+    assert text(["wide.png"], own, turn(None, "What?")) == f"Be brief. USER: {image}\nWhat? ASSISTANT:"
+    assert text([], turn("What?")) == f"{VICUNA_SYSTEM} USER: What? ASSISTANT:"
+
+
+@pytest.mark.parametrize(
+    ("before", "fault"),
+    [
+        ("{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}", "no system"),
+        ("{% set messages = messages | rejectattr('role', 'equalto', 'system') | list %}", "it drops system turns"),
+    ],
+)
+def test_a_template_without_a_system_turn_refuses_a_system_prompt(llava: Encoder, before: str, fault: str) -> None:
+    assert prompted(llava, before + LLAVA_TEMPLATE, "").encode_prompt("r", [], [turn("What?")]).prefix_ids
+    with pytest.raises(
+        ValueError, match=rf"data.system_prompt is set, but .*takes no system turn \(.*{fault}.*remove it"
+    ):
+        prompted(llava, before + LLAVA_TEMPLATE, "Be kind.")
 
 
 def test_truncation_affects_completions_only(tiny_llava_dir: Path, photo_root: Path) -> None:

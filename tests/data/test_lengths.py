@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from bpo.config.training import Config, DataConfig, ModelConfig
 from bpo.data import encode, groups
-from bpo.data.encode import Dropped, Encoder
+from bpo.data.encode import Dropped, Encoder, load_encoder
 from bpo.data.groups import GroupDataset
 from bpo.data.lengths import Measured, MeasuredLengths, encoder_fingerprint, lengths_directory
 from tests.sample_groups import encoder_of, group, three_groups, write_photos
@@ -141,7 +142,11 @@ def test_the_fingerprint_covers_everything_that_affects_lengths(tiny_llava_dir: 
     other = encoder_of(tiny_llava_dir, root)
     other.tokenizer.add_tokens(["newword"])
     changed.append(encoder_fingerprint(other, 350))
-    assert len({base, *changed}) == 5
+    for option in ({"image_aspect": "pad"}, {"system_prompt": "Be brief."}):
+        model = ModelConfig(path=str(tiny_llava_dir))
+        data = DataConfig(image_root=str(root), **option)  # type: ignore[arg-type]
+        changed.append(encoder_fingerprint(load_encoder(Config(model=model, data=data)), 350))
+    assert len({base, *changed}) == 7
 
 
 def test_a_changed_text_is_measured_again(tmp_path: Path, encoder: Encoder) -> None:

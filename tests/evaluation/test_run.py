@@ -109,11 +109,13 @@ def test_a_benchmark_goes_on_without_few_unusable_images_and_says_so(tmp_path: P
     assert [(entry["record"], entry["code"]) for entry in result["bad_images"]] == [("b.png", "image-undecodable")]
 
 
-def test_answers_to_images_of_other_pixel_limits_are_not_reused(tmp_path: Path, models: dict[str, Path]) -> None:
+def test_answers_to_other_pixels_or_prompts_are_not_reused(tmp_path: Path, models: dict[str, Path]) -> None:
     config = config_for(tmp_path, models["qwen"])
     capped = replace(config, data=replace(config.data, max_pixels=3136))
     benchmarks = read_benchmarks(config.evaluation)
-    assert _identity(config, benchmarks) != _identity(capped, benchmarks)
+    padded = replace(config, data=replace(config.data, image_aspect="pad"))
+    prompted = replace(config, data=replace(config.data, system_prompt="Be brief."))
+    assert len({_identity(c, benchmarks) for c in (config, capped, padded, prompted)}) == 4
 
 
 def test_the_table_shows_percentages() -> None:

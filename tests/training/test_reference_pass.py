@@ -64,6 +64,9 @@ def test_a_store_of_other_pixel_limits_is_refused(run: Config, monkeypatch: pyte
     run.data.max_pixels = 3136
     with pytest.raises(ReferenceStoreError, match="pixels.*0 to 3136"):
         fill_reference_store(run, resolved(run), engine, data)
+    run.data.max_pixels, run.data.image_aspect = 0, "pad"
+    with pytest.raises(ReferenceStoreError, match="image_aspect.*pad"):
+        fill_reference_store(run, resolved(run), engine, data)
 
 
 def resolved(run: Config) -> ResolvedModel:

@@ -196,13 +196,18 @@ class MultimodalTextGenerator:
 
 
 class ChatTextGenerator:
-    """A text-only LLM behind a chat engine: a server, or vLLM in this process."""
+    """A text-only LLM behind a chat engine: a server, or vLLM in this process.
+
+    Args:
+        system_prompt: System turn of every request; empty adds none.
+    """
 
     whole_batches = False
     special_tokens: tuple[str, ...] = ()
 
-    def __init__(self, engine: ChatEngine, options: InjectConfig, name: str):
+    def __init__(self, engine: ChatEngine, options: InjectConfig, name: str, system_prompt: str = ""):
         self.engine, self.options, self.name = engine, options, name
+        self._system = [{"role": "system", "content": system_prompt}] if system_prompt else []
 
     def replies(self, requests: Sequence[InjectionRequest]) -> Iterable[tuple[int, Reply]]:
         return self.engine.replies([(request.record_id, self.body(request)) for request in requests])
@@ -210,7 +215,7 @@ class ChatTextGenerator:
     def body(self, request: InjectionRequest) -> dict[str, Any]:
         """One request in chat completions format."""
         return {
-            "messages": [{"role": m.role, "content": m.content} for m in request.messages],
+            "messages": [*self._system, *({"role": m.role, "content": m.content} for m in request.messages)],
             "temperature": self.options.temperature,
             "top_p": self.options.top_p,
             "max_tokens": request.max_new_tokens,

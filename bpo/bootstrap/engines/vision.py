@@ -16,6 +16,8 @@ from bpo.bootstrap.engines.text import ChatEngine, Reply
 from bpo.bootstrap.weaken import Weakening, picture_weakener, weaken_images
 from bpo.config.training import Config, DataConfig
 from bpo.data.encode import EncodedImages, EncodedPrompt, Encoder, EncodingError
+from bpo.data.padding import pad_to_square
+from bpo.data.processor import with_system_turn
 from bpo.formats.images import load_image
 from bpo.model.generate import generate_prompts
 from bpo.model.kv_cache import CachedPrefix, Prefixes, common_beginning
@@ -70,12 +72,13 @@ class TransformersVisionGenerator:
         self._prefixes = Prefixes(model, encoder.family.generation_inputs, enabled)
 
     def prepare(self, request: VisionRequest) -> EncodedImages:
-        weakening = request.weakening
-        picture = picture_weakener(weakening, self.config.bootstrap.weaken, self.encoder.processor.image_processor)
-        images = self.encoder.encode_images(_inputs_of(request)[0], picture if weakening.changes_pictures else None)
+        weakening, encoder = request.weakening, self.encoder
+        options, image_processor = self.config.bootstrap.weaken, encoder.processor.image_processor
+        picture = picture_weakener(weakening, options, image_processor, encoder.padding)
+        images = encoder.encode_images(_inputs_of(request)[0], picture if weakening.changes_pictures else None)
         if weakening.kind == "noise" and weakening.space == "normalised":
             assert weakening.noise_step is not None
-            images = weaken_images(images, self.encoder.family, weakening.noise_step, weakening.seed)
+            images = weaken_images(images, encoder.family, weakening.noise_step, weakening.seed)
         return images
 
     def replies(
@@ -125,7 +128,10 @@ class ChatVisionGenerator:
     Args:
         engine: A server, or vLLM in this process.
         name: Recorded in the provenance.
-        encoder: Given if `model.path` is set; provides normalisation and control tokens.
+        encoder: Given if `model.path` is set; provides normalisation, padding and control tokens.
+
+    Raises:
+        ValueError: `data.image_aspect` is pad, but there is no encoder, whose mean is the colour.
     """
 
     whole_batches = False
@@ -134,6 +140,12 @@ class ChatVisionGenerator:
         self.engine, self.config, self.name = engine, config, name
         self.special_tokens = special_tokens_of(encoder) if encoder else ()
         self._image_processor = encoder.processor.image_processor if encoder else None
+        self._padding = encoder.padding if encoder else None
+        if config.data.image_aspect == "pad" and encoder is None:
+            raise ValueError(
+                "data.image_aspect is pad, but model.path is empty; set it to the served model, whose image processor "
+                "gives the colour to pad with"
+            )
 
     def replies(
         self, requests: Sequence[VisionRequest], prepared: Sequence[dict[str, Any]]
@@ -146,11 +158,12 @@ class ChatVisionGenerator:
         """The request in chat completions format, with pictures as data URLs."""
         options = self.config.bootstrap.weaken
         images, turns = _inputs_of(request)
-        weaken = picture_weakener(request.weakening, options, self._image_processor)
+        weaken = picture_weakener(request.weakening, options, self._image_processor, self._padding)
         root = Path(self.config.data.image_root or ".")
-        pictures = iter([weaken(_within_limits(load_image(root, image), self.config.data)) for image in images])
+        weakened = [weaken(_within_limits(load_image(root, image), self.config.data)) for image in images]
+        pictures = iter([pad_to_square(picture, self._padding) if self._padding else picture for picture in weakened])
         messages: list[dict[str, Any]] = []
-        for turn in turns:
+        for turn in with_system_turn(turns, self.config.data.system_prompt):
             content = [
                 {"type": "text", "text": part.text}
                 if part.type == "text"

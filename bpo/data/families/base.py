@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from bpo.data.families.sharing import why_separate
+from bpo.data.padding import Colour
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -118,6 +119,17 @@ class Family(abc.ABC):
         raise ValueError(
             "data.min_pixels and data.max_pixels are for models that resize images by their number of pixels "
             f"(Qwen-VL); `{self.config.model_type}` does not: remove them"
+        )
+
+    def padding_colour(self, image_processor: Any) -> Colour:
+        """Returns the colour with which `data.image_aspect: pad` pads images to a square.
+
+        Raises:
+            ValueError: The family is not trained on padded images.
+        """
+        raise ValueError(
+            "data.image_aspect: pad is for LLaVA-1.5, whose image processor crops images to a square; "
+            f"`{self.config.model_type}` handles other aspect ratios itself: remove it"
         )
 
     def nested(self, pictures: Sequence[Image.Image]) -> list[Any]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from bpo.data.families.base import PlainPositions
+from bpo.data.padding import Colour, mean_colour
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -44,6 +45,9 @@ class Llava(PlainPositions):
     def num_image_tokens(self, outputs: dict[str, Any]) -> list[int]:
         return [self.tokens_per_tile] * len(outputs["pixel_values"])
 
+    def padding_colour(self, image_processor: Any) -> Colour:
+        return mean_colour(image_processor)
+
 
 class LlavaNext(Llava):
     """LLaVA-NeXT: the whole image, then the tiles of the best-fitting canvas in rows, without its padding.
@@ -53,6 +57,9 @@ class LlavaNext(Llava):
 
     image_keys: tuple[str, ...] = ("pixel_values", "image_sizes")
     projector_parameters = ("model.image_newline",)
+
+    def padding_colour(self, image_processor: Any) -> Colour:
+        return PlainPositions.padding_colour(self, image_processor)  # its tiles show the whole image
 
     def num_image_tokens(self, outputs: dict[str, Any]) -> list[int]:
         return [self.tokens_per_tile + self._canvas_tokens(*size) for size in outputs["image_sizes"].tolist()]

@@ -62,6 +62,8 @@ def run_fingerprint(config: Config, model: ResolvedModel, directory: Path) -> di
     settings: dict[str, str] = {"sequences": "separate"} if choice is None else {"attention": choice.backend}
     if config.data.min_pixels or config.data.max_pixels:
         settings["pixels"] = f"{config.data.min_pixels} to {config.data.max_pixels}"
+    if config.data.image_aspect != "processor":  # the system prompt is in the keys: they cover all tokens
+        settings["image_aspect"] = config.data.image_aspect
     return model_fingerprint(
         config.model.path,
         kept_digests=directory / DIGESTS,

@@ -154,7 +154,7 @@ def test_the_stand_in_is_a_small_image(name: str, encoder: Encoder, model: Any) 
     assert len(stand_in.prefix_ids) == (88 if name in ("llava_next", "llava_onevision") else 4)
 
 
-def limited(directory: Path, image_root: Path, **data: int) -> Encoder:
+def limited(directory: Path, image_root: Path, **data: int | str) -> Encoder:
     model, files = ModelConfig(path=str(directory)), {"image_root": str(image_root)}
     return load_encoder(Config(model=model, data=DataConfig(**files, **data)))  # type: ignore[arg-type]
 
@@ -179,6 +179,14 @@ def test_pixel_limits_apply_or_are_refused_by_name(
     assert len(prints) == 3  # cached lengths are not mixed
     with pytest.raises(ValueError, match=r"max_pixels=700 is less than .* 784 pixels of one image token"):
         limited(family_dir(name), sizes_root, max_pixels=700)
+
+
+def test_only_llava_takes_padded_images(name: str, family_dir: Callable[[str], Path], sizes_root: Path) -> None:
+    if name == "llava":
+        assert limited(family_dir(name), sizes_root, image_aspect="pad").padding == (122, 116, 104)
+        return
+    with pytest.raises(ValueError, match=f"data.image_aspect: pad is for LLaVA-1.5.*`{name}`.*remove it"):
+        limited(family_dir(name), sizes_root, image_aspect="pad")
 
 
 def test_a_prompt_that_is_too_long_names_the_options_that_shorten_it(tiny_qwen_dir: Path, sizes_root: Path) -> None:
