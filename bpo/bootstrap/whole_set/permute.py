@@ -63,7 +63,7 @@ def permute(items: np.ndarray, key: np.ndarray, search: Search) -> np.ndarray:
         if not bad.any():
             break
         # In a random order, equal texts, which cannot be exchanged, are not next to each other.
-        ordered = items[np.lexsort((_rehashed(search.tie[items], number), key[items]))]
+        ordered = items[np.lexsort((rehashed(search.tie[items], number), key[items]))]
         chosen = bad[ordered] | np.roll(bad[ordered], 1)
         before = int(bad.sum())
         _exchange(ordered[chosen], partner, bad, key, search, shift=0)
@@ -134,7 +134,7 @@ def _fits(row: int, column: int, search: Search) -> bool:
     return bool(search.cost(np.array([row]), np.array([column]))[0, 0] < FORBIDDEN)
 
 
-def _rehashed(tie: np.ndarray, number: int) -> np.ndarray:
+def rehashed(tie: np.ndarray, number: int) -> np.ndarray:
     """Another random order for each number (the finaliser of SplitMix64)."""
     mixed = tie + np.uint64((number + 1) * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):

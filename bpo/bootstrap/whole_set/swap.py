@@ -19,8 +19,8 @@ from bpo.bootstrap.job.outcomes import Outcome
 from bpo.bootstrap.seeds import derive_seed
 from bpo.bootstrap.validate import REASONS, count_words, refusal
 from bpo.bootstrap.whole_set.content import ContentReader, hash32
-from bpo.bootstrap.whole_set.items import Item, Items
-from bpo.bootstrap.whole_set.permute import Order, Search, permute
+from bpo.bootstrap.whole_set.items import FORBIDDEN, Item, Items
+from bpo.bootstrap.whole_set.permute import Cost, Order, Search, permute, rehashed
 from bpo.bootstrap.whole_set.sentences import sentence_spans
 from bpo.bootstrap.whole_set.takers import NO, SURPLUS, YES, Annotations, Takers
 from bpo.config.training import Config
@@ -78,7 +78,8 @@ def plan_swap(config: Config, annotations: Annotations, takers: Takers) -> SwapP
     read.items.finish()
     options = config.bootstrap.swap
     tie = np.array(read.tie, dtype=np.uint64)
-    search = Search(read.items.cost, _order(read.items, config.bootstrap.seed), tie, options.rounds, options.block_size)
+    cost, order = _nearness(config, read.items, tie)
+    search = Search(cost, order, tie, options.rounds, options.block_size)
     partner = np.full(len(tie), -1)
     for key in (read.key, read.loose_key):
         left = np.flatnonzero(partner < 0)
@@ -93,12 +94,25 @@ def plan_swap(config: Config, annotations: Annotations, takers: Takers) -> SwapP
     return SwapPlan(annotations, config.bootstrap.seed, whole, sentence, wanted)
 
 
-def _order(items: Items, seed: int) -> Order:
-    def order(number: int) -> tuple[np.ndarray, ...]:
+def _nearness(config: Config, items: Items, tie: np.ndarray) -> tuple[Cost, Order]:
+    """What makes two records near: the cost of an exchange, and orders in which near ones are adjacent."""
+    seed = config.bootstrap.seed
+
+    def by_content(number: int) -> tuple[np.ndarray, ...]:
         salts = (derive_seed(seed, "swap order", number, index) for index in range(_HASHES_PER_ORDER))
         return tuple(items.minhash(salt) for salt in salts)
 
-    return order
+    def at_random(number: int) -> tuple[np.ndarray, ...]:
+        return (rehashed(tie, number),)
+
+    def random_cost(rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+        cost = items.cost(rows, columns)
+        noise = rehashed(rehashed(tie[rows], 0)[:, None] ^ tie[columns][None, :], 1) >> np.uint64(56)
+        return np.where(cost < FORBIDDEN, noise.astype(np.float32), cost)
+
+    if config.bootstrap.swap.nearest == "random":
+        return random_cost, at_random
+    return items.cost, by_content
 
 
 class _Reading:
