@@ -87,6 +87,10 @@ class Sample(Generic[T]):
         """The highest rank kept; all items with a lower rank are in the sample."""
         return -self._heap[0][0] if self._heap else -1
 
+    def items(self) -> list[tuple[str, T]]:
+        """(tie, value) of each item, lowest rank first."""
+        return [(tie, value) for _, tie, value in sorted(self._heap, key=lambda item: (-item[0], item[1]))]
+
     def values(self) -> list[T]:
         """The values, lowest rank first."""
-        return [value for _, _, value in sorted(self._heap, key=lambda item: (-item[0], item[1]))]
+        return [value for _, value in self.items()]
