@@ -91,11 +91,10 @@ class ContentReader:
         return tuple(sorted(self._token(name, STRONG) for name in names))
 
     def _numbered(self, names: list[str], of_class: int) -> list[int]:
-        counts: Counter[str] = Counter()
-        tokens = []
-        for name in names:
-            counts[name] += 1
-            tokens.append(self._token(f"{name}#{counts[name]}" if counts[name] > 1 else name, of_class))
+        tokens = [self._token(name, of_class) for name in dict.fromkeys(names)]
+        if len(tokens) < len(names):
+            repeats = ((name, number) for name, count in Counter(names).items() for number in range(2, count + 1))
+            tokens += [self._token(f"{name}#{number}", of_class) for name, number in repeats]
         return tokens
 
     def _classified(self, word: str) -> tuple[str, Kind | None]:

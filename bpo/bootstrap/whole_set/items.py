@@ -35,6 +35,7 @@ class Item:
         words: Tokens of the text's words, and of the question.
         content: Tokens of what the text says.
         said: Tokens of what the whole annotation says, all of which is true of the image.
+        known: Tokens of `said` and of what the question says.
         images: A hash of each image.
         named: Objects that the text names, by the lexicon of the ground truth.
         named_by_answer: Objects that the whole annotation names, by the same lexicon.
@@ -48,6 +49,7 @@ class Item:
     words: Sequence[int]
     content: Sequence[int]
     said: Sequence[int]
+    known: Sequence[int]
     images: Sequence[int]
     named: Sequence[int]
     named_by_answer: Sequence[int]
@@ -60,7 +62,7 @@ class Item:
 
 
 _NAMES = tuple(entry.name for entry in fields(Item))
-_LISTS = _NAMES[:7]
+_LISTS = _NAMES[:8]
 
 
 class Items:
@@ -90,7 +92,7 @@ class Items:
         """Makes the items readable; no more can be added."""
         self._file.flush()
         if self._starts[-1]:
-            self._tokens = np.memmap(self._file, dtype=np.uint32, mode="r")
+            self._tokens = np.asarray(np.memmap(self._file, dtype=np.uint32, mode="r"))  # slices of arrays are faster
 
     def __len__(self) -> int:
         return len(self._starts) - 1
@@ -133,6 +135,8 @@ class Items:
         weak = new[STRONG] == 0
         cost += _ADDS_ONLY_COST * ~loses + np.where(unknown, _UNKNOWN_ONLY_COST, _RELATIONS_ONLY_COST) * weak
         forbidden = (weak & (new[RELATION] == 0) & ~unknown) | (changed < self._options.min_changed_words)
+        # "The man holds a cup" says nothing more than "a cup" to "What does the man hold?".
+        forbidden |= ~loses & (given.size("content")[None, :] == taking.common("known", given, "content"))
         forbidden |= taking.common("images", given, "images") > 0
         forbidden |= self._wrong_length(taking, given) | _is_true(taking, given)
         if self._options.same_language:

@@ -21,6 +21,8 @@ Order = Callable[[int], tuple[np.ndarray, ...]]
 # More than an exchange of two texts can gain by ending two forbidden pairs.
 _OTHER_KEY = 4 * FORBIDDEN
 _REPAIR_ROUNDS = 4
+# Records with which the owner of a forbidden text tries to exchange it before it leaves the permutation.
+_EXCHANGES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +31,7 @@ class Search:
 
     Attributes:
         cost: (rows, columns) -> [R, C] float32, `FORBIDDEN` or more for pairs that must not be made.
+        fits: (row, column) -> whether a pair whose cost allows it is allowed, by checks that take longer.
         order: Round -> sort keys of all items, each [N], the most significant first; near items should be adjacent.
         tie: [N] uint64, random numbers that depend on seed and record only; the order in repair rounds.
         rounds: Number of orders to try.
@@ -36,6 +39,7 @@ class Search:
     """
 
     cost: Cost
+    fits: Callable[[int, int], bool]
     order: Order
     tie: np.ndarray
     rounds: int
@@ -69,7 +73,8 @@ def permute(items: np.ndarray, key: np.ndarray, search: Search) -> np.ndarray:
         _exchange(ordered[chosen], partner, bad, key, search, shift=0)
         if int(bad.sum()) == before and number:
             break
-    return _without_bad(items, partner, bad, search)
+    bad[items] = [bad[i] or not search.fits(int(i), int(partner[i])) for i in items]
+    return _without_bad(items, partner, bad, key, search)
 
 
 def _exchange(
@@ -108,30 +113,48 @@ def exchange(cost: np.ndarray) -> np.ndarray:
         current = cost[:, chosen]
 
 
-def _without_bad(items: np.ndarray, partner: np.ndarray, bad: np.ndarray, search: Search) -> np.ndarray:
-    """Takes records with a forbidden text out of their cycles: whoever had their text takes the forbidden one."""
+def _without_bad(
+    items: np.ndarray, partner: np.ndarray, bad: np.ndarray, key: np.ndarray, search: Search
+) -> np.ndarray:
+    """Exchanges the forbidden texts with those of some others; what remains leaves the permutation.
+
+    A record leaves it by giving the text that it would take to whoever takes its own.
+    """
+
+    def fits(row: int, column: int) -> bool:
+        allowed = row != column and search.cost(np.array([row]), np.array([column]))[0, 0] < FORBIDDEN
+        return bool(allowed and search.fits(row, column))
+
     taker = np.empty_like(partner)
     taker[partner] = np.arange(len(partner))
-    waiting = [int(i) for i in items[np.argsort(search.tie[items], kind="stable")] if bad[i]]
     out = np.ones(len(partner), dtype=bool)
     out[items] = False
+    ordered = items[np.lexsort((search.tie[items], key[items]))]
+    place = {int(item): number for number, item in enumerate(ordered) if bad[item]}
+    waiting = [item for item in place]
     while waiting:
         record = waiting.pop()
-        previous, following = int(taker[record]), int(partner[record])
+        following = int(partner[record])
         # The removal of others may have given it another text.
-        if out[record] or (previous != record and _fits(record, following, search)):
+        if out[record] or fits(record, following):
             continue
-        out[record] = True
-        partner[record], taker[record] = record, record
-        if previous != record:
-            partner[previous], taker[following] = following, previous
-            waiting.append(previous)
+        others = ordered[place.get(record, 0) + 1 :][:_EXCHANGES]
+        others = others[(key[others] == key[record]) & ~out[others]]
+        allowed = search.cost(np.array([record]), partner[others])[0] < FORBIDDEN if len(others) else ()
+        for other in others[allowed]:
+            theirs = int(partner[other])
+            if fits(record, theirs) and fits(int(other), following):
+                partner[record], partner[other], taker[theirs], taker[following] = theirs, following, record, other
+                break
+        else:
+            previous = int(taker[record])
+            out[record] = True
+            partner[record], taker[record] = record, record
+            if previous != record:
+                partner[previous], taker[following] = following, previous
+                waiting.append(previous)
     partner[out] = -1
     return partner
-
-
-def _fits(row: int, column: int, search: Search) -> bool:
-    return bool(search.cost(np.array([row]), np.array([column]))[0, 0] < FORBIDDEN)
 
 
 def rehashed(tie: np.ndarray, number: int) -> np.ndarray:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from bpo.bootstrap.changes import language_of, load_lexicon, words_of
 from bpo.bootstrap.completion_types import PROVENANCE_SOURCES
 from bpo.bootstrap.inject import choose_mode, question_of
 from bpo.bootstrap.job.outcomes import Outcome
+from bpo.bootstrap.reply_forms import yes_or_no
 from bpo.bootstrap.seeds import derive_seed
 from bpo.bootstrap.validate import REASONS, count_words, refusal
 from bpo.bootstrap.whole_set.content import ContentReader, hash32
@@ -59,19 +60,24 @@ class SwapPlan:
             return Outcome(annotation.id, "swap", "refused", reason=reason, detail=REASONS[reason])
         given = int(self.partner[position])
         donor = self.annotations[given]
-        text, mode = donor.response, "answer"
-        if self.sentence[position] >= 0:
-            start, end = sentence_spans(annotation.response)[self.sentence[position]]
-            first, last = sentence_spans(donor.response)[self.sentence[given]]
-            text = annotation.response[:start] + donor.response[first:last] + annotation.response[end:]
-            mode = "sentence"
+        text = exchanged(annotation, donor, int(self.sentence[position]), int(self.sentence[given]))
+        mode = "answer" if self.sentence[position] < 0 else "sentence"
         provenance = Provenance(PROVENANCE_SOURCES["swap"], mode=mode, seed=self.seed, donor=donor.id)
         return Outcome(annotation.id, "swap", "kept", text, provenance=provenance)
 
 
+def exchanged(annotation: Annotation, donor: Annotation, sentence: int, sentence_of_donor: int) -> str:
+    """The annotation with one sentence replaced by one of the donor; for -1, the whole text of the donor."""
+    if sentence < 0:
+        return donor.response
+    start, end = sentence_spans(annotation.response)[sentence]
+    first, last = sentence_spans(donor.response)[sentence_of_donor]
+    return annotation.response[:start] + donor.response[first:last] + annotation.response[end:]
+
+
 def plan_swap(config: Config, annotations: Annotations, takers: Takers) -> SwapPlan:
     """Draws the permutation for the records that take part; see `permute`."""
-    read = _Reading(config)
+    read = _Reading(config, annotations)
     wanted = takers.of("swap")
     for position in np.flatnonzero(wanted == YES):
         read.add(int(position), annotations[int(position)])
@@ -79,7 +85,7 @@ def plan_swap(config: Config, annotations: Annotations, takers: Takers) -> SwapP
     options = config.bootstrap.swap
     tie = np.array(read.tie, dtype=np.uint64)
     cost, order = _nearness(config, read.items, tie)
-    search = Search(cost, order, tie, options.rounds, options.block_size)
+    search = Search(cost, read.fits, order, tie, options.rounds, options.block_size)
     partner = np.full(len(tie), -1)
     for key in (read.key, read.loose_key):
         left = np.flatnonzero(partner < 0)
@@ -118,8 +124,10 @@ def _nearness(config: Config, items: Items, tie: np.ndarray) -> tuple[Cost, Orde
 class _Reading:
     """Reads the records that take part into items."""
 
-    def __init__(self, config: Config):
-        self._config, self._options = config, config.bootstrap.validate
+    def __init__(self, config: Config, annotations: Annotations):
+        self._config, self._annotations, self._options = config, annotations, config.bootstrap.validate
+        # Only for checks of a text alone: any other text is refused for its length.
+        self._text_options = replace(self._options, min_length_ratio=1.0, max_length_ratio=1.0)
         self._reader = ContentReader(load_lexicon(self._options.lexicon))
         self._codes: dict[str | None, int] = {None: 0}
         self.items = Items(self._options, config.data.max_completion_words)
@@ -130,13 +138,14 @@ class _Reading:
         """Adds the record unless its annotation alone would be refused."""
         text = annotation.response
         max_words = self._config.data.max_completion_words
-        refused = refusal(text, "", max_words=max_words, options=self._options)
+        refused = refusal(text, "", max_words=max_words, options=self._text_options)
         if refused and refused.reason in _OF_TEXT_ALONE:
             return
         seed = derive_seed(self._config.bootstrap.seed, "swap", annotation.id)
         mode = choose_mode("auto", annotation)
         number, place, piece = self._piece(text, seed)
         question = question_of(annotation) if mode == "qa" else ""
+        asked = self._reader.read(question, answers_question=True)
         answer = self._reader.read(text, answers_question=mode == "qa")
         content = answer if number < 0 else self._reader.read(piece, answers_question=mode == "qa")
         language = language_of(text) if self._options.same_language else (None, None)
@@ -146,6 +155,7 @@ class _Reading:
                 words=(*content.words, *self._reader.question_words(question)),
                 content=content.said,
                 said=answer.said,
+                known=sorted({*answer.said, *asked.said}),
                 images=sorted({hash32(image) for image in annotation.images}),
                 named=(),
                 named_by_answer=(),
@@ -160,12 +170,20 @@ class _Reading:
         self.positions.append(position)
         self.sentence.append(number)
         self.tie.append(seed)
-        asked = words_of(question)
-        kind = (mode, len(annotation.images), number < 0)
-        self.key.append(_hash64(*kind, place, *asked))
+        question_words = words_of(question)
+        kind = (mode, len(annotation.images), number < 0, yes_or_no(text) is None)
+        self.key.append(_hash64(*kind, place, *question_words))
         # An answer that repeats words of its question fits another question only if it has the same words.
-        repeated = sorted(set(self._reader.read(question, answers_question=True).said) & set(answer.said))
-        self.loose_key.append(_hash64(*kind, place == "first", *asked[:_QUESTION_WORDS], *repeated))
+        repeated = sorted({*asked.said} & {*answer.said})
+        self.loose_key.append(_hash64(*kind, place == "first", *question_words[:_QUESTION_WORDS], *repeated))
+
+    def fits(self, row: int, column: int) -> bool:
+        """Whether validation keeps the text of item `column` as the negative of item `row`."""
+        annotation, donor = (self._annotations[self.positions[item]] for item in (row, column))
+        text = exchanged(annotation, donor, self.sentence[row], self.sentence[column])
+        max_words, question = self._config.data.max_completion_words, question_of(annotation)
+        refused = refusal(text, annotation.response, max_words=max_words, options=self._options, question=question)
+        return refused is None
 
     def _piece(self, text: str, seed: int) -> tuple[int, str, str]:
         """The text to exchange: the number of a sentence, or -1, its place in the answer, and the text."""
