@@ -40,11 +40,20 @@ _ONLY_FOR = {
     "bootstrap.validate.max_changed_share": ("inject",),
 }
 _OWN_SECTION = ("inject", "regenerate")
+# Values with which outcomes are as in versions that did not have the option: stored as None.
+_WITHOUT = {
+    "data.min_pixels": 0,
+    "data.max_pixels": 0,
+    "data.image_aspect": "processor",
+    "data.system_prompt": "",
+    "bootstrap.validate.same_form": False,
+}
 
 
 def source_options(options: Mapping[str, Any], source: str) -> dict[str, Any]:
     """Those of the `job_options` that affect the outcomes of a source."""
-    names = (name for name, value in options.items() if value is not None and name not in _COMMON)
+    left_out = (*_COMMON, "bootstrap.sources")  # the latter in files of earlier versions
+    names = (name for name, value in options.items() if value is not None and name not in left_out)
     own_llm = not (options.get("bootstrap.inject.llm") or options.get("bootstrap.inject.server.model"))
     return {name: options[name] for name in names if _concerns(name, source, own_llm)}
 
@@ -58,7 +67,7 @@ def _concerns(name: str, source: str, own_llm: bool) -> bool:
     if source == "inject" and section not in ("seed", "validate"):
         # The multimodal model and its prompts, if it rewrites the annotations too; no images.
         return own_llm and section != "weaken" and option not in ("min_pixels", "max_pixels", "image_aspect")
-    return name != "bootstrap.sources"
+    return True
 
 
 def job_options(config: Config) -> dict[str, Any]:
@@ -68,10 +77,10 @@ def job_options(config: Config) -> dict[str, Any]:
         "data.annotations (content)": _content_digest(Path(config.data.annotations)),
         "data.max_completion_words": config.data.max_completion_words,
         "data.max_length_tokens": config.data.max_length_tokens,
-        "data.min_pixels": config.data.min_pixels or None,  # None: as in jobs of versions without the option
-        "data.max_pixels": config.data.max_pixels or None,
-        "data.image_aspect": None if config.data.image_aspect == "processor" else config.data.image_aspect,
-        "data.system_prompt": config.data.system_prompt or None,
+        "data.min_pixels": config.data.min_pixels,
+        "data.max_pixels": config.data.max_pixels,
+        "data.image_aspect": config.data.image_aspect,
+        "data.system_prompt": config.data.system_prompt,
         "model.path": config.model.path,
         "model.path (weights)": weights_digest(config.model.path),
         "model.dtype": config.model.dtype,
@@ -95,7 +104,7 @@ def job_options(config: Config) -> dict[str, Any]:
         identity["bootstrap.inject.prompt_dir (content)"] = _prompts_digest(
             options.inject.mode, options.inject.prompt_dir
         )
-    return identity
+    return {name: None if value == _WITHOUT.get(name) else value for name, value in identity.items()}
 
 
 @dataclass(frozen=True)
