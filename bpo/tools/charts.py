@@ -44,7 +44,7 @@ class Line:
 
 def bar_chart(title: str, bars: Sequence[Bar], reference: float) -> Markup:
     """Horizontal bars from 0 to a round upper limit, and a dashed line at `reference` (the base model's median)."""
-    upper = _nice_upper(max((value for bar in bars for value in bar.values), default=0.0))
+    upper = _nice_upper(max([reference, *(value for bar in bars for value in bar.values)]))
     height = _ROW_HEIGHT * len(bars) + 6
     span = _WIDTH - _LABEL_WIDTH - _VALUE_WIDTH
 
@@ -178,21 +178,34 @@ def range_bars(title: str, rows: Sequence[tuple[str, Sequence[int]]]) -> Markup:
     return _svg(f"{title}: {summary}", _ROW_HEIGHT * len(rows) + 6, parts)
 
 
-def histogram(title: str, counts: Mapping[int, int], max_bins: int = 40) -> Markup:
-    """Histogram of integers in equal bins of a round width."""
+def histogram(
+    title: str, counts: Mapping[int, int], max_bins: int = 40, *, unit: float = 1.0, mark_zero: bool = False
+) -> Markup:
+    """Histogram of integers in equal bins of a round width.
+
+    Args:
+        unit: What an integer stands for, such as 0.5 for halves.
+        mark_zero: Draws a dashed line at 0, which is then in the plot.
+    """
+    counts = {0: 0, **counts} if mark_zero else counts
     low, high = min(counts, default=0), max(counts, default=0)
     width = max(1, math.ceil(_nice_upper((high - low + 1) / max_bins)))
     first = math.floor(low / width)
     bins = [0] * (math.floor(high / width) - first + 1)
     for value, count in counts.items():
         bins[math.floor(value / width) - first] += count
-    labels = {index: f"{(first + index) * width}" for index in (0, len(bins) // 2, len(bins) - 1)}
+    labels = {index: f"{(first + index) * width * unit:g}" for index in (0, len(bins) // 2, len(bins) - 1)}
     total = sum(counts.values())
-    return columns(f"{title}: {total} values from {low} to {high}, bins of {width}", bins, labels)
+    summary = f"{title}: {total} values from {low * unit:g} to {high * unit:g}, bins of {width * unit:g}"
+    return columns(summary, bins, labels, reference=-first if mark_zero else None)
 
 
-def columns(title: str, values: Sequence[int], labels: Mapping[int, str]) -> Markup:
-    """Counts as vertical bars, some of them labelled below; the axis shows the largest count."""
+def columns(title: str, values: Sequence[int], labels: Mapping[int, str], reference: float | None = None) -> Markup:
+    """Counts as vertical bars, some of them labelled below; the axis shows the largest count.
+
+    Args:
+        reference: Number of the bar at whose left edge a dashed line is drawn.
+    """
     most = max(values, default=0) or 1
     plot_width, plot_height = _WIDTH - _LEFT - _RIGHT, _LINE_HEIGHT - _TOP - _BOTTOM
     each = plot_width / max(1, len(values))
@@ -204,6 +217,12 @@ def columns(title: str, values: Sequence[int], labels: Mapping[int, str]) -> Mar
         parts.append(
             Markup('<rect class="bar" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}"/>').format(
                 _LEFT + index * each, bottom - height, max(0.5, each - 1), height
+            )
+        )
+    if reference is not None:
+        parts.append(
+            Markup('<line class="reference" x1="{0:.1f}" x2="{0:.1f}" y1="{1}" y2="{2}"/>').format(
+                _LEFT + reference * each, _TOP, bottom
             )
         )
     for index, label in labels.items():
@@ -218,6 +237,11 @@ def columns(title: str, values: Sequence[int], labels: Mapping[int, str]) -> Mar
         Markup('<text class="tick" x="{}" y="{}" text-anchor="end">{:,}</text>').format(_LEFT - 7, _TOP + 8, most)
     )
     return _svg(title, _LINE_HEIGHT, parts)
+
+
+def figure(caption: str, svg: Markup) -> Markup:
+    """A chart with its caption."""
+    return Markup("<figure><figcaption>{}</figcaption>{}</figure>").format(caption, svg)
 
 
 def legend_swatch(series: int) -> Markup:

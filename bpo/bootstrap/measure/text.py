@@ -19,6 +19,7 @@ from bpo.bootstrap.measure.advice import text_warnings
 from bpo.bootstrap.measure.discriminator import TextTest, by_kind, discriminate
 from bpo.bootstrap.measure.drift import Drift, Features
 from bpo.bootstrap.measure.hardness import Hardness, ObjectTruth, hardness
+from bpo.bootstrap.measure.margins import half_nats
 from bpo.bootstrap.measure.pairs import Sample, TextPair, best_completion, sample_rank, typed_pairs
 from bpo.config.measure import MeasureConfig
 from bpo.records import PreferenceGroup
@@ -52,6 +53,8 @@ class TypeMeasures:
         tree = asdict(self)
         if self.text is not None:
             del tree["text"]["margins"]
+            # Above 0, the rejected answer looks better.
+            tree["text"]["histogram"] = half_nats((-self.text.margins).tolist())
         del tree["hardness"]["kinds_of_pair"]
         return _rounded(tree)  # type: ignore[no-any-return]
 

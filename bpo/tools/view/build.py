@@ -7,9 +7,9 @@ import os
 import signal
 import sys
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from bpo.job.terminal import printable
 from bpo.records import PreferenceGroup
 from bpo.tools.groups import bad_records_from, iterate_groups, sample, write_bad_records
 from bpo.tools.view.entries import REFUSED_ADVICE, SCORES_ADVICE, check_refused, entry_of, refused_only, token_scores
+from bpo.tools.view.measures import VALUES_ADVICE, TypeMeasures, check_values, read_measures
 from bpo.tools.view.page import PageWriter
 from bpo.tools.view.pictures import make_pictures, no_pictures
 from bpo.tools.view.reading import LinesById
@@ -42,11 +43,13 @@ class Worker:
     Attributes:
         image_root: None if no pictures are made.
         lexicon: Lexicon file; empty for the built-in lexicon.
+        measures: Completion type -> measures, for the n-grams that tell the answers apart.
     """
 
     image_root: Path | None
     folder: Path
     lexicon: str
+    measures: Mapping[str, TypeMeasures] = field(default_factory=dict)
 
     def __call__(self, batch: list[Task]) -> list[dict[str, Any]]:
         return [self.entry(task) for task in batch]
@@ -58,17 +61,18 @@ class Worker:
         else:
             pictures = make_pictures(task.number, group, self.image_root, self.folder, WeakenConfig())
         scores = {response: score for line in task.scores for response, score in token_scores(line).items()}
-        return entry_of(group, task.refused, scores, lexicon, pictures)
+        return entry_of(group, task.refused, scores, lexicon, pictures, task.values, self.measures)
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A group with its refused completions and scores."""
+    """A group with its refused completions, scores and log-probs of `bpo measure`."""
 
     number: int
     group: PreferenceGroup
     refused: list[dict[str, Any]]
     scores: list[dict[str, Any]]
+    values: list[dict[str, Any]] = field(default_factory=list)
 
 
 def build_page(options: argparse.Namespace, folder: Path) -> Path:
@@ -80,7 +84,7 @@ def build_page(options: argparse.Namespace, folder: Path) -> Path:
     inputs = _Inputs(options)
     objects = load_lexicon(options.lexicon).objects
     writer = PageWriter(folder, os.fsencode(options.data.name).decode("utf-8", "replace"))
-    worker = Worker(None if options.no_images else options.image_root, folder, options.lexicon)
+    worker = Worker(None if options.no_images else options.image_root, folder, options.lexicon, inputs.measures)
     for entry in tqdm(in_order(worker, inputs.tasks(), options.workers), desc="records", unit="record"):
         inputs.count(entry)
         writer.add(entry)
@@ -89,6 +93,7 @@ def build_page(options: argparse.Namespace, folder: Path) -> Path:
     statistics = writer.statistics
     statistics.lengths = inputs.counting.lengths()
     statistics.sources, statistics.origin = inputs.figures(statistics.refused)
+    statistics.measures = inputs.measures
     statistics.problems = inputs.bad_records().problems
     write_bad_records(folder / "quarantine.jsonl", inputs.bad_records())
     for warning in inputs.warnings(folder):
@@ -101,16 +106,19 @@ class _Inputs:
 
     def __init__(self, options: argparse.Namespace):
         self.options = options
-        self._bad = {name: bad_records_from(options) for name in ("groups", "refused", "scores")}
+        self._bad = {name: bad_records_from(options) for name in ("groups", "refused", "scores", "values")}
         if options.scores and not options.scores.exists():
             raise ValueError(f"{options.scores} is missing; {SCORES_ADVICE}")
         refused = sibling_path(options.data, "refused.jsonl")
         self._refused = LinesById(refused, check_refused, self._bad["refused"], REFUSED_ADVICE)
         self._scores = LinesById(options.scores, token_scores, self._bad["scores"], SCORES_ADVICE)
-        for name, lines in (("refused", self._refused), ("scores", self._scores)):
+        values = sibling_path(options.data, "measures.jsonl")
+        self._values = LinesById(values, check_values, self._bad["values"], VALUES_ADVICE)
+        for name, lines in (("refused", self._refused), ("scores", self._scores), ("values", self._values)):
             self._bad[name].check_share(lines.num_lines, str(lines.path), advice="create the file again")
         self._summary = sibling_path(options.data, "summary.json")
         self._known, self._summary_error = _usable_summary(self._summary)
+        self.measures, self._measures_error = _usable_measures(options.data)
         self.counting = Counting(changes=not self._known)
         self._with_group: set[str] = set()
         self._num_scored = 0
@@ -123,7 +131,7 @@ class _Inputs:
             if refused:
                 self._with_group.add(group.id)
             self.counting.add(group)
-            yield Task(number, group, refused, self._scores.get(group.id))
+            yield Task(number, group, refused, self._scores.get(group.id), self._values.get(group.id))
 
     def without_group(self) -> Iterator[tuple[str, list[dict[str, Any]]]]:
         """Records whose completions were all refused; none if the page shows a sample."""
@@ -151,6 +159,8 @@ class _Inputs:
     def warnings(self, folder: Path) -> Iterator[str]:
         if self._summary_error:
             yield f"summary not used, figures counted from the groups: {self._summary_error}"
+        if self._measures_error and not self._summary_error:
+            yield f"measures not shown: {self._measures_error}"
         problems = self.bad_records().problems
         if problems:
             where = "on the page" if self.options.serve else f"in {folder / 'quarantine.jsonl'}"
@@ -169,6 +179,14 @@ def _usable_summary(path: Path) -> tuple[list[SourceFigures], str]:
         ], ""
     except (ValueError, OSError) as error:
         return [], str(error)
+
+
+def _usable_measures(groups: Path) -> tuple[dict[str, TypeMeasures], str]:
+    """The measures of each type and an empty error, or none and the error."""
+    try:
+        return read_measures(groups), ""
+    except (ValueError, OSError) as error:
+        return {}, str(error)
 
 
 def in_order(worker: Worker, tasks: Iterable[Task], num_processes: int) -> Iterator[dict[str, Any]]:

@@ -11,6 +11,7 @@ from typing import Any
 from bpo.formats.lexicon import ObjectLexicon
 from bpo.records import Completion, PreferenceGroup, Turn
 from bpo.tools.view.diff import diff_segments, plain_segments
+from bpo.tools.view.measures import TypeMeasures, record_margins, telling_words
 
 SCORES_ADVICE = "create the file with `bpo score`"
 REFUSED_ADVICE = "remove the line"
@@ -66,6 +67,8 @@ def entry_of(
     scores: Mapping[str, TokenScores],
     lexicon: ObjectLexicon,
     pictures: Mapping[str, Any],
+    values: Sequence[Mapping[str, Any]] = (),
+    measures: Mapping[str, TypeMeasures] | None = None,
 ) -> dict[str, Any]:
     """The page entry of a group.
 
@@ -73,11 +76,14 @@ def entry_of(
         refused: Refused completions of this record.
         scores: Response -> scores.
         pictures: `images` [{path or None, name, error}], `weakened` {completion index: {paths, note}}.
+        values: Log-probs of this record, from `bpo measure`.
+        measures: Type -> measures, whose telling n-grams are shown.
     """
     best = max(group.completions, key=lambda completion: completion.score)
     completions = [_completion(c, best, lexicon, scores.get(c.response)) for c in group.completions]
     for completion in completions:
         completion["margin"] = _margin(completion, completions)
+    _add_measures(completions, group, values, measures or {})
     return {
         "id": group.id,
         "prompt": [{"role": turn.role, "text": turn_text(turn)} for turn in group.prompt],
@@ -131,6 +137,23 @@ def _completion(
         tree["tokens"] = [[text, round(ratio, 3)] for text, ratio in zip(scores.tokens, ratios, strict=True)]
         tree["log_ratio"] = round(sum(ratios), 3)
     return tree
+
+
+def _add_measures(
+    trees: Sequence[dict[str, Any]],
+    group: PreferenceGroup,
+    values: Sequence[Mapping[str, Any]],
+    measures: Mapping[str, TypeMeasures],
+) -> None:
+    """Adds `blind`, `seeing` and `telling` to the completions that have them."""
+    best = max(group.completions, key=lambda completion: completion.score)
+    for tree, completion, margins in zip(trees, group.completions, record_margins(group, values), strict=True):
+        if margins is not None:
+            tree["blind"], tree["seeing"] = margins
+        if completion.score < best.score and completion.type in measures:
+            telling = telling_words(best.response, completion.response, measures[completion.type].telling)
+            if telling:
+                tree["telling"] = telling
 
 
 def _margin(completion: Mapping[str, Any], completions: Sequence[Mapping[str, Any]]) -> float | None:

@@ -77,10 +77,14 @@ class PageWriter:
         return path
 
     def _row(self, entry: Mapping[str, Any]) -> list[Any]:
-        """A record's fields for the filters: id, [type, source, words, best, margin] of each completion, reasons."""
+        """A record's fields for the filters: id, completions, reasons.
+
+        A completion has [type, source, words, best, margin], and blind preference and seeing margin if it was measured.
+        """
         types, sources, reasons = self._names.values()
         completions = [
             [types.number(c["type"]), sources.number(c["source"]), c["words"], int(c["best"]), c["margin"]]
+            + ([c["blind"], c["seeing"]] if "blind" in c else [])
             for c in entry["completions"]
         ]
         refused = sorted({reasons.number(f"{r['source']}: {r['reason']}") for r in entry["refused"]})
@@ -122,7 +126,7 @@ class _Names:
 
 
 def searched_text(entry: Mapping[str, Any]) -> str:
-    """Id, file names, prompt, completions and refused texts, normalised for the page's search."""
+    """Id, file names, prompt, completions with their donors, and refused texts, normalised for the page's search."""
 
     def response(completion: Mapping[str, Any]) -> str:
         return "".join(segment[1] for segment in completion["segments"] if segment[0] in "=+~")
@@ -131,6 +135,7 @@ def searched_text(entry: Mapping[str, Any]) -> str:
     texts = (
         *(turn["text"] for turn in entry["prompt"]),
         *map(response, entry["completions"]),
+        *(c["provenance"]["donor"] for c in entry["completions"] if "donor" in c["provenance"]),
         *map(response, entry["refused"]),
     )
     return unicodedata.normalize("NFC", "\n".join((*names, *texts)).lower())

@@ -10,7 +10,9 @@ from typing import Any
 from markupsafe import Markup
 
 from bpo.formats.problems import Problem
-from bpo.tools.charts import columns, histogram, range_bars, share_bars
+from bpo.tools.charts import columns, figure, histogram, range_bars, share_bars
+from bpo.tools.view import measure_plots
+from bpo.tools.view.measures import TypeMeasures
 from bpo.tools.view.summary import SourceFigures
 
 MOST_ROWS = 10
@@ -28,6 +30,7 @@ class Statistics:
         refused: (source, reason) -> number of refused completions.
         margins: Smallest margin of a group, rounded to nats -> number of groups.
         sources: Figures by source of negatives.
+        measures: Completion type -> measures of its pairs.
         origin: Description of the records behind `sources`.
         problems: Skipped records.
     """
@@ -38,6 +41,7 @@ class Statistics:
     refused: Counter[tuple[str, str]] = field(default_factory=Counter)
     margins: Counter[int] = field(default_factory=Counter)
     sources: Sequence[SourceFigures] = ()
+    measures: Mapping[str, TypeMeasures] = field(default_factory=dict)
     origin: str = ""
     problems: Sequence[Problem] = ()
 
@@ -53,6 +57,7 @@ def to_json(statistics: Statistics) -> dict[str, Any]:
         "refused": [[source, reason, count] for (source, reason), count in statistics.refused.most_common()],
         "smallest_margin_nats": dict(sorted(statistics.margins.items())),
         "sources": [asdict(source) for source in statistics.sources],
+        "measures": {kind: asdict(measures) for kind, measures in statistics.measures.items()},
         "bad_records": len(statistics.problems),
     }
 
@@ -70,23 +75,24 @@ def lead(statistics: Statistics) -> Markup:
 def overview(statistics: Statistics) -> Markup:
     """The plots that are always visible."""
     types = statistics.completions.most_common(MOST_ROWS)
-    charts = [_figure("Completions by type", share_bars("completions by type", types))]
+    charts = [figure("Completions by type", share_bars("completions by type", types))]
     lengths = [(kind, values) for kind, values in statistics.lengths.items() if len(values) == 3][:MOST_ROWS]
     if lengths:
         title = "Words per completion: 5th to 95th percentile, median marked"
-        charts.append(_figure(title, range_bars("words per completion, 5th, 50th and 95th percentile", lengths)))
+        charts.append(figure(title, range_bars("words per completion, 5th, 50th and 95th percentile", lengths)))
     if statistics.refused:
         rows = [(f"{source}: {why}", count) for (source, why), count in statistics.refused.most_common(MOST_ROWS)]
-        charts.append(_figure("Refused, by source and reason", share_bars("refused", rows)))
+        charts.append(figure("Refused, by source and reason", share_bars("refused", rows)))
     if statistics.margins:
         title = "Smallest margin per group, nats; below 0, a pair is ranked wrongly"
-        charts.append(_figure(title, histogram("smallest margin per group in nats", statistics.margins)))
-    return Markup("").join(charts)
+        charts.append(figure(title, histogram("smallest margin per group in nats", statistics.margins)))
+    return Markup("").join([*charts, *measure_plots.overview(statistics.measures)])
 
 
 def by_source(statistics: Statistics) -> Markup:
     """A collapsed block of plots for each source."""
-    blocks = [_source(source) for source in statistics.sources]
+    of_type, nothing = statistics.measures, TypeMeasures()
+    blocks = [_source(source, of_type.get(source.type or source.name, nothing)) for source in statistics.sources]
     blocks = [block for block in blocks if block]
     if not blocks:
         return Markup("")
@@ -109,7 +115,7 @@ def left_out(problems: Sequence[Problem]) -> Markup:
     )
 
 
-def _source(source: SourceFigures) -> Markup:
+def _source(source: SourceFigures, measures: TypeMeasures) -> Markup:
     name = f"{source.name} ({source.type})" if source.type and source.type != source.name else source.name
     facts = [] if source.kept is None else [f"{source.kept:,} kept"]
     num_refused = sum(source.refused.values())
@@ -118,23 +124,28 @@ def _source(source: SourceFigures) -> Markup:
         facts.append(f"{num_refused:,} refused{share}")
     if len(source.words) == 3:
         facts.append("words {} / {} / {} (p5 / p50 / p95)".format(*source.words))
+    warnings, margins = measure_plots.warnings(measures), measure_plots.margins(name, measures)
+    facts += measure_plots.facts(measures)
     charts = [
+        *margins,
         _shares("Refused, by reason", name, source.refused),
         _similarity(name, source.similarity),
         _shares("Negatives by kind of change", name, source.kinds),
         _shares("Objects added", name, source.added),
         _shares("Objects dropped", name, source.dropped),
     ]
-    if not any(charts):
+    if warnings:
+        facts.append(_number(len(warnings), "warning"))
+    if not any(charts) and not warnings:
         return Markup("")
     return Markup(
-        '<details class="source"><summary><b>{}</b> {}</summary><div class="charts">{}</div></details>'
-    ).format(name, " · ".join(facts), Markup("").join(charts))
+        '<details class="source"><summary><b>{}</b> {}</summary>{}<div class="charts">{}</div></details>'
+    ).format(name, " · ".join(facts), Markup("").join(warnings), Markup("").join(charts))
 
 
 def _shares(title: str, source: str, counts: Mapping[str, int]) -> Markup:
     rows = sorted(counts.items(), key=lambda row: -row[1])[:MOST_ROWS]
-    return _figure(title, share_bars(f"{source}: {title}", rows)) if rows else Markup("")
+    return figure(title, share_bars(f"{source}: {title}", rows)) if rows else Markup("")
 
 
 def _similarity(source: str, bins: Sequence[int]) -> Markup:
@@ -145,11 +156,7 @@ def _similarity(source: str, bins: Sequence[int]) -> Markup:
     }
     summary = "; ".join(f"{100 * at // len(bins)} % or more: {count}" for at, count in enumerate(bins) if count)
     title = "Similarity to the annotation: share of words kept in place"
-    return _figure(title, columns(f"{source}: {title}: {summary}", bins, labels))
-
-
-def _figure(title: str, svg: Markup) -> Markup:
-    return Markup("<figure><figcaption>{}</figcaption>{}</figure>").format(title, svg)
+    return figure(title, columns(f"{source}: {title}: {summary}", bins, labels))
 
 
 def _number(count: int, what: str) -> str:

@@ -56,22 +56,33 @@ const bpoRecords = (() => {
     return element("figure", {}, picture, element("figcaption", {}, caption));
   }
 
-  function block(kind, type, facts, provenance, words, content) {
+  function block(kind, type, facts, provenance, words, content, tells = []) {
     const head = element("header", {}, element("span", { class: "type" }, bdi(type)), element("span", { class: "facts" }, facts.join(" \u00b7 ")));
     const long = words > LONG_WORDS;
     const text = element("p", { class: `text${long ? " long" : ""}`, dir: "auto", tabindex: long ? "0" : null }, ...content);
-    const origin = provenance.length ? [element("p", { class: "facts" }, provenance.join(" \u00b7 "))] : [];
-    return element("section", { class: `completion ${kind}` }, head, text, ...origin);
+    const origin = provenance.length ? [element("p", { class: "facts" }, ...provenance.flatMap((part, at) => (at ? [" \u00b7 ", part] : [part])))] : [];
+    const apart = tells.length ? [element("p", { class: "facts" }, "text alone tells: ", ...tells)] : [];
+    return element("section", { class: `completion ${kind}` }, head, text, ...apart, ...origin);
   }
 
   function completionBlock(completion, coloured) {
     const facts = [`score ${completion.score}`, `${completion.words.toLocaleString("en")} words`];
     if (completion.log_ratio !== undefined) facts.push(`log-ratio ${signed(completion.log_ratio)}`);
     if (completion.margin !== null) facts.push(`margin ${signed(completion.margin)}`);
+    if (completion.blind !== undefined) facts.push(`blind ${signed(completion.blind)}`, `seeing ${signed(completion.seeing)}`);
     const provenance = completion.source ? [completion.source] : [];
-    for (const [name, value] of Object.entries(completion.provenance)) provenance.push(`${name.replaceAll("_", " ")} ${value}`);
+    for (const [name, value] of Object.entries(completion.provenance)) {
+      const shown = `${name.replaceAll("_", " ")} ${value}`;
+      provenance.push(name === "donor" ? element("a", { href: `#search=${encodeURIComponent(value)}` }, shown) : shown);
+    }
     const content = coloured && completion.tokens ? tokens(completion.tokens) : segments(completion.segments);
-    return block(completion.best ? "best" : "", completion.type, facts, provenance, completion.words, content);
+    return block(completion.best ? "best" : "", completion.type, facts, provenance, completion.words, content, (completion.telling || []).map(telling));
+  }
+
+  // An n-gram that tells the answers of this type apart, with the pairs in which only one side has it.
+  function telling([ngram, preferred, rejected]) {
+    const side = preferred > rejected ? "preferred" : "rejected";
+    return element("span", { class: "telling", title: `preferred answers ${preferred}, rejected answers ${rejected}` }, bdi(ngram), ` ${side} ${Math.max(preferred, rejected)} : ${Math.min(preferred, rejected)}`);
   }
 
   function refusedBlock(refused) {

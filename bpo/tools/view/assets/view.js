@@ -5,9 +5,10 @@
   const KEPT_CHUNKS = 100;
   const FIELDS = {
     search: "", source: "", refused: "", "length-of": "longest", "min-words": "", "max-words": "", "min-margin": "",
-    "max-margin": "", order: "file",
+    "max-margin": "", "measure-of": "blind", "min-measure": "", "max-measure": "", order: "file",
   };
-  const [TYPE, SOURCE, WORDS, BEST, MARGIN] = [0, 1, 2, 3, 4]; // of a completion in the index
+  const [TYPE, SOURCE, WORDS, BEST, MARGIN, BLIND, SEEING] = [0, 1, 2, 3, 4, 5, 6]; // of a completion in the index
+  const MEASURED_ORDERS = ["blind", "not-blind", "seeing"];
   const { element, article, highlight } = bpoRecords;
   const byId = (id) => document.getElementById(id);
   const chunks = new Map(); // number -> array of records, in order of last use
@@ -37,6 +38,9 @@
     const scored = index.rows.some((row) => row.margin !== null);
     for (const node of document.querySelectorAll(".scored")) node.hidden = !scored;
     if (!scored) byId("order").querySelector("[value=margin]").remove();
+    const measured = index.rows.some((row) => row.completions.some(isMeasured));
+    for (const node of document.querySelectorAll(".measured")) node.hidden = !measured;
+    if (!measured) for (const order of MEASURED_ORDERS) byId("order").querySelector(`[value=${order}]`).remove();
     readHash();
     filter(page);
   };
@@ -117,6 +121,14 @@
     }
   }
 
+  const isMeasured = (completion) => completion.length > BLIND;
+  const measure = {
+    blind: (completion) => completion[BLIND],
+    seeing: (completion) => completion[SEEING],
+    image: (completion) => completion[BLIND] + completion[SEEING],
+  };
+  const smallest = (row, value) => Math.min(...row.completions.filter(isMeasured).map(value)); // Infinity if none
+
   const number = (id) => (byId(id).value === "" ? null : Number(byId(id).value));
   const within = (value, least, most) => (least === null || value >= least) && (most === null || value <= most);
 
@@ -129,6 +141,10 @@
     const [least, most] = ["min-words", "max-words"].map(number);
     const [low, high] = ["min-margin", "max-margin"].map(number);
     const unbounded = low === null && high === null;
+    const [small, large] = ["min-measure", "max-measure"].map(number);
+    const unmeasured = small === null && large === null;
+    const measured = measure[byId("measure-of").value];
+    const ofMeasure = (completion) => unmeasured || (isMeasured(completion) && within(measured(completion), small, large));
     const ofSource = (completion) => wanted === null || completion[at] === wanted;
     const ofLength = (completion) => of !== "negative" || (least === null && most === null) || (!completion[BEST] && within(completion[WORDS], least, most));
     const ofMargin = (completion) => unbounded || (completion[MARGIN] !== null && within(completion[MARGIN], low, high));
@@ -140,7 +156,7 @@
       source: (row) => row.refused.some((reason) => refusedBy(index.reasons[reason]) === refusedName),
       reason: (row) => row.refused.some((reason) => index.reasons[reason] === refusedName),
     }[refusedKind];
-    const anyCompletion = wanted === null && unbounded && (of !== "negative" || (least === null && most === null));
+    const anyCompletion = wanted === null && unbounded && unmeasured && (of !== "negative" || (least === null && most === null));
     const ofWhole = {
       longest: (row) => within(row.words, least, most),
       best: (row) => (least === null && most === null) || row.completions.some((completion) => completion[BEST] && within(completion[WORDS], least, most)),
@@ -148,7 +164,7 @@
     }[of];
     return (row) =>
       refusal(row) && ofWhole(row) &&
-      (anyCompletion || row.completions.some((completion) => ofSource(completion) && ofLength(completion) && ofMargin(completion)));
+      (anyCompletion || row.completions.some((completion) => ofSource(completion) && ofLength(completion) && ofMargin(completion) && ofMeasure(completion)));
   }
   function cut(value) {
     const at = value.indexOf(":");
@@ -199,7 +215,13 @@
   }
 
   function sorted(rows, order) {
-    const key = { margin: (at) => index.rows[at].margin ?? Infinity, words: (at) => -index.rows[at].words }[order];
+    const key = {
+      margin: (at) => index.rows[at].margin ?? Infinity,
+      words: (at) => -index.rows[at].words,
+      blind: (at) => smallest(index.rows[at], (completion) => -completion[BLIND]),
+      "not-blind": (at) => smallest(index.rows[at], (completion) => completion[BLIND]),
+      seeing: (at) => smallest(index.rows[at], (completion) => completion[SEEING]),
+    }[order];
     if (key) return rows.sort((a, b) => (key(a) === key(b) ? a - b : key(a) - key(b)));
     if (order !== "random") return rows;
     let state = seed;
