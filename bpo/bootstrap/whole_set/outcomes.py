@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from bpo.bootstrap.job.outcomes import Outcome
+from bpo.bootstrap.measure.hardness import ObjectTruth
 from bpo.bootstrap.whole_set.swap import plan_swap
 from bpo.bootstrap.whole_set.takers import Annotations, find_takers
 from bpo.config.negatives import WHOLE_SET_SOURCES
@@ -33,6 +34,7 @@ class WholeSetOutcomes:
     config: Config
     annotations: Annotations
     others: Others
+    truth: ObjectTruth | None = None
     plans: Mapping[str, Plan] = field(default_factory=dict)
 
     def of(self, position: int, annotation: Annotation) -> list[Outcome]:
@@ -43,22 +45,27 @@ class WholeSetOutcomes:
     def within(self, limits: Mapping[str, int]) -> WholeSetOutcomes:
         """Drawn anew among fewer records, so that they stay balanced; see `balance.thresholds`."""
         mine = {source: rank for source, rank in limits.items() if source in self.plans}
-        return plan_whole_set(self.config, self.annotations, self.others, mine) if mine else self
+        return plan_whole_set(self.config, self.annotations, self.others, self.truth, mine) if mine else self
 
 
 def plan_whole_set(
-    config: Config, annotations: Annotations, others: Others, limits: Mapping[str, int] | None = None
+    config: Config,
+    annotations: Annotations,
+    others: Others,
+    truth: ObjectTruth | None = None,
+    limits: Mapping[str, int] | None = None,
 ) -> WholeSetOutcomes:
     """Chooses the negatives of `swap` and `edit` for all records.
 
     Args:
         others: The outcomes of a record from all other sources, after the refusal of duplicates.
+        truth: Objects in the images, if known: no text is given that names only these.
         limits: Source -> the lowest `balance_rank` that gets no negative.
     """
     plans: dict[str, Plan] = {}
     wanted = [source for source in WHOLE_SET_SOURCES if source in config.bootstrap.sources]
     if wanted:
-        takers = find_takers(config, annotations, others, limits or {})
+        takers = find_takers(config, annotations, others, limits or {}, truth)
         if "swap" in wanted:
             plans["swap"] = plan_swap(config, annotations, takers)
-    return WholeSetOutcomes(config, annotations, others, plans)
+    return WholeSetOutcomes(config, annotations, others, truth, plans)

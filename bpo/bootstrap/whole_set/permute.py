@@ -118,7 +118,7 @@ def _without_bad(
 ) -> np.ndarray:
     """Exchanges the forbidden texts with those of some others; what remains leaves the permutation.
 
-    A record leaves it by giving the text that it would take to whoever takes its own.
+    A record leaves it by leaving the text that it would take to whoever would take its own.
     """
 
     def fits(row: int, column: int) -> bool:
@@ -147,11 +147,13 @@ def _without_bad(
                 partner[record], partner[other], taker[theirs], taker[following] = theirs, following, record, other
                 break
         else:
-            previous = int(taker[record])
-            out[record] = True
-            partner[record], taker[record] = record, record
-            if previous != record:
-                partner[previous], taker[following] = following, previous
+            # Either the owner of the forbidden text leaves, or the record itself.
+            leaving = following if fits(record, int(partner[following])) else record
+            previous, after = int(taker[leaving]), int(partner[leaving])
+            out[leaving] = True
+            partner[leaving], taker[leaving] = leaving, leaving
+            if previous != leaving:
+                partner[previous], taker[after] = after, previous
                 waiting.append(previous)
     partner[out] = -1
     return partner

@@ -16,6 +16,7 @@ from bpo.bootstrap.changes import language_of, load_lexicon, words_of
 from bpo.bootstrap.completion_types import PROVENANCE_SOURCES
 from bpo.bootstrap.inject import choose_mode, question_of
 from bpo.bootstrap.job.outcomes import Outcome
+from bpo.bootstrap.measure.hardness import ObjectTruth
 from bpo.bootstrap.reply_forms import yes_or_no
 from bpo.bootstrap.seeds import derive_seed
 from bpo.bootstrap.validate import REASONS, count_words, refusal
@@ -77,7 +78,7 @@ def exchanged(annotation: Annotation, donor: Annotation, sentence: int, sentence
 
 def plan_swap(config: Config, annotations: Annotations, takers: Takers) -> SwapPlan:
     """Draws the permutation for the records that take part; see `permute`."""
-    read = _Reading(config, annotations)
+    read = _Reading(config, annotations, takers.truth)
     wanted = takers.of("swap")
     for position in np.flatnonzero(wanted == YES):
         read.add(int(position), annotations[int(position)])
@@ -124,8 +125,9 @@ def _nearness(config: Config, items: Items, tie: np.ndarray) -> tuple[Cost, Orde
 class _Reading:
     """Reads the records that take part into items."""
 
-    def __init__(self, config: Config, annotations: Annotations):
-        self._config, self._annotations, self._options = config, annotations, config.bootstrap.validate
+    def __init__(self, config: Config, annotations: Annotations, truth: ObjectTruth | None):
+        self._config, self._annotations, self._truth = config, annotations, truth
+        self._options = config.bootstrap.validate
         # Only for checks of a text alone: any other text is refused for its length.
         self._text_options = replace(self._options, min_length_ratio=1.0, max_length_ratio=1.0)
         self._reader = ContentReader(load_lexicon(self._options.lexicon))
@@ -148,6 +150,8 @@ class _Reading:
         asked = self._reader.read(question, answers_question=True)
         answer = self._reader.read(text, answers_question=mode == "qa")
         content = answer if number < 0 else self._reader.read(piece, answers_question=mode == "qa")
+        present = self._truth.present(annotation.images) if self._truth else None
+        named = self._named(text)
         language = language_of(text) if self._options.same_language else (None, None)
         script, language_code = (self._codes.setdefault(name, len(self._codes)) for name in language)
         self.items.append(
@@ -157,10 +161,10 @@ class _Reading:
                 said=answer.said,
                 known=sorted({*answer.said, *asked.said}),
                 images=sorted({hash32(image) for image in annotation.images}),
-                named=(),
-                named_by_answer=(),
-                true=(),
-                has_truth=0,
+                named=self._named(piece),
+                named_by_answer=named,
+                true=sorted({*named, *self._reader.tokens(present or frozenset())}),
+                has_truth=present is not None,
                 num_words=count_words(piece),
                 num_answer_words=count_words(text),
                 script=script,
@@ -184,6 +188,12 @@ class _Reading:
         max_words, question = self._config.data.max_completion_words, question_of(annotation)
         refused = refusal(text, annotation.response, max_words=max_words, options=self._options, question=question)
         return refused is None
+
+    def _named(self, text: str) -> tuple[int, ...]:
+        """Objects that a text names, by the lexicon of the ground truth."""
+        if self._truth is None:
+            return ()
+        return self._reader.tokens(frozenset(mention.object for mention in self._truth.lexicon.mentions(text)))
 
     def _piece(self, text: str, seed: int) -> tuple[int, str, str]:
         """The text to exchange: the number of a sentence, or -1, its place in the answer, and the text."""

@@ -10,6 +10,7 @@ import numpy as np
 
 from bpo.bootstrap.job.balance import balance_rank
 from bpo.bootstrap.job.outcomes import Outcome
+from bpo.bootstrap.measure.hardness import ObjectTruth
 from bpo.bootstrap.validate import annotation_refusal
 from bpo.config.training import Config
 from bpo.records import Annotation
@@ -35,6 +36,7 @@ class Takers:
         usable: Position -> whether the record can be in a group: its annotation and its images are usable.
         missing: Position -> whether no other source made a negative.
         limits: Source -> the lowest `balance_rank` that gets none.
+        truth: Objects in the images, if known.
     """
 
     config: Config
@@ -42,6 +44,7 @@ class Takers:
     usable: np.ndarray
     missing: np.ndarray
     limits: Mapping[str, int]
+    truth: ObjectTruth | None = None
 
     def of(self, source: str) -> np.ndarray:
         """[number of annotations] int8: `YES` for records that should get a negative from a source, else why not."""
@@ -60,6 +63,7 @@ def find_takers(
     annotations: Annotations,
     others: Callable[[Annotation], Sequence[Outcome]],
     limits: Mapping[str, int],
+    truth: ObjectTruth | None = None,
 ) -> Takers:
     """Reads all annotations with the outcomes of the other sources."""
     usable = np.zeros(len(annotations), dtype=bool)
@@ -69,4 +73,4 @@ def find_takers(
         refused = annotation_refusal(annotation.response, max_words=config.data.max_completion_words)
         usable[position] = not refused and not any(outcome.status == "broken" for outcome in outcomes)
         missing[position] = not any(outcome.status == "kept" for outcome in outcomes)
-    return Takers(config, annotations, usable, missing, limits)
+    return Takers(config, annotations, usable, missing, limits, truth)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from bpo.bootstrap.job.outcomes import Outcome
+from bpo.bootstrap.measure.hardness import ObjectTruth
 from bpo.bootstrap.whole_set.outcomes import plan_whole_set
 from bpo.config.bootstrap import BootstrapConfig
 from bpo.config.training import Config
@@ -39,9 +40,11 @@ def config_of(**options: Any) -> Config:
     return Config(bootstrap=BootstrapConfig(**options))
 
 
-def outcomes_of(config: Config, annotations: Sequence[Annotation]) -> list[Outcome | None]:
+def outcomes_of(
+    config: Config, annotations: Sequence[Annotation], truth: ObjectTruth | None = None
+) -> list[Outcome | None]:
     """The outcome of the only source for each record."""
-    whole_set = plan_whole_set(config, annotations, lambda annotation: [])
+    whole_set = plan_whole_set(config, annotations, lambda annotation: [], truth)
     found = [whole_set.of(position, annotation) for position, annotation in enumerate(annotations)]
     return [outcomes[0] if outcomes else None for outcomes in found]
 

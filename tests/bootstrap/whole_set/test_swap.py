@@ -16,6 +16,7 @@ from bpo.bootstrap.changes import find_changes, load_lexicon
 from bpo.bootstrap.job.merge import merge
 from bpo.bootstrap.job.outcomes import Outcome
 from bpo.bootstrap.job.spool import AnnotationSpool
+from bpo.bootstrap.measure.hardness import ObjectTruth
 from bpo.bootstrap.validate import refusal
 from bpo.bootstrap.whole_set.outcomes import plan_whole_set
 from bpo.bootstrap.whole_set.sentences import sentence_spans
@@ -23,6 +24,7 @@ from bpo.config.bootstrap import BootstrapConfig
 from bpo.config.negatives import SwapConfig
 from bpo.config.training import Config, DataConfig
 from bpo.formats.bad_records import BadRecords
+from bpo.formats.lexicon import build_lexicon
 from bpo.records import Annotation, Provenance
 from tests.bootstrap.whole_set.corpora import captions, config_of, is_balanced, kept, outcomes_of, record
 
@@ -237,3 +239,13 @@ def test_twenty_thousand_records_take_seconds() -> None:
     outcomes = outcomes_of(swap_of(), annotations)
     assert time.process_time() - started < 60  # about 10 s; loose, since machines differ
     assert is_balanced(kept(annotations, outcomes))
+
+
+def test_a_text_that_names_only_what_is_in_the_image_is_not_given() -> None:
+    annotations = [record(0, "A dog."), record(1, "A cat."), record(2, "A cat and a bird.")]
+    lexicon = build_lexicon([["dog"], ["cat"], ["bird"]])
+    truth = ObjectTruth({"0.png": frozenset({"dog", "cat"}), "1.png": frozenset({"cat"})}, lexicon)
+    free = kept(annotations[:2], outcomes_of(swap_of(), annotations[:2]))
+    assert len(free) == 2 and not kept(annotations[:2], outcomes_of(swap_of(), annotations[:2], truth))
+    pairs = kept(annotations, outcomes_of(swap_of(), annotations, truth))
+    assert {a.id: o.text for a, o in pairs} == {"r0": "A cat and a bird.", "r2": "A dog."}
