@@ -33,6 +33,7 @@ COVERS = {
     "bootstrap/job/test_leases.py": "progress queue",
     "bootstrap/job/test_merge.py": "balance outcomes statistics",
     "bootstrap/measure/test_blind.py": "donors model_journal",
+    "bootstrap/measure/test_command.py": "quick report",
     "bootstrap/measure/test_text.py": "advice",
     "bootstrap/test_noise.py": "seeds",
     "bootstrap/test_run.py": "completion_types engines/models job/broken_images sources",

@@ -8,13 +8,13 @@ import multiprocessing
 import os
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 from tqdm import tqdm
 
@@ -22,7 +22,7 @@ from bpo.config.training import DataConfig
 from bpo.formats.bad_records import BadRecords, TooManyBadRecords, share
 from bpo.formats.examine import Examination, Findings, examine, forget_images, why_unused
 from bpo.formats.importers.preferences import PairRow
-from bpo.formats.importers.registry import SCHEMAS, Source, open_source
+from bpo.formats.importers.registry import SCHEMAS, Schema, Source, open_source
 from bpo.formats.jsonfiles import Piece
 from bpo.formats.problems import PROBLEMS, Problem
 from bpo.formats.reading import RowGroups, SeenIds
@@ -35,6 +35,16 @@ MAX_EXAMPLES = 3
 BATCH_RECORDS = 1000
 BATCH_BYTES = 4 << 20
 _LEVELS = ("bad", "left out", "note")
+
+
+class Measuring(Protocol):
+    """Measures what passes through a check."""
+
+    def add(self, schema: Schema, piece: Piece) -> None:
+        """Takes a record before it is examined."""
+
+    def lines(self) -> list[str]:
+        """The result, for the terminal."""
 
 
 @dataclass
@@ -125,6 +135,7 @@ def check_data(
     workers: int = 1,
     quarantine: IO[bytes] | None = None,
     progress: bool = False,
+    measuring: Measuring | None = None,
 ) -> CheckResult:
     """Checks every record in constant memory, plus 16 to 32 bytes per id and the labelled rows (KTO).
 
@@ -133,6 +144,7 @@ def check_data(
         types: Value of `train.completion_types`.
         workers: Number of worker processes; 1 runs in the calling process.
         quarantine: File that receives one JSON line per problem of a bad record.
+        measuring: Receives every record of a file of groups.
 
     Raises:
         ValueError: The file cannot be read, has an unknown format, or contains no records.
@@ -147,7 +159,7 @@ def check_data(
     merging = _Merging(result, what, seen, quarantine)
     forget_images()
     with _Progress(source, progress) as bar, _report_dead_worker(path):
-        for batch, findings in _examined(_batches(source.container.pieces()), what, workers):
+        for batch, findings in _examined(_batches(_measured(source, measuring)), what, workers):
             for index, record_id in enumerate(findings.ids):
                 problems = findings.problems.get(index, [])
                 unused = findings.unused.get(index)
@@ -166,6 +178,13 @@ def check_data(
         merging.finish()
     result.seconds = time.monotonic() - started
     return result
+
+
+def _measured(source: Source, measuring: Measuring | None) -> Iterator[Piece]:
+    for piece in source.container.pieces():
+        if measuring is not None and source.schema is not None and source.schema.gives == "groups":
+            measuring.add(source.schema, piece)
+        yield piece
 
 
 def _repeated(seen: SeenIds, source: Source, record_id: str, where: str) -> Iterator[Problem]:
@@ -286,8 +305,12 @@ def _one_line(text: str) -> str:
     return line if len(line) <= 220 else f"{line[:217]}..."
 
 
-def main(argv: list[str]) -> int:
-    """Runs the command; returns 1 if more records are bad than --max-bad-share allows or no group is trained on."""
+def main(argv: list[str], measure: Callable[[], Measuring] | None = None) -> int:
+    """Runs the command; returns 1 if more records are bad than --max-bad-share allows or no group is trained on.
+
+    Args:
+        measure: Creates what measures groups, unless --no-measure is given.
+    """
     parser = argparse.ArgumentParser(prog="bpo check", description=__doc__)
     data_help = "annotations or groups in any supported format: a file or a folder of shards"
     parser.add_argument("data", type=Path, metavar="DATA", help=data_help)
@@ -301,8 +324,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one per core)")
     parser.add_argument("--max-bad-share", type=share, default=0.0, help="fraction of bad records to tolerate")
     parser.add_argument("--quarantine", type=Path, help="list of bad records (default: DATA.quarantine.jsonl)")
+    parser.add_argument("--no-measure", action="store_true", help="do not measure what the texts of groups give away")
     parser.add_argument("--json", type=Path, help="also write counts and examples to this file")
     args = parser.parse_args(argv)
+    measuring = None if measure is None or args.no_measure else measure()
     named = args.data if args.data.name not in ("", "..") else args.data.resolve()
     quarantine = args.quarantine or named.with_name(f"{named.name}.quarantine.jsonl")
     if not named.parent.is_dir():
@@ -320,6 +345,7 @@ def main(argv: list[str]) -> int:
                 workers=args.workers,
                 quarantine=file,
                 progress=True,
+                measuring=measuring,
             )
     except OSError as error:
         raise ValueError(
@@ -328,6 +354,8 @@ def main(argv: list[str]) -> int:
     print(printable(result.table()))
     if result.num_bad:
         print(printable(f"Bad records are listed in {quarantine}"))
+    for line in measuring.lines() if measuring is not None else ():
+        print(printable(line))
     if args.json:
         try:
             args.json.write_text(json.dumps(vars(result), indent=1) + "\n", encoding="utf-8")

@@ -101,6 +101,11 @@ def take_embedded(value: Mapping[str, Any], where: str, put: PutImage) -> Mappin
     return changed
 
 
+def name_embedded(value: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """`take_embedded` for readers of texts: embedded images are replaced by their names and not written anywhere."""
+    return take_embedded(value, where, lambda name, content, where: name or "embedded")
+
+
 def _with_paths(value: Any, where: str, put: PutImage) -> Any:
     if isinstance(value, str):
         return put(None, _decoded(value, where), where) if is_embedded_text(value) else local_path(value)

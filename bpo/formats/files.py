@@ -22,7 +22,7 @@ from bpo.formats.bad_records import BadRecords
 from bpo.formats.importers.arrow import HUB
 from bpo.formats.importers.registry import Source, open_source
 from bpo.formats.problems import RecordError
-from bpo.formats.reading import iterate_records
+from bpo.formats.reading import TakeImages, iterate_records
 from bpo.formats.schema import group_from_json, group_to_json
 from bpo.records import Annotation, PreferenceGroup
 
@@ -31,6 +31,7 @@ __all__ = [
     "group_from_json",
     "group_to_json",
     "iterate_annotations",
+    "iterate_groups",
     "read_annotations",
     "read_groups",
 ]
@@ -106,6 +107,25 @@ def read_groups(
 
     groups = iterate_records(_open(path, "groups", message), bad or BadRecords(), left_out=left_out)
     return tuple(group for group in groups if isinstance(group, PreferenceGroup))
+
+
+def iterate_groups(path: Path, bad: BadRecords, take_images: TakeImages | None = None) -> Iterator[PreferenceGroup]:
+    """Yields every usable group of a groups file in any supported format, in file order.
+
+    Args:
+        take_images: Replaces embedded images; without it, records that have one are bad.
+
+    Raises:
+        ValueError: The file is empty or holds annotations; see also `iterate_records`.
+    """
+    source = open_source(path)
+    if source.schema is None:
+        raise ValueError(f"{path}: the file has no records")
+    if source.schema.gives != "groups":
+        raise ValueError(f"{path} holds annotations ({source.schema.name}); create groups from them with bpo bootstrap")
+    for record in iterate_records(source, bad, take_images=take_images):
+        assert isinstance(record, PreferenceGroup)
+        yield record
 
 
 def _open(path: Path, wanted: str, otherwise: str) -> Source:

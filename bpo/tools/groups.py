@@ -1,4 +1,4 @@
-"""Reading groups files in `bpo view` and `bpo score`: iteration, sampling, bad records."""
+"""Reading groups files in `bpo view` and `bpo score`: sampling, bad records."""
 
 from __future__ import annotations
 
@@ -9,27 +9,10 @@ from pathlib import Path
 
 from bpo.config.training import DataConfig
 from bpo.formats.bad_records import BadRecords
-from bpo.formats.importers.registry import open_source
-from bpo.formats.reading import iterate_records
+from bpo.formats.files import iterate_groups as iterate_groups
 from bpo.job.durable import write_durably
 from bpo.job.journal import to_line
 from bpo.records import PreferenceGroup
-
-
-def iterate_groups(path: Path, bad: BadRecords) -> Iterator[PreferenceGroup]:
-    """Yields every usable group of a groups file in any supported format, in file order.
-
-    Raises:
-        ValueError: The file is empty or holds annotations; see also `iterate_records`.
-    """
-    source = open_source(path)
-    if source.schema is None:
-        raise ValueError(f"{path}: the file has no records")
-    if source.schema.gives != "groups":
-        raise ValueError(f"{path} holds annotations ({source.schema.name}); create groups from them with bpo bootstrap")
-    for record in iterate_records(source, bad):
-        assert isinstance(record, PreferenceGroup)
-        yield record
 
 
 def sample(groups: Iterable[PreferenceGroup], limit: int) -> Iterator[PreferenceGroup]:

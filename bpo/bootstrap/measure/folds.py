@@ -130,14 +130,10 @@ def _links(pairs: Sequence[TextPair]) -> dict[Link, list[int]]:
     links: dict[Link, list[int]] = defaultdict(list)
     records: dict[Link, set[str]] = defaultdict(set)
     for number, pair in enumerate(pairs):
-        keys: set[Link] = {
-            ("record", pair.record_id),
-            ("text", pair.preferred.strip()),
-            ("text", pair.rejected.strip()),
-        }
-        if pair.donor is not None:
-            keys.add(("record", pair.donor))
-        for key in keys:
+        names = (pair.record_id,) if pair.donor is None else (pair.record_id, pair.donor)
+        texts = (pair.preferred.strip(), pair.rejected.strip())
+        keys: list[Link] = [*(("record", name) for name in names), *(("text", text) for text in texts)]
+        for key in dict.fromkeys(keys):  # not a set, whose order depends on the hash seed
             links[key].append(number)
             records[key].add(pair.record_id)
     return {

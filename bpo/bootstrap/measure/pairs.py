@@ -37,10 +37,10 @@ def best_completion(group: PreferenceGroup) -> Completion:
 
 
 def typed_pairs(group: PreferenceGroup) -> Iterator[tuple[str, TextPair]]:
-    """The best completion with each that has a lower score, by the type of the rejected one."""
+    """The best completion with each that has a lower score and another text, by the type of the rejected one."""
     best = best_completion(group)
     for completion in group.completions:
-        if completion.score < best.score:
+        if completion.score < best.score and completion.response.strip() != best.response.strip():
             provenance = completion.provenance
             yield (
                 completion.type,
@@ -71,16 +71,22 @@ class Sample(Generic[T]):
 
     def __init__(self, size: int):
         self._size = size
-        self._heap: list[tuple[int, str, T]] = []  # the highest rank, negated, is at the top
+        self._heap: list[tuple[int, str, int, T]] = []  # the highest rank, negated, is at the top
         self.num_seen = 0
 
+    def accepts(self, rank: int) -> bool:
+        """Whether an item of this rank may enter the sample."""
+        return len(self._heap) < self._size or (bool(self._heap) and rank <= self.highest_rank)
+
     def add(self, rank: int, tie: str, value: T) -> None:
-        """Offers an item; `tie` orders items of the same rank and must differ between them."""
+        """Offers an item; `tie` orders items of the same rank, those of the same tie keep their order."""
         self.num_seen += 1
-        if len(self._heap) < self._size:
-            heapq.heappush(self._heap, (-rank, tie, value))
-        elif -rank > self._heap[0][0] or (-rank == self._heap[0][0] and tie > self._heap[0][1]):
-            heapq.heapreplace(self._heap, (-rank, tie, value))
+        if self.accepts(rank):
+            item = (-rank, tie, self.num_seen, value)
+            if len(self._heap) < self._size:
+                heapq.heappush(self._heap, item)
+            else:
+                heapq.heappushpop(self._heap, item)
 
     @property
     def highest_rank(self) -> int:
@@ -89,7 +95,7 @@ class Sample(Generic[T]):
 
     def items(self) -> list[tuple[str, T]]:
         """(tie, value) of each item, lowest rank first."""
-        return [(tie, value) for _, tie, value in sorted(self._heap, key=lambda item: (-item[0], item[1]))]
+        return [(tie, value) for _, tie, _, value in sorted(self._heap, key=lambda item: (-item[0], *item[1:3]))]
 
     def values(self) -> list[T]:
         """The values, lowest rank first."""

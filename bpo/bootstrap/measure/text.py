@@ -105,7 +105,7 @@ class TextMeasures:
         """
         if self._annotation_of is None:
             self._annotation_of = dict(self._annotations.items())
-        if sample_rank(self._options.seed, group.id) > self._annotations.highest_rank:
+        if not self._annotations.accepts(sample_rank(self._options.seed, group.id)):
             return None
         found = self._annotation_of.get(group.id)
         if found is not None:

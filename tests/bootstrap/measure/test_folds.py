@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import random
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 
@@ -85,5 +89,21 @@ def test_pairs_that_exchange_nothing_back_are_in_no_cycle() -> None:
 
 
 def test_folds_do_not_depend_on_hash_seeds() -> None:
-    pairs = swapped(60)
-    assert make_folds(pairs, 5).fold_P.tolist() == make_folds(list(pairs), 5).fold_P.tolist()
+    code = (
+        "from bpo.bootstrap.measure.folds import make_folds\n"
+        "from tests.bootstrap.measure.worlds import exchanged, swapped\n"
+        "print([make_folds(pairs, 5, exchanges=True).fold_P.tolist() for pairs in (swapped(60), exchanged(60))])"
+    )
+    root = Path(__file__).resolve().parents[3]
+    printed = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=root,
+            env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(root)},
+        ).stdout
+        for seed in ("1", "2", "3")
+    }
+    assert len(printed) == 1

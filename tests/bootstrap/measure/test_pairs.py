@@ -14,6 +14,7 @@ def test_the_first_best_completion_is_paired_with_each_worse_one() -> None:
         Completion("best", 1.0, "gt", weight=2.0),
         Completion("as good", 1.0, "gt"),
         Completion("middle", 0.5, "llm-hal"),
+        Completion(" best ", 0.5, "llm-hal"),
     )
     group = PreferenceGroup("r1", ("1.png",), (Turn("user", (ContentPart("text", "?"),)),), completions)
     found = list(typed_pairs(group))
