@@ -39,6 +39,10 @@ _SCRIPTS = (
     ("hangul", r"[\u1100-\u11ff\uac00-\ud7af]"),
     ("cjk", r"[\u3040-\u30ff\u3400-\u9fff]"),
 )
+_NUMBERS = {
+    word: str(number)
+    for number, word in enumerate("zero one two three four five six seven eight nine ten eleven twelve".split())
+}
 _MAX_MEANINGS = 1 << 14
 _LONG_WORDS = 2000
 _WORD_RE = re.compile(r"\d+(?:[.,]\d+)*|[^\W\d_]+(?:['’-][^\W\d_]+)*")
@@ -65,7 +69,8 @@ class ChangeLexicon:
         return None if word in self.style else "other"
 
     def meaning(self, word: str) -> str:
-        """The canonical name for all forms and synonyms of an object: `bikes` and `bicycle` are equal."""
+        """One name for all forms and synonyms of an object, and digits for a number: `bikes` and `bicycle`."""
+        word = _NUMBERS.get(word, word)
         if word[:1].isdigit():
             return self.objects.canonical(word) or word
         known = self._meanings.get(word)
@@ -86,6 +91,8 @@ class Changes:
         added: Words that only the negative has, as aligned, in order.
         dropped: Words that only the annotation has.
         kinds: Kinds of the changed words; empty if only the style changed.
+        new: Meanings of content words that only the negative has, wherever they are in the text.
+        gone: Meanings of content words that only the annotation has.
         distance: Words to insert, delete or replace (by difflib's alignment, so an upper bound of the edit distance).
         share: `distance` over the words of the longer text, at most 1.
     """
@@ -93,6 +100,8 @@ class Changes:
     added: tuple[str, ...]
     dropped: tuple[str, ...]
     kinds: frozenset[Kind]
+    new: frozenset[str]
+    gone: frozenset[str]
     distance: int
     share: float
 
@@ -120,11 +129,15 @@ def find_changes(annotation: str, response: str, lexicon: ChangeLexicon) -> Chan
     # A word that only moved is not a content change.
     gone = Counter(map(lexicon.meaning, dropped))
     come = Counter(map(lexicon.meaning, added))
-    differing = (gone - come) + (come - gone)
+    only_before, only_after = (
+        {word: kind for word in words if (kind := lexicon.kind(word))} for words in (gone - come, come - gone)
+    )
     return Changes(
         added=tuple(added),
         dropped=tuple(dropped),
-        kinds=frozenset(kind for word in differing if (kind := lexicon.kind(word))),
+        kinds=frozenset([*only_before.values(), *only_after.values()]),
+        new=frozenset(only_after),
+        gone=frozenset(only_before),
         distance=distance,
         share=min(1.0, distance / max(len(before), len(after), 1)),
     )

@@ -16,19 +16,11 @@ from typing import Any, Literal
 
 import yaml
 
+from bpo.bootstrap.reply_forms import asks_for_description
 from bpo.records import Annotation
 
 Mode = Literal["description", "qa"]
 
-# Requests for a description: by verb or noun ("Describe ...", "Can you give a caption") or by an open question.
-_ASKS_FOR_DESCRIPTION = re.compile(
-    r"""\b(?:describ\w*|descriptions?|caption\w*|depict\w*|portray\w*|narrat\w*|summar\w*|elaborat\w*)\b
-    |\bwhat\s+(?:do|can)\s+you\s+(?:see|notice|observe)\b
-    |\bwhat\s+is\s+(?:this|happening|going\s+on|in\s+(?:the|this)\s+(?:image|picture|photo\w*|scene))\s*\??\s*$
-    |\bwhat(?:'s|’s)\s+(?:happening|going\s+on|in\s+(?:the|this)\s+(?:image|picture|photo\w*|scene))
-    |\b(?:tell\s+me\s+about|explain)\s+(?:the|this)\s+(?:image|picture|photo\w*|scene|visual)""",
-    re.IGNORECASE | re.VERBOSE,
-)
 # Placeholders of the request template, per mode.
 _FIELDS: dict[Mode, tuple[str, ...]] = {"description": ("description",), "qa": ("question", "response")}
 _MIN_BUDGET_TOKENS = 64
@@ -117,7 +109,7 @@ def choose_mode(configured: Literal["description", "qa", "auto"], annotation: An
     """The configured mode; for `auto`, `description` if the last user turn asks for one, else `qa`."""
     if configured != "auto":
         return configured
-    return "description" if _ASKS_FOR_DESCRIPTION.search(question_of(annotation)) else "qa"
+    return "description" if asks_for_description(question_of(annotation)) else "qa"
 
 
 def question_of(annotation: Annotation) -> str:

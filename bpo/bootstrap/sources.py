@@ -15,7 +15,7 @@ from bpo.bootstrap.clean import clean_rewriting
 from bpo.bootstrap.completion_types import PROVENANCE_SOURCES, candidate_key
 from bpo.bootstrap.engines.text import Reply, TextGenerator
 from bpo.bootstrap.engines.vision import VisionGenerator, VisionRequest, special_tokens_of
-from bpo.bootstrap.inject import InjectionRequest, Mode, build_request, choose_mode
+from bpo.bootstrap.inject import InjectionRequest, Mode, build_request, choose_mode, question_of
 from bpo.bootstrap.job.outcomes import Outcome, Status
 from bpo.bootstrap.seeds import derive_seed
 from bpo.bootstrap.validate import Refusal, refusal
@@ -117,6 +117,7 @@ class ImageAnswers:
             max_words=self.config.data.max_completion_words,
             special_tokens=self.generator.special_tokens,
             options=self.config.bootstrap.validate,
+            question=question_of(annotation),
         )
         return judged(annotation.id, self.key, reply.text, refused, provenance)
 
@@ -197,8 +198,8 @@ class InjectedErrors:
             special_tokens=self._special_tokens,
             finished=reply.finished or has_next_turn,
             options=self.config.bootstrap.validate,
-            # A modified answer to a question need not share a word with the annotation.
-            is_rewriting=mode == "description",
+            question=question_of(annotation),
+            rewriting=mode,
         )
         options = self.config.bootstrap.inject
         provenance = Provenance(

@@ -11,7 +11,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import groupby
 
-from bpo.bootstrap.changes import find_changes, language_of, load_lexicon
+from bpo.bootstrap.changes import ChangeLexicon, find_changes, language_of, load_lexicon, words_of
+from bpo.bootstrap.inject import Mode
+from bpo.bootstrap.reply_forms import expects_yes_or_no, is_refusal, yes_or_no
 from bpo.config.bootstrap import ValidateConfig
 
 # Image placeholders of common model families, checked in addition to the special tokens of the model in use.
@@ -34,19 +36,27 @@ REASONS = {
     "placeholder": "it spells an image placeholder or a control token",
     "characters": "it holds a control character or half a surrogate pair",
     "degenerate": "broken text: loops, or little but punctuation",
+    "refusal": "it declines to answer, as assistants do",
     "unchanged": "it is the annotation",
     "same-content": "the annotation's words in another order, case or punctuation",
+    "yes-no": "yes or no where the annotation says something else, or the other way round, or not the opposite",
     "length-ratio": "far shorter or longer than the annotation",
     "language": "in another language or script than the annotation",
     "few-changes": "fewer changed words than bootstrap.validate.min_changed_words",
     "other-text": "more of it changed than bootstrap.validate.max_changed_share",
     "no-real-change": "only its style changed: no object, attribute, count or relation",
+    "omission": "it leaves out a part of the annotation and says nothing else, so nothing in it is wrong",
     "duplicate": "another negative of the group says the same",
     "no-swap": "no other annotation is near, not true of the image, and left over in a balanced exchange",
+    "not-selected": "another candidate, or none, balances the set better (bootstrap.select)",
     "surplus": "its source made more than its share in bootstrap.target_shares",
 }
 # Added to both lengths of the ratio, so that "Yes." may be paired with a sentence.
 _FREE_WORDS = 8
+# Words of an answer to a question that may change whatever its length.
+_FREE_CHANGED_WORDS = 8
+# Up to this length an answer by yes or no says nothing else.
+_BARE_ANSWER_WORDS = 3
 
 _MAX_LOOP_WORDS = 8
 _MIN_WORDS_FOR_DISTINCT = 12
@@ -113,7 +123,8 @@ def refusal(
     special_tokens: Iterable[str] = (),
     finished: bool = True,
     options: ValidateConfig | None = None,
-    is_rewriting: bool = False,
+    question: str = "",
+    rewriting: Mode | None = None,
 ) -> Refusal | None:
     """The reason to refuse a negative, the first of `REASONS` that applies, or None.
 
@@ -124,7 +135,10 @@ def refusal(
         special_tokens: Control tokens of the model in use, as text.
         finished: False if generation was cut off before the end of the text.
         options: Thresholds; None means the defaults.
-        is_rewriting: Whether the completion is a rewriting of the annotation; only then `max_changed_share` applies.
+        question: Text of the turn that the annotation answers.
+        rewriting: For a rewriting of the annotation, what it is a rewriting of. It must differ by an error rather than
+            by an omission. `max_changed_share` applies to descriptions, and to other answers if more than 8 words
+            change. The error of an answer by yes or no is the opposite, in any words.
     """
     text, options = response.strip(), options or ValidateConfig()
     if not text:
@@ -140,14 +154,45 @@ def refusal(
     # An annotation may itself be a table or a line of digits; then the negative may be one too.
     if (broken := why_degenerate(text, options)) and not why_degenerate(annotation, options):
         return Refusal("degenerate", broken)
+    if options.same_form and is_refusal(text) and not is_refusal(annotation):
+        return Refusal("refusal", REASONS["refusal"])
     if text == annotation.strip():
         return Refusal("unchanged", REASONS["unchanged"])
     if content_key(text) == content_key(annotation):
         return Refusal("same-content", REASONS["same-content"])
-    return _compared(text, annotation, options, is_rewriting)
+    if options.same_form and (fault := _yes_no_fault(text, annotation, question, rewriting, options)):
+        return Refusal("yes-no", fault)
+    return _compared(text, annotation, question, rewriting, options)
 
 
-def _compared(text: str, annotation: str, options: ValidateConfig, is_rewriting: bool) -> Refusal | None:
+def _yes_no_fault(
+    text: str, annotation: str, question: str, rewriting: Mode | None, options: ValidateConfig
+) -> str | None:
+    """What is wrong with a reply to a question that the annotation answers by yes or no, or with such a reply."""
+    ours, theirs = yes_or_no(text), yes_or_no(annotation)
+    if theirs is None:
+        is_asked = rewriting != "description" and expects_yes_or_no(question) is not False
+        return "the request is not answered by yes or no" if ours and not is_asked else None
+    if rewriting is None:
+        return None
+    if ours is None:
+        return "the annotation answers by yes or no, and so must an error"
+    lexicon = load_lexicon(options.lexicon)
+    explained = find_changes(theirs[1], ours[1], lexicon)
+    if ours[0] == theirs[0]:
+        is_bare = count_words(annotation) <= _BARE_ANSWER_WORDS or not explained.new - _negations(
+            explained.new, lexicon
+        )
+        return "the error is the opposite of the annotation's answer" if is_bare else None
+    says_more = any(character.isalnum() for character in ours[1])
+    if says_more and not explained.new and not _negations(explained.gone, lexicon):
+        return "the opposite answer, but its explanation is still the annotation's"
+    return None
+
+
+def _compared(
+    text: str, annotation: str, question: str, rewriting: Mode | None, options: ValidateConfig
+) -> Refusal | None:
     """Checks of the distance between a completion and its annotation."""
     ratio = (count_words(text) + _FREE_WORDS) / (count_words(annotation) + _FREE_WORDS)
     if not options.min_length_ratio <= ratio <= options.max_length_ratio:
@@ -157,15 +202,32 @@ def _compared(text: str, annotation: str, options: ValidateConfig, is_rewriting:
         for ours, theirs in zip(language_of(text), language_of(annotation), strict=True):
             if ours is not None and theirs is not None and ours != theirs:
                 return Refusal("language", f"{ours}; the annotation is {theirs}")
-    changes = find_changes(annotation, text, load_lexicon(options.lexicon))
+    lexicon = load_lexicon(options.lexicon)
+    changes = find_changes(annotation, text, lexicon)
     if changes.distance < options.min_changed_words:
         return Refusal("few-changes", f"{changes.distance} words changed; at least {options.min_changed_words} must")
-    if is_rewriting and changes.share > options.max_changed_share:
+    is_free = rewriting == "qa" and (changes.distance <= _FREE_CHANGED_WORDS or yes_or_no(annotation) is not None)
+    if rewriting and not is_free and changes.share > options.max_changed_share:
         return Refusal("other-text", f"{changes.share:.2f} of it changed; at most {options.max_changed_share:g} may")
-    if options.require_real_change and not changes.kinds:
-        added, dropped = " ".join(changes.added) or "-", " ".join(changes.dropped) or "-"
-        return Refusal("no-real-change", f"added: {added}; dropped: {dropped}")
+    if not options.require_real_change:
+        return None
+    difference = f"added: {' '.join(changes.added) or '-'}; dropped: {' '.join(changes.dropped) or '-'}"
+    # "The man holds an umbrella" for "An umbrella" to "What does the man hold?".
+    echoes = {_stem(word) for word in words_of(question)} if options.same_form else set()
+    if not changes.gone and {_stem(word) for word in changes.new} <= echoes:
+        return Refusal("no-real-change", difference)
+    if rewriting and not changes.new and not _negations(changes.gone, lexicon):
+        return Refusal("omission", difference)
     return None
+
+
+def _negations(words: Iterable[str], lexicon: ChangeLexicon) -> set[str]:
+    return {word for word in words if lexicon.kind(word) == "polarity"}
+
+
+def _stem(word: str) -> str:
+    """The word without a common English ending: `holding`, `holds` and `hold` are equal."""
+    return re.sub(r"(?<=\w{3})(?:ing|ed|es|s|e)$", "", word)
 
 
 def annotation_refusal(response: str, *, max_words: int) -> str | None:

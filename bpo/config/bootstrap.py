@@ -172,10 +172,14 @@ class ValidateConfig(Section):
         max_repeats: Maximum number of consecutive repeats of a phrase of up to 8 words.
         min_distinct_share: Minimum fraction of distinct words in texts of 12 or more words; 0 disables the check.
         min_changed_words: Minimum number of words that differ from the annotation.
-        max_changed_share: Maximum fraction of words that may differ in an injected error; 1 means no limit.
+        max_changed_share: Maximum fraction of words that may differ in an injected error; an answer to a question may
+            differ in up to 8 words in any case. 1 means no limit.
         min_length_ratio: Minimum ratio of the word counts of negative and annotation, after adding 8 to each.
         max_length_ratio: Maximum ratio of the word counts of negative and annotation, after adding 8 to each.
-        require_real_change: Reject changes of style only: no object, attribute, count, relation or unknown word.
+        require_real_change: Reject changes of style only: no object, attribute, count, relation or unknown word; and
+            injected errors that only leave something out.
+        same_form: Reject refusals to answer ("I'm sorry, but I can't ..."), answers by yes or no that do not fit the
+            question, unless the annotation has that form, and the annotation in the words of the question.
         same_language: Reject a script, or a language identified by function words, that differs from the annotation's.
         refuse_duplicates: Keep only the first of a group's negatives with the same words.
         lexicon: Custom file of objects, attributes, ... in the format of bpo/bootstrap/lexicon/en.yaml, used instead.
@@ -186,10 +190,11 @@ class ValidateConfig(Section):
     max_repeats: int = number(3, at_least=1)
     min_distinct_share: float = number(0.25, at_least=0, below=1)
     min_changed_words: int = number(1, at_least=0)
-    max_changed_share: float = number(1.0, above=0, at_most=1)
+    max_changed_share: float = number(0.6, above=0, at_most=1)
     min_length_ratio: float = number(0.1, at_least=0, at_most=1)
     max_length_ratio: float = number(10.0, at_least=1)
     require_real_change: bool = True
+    same_form: bool = True
     same_language: bool = True
     refuse_duplicates: bool = True
     lexicon: str = ""

@@ -114,26 +114,29 @@ def test_only_a_real_change_is_kept(response: str, annotation: str, reason: str 
 
 
 def test_thresholds_are_options() -> None:
-    def strict(response: str, *, is_rewriting: bool = True, **options: object) -> str | None:
-        return why(response, options=ValidateConfig(**options), is_rewriting=is_rewriting)  # type: ignore[arg-type]
+    def strict(response: str, *, rewriting: str | None = "description", **options: object) -> str | None:
+        return why(response, options=ValidateConfig(**options), rewriting=rewriting)  # type: ignore[arg-type]
 
     one_word = "A photo with a rock and a tree."
     assert strict(one_word, min_changed_words=2) == "few-changes"
     assert strict(one_word, min_changed_words=1) is None
     other = "Three dogs run along the beach today."
     assert strict(other, max_changed_share=0.5) == "other-text"
-    assert strict(other, max_changed_share=0.5, is_rewriting=False) is None
+    assert strict(other, max_changed_share=0.5, rewriting=None) is None
+    assert strict("I cannot see the image.", max_changed_share=1) == "refusal"
+    assert strict("I cannot see the image.", max_changed_share=1, same_form=False) is None
     styled = "A very nice photo with a rock and a leaf."
     assert strict(styled) == "no-real-change"
     assert strict(styled, require_real_change=False) is None
-    assert strict("Une photo avec le chat et la table.", same_language=False) is None
+    assert strict("Une photo avec le chat et la table.", same_language=False, max_changed_share=1) is None
     assert strict("A photo.", min_length_ratio=0.9) == "length-ratio"
     looped = "A big tree, a big tree, a small leaf and a small rock."
-    assert strict(looped) is None
+    assert strict(looped, max_changed_share=1) is None
     assert strict(looped, max_repeats=1) == "degenerate"
     assert strict(looped, min_distinct_share=0.6) == "degenerate"
     assert strict("tree " * 12 + "and leaf", max_repeats=20, max_length_ratio=20) == "degenerate"
-    assert strict("tree " * 12 + "and leaf", max_repeats=20, max_length_ratio=20, min_distinct_share=0) is None
+    lenient = {"max_repeats": 20, "max_length_ratio": 20, "min_distinct_share": 0, "max_changed_share": 1}
+    assert strict("tree " * 12 + "and leaf", **lenient) is None
 
 
 def test_a_refusal_says_what_was_found() -> None:
@@ -143,3 +146,97 @@ def test_a_refusal_says_what_was_found() -> None:
     assert long is not None and "4 words" in long.detail and long.reason in REASONS
     loop = refusal("A red leaf, a red leaf, a red leaf, a red leaf.", "A leaf.", max_words=350)
     assert loop is not None and loop.detail == "a phrase of 3 words 4 times in a row; at most 3"
+
+
+DESCRIBE = "Describe this image."
+
+
+def rewritten(response: str, annotation: str, question: str = DESCRIBE, mode: str = "description") -> str | None:
+    return why(response, annotation, question=question, rewriting=mode)
+
+
+def answered(response: str, annotation: str, question: str) -> str | None:
+    return rewritten(response, annotation, question, "qa")
+
+
+@pytest.mark.parametrize(
+    "reply", ["I'm sorry, but I can't see the image.", "As an AI, I cannot rewrite this.", "抱歉，我无法。"]
+)
+def test_refusals_are_refused_for_every_source_unless_the_annotation_is_one(reply: str) -> None:
+    assert why(reply) == "refusal"
+    assert rewritten(reply, ANNOTATION) == "refusal"
+    assert why(
+        reply, "I'm sorry, there is a dog in front of the camera.", options=ValidateConfig(same_language=False)
+    ) in (
+        None,
+        "no-real-change",
+    )
+
+
+@pytest.mark.parametrize(
+    ("reply", "question"), [("No.", DESCRIBE), ("Yes", "What colour is the car?"), ("No, it is.", "")]
+)
+def test_yes_and_no_are_no_descriptions(reply: str, question: str) -> None:
+    assert rewritten(reply, ANNOTATION, question) == "yes-no"
+    assert why(reply, ANNOTATION, question=question or DESCRIBE) == "yes-no"
+    assert why(reply, "A cat sits on the mat.", question="Is there a dog?") is None
+    assert why(reply, "Un chat est sur le tapis.", question="Y a-t-il un chien?") is None  # cannot be told
+
+
+@pytest.mark.parametrize(
+    ("response", "annotation", "reason"),
+    [
+        ("No", "Yes", None),
+        ("No, there is not.", "Yes.", None),
+        ("Yes, there is a small clock.", "No", None),
+        ("No, the cup is on the right of the plate, near the edge of the table.", "Yes, it is.", None),
+        ("Yes, it is.", "Yes.", "yes-no"),
+        ("No, they are wearing gloves.", "No", "yes-no"),
+        ("The cup is on the right of the plate.", "Yes, it is.", "yes-no"),
+        ("No, it is.", "Yes, it is.", "yes-no"),  # contradicts itself
+        ("No, there are two people.", "Yes, there are two people in the picture.", "yes-no"),
+        ("Yes, there are three people.", "Yes, there are two people in the picture.", None),
+        ("No, there are no people in the picture.", "Yes, there are two people in the picture.", None),
+        ("No, they are not birds.", "No, there are no birds.", "yes-no"),
+        ("Nein.", "Ja.", None),
+    ],
+)
+def test_the_error_of_an_answer_by_yes_or_no_is_the_opposite(
+    response: str, annotation: str, reason: str | None
+) -> None:
+    assert answered(response, annotation, "Is it so?") == reason
+
+
+@pytest.mark.parametrize(
+    ("response", "annotation", "question", "reason"),
+    [
+        ("The man is holding an umbrella.", "An umbrella.", "What does the man hold?", "no-real-change"),
+        ("The man is holding a kite.", "An umbrella.", "What does the man hold?", None),
+        ("The books are on the shelf.", "On the shelf.", "Where are the books?", "no-real-change"),
+        ("The dog is black.", "The dog is white.", "Is the dog black or white?", None),
+        ("There are 5 chairs.", "There are five chairs.", "How many chairs are there?", "few-changes"),
+        ("A photo.", "A photo in a silver frame.", "What is next to the lamp?", "omission"),
+        ("A magazine.", "A photo in a silver frame.", "What is next to the lamp?", None),
+        ("The bike stands near the tree.", "The bike stands not near the tree.", "Where is the bike?", None),
+        ("A grape and a pear lie in it.", "Apples.", "What is in the bowl?", None),
+        (
+            "The man is riding the snow machine and is doing it on the sled.",
+            "Winter, because there is snow on the roofs.",
+            "What season is it?",
+            "other-text",
+        ),
+    ],
+)
+def test_an_error_in_an_answer_says_something_else(
+    response: str, annotation: str, question: str, reason: str | None
+) -> None:
+    assert answered(response, annotation, question) == reason
+
+
+def test_a_description_keeps_most_of_its_words_and_gains_an_error() -> None:
+    annotation = "A woman sits at a kitchen table with a laptop in front of her."
+    assert rewritten("A woman sits at a kitchen table with a cup in front of her.", annotation) is None
+    assert rewritten("Three dogs are running along a sandy beach in the sun.", annotation) == "other-text"
+    assert rewritten("A woman sits at a kitchen table.", annotation) == "omission"
+    assert why("A woman sits at a kitchen table.", annotation, question=DESCRIBE) is None  # a model's own answer
+    assert why("Three dogs are running along a sandy beach in the sun.", annotation, question=DESCRIBE) is None

@@ -173,7 +173,7 @@ def check_identity(config: Config, folder: Path, *, reads_only: bool = False) ->
 
 def _check_accepted(changed: Mapping[str, list[tuple[str, Any, Any]]], accepted: Sequence[str], folder: Path) -> None:
     for source in changed.keys() & set(accepted):
-        logger.warning("%s: source `%s` starts anew: %s (accepted)", folder, source, _listed(changed[source]))
+        logger.warning("%s: source `%s` is generated again: %s (accepted)", folder, source, _listed(changed[source]))
     refused = [source for source in changed if source not in accepted]
     if not refused:
         return
