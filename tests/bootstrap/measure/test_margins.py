@@ -18,6 +18,7 @@ from bpo.bootstrap.measure.margins import (
     pair_margins,
     warnings_of,
 )
+from bpo.bootstrap.measure.report import model_table
 from bpo.config.measure import MeasureConfig
 from tests.sample_groups import group
 
@@ -80,6 +81,9 @@ def test_figures_of_each_type_and_change() -> None:
     assert swap["seeing"]["share_below_zero"] == 0.25 and swap["seeing"]["share_wide"] == 0.5  # -2, 2, 6, 10
     assert swap["image"]["median"] == 4.0
     assert swap["blind"]["histogram"] == {"-1.5": 1, "-0.5": 1, "0.5": 1, "1.5": 1}
+    head, _, row = model_table(figures).splitlines()
+    assert head.split("  ")[0] == "type" and row.startswith("swap") and "+0.00 +-" in row
+    assert "25.0%" in row and "50.0%" in row and row.endswith("+4.00")
     assert half_nats([-0.1, 0.0, 0.49, 0.5]) == {"-0.5": 1, "0": 2, "0.5": 1}
 
 
