@@ -142,7 +142,7 @@ def test_records_are_filtered_and_ordered_by_their_margins(data: Path, tab: Tab)
         ("min-measure=0.2&source=type%3Allm-hal", 5),
         ("max-measure=-1.5&source=type%3Aswap", 0),
         ("measure-of=seeing&max-measure=3&source=type%3Allm-hal", 4),
-        ("measure-of=image&min-measure=4&source=type%3Allm-hal", 6),  # 1.5 n - 2
+        ("measure-of=image&min-measure=5&source=type%3Allm-hal", 5),  # 1.5 n - 2
         ("search=r003", 2),  # the record, and that with its annotation
     ):
         assert passing(tab, address) == count, address
