@@ -50,11 +50,20 @@ _WORD_RE = re.compile(r"\d+(?:[.,]\d+)*|[^\W\d_]+(?:['’-][^\W\d_]+)*")
 
 @dataclass(frozen=True)
 class ChangeLexicon:
-    """Objects with their names, the kind of every other known word, and style words."""
+    """Objects with their names, the kind of every other known word, and style words.
+
+    Attributes:
+        scale_of_word: The number of the line that lists an attribute, count or relation: words of one line can take
+            each other's place.
+        general: A word -> others that are true of whatever it is true of, such as `person` for `man`, or may well be,
+            such as `large` for `big`.
+    """
 
     objects: ObjectLexicon
     kind_of_word: Mapping[str, Kind]
     style: frozenset[str]
+    scale_of_word: Mapping[str, int] = field(default_factory=dict)
+    general: Mapping[str, frozenset[str]] = field(default_factory=dict)
     _meanings: dict[str, str] = field(default_factory=dict, repr=False, compare=False)  # a cache
 
     def kind(self, word: str) -> Kind | None:
@@ -163,16 +172,26 @@ def load_lexicon(path: str = "") -> ChangeLexicon:
     try:
         objects = build_lexicon([[name.strip() for name in line.split(",")] for line in tree["objects"]])
         kinds: dict[str, Kind] = {}
-        for section, kind in _LISTS.items():
-            for entry in tree[section]:
-                kinds |= {word.strip().casefold(): kind for word in entry.split(",")}
+        scales: dict[str, int] = {}
+        for number, (kind, entry) in enumerate((kind, e) for name, kind in _LISTS.items() for e in tree[name]):
+            words = [word.strip().casefold() for word in entry.split(",")]
+            kinds |= dict.fromkeys(words, kind)
+            scales |= dict.fromkeys(words, number)
+        general: dict[str, frozenset[str]] = {}
+        for line in tree.get("general", ()):
+            name, _, others = line.partition(":")
+            for other in others.split(","):
+                general[other.strip()] = general.get(other.strip(), frozenset()) | {name.strip()}
+        for line in tree.get("alike", ()):
+            words = [word.strip() for word in line.split(",")]
+            general |= {word: general.get(word, frozenset()) | {*words} - {word} for word in words}
         style = frozenset(word.casefold() for word in tree["style"])
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{where}: {type(error).__name__} {error}; required: the lists objects, {', '.join(_LISTS)} and style, all "
             "of strings (quote yes, no and numbers)"
         ) from error
-    return ChangeLexicon(objects, kinds, style)
+    return ChangeLexicon(objects, kinds, style, scales, general)
 
 
 @cache

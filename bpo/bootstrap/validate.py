@@ -47,6 +47,7 @@ REASONS = {
     "no-real-change": "only its style changed: no object, attribute, count or relation",
     "omission": "it leaves out a part of the annotation and says nothing else, so nothing in it is wrong",
     "duplicate": "another negative of the group says the same",
+    "no-edit": "no word of another annotation fits, is not true of the image, and is left over in a balanced exchange",
     "no-swap": "no other annotation is near, not true of the image, and left over in a balanced exchange",
     "not-selected": "another candidate, or none, balances the set better (bootstrap.select)",
     "surplus": "its source made more than its share in bootstrap.target_shares",
@@ -212,11 +213,12 @@ def _compared(
     if not options.require_real_change:
         return None
     difference = f"added: {' '.join(changes.added) or '-'}; dropped: {' '.join(changes.dropped) or '-'}"
+    new, gone = _stems(changes.new), _stems(changes.gone)
     # "The man holds an umbrella" for "An umbrella" to "What does the man hold?".
-    echoes = {_stem(word) for word in words_of(question)} if options.same_form else set()
-    if not changes.gone and {_stem(word) for word in changes.new} <= echoes:
+    echoes = _stems(words_of(question)) if options.same_form else set()
+    if gone <= new and new <= gone | echoes:
         return Refusal("no-real-change", difference)
-    if rewriting and not changes.new and not _negations(changes.gone, lexicon):
+    if rewriting and new <= gone and not _negations(changes.gone, lexicon):
         return Refusal("omission", difference)
     return None
 
@@ -225,9 +227,9 @@ def _negations(words: Iterable[str], lexicon: ChangeLexicon) -> set[str]:
     return {word for word in words if lexicon.kind(word) == "polarity"}
 
 
-def _stem(word: str) -> str:
-    """The word without a common English ending: `holding`, `holds` and `hold` are equal."""
-    return re.sub(r"(?<=\w{3})(?:ing|ed|es|s|e)$", "", word)
+def _stems(words: Iterable[str]) -> set[str]:
+    """The words without common English endings: `holding`, `holds` and `hold` are equal."""
+    return {re.sub(r"(?<=\w{3})(?:ing|ed|es|s|e)$", "", word) for word in words}
 
 
 def annotation_refusal(response: str, *, max_words: int) -> str | None:

@@ -41,15 +41,12 @@ class EditConfig(Section):
     """Negatives with one word exchanged (type `edit`): each word is put in as often as it is taken out.
 
     Attributes:
-        by: How the new word is chosen: `lexicon` draws from the words taken out of other annotations; `blind` prefers
-            those that the model finds plausible under the images of other records.
         kinds: Kinds of words to exchange.
         only_missing: Make a negative only for records that have none from another source.
     """
 
     where = "bootstrap.edit"
 
-    by: Literal["lexicon", "blind"] = "lexicon"
     kinds: list[EditKind] = field(default_factory=lambda: ["object", "attribute", "count", "relation"])
     only_missing: bool = False
 

@@ -22,9 +22,8 @@ STRONG, RELATION, UNKNOWN = 0, 1, 2
 STYLE, CONTENT, QUESTION, NEIGHBOURS = range(4)
 
 _MAX_KNOWN_WORDS = 1 << 16
-_DIGITS = dict(enumerate("zero one two three four five six seven eight nine ten eleven twelve".split()))
 # True of any object: "a dog" and "one dog" describe the same image.
-_VAGUE_COUNTS = frozenset("one single another all both".split())
+_VAGUE_COUNTS = frozenset("one 1 single another all both".split())
 _NEGATIONS = frozenset("no not without never neither nor n't cannot none".split())
 _NEGATED_WORDS = 4
 _ARTICLES = frozenset("a an the this that these those".split())
@@ -38,10 +37,12 @@ class Content:
         words: One token for each occurrence of a word, and for each two content words in a row; the n-th occurrence is
             a token of its own.
         said: Distinct content.
+        implied: Distinct content, and what may be true together with it: more general names, similar attributes.
     """
 
     words: tuple[int, ...]
     said: tuple[int, ...]
+    implied: tuple[int, ...]
 
 
 class ContentReader:
@@ -80,15 +81,13 @@ class ContentReader:
         parts = {part for name in objects for part in name.split()}
         said = {entry for entry in said if entry[1] != UNKNOWN or entry[0] not in parts}
         said |= {(name, STRONG) for name in objects}
-        return Content(tuple(words), tuple(sorted(self._token(*entry) for entry in said)))
+        general = {(name, of) for word, of in said for name in self._lexicon.general.get(word, ())}
+        own, implied = (tuple(sorted({self._token(*entry) for entry in each})) for each in (said, said | general))
+        return Content(tuple(words), own, implied)
 
     def question_words(self, question: str) -> list[int]:
         """Tokens of a question's distinct words."""
         return [self._token(f"?{word}", QUESTION) for word in sorted(set(words_of(question)))]
-
-    def tokens(self, names: frozenset[str]) -> tuple[int, ...]:
-        """One token for each name of an object."""
-        return tuple(sorted(self._token(name, STRONG) for name in names))
 
     def _numbered(self, names: list[str], of_class: int) -> list[int]:
         tokens = [self._token(name, of_class) for name in dict.fromkeys(names)]
@@ -103,8 +102,7 @@ class ContentReader:
         if known is None:
             if len(self._known) >= _MAX_KNOWN_WORDS:
                 self._known.clear()
-            name = _DIGITS.get(int(word), word) if word.isdecimal() and len(word) < 3 else word
-            known = self._known[word] = self._lexicon.meaning(name), self._lexicon.kind(name)
+            known = self._known[word] = self._lexicon.meaning(word), self._lexicon.kind(word)
         return known
 
     def _token(self, name: str, of_class: int) -> int:
@@ -128,6 +126,11 @@ def class_of(tokens: np.ndarray) -> np.ndarray:
 def hash32(name: str) -> int:
     """A 32-bit hash, equal in every process."""
     return int.from_bytes(hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=4).digest(), "big")
+
+
+def hash64(*names: object) -> int:
+    """A 64-bit hash, equal in every process."""
+    return int.from_bytes(hashlib.blake2b(repr(names).encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
 
 
 def _unknown_names(found: list[tuple[str, Kind | None]]) -> set[str]:

@@ -9,6 +9,7 @@ import tempfile
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Literal
 
 import numpy as np
 
@@ -71,10 +72,11 @@ class Items:
     Args:
         options: Limits that a negative must meet.
         max_words: `data.max_completion_words`.
+        order_by: List of an item by which `minhash` compares items.
     """
 
-    def __init__(self, options: ValidateConfig, max_words: int):
-        self._options, self._max_words = options, max_words
+    def __init__(self, options: ValidateConfig, max_words: int, order_by: Literal["content", "said"] = "content"):
+        self._options, self._max_words, self._order_by = options, max_words, _LISTS.index(order_by)
         self._file = tempfile.TemporaryFile(prefix="bpo-items-")  # noqa: SIM115 open as long as this object
         self._starts = array("Q", [0])
         self._tokens: np.ndarray = np.empty(0, np.uint32)
@@ -98,13 +100,14 @@ class Items:
         return len(self._starts) - 1
 
     def minhash(self, salt: int) -> np.ndarray:
-        """For each item, the least hash of its content; equal for two items with a chance of their Jaccard index."""
+        """For each item, the least hash of a list; equal for two items with a chance of their Jaccard index."""
         least = np.full(len(self), 0xFFFFFFFF, dtype=np.uint32)
         starts = np.array(self._starts, dtype=np.int64)
         for first in range(0, len(self), _ITEMS_PER_CHUNK):
             begin = starts[first : min(first + _ITEMS_PER_CHUNK, len(self))]
-            counts = self._tokens[begin + _LISTS.index("content")].astype(np.int64)
-            offset = begin + len(_NAMES) + self._tokens[begin + _LISTS.index("words")]
+            counts = self._tokens[begin + self._order_by].astype(np.int64)
+            before = self._tokens[begin[:, None] + np.arange(self._order_by)].sum(axis=1, dtype=np.int64)
+            offset = begin + len(_NAMES) + before
             has = np.flatnonzero(counts)
             if not len(has):
                 continue

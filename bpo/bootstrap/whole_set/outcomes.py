@@ -8,6 +8,7 @@ from typing import Protocol
 
 from bpo.bootstrap.job.outcomes import Outcome
 from bpo.bootstrap.measure.hardness import ObjectTruth
+from bpo.bootstrap.whole_set.edit import plan_edit
 from bpo.bootstrap.whole_set.swap import plan_swap
 from bpo.bootstrap.whole_set.takers import Annotations, find_takers
 from bpo.config.negatives import WHOLE_SET_SOURCES
@@ -67,5 +68,13 @@ def plan_whole_set(
     if wanted:
         takers = find_takers(config, annotations, others, limits or {}, truth)
         if "swap" in wanted:
-            plans["swap"] = plan_swap(config, annotations, takers)
+            plans["swap"] = swap = plan_swap(config, annotations, takers)
+            takers = takers.without(swap.partner >= 0)
+        if "edit" in wanted:
+
+            def taken(position: int, annotation: Annotation) -> str | None:
+                found = plans["swap"].outcome(position, annotation) if "swap" in plans else None
+                return found.text if found and found.status == "kept" else None
+
+            plans["edit"] = plan_edit(config, annotations, takers, taken)
     return WholeSetOutcomes(config, annotations, others, truth, plans)

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bpo.bootstrap.whole_set.items import FORBIDDEN
+from bpo.bootstrap.seeds import derive_seed
+from bpo.bootstrap.whole_set.items import FORBIDDEN, Items
 
 Cost = Callable[[np.ndarray, np.ndarray], np.ndarray]
 Order = Callable[[int], tuple[np.ndarray, ...]]
@@ -23,6 +24,7 @@ _OTHER_KEY = 4 * FORBIDDEN
 _REPAIR_ROUNDS = 4
 # Records with which the owner of a forbidden text tries to exchange it before it leaves the permutation.
 _EXCHANGES = 4
+_HASHES_PER_ORDER = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +46,15 @@ class Search:
     tie: np.ndarray
     rounds: int
     block_size: int
+
+
+def near_content(items: Items, seed: int) -> Order:
+    """Orders in which items with the same content are likely to be adjacent."""
+
+    def order(number: int) -> tuple[np.ndarray, ...]:
+        return tuple(items.minhash(derive_seed(seed, number, index)) for index in range(_HASHES_PER_ORDER))
+
+    return order
 
 
 def permute(items: np.ndarray, key: np.ndarray, search: Search) -> np.ndarray:

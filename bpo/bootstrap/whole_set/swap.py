@@ -6,7 +6,6 @@ near ones of the same kind of request: at best one object, attribute or count di
 
 from __future__ import annotations
 
-import hashlib
 from array import array
 from dataclasses import dataclass, replace
 
@@ -20,9 +19,10 @@ from bpo.bootstrap.measure.hardness import ObjectTruth
 from bpo.bootstrap.reply_forms import yes_or_no
 from bpo.bootstrap.seeds import derive_seed
 from bpo.bootstrap.validate import REASONS, count_words, refusal
-from bpo.bootstrap.whole_set.content import ContentReader, hash32
+from bpo.bootstrap.whole_set.content import ContentReader, hash64
+from bpo.bootstrap.whole_set.images import ImageFacts
 from bpo.bootstrap.whole_set.items import FORBIDDEN, Item, Items
-from bpo.bootstrap.whole_set.permute import Cost, Order, Search, permute, rehashed
+from bpo.bootstrap.whole_set.permute import Cost, Order, Search, near_content, permute, rehashed
 from bpo.bootstrap.whole_set.sentences import sentence_spans
 from bpo.bootstrap.whole_set.takers import NO, SURPLUS, YES, Annotations, Takers
 from bpo.config.training import Config
@@ -30,7 +30,6 @@ from bpo.records import Annotation, Provenance
 
 # Refusals that depend on the text alone: such an annotation is neither given nor gets another.
 _OF_TEXT_ALONE = frozenset({"empty", "too-long", "placeholder", "characters", "degenerate", "refusal"})
-_HASHES_PER_ORDER = 3
 _QUESTION_WORDS = 2
 
 
@@ -103,11 +102,6 @@ def plan_swap(config: Config, annotations: Annotations, takers: Takers) -> SwapP
 
 def _nearness(config: Config, items: Items, tie: np.ndarray) -> tuple[Cost, Order]:
     """What makes two records near: the cost of an exchange, and orders in which near ones are adjacent."""
-    seed = config.bootstrap.seed
-
-    def by_content(number: int) -> tuple[np.ndarray, ...]:
-        salts = (derive_seed(seed, "swap order", number, index) for index in range(_HASHES_PER_ORDER))
-        return tuple(items.minhash(salt) for salt in salts)
 
     def at_random(number: int) -> tuple[np.ndarray, ...]:
         return (rehashed(tie, number),)
@@ -119,14 +113,14 @@ def _nearness(config: Config, items: Items, tie: np.ndarray) -> tuple[Cost, Orde
 
     if config.bootstrap.swap.nearest == "random":
         return random_cost, at_random
-    return items.cost, by_content
+    return items.cost, near_content(items, derive_seed(config.bootstrap.seed, "swap order"))
 
 
 class _Reading:
     """Reads the records that take part into items."""
 
     def __init__(self, config: Config, annotations: Annotations, truth: ObjectTruth | None):
-        self._config, self._annotations, self._truth = config, annotations, truth
+        self._config, self._annotations, self._facts = config, annotations, ImageFacts(truth)
         self._options = config.bootstrap.validate
         # Only for checks of a text alone: any other text is refused for its length.
         self._text_options = replace(self._options, min_length_ratio=1.0, max_length_ratio=1.0)
@@ -150,20 +144,20 @@ class _Reading:
         asked = self._reader.read(question, answers_question=True)
         answer = self._reader.read(text, answers_question=mode == "qa")
         content = answer if number < 0 else self._reader.read(piece, answers_question=mode == "qa")
-        present = self._truth.present(annotation.images) if self._truth else None
-        named = self._named(text)
+        present = self._facts.present(annotation.images)
+        named = self._facts.named(text)
         language = language_of(text) if self._options.same_language else (None, None)
         script, language_code = (self._codes.setdefault(name, len(self._codes)) for name in language)
         self.items.append(
             Item(
                 words=(*content.words, *self._reader.question_words(question)),
                 content=content.said,
-                said=answer.said,
-                known=sorted({*answer.said, *asked.said}),
-                images=sorted({hash32(image) for image in annotation.images}),
-                named=self._named(piece),
+                said=answer.implied,
+                known=sorted({*answer.implied, *asked.said}),
+                images=self._facts.hashes(annotation.images),
+                named=self._facts.named(piece),
                 named_by_answer=named,
-                true=sorted({*named, *self._reader.tokens(present or frozenset())}),
+                true=sorted({*named, *(present or ())}),
                 has_truth=present is not None,
                 num_words=count_words(piece),
                 num_answer_words=count_words(text),
@@ -176,10 +170,10 @@ class _Reading:
         self.tie.append(seed)
         question_words = words_of(question)
         kind = (mode, len(annotation.images), number < 0, yes_or_no(text) is None)
-        self.key.append(_hash64(*kind, place, *question_words))
+        self.key.append(hash64(*kind, place, *question_words))
         # An answer that repeats words of its question fits another question only if it has the same words.
         repeated = sorted({*asked.said} & {*answer.said})
-        self.loose_key.append(_hash64(*kind, place == "first", *question_words[:_QUESTION_WORDS], *repeated))
+        self.loose_key.append(hash64(*kind, place == "first", *question_words[:_QUESTION_WORDS], *repeated))
 
     def fits(self, row: int, column: int) -> bool:
         """Whether validation keeps the text of item `column` as the negative of item `row`."""
@@ -188,12 +182,6 @@ class _Reading:
         max_words, question = self._config.data.max_completion_words, question_of(annotation)
         refused = refusal(text, annotation.response, max_words=max_words, options=self._options, question=question)
         return refused is None
-
-    def _named(self, text: str) -> tuple[int, ...]:
-        """Objects that a text names, by the lexicon of the ground truth."""
-        if self._truth is None:
-            return ()
-        return self._reader.tokens(frozenset(mention.object for mention in self._truth.lexicon.mentions(text)))
 
     def _piece(self, text: str, seed: int) -> tuple[int, str, str]:
         """The text to exchange: the number of a sentence, or -1, its place in the answer, and the text."""
@@ -205,7 +193,3 @@ class _Reading:
         place = "first" if not number else "last" if number == len(spans) - 1 else f"{2 * number // len(spans)}"
         start, end = spans[number]
         return number, place, text[start:end]
-
-
-def _hash64(*names: object) -> int:
-    return int.from_bytes(hashlib.blake2b(repr(names).encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")

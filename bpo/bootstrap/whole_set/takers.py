@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -56,6 +56,10 @@ class Takers:
                 rank = balance_rank(options.seed, source, self.annotations[int(position)].id)
                 chosen[position] = YES if rank < self.limits[source] else SURPLUS
         return chosen
+
+    def without(self, served: np.ndarray) -> Takers:
+        """The same, where records [number of annotations] have got a negative."""
+        return replace(self, missing=self.missing & ~served)
 
 
 def find_takers(

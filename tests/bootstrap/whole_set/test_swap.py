@@ -114,6 +114,7 @@ def test_descriptions_and_answers_keep_to_their_kind() -> None:
         ("A dog and a cat.", "A dog."),  # contained
         ("A bicycle.", "A bike."),  # a synonym
         ("Two dogs.", "2 dogs."),
+        ("A man and a dog.", "A person and a dog."),
         ("A dog.", "One dog."),
         ("A dog in a park.", "A dog in a park, and no people."),
         ("A dog on grass.", "A dog on grass."),
