@@ -24,3 +24,19 @@ def test_the_paper_recipe_has_the_papers_values() -> None:
     assert (config.train.lr, config.loss.beta, config.train.epochs, config.train.warmup_ratio) == (2e-6, 0.1, 2, 0.03)
     assert (config.bootstrap.weaken.noise_step, config.bootstrap.weaken.temperature) == (900, 0.2)
     assert (config.bootstrap.inject.temperature, config.bootstrap.inject.top_p) == (0.8, 0.95)
+
+
+@pytest.mark.parametrize("size", ["7b", "13b"])
+def test_the_llava_recipes_show_the_model_what_it_was_trained_on(size: str) -> None:
+    config = load_config(["--config", str(RECIPES[0].parent / f"llava-1.5-{size}.yaml")])
+    assert config.data.image_aspect == "pad"
+    assert config.data.system_prompt == (
+        "A chat between a curious user and an artificial intelligence assistant. "
+        "The assistant gives helpful, detailed, and polite answers to the user's questions."
+    )
+
+
+@pytest.mark.parametrize("path", [p for p in RECIPES if "llava" not in p.stem], ids=lambda p: p.stem)
+def test_other_recipes_leave_images_and_prompts_to_the_model(path: Path) -> None:
+    config = load_config(["--config", str(path)])
+    assert (config.data.image_aspect, config.data.system_prompt) == ("processor", "")

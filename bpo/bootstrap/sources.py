@@ -169,7 +169,8 @@ class InjectedErrors:
                 yield Outcome(annotation.id, self.key, "broken", reason=error)
             else:
                 pending.append(annotation)
-        last = self.config.bootstrap.inject.attempts - 1
+        options = self.config.bootstrap.inject
+        last = options.attempts - 1 if options.temperature else 0
         for attempt in range(last + 1):
             modes = [choose_mode(self.config.bootstrap.inject.mode, annotation) for annotation in pending]
             requests = [self._request(a, mode, attempt) for a, mode in zip(pending, modes, strict=True)]

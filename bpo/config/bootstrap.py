@@ -136,7 +136,8 @@ class InjectConfig(Section):
         temperature: Sampling temperature; 0 means greedy decoding.
         top_p: Cumulative probability of nucleus sampling.
         max_new_tokens: Maximum number of tokens per rewritten answer.
-        attempts: Maximum number of attempts per record if its rewriting is rejected, each with a different seed.
+        attempts: Maximum number of attempts per record if its rewriting is rejected, each with a different seed; one if
+            temperature is 0.
         dtype: Data type of the text-only LLM.
     """
 
@@ -151,7 +152,7 @@ class InjectConfig(Section):
     temperature: float = number(0.8, at_least=0, zero="greedy")
     top_p: float = number(0.95, above=0, at_most=1)
     max_new_tokens: int = number(1024, at_least=1)
-    attempts: int = number(1, at_least=1)
+    attempts: int = number(3, at_least=1)
     dtype: Literal["float32", "bfloat16", "float16", "config"] = "config"
 
     def __post_init__(self) -> None:

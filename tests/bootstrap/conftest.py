@@ -82,7 +82,7 @@ def make(photos: Path, tiny_llava_dir: Path, tiny_llm_dir: Path) -> Callable[...
                 image_root=str(photos),
             ),
             bootstrap=BootstrapConfig(
-                inject=InjectConfig(**llm),
+                inject=InjectConfig(**{"attempts": 1, **llm}),
                 **{"batch_size": 4, "weaken": WeakenConfig(temperature=1.0, max_new_tokens=12), **bootstrap},
             ),
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,21 @@ import pytest
 
 from bpo.bootstrap.engines.models import num_prepare_threads
 from bpo.bootstrap.engines.server import ServerError
+from bpo.bootstrap.engines.text import Reply
+from bpo.bootstrap.inject import InjectionRequest
 from bpo.bootstrap.run import run_bootstrap
-from bpo.config.bootstrap import BootstrapConfig, InjectConfig, ServerConfig, VisionConfig, WeakenConfig
+from bpo.bootstrap.sources import InjectedErrors
+from bpo.config.bootstrap import (
+    BootstrapConfig,
+    InjectConfig,
+    ServerConfig,
+    ValidateConfig,
+    VisionConfig,
+    WeakenConfig,
+)
 from bpo.config.training import Config
 from bpo.formats.files import read_groups
+from bpo.records import Annotation, ContentPart, Turn
 from tests.bootstrap.fake_server import completion, fake_server
 
 MakeConfig = Callable[..., Config]
@@ -39,7 +50,7 @@ def test_a_server_injects_the_errors(make: MakeConfig) -> None:
 
     with fake_server(answer) as (url, received):
         options = {"server": ServerConfig(url=url, model="big"), "mode": "qa", "attempts": 2}
-        config = make("a", inject=options, sources=["inject"])
+        config = make("a", inject=options, sources=["inject"], validate=ValidateConfig(max_changed_share=1))
         summary = run_bootstrap(config, progress=False)
     groups = read_groups(Path(config.data.groups))
     assert len(groups) == summary.kept["inject"] == 7
@@ -52,6 +63,26 @@ def test_a_server_injects_the_errors(make: MakeConfig) -> None:
     assert failed["record"] == "photo-4" and "context length" in failed["error"] and url in failed["error"]
     seeds_of_6 = {body["seed"] for body in received if "photo 6" in body["messages"][-1]["content"]}
     assert len(seeds_of_6) == 2
+
+
+@pytest.mark.parametrize(("temperature", "attempts"), [(0.8, 3), (0.0, 1)])
+def test_a_refused_rewriting_is_asked_for_again_where_that_can_help(temperature: float, attempts: int) -> None:
+    class Assistant:
+        name, whole_batches, special_tokens = "assistant", False, ()
+        seeds: list[int] = []
+
+        def replies(self, requests: Sequence[InjectionRequest]) -> Iterator[tuple[int, Reply]]:
+            for index, request in enumerate(requests):
+                self.seeds.append(request.seed)
+                yield index, Reply("I'm sorry, but I can't see the image.")
+
+    llm = Assistant()
+    config = Config(bootstrap=BootstrapConfig(inject=InjectConfig(temperature=temperature)))
+    prompt = (Turn("user", (ContentPart("image"), ContentPart("text", "Describe it."))),)
+    annotation = Annotation("r", ("a.png",), prompt, "A cat sits on a mat.")
+    (outcome,) = InjectedErrors(config, llm, None, checks_images=False).outcomes([annotation], [None])
+    assert (outcome.status, outcome.reason) == ("refused", "refusal")
+    assert len(set(llm.seeds)) == len(llm.seeds) == attempts
 
 
 def test_every_source_of_the_multimodal_model_makes_negatives_of_its_own_type(make: MakeConfig) -> None:

@@ -215,6 +215,7 @@ def test_the_error_of_an_answer_by_yes_or_no_is_the_opposite(
         ("The books are on the shelf.", "On the shelf.", "Where are the books?", "no-real-change"),
         ("The dog is black.", "The dog is white.", "Is the dog black or white?", None),
         ("There are 5 chairs.", "There are five chairs.", "How many chairs are there?", "few-changes"),
+        ("He is holding a kite.", "He holds a kite.", "What is he doing?", "no-real-change"),
         ("A photo.", "A photo in a silver frame.", "What is next to the lamp?", "omission"),
         ("A magazine.", "A photo in a silver frame.", "What is next to the lamp?", None),
         ("The bike stands near the tree.", "The bike stands not near the tree.", "Where is the bike?", None),

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from bpo.config.training import Config, DataConfig, ModelConfig
@@ -59,6 +60,18 @@ def test_scores_are_the_log_probs_of_each_model(tiny_llava_dir: Path, trained: P
             assert scored["response"] == completion.response
             assert max(abs(a - b) for a, b in zip(scored["policy"], scored["reference"], strict=True)) > 0.01
             assert len(scored["tokens"]) == len(ids) and "".join(scored["tokens"][:-1]) == completion.response
+
+
+def test_images_and_prompts_are_those_of_the_training(tiny_llava_dir: Path, tmp_path: Path) -> None:
+    write_groups(tmp_path, 1)
+    Image.new("RGB", (40, 20), (200, 30, 30)).save(next((tmp_path / "images").glob("*.png")))
+
+    def first_value(*options: str) -> float:
+        (line,) = score(tmp_path, tiny_llava_dir, tiny_llava_dir, *options)
+        return line["completions"][0]["policy"][0]
+
+    values = {first_value(), first_value("--image-aspect", "pad"), first_value("--system-prompt", "Be kind.")}
+    assert len(values) == 3
 
 
 def test_a_model_against_itself_has_no_log_ratio(tiny_llava_dir: Path, tmp_path: Path) -> None:

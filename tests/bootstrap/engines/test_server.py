@@ -45,6 +45,14 @@ def test_the_server_gets_prompt_sampling_and_seed(monkeypatch: pytest.MonkeyPatc
     ]
 
 
+def test_a_system_prompt_precedes_each_request() -> None:
+    llm = ChatTextGenerator(None, InjectConfig(), "big", "Be kind.")  # type: ignore[arg-type]
+    assert llm.body(request())["messages"] == [
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": "Rewrite this."},
+    ]
+
+
 FAULTS: dict[str, Answer] = {
     "500": (500, {"error": "busy"}),
     "429": (429, {"error": "slow down"}),
