@@ -69,6 +69,7 @@ class Features:
 
     def __init__(self, texts: Sequence[str], lexicon: ChangeLexicon):
         self._number_of: dict[tuple[str, str], int] = {}
+        self._is_attribute: dict[str, bool] = {}
         lengths = [len(text.split()) for text in texts]
         edges = sorted({int(np.quantile(lengths or [0], q / _LENGTH_CLASSES)) for q in range(1, _LENGTH_CLASSES)})
         ids, sizes = [], []
@@ -84,7 +85,9 @@ class Features:
         words = set(words_of(text))
         yield from (("word", word) for word in sorted(words))
         yield from (("object", name) for name in sorted({m.object for m in lexicon.objects.mentions(text)}))
-        yield from (("attribute", word) for word in sorted(words) if lexicon.kind(word) == "attribute")
+        for word in words - self._is_attribute.keys():
+            self._is_attribute[word] = lexicon.kind(word) == "attribute"
+        yield from (("attribute", word) for word in sorted(words) if self._is_attribute[word])
         place = int(np.searchsorted(edges, length))
         low = edges[place - 1] + 1 if place else 0
         yield "length", f"{low}-{edges[place]} words" if place < len(edges) else f"{low} words or more"

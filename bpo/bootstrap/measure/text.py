@@ -80,7 +80,8 @@ class TextMeasures:
         self._options, self._truth = options, truth
         self._lexicon = load_lexicon(lexicon)
         self._max_pairs = options.quick_pairs if quick else options.pairs
-        num_annotations = min(options.annotations, options.quick_pairs) if quick else options.annotations
+        num_annotations = min(options.annotations, 4 * self._max_pairs) if quick else options.annotations
+        self._max_diffs = min(options.diffs, max(self._max_pairs // 4, 1)) if quick else options.diffs
         self._annotations: Sample[_Annotation] = Sample(num_annotations)
         self._annotation_of: dict[str, _Annotation] | None = None
         self._pairs: dict[str, Sample[TextPair]] = {}
@@ -137,7 +138,7 @@ class TextMeasures:
         options = self._options
         sample = self._pairs.get(kind, Sample[TextPair](0))
         pairs = sample.values()
-        hard = hardness(pairs, self._lexicon, max_diffs=options.diffs, truth=self._truth, refused_share=refused_share)
+        hard = hardness(pairs, self._lexicon, max_diffs=self._max_diffs, truth=self._truth, refused_share=refused_share)
         is_kept = np.array([kind in annotation.types for annotation in annotations], dtype=bool)
         text = discriminate(pairs, options.folds) if len(pairs) >= max(MIN_PAIRS, options.folds) else None
         measures = TypeMeasures(

@@ -88,6 +88,23 @@ def test_statistics_of_each_source_stand_in_the_summary(tmp_path: Path) -> None:
     assert stored["inject"]["negatives"] == 0 and stored["inject"]["words"]["p50"] is None
 
 
+def test_measures_stand_in_the_summary_and_their_warnings_in_the_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Half of the records have no negative from inject; those that have one all end with the same word."""
+    outcomes = [outcome(i, "inject", f"A dog and {i} zebras perhaps.") for i in range(100)]
+    summary, _ = merged(tmp_path, 200, outcomes, sources=["inject"])
+    stored = json.loads((tmp_path / "groups.jsonl.summary.json").read_text())["measures"]
+    assert stored == summary.measures and list(stored) == ["llm-hal"]
+    measures = stored["llm-hal"]
+    assert measures["text"]["accuracy"] == 1 and measures["num_pairs"] == 100
+    assert (measures["drift"]["num_all"], measures["drift"]["num_kept"]) == (200, 100)
+    assert measures["hardness"]["refused_share"] == 0
+    (warning,) = measures["warnings"]
+    assert "llm-hal: the text alone tells" in warning and "perhaps" in warning
+    assert [record.message for record in caplog.records if record.levelname == "WARNING"] == [warning]
+
+
 def test_similarity_is_the_share_of_words_that_stayed() -> None:
     statistics = SourceStatistics()
     statistics.add("one two three four five six seven eight nine ten", "red", load_lexicon())

@@ -123,4 +123,4 @@ def test_quick_measures_use_smaller_samples(quick: bool) -> None:
         measures.add_alone(group)
     found = measures.measure()["swap"]
     assert found.text is not None and found.text.num_pairs == (100 if quick else 300)
-    assert found.drift.num_all == (100 if quick else 400)
+    assert found.hardness.num_diffs == (25 if quick else 300) and found.drift.num_all == 400
