@@ -8,6 +8,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from bpo.bootstrap.measure.hardness import ObjectTruth
+    from bpo.config.training import Config
 
 USAGE = """usage: bpo COMMAND [--config FILE] [--section.key VALUE ...]
 
@@ -18,7 +23,8 @@ commands:
   check       `bpo check DATA`: validate all records and images of annotations or groups before a long job
   convert     `bpo convert IN OUT`: convert annotations or groups to another format, such as TRL's parquet
   bootstrap   create preference groups from annotations with weakened images and injected errors
-  merge       merge the groups of a bootstrapping job with several shards (bootstrap.num_shards)
+  merge       merge the groups of a bootstrapping job with several shards; --partial: what is finished so far
+  measure     `bpo measure GROUPS`: what rejected answers give away without the image, and whether the sample is fair
   train       preference training in one process; for several, use `deepspeed bpo/train.py`
   evaluate    measure hallucination with CHAIR and POPE
   export      export a checkpoint as a merged model directory or a PEFT adapter
@@ -40,9 +46,10 @@ def _demo(argv: list[str]) -> int:
 
 
 def _check(argv: list[str]) -> int:
+    from bpo.bootstrap.measure.quick import QuickMeasures
     from bpo.formats.check import main
 
-    return main(argv)
+    return main(argv, QuickMeasures)
 
 
 def _convert(argv: list[str]) -> int:
@@ -63,20 +70,60 @@ def _bootstrap(argv: list[str]) -> int:
         config = load_config(argv, prog="bpo bootstrap", description=about, reads=("data.annotations",))
         from bpo.bootstrap.run import run_bootstrap
 
-        run_bootstrap(config, stop=stop)
+        run_bootstrap(config, stop=stop, truth=_object_truth(config))
     return 0
 
 
 def _merge(argv: list[str]) -> int:
     from bpo.config.io import load_config
     from bpo.job.launch import Ranks, setup_logging
+    from bpo.job.terminal import printable
 
     setup_logging(Ranks())
-    config = load_config(argv, prog="bpo merge", description="Merge the results of all shards.")
+    about = "Merge the results of all shards; with --partial, those that are finished so far."
+    config = load_config([flag for flag in argv if flag != "--partial"], prog="bpo merge", description=about)
+    from bpo.bootstrap.job.partial import describe
     from bpo.bootstrap.run import run_merge
 
-    summary = run_merge(config)
+    summary = run_merge(config, partial="--partial" in argv, truth=_object_truth(config))
     print(f"{summary.num_groups} groups of {summary.num_annotations} annotations: {summary.groups_path}")
+    for line in describe(summary) if summary.partial else ():
+        print(printable(line))
+    return 0
+
+
+def _object_truth(config: Config) -> ObjectTruth | None:
+    """Objects in the images by `evaluation.chair_instances`, if it is set."""
+    options = config.evaluation
+    if not options.chair_instances:
+        return None
+    from bpo.bootstrap.measure.hardness import ObjectTruth
+    from bpo.evaluation.files import read_coco
+
+    captions, synonyms = (Path(name) if name else None for name in (options.chair_captions, options.synonyms))
+    coco = read_coco(Path(options.chair_instances), captions, synonyms)
+    present = {file: coco.present_of_image[image_id] for image_id, file in coco.file_of_image.items()}
+    return ObjectTruth(present, coco.lexicon)
+
+
+def _measure(argv: list[str]) -> int:
+    from bpo.job.signals import StopRequest
+
+    with StopRequest() as stop:
+        from bpo.bootstrap.measure.command import expand, run_measure
+        from bpo.config.io import load_config
+        from bpo.job.launch import ranks_from_environment, setup_logging
+        from bpo.job.terminal import printable
+
+        ranks = ranks_from_environment()
+        setup_logging(ranks)
+        about = "Measure preference groups before training. GROUPS is short for --data.groups GROUPS."
+        config = load_config(expand(argv), prog="bpo measure", description=about, reads=("data.groups",))
+        found = run_measure(config, truth=_object_truth(config), ranks=ranks, stop=stop)
+        for warning in found["warnings"] if found else ():
+            print(printable(f"warning: {warning}"))
+        if found:
+            print(printable(f"written: {config.data.groups}.measures.json"))
     return 0
 
 
@@ -195,6 +242,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "convert": _convert,
     "bootstrap": _bootstrap,
     "merge": _merge,
+    "measure": _measure,
     "train": _train,
     "evaluate": _evaluate,
     "export": _export,

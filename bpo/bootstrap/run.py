@@ -14,14 +14,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from bpo.bootstrap.completion_types import candidate_key, source_of
 from bpo.bootstrap.engines.models import Generators, num_prepare_threads, required_paths
@@ -31,10 +27,11 @@ from bpo.bootstrap.job.broken_images import BrokenImages
 from bpo.bootstrap.job.identity import SourceIdentities, check_identity
 from bpo.bootstrap.job.leases import Leases
 from bpo.bootstrap.job.merge import BootstrapSummary, merge, sibling_path
-from bpo.bootstrap.job.outcomes import Outcome, OutcomeReader, OutcomeWriter
-from bpo.bootstrap.job.progress import ProgressBar
-from bpo.bootstrap.job.queue import LeasedBatch, SourceQueue, build_queues, interleaved, is_finished, lacking
+from bpo.bootstrap.job.outcomes import OutcomeReader, OutcomeWriter
+from bpo.bootstrap.job.queue import SourceQueue, build_queues, is_finished, lacking
 from bpo.bootstrap.job.spool import AnnotationSpool
+from bpo.bootstrap.job.worker import Results, Worker
+from bpo.bootstrap.measure.hardness import ObjectTruth
 from bpo.bootstrap.sources import ImageAnswers, InjectedErrors, NegativeSource
 from bpo.config.bootstrap import Source
 from bpo.config.training import Config
@@ -44,12 +41,10 @@ from bpo.job.compile_locks import named_compile_locks
 from bpo.job.launch import Ranks, ranks_from_environment, restart_count
 from bpo.job.restarts import RestartCount
 from bpo.job.signals import StopRequest
-from bpo.records import Annotation
 
 logger = logging.getLogger(__name__)
 
 _POLL_S = 2.0
-_WRITE_EVERY_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -76,10 +71,15 @@ class Share:
 
 
 @named_compile_locks()
-def run_bootstrap(config: Config, progress: bool = True, stop: StopRequest | None = None) -> BootstrapSummary:
+def run_bootstrap(
+    config: Config, progress: bool = True, stop: StopRequest | None = None, truth: ObjectTruth | None = None
+) -> BootstrapSummary:
     """Generates the configured negatives for every annotation and writes `data.groups` with its lists and summary.
 
     A restarted job resumes from its finished records, also with another number of ranks, shards or batch size.
+
+    Args:
+        truth: Objects in the images, if known; see `merge`.
 
     Returns:
         The summary; on ranks other than 0, and with several shards, it covers the outcomes visible to this rank and
@@ -126,11 +126,15 @@ def run_bootstrap(config: Config, progress: bool = True, stop: StopRequest | Non
             restarts.clear()
     if not share.merges:
         return _rank_summary(config, len(annotations), reader, seconds)
-    return merge(config, annotations, reader, skipped, seconds, bad)
+    return merge(config, annotations, reader, skipped, seconds, bad, truth=truth)
 
 
-def run_merge(config: Config) -> BootstrapSummary:
+def run_merge(config: Config, partial: bool = False, truth: ObjectTruth | None = None) -> BootstrapSummary:
     """`bpo merge`: writes `data.groups` with its lists and summary from the outcomes of all shards.
+
+    Args:
+        partial: Use what is finished. The job may be running; nothing of it is changed.
+        truth: Objects in the images, if known; see `merge`.
 
     Raises:
         ValueError: A path is missing, an option was changed, an outcome is missing, or no annotation got a usable
@@ -145,11 +149,20 @@ def run_merge(config: Config) -> BootstrapSummary:
     annotations = _spooled(config, bad, skipped)
     reader = _read(folder, check_identity(config, folder, reads_only=True))
     queues = build_queues(annotations, config, reader)
+    if partial and len(reader) and not is_finished(queues):
+        unfinished = {source: queue.missing()[0] for source, queue in queues.items()}
+        summary = merge(config, annotations, reader, skipped, {}, bad, unfinished, truth)
+        reader.poll()
+        if not is_finished(queues):
+            return summary
+        # The job has ended in the meantime, and these files may have replaced those of its own merge: merge again.
     if not is_finished(queues):
+        hint = "" if partial else ", or merge what is finished with --partial"
         raise ValueError(
-            f"{folder}: {lacking(queues)}; rerun `bpo bootstrap` with any number of shards: finished records are kept"
+            f"{folder}: {lacking(queues)}; rerun `bpo bootstrap` with any number of shards: finished records are "
+            f"kept{hint}"
         )
-    return merge(config, annotations, reader, skipped, {}, bad)
+    return merge(config, annotations, reader, skipped, {}, bad, truth=truth)
 
 
 def _read(folder: Path, identities: SourceIdentities) -> OutcomeReader:
@@ -191,106 +204,6 @@ def _check_paths(config: Config) -> None:
             raise ValueError(f"{name} is empty; `bpo bootstrap` requires it")
 
 
-@dataclass(frozen=True)
-class Results:
-    """Storage of finished outcomes: the reader of all parts and the writer of this worker's."""
-
-    reader: OutcomeReader
-    writer: OutcomeWriter
-    broken: BrokenImages
-
-    def write_as_finished(self, outcomes: Iterable[Outcome]) -> Iterator[int]:
-        """Writes at the end of a batch, and every second during a long one; yields the number of outcomes written.
-
-        Outcomes produced before an error are written.
-
-        Raises:
-            RecordError, TooManyBadRecords: see `BrokenImages.check`; the outcomes being checked are not written.
-        """
-        finished: list[Outcome] = []
-        written_s = time.monotonic()
-
-        def write() -> int:
-            new = [outcome for outcome in finished if outcome.key not in self.reader]
-            finished.clear()
-            self.broken.check(new)
-            self.writer.append(new)
-            self.reader.poll(self.writer.path)
-            return len(new)
-
-        try:
-            for outcome in outcomes:
-                finished.append(outcome)
-                if time.monotonic() - written_s > _WRITE_EVERY_S:
-                    yield write()
-                    written_s = time.monotonic()
-        finally:
-            write_last = write()
-        yield write_last
-
-
-@dataclass(frozen=True)
-class Worker:
-    """One worker of a job: generates the batches it can claim and shows the progress of all workers."""
-
-    results: Results
-    leases: Leases
-    prefetcher: Prefetcher
-    stop: StopRequest | None
-    progress: bool
-
-    def run_sources(
-        self, make: Mapping[str, Callable[[], NegativeSource]], queues: Mapping[str, SourceQueue]
-    ) -> dict[str, float]:
-        """Generates all batches of some sources that are unfinished and unclaimed; the sources take turns.
-
-        Args:
-            make: Source -> its constructor, called only if there is a batch.
-
-        Returns:
-            Source -> seconds spent on it.
-        """
-        mine = {source: queues[source] for source in make}
-        bars: dict[str, ProgressBar] = {}
-        started_s = time.monotonic()
-        with ExitStack() as stack:
-            for key, batch, prepared in self.prefetcher.of(self._batches(make, mine.values())):
-                queue, negatives, claimed = key
-                if self.stop is not None:
-                    done = ", ".join(
-                        f"{q.num_done()} of {q.num_records} records of source `{s}`" for s, q in mine.items()
-                    )
-                    self.stop.check(f"{done} are done and kept")
-                if queue.source not in bars:
-                    bar = ProgressBar(queue, self.results.reader, self.progress)
-                    bars[queue.source] = stack.enter_context(bar)
-                with _advice_on_memory(len(batch)):
-                    for number in self.results.write_as_finished(negatives.outcomes(batch, prepared)):
-                        bars[queue.source].add(number)
-                if claimed.ends:
-                    self.leases.release(claimed.ends)
-                ended_s = time.monotonic()
-                bars[queue.source].seconds += ended_s - started_s
-                started_s = ended_s
-        return {source: bar.seconds for source, bar in bars.items()}
-
-    def _batches(
-        self, make: Mapping[str, Callable[[], NegativeSource]], queues: Iterable[SourceQueue]
-    ) -> Iterator[tuple[tuple[SourceQueue, NegativeSource, LeasedBatch], list[Annotation], list[Callable[[], Any]]]]:
-        """Yields each batch with its preparation functions."""
-        made: dict[str, NegativeSource] = {}
-        for queue, claimed in interleaved(queues, self.leases):
-            if queue.source not in made:
-                made[queue.source] = make[queue.source]()
-            negatives = made[queue.source]
-            batch = queue.batches[claimed.number]
-            if not negatives.whole_batches:
-                has = queue.has(claimed.number)
-                batch = [annotation for annotation, there in zip(batch, has, strict=True) if not there]
-            prepare: list[Callable[[], Any]] = [partial(negatives.prepare, annotation) for annotation in batch]
-            yield (queue, negatives, claimed), batch, prepare
-
-
 def _sources(config: Config, max_images: int, ranks: Ranks) -> Iterator[dict[str, Callable[[], NegativeSource]]]:
     """Yields the sources that take turns, with their constructors: all, except for a second model in memory."""
     generators = Generators(config, ranks, max_images)
@@ -316,17 +229,6 @@ def _sources(config: Config, max_images: int, ranks: Ranks) -> Iterator[dict[str
             sources = {}
         sources |= {candidate_key("inject", candidate): partial(injected_errors, candidate) for candidate in candidates}
     yield sources
-
-
-@contextmanager
-def _advice_on_memory(num_records: int) -> Iterator[None]:
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise RuntimeError(
-            f"out of GPU memory generating a batch of {num_records} answers; lower bootstrap.batch_size and restart: "
-            "finished records are kept"
-        ) from error
 
 
 class StallTimeout:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from bpo.bootstrap import sources
+from bpo.bootstrap.engines.models import Generators
+from bpo.bootstrap.engines.text import Reply
+from bpo.bootstrap.inject import InjectionRequest
 from bpo.bootstrap.job.outcomes import OutcomeReader, OutcomeWriter
+from bpo.bootstrap.sources import InjectedErrors
 from bpo.bootstrap.validate import Refusal, refusal
 from bpo.config.training import Config
 from bpo.job.signals import StopRequest
@@ -56,3 +61,19 @@ def accept_random_text(monkeypatch: pytest.MonkeyPatch) -> None:
         return refusal(printable, *arguments, **{**options, "finished": True})
 
     monkeypatch.setattr(sources, "refusal", lenient)
+
+
+class InstantRewriter:
+    """Replaces a text-only LLM: adds a zebra to every description."""
+
+    name, whole_batches, special_tokens = "instant", True, ()
+
+    def replies(self, requests: Sequence[InjectionRequest]) -> Iterator[tuple[int, Reply]]:
+        for index, request in enumerate(requests):
+            yield index, Reply(f"{request.messages[-1].content.partition('Description: ')[2]} A zebra stands there.")
+
+
+def rewrite_instantly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jobs of the source `inject` need no model and no images."""
+    monkeypatch.setattr(Generators, "text", lambda self: InstantRewriter())
+    monkeypatch.setattr(InjectedErrors, "prepare", lambda self, annotation: None)

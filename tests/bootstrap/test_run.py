@@ -19,6 +19,7 @@ from bpo.bootstrap.engines import models as engines_module
 from bpo.bootstrap.job.outcomes import OutcomeWriter
 from bpo.bootstrap.run import run_bootstrap
 from bpo.config.bootstrap import ServerConfig
+from bpo.config.select import SelectConfig
 from bpo.config.training import Config
 from bpo.formats.files import read_groups
 from bpo.job.exits import Interrupted
@@ -258,6 +259,16 @@ def test_the_own_language_model_and_the_weakened_image_share_one_load(
     summary = run_bootstrap(make("a", inject={"max_new_tokens": 12}), progress=False)
     assert loads == ["x"]
     assert summary.kept["inject"] > 0
+
+
+def test_candidates_share_one_load(make: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    loads: list[str] = []
+    for name in ("load_model", "load_causal_lm"):
+        real = getattr(engines_module, name)
+        load = lambda *args, name=name, real=real: loads.append(name) or real(*args)  # noqa: E731
+        monkeypatch.setattr(engines_module, name, load)
+    run_bootstrap(config := make("a", limit=2, select=SelectConfig(candidates=2)), progress=False)
+    assert loads == ["load_model", "load_causal_lm"] and num_outcomes(config) == 8
 
 
 def test_a_job_without_any_usable_negative_is_an_error_that_says_why(make: MakeConfig) -> None:

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 class Generators:
-    """Builds the generators of one job on one rank.
+    """Builds the generators of one job on one rank, each once.
 
     Attributes:
         encoder: Of `model.path`; None if the path is not set.
@@ -37,16 +37,28 @@ class Generators:
         self.config, self._ranks, self._max_images = config, ranks, max_images
         self.encoder: Encoder | None = load_encoder(config) if config.model.path else None
         self._loaded: Any = None
+        self._vision: VisionGenerator | None = None
+        self._text: TextGenerator | None = None
 
     def vision(self) -> VisionGenerator:
         """The multimodal model for prompts about images."""
+        if self._vision is None:
+            self._vision = self._build_vision()
+        return self._vision
+
+    def text(self) -> TextGenerator:
+        """The text-only LLM of `bootstrap.inject`: on a server, a separate model, or the multimodal model's own."""
+        if self._text is None:
+            self._text = self._build_text()
+        return self._text
+
+    def _build_vision(self) -> VisionGenerator:
         engine = self.config.bootstrap.vision.engine
         if engine == "transformers":
             return TransformersVisionGenerator(self._multimodal_model(), self._required_encoder(), self.config)
         return ChatVisionGenerator(self._chat_engine(), self.config, self._vision_model_name(), self.encoder)
 
-    def text(self) -> TextGenerator:
-        """The text-only LLM of `bootstrap.inject`: on a server, a separate model, or the multimodal model's own."""
+    def _build_text(self) -> TextGenerator:
         options, cache = self.config.bootstrap.inject, self.config.bootstrap.cache
         if options.server.url:
             return ChatTextGenerator(ChatServer(options.server), options, options.server.model)
@@ -82,7 +94,7 @@ class Generators:
         return self._loaded
 
     def _release(self) -> None:
-        self._loaded = None
+        self._loaded = self._vision = None
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -98,7 +110,8 @@ def required_paths(config: Config) -> dict[str, str]:
     needed = {"data.annotations": config.data.annotations, "data.groups": config.data.groups}
     in_process = options.vision.engine != "server"
     own_lm = "inject" in options.sources and not (options.inject.llm or options.inject.server.url)
-    if in_process and (own_lm or set(options.generated_sources) - {"inject"}):
+    own_features = "swap" in options.sources and options.swap.nearest == "image"
+    if own_features or (in_process and (own_lm or set(options.generated_sources) - {"inject"})):
         needed["model.path"] = config.model.path
     return needed
 

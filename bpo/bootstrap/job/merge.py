@@ -9,14 +9,16 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from bpo.bootstrap.changes import load_lexicon
 from bpo.bootstrap.completion_types import COMPLETION_TYPES, PROVENANCE_SOURCES
 from bpo.bootstrap.job.balance import balance_rank, thresholds
-from bpo.bootstrap.job.outcomes import Outcome
+from bpo.bootstrap.job.outcomes import Outcome, Outcomes
 from bpo.bootstrap.job.statistics import SourceStatistics
+from bpo.bootstrap.measure.hardness import ObjectTruth
 from bpo.bootstrap.measure.text import TextMeasures, all_warnings, measures_to_json, refused_shares
+from bpo.bootstrap.select.choice import ChosenOutcomes, choose
 from bpo.bootstrap.validate import REASONS, annotation_refusal, content_key
 from bpo.bootstrap.whole_set.outcomes import WholeSetOutcomes, plan_whole_set
 from bpo.bootstrap.whole_set.takers import Annotations
@@ -44,11 +46,14 @@ class BootstrapSummary:
         kept: Source -> negatives kept.
         refused: Source -> reason -> completions refused; the source `annotation` counts records dropped entirely.
         num_quarantined: Lines of the quarantine file.
-        num_without_negative: Annotations without any usable negative.
+        num_without_negative: Annotations without any usable negative; in a partial merge, also unfinished ones.
         skipped_annotations: Reason -> records of the annotation file without anything to learn from.
         seconds: Source -> seconds spent by this rank in this run.
         statistics: Source -> lengths, similarity to the annotation, objects added and dropped (`SourceStatistics`).
         measures: Completion type -> what the texts give away, drift, warnings (`bpo.bootstrap.measure.text`).
+        selection: Source -> what `bootstrap.select.balance` achieved (`Balancer.report`).
+        partial: Whether outcomes were missing (`bpo merge --partial`).
+        unfinished: In a partial merge, source -> records without an outcome.
     """
 
     groups_path: str
@@ -62,17 +67,14 @@ class BootstrapSummary:
     seconds: dict[str, float]
     statistics: dict[str, dict[str, Any]] = field(default_factory=dict)
     measures: dict[str, dict[str, Any]] = field(default_factory=dict)
+    selection: dict[str, dict[str, Any]] = field(default_factory=dict)
+    partial: bool = False
+    unfinished: dict[str, int] = field(default_factory=dict)
 
 
 def sibling_path(groups: Path, what: str) -> Path:
     """The file or folder that belongs to a file of groups: `groups.jsonl` -> `groups.jsonl.refused.jsonl`."""
     return groups.with_name(f"{groups.name}.{what}")
-
-
-class Outcomes(Protocol):
-    """Looks up the outcome of (source, record id): an `OutcomeReader`, or a dict."""
-
-    def get(self, key: tuple[str, str], /) -> Outcome | None: ...
 
 
 def merge(
@@ -82,6 +84,8 @@ def merge(
     skipped: Mapping[str, Sequence[str]],
     seconds: Mapping[str, float],
     bad: BadRecords,
+    unfinished: Mapping[str, int] | None = None,
+    truth: ObjectTruth | None = None,
 ) -> BootstrapSummary:
     """Writes groups, refused completions, quarantine and summary, each file atomically, the groups last.
 
@@ -89,6 +93,8 @@ def merge(
 
     Args:
         bad: Records of the annotation file that could not be read; they are listed with the broken ones.
+        unfinished: Of a partial merge: source -> records without an outcome.
+        truth: Objects in the images, if known: `swap` and `edit` avoid texts that are true by it.
 
     Raises:
         ValueError: No record has a usable negative; the lists are still written.
@@ -97,19 +103,14 @@ def merge(
     path = Path(config.data.groups)
     path.parent.mkdir(parents=True, exist_ok=True)
     refused_path, quarantine_path = sibling_path(path, "refused.jsonl"), sibling_path(path, "quarantine.jsonl")
-    made = _Made(config, len(annotations))
+    made = _Made(config, len(annotations), truth)
     with replacing(path) as groups:
         with replacing(refused_path) as refused, replacing(quarantine_path) as quarantine:
-            for problem in bad.problems:
-                entry: dict[str, Any] = {
-                    "file": [],
-                    "record": problem.record_id,
-                    "source": "annotation",
-                    "error": problem.detail,
-                }
+            for entry in _unreadable(bad):
                 made.count_quarantined(entry)
                 quarantine.write(to_line(entry, ensure_ascii=False))
-            for annotation, of_record in _judged(config, annotations, outcomes):
+            chosen = choose(config, annotations, outcomes)
+            for annotation, of_record in _judged(config, annotations, chosen, truth):
                 for refusal in _refusals(annotation, of_record, config.data.max_completion_words):
                     made.count_refused(refusal)
                     refused.write(to_line(refusal, ensure_ascii=False))
@@ -118,12 +119,15 @@ def merge(
                     quarantine.write(to_line(entry, ensure_ascii=False))
                 made.num_broken += any(outcome.status == "broken" for outcome in of_record)
                 group = build_group(annotation, of_record, config.data.max_completion_words)
-                made.measures.add_annotation(annotation.id, annotation.response, group)
+                made.count(annotation, of_record, group)
                 if group:
-                    made.measures.add_group(group)
-                    made.count_group(annotation, of_record)
                     groups.write(to_line(group_to_json(group), ensure_ascii=False))
-            summary = made.summary(skipped, seconds)
+            summary = replace(
+                made.summary(skipped, seconds),
+                selection=chosen.report,
+                partial=unfinished is not None,
+                unfinished=dict(unfinished or {}),
+            )
         write_durably(sibling_path(path, "summary.json"), json.dumps(asdict(summary), indent=2) + "\n")
         made.check_any_group(summary)
         made.check_share(bad)
@@ -133,7 +137,7 @@ def merge(
 class _Made:
     """Counts of a merge."""
 
-    def __init__(self, config: Config, num_annotations: int):
+    def __init__(self, config: Config, num_annotations: int, truth: ObjectTruth | None):
         self.config, self.num_annotations = config, num_annotations
         self.num_groups = self.num_quarantined = self.num_broken = 0
         self.kept: Counter[str] = Counter({source: 0 for source in config.bootstrap.sources})
@@ -142,7 +146,8 @@ class _Made:
         self._lexicon = load_lexicon(config.bootstrap.validate.lexicon)
         self._every = max(1, -(-num_annotations // STATISTICS_RECORDS))
         self._statistics = {source: SourceStatistics(self._every) for source in self.kept}
-        self.measures = TextMeasures(config.measure, quick=True, lexicon=config.bootstrap.validate.lexicon)
+        lexicon = config.bootstrap.validate.lexicon
+        self.measures = TextMeasures(config.measure, quick=True, lexicon=lexicon, truth=truth)
 
     def count_refused(self, entry: Mapping[str, Any]) -> None:
         by_reason = self.refused.setdefault(entry["source"], {})
@@ -152,7 +157,11 @@ class _Made:
         self.num_quarantined += 1
         self.first_error = self.first_error or f"; first error: {entry['error']}"
 
-    def count_group(self, annotation: Annotation, outcomes: Sequence[Outcome]) -> None:
+    def count(self, annotation: Annotation, outcomes: Sequence[Outcome], group: PreferenceGroup | None) -> None:
+        self.measures.add_annotation(annotation.id, annotation.response, group)
+        if group is None:
+            return
+        self.measures.add_group(group)
         self.num_groups += 1
         for outcome in outcomes:
             if outcome.status == "kept":
@@ -198,7 +207,7 @@ def build_group(annotation: Annotation, outcomes: Sequence[Outcome], max_words: 
     if annotation_refusal(annotation.response, max_words=max_words) or any(o.status == "broken" for o in outcomes):
         return None
     negatives = tuple(
-        Completion(outcome.text, 0.0, COMPLETION_TYPES[outcome.source], outcome.provenance)
+        Completion(outcome.text, 0.0, COMPLETION_TYPES[outcome.source], outcome.provenance, weight=outcome.weight)
         for outcome in outcomes
         if outcome.status == "kept"
     )
@@ -208,11 +217,13 @@ def build_group(annotation: Annotation, outcomes: Sequence[Outcome], max_words: 
     return PreferenceGroup(annotation.id, annotation.images, annotation.prompt, (gt, *negatives), annotation.extra)
 
 
-def _judged(config: Config, annotations: Annotations, outcomes: Outcomes) -> Iterator[tuple[Annotation, list[Outcome]]]:
+def _judged(
+    config: Config, annotations: Annotations, outcomes: ChosenOutcomes, truth: ObjectTruth | None
+) -> Iterator[tuple[Annotation, list[Outcome]]]:
     """Each record with its outcomes, after refusals that depend on other outcomes: duplicates and a surplus."""
     options = config.bootstrap
     detail = ", ".join(f"{source} {share:g}" for source, share in options.target_shares.items())
-    whole_set = plan_whole_set(config, annotations, lambda annotation: _of_record(config, annotation, outcomes))
+    whole_set = plan_whole_set(config, annotations, lambda annotation: _of_record(config, annotation, outcomes), truth)
     left_out = _left_out(config, annotations, outcomes, whole_set) if options.target_shares else {}
     whole_set = whole_set.within(left_out)
     for position, annotation in enumerate(annotations):
@@ -227,7 +238,7 @@ def _judged(config: Config, annotations: Annotations, outcomes: Outcomes) -> Ite
 
 
 def _left_out(
-    config: Config, annotations: Annotations, outcomes: Outcomes, whole_set: WholeSetOutcomes
+    config: Config, annotations: Annotations, outcomes: ChosenOutcomes, whole_set: WholeSetOutcomes
 ) -> dict[str, int]:
     """`thresholds` of the sources' negatives, in a separate pass."""
     options = config.bootstrap
@@ -242,12 +253,11 @@ def _left_out(
 
 
 def _of_record(
-    config: Config, annotation: Annotation, outcomes: Outcomes, of_whole_set: Sequence[Outcome] = ()
+    config: Config, annotation: Annotation, outcomes: ChosenOutcomes, of_whole_set: Sequence[Outcome] = ()
 ) -> list[Outcome]:
     """The outcomes of one record in the order of the sources, after the refusal of duplicates."""
-    found = (outcomes.get((source, annotation.id)) for source in config.bootstrap.generated_sources)
     # Of duplicates, the negative of a whole-set source stays: without it, the set would not be balanced.
-    of_record = [*of_whole_set, *(outcome for outcome in found if outcome is not None)]
+    of_record = [*of_whole_set, *outcomes.of(annotation)]
     judged = without_duplicates(of_record) if config.bootstrap.validate.refuse_duplicates else of_record
     place = {str(source): number for number, source in enumerate(config.bootstrap.sources)}
     return sorted(judged, key=lambda outcome: place[outcome.source])
@@ -259,6 +269,7 @@ def without_duplicates(outcomes: Sequence[Outcome]) -> list[Outcome]:
     judged = []
     for outcome in outcomes:
         if outcome.status == "kept":
+            # Candidates of one source that are kept differ already.
             source = first.setdefault(content_key(outcome.text), outcome.source)
             if source != outcome.source:
                 detail = f"same content as the negative of `{source}`"
@@ -274,9 +285,15 @@ def _refusals(annotation: Annotation, outcomes: Sequence[Outcome], max_words: in
         return [refused | {"text": annotation.response}]
     return [
         {"id": o.record_id, "source": o.source, "reason": o.reason, "detail": o.detail, "text": o.text}
+        | ({"candidate": o.provenance.candidate} if o.provenance and o.provenance.candidate else {})
         for o in outcomes
         if o.status == "refused"
     ]
+
+
+def _unreadable(bad: BadRecords) -> Iterator[dict[str, Any]]:
+    for problem in bad.problems:
+        yield {"file": [], "record": problem.record_id, "source": "annotation", "error": problem.detail}
 
 
 def _quarantine(annotation: Annotation, outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:

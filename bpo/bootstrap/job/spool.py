@@ -76,7 +76,7 @@ class AnnotationSpool:
 
         Args:
             by_kind: Separate batches for each kind.
-            pads: Batches of like lengths, for engines that pad to the longest record.
+            pads: Form batches of similar lengths, for engines that pad to the longest record.
         """
         end = min(limit or len(self), len(self))
         order_N = shuffled(self._digests[: DIGEST_BYTES * end], DIGEST_BYTES, seed)

@@ -106,6 +106,7 @@ def peak_bytes(folder: Path, count: int) -> int:
     with OutcomeWriter(folder / "parts", 0) as writer:
         writer.append(outcomes(count))
     config = Config(data=DataConfig(groups=str(folder / "groups.jsonl")), bootstrap=BootstrapConfig(sources=["weaken"]))
+    config.measure.quick_pairs = 100  # measures keep a sample of texts
     tracemalloc.start()
     spooled = AnnotationSpool((annotation(n, 30) for n in range(count)), 0, 350)
     reader = OutcomeReader(folder / "parts")
