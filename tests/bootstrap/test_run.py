@@ -285,3 +285,22 @@ def test_a_missing_path_is_an_error_naming_the_option(make: MakeConfig, name: st
     setattr(config.data, name, "")
     with pytest.raises(ValueError, match=f"data.{name} is empty"):
         run_bootstrap(config, progress=False)
+
+
+def test_more_candidates_later_keep_the_earlier_ones_and_one_gives_the_same_files_as_before(make: MakeConfig) -> None:
+    config = make("a", sources=["weaken", "inject", "text-only"])
+    run_bootstrap(config, progress=False)
+    before, journal = results(config), (parts(config) / "rank-00000.jsonl").read_bytes()
+    more = replace(config, bootstrap=replace(config.bootstrap, select=SelectConfig(candidates=3)))
+    run_bootstrap(more, progress=False)
+    added = (parts(config) / "rank-00000.jsonl").read_bytes()
+    assert added.startswith(journal)
+    everything = [json.loads(line) for line in added.splitlines()]
+    rows = everything[journal.count(b"\n") :]
+    keys = [f"{source}#{number}" for source in ("weaken", "inject", "text-only") for number in (1, 2)]
+    assert sorted(row["source"] for row in rows) == sorted(keys * 9)
+    for row in rows:
+        assert row["provenance"]["candidate"] == int(row["source"][-1])
+    assert len({row["provenance"]["seed"] for row in everything}) == len(everything) == 81
+    run_bootstrap(config, progress=False)
+    assert results(config) == before and (parts(config) / "rank-00000.jsonl").read_bytes() == added
