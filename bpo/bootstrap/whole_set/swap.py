@@ -20,6 +20,7 @@ from bpo.bootstrap.reply_forms import yes_or_no
 from bpo.bootstrap.seeds import derive_seed
 from bpo.bootstrap.validate import REASONS, count_words, refusal
 from bpo.bootstrap.whole_set.content import ContentReader, hash64
+from bpo.bootstrap.whole_set.features import ImageFeatures
 from bpo.bootstrap.whole_set.images import ImageFacts
 from bpo.bootstrap.whole_set.items import FORBIDDEN, Item, Items
 from bpo.bootstrap.whole_set.permute import Cost, Order, Search, near_content, permute, rehashed
@@ -31,6 +32,8 @@ from bpo.records import Annotation, Provenance
 # Refusals that depend on the text alone: such an annotation is neither given nor gets another.
 _OF_TEXT_ALONE = frozenset({"empty", "too-long", "placeholder", "characters", "degenerate", "refusal"})
 _QUESTION_WORDS = 2
+# Scale of the cosine distance, and planes that sort images.
+_IMAGE_COST, _NUM_PLANES = np.float32(100), 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,14 +87,14 @@ def plan_swap(config: Config, annotations: Annotations, takers: Takers) -> SwapP
     read.items.finish()
     options = config.bootstrap.swap
     tie = np.array(read.tie, dtype=np.uint64)
-    cost, order = _nearness(config, read.items, tie)
+    positions = np.array(read.positions, dtype=np.int64)
+    cost, order = _nearness(config, annotations, positions, read.items, tie)
     search = Search(cost, read.fits, order, tie, options.rounds, options.block_size)
     partner = np.full(len(tie), -1)
     for key in (read.key, read.loose_key):
         left = np.flatnonzero(partner < 0)
         found = permute(left, np.array(key, dtype=np.uint64), search)
         partner[left] = found[left]
-    positions = np.array(read.positions, dtype=np.int64)
     whole = np.full(len(annotations), -1)
     matched = partner >= 0
     whole[positions[matched]] = positions[partner[matched]]
@@ -100,8 +103,11 @@ def plan_swap(config: Config, annotations: Annotations, takers: Takers) -> SwapP
     return SwapPlan(annotations, config.bootstrap.seed, whole, sentence, wanted)
 
 
-def _nearness(config: Config, items: Items, tie: np.ndarray) -> tuple[Cost, Order]:
+def _nearness(
+    config: Config, annotations: Annotations, positions: np.ndarray, items: Items, tie: np.ndarray
+) -> tuple[Cost, Order]:
     """What makes two records near: the cost of an exchange, and orders in which near ones are adjacent."""
+    seed = derive_seed(config.bootstrap.seed, "swap order")
 
     def at_random(number: int) -> tuple[np.ndarray, ...]:
         return (rehashed(tie, number),)
@@ -113,7 +119,19 @@ def _nearness(config: Config, items: Items, tie: np.ndarray) -> tuple[Cost, Orde
 
     if config.bootstrap.swap.nearest == "random":
         return random_cost, at_random
-    return items.cost, near_content(items, derive_seed(config.bootstrap.seed, "swap order"))
+    if config.bootstrap.swap.nearest == "text":
+        return items.cost, near_content(items, seed)
+    features = ImageFeatures(config, annotations, positions)
+
+    def image_cost(rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+        cost = items.cost(rows, columns)
+        cost[~features.has[rows]] = FORBIDDEN
+        return np.where(cost < FORBIDDEN, _IMAGE_COST * (1 - features.similarity(rows, columns)), cost)
+
+    def by_image(number: int) -> tuple[np.ndarray, ...]:
+        return (features.hashes(derive_seed(seed, number), _NUM_PLANES),)
+
+    return image_cost, by_image
 
 
 class _Reading:
