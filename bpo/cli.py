@@ -110,7 +110,7 @@ def _measure(argv: list[str]) -> int:
     from bpo.job.signals import StopRequest
 
     with StopRequest() as stop:
-        from bpo.bootstrap.measure.command import expand, run_measure
+        from bpo.bootstrap.measure.command import expand, run_measure, write_balanced
         from bpo.config.io import load_config
         from bpo.job.launch import ranks_from_environment, setup_logging
         from bpo.job.terminal import printable
@@ -124,6 +124,10 @@ def _measure(argv: list[str]) -> int:
             print(printable(f"warning: {warning}"))
         if found:
             print(printable(f"written: {config.data.groups}.measures.json"))
+        if found and config.measure.out:
+            for line in write_balanced(config):
+                print(printable(line))
+            print(printable(f"written: {config.measure.out}"))
     return 0
 
 

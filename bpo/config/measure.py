@@ -26,6 +26,7 @@ class MeasureConfig(Section):
             the image, is above this or below 1 minus this.
         max_text_share: Warn if one text is a larger share of the rejected answers of a type.
         max_true_share: Warn if a larger share of the rejected answers is true of the image.
+        out: File to which the groups are written too, balanced by `bootstrap.select.balance`; empty writes none.
         records: Maximum number of records for the measures that need the model (`model.path`).
         blind_images: Number of other records' images under which an answer's blind probability is averaged.
         max_micro_batch_tokens: Maximum number of packed tokens per forward pass of these measures.
@@ -45,6 +46,7 @@ class MeasureConfig(Section):
     max_share: float = number(0.65, above=0.5, at_most=1)
     max_text_share: float = number(0.05, above=0, at_most=1)
     max_true_share: float = number(0.1, above=0, at_most=1)
+    out: str = ""
     records: int = number(512, at_least=1)
     blind_images: int = number(8, at_least=1, at_most=1024)
     max_micro_batch_tokens: int = number(8192, at_least=1)

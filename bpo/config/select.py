@@ -40,6 +40,6 @@ class SelectConfig(Section):
         super().__post_init__()
         check(
             self.balance != "selection" or self.candidates > 1 or self.max_dropped_share > 0,
-            "bootstrap.select.balance=selection has nothing to choose from; set bootstrap.select.candidates above 1, or "
-            "bootstrap.select.max_dropped_share above 0",
+            "bootstrap.select.balance=selection has nothing to choose from; set bootstrap.select.candidates above 1, "
+            "or bootstrap.select.max_dropped_share above 0",
         )

@@ -3,6 +3,7 @@
     bpo measure groups.jsonl                               # texts alone: under a minute
     bpo measure groups.jsonl --model MODEL --image-root IMAGES   # also what the model finds plausible without the image
     bpo measure pairs.parquet --annotations captions.json  # also whether the groups are a fair sample of these
+    bpo measure pairs.jsonl --balance weights --out groups.jsonl    # also writes them with weights of the pairs
 
 The measures of the texts are computed at every start; those of the model continue where they were interrupted.
 """
@@ -21,6 +22,7 @@ from bpo.bootstrap.job.merge import sibling_path
 from bpo.bootstrap.measure.hardness import ObjectTruth
 from bpo.bootstrap.measure.report import model_table, table
 from bpo.bootstrap.measure.text import TextMeasures, TypeMeasures, all_warnings, measures_to_json, refused_shares
+from bpo.bootstrap.select.groups import balance_groups
 from bpo.config.training import Config
 from bpo.formats.bad_records import BadRecords
 from bpo.formats.embedded import name_embedded
@@ -34,8 +36,10 @@ logger = logging.getLogger(__name__)
 
 SHORT_FLAGS = {
     "--annotations": "--data.annotations",
+    "--balance": "--bootstrap.select.balance",
     "--image-root": "--data.image_root",
     "--model": "--model.path",
+    "--out": "--measure.out",
 }
 
 
@@ -100,6 +104,18 @@ def run_measure(
     }
     write_durably(sibling_path(path, "measures.json"), json.dumps(tree, indent=1) + "\n")
     return tree
+
+
+def write_balanced(config: Config) -> Iterator[str]:
+    """Writes `measure.out`, balanced by `bootstrap.select`; yields a line per type on what that achieved."""
+    bad = BadRecords.from_config(config.data)
+    paths, options = (Path(config.data.groups), Path(config.measure.out)), config.bootstrap.select
+    reports = balance_groups(*paths, options, seed=config.bootstrap.seed, measure=config.measure, bad=bad)
+    for kind, report in reports.items():
+        accuracy = report.get("accuracy", {})
+        what = f"; accuracy of the text {accuracy['before']:.2f} -> {accuracy['after']:.2f}" if accuracy else ""
+        size = f"; effective sample size {report['effective_share']:.0%}" if "effective_share" in report else ""
+        yield f"{kind}: {report['pairs']} pairs by {options.balance}{what}{size}"
 
 
 def _measure_texts(config: Config, truth: ObjectTruth | None) -> dict[str, TypeMeasures]:

@@ -126,4 +126,4 @@ class Balancer:
                 test = discriminate(pairs, self._measure.folds)
                 accuracy[name] = round(test.accuracy, 4)
                 accuracy[f"{name}_standard_error"] = round(test.standard_error, 4)
-        return {**found, "accuracy": accuracy}
+        return {**found, "accuracy": accuracy if len(accuracy) == 4 else {}}

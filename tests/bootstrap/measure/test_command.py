@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 from bpo.bootstrap.measure.command import expand
 from bpo.bootstrap.measure.pairs import TextPair
 from bpo.cli import main
-from bpo.formats.files import group_to_json
+from bpo.formats.files import group_to_json, read_groups
 from bpo.job.journal import to_line
 from tests.bootstrap.measure.test_text import groups_of
 from tests.bootstrap.measure.worlds import independent, swapped, telling
@@ -151,6 +152,19 @@ def test_groups_without_a_pair_are_an_error(tmp_path: Path, capsys: pytest.Captu
     groups = write_groups(tmp_path / "g.jsonl", swap=[replace(p, rejected=p.preferred) for p in swapped(30)])
     assert main(["measure", str(groups)]) == 1
     assert "there is nothing to measure" in capsys.readouterr().err
+
+
+def test_the_groups_are_also_written_with_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    groups, out = write_groups(tmp_path / "g.jsonl", llm_hal=telling(400, 0.6)), tmp_path / "balanced.jsonl"
+    assert main(["measure", str(groups), "--balance", "weights", "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"llm-hal: \d+ pairs by weights; accuracy of the text 0\.\d+ -> 0\.\d+; effective sample", printed)
+    weights = [
+        completion.weight for group in read_groups(out) for completion in group.completions if not completion.score
+    ]
+    assert len(set(weights)) > 1 and sum(weights) / len(weights) == pytest.approx(1, abs=1e-3)
+    assert main(["measure", str(groups), "--out", str(out)]) != 0
+    assert "balance is none" in capsys.readouterr().err
 
 
 def test_check_shows_the_measures_of_a_sample(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

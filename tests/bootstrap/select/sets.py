@@ -10,7 +10,7 @@ WORDS = [f"{a}{b}" for a in "bdfgklmnprst" for b in ("ade", "ine", "orp", "ulk",
 def telling_set(
     num_records: int, num_candidates: int, preferred: float, rejected: float, seed: int = 0
 ) -> tuple[list[str], list[str], list[list[str]]]:
-    """Ids, preferred answers and candidates: `zebra` is in these shares of the preferred and of the rejected answers."""
+    """Ids, preferred answers, candidates; `zebra` is in the given shares of preferred and of rejected answers."""
     rng = np.random.default_rng(seed)
 
     def sentence(share: float) -> str:
