@@ -35,14 +35,14 @@ def test_the_conversation_of_a_description() -> None:
 
 def test_the_conversation_of_a_question_has_the_last_question_only() -> None:
     request = build_request(annotation("What colour?", "Red.", "How many?", "Two."), "qa", 1024, seed=0)
-    assert request.messages[-1].content == "Question: What colour?\nAnswer: Red."
+    assert request.messages[-1].content == "Question: What colour?\nCorrect answer: Red."
 
 
 def test_the_plain_form_labels_every_answer_and_ends_with_the_label() -> None:
     request = build_request(annotation("What colour?", "Red."), "qa", 1024, seed=0)
     text = as_plain_text(request)
-    assert text.endswith("Question: What colour?\nAnswer: Red.\n\nModified answer:")
-    assert text.count("Modified answer: ") == len(load_prompt("qa").examples)
+    assert text.endswith("Question: What colour?\nCorrect answer: Red.\n\nOther answer:")
+    assert text.count("Other answer: ") == len(load_prompt("qa").examples)
 
 
 def test_a_short_annotation_gets_a_short_budget_and_the_configured_limit_holds() -> None:

@@ -217,6 +217,8 @@ def test_the_error_of_an_answer_by_yes_or_no_is_the_opposite(
         ("There are 5 chairs.", "There are five chairs.", "How many chairs are there?", "few-changes"),
         ("He is holding a kite.", "He holds a kite.", "What is he doing?", "no-real-change"),
         ("A photo.", "A photo in a silver frame.", "What is next to the lamp?", "omission"),
+        ("A woman walks there.", "Two women walk there.", "What can be seen?", None),
+        ("Dogs and cats.", "Two dogs and a cat near a tree.", "What can be seen?", "omission"),
         ("A magazine.", "A photo in a silver frame.", "What is next to the lamp?", None),
         ("The bike stands near the tree.", "The bike stands not near the tree.", "Where is the bike?", None),
         ("A grape and a pear lie in it.", "Apples.", "What is in the bowl?", None),
