@@ -11,13 +11,16 @@ import pytest
 from bpo import __version__
 from bpo.cli import COMMANDS, main
 
-COMMAND_NAMES = "demo check convert bootstrap merge train evaluate export refs score view plan bench doctor".split()
+COMMAND_NAMES = (
+    "demo check convert bootstrap merge measure train evaluate export refs score view plan bench doctor".split()
+)
 OPTIONS = {
     "demo": ["--output", "--seeds"],
     "check": ["DATA", "--no-images", "--image-root", "--quarantine", "--max-bad-share"],
     "convert": ["IN", "OUT", "--to", "--images", "--on-bad", "--fetch-urls"],
     "bootstrap": ["--config", "--bootstrap.weaken.noise_step", "--bootstrap.inject.server.url", "--data.annotations"],
     "merge": ["--config", "--data.annotations", "--data.groups"],
+    "measure": ["GROUPS", "--config", "--measure.pairs", "--evaluation.chair_instances"],
     "train": ["--config", "--train.lr", "--train.ds_config", "--loss.beta", "--lora.r", "--trainable.vision"],
     "evaluate": ["--config", "--evaluation.chair_instances", "--evaluation.pope_questions"],
     "export": ["--config", "--export.checkpoint", "--export.form"],

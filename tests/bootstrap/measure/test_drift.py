@@ -7,6 +7,7 @@ import random
 import numpy as np
 import pytest
 
+import bpo.bootstrap.measure.drift as drift_module
 from bpo.bootstrap.changes import load_lexicon
 from bpo.bootstrap.measure.drift import Features
 from tests.bootstrap.measure.worlds import caption
@@ -28,6 +29,22 @@ def test_random_subsets_are_not_reported(seed: int, share: float) -> None:
     drift = FEATURES.drift(is_kept)
     assert drift.shifts == () and drift.num_shifted == 0
     assert (drift.num_all, drift.num_kept) == (3000, is_kept.sum()) and drift.num_tried > 30
+
+
+def test_deviations_are_in_standard_deviations_of_a_draw_without_replacement(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drift_module, "FALSE_ALARMS", FEATURES.drift(np.arange(len(TEXTS)) < 1500).num_tried)
+    monkeypatch.setattr(drift_module, "_MIN_EFFECT", -1.0)
+    monkeypatch.setattr(drift_module, "MOST_SHIFTED", 10**6)  # with the above, all that were tried are reported
+    deviations = []
+    for seed in range(20):
+        is_kept = np.random.default_rng(seed).permutation(len(TEXTS)) < 1500
+        deviations += [shift.z for shift in FEATURES.drift(is_kept).shifts]
+    assert 0.9 < np.std(deviations) < 1.1 and abs(np.mean(deviations)) < 0.1
+
+
+def test_rare_words_are_not_tried() -> None:
+    draw = np.random.default_rng(0).random(len(TEXTS))
+    assert FEATURES.drift(draw < 0.004).num_tried < FEATURES.drift(draw < 0.5).num_tried
 
 
 def test_missing_records_of_one_object_are_found() -> None:

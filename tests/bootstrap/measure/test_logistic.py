@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from bpo.bootstrap.measure.logistic import differences, fit_logistic
+from bpo.bootstrap.measure.logistic import Differences, differences, fit_logistic
 from bpo.bootstrap.measure.ngrams import ngram_ids
 from bpo.bootstrap.measure.pairs import TextPair
-from tests.bootstrap.measure.worlds import swapped, telling
+from tests.bootstrap.measure.worlds import independent, swapped, telling
 
 
 def test_differences_are_ngrams_of_one_side_only() -> None:
@@ -45,7 +45,7 @@ def test_solution_is_that_of_a_dense_solver() -> None:
 
     solver.step(closure)
     expected = (matrix @ weights).detach().numpy()
-    assert np.allclose(rows.scores(fit_logistic(rows, weight_P)), expected, atol=0.02)
+    assert np.allclose(rows.scores(fit_logistic(rows, weight_P)), expected, atol=0.01)
     assert np.abs(expected).max() > 1
 
 
@@ -62,3 +62,11 @@ def test_a_pair_of_weight_zero_has_no_influence() -> None:
     full = dict(zip(rows.id_C.tolist(), fit_logistic(rows, weight_P), strict=True))
     unseen = set(rows.id_C.tolist()) - set(half.id_C.tolist())
     assert unseen and all(full[number] == 0 for number in unseen)
+
+
+def test_few_products_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, calls = differences(independent(3000)), []
+    scores = Differences.scores
+    monkeypatch.setattr(Differences, "scores", lambda self, weight_C: calls.append(1) or scores(self, weight_C))
+    fit_logistic(rows, np.ones(3000))
+    assert 5 < len(calls) <= 25
