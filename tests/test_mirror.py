@@ -76,7 +76,7 @@ COVERS = {
     "tools/plan/test_command.py": "candidates",
     "tools/plan/test_memory.py": "live_bytes",
     "tools/plan/test_shape.py": "shapes",
-    "tools/view/test_measures.py": "measure_plots",
+    "tools/view/test_measures.py": "/bpo/tools/measure_plots /bpo/tools/measures",
     "tools/view/test_page.py": "build entries pictures plots summary",
     "tools/view/test_serve.py": "run",
     "training/test_flops.py": "/bpo/data/useful_work",

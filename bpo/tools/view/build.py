@@ -24,8 +24,9 @@ from bpo.formats.bad_records import BadRecords
 from bpo.job.terminal import printable
 from bpo.records import PreferenceGroup
 from bpo.tools.groups import bad_records_from, iterate_groups, sample, write_bad_records
+from bpo.tools.measures import TypeMeasures, read_measures
 from bpo.tools.view.entries import REFUSED_ADVICE, SCORES_ADVICE, check_refused, entry_of, refused_only, token_scores
-from bpo.tools.view.measures import VALUES_ADVICE, TypeMeasures, check_values, read_measures
+from bpo.tools.view.measures import VALUES_ADVICE, check_values
 from bpo.tools.view.page import PageWriter
 from bpo.tools.view.pictures import make_pictures, no_pictures
 from bpo.tools.view.reading import LinesById

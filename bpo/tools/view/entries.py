@@ -10,8 +10,9 @@ from typing import Any
 
 from bpo.formats.lexicon import ObjectLexicon
 from bpo.records import Completion, PreferenceGroup, Turn
+from bpo.tools.measures import TypeMeasures
 from bpo.tools.view.diff import diff_segments, plain_segments
-from bpo.tools.view.measures import TypeMeasures, record_margins, telling_words
+from bpo.tools.view.measures import record_margins, telling_words
 
 SCORES_ADVICE = "create the file with `bpo score`"
 REFUSED_ADVICE = "remove the line"

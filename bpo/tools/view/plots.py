@@ -10,9 +10,9 @@ from typing import Any
 from markupsafe import Markup
 
 from bpo.formats.problems import Problem
+from bpo.tools import measure_plots
 from bpo.tools.charts import columns, figure, histogram, range_bars, share_bars
-from bpo.tools.view import measure_plots
-from bpo.tools.view.measures import TypeMeasures
+from bpo.tools.measures import TypeMeasures
 from bpo.tools.view.summary import SourceFigures
 
 MOST_ROWS = 10

@@ -14,7 +14,8 @@ from bpo.bootstrap.measure.text import TextMeasures, measures_to_json
 from bpo.config.measure import MeasureConfig
 from bpo.formats.files import group_to_json
 from bpo.records import Completion, PreferenceGroup, Provenance
-from bpo.tools.view.measures import read_measures, telling_words
+from bpo.tools.measures import read_measures
+from bpo.tools.view.measures import telling_words
 from tests.browser import Tab, needs_browser
 from tests.tools.view.sample_page import HOSTILE, entries, group, view, write_lines, write_pictures
 from tests.tools.view.test_page_browser import ids, passing, shown, texts_of

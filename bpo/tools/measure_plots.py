@@ -10,7 +10,7 @@ from markupsafe import Markup
 from bpo.bootstrap.job.statistics import percentile
 from bpo.bootstrap.measure.margins import BIN_NATS
 from bpo.tools.charts import Bar, bar_chart, figure, histogram
-from bpo.tools.view.measures import Margins, TypeMeasures
+from bpo.tools.measures import Margins, TypeMeasures
 
 # A few extreme pairs would leave the others in one bin.
 OUTER_PERCENT = 1
