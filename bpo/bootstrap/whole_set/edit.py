@@ -72,7 +72,7 @@ def plan_edit(
         taken: (position, record) -> another negative of the record, which an edit must not repeat; None for none.
     """
     wanted = takers.of("edit")
-    partner = np.full(len(annotations), -1)
+    partner = np.full(len(annotations), -1, dtype=np.int32)
     slot = np.full(len(annotations), -1, dtype=np.int32)
     for attempt in range(_ATTEMPTS):
         read = _Reading(config, annotations, takers, taken)

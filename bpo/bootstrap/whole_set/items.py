@@ -36,7 +36,7 @@ class Item:
         words: Tokens of the text's words, and of the question.
         content: Tokens of what the text says.
         said: Tokens of what the whole annotation says, all of which is true of the image.
-        known: Tokens of `said` and of what the question says.
+        known: Tokens of `said`, and of what the question takes for granted.
         images: A hash of each image.
         named: Objects that the text names, by the lexicon of the ground truth.
         named_by_answer: Objects that the whole annotation names, by the same lexicon.
@@ -139,7 +139,7 @@ class Items:
         cost += _ADDS_ONLY_COST * ~loses + np.where(unknown, _UNKNOWN_ONLY_COST, _RELATIONS_ONLY_COST) * weak
         forbidden = (weak & (new[RELATION] == 0) & ~unknown) | (changed < self._options.min_changed_words)
         # "The man holds a cup" says nothing more than "a cup" to "What does the man hold?".
-        forbidden |= ~loses & (given.size("content")[None, :] == taking.common("known", given, "content"))
+        forbidden |= given.size("content")[None, :] == taking.common("known", given, "content")
         forbidden |= taking.common("images", given, "images") > 0
         forbidden |= self._wrong_length(taking, given) | _is_true(taking, given)
         if self._options.same_language:

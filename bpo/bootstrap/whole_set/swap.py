@@ -16,7 +16,7 @@ from bpo.bootstrap.completion_types import PROVENANCE_SOURCES
 from bpo.bootstrap.inject import choose_mode, question_of
 from bpo.bootstrap.job.outcomes import Outcome
 from bpo.bootstrap.measure.hardness import ObjectTruth
-from bpo.bootstrap.reply_forms import yes_or_no
+from bpo.bootstrap.reply_forms import expects_yes_or_no, yes_or_no
 from bpo.bootstrap.seeds import derive_seed
 from bpo.bootstrap.validate import REASONS, count_words, refusal
 from bpo.bootstrap.whole_set.content import ContentReader, hash64
@@ -95,7 +95,7 @@ def plan_swap(config: Config, annotations: Annotations, takers: Takers) -> SwapP
         left = np.flatnonzero(partner < 0)
         found = permute(left, np.array(key, dtype=np.uint64), search)
         partner[left] = found[left]
-    whole = np.full(len(annotations), -1)
+    whole = np.full(len(annotations), -1, dtype=np.int32)
     matched = partner >= 0
     whole[positions[matched]] = positions[partner[matched]]
     sentence = np.full(len(annotations), -1, dtype=np.int32)
@@ -162,6 +162,8 @@ class _Reading:
         asked = self._reader.read(question, answers_question=True)
         answer = self._reader.read(text, answers_question=mode == "qa")
         content = answer if number < 0 else self._reader.read(piece, answers_question=mode == "qa")
+        # "Is it a cat?" and "Is it red or blue?" leave open what they name; "What does the man hold?" does not.
+        takes_for_granted = not expects_yes_or_no(question) and "or" not in words_of(question)
         present = self._facts.present(annotation.images)
         named = self._facts.named(text)
         language = language_of(text) if self._options.same_language else (None, None)
@@ -171,7 +173,7 @@ class _Reading:
                 words=(*content.words, *self._reader.question_words(question)),
                 content=content.said,
                 said=answer.implied,
-                known=sorted({*answer.implied, *asked.said}),
+                known=sorted({*answer.implied, *(asked.implied if takes_for_granted else ())}),
                 images=self._facts.hashes(annotation.images),
                 named=self._facts.named(piece),
                 named_by_answer=named,

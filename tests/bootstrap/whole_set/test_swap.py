@@ -116,13 +116,28 @@ def test_descriptions_and_answers_keep_to_their_kind() -> None:
         ("Two dogs.", "2 dogs."),
         ("A man and a dog.", "A person and a dog."),
         ("A dog.", "One dog."),
-        ("A dog in a park.", "A dog in a park, and no people."),
+        ("A brown dog.", "A dog, and no people."),
         ("A dog on grass.", "A dog on grass."),
     ],
 )
 def test_a_text_that_may_be_true_is_not_given(own: str, other: str) -> None:
     outcomes = outcomes_of(swap_of(), [record(0, own), record(1, other)])
     assert [outcome and outcome.reason for outcome in outcomes] == ["no-swap", "no-swap"]
+
+
+@pytest.mark.parametrize(
+    ("answers", "questions", "num_kept"),
+    [
+        (("The cup is red.", "The hat is blue."), ("What colour is the cup?", "What colour is the hat?"), 0),
+        (("Red.", "Blue."), ("What colour is the cap?", "What colour is the hat?"), 2),
+        (("A red umbrella.", "The man holds an umbrella."), ("What does the man hold?",) * 2, 0),
+        (("It is red.", "It is blue."), ("Is it red or blue?",) * 2, 2),
+        (("Yes, a cat.", "No, a dog."), ("Is it a cat?",) * 2, 2),
+    ],
+)
+def test_answers_fit_the_question(answers: tuple[str, str], questions: tuple[str, str], num_kept: int) -> None:
+    annotations = [record(n, *pair) for n, pair in enumerate(zip(answers, questions, strict=True))]
+    assert len(kept(annotations, outcomes_of(swap_of(), annotations))) == num_kept
 
 
 @pytest.mark.parametrize("num", [0, 1, 2, 3])
