@@ -151,12 +151,12 @@ def build_case(
 
 
 def _distinct(group: PreferenceGroup, encoder: Encoder) -> tuple[Completion, ...]:
-    """Merges completions with equal tokens and keeps the higher score, as the encoder does."""
+    """Merges completions with equal tokens and keeps the higher score, as the encoder does; TRL has no weights."""
     best: dict[tuple[int, ...], Completion] = {}
     for completion in group.completions:
         ids = encoder.encode_completion(completion.response)
         if ids not in best or completion.score > best[ids].score:
-            best[ids] = completion
+            best[ids] = replace(completion, weight=1.0)
     return tuple(best.values())
 
 
