@@ -30,6 +30,7 @@ from bpo.formats.files import iterate_annotations, iterate_groups
 from bpo.job.durable import write_durably
 from bpo.job.launch import Ranks
 from bpo.job.signals import StopRequest
+from bpo.job.terminal import printable
 from bpo.records import PreferenceGroup
 
 logger = logging.getLogger(__name__)
@@ -87,12 +88,12 @@ def run_measure(
     path = Path(config.data.groups)
     found = _measure_texts(config, truth) if ranks.is_main else {}
     if ranks.is_main:
-        print(table(found))
+        print(printable(table(found)))
     model = _measure_with_model(config, ranks, stop) if config.model.path else None
     if not ranks.is_main:
         return None
     if model:
-        print("", model_table(model["types"]), sep="\n")
+        print("", printable(model_table(model["types"])), sep="\n")
     warnings = [*all_warnings(found.values()), *(model or {}).get("warnings", ())]
     tree = {
         "groups": str(path),
