@@ -34,7 +34,7 @@ from bpo.job.durable import replacing
 from bpo.job.run_record import save_config
 
 # Annotations per seed: some sources refuse many, and the arms need the same records.
-NUM_ANNOTATIONS, NUM_ANNOTATIONS_OF_INJECTION = 560, 960
+NUM_ANNOTATIONS, NUM_ANNOTATIONS_OF_INJECTION = 560, 760
 WORLD = WorldConfig()
 
 
