@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from markupsafe import Markup
 
@@ -58,10 +58,10 @@ def warnings(measures: TypeMeasures) -> list[Markup]:
     return [Markup('<p class="problem">{}</p>').format(warning) for warning in measures.warnings]
 
 
-def margins(name: str, measures: TypeMeasures) -> Sequence[Markup]:
-    """A histogram of each margin of a type that was measured."""
-    found = {"text": measures.text, "blind": measures.blind, "seeing": measures.seeing, "image": measures.image}
-    return [_histogram(name, _TITLES[key], of_key) for key, of_key in found.items() if of_key and of_key.histogram]
+def margins(name: str, measures: TypeMeasures, keys: Iterable[str] = tuple(_TITLES)) -> Sequence[Markup]:
+    """A histogram of each margin of a type that was measured, for `keys` of `text`, `blind`, `seeing` and `image`."""
+    found = [(_TITLES[key], getattr(measures, key)) for key in keys]
+    return [_histogram(name, title, of_key) for title, of_key in found if of_key and of_key.histogram]
 
 
 def _histogram(name: str, title: str, of_key: Margins) -> Markup:

@@ -16,13 +16,12 @@ from bpo.formats.files import read_groups
 from bpo.formats.images import load_image
 from bpo.formats.lexicon import ObjectLexicon
 from bpo.records import Completion, PreferenceGroup
-from bpo.tools.demo.report import EvaluationExample, MarkedAnswer, TrainingExample, mark_answer
+from bpo.tools.demo.report import NEGATIVES, EvaluationExample, MarkedAnswer, TrainingExample, mark_answer
 
 if TYPE_CHECKING:
     from bpo.tools.demo.recipe import Recipe
 
 NUM_EXAMPLES = 6
-LABELS = {"mllm-hal": "answer to the weakened image", "llm-hal": "injected errors", "mllm-self": "answer to the image"}
 
 
 def training_examples(root: Path, recipe: Recipe) -> tuple[TrainingExample, ...]:
@@ -49,7 +48,7 @@ def _training_example(group: PreferenceGroup, encoder: Encoder, lexicon: ObjectL
         noise_step=noised.provenance.noise_step if noised and noised.provenance else None,
         chosen=mark_answer("chosen: annotation", chosen.response, present, lexicon),
         rejected=tuple(
-            mark_answer(f"rejected: {LABELS.get(c.type, c.type)}", c.response, present, lexicon)
+            mark_answer(f"rejected: {NEGATIVES[c.type]}", c.response, present, lexicon)
             for c in group.completions
             if c.score < chosen.score and c.type != "mllm-self"
         ),

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bpo.config.bootstrap import BootstrapConfig, InjectConfig, ValidateConfig, WeakenConfig
+from bpo.config.measure import MeasureConfig
 from bpo.config.training import (
     Config,
     DataConfig,
@@ -60,6 +61,12 @@ VARIANTS = (
         completion_types=("llm-hal",),
     ),
     Variant(
+        name="bpo_swap",
+        label="BPO, swap only",
+        description="only annotations of other images, each as often rejected as chosen",
+        completion_types=("swap",),
+    ),
+    Variant(
         name="bpo_unweakened",
         label="BPO, unweakened",
         description="control: the model's answers to the clean image",
@@ -82,6 +89,7 @@ class Recipe:
     beta: float = 0.5
     chosen_nll_weight: float = 1.0
     batch_size: int = 128
+    measured_records: int = 200
     num_ranks: int = 2
 
     def world(self, seed: int) -> WorldConfig:
@@ -93,7 +101,11 @@ class Recipe:
         return BaseConfig(seed=seed)
 
     def bootstrap(self, root: Path, world: World, seed: int) -> Config:
-        """All negatives in one file; each training selects types. The model's own language model injects the errors."""
+        """All negatives in one file; each training selects types. The model's own language model injects the errors.
+
+        Some records have a negative from `swap` only. Training drops groups without a selected type before it plans the
+        steps, so the other variants do not depend on `swap`.
+        """
         return Config(
             model=ModelConfig(path=str(root / "base"), dtype="float32"),
             data=DataConfig(
@@ -103,7 +115,7 @@ class Recipe:
                 num_workers=0,
             ),
             bootstrap=BootstrapConfig(
-                sources=["weaken", "unweakened", "inject"],
+                sources=["weaken", "unweakened", "inject", "swap"],
                 weaken=WeakenConfig(noise_step=self.noise_step, max_new_tokens=self.max_new_tokens),
                 inject=InjectConfig(mode="description", prompt_dir=prompt_dir(), max_new_tokens=self.max_new_tokens),
                 # Variants train on different sources, so equal negatives of two sources are not duplicates.
@@ -112,6 +124,11 @@ class Recipe:
                 seed=seed,
             ),
         )
+
+    def measure(self, root: Path, world: World, seed: int) -> Config:
+        """Measures of all negatives, those of the base model on a sample."""
+        options = MeasureConfig(records=self.measured_records, seed=seed)
+        return replace(self.bootstrap(root, world, seed), measure=options)
 
     def training(self, root: Path, world: World, variant: Variant, seed: int) -> Config:
         return Config(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import median
@@ -20,17 +20,25 @@ from PIL import Image
 from bpo.evaluation.chair import DescriptionScore
 from bpo.formats.jsonfiles import read_records
 from bpo.formats.lexicon import ObjectLexicon
+from bpo.tools import measure_plots
 from bpo.tools.charts import Bar, Line, bar_chart, legend_swatch, line_chart, thin_out
+from bpo.tools.measures import TypeMeasures
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 MAX_CURVE_POINTS = 60
-NUM_SERIES = 6  # colours and dashes in report.css
+NUM_SERIES = 7  # colours and dashes in report.css
 CURVES = {
     "loss": "Loss",
     "rewards/margins": "Reward margin",
     "rewards/accuracies": "Reward accuracy",
     "logps/chosen": "Log-prob of chosen",
     "logps/rejected": "Log-prob of rejected",
+}
+NEGATIVES = {
+    "mllm-hal": "answer to the weakened image",
+    "llm-hal": "injected errors",
+    "mllm-self": "answer to the image",
+    "swap": "annotation of another image",
 }
 
 
@@ -137,6 +145,7 @@ class ReportData:
         variants: Rows of the table; the first is the base model.
         headline: Name of the variant that the top of the page compares with the base.
         curves: Training curves of the first seed.
+        measures: Completion type -> measures of its pairs, of the first seed.
         stage_seconds: Stage -> seconds.
         versions: Package -> version.
     """
@@ -147,6 +156,7 @@ class ReportData:
     variants: tuple[Variant, ...]
     headline: str
     curves: tuple[Curves, ...]
+    measures: Mapping[str, TypeMeasures]
     training_examples: tuple[TrainingExample, ...]
     evaluation_examples: tuple[EvaluationExample, ...]
     stage_seconds: dict[str, float]
@@ -214,6 +224,8 @@ def write_report(path: Path, data: ReportData) -> None:
         style_hash=base64.b64encode(hashlib.sha256(style.encode()).digest()).decode(),
         changes=list(_changes(data)),
         bar_charts={metric: _bars(data, metric) for metric in METRICS},
+        negatives=NEGATIVES,
+        measure_plots=measure_plots,
         line_charts={title: chart for title, chart in _lines(data) if chart},
         series={name: number % NUM_SERIES for number, name in enumerate(names)},
         total_seconds=sum(data.stage_seconds.values()),

@@ -1,7 +1,8 @@
 """`bpo demo`: Bootstrapped Preference Optimization from scratch to a report, in minutes on two CPU cores.
 
 Creates a synthetic world and a base model with a strong language prior, bootstraps rejected answers from that model,
-trains with DeepSpeed, and measures hallucination before and after, in comparison with four controls.
+measures these answers, trains with DeepSpeed, and evaluates hallucination before and after, by source and with
+controls.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from bpo.tools.demo.recipe import BASE, VARIANTS, Recipe, Variant
 from bpo.tools.demo.report import METRICS, Figures, ReportData, read_curves, write_report
 from bpo.tools.demo.report import Variant as ReportVariant
 from bpo.tools.demo.training import run_training
+from bpo.tools.measures import TypeMeasures, read_measures
 
 logger = logging.getLogger(__name__)
 
@@ -30,9 +32,9 @@ TITLE = "Bootstrapped Preference Optimization: the demo"
 EXPLANATION = (
     "A tiny multimodal model was trained on captions of scenes with strong object co-occurrence, so it hallucinates "
     "co-occurring objects that are absent. Rejected answers are its answers to noised images, and annotations into "
-    "which its own language model, without the image, injected errors; chosen answers are the annotations, which "
-    "follow the distribution of its training data. All models are evaluated on held-out scenes without this "
-    "co-occurrence."
+    "which its own language model, without the image, injected errors; annotations of other images are a third source, "
+    "trained on alone. Chosen answers are the annotations, which follow the distribution of its training data. All "
+    "models are evaluated on held-out scenes without this co-occurrence."
 )
 
 
@@ -64,19 +66,22 @@ class Stages:
 
 def run_seed(root: Path, seed: int, recipe: Recipe) -> SeedResult:
     """Runs all stages for one seed; deletes `root` first."""
+    from bpo.bootstrap.measure.command import run_measure
     from bpo.bootstrap.run import run_bootstrap
     from bpo.tools.demo.base import build_base_model
     from bpo.tools.demo.files import build_world
 
     if root.exists():
         shutil.rmtree(root)
-    stages = Stages(total=3 + 2 * len(VARIANTS) + 1)
+    stages = Stages(total=4 + 2 * len(VARIANTS) + 1)
     with stages.stage("world", f"seed {seed}: generating the synthetic world"):
         world = build_world(root / "world", recipe.world(seed))
     with stages.stage("base", "training the base model (vision tower, then biased language model)"):
         build_base_model(root / "base", recipe.world(seed), recipe.base(seed))
     with stages.stage("bootstrap", "bootstrapping rejected answers from the base model"):
         run_bootstrap(recipe.bootstrap(root, world, seed))
+    with stages.stage("measure", "measuring whether the rejected answers need the image"):
+        run_measure(recipe.measure(root, world, seed))
     figures: dict[str, Figures] = {}
     with stages.stage("evaluate_base", "evaluating the base model"):
         figures["base"] = evaluate(root / "base", recipe, world)
@@ -120,7 +125,7 @@ def evaluate(model_dir: Path, recipe: Recipe, world: World) -> Figures:
 
 
 def write_metrics(path: Path, results: list[SeedResult], versions: dict[str, str]) -> None:
-    """Writes metrics.json: medians over the seeds by variant, figures of each seed, seconds, versions."""
+    """Writes metrics.json: medians over the seeds by variant, figures and measures of each seed, seconds, versions."""
     names = list(results[0].figures)
     tree: dict[str, object] = {}
     for name in names:
@@ -129,10 +134,29 @@ def write_metrics(path: Path, results: list[SeedResult], versions: dict[str, str
     tree["seconds"] = results[0].seconds
     tree["versions"] = versions
     tree["seeds"] = {
-        str(r.seed): {**{name: asdict(figures) for name, figures in r.figures.items()}, "seconds": r.seconds}
+        str(r.seed): {
+            **{name: asdict(figures) for name, figures in r.figures.items()},
+            "measures": {kind: _figures_of(of_type) for kind, of_type in _measures(r).items()},
+            "seconds": r.seconds,
+        }
         for r in results
     }
     path.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
+
+
+def _measures(result: SeedResult) -> dict[str, TypeMeasures]:
+    return read_measures(result.root / "groups.jsonl")
+
+
+def _figures_of(measures: TypeMeasures) -> dict[str, float | None]:
+    """The main measures of a completion type; None for those that too few pairs allow."""
+    blind, seeing = measures.blind, measures.seeing
+    return {
+        "text_accuracy": measures.accuracy,
+        "blind_median_nats": blind.median if blind else None,
+        "blind_share_above_zero": blind.share_above_zero if blind else None,
+        "seeing_median_nats": seeing.median if seeing else None,
+    }
 
 
 def _definition(name: str) -> Variant:
@@ -204,6 +228,7 @@ def write_outputs(output: Path, results: list[SeedResult], recipe: Recipe, versi
             variants=tuple(_report_variant(name, results) for name in names),
             headline="bpo",
             curves=tuple(read_curves(v.name, first.root / v.name / "metrics.jsonl") for v in VARIANTS),
+            measures=_measures(first),
             training_examples=training_examples(first.root, recipe),
             evaluation_examples=evaluation_examples(first.root),
             stage_seconds=first.seconds,

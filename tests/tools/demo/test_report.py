@@ -33,6 +33,7 @@ from bpo.tools.demo.report import (
     read_curves,
     write_report,
 )
+from bpo.tools.measures import Margins, TypeMeasures
 
 LEXICON = build_lexicon([["rock", "stone"], ["leaf"], ["tree"], ["cup", "mug"], ["bed"]])
 PRESENT = frozenset({"rock", "leaf"})
@@ -49,7 +50,16 @@ VARIANTS = {
     "bpo": ("BPO", "weakened images and injected errors", 0.16, 0.72),
     "bpo_weaken_only": ("BPO, weakened only", "negatives from weakened images", 0.21, 0.70),
     "bpo_inject_only": ("BPO, injected only", "negatives from injected errors", 0.18, 0.71),
+    "bpo_swap": ("BPO, swap only", "negatives from other images' annotations", 0.15, 0.72),
     "bpo_unweakened": ("BPO, unweakened", "negatives from clean images, a control", 0.22, 0.69),
+}
+
+
+MEASURES = {
+    "llm-hal": TypeMeasures(
+        0.76, 0.01, None, Margins(-1.7, 0.36, {-4: 8, 1: 3}), Margins(7.4, 0.98, {14: 11}), warnings=("llm-hal: tells",)
+    ),
+    "swap": TypeMeasures(0.47, 0.02, None, Margins(0.1, 0.52, {-3: 5, 0: 6}), Margins(2.5, 0.9, {5: 11})),
 }
 
 
@@ -108,6 +118,7 @@ def sample(seeds: tuple[int, ...] = (0, 1, 2), text: str = "a photo with a rock 
         variants=variants,
         headline="bpo",
         curves=sample_curves(),
+        measures=MEASURES,
         training_examples=tuple(
             TrainingExample(
                 id=f"train_{number}",
@@ -222,6 +233,7 @@ def test_text_is_escaped_everywhere(tmp_path: Path) -> None:
         "stage_seconds": {HOSTILE: 1.0},
         "versions": {HOSTILE: HOSTILE},
         "curves": (Curves("base", {"loss": ((1.0, 0.5),)}),),
+        "measures": {"swap": TypeMeasures(warnings=(HOSTILE,))},
     }
     fields = {name: getattr(data, name) for name in data.__dataclass_fields__} | changes
     write_report(tmp_path / "report.html", ReportData(**fields))
@@ -284,10 +296,31 @@ def test_a_report_that_cannot_be_right_is_refused(tmp_path: Path) -> None:
 def test_it_renders_before_anything_was_trained(tmp_path: Path) -> None:
     data = sample(seeds=(0,))
     fields = {name: getattr(data, name) for name in data.__dataclass_fields__}
-    nothing = {"curves": (), "training_examples": (), "evaluation_examples": ()}
+    nothing = {"curves": (), "measures": {}, "training_examples": (), "evaluation_examples": ()}
     flat = Variant("base", "Base", "", (Figures(0.0, 0.0, 0.0, 0.0, 0.0),))
     write_report(tmp_path / "r.html", ReportData(**fields | nothing | {"variants": (flat,), "headline": "base"}))
-    assert "was 0" in (tmp_path / "r.html").read_text(encoding="utf-8")
+    source = (tmp_path / "r.html").read_text(encoding="utf-8")
+    assert "was 0" in source and "Measures of" not in source
+
+
+def test_each_source_has_its_measures_with_plots_and_warnings(tmp_path: Path) -> None:
+    write_report(tmp_path / "r.html", sample())
+    source = (tmp_path / "r.html").read_text(encoding="utf-8")
+    assert 'aria-label="accuracy of the text alone: llm-hal 0.76; swap 0.47"' in source
+    injected, swapped = (re.sub(r"<svg.*?</svg>", "", block) for block in source.split("<h3>")[1:])
+    assert "injected errors: text alone 0.76 ± 0.01 · blind -1.70 nats, above 0: 36 % · seeing +7.40 nats" in injected
+    assert '<p class="problem">llm-hal: tells</p>' in injected and 'class="problem"' not in swapped
+    assert swapped.startswith("swap<") and "annotation of another image: text alone 0.47" in swapped
+    for block in (injected, swapped):
+        assert block.count("<figcaption>Log-probability with") == 2  # without and with the image
+
+
+def test_every_model_has_a_colour_of_its_own(tmp_path: Path) -> None:
+    write_report(tmp_path / "r.html", sample())
+    source = (tmp_path / "r.html").read_text(encoding="utf-8")
+    drawn = {int(number) for number in re.findall(r'class="bar series-(\d)"', source)}
+    assert drawn == set(range(len(VARIANTS)))
+    assert all(f".bar.series-{number} " in source and f"--s{number}: #" in source for number in drawn)
 
 
 @needs_browser
@@ -301,7 +334,7 @@ def test_a_browser_shows_the_page_without_a_complaint(tmp_path: Path, browse: Br
     assert "16.0" in bpo_row and "14.8–17.2" in bpo_row and "72.0" in bpo_row
     assert page.marked.count("tree") == 3 + 4 and page.marked.count("bed") == 3
     assert "rock" not in page.marked and "stones" not in page.marked
-    assert len([svg for svg in page.all("svg") if svg.get("role") == "img"]) == 5 + len(CURVES)
+    assert len([svg for svg in page.all("svg") if svg.get("role") == "img"]) == 5 + len(CURVES) + 2 + 2 * len(MEASURES)
     assert "Total166.0" in page.text
 
 
@@ -310,7 +343,7 @@ def test_a_browser_shows_the_page_without_a_complaint(tmp_path: Path, browse: Br
 def test_a_browser_paints_pictures_charts_and_marks(tmp_path: Path, browse: Browse, width: int, scheme: str) -> None:
     write_report(tmp_path / "report.html", sample())
     dark = ["--blink-settings=preferredColorScheme=0"] if scheme == "dark" else []
-    browse(tmp_path / "report.html", f"--window-size={width},6500", f"--screenshot={tmp_path / 'shot.png'}", *dark)
+    browse(tmp_path / "report.html", f"--window-size={width},8500", f"--screenshot={tmp_path / 'shot.png'}", *dark)
     shot_HW3 = np.asarray(Image.open(tmp_path / "shot.png").convert("RGB")).astype(int)
 
     def count(colour: tuple[int, int, int]) -> int:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from bpo.formats.files import read_groups
 from bpo.tools.demo import run
 from bpo.tools.demo.base import BaseConfig
 from bpo.tools.demo.environment import quiet_libraries
@@ -33,9 +35,17 @@ def test_chain_ends_with_figures_a_table_and_a_report(
     tree = json.loads((tmp_path / "metrics.json").read_text())
     assert set(tree) == {"base", "sft", "bpo", "seconds", "versions", "seeds"}
     assert all(set(tree[name]) == set(METRICS) for name in ("base", "sft", "bpo"))
-    assert {"world", "base", "bootstrap", "train_bpo", "evaluate_bpo"} <= set(tree["seconds"])
+    assert {"world", "base", "bootstrap", "measure", "train_bpo", "evaluate_bpo"} <= set(tree["seconds"])
+    measured = tree["seeds"]["0"]["measures"]
+    assert {"swap", "mllm-hal", "llm-hal"} <= set(measured)
+    assert 0 <= measured["swap"]["text_accuracy"] <= 1 and 0 <= measured["swap"]["blind_share_above_zero"] <= 1
+    groups = list(read_groups(tmp_path / "seed-0" / "groups.jsonl"))
+    swapped = Counter(c.response for group in groups for c in group.completions if c.type == "swap")
+    chosen = [group.completions[0].response for group in groups if any(c.type == "swap" for c in group.completions)]
+    assert swapped == Counter(chosen)  # each text is as often rejected as chosen
     html = (tmp_path / "report.html").read_text()
     assert html.count("data:image/png;base64,") >= 6 and "Before and after" in html
+    assert "Measures of the rejected answers" in html and "<h3>swap" in html
     table = run.format_table(results)
     assert [line.split()[0] for line in table.splitlines()] == ["chair_i", "base", "sft", "bpo"]
     assert "training BPO" in capsys.readouterr().out
