@@ -34,7 +34,7 @@ class Balancer:
         self._options, self._seed, self._source, self._measure = options, seed, source, measure
         self._before, self._after, self._by_chance = Imbalance(), Imbalance(), Imbalance()
         self._sample: Sample[tuple[list[TextPair], list[TextPair]]] = Sample(measure.quick_pairs)
-        self.num_records = self.num_pairs = self.num_dropped = 0
+        self.num_records = self.num_candidates = self.num_pairs = self.num_dropped = 0
         self._sum = self._sum_of_squares = 0.0
 
     def decide(self, ids: Sequence[str], preferred: Sequence[str], rejected: Sequence[Sequence[str]]) -> list[Any]:
@@ -58,6 +58,7 @@ class Balancer:
         after_R = self._selected(rows, first_B1) if is_selection else self._weighted(rows)
         self._before.add(rows, before_R, before_R**2)
         self._after.add(rows, after_R, after_R**2)
+        self.num_candidates += len(after_R)
         self.num_pairs += int((after_R > 0).sum())
         self._sum += float(after_R.sum())
         self._sum_of_squares += float((after_R**2).sum())
@@ -116,7 +117,8 @@ class Balancer:
             found["dropped_records"] = self.num_dropped
         else:
             found["mean_weight"] = round(self._sum / self.num_pairs, 4)
-            found["effective_share"] = round(self._sum**2 / (self.num_pairs * self._sum_of_squares), 4)
+            found["dropped_pairs"] = self.num_candidates - self.num_pairs
+            found["effective_share"] = round(self._sum**2 / (self.num_candidates * self._sum_of_squares), 4)
         found["imbalance"] = {"before": round(self._before.value, 4), "after": round(self._after.value, 4)}
         before, after = zip(*self._sample.values(), strict=True)
         accuracy = {}

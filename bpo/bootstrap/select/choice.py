@@ -37,7 +37,12 @@ class ChosenOutcomes:
         """The outcomes of one record in the order of the sources, each named by its source.
 
         Equal candidates are refused as duplicates, those not chosen as `not-selected`; the others have their weight.
+        Without a choice: the scores of `edit`.
         """
+        scored = self.outcomes.get(("edit", annotation.id)) if "edit" in self.config.bootstrap.queued_sources else None
+        return self._of_generated(annotation) + ([scored] if scored else [])
+
+    def _of_generated(self, annotation: Annotation) -> list[Outcome]:
         options = self.config.bootstrap
         if options.select.candidates == 1 and not self._weights:
             found = (self.outcomes.get((source, annotation.id)) for source in options.generated_sources)
