@@ -25,7 +25,7 @@ from bpo.config.training import (
 )
 
 # Records per seed that have a negative of every source, and of them the groups of one step.
-NUM_RECORDS = 320
+NUM_RECORDS, NUM_RECORDS_OF_INJECTION = 320, 160
 GROUPS_PER_STEP = 8
 BALANCED: tuple[Source, ...] = ("swap", "edit")
 GENERATED: tuple[Source, ...] = ("weaken", "unweakened", "text-only")
@@ -73,7 +73,7 @@ class Setting:
 
 
 # Chosen around the best of pilot runs of `swap` and `weaken` on validation scenes.
-GRID = (Setting(3e-4, 0.5, 1.0), Setting(3e-4, 0.1, 1.0), Setting(3e-4, 0.1, 0.3))
+GRID = (Setting(3e-4, 0.1, 1.0), Setting(3e-4, 0.1, 0.3), Setting(3e-4, 0.05, 0.3))
 # Fine-tuning has neither beta nor a weight: as many learning rates.
 SFT_GRID = tuple(Setting(lr, 0.5, 1.0) for lr in (3e-4, 1e-4, 1e-3))
 

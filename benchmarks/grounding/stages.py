@@ -13,6 +13,7 @@ from benchmarks.grounding.arms import (
     ARM_OF,
     FIRST_INJECTION_SEED,
     NUM_RECORDS,
+    NUM_RECORDS_OF_INJECTION,
     Arm,
     Setting,
     bootstrap_config,
@@ -34,7 +35,7 @@ from bpo.job.durable import replacing
 from bpo.job.run_record import save_config
 
 # Annotations per seed: some sources refuse many, and the arms need the same records.
-NUM_ANNOTATIONS, NUM_ANNOTATIONS_OF_INJECTION = 560, 760
+NUM_ANNOTATIONS, NUM_ANNOTATIONS_OF_INJECTION = 560, 400
 WORLD = WorldConfig()
 
 
@@ -52,7 +53,7 @@ def make_negatives(root: Path, seed: int) -> None:
     """Annotations and negatives of all sources for one seed, and the groups that have one of each source.
 
     Raises:
-        ValueError: Fewer than `NUM_RECORDS` records have a negative of every source.
+        ValueError: Too few records have a negative of every source.
     """
     folder = root / f"seed-{seed}"
     if (folder / "groups.jsonl").exists():
@@ -67,13 +68,14 @@ def make_negatives(root: Path, seed: int) -> None:
         for line in lines:
             if wanted <= {completion["type"] for completion in json.loads(line)["completions"]}:
                 complete.append(line)
-    if len(complete) < NUM_RECORDS:
+    needed = NUM_RECORDS_OF_INJECTION if is_injection else NUM_RECORDS
+    if len(complete) < needed:
         raise ValueError(
             f"{folder / 'all.jsonl'}: {len(complete)} records have a negative of every source, "
-            f"{NUM_RECORDS} are needed; raise NUM_ANNOTATIONS"
+            f"{needed} are needed; raise NUM_ANNOTATIONS"
         )
     with replacing(folder / "groups.jsonl") as file:
-        for line in complete[:NUM_RECORDS]:
+        for line in complete[:needed]:
             file.write(line.encode("utf-8"))
 
 
