@@ -70,6 +70,7 @@ class ChangeLexicon:
         """The kind of a word; None for style words."""
         if word[:1].isdigit():
             return "count"
+        word = word.removesuffix("'s").removesuffix("’s")
         for form in (word, *singular_forms(word)):
             if form in self.kind_of_word:
                 return self.kind_of_word[form]

@@ -215,12 +215,12 @@ def _compared(
     difference = f"added: {' '.join(changes.added) or '-'}; dropped: {' '.join(changes.dropped) or '-'}"
     new, gone = _stems(changes.new), _stems(changes.gone)
     # "The man holds an umbrella" for "An umbrella" to "What does the man hold?".
-    echoes = _stems(words_of(question)) if options.same_form else set()
+    echoes = _stems(words_of(question)) if options.same_form and " or " not in question else set()
     if gone <= new and new <= gone | echoes:
         return Refusal("no-real-change", difference)
     lost = {word: lexicon.kind(word) for word in changes.gone if not _stems([word]) & new}
     # Without "not", or with "a woman" for "two women", a shorter text is wrong.
-    if rewriting and new <= gone and "polarity" not in lost.values() and set(lost.values()) != {"count"}:
+    if rewriting and new <= gone | echoes and "polarity" not in lost.values() and set(lost.values()) != {"count"}:
         return Refusal("omission", difference)
     return None
 
@@ -231,7 +231,7 @@ def _negations(words: Iterable[str], lexicon: ChangeLexicon) -> set[str]:
 
 def _stems(words: Iterable[str]) -> set[str]:
     """The words without common English endings: `holding`, `holds` and `hold` are equal."""
-    return {re.sub(r"(?<=\w{3})(?:ing|ed|es|s|e)$", "", word) for word in words}
+    return {re.sub(r"(?<=\w{2})(?:ing|ed|es|s|e)$", "", word) for word in words}
 
 
 def annotation_refusal(response: str, *, max_words: int) -> str | None:
