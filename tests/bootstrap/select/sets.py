@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-WORDS = [f"{a}{b}" for a in "bdfgklmnprst" for b in ("ade", "ine", "orp", "ulk", "est")]
+WORDS = [f"{a}{b}" for a in "bdfgklmnprst" for b in ("ade", "ilt", "orp", "ulk", "est")]
 
 
 def telling_set(
