@@ -33,6 +33,7 @@ from bpo.bootstrap.job.spool import AnnotationSpool
 from bpo.bootstrap.job.worker import Results, Worker
 from bpo.bootstrap.measure.hardness import ObjectTruth
 from bpo.bootstrap.sources import ImageAnswers, InjectedErrors, NegativeSource
+from bpo.bootstrap.whole_set.blind import BlindScores
 from bpo.config.bootstrap import Source
 from bpo.config.training import Config
 from bpo.formats.bad_records import BadRecords
@@ -102,7 +103,7 @@ def run_bootstrap(
     identities = check_identity(config, folder)
     reader = _read(folder, identities)
     queues = build_queues(annotations, config, reader)
-    seconds: dict[str, float] = dict.fromkeys(config.bootstrap.generated_sources, 0.0)
+    seconds: dict[str, float] = dict.fromkeys(config.bootstrap.queued_sources, 0.0)
     broken = BrokenImages(config.data, len(annotations), bad, folder, reader.broken())
     leases = Leases(folder / "claims", f"worker-{share.worker:05d}", config.bootstrap.claim_timeout_s)
     with (
@@ -114,7 +115,7 @@ def run_bootstrap(
         worker = Worker(Results(reader, writer, broken), leases, prefetcher, stop, progress and ranks.is_main)
         stall = StallTimeout(config.bootstrap.stall_timeout_s)
         while True:
-            for sources in _sources(config, annotations.most_images, ranks):
+            for sources in _sources(config, annotations, ranks):
                 for key, spent_s in worker.run_sources(sources, queues).items():
                     seconds[source_of(key)] += spent_s
             reader.poll()
@@ -204,9 +205,11 @@ def _check_paths(config: Config) -> None:
             raise ValueError(f"{name} is empty; `bpo bootstrap` requires it")
 
 
-def _sources(config: Config, max_images: int, ranks: Ranks) -> Iterator[dict[str, Callable[[], NegativeSource]]]:
+def _sources(
+    config: Config, annotations: AnnotationSpool, ranks: Ranks
+) -> Iterator[dict[str, Callable[[], NegativeSource]]]:
     """Yields the sources that take turns, with their constructors: all, except for a second model in memory."""
-    generators = Generators(config, ranks, max_images)
+    generators = Generators(config, ranks, annotations.most_images)
 
     def image_answers(source: Source, candidate: int) -> Callable[[], NegativeSource]:
         return lambda: ImageAnswers(source, config, generators.vision(), candidate)
@@ -229,6 +232,8 @@ def _sources(config: Config, max_images: int, ranks: Ranks) -> Iterator[dict[str
             sources = {}
         sources |= {candidate_key("inject", candidate): partial(injected_errors, candidate) for candidate in candidates}
     yield sources
+    if "edit" in options.queued_sources:  # the same weights with the attention of training
+        yield {"edit": lambda: BlindScores(config, annotations, generators.scorer())}
 
 
 class StallTimeout:
@@ -271,6 +276,6 @@ def _rank_summary(
         elif status == "refused":
             by_reason = refused.setdefault(source, {})
             by_reason[reason] = by_reason.get(reason, 0) + count
-        else:
+        elif status != "scored":
             num_quarantined += count
     return BootstrapSummary(config.data.groups, num_annotations, None, kept, refused, num_quarantined, 0, {}, seconds)

@@ -276,6 +276,12 @@ class BootstrapConfig(Section):
                 f"bootstrap.vision.engine {self.vision.engine} takes images, not normalised pixels; set "
                 "bootstrap.weaken.space to pixel",
             )
+        if "edit" in self.queued_sources:
+            check(
+                self.vision.engine == "transformers",
+                "bootstrap.edit.by is blind, which needs bootstrap.vision.engine transformers, not "
+                f"{self.vision.engine}; set that, or edit.by to lexicon",
+            )
         check(
             len(self.sources) == len(set(self.sources)) and bool(self.sources),
             "bootstrap.sources must not be empty or contain duplicates",
@@ -285,3 +291,9 @@ class BootstrapConfig(Section):
     def generated_sources(self) -> list[Source]:
         """The sources that answer record by record; the others are made at the merge."""
         return [source for source in self.sources if source not in WHOLE_SET_SOURCES]
+
+    @property
+    def queued_sources(self) -> list[Source]:
+        """The sources with work for a model record by record: also `edit` by blind probabilities."""
+        blind: list[Source] = ["edit"] if "edit" in self.sources and self.edit.by == "blind" else []
+        return self.generated_sources + blind

@@ -41,14 +41,21 @@ class EditConfig(Section):
     """Negatives with one word exchanged (type `edit`): each word is put in as often as it is taken out.
 
     Attributes:
+        by: Which exchanges to prefer: between near texts, by `lexicon` alone, or of words that `model.path` finds
+            plausible in their new place without the image (`blind`), which takes a pass over all records.
         kinds: Kinds of words to exchange.
         only_missing: Make a negative only for records that have none from another source.
+        blind_images: Number of other records' images under which the model's blind probability is averaged.
+        blind_words: Number of words per kind and form whose blind probability is computed, the most frequent ones.
     """
 
     where = "bootstrap.edit"
 
+    by: Literal["lexicon", "blind"] = "lexicon"
     kinds: list[EditKind] = field(default_factory=lambda: ["object", "attribute", "count", "relation"])
     only_missing: bool = False
+    blind_images: int = number(4, at_least=1, at_most=32)
+    blind_words: int = number(24, at_least=2, at_most=256)
 
     def __post_init__(self) -> None:
         super().__post_init__()

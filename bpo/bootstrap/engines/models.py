@@ -21,7 +21,8 @@ from bpo.bootstrap.engines.vllm import VllmEngine
 from bpo.config.training import Config
 from bpo.data.encode import Encoder, load_encoder
 from bpo.job.launch import Ranks, pick_device
-from bpo.model.load import load_model
+from bpo.model.group_scores import GroupScorer
+from bpo.model.load import load_model, resolve_model
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +52,12 @@ class Generators:
         if self._text is None:
             self._text = self._build_text()
         return self._text
+
+    def scorer(self) -> GroupScorer:
+        """The multimodal model for probabilities of given answers, in place of any other in memory."""
+        self._release()
+        model = resolve_model(self.config.model, pick_device(self._ranks), for_training=True)
+        return GroupScorer(model, self._required_encoder())
 
     def _build_vision(self) -> VisionGenerator:
         engine = self.config.bootstrap.vision.engine
@@ -94,7 +101,7 @@ class Generators:
         return self._loaded
 
     def _release(self) -> None:
-        self._loaded = self._vision = None
+        self._loaded = self._vision = self._text = None
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -111,7 +118,7 @@ def required_paths(config: Config) -> dict[str, str]:
     in_process = options.vision.engine != "server"
     own_lm = "inject" in options.sources and not (options.inject.llm or options.inject.server.url)
     own_features = "swap" in options.sources and options.swap.nearest == "image"
-    if own_features or (in_process and (own_lm or set(options.generated_sources) - {"inject"})):
+    if own_features or (in_process and (own_lm or set(options.queued_sources) - {"inject"})):
         needed["model.path"] = config.model.path
     return needed
 
@@ -143,7 +150,7 @@ def num_prepare_threads(config: Config) -> int:
     options = config.bootstrap
     if options.num_workers is not None:
         return options.num_workers
-    vision_here = options.vision.engine == "transformers" and bool(set(options.generated_sources) - {"inject"})
+    vision_here = options.vision.engine == "transformers" and bool(set(options.queued_sources) - {"inject"})
     text_here = "inject" in options.sources and not options.inject.server.url and options.inject.engine != "vllm"
     if text_here and not options.inject.llm:
         text_here = options.vision.engine == "transformers"

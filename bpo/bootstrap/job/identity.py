@@ -24,7 +24,7 @@ _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf", ".pt")
 _SAMPLES_PER_FILE = 64
 _SAMPLE_BYTES = 4096
 # Options that affect speed or location, not results: they may change between starts (prompt_dir: its content counts).
-_DECIDED_AT_MERGE = ("refuse_duplicates",)
+_DECIDED_AT_MERGE = ("refuse_duplicates", "only_missing")
 _NOT_DECIDING = ("prompt_dir", "server")
 # They decide which annotations are used at all.
 _COMMON = ("data.annotations (content)", "data.max_completion_words")
@@ -38,8 +38,9 @@ _ONLY_FOR = {
     "bootstrap.weaken.crop_share": ("crop",),
     "bootstrap.weaken.mask_share": ("mask",),
     "bootstrap.validate.max_changed_share": ("inject",),
+    "bootstrap.limit": ("edit",),  # words and images are those of the annotations in use
 }
-_OWN_SECTION = ("inject", "regenerate")
+_OWN_SECTION = ("inject", "regenerate", "edit")
 # Values with which outcomes are as in versions that did not have the option: stored as None.
 _WITHOUT = {
     "data.min_pixels": 0,
@@ -67,6 +68,8 @@ def _concerns(name: str, source: str, own_llm: bool) -> bool:
     if source == "inject" and section not in ("seed", "validate"):
         # The multimodal model and its prompts, if it rewrites the annotations too; no images.
         return own_llm and section != "weaken" and option not in ("min_pixels", "max_pixels", "image_aspect")
+    if source == "edit":
+        return section not in ("weaken", "vision", "validate") or option.startswith("lexicon")
     return True
 
 
@@ -104,6 +107,10 @@ def job_options(config: Config) -> dict[str, Any]:
         identity["bootstrap.inject.prompt_dir (content)"] = _prompts_digest(
             options.inject.mode, options.inject.prompt_dir
         )
+    if "edit" in options.queued_sources:
+        edit = {name: value for name, value in asdict(options.edit).items() if name not in _DECIDED_AT_MERGE}
+        identity |= {f"bootstrap.edit.{name}": value for name, value in edit.items()}
+        identity["bootstrap.limit"] = options.limit
     return {name: None if value == _WITHOUT.get(name) else value for name, value in identity.items()}
 
 
@@ -153,7 +160,7 @@ def check_identity(config: Config, folder: Path, *, reads_only: bool = False) ->
     known: dict[str, dict[str, dict[str, Any]]] = stored["sources"]
     current: dict[str, str] = {}
     changed: dict[str, list[tuple[str, Any, Any]]] = {}
-    for source in config.bootstrap.generated_sources:
+    for source in config.bootstrap.queued_sources:
         own = source_options(options, source)
         current[source] = _options_digest(own)
         if known.get(source) and current[source] not in known[source]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import sqlite3
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
@@ -22,7 +22,7 @@ from bpo.records import Provenance
 
 DIGEST_BYTES = 16
 
-Status = Literal["kept", "refused", "failed", "broken"]
+Status = Literal["kept", "refused", "failed", "broken", "scored"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,11 +31,12 @@ class Outcome:
 
     Attributes:
         status: `kept`; `refused` by a validator; `failed` (no answer for this record from this source); `broken`
-            (the record itself is unusable, such as an unreadable image).
+            (the record itself is unusable, such as an unreadable image); `scored` (the merge decides, with `scores`).
         text: The completion, kept or refused.
         reason: The validator's reason, or the error.
         detail: The validator's finding in this text.
         weight: Weight of the completion, decided at the merge; not in the journal.
+        scores: Of `edit`: words -> their blind log-probability in place of the annotation's.
     """
 
     record_id: str
@@ -46,6 +47,7 @@ class Outcome:
     provenance: Provenance | None = None
     detail: str = ""
     weight: float = 1.0
+    scores: Mapping[str, float] | None = None
 
     @property
     def key(self) -> tuple[str, str]:
@@ -61,12 +63,15 @@ class Outcome:
             "provenance": self.provenance.to_json() if self.provenance else None,
             "detail": self.detail,
         }
+        if self.scores is not None:
+            fields["scores"] = dict(self.scores)
         return to_line(fields | {"identity": mark} if mark else fields, ensure_ascii=False)
 
     @classmethod
     def from_json(cls, obj: dict[str, Any]) -> Outcome:
         provenance = Provenance(**obj["provenance"]) if obj["provenance"] else None
-        return cls(obj["id"], obj["source"], obj["status"], obj["text"], obj["reason"], provenance, obj["detail"])
+        answer = obj["text"], obj["reason"], provenance, obj["detail"]
+        return cls(obj["id"], obj["source"], obj["status"], *answer, scores=obj.get("scores"))
 
 
 class Outcomes(Protocol):

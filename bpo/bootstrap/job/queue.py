@@ -113,7 +113,7 @@ class SourceQueue:
 def build_queues(annotations: AnnotationSpool, config: Config, reader: OutcomeReader) -> dict[str, SourceQueue]:
     """`candidate_key` -> the annotations in batches, in the same fair order, without refused annotations."""
     queues: dict[str, SourceQueue] = {}
-    for source in config.bootstrap.generated_sources:
+    for source in config.bootstrap.queued_sources:
         is_text = source == "inject"
         batches = annotations.batches(
             batch_size(config, source),
@@ -122,7 +122,7 @@ def build_queues(annotations: AnnotationSpool, config: Config, reader: OutcomeRe
             by_kind=is_text,  # requests with different worked examples cannot share a batch
             pads=engine_of(config, source) == "transformers",
         )
-        for key in candidate_keys(source, config.bootstrap.select.candidates):
+        for key in candidate_keys(source, 1 if source == "edit" else config.bootstrap.select.candidates):
             queues[key] = SourceQueue(key, batches, reader)
     return queues
 

@@ -59,7 +59,7 @@ def plan_whole_set(
     """Chooses the negatives of `swap` and `edit` for all records.
 
     Args:
-        others: The outcomes of a record from all other sources, after the refusal of duplicates.
+        others: The outcomes of a record from all other sources, after the refusal of duplicates, and its scores.
         truth: Objects in the images, if known: no text is given that names only these.
         limits: Source -> the lowest `balance_rank` that gets no negative.
     """
@@ -76,5 +76,8 @@ def plan_whole_set(
                 found = plans["swap"].outcome(position, annotation) if "swap" in plans else None
                 return found.text if found and found.status == "kept" else None
 
-            plans["edit"] = plan_edit(config, annotations, takers, taken)
+            def scores_of(annotation: Annotation) -> Mapping[str, float] | None:
+                return next((o.scores for o in others(annotation) if o.status == "scored"), None)
+
+            plans["edit"] = plan_edit(config, annotations, takers, taken, scores_of)
     return WholeSetOutcomes(config, annotations, others, truth, plans)

@@ -25,6 +25,8 @@ _REPAIR_ROUNDS = 4
 # Records with which the owner of a forbidden text tries to exchange it before it leaves the permutation.
 _EXCHANGES = 4
 _HASHES_PER_ORDER = 3
+# Costs are multiples of 1/16: sums of two up to `_OTHER_KEY` fit into the 24 bits of float32.
+_STEPS = np.float32(16)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +111,8 @@ def exchange(cost: np.ndarray) -> np.ndarray:
     """For each row a column, a permutation: from the diagonal, exchanges of two columns until none lowers the cost."""
     rows = np.arange(len(cost))
     chosen = rows.copy()
+    # Sums are exact: otherwise an exchange and its reverse could both seem to gain by rounding, without end.
+    cost = np.rint(cost * _STEPS) / _STEPS
     current = cost.copy()  # [row, k]: the cost of row with the column of row k
     while True:
         own = current.diagonal()

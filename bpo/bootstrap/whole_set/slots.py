@@ -6,9 +6,14 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 
-from bpo.bootstrap.changes import ChangeLexicon, words_of
+from bpo.bootstrap.changes import ChangeLexicon, load_lexicon, words_of
+from bpo.bootstrap.inject import choose_mode, question_of
+from bpo.bootstrap.seeds import derive_seed
+from bpo.bootstrap.whole_set.content import ContentReader
 from bpo.config.negatives import EditKind
+from bpo.config.training import Config
 from bpo.formats.lexicon import singular_forms
+from bpo.records import Annotation
 
 _WORD = re.compile(r"\d+|[^\W\d_]+(?:['’-][^\W\d_]+)*")
 _INDEFINITE = frozenset({"a", "an"})
@@ -72,11 +77,53 @@ def find_slots(text: str, lexicon: ChangeLexicon, kinds: frozenset[EditKind]) ->
     ]
 
 
-def edited(text: str, slot: Slot, donor_text: str, donor: Slot) -> str:
-    """The text with the donor's words in the slot, in the case of the words taken out, and with their article."""
-    word = _in_case(donor_text[donor.start : donor.end].casefold(), text[slot.start : slot.end])
+class SlotFinder:
+    """Finds the slots of annotations under the options of a job."""
+
+    def __init__(self, config: Config):
+        self._lexicon = load_lexicon(config.bootstrap.validate.lexicon)
+        self._kinds, self._seed = frozenset(config.bootstrap.edit.kinds), config.bootstrap.seed
+        self._reader = ContentReader(self._lexicon)
+
+    def of(self, annotation: Annotation) -> list[Slot]:
+        return find_slots(annotation.response, self._lexicon, self._kinds)
+
+    def choose(self, annotation: Annotation, attempt: int = 0) -> tuple[int, Slot] | None:
+        """The slot at place `attempt` of a random order of kinds and slots, with its number in the text.
+
+        None if there are fewer. Words that are in the question are left out.
+        """
+        question = question_of(annotation) if choose_mode("auto", annotation) == "qa" else ""
+        asked = self._said(question)
+        seed = derive_seed(self._seed, "edit", annotation.id)
+        slots = self.of(annotation)
+        free = [number for number, slot in enumerate(slots) if not asked & self._said(slot.word)]
+        by_kind: dict[str, list[int]] = {}
+        for number in sorted(free, key=lambda number: derive_seed(seed, "slot", number)):
+            by_kind.setdefault(slots[number].kind, []).append(number)
+        kinds = sorted(by_kind, key=lambda kind: derive_seed(seed, "kind", kind))
+        # One slot of each kind before the second of any.
+        ranked = sorted((place, kinds.index(kind), n) for kind in kinds for place, n in enumerate(by_kind[kind]))
+        return (ranked[attempt][2], slots[ranked[attempt][2]]) if attempt < len(ranked) else None
+
+    def _said(self, text: str) -> set[int]:
+        return set(self._reader.read(text, answers_question=True).said) if text else set()
+
+
+def phrase_of(text: str, slot: Slot) -> str:
+    """The words of a slot with their indefinite article, in lower case."""
+    return f"{text[slice(*slot.article)].casefold()} {slot.word}".strip()
+
+
+def put(text: str, slot: Slot, phrase: str) -> str:
+    """The text with the words of another slot of equal form, in the case of the words taken out.
+
+    Args:
+        phrase: The `phrase_of` the other slot.
+    """
     start, end = slot.article
-    article = _in_case(donor_text[slice(*donor.article)].casefold(), text[start:end])
+    article, word = phrase.split(" ", 1) if start < end else ("", phrase)
+    article, word = _in_case(article, text[start:end]), _in_case(word, text[slot.start : slot.end])
     return text[:start] + article + text[end : slot.start] + word + text[slot.end :]
 
 

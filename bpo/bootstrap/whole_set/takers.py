@@ -73,7 +73,7 @@ def find_takers(
     usable = np.zeros(len(annotations), dtype=bool)
     missing = np.zeros(len(annotations), dtype=bool)
     for position, annotation in enumerate(annotations):
-        outcomes = others(annotation) if config.bootstrap.generated_sources else ()
+        outcomes = others(annotation) if config.bootstrap.queued_sources else ()
         refused = annotation_refusal(annotation.response, max_words=config.data.max_completion_words)
         usable[position] = not refused and not any(outcome.status == "broken" for outcome in outcomes)
         missing[position] = not any(outcome.status == "kept" for outcome in outcomes)

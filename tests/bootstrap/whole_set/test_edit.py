@@ -13,7 +13,7 @@ from bpo.bootstrap.changes import find_changes, load_lexicon
 from bpo.bootstrap.measure.hardness import ObjectTruth
 from bpo.bootstrap.validate import refusal
 from bpo.bootstrap.whole_set.outcomes import plan_whole_set
-from bpo.bootstrap.whole_set.slots import edited, find_slots
+from bpo.bootstrap.whole_set.slots import find_slots, phrase_of, put
 from bpo.config.negatives import EditConfig
 from bpo.config.training import Config
 from bpo.formats.lexicon import build_lexicon
@@ -59,7 +59,7 @@ def test_article_number_and_case_are_kept(text: str, word: str, donor_text: str,
     lexicon = load_lexicon()
     (slot,) = [slot for slot in find_slots(text, lexicon, ALL) if slot.word == word]
     (given,) = [slot for slot in find_slots(donor_text, lexicon, ALL) if slot.word == donor]
-    assert edited(text, slot, donor_text, given) == expected
+    assert put(text, slot, phrase_of(donor_text, given)) == expected
 
 
 def forms(text: str) -> dict[str, str]:
