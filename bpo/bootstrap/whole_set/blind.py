@@ -200,7 +200,7 @@ class Plausibility:
 
     def added_to(self, cost: Cost) -> Cost:
         """The cost of an exchange with that of implausible words, once all items are added."""
-        values_NW = np.frombuffer(bytes(self._rows), dtype=np.float16).reshape(-1, self._num_words + 1)
+        values_NW = np.frombuffer(self._rows, dtype=np.float16).reshape(-1, self._num_words + 1)
         column_N = np.array([self._column.get(own, self._num_words) for own in self._own], dtype=np.int64)
 
         def both(rows: np.ndarray, columns: np.ndarray) -> np.ndarray:

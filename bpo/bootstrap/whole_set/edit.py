@@ -100,7 +100,7 @@ def plan_edit(
         read.items.finish()
         tie = np.array(read.tie, dtype=np.uint64)
         order = near_content(read.items, derive_seed(config.bootstrap.seed, "edit order"))
-        cost = read.plausible.added_to(read.items.cost) if is_blind else read.items.cost
+        cost = read.plausible.added_to(read.items.cost) if read.plausible else read.items.cost
         search = Search(cost, read.fits, order, tie, _ROUNDS, _BLOCK_SIZE)
         found = permute(np.arange(len(tie)), np.array(read.key, dtype=np.uint64), search)
         positions = np.array(read.positions, dtype=np.int64)
@@ -125,7 +125,8 @@ class _Reading:
         self._facts = ImageFacts(takers.truth)
         self._reader, self._slots = ContentReader(load_lexicon(self._options.lexicon)), SlotFinder(config)
         self.items = Items(self._options, config.data.max_completion_words, order_by="said")
-        self.plausible = Plausibility(config.bootstrap.edit.blind_words)
+        options = config.bootstrap.edit
+        self.plausible = Plausibility(options.blind_words) if options.by == "blind" else None
         self.positions, self.slot = array("I"), array("i")
         self.tie, self.key = array("Q"), array("Q")
 
@@ -165,7 +166,8 @@ class _Reading:
         self.slot.append(number)
         self.tie.append(derive_seed(self._config.bootstrap.seed, "edit", annotation.id))
         self.key.append(hash64(choose_mode("auto", annotation), slot.form))
-        self.plausible.append(slot.form, phrase_of(text, slot), scores)
+        if self.plausible:
+            self.plausible.append(slot.form, phrase_of(text, slot), scores)
 
     def fits(self, row: int, column: int) -> bool:
         """Whether validation keeps item `row`'s text with the word of item `column`."""
