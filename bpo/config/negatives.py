@@ -24,7 +24,7 @@ class SwapConfig(Section):
             sentence of answers that have several.
         only_missing: Make a negative only for records that have none from another source.
         block_size: Number of records among which partners are exchanged at a time; more finds nearer ones, slower.
-        rounds: Number of times that all records are arranged anew into blocks; more finds nearer partners, slower.
+        rounds: Number of times that all records are arranged into new blocks; more finds nearer partners, slower.
     """
 
     where = "bootstrap.swap"

@@ -83,7 +83,12 @@ def make(photos: Path, tiny_llava_dir: Path, tiny_llm_dir: Path) -> Callable[...
             ),
             bootstrap=BootstrapConfig(
                 inject=InjectConfig(**{"attempts": 1, **llm}),
-                **{"batch_size": 4, "weaken": WeakenConfig(temperature=1.0, max_new_tokens=12), **bootstrap},
+                **{
+                    "sources": ["weaken", "inject"],
+                    "batch_size": 4,
+                    "weaken": WeakenConfig(temperature=1.0, max_new_tokens=12),
+                    **bootstrap,
+                },
             ),
         )
 

@@ -44,7 +44,7 @@ class WholeSetOutcomes:
         return [outcome for outcome in found if outcome is not None]
 
     def within(self, limits: Mapping[str, int]) -> WholeSetOutcomes:
-        """Drawn anew among fewer records, so that they stay balanced; see `balance.thresholds`."""
+        """Drawn again among fewer records, so that they stay balanced; see `balance.thresholds`."""
         mine = {source: rank for source, rank in limits.items() if source in self.plans}
         return plan_whole_set(self.config, self.annotations, self.others, self.truth, mine) if mine else self
 

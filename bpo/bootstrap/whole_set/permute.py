@@ -133,7 +133,7 @@ def _without_bad(
 ) -> np.ndarray:
     """Exchanges the forbidden texts with those of some others; what remains leaves the permutation.
 
-    A record leaves it by leaving the text that it would take to whoever would take its own.
+    A record leaves it by leaving the text that it would take to the record that would take its own.
     """
 
     def fits(row: int, column: int) -> bool:

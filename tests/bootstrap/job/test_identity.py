@@ -109,14 +109,15 @@ def test_another_model_concerns_the_sources_that_it_answers(
     photos: Path, tmp_path: Path, llm: str, sources: set[str]
 ) -> None:
     data = DataConfig(annotations=str(photos / "annotations.json"), image_root=str(photos))
-    config = Config(model=ModelConfig(path="a"), data=data, bootstrap=BootstrapConfig(inject=InjectConfig(llm=llm)))
+    options = BootstrapConfig(sources=["weaken", "inject"], inject=InjectConfig(llm=llm))
+    config = Config(model=ModelConfig(path="a"), data=data, bootstrap=options)
     check_identity(config, tmp_path)
     with pytest.raises(ValueError, match="model.path was 'a', is 'b'") as error:
         check_identity(replace(config, model=ModelConfig(path="b")), tmp_path)
     assert set(json.loads(str(error.value).partition("accept_changes '")[2].partition("'")[0])) == sources
 
 
-def test_a_source_with_other_options_starts_anew_if_accepted_and_comes_back(
+def test_a_source_with_other_options_starts_again_if_accepted_and_comes_back(
     make: MakeConfig, monkeypatch: pytest.MonkeyPatch, tiny_llm_dir: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     llm = {"llm": str(tiny_llm_dir), "dtype": "float32", "max_new_tokens": 12}
@@ -180,7 +181,7 @@ def as_written_by_an_earlier_version(config: Config) -> None:
 @pytest.mark.parametrize("llm", ["", "another-model"])
 def test_the_identity_of_an_earlier_version_is_read(photos: Path, tmp_path: Path, llm: str) -> None:
     validate = ValidateConfig(same_form=False)  # an option that it did not have
-    options = BootstrapConfig(inject=InjectConfig(llm=llm), validate=validate)
+    options = BootstrapConfig(sources=["weaken", "inject"], inject=InjectConfig(llm=llm), validate=validate)
     data = DataConfig(annotations=str(photos / "annotations.json"), image_root=str(photos))
     config = Config(data=data, bootstrap=options)
     stored = {name: value for name, value in job_options(config).items() if value is not None}

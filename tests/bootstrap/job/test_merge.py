@@ -33,7 +33,8 @@ def outcome(record: int, source: str, text: str) -> Outcome:
 
 
 def merged(folder: Path, records: int, outcomes: list[Outcome], **bootstrap: Any) -> tuple[Any, list[dict[str, Any]]]:
-    config = Config(data=DataConfig(groups=str(folder / "groups.jsonl")), bootstrap=BootstrapConfig(**bootstrap))
+    options = BootstrapConfig(**{"sources": ["weaken", "inject"], **bootstrap})
+    config = Config(data=DataConfig(groups=str(folder / "groups.jsonl")), bootstrap=options)
     summary = merge(config, annotations(records), {o.key: o for o in outcomes}, {}, {}, BadRecords())
     refused = (folder / "groups.jsonl.refused.jsonl").read_text().splitlines()
     return summary, [json.loads(line) for line in refused]
