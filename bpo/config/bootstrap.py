@@ -209,8 +209,9 @@ class BootstrapConfig(Section):
         sources: Sources of negatives. From the paper: `weaken` (answers to noised images) and `inject` (annotations
             with injected errors). Additional: `swap` (annotations of other images), `edit` (one word exchanged), `crop`
             and `mask` (answers to a part of the image), `regenerate` (continuations of the annotation's start),
-            `text-only` (answers without an image), `unweakened` (answers to the clean image, as a control). The default
-            is the best combination in benchmarks/grounding; the paper's is `weaken` and `inject`.
+            `text-only` (answers without an image), `unweakened` (answers to the clean image, as a control). The paper's
+            are `weaken` and `inject`; the default has `swap`, the best single source in benchmarks/grounding, for the
+            latter, which did not beat fine-tuning there.
         weaken: Image weakening, and sampling options of the multimodal model.
         inject: Error injection.
         regenerate: Truncation of annotations before their continuation.
