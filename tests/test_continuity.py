@@ -46,12 +46,26 @@ def test_a_training_run_is_resumed_at_its_step_with_its_reference(repo_root: Pat
     assert json.loads((run / "status.json").read_text())["exit_code"] == 0
 
 
-def test_a_bootstrapping_job_keeps_its_outcomes_and_merges(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+# Defaults and prompts of that version.
+EARLIER_OPTIONS = (
+    "--bootstrap.validate.max_changed_share=1.0",
+    "--bootstrap.validate.same_form=false",
+    "--bootstrap.inject.attempts=1",
+    f"--bootstrap.inject.prompt_dir={ARCHIVE.parent / 'prompts'}",
+)
+
+
+def test_a_bootstrapping_job_keeps_its_outcomes_and_merges(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(folder)
     parts = folder / "made" / "groups.jsonl.parts"
     before = (parts / "rank-00000.jsonl").read_bytes()
     with fake_server(lambda body, number: completion(rewrite(body))) as (url, received):
-        assert main(["bootstrap", "--config", "bootstrap.yaml", f"--bootstrap.inject.server.url={url}"]) == 0
+        job = ["bootstrap", "--config", "bootstrap.yaml", f"--bootstrap.inject.server.url={url}"]
+        assert main(job) == 1  # another default decides which errors are kept: never mixed in silence
+        assert "max_changed_share was 1.0, is 0.6" in capsys.readouterr().err and not received
+        assert main([*job, *EARLIER_OPTIONS]) == 0
     assert len(received) == NUM_RECORDS - NUM_ANSWERED
     after = (parts / "rank-00000.jsonl").read_bytes()
     assert after.startswith(before) and after.count(b"\n") == NUM_RECORDS

@@ -17,7 +17,7 @@ from bpo.bootstrap.engines.text import (
     TransformersTextGenerator,
     load_causal_lm,
 )
-from bpo.bootstrap.inject import InjectionRequest, Message, build_request
+from bpo.bootstrap.inject import InjectionRequest, Message, build_request, load_prompt
 from bpo.bootstrap.validate import refusal
 from bpo.config.bootstrap import InjectConfig
 from bpo.config.training import Config, ModelConfig
@@ -104,7 +104,8 @@ def test_the_own_language_model_answers_without_an_image(family: str, request: p
     assert asked.startswith(examples) and len(examples) > len(asked) // 2  # first the worked examples alone, once
     assert sum(text == examples for text in seen) == 1
     assert asked.count("Modified") == 0 and "Description: A cat, spelled <image>." in asked
-    assert asked.count("ASSISTANT: " if "llava" in family else "<|im_start|>assistant") == 5
+    turns = len(load_prompt("description").examples) + 1
+    assert asked.count("ASSISTANT: " if "llava" in family else "<|im_start|>assistant") == turns
 
 
 @pytest.mark.slow

@@ -39,6 +39,7 @@ def test_a_job_is_not_continued_with_other_pixel_limits(photos: Path, tmp_path: 
 def test_outcomes_judged_by_fewer_rules_are_named_and_used_by_switching_them_off(photos: Path, tmp_path: Path) -> None:
     """As of a version without `same_form` and with another default of `max_changed_share`."""
     config = Config(data=DataConfig(annotations=str(photos / "annotations.json"), image_root=str(photos)))
+    config.bootstrap.sources = ["weaken", "inject"]
     config.bootstrap.validate = ValidateConfig(same_form=False, max_changed_share=1.0)
     check_identity(config, tmp_path / "job")
     config.bootstrap.validate = ValidateConfig()

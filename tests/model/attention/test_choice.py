@@ -15,6 +15,7 @@ from bpo.config.training import Config, ModelConfig
 from bpo.model.attention import choice as attention_choice
 from bpo.model.attention.choice import Choice, Needs, choose_backend, obstacle
 from bpo.model.load import ResolvedModel, load_model, resolve_model
+from bpo.model.reference import store
 from bpo.training import reference_pass
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
@@ -191,7 +192,7 @@ def test_an_unknown_backend_is_refused() -> None:
 def test_the_reference_store_remembers_the_backend(
     choice: Choice | None, said: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reference_pass, "model_fingerprint", lambda path, **fields: fields)
+    monkeypatch.setattr(store, "model_fingerprint", lambda path, **fields: fields)
     monkeypatch.setattr(reference_pass, "open_or_create", lambda directory, fingerprint: None)
     resolved = ResolvedModel(ModelConfig(), None, CPU, torch.bfloat16, True, choice)
     fingerprint = reference_pass._open_store(Config(), resolved, tmp_path)
