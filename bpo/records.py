@@ -90,7 +90,12 @@ class Provenance:
 class Completion:
     """An answer with its score (higher is preferred) and type (`gt`, `mllm-hal`, `llm-hal`, ...).
 
-    The weight of a pair in the loss is the product of the `weight`s of its two completions.
+    Attributes:
+        weight: The weight of a pair in the loss is the product of the `weight`s of its two completions.
+        beta: The inverse temperature of a pair is the loss's, times the `beta`s of its two completions.
+        token_weights: `(start, end, weight)` of spans of characters of the response, in order and disjoint; other
+            characters have weight 1. For `loss.terms[].token_weights: data`.
+        view: `other` if it describes the group's `other_images`; empty if it describes its images.
     """
 
     response: str
@@ -99,14 +104,32 @@ class Completion:
     provenance: Provenance | None = None
     extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
     weight: float = 1.0
+    beta: float = 1.0
+    token_weights: tuple[tuple[int, int, float], ...] = ()
+    view: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Auxiliary:
+    """Another prompt about the group's images with its answer, for likelihood terms (`pairs: auxiliary`)."""
+
+    prompt: tuple[Turn, ...]
+    response: str
 
 
 @dataclass(frozen=True, slots=True)
 class PreferenceGroup:
     """One prompt about one or more images and K >= 2 completions.
 
-    The preference pairs are all (i, j) with `score_i > score_j` (arXiv 2403.08730, released schema). `extra`, here and
-    in a completion, holds the file's fields that bpo does not read; they are passed through.
+    The preference pairs are all (i, j) with `score_i > score_j` (arXiv 2403.08730, released schema), of completions that
+    describe `images`. `extra`, here and in a completion, holds the file's fields that bpo does not read; they are passed
+    through.
+
+    Attributes:
+        prompt: Ends with a user turn, or with the start of the assistant's answer, which the completions continue. The
+            start belongs to the prefix: it has no loss.
+        other_images: Images of another scene for the view `other`, as many as `images`.
+        auxiliary: Other prompts about the images with their answers.
     """
 
     id: str
@@ -114,6 +137,8 @@ class PreferenceGroup:
     prompt: tuple[Turn, ...]
     completions: tuple[Completion, ...]
     extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    other_images: tuple[str, ...] = ()
+    auxiliary: tuple[Auxiliary, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from bpo.config.bootstrap import BootstrapConfig
+from bpo.config.loss import LossConfig
 from bpo.config.measure import MeasureConfig
 from bpo.config.options import NUM_SEEDS, Section, check, needed, number, seconds
 
@@ -142,25 +143,6 @@ class TrainableConfig(Section):
             self.language != "frozen" or self.projector == "full" or self.vision == "full",
             "trainable: language, projector and vision are all frozen; make at least one trainable",
         )
-
-
-@dataclass(kw_only=True)
-class LossConfig(Section):
-    """Preference loss.
-
-    Attributes:
-        type: Loss in bpo/losses.py: sigmoid (DPO), hinge, ipo, robust or sft (chosen completions only, as a control).
-        beta: Inverse temperature of the implicit reward.
-        label_smoothing: Assumed fraction of pairs with swapped labels.
-        chosen_nll_weight: Weight of the mean negative log-likelihood per token of the chosen completions.
-    """
-
-    where = "loss"
-
-    type: str = needed("sigmoid")
-    beta: float = number(0.1, above=0)
-    label_smoothing: float = number(0.0, at_least=0, below=0.5)
-    chosen_nll_weight: float = number(0.0, at_least=0)
 
 
 @dataclass(kw_only=True)

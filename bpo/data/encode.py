@@ -58,16 +58,35 @@ class EncodedPrompt:
 
 
 @dataclass(frozen=True, slots=True)
+class EncodedView:
+    """A prompt with the group's images changed, or another prompt about them.
+
+    completion_ids: of the view's own completions; empty if the group's are scored under it.
+    """
+
+    name: str
+    prompt: EncodedPrompt
+    completion_ids: tuple[tuple[int, ...], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class EncodedGroup:
     """A prompt with its distinct completions (each ends with EOS unless truncated), their scores and weights.
 
-    weights: one per completion, or empty for 1.
+    weights, betas: one per completion, or empty for 1.
+    token_weights: per completion, the weight of each token; empty for 1.
+    described: per completion, the view that it describes (`Completion.view`), or empty for the group's images.
+    views: further views of the group.
     """
 
     prompt: EncodedPrompt
     completion_ids: tuple[tuple[int, ...], ...]
     scores: tuple[float, ...]
     weights: tuple[float, ...] = ()
+    betas: tuple[float, ...] = ()
+    token_weights: tuple[tuple[float, ...], ...] = ()
+    described: tuple[str, ...] = ()
+    views: tuple[EncodedView, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -218,11 +237,26 @@ class Encoder:
         Raises:
             ImageError: An image cannot be read, or the processor rejects its shape.
         """
-        if not images:
-            return EncodedImages({}, ())
-        pictures = [load_image(self.image_root, image) for image in images]
+        pictures = self.open_pictures(images)
         if change is not None:
             pictures = [change(picture) for picture in pictures]
+        return self.encode_pictures(pictures, images)
+
+    def open_pictures(self, images: Sequence[str]) -> list[Image.Image]:
+        """Decodes images; raises ImageError if one cannot be read."""
+        return [load_image(self.image_root, image) for image in images]
+
+    def encode_pictures(self, pictures: list[Image.Image], images: Sequence[str]) -> EncodedImages:
+        """Preprocesses the decoded (and perhaps changed) images of one prompt.
+
+        Args:
+            images: Their paths, for messages.
+
+        Raises:
+            ImageError: The processor rejects their shape.
+        """
+        if not pictures:
+            return EncodedImages({}, ())
         if self.padding is not None:
             pictures = [pad_to_square(picture, self.padding) for picture in pictures]
         try:
