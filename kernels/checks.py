@@ -1,6 +1,6 @@
 """Argument checks, precisions and chunk sizes, shared by all implementations of the operations.
 
-Legend: N rows (response tokens), H hidden size, V vocabulary, P pairs, n rows of one chunk.
+Legend: N rows (response tokens), H hidden size, V vocabulary, K completions, P pairs, n rows of one chunk.
 
 No function here reads values from a GPU: shapes, dtypes and devices are always checked, index ranges only of CPU
 tensors (on CUDA that would synchronise; an out-of-range target gives NaN there, see README.md).
@@ -15,6 +15,8 @@ LOSS_TYPES = ("sigmoid", "hinge", "ipo", "robust")
 MODES = ("auto", "store", "fused", "recompute")
 # Target of a masked row, as in torch.nn.functional.cross_entropy.
 IGNORED_TARGET = -100
+# Side of a pair that is the constant 0 instead of a completion.
+ANCHOR = -1
 
 # Maximum size of the logits of one chunk of rows. 2,048 rows of LLaVA's 32,064 tokens in fp32 take 250 MiB; on a GPU
 # the rows of a whole micro-batch of Qwen2.5-VL (152,064 tokens) should fit, so that nothing is recomputed.
@@ -69,30 +71,30 @@ def check_triton_dtype(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name} is torch.float64: Triton computes in fp32, set BPO_KERNELS=plain for fp64")
 
 
-def check_target(target_N: Tensor, num_rows: int, vocab: int, device: torch.device) -> None:
+def check_target(target_N: Tensor, num_rows: int, vocab: int, device: torch.device, name: str = "target_N") -> None:
     """Raises ValueError unless `target_N` has `num_rows` token ids in [0, vocab), or -100, on `device`."""
     if target_N.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"target_N has dtype {target_N.dtype}: pass token ids as torch.int64")
+        raise ValueError(f"{name} has dtype {target_N.dtype}: pass token ids as torch.int64")
     if target_N.shape != (num_rows,):
         raise ValueError(
-            f"target_N has shape {tuple(target_N.shape)}, but there are {num_rows} rows: pass one target per row, "
+            f"{name} has shape {tuple(target_N.shape)}, but there are {num_rows} rows: pass one target per row, "
             "flattened, and select the response rows before the call"
         )
     if target_N.device != device:
-        raise ValueError(f"target_N is on {target_N.device}, the rows on {device}: move it there")
+        raise ValueError(f"{name} is on {target_N.device}, the rows on {device}: move it there")
     if device.type != "cpu":
         return  # its values cannot be checked, and two kernels would be launched for nothing
     counted_N = target_N.where(target_N != IGNORED_TARGET, 0)
-    check_index_range("target_N", counted_N, vocab, "pass token ids of this vocabulary, or -100 to mask a row")
+    check_index_range(name, counted_N, vocab, "pass token ids of this vocabulary, or -100 to mask a row")
 
 
-def check_index_range(name: str, index: Tensor, size: int, fix: str) -> None:
-    """Raises ValueError if a CPU index tensor exceeds [0, size). Skipped on other devices and when compiling."""
+def check_index_range(name: str, index: Tensor, size: int, fix: str, least: int = 0) -> None:
+    """Raises ValueError if a CPU index tensor exceeds [least, size). Skipped on other devices and when compiling."""
     if index.device.type != "cpu" or torch.compiler.is_compiling() or index.numel() == 0:
         return
     low, high = (int(bound) for bound in torch.aminmax(index.reshape(-1)))
-    if low < 0 or high >= size:
-        raise ValueError(f"{name} holds {low if low < 0 else high}, outside [0, {size}): {fix}")
+    if low < least or high >= size:
+        raise ValueError(f"{name} holds {low if low < least else high}, outside [{least}, {size}): {fix}")
 
 
 def _check_matrix(name: str, matrix: Tensor, letters: str) -> None:
@@ -179,6 +181,30 @@ def check_preference_options(beta: float, label_smoothing: float, loss_type: str
         )
 
 
+def check_second_target(
+    logp_N: Tensor,
+    hidden_NH: Tensor,
+    weight_VH: Tensor,
+    target_N: Tensor,
+    second_N: Tensor,
+    bias_V: Tensor | None,
+    softcap: float | None,
+) -> None:
+    """Raises ValueError if `second_target_logprob` does not accept these arguments."""
+    check_linear_logprob(hidden_NH, weight_VH, target_N, bias_V, softcap, "auto", None)
+    check_target(second_N, hidden_NH.shape[0], weight_VH.shape[0], hidden_NH.device, "second_N")
+    if logp_N.shape != hidden_NH.shape[:1]:
+        raise ValueError(
+            f"logp_N has shape {tuple(logp_N.shape)}, but there are {hidden_NH.shape[0]} rows: pass the log-probs [N] "
+            "that linear_logprob returned for these rows"
+        )
+    if logp_N.device != hidden_NH.device:
+        raise ValueError(f"logp_N is on {logp_N.device}, hidden_NH on {hidden_NH.device}: move it there")
+    expected = statistics_dtype(hidden_NH.dtype)
+    if logp_N.dtype is not expected:
+        raise ValueError(f"logp_N is {logp_N.dtype}, expected {expected}, which linear_logprob returns: do not cast it")
+
+
 def check_preference_loss(
     policy_logp_N: Tensor,
     reference_logp_N: Tensor,
@@ -187,27 +213,29 @@ def check_preference_loss(
     token_weight_N: Tensor | None,
     num_completions: int | None,
     completion_starts_K1: Tensor | None = None,
+    pair_beta_P: Tensor | None = None,
+    pair_weight_P: Tensor | None = None,
 ) -> int:
     """Returns the number of completions; raises ValueError if `preference_loss` does not accept these tensors."""
     device, shape = policy_logp_N.device, policy_logp_N.shape
     if policy_logp_N.dim() != 1:
         raise ValueError(f"policy_logp_N has shape {tuple(shape)}, expected [N]: flatten it")
-    for name, tensor in (
-        ("reference_logp_N", reference_logp_N),
-        ("completion_of_token_N", completion_of_token_N),
-        ("token_weight_N", token_weight_N),
-        ("pairs_P2", pairs_P2),
-        ("completion_starts_K1", completion_starts_K1),
+    for name, tensor, is_index, size, unit in (
+        ("reference_logp_N", reference_logp_N, False, shape, "token"),
+        ("completion_of_token_N", completion_of_token_N, True, shape, "token"),
+        ("token_weight_N", token_weight_N, False, shape, "token"),
+        ("pairs_P2", pairs_P2, True, None, ""),
+        ("completion_starts_K1", completion_starts_K1, True, None, ""),
+        ("pair_beta_P", pair_beta_P, False, pairs_P2.shape[:1], "pair"),
+        ("pair_weight_P", pair_weight_P, False, pairs_P2.shape[:1], "pair"),
     ):
         if tensor is None:
             continue
         if tensor.device != device:
             raise ValueError(f"{name} is on {tensor.device}, policy_logp_N on {device}: move it there")
-        if name not in ("pairs_P2", "completion_starts_K1") and tensor.shape != shape:
-            raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)}, policy_logp_N {tuple(shape)}: pass one per token"
-            )
-        is_index = name in ("completion_of_token_N", "pairs_P2", "completion_starts_K1")
+        if size is not None and tensor.shape != size:
+            of = f"policy_logp_N {tuple(shape)}" if unit == "token" else f"pairs_P2 {tuple(pairs_P2.shape)}"
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, {of}: pass one per {unit}")
         allowed = (torch.int64, torch.int32) if is_index else _FLOATS
         if tensor.dtype not in allowed:
             raise ValueError(f"{name} has dtype {tensor.dtype}: use {'torch.int64' if is_index else 'a float type'}")
@@ -215,6 +243,16 @@ def check_preference_loss(
         raise ValueError(f"policy_logp_N has dtype {policy_logp_N.dtype}: use a float type")
     if pairs_P2.dim() != 2 or pairs_P2.shape[1] != 2:
         raise ValueError(f"pairs_P2 has shape {tuple(pairs_P2.shape)}, expected [P, 2]: rows of (chosen, rejected)")
+    num_completions = _check_completions(completion_of_token_N, pairs_P2, num_completions)
+    if completion_starts_K1 is not None:
+        _check_starts(completion_starts_K1, completion_of_token_N)
+    if pair_beta_P is not None:
+        _check_pair_beta(pair_beta_P)
+    return num_completions
+
+
+def _check_completions(completion_of_token_N: Tensor, pairs_P2: Tensor, num_completions: int | None) -> int:
+    """Returns the number of completions; raises ValueError for an index outside them (a pair's side may be -1)."""
     if num_completions is None:
         highest = [int(index.max()) for index in (completion_of_token_N, pairs_P2) if index.numel()]
         num_completions = max(highest, default=-1) + 1
@@ -222,10 +260,16 @@ def check_preference_loss(
         raise ValueError(f"num_completions is {num_completions}: use the number of completions in the batch")
     fix = f"raise num_completions (now {num_completions}) or correct the index"
     check_index_range("completion_of_token_N", completion_of_token_N, num_completions, fix)
-    check_index_range("pairs_P2", pairs_P2, num_completions, fix)
-    if completion_starts_K1 is not None:
-        _check_starts(completion_starts_K1, completion_of_token_N)
+    check_index_range("pairs_P2", pairs_P2, num_completions, f"{fix}; -1 is the constant 0", ANCHOR)
     return num_completions
+
+
+def _check_pair_beta(pair_beta_P: Tensor) -> None:
+    """Raises ValueError for a factor that is not positive; checks values only on a CPU."""
+    if pair_beta_P.device.type != "cpu" or torch.compiler.is_compiling() or pair_beta_P.numel() == 0:
+        return
+    if not bool((pair_beta_P > 0).all()):
+        raise ValueError(f"pair_beta_P holds {pair_beta_P.min().item():g}: use positive factors of beta")
 
 
 def _check_starts(starts_K1: Tensor, completion_of_token_N: Tensor) -> None:

@@ -35,11 +35,15 @@ class Head:
 
 @dataclass(frozen=True)
 class RowOutputs:
-    """Results of a pass over the logits of some rows; entropy (nats) and argmax only on request."""
+    """Results of a pass over the logits of some rows; entropy (nats), argmax and collision only on request.
+
+    collision_n: logarithm of the probability that two samples are equal, log sum_v p_v^2, in nats.
+    """
 
     logp_n: Tensor
     entropy_n: Tensor | None = None
     argmax_n: Tensor | None = None
+    collision_n: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -314,12 +318,16 @@ def _place_of_d(logits_nV: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _joined(parts: list[RowOutputs], hidden_NH: Tensor, statistics: bool) -> RowOutputs:
-    dtype = statistics_dtype(hidden_NH.dtype)
-    empty = hidden_NH.new_empty(0, dtype=dtype)
-    logp_N = torch.cat([part.logp_n for part in parts]) if parts else empty
+    empty = hidden_NH.new_empty(0, dtype=statistics_dtype(hidden_NH.dtype))
+
+    def joined(pieces: list[Tensor | None], nothing: Tensor = empty) -> Tensor:
+        found = [piece for piece in pieces if piece is not None]
+        return torch.cat(found) if found else nothing
+
+    logp_N = joined([part.logp_n for part in parts])
     if not statistics:
         return RowOutputs(logp_N)
-    entropies = [part.entropy_n for part in parts if part.entropy_n is not None]
-    highest = [part.argmax_n for part in parts if part.argmax_n is not None]
-    empty_index = torch.empty(0, dtype=torch.int64, device=hidden_NH.device)
-    return RowOutputs(logp_N, torch.cat(entropies) if parts else empty, torch.cat(highest) if parts else empty_index)
+    argmax_N = joined([part.argmax_n for part in parts], empty.long())
+    return RowOutputs(
+        logp_N, joined([part.entropy_n for part in parts]), argmax_N, joined([part.collision_n for part in parts])
+    )

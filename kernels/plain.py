@@ -26,6 +26,15 @@ from .checks import (
     statistics_dtype,
 )
 from .plain_head import linear_logprob
+from .plain_second import second_target_logprob
+
+__all__ = [
+    "linear_logprob",
+    "linear_preference_loss",
+    "logprob_gather",
+    "preference_loss",
+    "second_target_logprob",
+]
 
 # logprob_gather processes chunks of logits that fit a CPU's cache: several passes cost little more than one.
 _GATHER_CHUNK_BYTES = 2 << 20
@@ -104,11 +113,13 @@ def preference_loss(
     token_weight_N: Tensor | None = None,
     num_completions: int | None = None,
     completion_starts_K1: Tensor | None = None,
+    pair_beta_P: Tensor | None = None,
+    pair_weight_P: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss of each pair from the token log-probs of policy and reference.
 
     With `r_k = sum over tokens i of completion k of weight_i * (policy_i - reference_i)` and
-    `x = beta * (r_chosen - r_rejected)`, eps the label smoothing:
+    `x = beta * (r_chosen - r_rejected)`, eps the label smoothing, `beta` of pair p meaning `beta * pair_beta_P[p]`:
 
         sigmoid  -(1 - eps) log sigmoid(x) - eps log sigmoid(-x)                    DPO, arXiv 2305.18290 eq. 7
         robust   (-(1 - eps) log sigmoid(x) + eps log sigmoid(-x)) / (1 - 2 eps)    arXiv 2403.00409
@@ -119,13 +130,16 @@ def preference_loss(
         policy_logp_N: [N] token log-probs of the policy; the losses carry its gradient.
         reference_logp_N: [N] token log-probs of the reference; no gradient.
         completion_of_token_N: [N] int64, index of the completion of each token, in any order.
-        pairs_P2: [P, 2] int64 rows of (chosen, rejected) completions; a completion may be in many pairs.
+        pairs_P2: [P, 2] int64 rows of (chosen, rejected) completions; a completion may be in many pairs. A side of -1
+            is an anchor, the constant 0: log-ratio and reward 0, no gradient.
         beta: strength of the regularisation towards the reference, > 0.
         label_smoothing: fraction of flipped pairs in [0, 0.5); sigmoid and robust only.
         loss_type: sigmoid, hinge, ipo or robust. For IPO on mean log-probs, pass weights 1 / length.
         token_weight_N: [N] weight of each token's log-ratio, without gradient; None for 1.
         num_completions: K; None for the highest index + 1, which on CUDA waits for the device.
         completion_starts_K1: [K + 1] offsets of completions stored in order; without them Triton sorts the tokens.
+        pair_beta_P: [P] positive factor of `beta` for each pair, without gradient; None for 1.
+        pair_weight_P: [P] factor of each pair's loss (not of its rewards), without gradient; None for 1.
 
     Returns:
         losses [P], and the rewards `beta * r` of the chosen [P] and rejected [P] sides, detached; all fp32
@@ -143,6 +157,8 @@ def preference_loss(
         token_weight_N,
         num_completions,
         completion_starts_K1,
+        pair_beta_P,
+        pair_weight_P,
     )
     dtype = statistics_dtype(policy_logp_N.dtype)
     ratio_N = policy_logp_N.to(dtype) - reference_logp_N.detach().to(dtype)
@@ -150,12 +166,16 @@ def preference_loss(
         ratio_N = ratio_N * token_weight_N.detach().to(dtype)
     zeros_K = torch.zeros(num_completions, dtype=dtype, device=ratio_N.device)
     ratio_K = zeros_K.index_add(0, completion_of_token_N.long(), ratio_N)
-    chosen_P, rejected_P = ratio_K[pairs_P2[:, 0].long()], ratio_K[pairs_P2[:, 1].long()]
-    losses_P = _pair_losses(chosen_P - rejected_P, beta, label_smoothing, loss_type)
-    return losses_P, beta * chosen_P.detach(), beta * rejected_P.detach()
+    # An anchor's index, -1, is that of the 0 behind the last completion.
+    chosen_P, rejected_P = F.pad(ratio_K, (0, 1))[pairs_P2.long()].unbind(1)
+    beta_P = beta if pair_beta_P is None else beta * pair_beta_P.detach().to(dtype)
+    losses_P = _pair_losses(chosen_P - rejected_P, beta_P, label_smoothing, loss_type)
+    if pair_weight_P is not None:
+        losses_P = losses_P * pair_weight_P.detach().to(dtype)
+    return losses_P, beta_P * chosen_P.detach(), beta_P * rejected_P.detach()
 
 
-def _pair_losses(margin_P: Tensor, beta: float, label_smoothing: float, loss_type: str) -> Tensor:
+def _pair_losses(margin_P: Tensor, beta: float | Tensor, label_smoothing: float, loss_type: str) -> Tensor:
     """Losses as functions of `margin = r_chosen - r_rejected`; equations in `preference_loss`."""
     if loss_type == "hinge":
         return torch.relu(1 - beta * margin_P)
@@ -187,6 +207,8 @@ def linear_preference_loss(
     token_weight_N: Tensor | None = None,
     completion_starts_K1: Tensor | None = None,
     num_completions: int | None = None,
+    pair_beta_P: Tensor | None = None,
+    pair_weight_P: Tensor | None = None,
     mode: str = "auto",
     budget_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -215,4 +237,5 @@ def linear_preference_loss(
             rows_NH = reference.to(autocast_hidden(hidden_NH).dtype)
             reference = linear_logprob(rows_NH, head[0], target_N, head[1], **head_options)
     loss_options = (beta, label_smoothing, loss_type, token_weight_N, num_completions, completion_starts_K1)
-    return *preference_loss(logp_N, reference, completion_of_token_N, pairs_P2, *loss_options), logp_N
+    pairs = (pairs_P2, *loss_options, pair_beta_P, pair_weight_P)
+    return *preference_loss(logp_N, reference, completion_of_token_N, *pairs), logp_N

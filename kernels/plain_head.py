@@ -46,11 +46,12 @@ def linear_logprob(
         mode: `store` saves what the backward needs, `recompute` saves nothing, `fused` has no logits in the forward and
             saves nothing, `auto` selects by the gradients needed and the budget; see `head.plan_head`.
         budget_bytes: maximum bytes of logits and their derivative at a time; None for the device's default.
-        statistics: also return the entropy of each row's distribution and its most likely token.
+        statistics: also return the entropy of each row's distribution, its most likely token and the logarithm of its
+            collision probability, `log sum_v p_v^2` (WPO, arXiv 2406.11827, section 3.2).
 
     Returns:
-        [N] log-probs in fp32 (fp64 for fp64 inputs); with `statistics` also the entropies [N] in nats and the argmax
-        [N] int64 (0 and -1 for masked rows), without gradient.
+        [N] log-probs in fp32 (fp64 for fp64 inputs); with `statistics` also the entropies [N] in nats, the argmax
+        [N] int64 and the collisions [N] in nats (0, -1 and 0 for masked rows), without gradient.
 
     Raises:
         ValueError: shapes, dtypes or devices do not match, an option is unknown, or a target is outside [0, V).
@@ -85,7 +86,7 @@ class _LinearLogprob(torch.autograd.Function):
         plan: HeadPlan,
         budget_bytes: int | None,
         statistics: bool,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
         head = Head(bias_V, softcap, scale)
         with torch.autocast(hidden_NH.device.type, enabled=False):
             outputs, unit_grad_NH, kept_NV = head_forward(
@@ -95,8 +96,8 @@ class _LinearLogprob(torch.autograd.Function):
         ctx.save_for_backward(hidden_NH, weight_VH, target_N, bias_V, unit_grad_NH, kept_NV)
         ctx.softcap, ctx.scale, ctx.step = softcap, scale, plan.step
         if statistics:
-            ctx.mark_non_differentiable(outputs.entropy_n, outputs.argmax_n)
-        return outputs.logp_n, outputs.entropy_n, outputs.argmax_n
+            ctx.mark_non_differentiable(outputs.entropy_n, outputs.argmax_n, outputs.collision_n)
+        return outputs.logp_n, outputs.entropy_n, outputs.argmax_n, outputs.collision_n
 
     @staticmethod
     @once_differentiable
@@ -130,7 +131,7 @@ def _from_logits(
         slope_nV = 1 - (logits_nV / head.softcap).square_()
     counted_n1 = (target_n != IGNORED_TARGET)[:, None]
     index_n1 = target_n.clamp(min=0)[:, None]
-    argmax_n = entropy_n = None
+    argmax_n = entropy_n = collision_n = None
     if statistics:
         max_n1, argmax_n1 = logits_nV.max(dim=1, keepdim=True)
         argmax_n = argmax_n1.masked_fill(~counted_n1, -1)[:, 0]
@@ -146,6 +147,8 @@ def _from_logits(
     if shifted_nV is not None:
         moment_n1 = shifted_nV.mul_(logits_nV).sum(dim=1, keepdim=True)
         entropy_n = (log_sum_n1 - moment_n1 / sum_n1).masked_fill(~counted_n1, 0.0)[:, 0]
+        square_n1 = shifted_nV.copy_(logits_nV).square_().sum(dim=1, keepdim=True)
+        collision_n = (square_n1.log() - 2 * log_sum_n1).masked_fill(~counted_n1, 0.0)[:, 0]
     if dlogits_nV is not None:
         # Division by infinity zeroes a masked row.
         logits_nV /= sum_n1.neg().masked_fill(~counted_n1, -float("inf"))
@@ -156,17 +159,17 @@ def _from_logits(
             logits_nV *= head.scale
         if dlogits_nV is not logits_nV:
             dlogits_nV.copy_(logits_nV)
-    return RowOutputs(logp_n, entropy_n, argmax_n)
+    return RowOutputs(logp_n, entropy_n, argmax_n, collision_n)
 
 
 def _fused(
     hidden_NH: Tensor, weight_VH: Tensor, target_N: Tensor, head: Head, statistics: bool, budget_bytes: int
 ) -> RowOutputs:
-    """Online maximum, sum and moment over tiles of the vocabulary, without the logits of a whole row."""
+    """Online maximum, sums and moment over tiles of the vocabulary, without the logits of a whole row."""
     num_rows, vocab = hidden_NH.shape[0], weight_VH.shape[0]
     dtype = statistics_dtype(hidden_NH.dtype)
     tile = max(1, min(_FUSED_TILE_V, budget_bytes // (max(1, num_rows) * dtype.itemsize)))
-    row_max, row_sum, moment, target_logit = torch.zeros(4, num_rows, 1, dtype=dtype, device=hidden_NH.device)
+    row_max, row_sum, square, moment, target_logit = torch.zeros(5, num_rows, 1, dtype=dtype, device=hidden_NH.device)
     row_max -= float("inf")
     highest_N1 = torch.zeros(num_rows, 1, dtype=torch.int64, device=hidden_NH.device)
     index_N1 = target_N.clamp(min=0)[:, None]
@@ -187,6 +190,8 @@ def _fused(
         if statistics:
             moment = shift.exp() * (moment + shift * row_sum) + (z.exp() * z.clamp(min=-1e30)).sum(1, keepdim=True)
         row_sum = shift.exp() * row_sum + z.exp_().sum(dim=1, keepdim=True)
+        if statistics:
+            square = (2 * shift).exp() * square + z.square_().sum(dim=1, keepdim=True)
         row_max = new_max
         del z  # before the next tile is computed
     ignored_N1 = (target_N == IGNORED_TARGET)[:, None]
@@ -194,7 +199,8 @@ def _fused(
     if not statistics:
         return RowOutputs(logp_N)
     entropy_N = (row_sum.log() - moment / row_sum).masked_fill(ignored_N1, 0.0)[:, 0]
-    return RowOutputs(logp_N, entropy_N, highest_N1.masked_fill(ignored_N1, -1)[:, 0])
+    collision_N = (square.log() - 2 * row_sum.log()).masked_fill(ignored_N1, 0.0)[:, 0]
+    return RowOutputs(logp_N, entropy_N, highest_N1.masked_fill(ignored_N1, -1)[:, 0], collision_N)
 
 
 ROWS = Rows(_from_logits, _fused)

@@ -261,7 +261,7 @@ def test_a_row_with_target_minus_100_counts_for_nothing(device, mode, trained):
     ignoring_N = torch.full_like(target_N, checks.IGNORED_TARGET)
     ignoring_N[kept] = target_N[kept]
     inputs = [tensor for tensor in (hidden_NH, weight_VH) if tensor.requires_grad]
-    logp_N, entropy_N, argmax_N = dispatch.linear_logprob(hidden_NH, weight_VH, ignoring_N, mode=mode, statistics=True)
+    logp_N, entropy_N, argmax_N, collision_N = dispatch.linear_logprob(hidden_NH, weight_VH, ignoring_N, mode=mode, statistics=True)
     expected_n = eager(hidden_NH[kept], weight_VH, None, target_N[kept])
     torch.testing.assert_close(logp_N[kept], expected_n)
     left_out = ignoring_N == checks.IGNORED_TARGET
@@ -278,7 +278,7 @@ def test_a_row_with_target_minus_100_counts_for_nothing(device, mode, trained):
 def test_entropy_and_argmax(device, dtype, mode, size):
     hidden_NH, weight_VH, _, target_N = problem(6, 5003, 24, dtype, device)
     hidden_NH = hidden_NH.detach() * size
-    logp_N, entropy_N, argmax_N = dispatch.linear_logprob(hidden_NH, weight_VH, target_N, mode=mode, statistics=True)
+    logp_N, entropy_N, argmax_N, collision_N = dispatch.linear_logprob(hidden_NH, weight_VH, target_N, mode=mode, statistics=True)
     logits_NV = hidden_NH.double() @ weight_VH.double().t()
     expected_N = torch.distributions.Categorical(logits=logits_NV).entropy()
     torch.testing.assert_close(entropy_N.double(), expected_N, atol=1e-4 * size**0.5, rtol=1e-4)
@@ -294,7 +294,7 @@ def test_a_logit_of_minus_infinity_has_no_probability(device, mode):
     with torch.no_grad():
         bias_V[:300] = -float("inf")
     target_N = target_N % 300 + 300
-    logp_N, entropy_N, _ = dispatch.linear_logprob(
+    logp_N, entropy_N, _, collision_N = dispatch.linear_logprob(
         hidden_NH, weight_VH, target_N, bias_V.detach(), mode=mode, statistics=True
     )
     expected_N = eager(hidden_NH, weight_VH[300:], bias_V[300:], target_N - 300)
