@@ -26,7 +26,7 @@ from tqdm import tqdm
 from benchmarks.grounding.language import DESCRIBE, caption, question
 from benchmarks.grounding.tower import NUM_CELLS, PIXEL_MEAN, PIXEL_STD, pretrained_tower, register
 from benchmarks.grounding.world import COLOURS, SIDE_PX, THINGS, Scene, WorldConfig, draw, rng_of, sample_scene
-from bpo.bootstrap.noise import NUM_STEPS, alpha_bar_S
+from bpo.data.noise import NUM_STEPS, alpha_bar_S
 
 IMAGE_TOKEN = "<image>"
 IGNORED = -100

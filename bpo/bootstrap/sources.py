@@ -17,13 +17,13 @@ from bpo.bootstrap.engines.text import Reply, TextGenerator
 from bpo.bootstrap.engines.vision import VisionGenerator, VisionRequest, special_tokens_of
 from bpo.bootstrap.inject import InjectionRequest, Mode, build_request, choose_mode, question_of
 from bpo.bootstrap.job.outcomes import Outcome, Status
-from bpo.bootstrap.seeds import derive_seed
 from bpo.bootstrap.validate import Refusal, refusal
 from bpo.bootstrap.weaken import choose_weakening
 from bpo.config.bootstrap import RegenerateConfig, Source
 from bpo.config.training import Config
 from bpo.data.encode import Encoder
 from bpo.formats.images import ImageError, load_image
+from bpo.job.seeds import derive_seed
 from bpo.records import Annotation, Provenance
 
 

@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from bpo.bootstrap.noise import diffuse
-from bpo.bootstrap.seeds import derive_seed
 from bpo.config.bootstrap import WeakenConfig
 from bpo.data.encode import EncodedImages
 from bpo.data.families import Family
+from bpo.data.noise import diffuse
 from bpo.data.padding import Colour, pad_to_square
+from bpo.job.seeds import derive_seed
 
 NO_NOISE = -1
 MASK_CELLS = 14

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from bpo.bootstrap.seeds import derive_seed
+from bpo.job.seeds import derive_seed
 
 
 def balance_rank(seed: int, source: str, record_id: str) -> int:

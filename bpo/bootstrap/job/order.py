@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from bpo.bootstrap.seeds import derive_seed
+from bpo.job.seeds import derive_seed
 
 WINDOW_BATCHES = 64  # a power of two
 

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from bpo.bootstrap.changes import ChangeLexicon, find_changes
-from bpo.bootstrap.seeds import derive_seed
 from bpo.config.measure import MeasureConfig
+from bpo.job.seeds import derive_seed
 from bpo.records import PreferenceGroup
 
 RESAMPLES = 200  # of the records, for standard errors

@@ -9,12 +9,12 @@ import numpy as np
 
 from bpo.bootstrap.measure.discriminator import discriminate
 from bpo.bootstrap.measure.pairs import Sample, TextPair, sample_rank
-from bpo.bootstrap.seeds import derive_seed
 from bpo.bootstrap.select.differences import Imbalance, Rows, differences
 from bpo.bootstrap.select.selection import NONE, select
 from bpo.bootstrap.select.weights import solve_weights
 from bpo.config.measure import MeasureConfig
 from bpo.config.select import SelectConfig
+from bpo.job.seeds import derive_seed
 
 WEIGHT_DIGITS = 4
 MIN_WEIGHT = 0.01  # a pair of less costs as much as any other

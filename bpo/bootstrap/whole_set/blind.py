@@ -18,7 +18,6 @@ import numpy as np
 
 from bpo.bootstrap.job.outcomes import Outcome
 from bpo.bootstrap.measure.margins import log_mean_probability
-from bpo.bootstrap.seeds import derive_seed
 from bpo.bootstrap.whole_set.content import hash64
 from bpo.bootstrap.whole_set.items import FORBIDDEN
 from bpo.bootstrap.whole_set.permute import Cost
@@ -28,6 +27,7 @@ from bpo.bootstrap.whole_set.takers import Annotations
 from bpo.config.training import Config
 from bpo.data.encode import EncodedGroup, EncodedImages, EncodingError
 from bpo.formats.images import ImageError, image_bytes_digest, load_image
+from bpo.job.seeds import derive_seed
 from bpo.model.group_scores import GroupScorer
 from bpo.records import Annotation
 

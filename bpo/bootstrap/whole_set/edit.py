@@ -15,7 +15,6 @@ from bpo.bootstrap.changes import load_lexicon
 from bpo.bootstrap.completion_types import PROVENANCE_SOURCES
 from bpo.bootstrap.inject import choose_mode, question_of
 from bpo.bootstrap.job.outcomes import Outcome
-from bpo.bootstrap.seeds import derive_seed
 from bpo.bootstrap.validate import REASONS, content_key, count_words, refusal
 from bpo.bootstrap.whole_set.blind import Plausibility
 from bpo.bootstrap.whole_set.content import ContentReader, hash64
@@ -25,6 +24,7 @@ from bpo.bootstrap.whole_set.permute import Search, near_content, permute
 from bpo.bootstrap.whole_set.slots import SlotFinder, phrase_of, put
 from bpo.bootstrap.whole_set.takers import NO, SURPLUS, YES, Annotations, Takers
 from bpo.config.training import Config
+from bpo.job.seeds import derive_seed
 from bpo.records import Annotation, Provenance
 
 # Slots of a record that are tried in turn.

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bpo.bootstrap.seeds import derive_seed
 from bpo.bootstrap.whole_set.items import FORBIDDEN, Items
+from bpo.job.seeds import derive_seed
 
 Cost = Callable[[np.ndarray, np.ndarray], np.ndarray]
 Order = Callable[[int], tuple[np.ndarray, ...]]

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 from bpo.bootstrap.changes import ChangeLexicon, load_lexicon, words_of
 from bpo.bootstrap.inject import choose_mode, question_of
-from bpo.bootstrap.seeds import derive_seed
 from bpo.bootstrap.whole_set.content import ContentReader
 from bpo.config.negatives import EditKind
 from bpo.config.training import Config
 from bpo.formats.lexicon import singular_forms
+from bpo.job.seeds import derive_seed
 from bpo.records import Annotation
 
 _WORD = re.compile(r"\d+|[^\W\d_]+(?:['’-][^\W\d_]+)*")

@@ -17,7 +17,6 @@ from bpo.bootstrap.inject import choose_mode, question_of
 from bpo.bootstrap.job.outcomes import Outcome
 from bpo.bootstrap.measure.hardness import ObjectTruth
 from bpo.bootstrap.reply_forms import expects_yes_or_no, yes_or_no
-from bpo.bootstrap.seeds import derive_seed
 from bpo.bootstrap.validate import REASONS, count_words, refusal
 from bpo.bootstrap.whole_set.content import ContentReader, hash64
 from bpo.bootstrap.whole_set.features import ImageFeatures
@@ -27,6 +26,7 @@ from bpo.bootstrap.whole_set.permute import Cost, Order, Search, near_content, p
 from bpo.bootstrap.whole_set.sentences import sentence_spans
 from bpo.bootstrap.whole_set.takers import NO, SURPLUS, YES, Annotations, Takers
 from bpo.config.training import Config
+from bpo.job.seeds import derive_seed
 from bpo.records import Annotation, Provenance
 
 # Refusals that depend on the text alone: such an annotation is neither given nor gets another.

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from tqdm import trange
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from bpo.bootstrap.noise import NUM_STEPS, alpha_bar_S
+from bpo.data.noise import NUM_STEPS, alpha_bar_S
 
 from .sprites import NUM_OBJECTS
 from .vocabulary import PIXEL_MEAN, PIXEL_STD

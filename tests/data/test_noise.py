@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bpo.bootstrap.noise import alpha_bar_S, diffuse
-from bpo.bootstrap.seeds import derive_seed
+from bpo.data.noise import alpha_bar_S, diffuse
 
 
 @pytest.mark.parametrize(
@@ -36,10 +35,3 @@ def test_a_step_outside_the_schedule_is_an_error(step: int) -> None:
 def test_noise_of_another_shape_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"\(2,\).*\(3,\)"):
         diffuse(torch.zeros(2), 5, torch.zeros(3))
-
-
-def test_seeds_differ_by_every_name_and_fit_in_a_json_number() -> None:
-    seeds = {derive_seed(s, *names) for s in (0, 1) for names in [("a",), ("b",), ("a", "b"), ("a", 0), ("ab",)]}
-    assert len(seeds) == 10
-    assert all(0 <= seed < 2**53 for seed in seeds)
-    assert derive_seed(0, "record-7", "weaken") == derive_seed(0, "record-7", "weaken")
