@@ -7,12 +7,13 @@ Shape letter: P pairs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.nn.functional import softplus
+from torch.nn.functional import logsigmoid
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +65,10 @@ class PairValues:
         """
         chosen_P, rejected_P = self.chosen_ratio_P, self.rejected_ratio_P
         if self.divergence == "js":
-            return chosen_P - rejected_P - (softplus(chosen_P) - softplus(rejected_P))
+            return logsigmoid(chosen_P) - logsigmoid(rejected_P)
         if self.divergence in ("alpha", "forward_kl"):
             alpha = 1.0 if self.divergence == "forward_kl" else self.divergence_alpha
-            return (capped_exp(-alpha * rejected_P) - capped_exp(-alpha * chosen_P)) / alpha
+            return power_reward(chosen_P, alpha) - power_reward(rejected_P, alpha)
         return chosen_P - rejected_P
 
     @property
@@ -76,7 +77,11 @@ class PairValues:
         return self.beta_P * self.margin_P
 
 
-def capped_exp(x: torch.Tensor) -> torch.Tensor:
-    """exp(x), at most the largest finite number of its dtype: a pair far from the reference must not become NaN."""
-    limit = torch.log(torch.tensor(torch.finfo(x.dtype).max, dtype=x.dtype)).item() - 1e-3
-    return torch.exp(torch.clamp(x, max=limit))
+def power_reward(ratio_P: torch.Tensor, alpha: float) -> torch.Tensor:
+    """(1 - u^-alpha) / alpha of log u, at least minus a 10,000th of the largest number of its dtype.
+
+    By expm1, so that it approaches log u for small alpha instead of cancelling. The bound keeps the difference of two
+    rewards, and its product with beta, finite: a pair far from the reference must not become NaN.
+    """
+    limit = math.log(torch.finfo(ratio_P.dtype).max) + min(0.0, math.log(alpha)) - math.log(10_000)
+    return -torch.expm1(torch.clamp(-alpha * ratio_P, max=limit)) / alpha
