@@ -2,30 +2,26 @@
 
 The answer is generated from the weakened image *only*. Contrasting clean and noised logits, as visual contrastive
 decoding does, would move it away from the prior, the opposite of the goal here.
-
-Shape letters: H, W height and width of a picture in pixels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from PIL import Image
 
 from bpo.config.bootstrap import WeakenConfig
 from bpo.data.encode import EncodedImages
 from bpo.data.families import Family
-from bpo.data.noise import diffuse
+from bpo.data.noise import diffuse_images
 from bpo.data.padding import Colour, pad_to_square
+from bpo.data.pictures import mask_picture, noise_picture, normalisation
 from bpo.job.seeds import derive_seed
 
 NO_NOISE = -1
-MASK_CELLS = 14
-_GREY = 127
 
 Kind = Literal["none", "noise", "crop", "mask", "no-image"]
 
@@ -73,17 +69,11 @@ def weaken_images(images: EncodedImages, family: Family, noise_step: int, seed: 
     if noise_step == NO_NOISE or not images.places:
         return images
     generator = torch.Generator().manual_seed(derive_seed(seed, "noise"))
-    pixels = images.inputs["pixel_values"].float()
-    noised = diffuse(pixels, noise_step, family.noise_like(pixels, generator))
-    return replace(images, inputs={**images.inputs, "pixel_values": noised})
+    return diffuse_images(images, family, noise_step, generator)
 
 
 class PictureWeakener:
     """Weakens pictures before the image processor, so that they can also be sent to a server.
-
-    Noise in pixel space is x'_t = mean + std * x_t of the pixel values x' = mean + std * x, with x the normalised
-    values, clipped to 0..1 and rounded to 1/255. If nothing is clipped and the processor does not scale the picture,
-    the result equals noise in normalised space with the same epsilon, up to that rounding.
 
     Args:
         mean, std: Per channel, from the image processor (pixel values 0..1).
@@ -100,15 +90,14 @@ class PictureWeakener:
         padding: Colour | None = None,
     ):
         self.weakening, self.options, self.padding = weakening, options, padding
-        self._mean_311 = torch.tensor(mean, dtype=torch.float32).reshape(3, 1, 1)
-        self._std_311 = torch.tensor(std, dtype=torch.float32).reshape(3, 1, 1)
+        self._mean, self._std = mean, std
         self._generator = torch.Generator().manual_seed(derive_seed(weakening.seed, "noise"))
 
     def __call__(self, picture: Image.Image) -> Image.Image:
         if self.weakening.kind == "crop":
             return self._crop(picture)
         if self.weakening.kind == "mask":
-            return self._mask(picture)
+            return mask_picture(picture, self.options.mask_share, self._generator)
         if self.weakening.kind == "noise" and self.weakening.space == "pixel":
             return self._noise(picture)
         return picture
@@ -117,12 +106,8 @@ class PictureWeakener:
         assert self.weakening.noise_step is not None
         if self.padding is not None:
             picture = pad_to_square(picture, self.padding)
-        values_3HW = torch.from_numpy(np.array(_scaled(picture, self.options.pixel_side))).permute(2, 0, 1) / 255
-        clean_3HW = (values_3HW - self._mean_311) / self._std_311
-        epsilon_3HW = torch.randn(clean_3HW.shape, generator=self._generator, dtype=torch.float32)
-        noised_3HW = self._mean_311 + self._std_311 * diffuse(clean_3HW, self.weakening.noise_step, epsilon_3HW)
-        bytes_HW3 = (noised_3HW.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0)
-        return Image.fromarray(bytes_HW3.numpy())
+        scaled = _scaled(picture, self.options.pixel_side)
+        return noise_picture(scaled, self.weakening.noise_step, self._mean, self._std, self._generator)
 
     def _crop(self, picture: Image.Image) -> Image.Image:
         """A region with `crop_share` of the picture's area and its aspect ratio."""
@@ -132,18 +117,6 @@ class PictureWeakener:
         top = self._draw(picture.height - height + 1)
         return picture.crop((left, top, left + width, top + height))
 
-    def _mask(self, picture: Image.Image) -> Image.Image:
-        """The picture with `mask_share` of its 14 x 14 cells painted grey."""
-        hidden = round(self.options.mask_share * MASK_CELLS**2)
-        order = torch.randperm(MASK_CELLS**2, generator=self._generator)
-        covered = picture.copy()
-        for cell in order[:hidden].tolist():
-            row, column = divmod(cell, MASK_CELLS)
-            left, right = (picture.width * at // MASK_CELLS for at in (column, column + 1))
-            top, bottom = (picture.height * at // MASK_CELLS for at in (row, row + 1))
-            covered.paste((_GREY, _GREY, _GREY), (left, top, right, bottom))
-        return covered
-
     def _draw(self, below: int) -> int:
         return int(torch.randint(below, (1,), generator=self._generator))
 
@@ -152,8 +125,7 @@ def picture_weakener(
     weakening: Weakening, options: WeakenConfig, image_processor: Any | None, padding: Colour | None = None
 ) -> PictureWeakener:
     """A weakener with the image processor's mean and standard deviation; 0.5 per channel without a processor."""
-    mean = getattr(image_processor, "image_mean", None) or [0.5] * 3
-    std = getattr(image_processor, "image_std", None) or [0.5] * 3
+    mean, std = normalisation(image_processor)
     return PictureWeakener(weakening, options, mean, std, padding)
 
 

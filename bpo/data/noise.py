@@ -5,9 +5,15 @@ Shape letters: S diffusion steps.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from bpo.data.encode import EncodedImages
+    from bpo.data.families import Family
 
 NUM_STEPS = 1000
 BETA_MIN, BETA_MAX = 1e-5, 0.5e-2
@@ -38,3 +44,14 @@ def diffuse(pixels: torch.Tensor, step: int, epsilon: torch.Tensor) -> torch.Ten
         raise ValueError(f"pixels {tuple(pixels.shape)} and noise {tuple(epsilon.shape)} differ in shape")
     alpha_bar = float(alpha_bar_S()[step])
     return alpha_bar**0.5 * pixels + (1 - alpha_bar) ** 0.5 * epsilon
+
+
+def diffuse_images(images: EncodedImages, family: Family, step: int, generator: torch.Generator) -> EncodedImages:
+    """The images of one prompt with their normalised pixels at `step`, in fp32; all other inputs as they are.
+
+    Raises:
+        ValueError: `step` is not in the schedule.
+    """
+    pixels = images.inputs["pixel_values"].float()
+    noised = diffuse(pixels, step, family.noise_like(pixels, generator))
+    return replace(images, inputs={**images.inputs, "pixel_values": noised})

@@ -14,11 +14,12 @@ from PIL import Image
 
 from bpo.bootstrap.engines.vision import ChatVisionGenerator, TransformersVisionGenerator, VisionRequest
 from bpo.bootstrap.sources import ImageAnswers
-from bpo.bootstrap.weaken import MASK_CELLS, PictureWeakener, Weakening, choose_weakening, weaken_images
+from bpo.bootstrap.weaken import PictureWeakener, Weakening, choose_weakening, weaken_images
 from bpo.config.bootstrap import BootstrapConfig, WeakenConfig
 from bpo.config.training import Config, DataConfig, ModelConfig
 from bpo.data.encode import load_encoder
 from bpo.data.noise import diffuse
+from bpo.data.pictures import MASK_CELLS
 from bpo.formats.files import read_annotations
 from bpo.model.load import load_model
 from bpo.records import ContentPart, Turn
