@@ -59,7 +59,7 @@ def _implementation(operation: str, tensor: Tensor) -> ModuleType:
         return plain
     try:
         # Import statements: torch.compile cannot trace importlib.
-        from . import linear_logprob, linear_preference_loss, logprob_gather, preference_loss
+        from . import linear_logprob, linear_preference_loss, logprob_gather, preference_loss, second_target
     except ImportError as error:
         raise ImportError(
             f"kernels: {tensor.device} uses Triton, which cannot be imported ({error}): install triton, "
@@ -70,6 +70,7 @@ def _implementation(operation: str, tensor: Tensor) -> ModuleType:
         "linear_preference_loss": linear_preference_loss,
         "logprob_gather": logprob_gather,
         "preference_loss": preference_loss,
+        "second_target_logprob": second_target,
     }
     return modules[operation]
 

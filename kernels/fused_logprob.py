@@ -2,9 +2,10 @@
 
 Legend: N rows (response tokens), H hidden size, V vocabulary, T tiles of the vocabulary.
 
-Each tile of [BLOCK_N rows, BLOCK_V columns] stores its row maxima, sums of exponentials and, on request, moments and
-argmax in [T, N] arrays; the program whose tile contains a row's target stores that logit. There are no atomic additions
-and the second kernel joins the tiles in order, so results are deterministic and do not depend on other rows.
+Each tile of [BLOCK_N rows, BLOCK_V columns] stores its row maxima, sums of exponentials and, on request, moments, sums
+of squared exponentials and argmax in [T, N] arrays; the program whose tile contains a row's target stores that logit.
+There are no atomic additions and the second kernel joins the tiles in order, so results are deterministic and do not
+depend on other rows.
 """
 
 from __future__ import annotations
@@ -84,6 +85,7 @@ def fused_logprob_kernel(
     max_ptr,
     sum_ptr,
     moment_ptr,
+    square_ptr,
     argmax_ptr,
     target_logit_ptr,
     N,
@@ -151,6 +153,7 @@ def fused_logprob_kernel(
         if WITH_STATISTICS:
             moment = tl.sum(tl.where(exponential > 0.0, exponential * z, 0.0), 1)
             tl.store(moment_ptr + partial, moment, mask=row < N)
+            tl.store(square_ptr + partial, tl.sum(exponential * exponential, 1), mask=row < N)
 
 
 @triton.jit
@@ -158,12 +161,14 @@ def join_tiles_kernel(
     max_ptr,
     sum_ptr,
     moment_ptr,
+    square_ptr,
     argmax_ptr,
     target_logit_ptr,
     target_ptr,
     logp_ptr,
     entropy_ptr,
     highest_ptr,
+    collision_ptr,
     N,
     V,
     T,
@@ -176,6 +181,7 @@ def join_tiles_kernel(
     row_max = tl.full([BLOCK_N], -float("inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_N], tl.float32)
     row_moment = tl.zeros([BLOCK_N], tl.float32)
+    row_square = tl.zeros([BLOCK_N], tl.float32)
     highest = tl.zeros([BLOCK_N], tl.int32)
     for start in range(0, T, BLOCK_T):
         tile = start + tl.arange(0, BLOCK_T)
@@ -192,6 +198,8 @@ def join_tiles_kernel(
         if WITH_STATISTICS:
             tile_moment = tl.load(moment_ptr + place, mask=exists, other=0.0) + tile_shift * tile_sum
             row_moment = tl.exp(shift) * (row_moment + shift * row_sum) + tl.sum(tl.exp(tile_shift) * tile_moment, 0)
+            tile_square = tl.exp(2.0 * tile_shift) * tl.load(square_ptr + place, mask=exists, other=0.0)
+            row_square = tl.exp(2.0 * shift) * row_square + tl.sum(tile_square, 0)
             candidate = tl.load(argmax_ptr + place, mask=exists, other=2147483647)
             candidate = tl.where(tile_max == block_max[None, :], candidate, 2147483647)
             highest = tl.where(block_max > row_max, tl.min(candidate, 0), highest)
@@ -205,6 +213,8 @@ def join_tiles_kernel(
     if WITH_STATISTICS:
         tl.store(entropy_ptr + row, tl.where(ignored, 0.0, log_sum - row_moment / row_sum), mask=row < N)
         tl.store(highest_ptr + row, tl.where(ignored, -1, highest).to(tl.int64), mask=row < N)
+        collision = tl.log(row_square) - 2.0 * log_sum
+        tl.store(collision_ptr + row, tl.where(ignored, 0.0, collision), mask=row < N)
 
 
 def _arch(device: torch.device) -> int | str:
@@ -233,9 +243,10 @@ def _resident_programs(device: torch.device) -> int:
 def fused_rows(
     hidden_NH: Tensor, weight_VH: Tensor, target_N: Tensor, head: Head, statistics: bool, budget_bytes: int
 ) -> RowOutputs:
-    """Log-probs of the targets, with `statistics` also entropy and argmax.
+    """Log-probs of the targets, with `statistics` also entropy, argmax and collision.
 
-    Uses `8 N ceil(V / BLOCK_V)` bytes of temporaries, twice that with `statistics`. `budget_bytes` is not used.
+    Uses `8 N ceil(V / BLOCK_V)` bytes of temporaries, `20 N ceil(V / BLOCK_V)` with `statistics`. `budget_bytes` is not
+    used.
     """
     num_rows, vocab, device = hidden_NH.shape[0], weight_VH.shape[0], hidden_NH.device
     hidden_NH, weight_VH, target_N = hidden_NH.contiguous(), weight_VH.contiguous(), align(target_N)
@@ -245,16 +256,17 @@ def fused_rows(
     float32: dict[str, Any] = {"dtype": torch.float32, "device": device}
     logp_N, target_logit_N = torch.empty(2, num_rows, **float32)
     max_TN, sum_TN = torch.empty(2, num_tiles, num_rows, **float32)
-    entropy_N = moment_TN = argmax_TN = highest_N = None
+    entropy_N = collision_N = moment_TN = square_TN = argmax_TN = highest_N = None
     if statistics:
-        entropy_N, moment_TN = torch.empty_like(logp_N), torch.empty_like(max_TN)
+        entropy_N, collision_N = torch.empty_like(logp_N), torch.empty_like(logp_N)
+        moment_TN, square_TN = torch.empty(2, num_tiles, num_rows, **float32)
         argmax_TN = torch.empty_like(max_TN, dtype=torch.int32)
         highest_N = torch.empty_like(logp_N, dtype=torch.int64)
-    outputs = RowOutputs(logp_N, entropy_N, highest_N)
+    outputs = RowOutputs(logp_N, entropy_N, highest_N, collision_N)
     if num_rows == 0:
         return outputs
     num_programs = min(_resident_programs(device), triton.cdiv(num_rows, config.BLOCK_N) * num_tiles)
-    partials = (max_TN, sum_TN, moment_TN, argmax_TN, target_logit_N)
+    partials = (max_TN, sum_TN, moment_TN, square_TN, argmax_TN, target_logit_N)
     with torch.cuda.device_of(hidden_NH):
         fused_logprob_kernel[(num_programs,)](
             hidden_NH,
@@ -279,7 +291,7 @@ def fused_rows(
         join_tiles_kernel[(triton.cdiv(num_rows, JOIN_BLOCK_N),)](
             *partials,
             target_N,
-            *(logp_N, entropy_N, highest_N),
+            *(logp_N, entropy_N, highest_N, collision_N),
             *(num_rows, vocab, num_tiles),
             IGNORED=IGNORED_TARGET,
             WITH_STATISTICS=statistics,

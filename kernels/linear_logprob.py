@@ -47,8 +47,8 @@ def _forward(
     keeps_hidden_grad: bool,
     keeps_dlogits: bool,
     statistics: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Log-probs, entropy and argmax [N]; D @ W [N, H]; D [N, V]; empty if not requested."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Log-probs, entropy, argmax and collision [N]; D @ W [N, H]; D [N, V]; empty if not requested."""
     plan = HeadPlan(mode, step, keeps_hidden_grad, keeps_dlogits)
     with torch.autocast(hidden_NH.device.type, enabled=False):
         outputs, unit_grad_NH, kept_NV = head_forward(
@@ -58,6 +58,7 @@ def _forward(
         outputs.logp_n,
         or_empty(outputs.entropy_n, outputs.logp_n),
         or_empty(outputs.argmax_n, target_N, dtype=torch.int64),
+        or_empty(outputs.collision_n, outputs.logp_n),
         or_empty(unit_grad_NH, hidden_NH, 0, 0),
         or_empty(kept_NV, hidden_NH, 0, weight_VH.shape[0]),
     )
@@ -76,13 +77,14 @@ def _(
     keeps_hidden_grad: bool,
     keeps_dlogits: bool,
     statistics: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     num_rows = hidden_NH.shape[0]
     asked = num_rows if statistics else 0
     return (
         hidden_NH.new_empty(num_rows, dtype=torch.float32),
         hidden_NH.new_empty(asked, dtype=torch.float32),
         hidden_NH.new_empty(asked, dtype=torch.int64),
+        hidden_NH.new_empty(asked, dtype=torch.float32),
         hidden_NH.new_empty(hidden_NH.shape if keeps_hidden_grad else (0, 0)),
         hidden_NH.new_empty(num_rows if keeps_dlogits else 0, weight_VH.shape[0]),
     )
@@ -145,7 +147,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
     # The weight itself, not a view: ZeRO-3 gathers the parameter again before the backward.
-    ctx.save_for_backward(hidden_NH, weight_VH, target_N, bias_V, *output[3:])
+    ctx.save_for_backward(hidden_NH, weight_VH, target_N, bias_V, *output[4:])
 
 
 def _gradient(ctx: Any, grad_logp_N: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
@@ -206,7 +208,7 @@ def linear_logprob(
     mode: str = "auto",
     budget_bytes: int | None = None,
     statistics: bool = False,
-) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, ...]:
     """Log-probs of the targets, without the [N, V] logits of all rows; see `plain.linear_logprob`.
 
     On CUDA targets are not range-checked; the log-prob of one outside [0, V) is NaN.
@@ -219,7 +221,7 @@ def linear_logprob(
     needs_hidden = grad and hidden_NH.requires_grad
     size, kind = (hidden_NH.shape[0], weight_VH.shape[0]), (hidden_NH.dtype, hidden_NH.device)
     plan = plan_head(mode, *size, *kind, needs_hidden, needs_head, budget_bytes, without_gradient(hidden_NH.dtype))
-    logp_N, entropy_N, argmax_N, _, _ = _forward(
+    logp_N, *of_rows, _, _ = _forward(
         hidden_NH,
         weight_VH,
         target_N.contiguous(),
@@ -232,4 +234,4 @@ def linear_logprob(
         plan.keeps_dlogits,
         statistics,
     )
-    return (logp_N, entropy_N, argmax_N) if statistics else logp_N
+    return (logp_N, *of_rows) if statistics else logp_N

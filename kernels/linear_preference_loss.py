@@ -41,6 +41,8 @@ def _forward(
     pairs_P2: Tensor,
     token_weight_N: Tensor | None,
     completion_starts_K1: Tensor | None,
+    pair_beta_P: Tensor | None,
+    pair_weight_P: Tensor | None,
     softcap: float | None,
     scale: float,
     beta: float,
@@ -76,6 +78,8 @@ def _forward(
         pairs_P2,
         token_weight_N,
         completion_starts_K1,
+        pair_beta_P,
+        pair_weight_P,
         beta,
         label_smoothing,
         loss_type,
@@ -97,6 +101,8 @@ def _(
     pairs_P2: Tensor,
     token_weight_N: Tensor | None,
     completion_starts_K1: Tensor | None,
+    pair_beta_P: Tensor | None,
+    pair_weight_P: Tensor | None,
     softcap: float | None,
     scale: float,
     beta: float,
@@ -203,8 +209,8 @@ def _(
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden_NH, weight_VH, target_N, bias_V = inputs[:4]
     batch = inputs[7:11]  # completions of the tokens, pairs, weights, offsets
-    ctx.softcap, ctx.scale = inputs[11:13]
-    ctx.step, ctx.keeps_hidden_grad = inputs[17:19]
+    ctx.softcap, ctx.scale = inputs[13:15]
+    ctx.step, ctx.keeps_hidden_grad = inputs[19:21]
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1], output[2], *output[4:])
     # The weight itself, not a view: ZeRO-3 gathers the parameter again before the backward.
@@ -212,7 +218,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _gradient(ctx: Any, grad_losses_P: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
-    unused = [None] * 16
+    unused = [None] * 18
     grad_logp_N = others[2]
     if grad_losses_P is None and grad_logp_N is None:
         return None, None, None, None, *unused
@@ -264,19 +270,13 @@ def _(
     return gemm_flops(hidden, weight[0], gemms)
 
 
-def _constant(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.detach()
-
-
 def _check_tokens(hidden_NH: Tensor, completion_of_token_N: Tensor, pairs_P2: Tensor, *others: Any) -> None:
     """`check_preference_loss` for log-probs that do not exist yet."""
-    token_weight_N, num_completions, completion_starts_K1 = others
+    token_weight_N, num_completions, *optional = others
     if num_completions is None and hidden_NH.is_cuda:
         num_completions = 0  # used only in the index checks, which are skipped on CUDA
     logp_N = hidden_NH.new_empty(hidden_NH.shape[0], dtype=torch.float32)
-    check_preference_loss(
-        logp_N, logp_N, completion_of_token_N, pairs_P2, token_weight_N, num_completions, completion_starts_K1
-    )
+    check_preference_loss(logp_N, logp_N, completion_of_token_N, pairs_P2, token_weight_N, num_completions, *optional)
 
 
 def linear_preference_loss(
@@ -298,6 +298,8 @@ def linear_preference_loss(
     token_weight_N: Tensor | None = None,
     completion_starts_K1: Tensor | None = None,
     num_completions: int | None = None,
+    pair_beta_P: Tensor | None = None,
+    pair_weight_P: Tensor | None = None,
     mode: str = "auto",
     budget_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -306,7 +308,7 @@ def linear_preference_loss(
     check_linear_logprob(hidden_NH, weight_VH, target_N, bias, softcap, mode, budget_bytes)
     check_reference(reference, reference_weight_VH, reference_bias, hidden_NH, weight_VH)
     check_triton_dtype("hidden_NH", hidden_NH)
-    optional = (token_weight_N, num_completions, completion_starts_K1)
+    optional = (token_weight_N, num_completions, completion_starts_K1, pair_beta_P, pair_weight_P)
     _check_tokens(hidden_NH, completion_of_token_N, pairs_P2, *optional)
     hidden_NH = autocast_hidden(hidden_NH)
     num_rows, is_live = hidden_NH.shape[0], reference.dim() == 2
@@ -322,12 +324,14 @@ def linear_preference_loss(
         target_N.contiguous(),
         bias,
         reference.detach().to(hidden_NH.dtype) if is_live else reference.detach(),
-        _constant(reference_weight_VH),
-        _constant(reference_bias),
+        pairs_module.constant(reference_weight_VH),
+        pairs_module.constant(reference_bias),
         completion_of_token_N,
         pairs_P2,
-        _constant(token_weight_N),
+        pairs_module.constant(token_weight_N),
         completion_starts_K1,
+        pairs_module.constant(pair_beta_P),
+        pairs_module.constant(pair_weight_P),
         softcap,
         scale,
         beta,

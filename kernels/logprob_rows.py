@@ -29,7 +29,7 @@ from torch import Tensor
 from .checks import HALVES, IGNORED_TARGET, align
 from .fused_logprob import finish_logits
 from .head import Head, RowOutputs
-from .online_softmax import LOWEST, lane_moment_update, lane_softmax_update
+from .online_softmax import LOWEST, lane_moment_update, lane_softmax_update, lane_square_update
 
 # 512 threads with 96 entries each leave enough of the 128 registers that a thread of such a block has. Unpacked fp32
 # entries of D use more of them.
@@ -59,6 +59,7 @@ def logprob_rows_kernel(
     logp_ptr,
     entropy_ptr,
     argmax_ptr,
+    collision_ptr,
     dlogits_ptr,
     N,
     V,
@@ -81,6 +82,7 @@ def logprob_rows_kernel(
             if WITH_STATISTICS:
                 tl.store(entropy_ptr + row, 0.0)
                 tl.store(argmax_ptr + row, -1)
+                tl.store(collision_ptr + row, 0.0)
             if WITH_DLOGITS:
                 leave_row_out(dlogits_ptr + row * V, V, BLOCK_V)
         else:
@@ -91,6 +93,7 @@ def logprob_rows_kernel(
             lane_max = tl.full([BLOCK_V], LOWEST, tl.float32)
             lane_sum = tl.zeros([BLOCK_V], tl.float32)
             lane_moment = tl.zeros([BLOCK_V], tl.float32)
+            lane_square = tl.zeros([BLOCK_V], tl.float32)
             lane_highest = tl.zeros([BLOCK_V], tl.int32)
             for tile in tl.range(0, num_tiles):
                 column = tile * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -99,6 +102,7 @@ def logprob_rows_kernel(
                 z = finish_logits(z, column, inside, bias_ptr, softcap, scale, HAS_BIAS, HAS_SOFTCAP)
                 if WITH_STATISTICS:
                     lane_moment = lane_moment_update(lane_max, lane_sum, lane_moment, z)
+                    lane_square = lane_square_update(lane_max, lane_square, z)
                     lane_highest = tl.where(z > lane_max, column, lane_highest)
                 lane_max, lane_sum = lane_softmax_update(lane_max, lane_sum, z)
             row_max = tl.max(lane_max, 0)
@@ -111,6 +115,8 @@ def logprob_rows_kernel(
                 highest = tl.min(tl.where(lane_max == row_max, lane_highest, 2147483647), 0)
                 tl.store(entropy_ptr + row, log_sum - moment / row_sum)
                 tl.store(argmax_ptr + row, highest.to(tl.int64))
+                square = tl.sum(lane_square * tl.exp(2.0 * lane_shift), 0)
+                tl.store(collision_ptr + row, tl.log(square) - 2.0 * log_sum)
 
             if WITH_DLOGITS:
                 # dlogits may be the logits' own memory: a thread reads its entries of a tile before it writes them.
@@ -244,6 +250,7 @@ def rows_from_logits(
     logp_n = torch.empty(num_rows, dtype=torch.float32, device=logits_nV.device)
     entropy_n = torch.empty_like(logp_n) if statistics else None
     argmax_n = torch.empty_like(logp_n, dtype=torch.int64) if statistics else None
+    collision_n = torch.empty_like(logp_n) if statistics else None
     plain = head.bias_V is None and head.softcap is None and not statistics
     config = row_config(vocab, dtype, plain=plain)
     target_n = align(target_n)
@@ -271,6 +278,7 @@ def rows_from_logits(
             logp_n,
             entropy_n,
             argmax_n,
+            collision_n,
             dlogits_nV,
             num_rows,
             vocab,
@@ -282,4 +290,4 @@ def rows_from_logits(
             num_warps=config.num_warps,
             **common,
         )
-    return RowOutputs(logp_n, entropy_n, argmax_n)
+    return RowOutputs(logp_n, entropy_n, argmax_n, collision_n)

@@ -31,3 +31,10 @@ def lane_moment_update(lane_max, lane_sum, lane_moment, z):
     risen = tl.where(small > 0.0, small * (lane_moment - difference * lane_sum), 0.0)
     added = lane_moment + tl.where(small > 0.0, small * difference, 0.0)
     return tl.where(difference > 0.0, risen, added)
+
+
+@triton.jit
+def lane_square_update(lane_max, lane_square, z):
+    """Updates the sums of squared exponentials, given the maxima before `z` is added."""
+    small = tl.exp(-tl.abs(z - lane_max))
+    return tl.where(z > lane_max, lane_square * small * small + 1.0, lane_square + small * small)

@@ -85,16 +85,17 @@ class _SecondTarget(torch.autograd.Function):
         needs_logp, needs_hidden, needs_weight, _, _, needs_bias = ctx.needs_input_grad[:6]
         grad_N = grad_N.masked_fill(_masked(target_N, second_N), 0.0)
         moved_N = grad_N.masked_fill(target_N == second_N, 0.0)
-        coefficient_N1, second_N1 = -(moved_N * slope_N)[:, None], (moved_N * second_slope_N)[:, None]
+        coefficient_N, second_coefficient_N = -moved_N * slope_N, moved_N * second_slope_N
+        targets = (target_N, second_N, coefficient_N, second_coefficient_N)
         grad_hidden_NH = grad_weight_VH = grad_bias_V = None
         if needs_hidden:
-            grad_hidden_NH = coefficient_N1 * weight_rows(weight_VH, target_N, hidden_NH.dtype)
-            grad_hidden_NH += second_N1 * weight_rows(weight_VH, second_N, hidden_NH.dtype)
+            grad_hidden_NH = coefficient_N[:, None] * _weight_rows(weight_VH, target_N, hidden_NH.dtype)
+            grad_hidden_NH += second_coefficient_N[:, None] * _weight_rows(weight_VH, second_N, hidden_NH.dtype)
             grad_hidden_NH = grad_hidden_NH.to(hidden_NH.dtype)
         if needs_weight:
-            grad_weight_VH = weight_gradient(hidden_NH, weight_VH, target_N, second_N, coefficient_N1, second_N1)
+            grad_weight_VH = scattered(weight_VH, *targets, hidden_NH)
         if needs_bias:
-            grad_bias_V = _scattered(bias_V, target_N, second_N, coefficient_N1[:, 0], second_N1[:, 0])
+            grad_bias_V = scattered(bias_V, *targets)
         return grad_N if needs_logp else None, grad_hidden_NH, grad_weight_VH, None, None, grad_bias_V, None, None
 
 
@@ -102,7 +103,7 @@ def _masked(target_N: Tensor, second_N: Tensor) -> Tensor:
     return (target_N == IGNORED_TARGET) | (second_N == IGNORED_TARGET)
 
 
-def weight_rows(weight_VH: Tensor, index_N: Tensor, dtype: torch.dtype) -> Tensor:
+def _weight_rows(weight_VH: Tensor, index_N: Tensor, dtype: torch.dtype) -> Tensor:
     """Rows [N, H] of the weight, rounded to the dtype of the head's products and converted to that of log-probs."""
     return weight_VH[index_N.clamp(min=0)].to(dtype).to(statistics_dtype(dtype))
 
@@ -116,7 +117,7 @@ def _logit(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Logit [N] of one token per row, and its derivative [N] with respect to the logit before scale and cap."""
-    rows_NH = weight_rows(weight_VH, index_N, hidden_NH.dtype)
+    rows_NH = _weight_rows(weight_VH, index_N, hidden_NH.dtype)
     z_N = (hidden_NH.to(rows_NH.dtype) * rows_NH).sum(dim=1)
     if bias_V is not None:
         z_N += bias_V[index_N.clamp(min=0)]
@@ -128,29 +129,26 @@ def _logit(
     return z_N, slope_N
 
 
-def weight_gradient(
-    hidden_NH: Tensor,
-    weight_VH: Tensor,
+def scattered(
+    like: Tensor,
     target_N: Tensor,
     second_N: Tensor,
-    coefficient_N1: Tensor,
-    second_coefficient_N1: Tensor,
+    coefficient_N: Tensor,
+    second_coefficient_N: Tensor,
+    hidden_NH: Tensor | None = None,
 ) -> Tensor:
-    """Gradient [V, H] of the weight, summed in fp32 whatever its dtype: many rows may have the same token."""
-    hidden = hidden_NH.to(coefficient_N1.dtype)
-    return _scattered(weight_VH, target_N, second_N, coefficient_N1 * hidden, second_coefficient_N1 * hidden)
+    """Sum of the coefficients of each token, times its rows' hidden states if given, as `like` [V] or [V, H].
 
-
-def _scattered(like: Tensor, target_N: Tensor, second_N: Tensor, values: Tensor, second_values: Tensor) -> Tensor:
-    """Sum of each token's values, in the shape and dtype of `like` [V, ...].
-
-    The order of the sums is fixed: on CUDA, indexed assignment sorts the indices, where `index_add_` adds atomically.
+    Summed in fp32 whatever the dtype of `like`, in a fixed order: on CUDA, `index_put_` sorts the indices, where
+    `index_add_` adds atomically.
     """
-    total = torch.zeros(like.shape, dtype=values.dtype, device=values.device)
-    for index_N, part in ((target_N, values), (second_N, second_values)):
-        index_N = index_N.clamp(min=0, max=like.shape[0] - 1)
+    total = torch.zeros(like.shape, dtype=coefficient_N.dtype, device=like.device)
+    for index_N, values in ((target_N, coefficient_N), (second_N, second_coefficient_N)):
+        if hidden_NH is not None:
+            values = values[:, None] * hidden_NH.to(values.dtype)
+        index_N = index_N.long().clamp(min=0, max=like.shape[0] - 1)
         if total.is_cuda:
-            total.index_put_((index_N,), part, accumulate=True)
+            total.index_put_((index_N,), values, accumulate=True)
         else:
-            total.index_add_(0, index_N, part)
+            total.index_add_(0, index_N, values)
     return total.to(like.dtype)

@@ -7,6 +7,8 @@ position in the batch nor on the pairs that use it. Its first piece belongs to a
 piece begins in exactly one block of PIECE tokens, whose first token belongs to the same completion: one program per
 block finds its piece, or that there is none, from that token's completion.
 
+A pair's side outside the completions, such as an anchor (-1), is the constant 0: nothing is read or written for it.
+
 Sums over the pairs of a completion are integer sums, which give the same bits in any order of the pairs.
 """
 
@@ -42,6 +44,15 @@ def pair_loss(margin, beta, slope, LOSS_TYPE: tl.constexpr):
         loss = slope * x + tl.maximum(-x, 0.0) + log1p
         derivative = beta * (slope - tl.where(x > 0.0, small, 1.0) / rounded)
     return loss, derivative
+
+
+@triton.jit
+def pair_number(numbers_ptr, pair, exists, GIVEN: tl.constexpr):
+    """The pair's own factor in fp32; 1 if there are none, and for a pair that does not exist."""
+    if GIVEN:
+        return tl.load(numbers_ptr + pair, mask=exists, other=1.0).to(tl.float32)
+    else:
+        return 1.0
 
 
 @triton.jit
@@ -114,11 +125,15 @@ def preference_loss_direct_kernel(
     chosen_ptr,
     rejected_ptr,
     derivative_ptr,
+    pair_beta_ptr,
+    pair_weight_ptr,
     K,
     P,
     beta,
     slope,
     LOSS_TYPE: tl.constexpr,
+    HAS_PAIR_BETA: tl.constexpr,
+    HAS_PAIR_WEIGHT: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -130,11 +145,13 @@ def preference_loss_direct_kernel(
     chosen_ratio = sum_of_tokens(policy_ptr, reference_ptr, weight_ptr, first, last, HAS_WEIGHT, BLOCK_N)
     first, last = bounds(starts_ptr, rejected, (rejected >= 0) & (rejected < K))
     rejected_ratio = sum_of_tokens(policy_ptr, reference_ptr, weight_ptr, first, last, HAS_WEIGHT, BLOCK_N)
+    exists = pair < P
+    beta *= pair_number(pair_beta_ptr, pair, exists, HAS_PAIR_BETA)
+    weight = pair_number(pair_weight_ptr, pair, exists, HAS_PAIR_WEIGHT)
     loss, derivative = pair_loss(chosen_ratio - rejected_ratio, beta, slope, LOSS_TYPE)
     rewards = (beta * chosen_ratio, beta * rejected_ratio)
-    store_pair(
-        loss_ptr, chosen_ptr, rejected_ptr, derivative_ptr, pair, pair < P, loss, rewards[0], rewards[1], derivative
-    )
+    results = (weight * loss, rewards[0], rewards[1], weight * derivative)
+    store_pair(loss_ptr, chosen_ptr, rejected_ptr, derivative_ptr, pair, exists, *results)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -191,11 +208,15 @@ def preference_loss_pairs_kernel(
     chosen_ptr,
     rejected_ptr,
     derivative_ptr,
+    pair_beta_ptr,
+    pair_weight_ptr,
     K,
     P,
     beta,
     slope,
     LOSS_TYPE: tl.constexpr,
+    HAS_PAIR_BETA: tl.constexpr,
+    HAS_PAIR_WEIGHT: tl.constexpr,
     PIECE: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -207,11 +228,12 @@ def preference_loss_pairs_kernel(
     rejected = tl.load(pairs_ptr + 2 * pair + 1, mask=exists, other=-1).to(tl.int64)
     chosen_ratio = joined_sum(starts_ptr, sums_ptr, chosen, exists, K, PIECE, ROWS, COLUMNS)
     rejected_ratio = joined_sum(starts_ptr, sums_ptr, rejected, exists, K, PIECE, ROWS, COLUMNS)
+    beta *= pair_number(pair_beta_ptr, pair, exists, HAS_PAIR_BETA)
+    weight = pair_number(pair_weight_ptr, pair, exists, HAS_PAIR_WEIGHT)
     loss, derivative = pair_loss(chosen_ratio - rejected_ratio, beta, slope, LOSS_TYPE)
     rewards = (beta * chosen_ratio, beta * rejected_ratio)
-    store_pair(
-        loss_ptr, chosen_ptr, rejected_ptr, derivative_ptr, pair, exists, loss, rewards[0], rewards[1], derivative
-    )
+    results = (weight * loss, rewards[0], rewards[1], weight * derivative)
+    store_pair(loss_ptr, chosen_ptr, rejected_ptr, derivative_ptr, pair, exists, *results)
 
 
 @triton.jit

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from . import preference_kernels as kernels
 from . import preference_sizes as sizes
-from .checks import align, check_preference_loss, check_preference_options, check_triton_dtype
+from .checks import ANCHOR, align, check_preference_loss, check_preference_options, check_triton_dtype
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,7 @@ def _batch(completion_N: Tensor, pairs_P2: Tensor, starts_K1: Tensor | None) -> 
     """The completions as stored or, without offsets, sorted: those of the pairs, then the tokens of no pair.
 
     When sorting, K is unknown and indices are arbitrary: a completion's new index is its rank among all pairs' sides.
+    Anchors, which are no completions, keep a negative index.
     """
     completion_N, pairs_P2 = completion_N.contiguous(), pairs_P2.contiguous()
     if starts_K1 is not None:
@@ -66,7 +67,35 @@ def _batch(completion_N: Tensor, pairs_P2: Tensor, starts_K1: Tensor | None) -> 
     sorted_N, order_N = place_N.where(is_named_N, sides_M.shape[0]).sort(stable=True)
     bounds = torch.arange(sides_M.shape[0] + 2, dtype=torch.int32, device=sides_M.device)
     starts_K1 = torch.searchsorted(sorted_N, bounds)
-    return _Batch(sorted_N, torch.searchsorted(sides_M, pairs_P2.to(sides_M.dtype)), starts_K1, order_N)
+    ranks_P2 = torch.searchsorted(sides_M, pairs_P2.to(sides_M.dtype)).masked_fill_(pairs_P2 < 0, ANCHOR)
+    return _Batch(sorted_N, ranks_P2, starts_K1, order_N)
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """What is computed for each pair.
+
+    rows: losses, rewards of both sides, derivatives [P], to be written.
+    beta_P, weight_P: own factors of beta and of the loss, or None.
+    slope: encodes the label smoothing.
+    """
+
+    rows: list[Tensor]
+    beta_P: Tensor | None
+    weight_P: Tensor | None
+    beta: float
+    slope: float
+    loss_type: str
+
+    @property
+    def pointers(self) -> tuple[Tensor | None, ...]:
+        factors = (self.beta_P, self.weight_P)
+        return *self.rows, *(None if factor is None else factor.contiguous() for factor in factors)
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        given = {"HAS_PAIR_BETA": self.beta_P is not None, "HAS_PAIR_WEIGHT": self.weight_P is not None}
+        return {"LOSS_TYPE": self.loss_type} | given
 
 
 @torch.library.custom_op("bpo_kernels::preference_loss_fwd", mutates_args=())
@@ -77,6 +106,8 @@ def forward(
     pairs_P2: Tensor,
     token_weight_N: Tensor | None,
     completion_starts_K1: Tensor | None,
+    pair_beta_P: Tensor | None,
+    pair_weight_P: Tensor | None,
     beta: float,
     label_smoothing: float,
     loss_type: str,
@@ -88,15 +119,15 @@ def forward(
         return rows[0], rows[1], rows[2], rows[3]
     # See plain._pair_losses: both smoothed losses are a log-sigmoid plus a linear term.
     slope = label_smoothing if loss_type == "sigmoid" else -label_smoothing / (1 - 2 * label_smoothing)
-    loss_options = (beta, slope, "sigmoid" if loss_type == "robust" else loss_type)
+    pairs = _Pairs(rows, pair_beta_P, pair_weight_P, beta, slope, "sigmoid" if loss_type == "robust" else loss_type)
     batch = _batch(completion_of_token_N, pairs_P2, completion_starts_K1)
     policy_N, reference_N = batch.sorted(policy_logp_N), batch.sorted(reference_logp_N)
     weight_N = batch.sorted(token_weight_N)
     with torch.cuda.device_of(policy_logp_N):
         if sizes.is_direct(num_tokens, num_pairs):
-            _launch_direct(batch, policy_N, reference_N, weight_N, rows, *loss_options)
+            _launch_direct(batch, policy_N, reference_N, weight_N, pairs)
         else:
-            _launch_sums_and_pairs(batch, policy_N, reference_N, weight_N, rows, *loss_options)
+            _launch_sums_and_pairs(batch, policy_N, reference_N, weight_N, pairs)
     return rows[0], rows[1], rows[2], rows[3]
 
 
@@ -105,10 +136,7 @@ def _launch_direct(
     policy_N: Tensor,
     reference_N: Tensor,
     weight_N: Tensor | None,
-    rows: list[Tensor],
-    beta: float,
-    slope: float,
-    loss_type: str,
+    pairs: _Pairs,
 ) -> None:
     kernels.preference_loss_direct_kernel[(batch.pairs_P2.shape[0],)](
         policy_N,
@@ -116,12 +144,12 @@ def _launch_direct(
         batch.pairs_P2,
         weight_N,
         batch.starts_K1,
-        *rows,
+        *pairs.pointers,
         batch.num_completions,
         batch.pairs_P2.shape[0],
-        beta,
-        slope,
-        LOSS_TYPE=loss_type,
+        pairs.beta,
+        pairs.slope,
+        **pairs.constants,
         HAS_WEIGHT=weight_N is not None,
         BLOCK_N=sizes.BLOCK_N,
         num_warps=sizes.NUM_WARPS,
@@ -133,10 +161,7 @@ def _launch_sums_and_pairs(
     policy_N: Tensor,
     reference_N: Tensor,
     weight_N: Tensor | None,
-    rows: list[Tensor],
-    beta: float,
-    slope: float,
-    loss_type: str,
+    pairs: _Pairs,
 ) -> None:
     num_tokens, num_pairs = policy_N.shape[0], batch.pairs_P2.shape[0]
     piece = sizes.piece_tokens(num_tokens)
@@ -162,12 +187,12 @@ def _launch_sums_and_pairs(
         batch.pairs_P2,
         batch.starts_K1,
         sums,
-        *rows,
+        *pairs.pointers,
         num_completions,
         num_pairs,
-        beta,
-        slope,
-        LOSS_TYPE=loss_type,
+        pairs.beta,
+        pairs.slope,
+        **pairs.constants,
         PIECE=piece,
         ROWS=sizes.PAIR_ROWS,
         COLUMNS=sizes.PAIR_COLUMNS,
@@ -183,6 +208,8 @@ def _(
     pairs_P2: Tensor,
     token_weight_N: Tensor | None,
     completion_starts_K1: Tensor | None,
+    pair_beta_P: Tensor | None,
+    pair_weight_P: Tensor | None,
     beta: float,
     label_smoothing: float,
     loss_type: str,
@@ -292,11 +319,16 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 def _gradient(ctx: Any, grad_losses_P: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if grad_losses_P is None:
-        return (None,) * 9
-    return backward(grad_losses_P, *ctx.saved_tensors), *[None] * 8
+        return (None,) * 11
+    return backward(grad_losses_P, *ctx.saved_tensors), *[None] * 10
 
 
 forward.register_autograd(_gradient, setup_context=_save)
+
+
+def constant(tensor: Tensor | None) -> Tensor | None:
+    """`tensor` without its graph."""
+    return None if tensor is None else tensor.detach()
 
 
 def preference_loss(
@@ -310,6 +342,8 @@ def preference_loss(
     token_weight_N: Tensor | None = None,
     num_completions: int | None = None,
     completion_starts_K1: Tensor | None = None,
+    pair_beta_P: Tensor | None = None,
+    pair_weight_P: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Losses [P] and the detached rewards of both sides [P], fp32; see `plain.preference_loss`.
 
@@ -327,14 +361,18 @@ def preference_loss(
         token_weight_N,
         num_completions,
         completion_starts_K1,
+        pair_beta_P,
+        pair_weight_P,
     )
     losses_P, chosen_rewards_P, rejected_rewards_P, _ = forward(
         policy_logp_N,
         reference_logp_N.detach(),
         completion_of_token_N,
         pairs_P2,
-        None if token_weight_N is None else token_weight_N.detach(),
+        constant(token_weight_N),
         completion_starts_K1,
+        constant(pair_beta_P),
+        constant(pair_weight_P),
         beta,
         label_smoothing,
         loss_type,

@@ -55,7 +55,10 @@ def moved_bytes(
     num_completions: int,
     has_weight: bool = False,
     *,
+    has_pair_beta: bool = False,
+    has_pair_weight: bool = False,
     tokens_of_pairs: int | None = None,
+    anchors: int = 0,
     later_pieces: int = 0,
     later_pieces_of_pairs: int = 0,
     empty_tiles: int = 0,
@@ -66,7 +69,9 @@ def moved_bytes(
     Args:
         num_tokens, num_pairs, num_completions: N, P, K.
         has_weight: with fp32 token weights.
+        has_pair_beta, has_pair_weight: with fp32 factors of each pair, which only the forward reads.
         tokens_of_pairs: sum over the pairs of the tokens of both sides (None: N, each completion is in one pair).
+        anchors: sides of pairs that are the constant 0.
         later_pieces: pieces that are not their completion's first; `cdiv(length, piece_tokens(N)) - 1` each.
         later_pieces_of_pairs: sum over the pairs of the later pieces of both sides.
         empty_tiles: tiles of GRAD_ROWS completions without a token.
@@ -75,22 +80,23 @@ def moved_bytes(
     An atomic addition counts as a load and a store.
     """
     per_token, blocks = 2 * logp_bytes + 4 * has_weight, num_blocks(num_tokens)
-    outputs = num_pairs * 4 * 4
+    of_pairs = num_pairs * (4 * 4 + 4 * has_pair_beta + 4 * has_pair_weight)
+    sides = 2 * num_pairs - anchors  # their offsets are read
     if is_direct(num_tokens, num_pairs):
         tokens = num_tokens if tokens_of_pairs is None else tokens_of_pairs
-        forward = tokens * per_token + num_pairs * (16 + 2 * 16) + outputs
+        forward = tokens * per_token + num_pairs * 16 + sides * 16 + of_pairs
     else:
         # Offsets of each completion, and for each block, of all rows of its tile; then sums, read by each pair.
         forward = num_tokens * per_token + num_completions * 16 + blocks * (8 + SUM_ROWS * 16)
         forward += 4 * (num_completions + blocks)
-        forward += num_pairs * (16 + 2 * (16 + 4)) + 4 * later_pieces_of_pairs + outputs
+        forward += num_pairs * 16 + sides * (16 + 4) + 4 * later_pieces_of_pairs + of_pairs
     backward = num_tokens * (logp_bytes + 4 * has_weight) + num_completions * 16 + blocks * (8 + GRAD_ROWS * 16)
     busy_tiles = cdiv(num_completions, GRAD_ROWS) - empty_tiles + later_pieces
     if num_pairs <= DIRECT_PAIRS:
         return forward, backward + busy_tiles * num_pairs * (8 + 16)
     peaks = num_peaks(num_pairs, num_completions)
     backward += num_pairs * 8 + peaks * 4 + num_completions * 8
-    backward += cdiv(num_pairs, BLOCK_P) * peaks * 4 + 4 + num_pairs * (8 + 2 * (8 + 16))
+    backward += cdiv(num_pairs, BLOCK_P) * peaks * 4 + 4 + num_pairs * (8 + 2 * 8) + sides * 16
     backward += busy_tiles * 4 + (num_completions + (later_pieces - empty_tiles) * GRAD_ROWS) * 8
     return forward, backward
 

@@ -167,7 +167,7 @@ def test_a_pair_outside_the_completions_writes_nowhere(device, path, on_triton):
     given = [batch[name] for name in ("policy", "reference", "completion")]
     pairs_P2 = torch.tensor([[0, 2], [-1, 1], [0, 1]], device=device)
     losses_P, chosen_P, rejected_P, derivative_P = preference_loss.forward(
-        *given, pairs_P2, None, batch["starts"], 0.1, 0.0, "hinge"
+        *given, pairs_P2, None, batch["starts"], None, None, 0.1, 0.0, "hinge"
     )
     assert rejected_P[0] == chosen_P[1] == 0.0 and losses_P.isfinite().all()
     coefficient_P = torch.tensor([1.0, 2.0, 4.0], device=device)
