@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image
@@ -24,6 +24,7 @@ from bpo.formats.usable import NO_PAIR, distinct_answers
 from bpo.records import PreferenceGroup, Turn
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 # Private-use characters that replace a literal in the user's text while the chat template is rendered.
 _LITERAL = "\ue0f0{}\ue0f1"
@@ -333,7 +334,9 @@ class Encoder:
         """Encodes an answer and its end token; control tokens spelled in it are plain text."""
         return (*self._encode_plain(response), self.eos_token_id)
 
-    def encode_group(self, group: PreferenceGroup, images: EncodedImages | None = None) -> EncodedGroup | Dropped:
+    def encode_group(
+        self, group: PreferenceGroup, images: EncodedImages | None = None, longest_prefix: int = 0
+    ) -> EncodedGroup | Dropped:
         """Encodes a group; completions are truncated to `max_length_tokens`, prompt and images are not.
 
         Completions with equal tokens are merged, keeping the higher score, because they do not form a pair.
@@ -345,14 +348,21 @@ class Encoder:
             The encoded group, or `Dropped` if the prompt leaves no room or no pair is left.
         """
         prompt = self.encode_prompt(group.id, group.images if images is None else images, group.prompt)
-        room = self.max_length_tokens - len(prompt.prefix_ids)
+        room = self.max_length_tokens - max(len(prompt.prefix_ids), longest_prefix)
         if room < 1:
             return Dropped(group.id, "prompt-too-long", self.too_long(prompt))
         best = distinct_answers(group.completions, lambda c: self.encode_completion(c.response)[:room])
         if best is None:
             return Dropped(group.id, *NO_PAIR)
-        scores, weights = zip(*best.values(), strict=True)
-        return EncodedGroup(prompt, tuple(best), scores, weights)
+        kept = [completion for _, completion in best]
+        return EncodedGroup(
+            prompt,
+            tuple(ids for ids, _ in best),
+            tuple(completion.score for completion in kept),
+            tuple(completion.weight for completion in kept),
+            _unless_all([completion.beta for completion in kept], 1.0),
+            described=_unless_all([completion.view for completion in kept], ""),
+        )
 
     def too_long(self, prompt: EncodedPrompt) -> str:
         """Says how long a prompt is that leaves no room for an answer, and which options make room."""
@@ -366,6 +376,11 @@ class Encoder:
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(list(ids), skip_special_tokens=True).strip()
+
+
+def _unless_all(values: Sequence[T], default: T) -> tuple[T, ...]:
+    """The values, or an empty tuple if all are the default."""
+    return () if all(value == default for value in values) else tuple(values)
 
 
 def _check_ids(tokenizer: Any, model_config: Any, image_token_id: int) -> None:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from bpo.config.training import DataConfig
 from bpo.formats.bad_records import BadRecords, share
-from bpo.formats.exporters import write_jsonl, write_paper, write_trl_jsonl, write_trl_parquet
+from bpo.formats.exporters import trl_pairs, write_jsonl, write_paper, write_trl_jsonl, write_trl_parquet
 from bpo.formats.image_folder import ImageFolder
 from bpo.formats.images import read_image_file, relative_image_path
 from bpo.formats.importers.registry import SCHEMAS, Source, open_source
@@ -88,11 +88,19 @@ def convert(
     embeds = target == "trl" and output.suffix == ".parquet"
     records = _records(source, result, images, progress)
     if embeds or image_root is not None:
-        records = (replace(r, images=tuple(relative_image_path(root, i) for i in r.images)) for r in records)
+        records = (_with_relative_paths(record, root) for record in records)
     records = _fitting(records, source, result, target, root if embeds else None)
     _write(records, output, target, root, result)
     result.num_images = images.num_written
     return result
+
+
+def _with_relative_paths(record: Annotation | PreferenceGroup, root: Path) -> Annotation | PreferenceGroup:
+    images = tuple(relative_image_path(root, image) for image in record.images)
+    if isinstance(record, Annotation):
+        return replace(record, images=images)
+    other_images = tuple(relative_image_path(root, image) for image in record.other_images)
+    return replace(record, images=images, other_images=other_images)
 
 
 def _records(
@@ -133,10 +141,10 @@ def _fitting(
 def _check_target(record: Annotation | PreferenceGroup, target: Target, image_root: Path | None) -> None:
     """Raises `RecordError` if the target cannot hold the record or an image to embed cannot be read."""
     if image_root is not None:
-        for image in record.images:
+        for image in (*record.images, *(record.other_images if isinstance(record, PreferenceGroup) else ())):
             read_image_file(image_root, image)
-    if target == "trl" and isinstance(record, PreferenceGroup) and len({c.score for c in record.completions}) < 2:
-        raise RecordError("no-preference", f"group {record.id!r}: all completions have the same score; TRL needs pairs")
+    if target == "trl" and isinstance(record, PreferenceGroup):
+        trl_pairs(record)
 
 
 def _write(

@@ -16,10 +16,16 @@ from bpo.formats.problems import RecordError
 # (name or None, content, where) -> the path that replaces the image in the record.
 PutImage = Callable[[str | None, bytes, str], str]
 IMAGE_FIELDS = ("image", "images")
+OTHER_IMAGES, OTHER_COLUMN = "other_images", "bpo_other_images"  # of groups, and of their rows in TRL's format
 # Fields of an object that holds the path or URL of an image, and those that it may have in addition.
 _PATH_KEYS = ("path", "url", "image", "image_url", "file_name", "filename")
 _OTHER_KEYS = frozenset(("type", "detail", "bytes"))
 _NUMBERED = re.compile(r"<image_\d+>")
+
+
+def image_fields(record: Mapping[str, Any]) -> tuple[str, ...]:
+    """Returns the names of the fields that hold images in a record of this form."""
+    return (*IMAGE_FIELDS, OTHER_COLUMN, *([OTHER_IMAGES] if "completions" in record else []))
 
 
 def plain_images(record: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -28,13 +34,14 @@ def plain_images(record: Mapping[str, Any]) -> Mapping[str, Any]:
     Objects that hold only a path (`{"url": ...}`, `{"type": "image", "image": ...}`), nested lists, and lists as JSON
     text are replaced by what they hold; in MiniCPM's `{"<image_00>": path, ...}` the marker of each image by `<image>`.
     """
-    plain = {field: record[field] for field in IMAGE_FIELDS if record.get(field)}
+    plain = {field: record[field] for field in image_fields(record) if record.get(field)}
     for field, value in list(plain.items()):
-        if isinstance(value, Mapping) and all(_NUMBERED.fullmatch(str(key)) for key in value):
+        is_numbered = isinstance(value, Mapping) and all(_NUMBERED.fullmatch(str(key)) for key in value)
+        if is_numbered and field in IMAGE_FIELDS:
             return plain_images({name: record[name] for name in record if name != field} | _marked(record, value))
         if isinstance(value, (list, Mapping)) or (isinstance(value, str) and value[:1] == "["):
             plain[field] = _plain(value)
-    if len(plain) == 2 and plain["images"] in (plain["image"], [plain["image"]]):
+    if plain.keys() >= set(IMAGE_FIELDS) and plain["images"] in (plain["image"], [plain["image"]]):
         return {name: value for name, value in record.items() if name != "image"} | {"images": plain["images"]}
     return record if all(plain[field] is record[field] for field in plain) else {**record, **plain}
 
@@ -89,7 +96,7 @@ def take_embedded(value: Mapping[str, Any], where: str, put: PutImage) -> Mappin
             or `put` rejects an image.
     """
     changed = dict(value)
-    for field in IMAGE_FIELDS:
+    for field in image_fields(value):
         if field in value:
             changed[field] = _with_paths(value[field], where, put)
     for field, content in changed.items():

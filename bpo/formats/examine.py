@@ -165,10 +165,11 @@ def _of_record(outcome: Outcome, max_words: int) -> Iterator[tuple[str, str]]:
     else:
         answers = [completion.response for completion in record.completions]
         extras = [record.extra, *(completion.extra for completion in record.completions)]
-        scores = [completion.score for completion in record.completions]
-        if len(set(scores)) < 2 and not is_row:
+        if len({c.score for c in record.completions if not c.view}) < 2 and not is_row:
             yield "no-preference", "all completions have the same score"
-        elif len(set(zip(answers, scores, strict=True))) > len(set(answers)):
+        elif len({(c.view, c.response, c.score) for c in record.completions}) > len(
+            {(c.view, c.response) for c in record.completions}
+        ):
             yield "same-text", "completions with different scores have the same text"
     if not record.images:
         yield "text only", "the record has no image"
@@ -178,7 +179,9 @@ def _of_record(outcome: Outcome, max_words: int) -> Iterator[tuple[str, str]]:
         if len(answer) > 2 * max_words and (num_words := len(answer.split())) > max_words:
             yield "too-many-words", f"{num_words} words; the limit is {max_words}"
             break
-    yield from _odd_texts([*answers, *(turn.text for turn in record.prompt)])
+    others = record.auxiliary if isinstance(record, PreferenceGroup) else ()
+    turns = [*record.prompt, *(turn for entry in others for turn in entry.prompt)]
+    yield from _odd_texts([*answers, *(entry.response for entry in others), *(turn.text for turn in turns)])
 
 
 def _odd_texts(texts: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -199,7 +202,8 @@ def _odd_texts(texts: Sequence[str]) -> Iterator[tuple[str, str]]:
 def _images_of(outcome: Outcome) -> tuple[str, ...]:
     if isinstance(outcome, str):
         return ()
-    return outcome.group.images if isinstance(outcome, PairRow) else outcome.images
+    record = outcome.group if isinstance(outcome, PairRow) else outcome
+    return (*record.images, *(record.other_images if isinstance(record, PreferenceGroup) else ()))
 
 
 def forget_images() -> None:

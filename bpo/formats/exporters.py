@@ -9,12 +9,20 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
+from bpo.formats.embedded import OTHER_COLUMN
 from bpo.formats.fields import prompt_to_json
 from bpo.formats.images import read_image_file
 from bpo.formats.importers.preferences import CHOSEN_META, GROUP_META, REJECTED_META
 from bpo.formats.markers import IMAGE_MARKER
 from bpo.formats.problems import RecordError
-from bpo.formats.schema import annotation_to_json, group_from_paper, group_to_json
+from bpo.formats.schema import (
+    annotation_to_json,
+    auxiliary_to_json,
+    completion_to_json,
+    factors_to_json,
+    group_from_paper,
+    group_to_json,
+)
 from bpo.job.durable import replacing
 from bpo.records import Annotation, Completion, PreferenceGroup
 
@@ -67,7 +75,9 @@ def write_trl_jsonl(groups: Iterable[PreferenceGroup], path: Path, image_root: P
     with _whole_file(path) as file:
         for group in groups:
             for row in trl_rows(group):
-                file.write(_dump({**row, "images": list(group.images)}) + b"\n")
+                images = {"images": list(group.images)}
+                images |= {OTHER_COLUMN: list(group.other_images)} if group.other_images else {}
+                file.write(_dump({**row, **images}) + b"\n")
                 count += 1
     return count
 
@@ -84,11 +94,15 @@ def write_trl_parquet(groups: Iterable[PreferenceGroup], path: Path, image_root:
         import pyarrow.parquet
     except ImportError as error:
         raise ValueError(f"{path}: parquet requires pyarrow; pip install 'bpo[hub]'") from error
+
+    def embedded(images: Iterable[str]) -> list[dict[str, Any]]:
+        return [{"bytes": read_image_file(image_root, image).read_bytes(), "path": image} for image in images]
+
     schema = _parquet_schema(pyarrow)
     rows = (
-        {**row, "images": images}
+        {**row, **images}
         for group in groups
-        for images in [[{"bytes": read_image_file(image_root, i).read_bytes(), "path": i} for i in group.images]]
+        for images in [{"images": embedded(group.images), OTHER_COLUMN: embedded(group.other_images)}]
         for row in trl_rows(group)
     )
     count = 0
@@ -100,11 +114,12 @@ def write_trl_parquet(groups: Iterable[PreferenceGroup], path: Path, image_root:
 
 
 def trl_rows(group: PreferenceGroup) -> Iterator[dict[str, Any]]:
-    """Yields one row per pair of a group (all i, j with score_i > score_j), without images.
+    """Yields one row per pair of a group (see `trl_pairs`), without images.
 
     `prompt`, `chosen` and `rejected` are TRL messages. The columns `bpo_group`, `bpo_chosen` and `bpo_rejected` hold
-    as JSON what TRL has no columns for: the group's id and other fields, each completion's index, score, type,
-    provenance and weight. The importer uses them to reassemble the group.
+    as JSON what TRL has no columns for: the group's id, other fields, auxiliary prompts and completions of its other
+    images; each completion's index, score, type, provenance, weight, beta and weights of characters. The importer uses
+    them to reassemble the group.
 
     Raises:
         RecordError: All completions have the same score, so there is no pair.
@@ -113,16 +128,12 @@ def trl_rows(group: PreferenceGroup) -> Iterator[dict[str, Any]]:
     for turn in prompt:
         # All parts of a table need the same type; TRL writes image parts the same way.
         turn["content"] = [{"type": part["type"], "text": part.get("text")} for part in turn["content"]]
-    meta = {"id": group.id, "completions": len(group.completions), "extra": dict(group.extra)}
-    pairs = [
-        (i, j)
-        for i, first in enumerate(group.completions)
-        for j, second in enumerate(group.completions)
-        if first.score > second.score
-    ]
-    if not pairs:
-        raise RecordError("no-preference", f"group {group.id!r}: all completions have the same score; pairs need two")
-    for i, j in pairs:
+    meta: dict[str, Any] = {"id": group.id, "completions": len(group.completions), "extra": dict(group.extra)}
+    if group.auxiliary:
+        meta["auxiliary"] = auxiliary_to_json(group.auxiliary)
+    if others := [[index, completion_to_json(c)] for index, c in enumerate(group.completions) if c.view]:
+        meta["others"] = others
+    for i, j in trl_pairs(group):
         yield {
             "prompt": prompt,
             "chosen": _message(group.completions[i]),
@@ -133,6 +144,19 @@ def trl_rows(group: PreferenceGroup) -> Iterator[dict[str, Any]]:
         }
 
 
+def trl_pairs(group: PreferenceGroup) -> list[tuple[int, int]]:
+    """Returns all (i, j) with score_i > score_j of the completions that describe the group's images.
+
+    Raises:
+        RecordError: There is no pair.
+    """
+    own = [(index, completion.score) for index, completion in enumerate(group.completions) if not completion.view]
+    pairs = [(i, j) for i, score in own for j, other in own if score > other]
+    if not pairs:
+        raise RecordError("no-preference", f"group {group.id!r}: all completions have the same score; TRL needs pairs")
+    return pairs
+
+
 def _message(completion: Completion) -> list[dict[str, Any]]:
     return [{"role": "assistant", "content": [{"type": "text", "text": completion.response}]}]
 
@@ -140,8 +164,7 @@ def _message(completion: Completion) -> list[dict[str, Any]]:
 def _completion_meta(completion: Completion, index: int) -> str:
     meta = {"index": index, "score": completion.score, "type": completion.type, "extra": dict(completion.extra)}
     provenance = None if completion.provenance is None else completion.provenance.to_json()
-    meta |= {"weight": completion.weight} if completion.weight != 1 else {}
-    return json.dumps({**meta, "provenance": provenance})
+    return json.dumps({**meta, **factors_to_json(completion), "provenance": provenance})
 
 
 def _parquet_schema(pyarrow: Any) -> Any:
@@ -150,10 +173,11 @@ def _parquet_schema(pyarrow: Any) -> Any:
     messages = pyarrow.list_(pyarrow.struct([("role", text), ("content", pyarrow.list_(part))]))
     images = pyarrow.list_(pyarrow.struct([("bytes", pyarrow.binary()), ("path", text)]))
     columns = {"images": images, "prompt": messages, "chosen": messages, "rejected": messages}
-    columns |= {GROUP_META: text, CHOSEN_META: text, REJECTED_META: text}
+    columns |= {GROUP_META: text, CHOSEN_META: text, REJECTED_META: text, OTHER_COLUMN: images}
     value = {"dtype": "string", "_type": "Value"}
     turns = [{"role": value, "content": [{"type": value, "text": value}]}]
-    features: dict[str, Any] = {"images": {"feature": {"_type": "Image"}, "_type": "Sequence"}}
+    pictures = {"feature": {"_type": "Image"}, "_type": "Sequence"}
+    features: dict[str, Any] = {"images": pictures, OTHER_COLUMN: pictures}
     features |= {name: turns for name in ("prompt", "chosen", "rejected")}
     features |= {name: value for name in (GROUP_META, CHOSEN_META, REJECTED_META)}
     # `datasets` needs these features to decode the images.

@@ -11,8 +11,8 @@ from bpo.formats.markers import IMAGE_PART, Content, place_images
 from bpo.formats.problems import RecordError
 from bpo.records import ROLES, ContentPart, Role, Turn
 
-RECORD_KEYS = frozenset(("id", "images", "image", "prompt", "completions", "response"))
-# The product of two weights stays finite in the loss, and a number of another kind in this field is noticed.
+RECORD_KEYS = frozenset(("id", "images", "image", "prompt", "completions", "response", "other_images", "auxiliary"))
+# The product of two weights or betas stays finite in the loss, and a number of another kind in this field is noticed.
 MAX_WEIGHT = 1e6
 
 
@@ -123,6 +123,50 @@ def weight_of(value: Any, name: str, where: str) -> float:
     return float(value)
 
 
+def beta_of(value: Any, name: str, where: str) -> float:
+    """Returns the factor of a completion for the inverse temperature of its pairs.
+
+    Raises:
+        RecordError: The value is not a number above 0, up to `MAX_WEIGHT`.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= MAX_WEIGHT:
+        raise RecordError(
+            "invalid-beta",
+            f"{where}: {name} is {_short(value)}; it must be a number above 0, up to {MAX_WEIGHT:g}, or absent for 1",
+        )
+    return float(value)
+
+
+def spans_of(value: Any, text: str, name: str, where: str) -> tuple[tuple[int, int, float], ...]:
+    """Returns the weights of spans of a text, `[[start, end, weight], ...]` in characters.
+
+    Raises:
+        RecordError: The value is anything else; a span is empty or leaves the text, begins before the end of the one
+            before, or its weight is not a number from 0 to `MAX_WEIGHT`.
+    """
+    spans: list[tuple[int, int, float]] = []
+    for number, span in enumerate(value if isinstance(value, list) else [value]):
+        end_of_last = spans[-1][1] if spans else 0
+        if not _is_span(span, end_of_last, len(text)):
+            raise RecordError(
+                "invalid-weights",
+                f"{where}: {name}[{number}] is {_short(span)}; write a list of [start, end, weight] with integers "
+                f"{end_of_last} <= start < end <= {len(text)} (characters of the response, in ascending order) and a "
+                f"weight from 0 to {MAX_WEIGHT:g}",
+            )
+        spans.append((span[0], span[1], float(span[2])))
+    return tuple(spans)
+
+
+def _is_span(span: Any, first: int, length: int) -> bool:
+    if not isinstance(span, list) or len(span) != 3 or any(isinstance(number, bool) for number in span):
+        return False
+    start, end, weight = span
+    if not (isinstance(start, int) and isinstance(end, int) and isinstance(weight, (int, float))):
+        return False
+    return first <= start < end <= length and 0 <= weight <= MAX_WEIGHT
+
+
 def extra_of(
     obj: Mapping[str, Any], known: Collection[str], where: str, reserved: Collection[str] = RECORD_KEYS
 ) -> dict[str, Any]:
@@ -165,13 +209,18 @@ def refuse_unknown(obj: Mapping[str, Any], known: Collection[str], where: str) -
         raise RecordError("unknown-key", f"{where}: unknown key {unknown[0]!r}; known keys are {', '.join(known)}")
 
 
-def prompt_turns(prompt: Any, num_images: int, where: str) -> tuple[Turn, ...]:
+def prompt_turns(prompt: Any, num_images: int, where: str, *, may_start: bool = False) -> tuple[Turn, ...]:
     """Parses a prompt in bpo's format: text, or turns whose content is text or parts.
 
     `place_images` interprets `<image>` markers and places images without one.
 
+    Args:
+        may_start: Whether an assistant turn may follow the last user turn: the start of the answer, whose text is kept
+            exactly.
+
     Raises:
-        RecordError: The prompt is malformed, does not end with a user turn, or see `place_images`.
+        RecordError: The prompt is malformed, does not end with a user turn (or, with `may_start`, with the start of
+            the answer after one), or see `place_images`; the start is empty or has an image.
     """
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
@@ -179,11 +228,30 @@ def prompt_turns(prompt: Any, num_images: int, where: str) -> tuple[Turn, ...]:
         raise RecordError("wrong-type", f"{where}: field 'prompt' must be text or a non-empty list of turns")
     turns = [turn_of(turn, f"prompt[{number}]", where) for number, turn in enumerate(prompt)]
     last = turns[-1][0]
-    if last != "user":
+    starts = may_start and last == "assistant" and len(turns) > 1 and turns[-2][0] == "user"
+    if last != "user" and not starts:
+        otherwise = ", or the start of the answer directly after it" if may_start else ""
         raise RecordError(
-            "turn-order", f"{where}: field 'prompt' ends with role {last!r}; the last turn must be the user's"
+            "turn-order",
+            f"{where}: field 'prompt' ends with role {last!r}; the last turn must be the user's{otherwise}",
         )
-    return place_images(turns, num_images, where)
+    placed = place_images(turns, num_images, where)
+    if starts:
+        _check_start(placed[-1], where)
+    return placed
+
+
+def _check_start(start: Turn, where: str) -> None:
+    """Raises RecordError if the start of an answer has an image or no text."""
+    if start.num_images:
+        raise RecordError(
+            "image-parts",
+            f"{where}: the last turn of 'prompt', the start of the answer, has an image; move it to a user turn",
+        )
+    if not start.text.strip():
+        raise RecordError(
+            "empty-text", f"{where}: the last turn of 'prompt', the start of the answer, is empty; remove the turn"
+        )
 
 
 def turn_of(turn: Any, name: str, where: str) -> tuple[Role, Content]:

@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from bpo.formats.download import download
-from bpo.formats.embedded import IMAGE_FIELDS, take_embedded
+from bpo.formats.embedded import image_fields, take_embedded
 from bpo.formats.images import ImageError, decode_image, resolve_image_path
 from bpo.formats.problems import RecordError
 from bpo.job.durable import write_durably
@@ -37,7 +37,8 @@ class ImageFolder:
         record = take_embedded(record, where, self.put)
         if not self.fetches_urls:
             return record
-        return {name: self._fetched(value, where) if name in IMAGE_FIELDS else value for name, value in record.items()}
+        fields = image_fields(record)
+        return {name: self._fetched(value, where) if name in fields else value for name, value in record.items()}
 
     def put(self, name: str | None, content: bytes, where: str) -> str:
         """Writes an image and returns its path below the folder.

@@ -18,7 +18,7 @@ from bpo.formats.jsonfiles import Piece
 from bpo.formats.markers import refuse_marked_answer
 from bpo.formats.messages import lift_images, refuse_other_media
 from bpo.formats.problems import PROBLEMS, Problem, RecordError
-from bpo.records import Annotation, PreferenceGroup, Turn
+from bpo.records import Annotation, Completion, PreferenceGroup, Turn
 
 # (record, where) -> the record with embedded images replaced by paths.
 TakeImages = Callable[[Mapping[str, Any], str], Mapping[str, Any]]
@@ -109,15 +109,36 @@ def _checked(outcome: Outcome, where: str) -> Outcome:
     if isinstance(outcome, str):
         return outcome
     record = outcome.group if isinstance(outcome, PairRow) else outcome
-    answers = [record.response] if isinstance(record, Annotation) else [c.response for c in record.completions]
+    if isinstance(record, Annotation):
+        answers, prompts = [record.response], [record.prompt]
+    else:
+        answers = [entry.response for entry in (*record.completions, *record.auxiliary)]
+        prompts = [record.prompt, *(entry.prompt for entry in record.auxiliary)]
     refuse_marked_answer(answers, where)
-    if not any("\r\n" in text for text in [*answers, *(turn.text for turn in record.prompt)]):
+    if not any("\r\n" in text for text in [*answers, *(turn.text for prompt in prompts for turn in prompt)]):
         return outcome
     if isinstance(record, Annotation):
         return replace(record, prompt=_with_lf(record.prompt), response=_lf(record.response))
-    completions = tuple(replace(c, response=_lf(c.response)) for c in record.completions)
-    group = replace(record, prompt=_with_lf(record.prompt), completions=completions)
+    group = replace(
+        record,
+        prompt=_with_lf(record.prompt),
+        completions=tuple(map(_completion_with_lf, record.completions)),
+        auxiliary=tuple(replace(a, prompt=_with_lf(a.prompt), response=_lf(a.response)) for a in record.auxiliary),
+    )
     return replace(outcome, group=group) if isinstance(outcome, PairRow) else group
+
+
+def _completion_with_lf(completion: Completion) -> Completion:
+    """Returns the completion with CRLF as LF; its spans keep their characters, except for removed ones."""
+    text = completion.response
+    moved = [(_lf_length(text, start), _lf_length(text, end), w) for start, end, w in completion.token_weights]
+    spans = tuple(span for span in moved if span[0] < span[1])
+    return replace(completion, response=_lf(text), token_weights=spans)
+
+
+def _lf_length(text: str, end: int) -> int:
+    """Returns the length of the first `end` characters once every CR before an LF is removed."""
+    return end - text.count("\r\n", 0, end + 1)
 
 
 def _with_lf(prompt: tuple[Turn, ...]) -> tuple[Turn, ...]:

@@ -14,13 +14,15 @@ NO_PAIR = ("no-pair", "no two completions differ in both tokens and score")
 
 
 def keep_types(group: PreferenceGroup, types: Sequence[str]) -> PreferenceGroup:
-    """Keeps the completions with a weight that are top-scored or of the given types; empty `types` keeps all types."""
+    """Keeps the completions with a weight that are of the given types, or top-scored among those of the same images.
+
+    Empty `types` keeps all types.
+    """
     weighted = tuple(completion for completion in group.completions if completion.weight)
     if not types:
         return group if len(weighted) == len(group.completions) else replace(group, completions=weighted)
-    top = max((completion.score for completion in weighted), default=0.0)
-    kept: tuple[Completion, ...] = tuple(c for c in weighted if c.score == top or c.type in types)
-    return PreferenceGroup(group.id, group.images, group.prompt, kept)
+    top = {view: max(c.score for c in weighted if c.view == view) for view in {c.view for c in weighted}}
+    return replace(group, completions=tuple(c for c in weighted if c.score == top[c.view] or c.type in types))
 
 
 def refusal(group: PreferenceGroup, *, max_words: int, keep_text_only: bool) -> tuple[str, str] | None:
@@ -40,14 +42,19 @@ def refusal(group: PreferenceGroup, *, max_words: int, keep_text_only: bool) -> 
 
 def distinct_answers(
     completions: Iterable[Completion], answer_of: Callable[[Completion], Answer]
-) -> dict[Answer, tuple[float, float]] | None:
-    """Merges completions with equal answers (texts or token ids), keeping the higher score, then the higher weight.
+) -> list[tuple[Answer, Completion]] | None:
+    """Merges completions with equal answers (texts or token ids): the one with the higher score, then weight, is kept.
+
+    Those of the group's images and of its other images are not merged with each other.
 
     Returns:
-        Answer -> (score, weight), or None if no two answers differ in score (`NO_PAIR`).
+        The distinct answers with their completions, in order of their first occurrence, or None if no two answers that
+        describe the group's images differ in score (`NO_PAIR`).
     """
-    best: dict[Answer, tuple[float, float]] = {}
+    best: dict[tuple[str, Answer], Completion] = {}
     for completion in completions:
-        answer, value = answer_of(completion), (completion.score, completion.weight)
-        best[answer] = max(value, best.get(answer, value))
-    return best if len({score for score, _ in best.values()}) >= 2 else None
+        key = completion.view, answer_of(completion)
+        best[key] = max(best.get(key, completion), completion, key=lambda c: (c.score, c.weight))
+    if len({completion.score for completion in best.values() if not completion.view}) < 2:
+        return None
+    return [(answer, completion) for (_, answer), completion in best.items()]

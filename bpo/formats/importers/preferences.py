@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from bpo.formats.embedded import OTHER_COLUMN
 from bpo.formats.fields import answer_of, check_json, extra_of, id_text, prompt_turns, required, score_of, text_of
 from bpo.formats.importers.llava import (
     KNOWN_KEYS,
@@ -23,13 +24,21 @@ from bpo.formats.importers.names import TURN_FIELDS
 from bpo.formats.jsonfiles import parse_json
 from bpo.formats.messages import content_text, without_nulls
 from bpo.formats.problems import RecordError
-from bpo.formats.schema import completion_extra, provenance_from_json, weight_from_json
+from bpo.formats.schema import (
+    auxiliary_from_json,
+    completion_extra,
+    completion_from_json,
+    factors_from_json,
+    other_images_of,
+    provenance_from_json,
+)
 from bpo.records import Completion, PreferenceGroup
 
 # Columns added to TRL's by the exporter, so that groups survive a round trip through pairs.
 GROUP_META, CHOSEN_META, REJECTED_META = "bpo_group", "bpo_chosen", "bpo_rejected"
 TRL_KEYS = frozenset(
-    ("id", "image", "images", "prompt", "question", "chosen", "rejected", GROUP_META, CHOSEN_META, REJECTED_META)
+    ("id", "image", "images", "prompt", "question", "chosen", "rejected")
+    + (GROUP_META, CHOSEN_META, REJECTED_META, OTHER_COLUMN)
 )
 PAIR_KEYS = frozenset(("id", "idx", "image", "images", "question", "chosen", "rejected", "text"))
 
@@ -39,7 +48,8 @@ class PairRow:
     """One row of a group stored in several rows: a pair, or a single answer with a label.
 
     Attributes:
-        indices: Positions of the row's completions in the group; empty if the rows give their order.
+        indices: Positions of the row's completions in the group; empty if the rows give their order. The last two are
+            the row's pair; before them are those of the group's other images.
         num_completions: Number of completions of the group; 0 if it is the number of rows.
     """
 
@@ -64,9 +74,10 @@ def group_from_trl(obj: Mapping[str, Any], record_id: str, where: str) -> Prefer
     if prompt is None:
         return group_from_sharegpt(obj, record_id, where)
     images = conversation_images(obj, where)
-    turns = prompt_turns(without_nulls(prompt), len(images), where)
+    is_exported = obj.get(GROUP_META) is not None
+    turns = prompt_turns(without_nulls(prompt), len(images), where, may_start=is_exported)
     answers = [_last_answer(chosen, "chosen", where), _last_answer(rejected, "rejected", where)]
-    if GROUP_META in obj and obj[GROUP_META] is not None:
+    if is_exported:
         return _pair_row(obj, images, turns, answers, where)
     completions = (Completion(answers[0], 1.0, "chosen"), Completion(answers[1], 0.0, "rejected"))
     return PreferenceGroup(record_id, images, turns, completions, extra_of(obj, TRL_KEYS, where))
@@ -264,7 +275,8 @@ def _pair_row(
     obj: Mapping[str, Any], images: tuple[str, ...], turns: Any, answers: Sequence[str], where: str
 ) -> PairRow:
     meta = _meta(obj, GROUP_META, where)
-    completions, indices = [], []
+    other_images = other_images_of(obj.get(OTHER_COLUMN), OTHER_COLUMN, len(images), where)
+    indices, completions = _others(meta, bool(other_images), where)
     for name, answer in zip((CHOSEN_META, REJECTED_META), answers, strict=True):
         entry = _meta(obj, name, where)
         provenance = entry.get("provenance")
@@ -275,13 +287,25 @@ def _pair_row(
                 text_of(entry.get("type"), f"{name}.type", where),
                 None if provenance is None else provenance_from_json(provenance, f"{name}.provenance", where),
                 _object_in(entry, name, where),
-                weight_from_json(entry, name, where),
+                **factors_from_json(entry, answer, name, where),
             )
         )
         indices.append(_whole(entry, "index", name, where))
     extra = _object_in(meta, GROUP_META, where) | extra_of(obj, TRL_KEYS, where)
-    group = PreferenceGroup(id_text(meta.get("id"), where), images, turns, tuple(completions), extra)
-    return PairRow(group, (indices[0], indices[1]), _whole(meta, "completions", GROUP_META, where))
+    auxiliary = auxiliary_from_json(meta.get("auxiliary"), len(images), f"{where}: {GROUP_META}")
+    group_id = id_text(meta.get("id"), where)
+    group = PreferenceGroup(group_id, images, turns, tuple(completions), extra, other_images, auxiliary)
+    return PairRow(group, tuple(indices), _whole(meta, "completions", GROUP_META, where))
+
+
+def _others(meta: Mapping[str, Any], describes_others: bool, where: str) -> tuple[list[int], list[Completion]]:
+    """Returns the completions of the other images, which are in every row of a group, after their indices."""
+    entries = meta.get("others", [])
+    if not isinstance(entries, list) or not all(isinstance(entry, list) and len(entry) == 2 for entry in entries):
+        raise RecordError("wrong-type", f"{where}: {GROUP_META}.others must be a list of [index, completion]")
+    name = f"{GROUP_META}.others"
+    indices = [_whole({"index": index}, "index", name, where) for index, _ in entries]
+    return indices, [completion_from_json(c, name, where, describes_others=describes_others) for _, c in entries]
 
 
 def _meta(obj: Mapping[str, Any], name: str, where: str) -> dict[str, Any]:
