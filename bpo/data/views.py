@@ -63,9 +63,7 @@ def check_views(views: Mapping[str, ViewConfig]) -> None:
         if view.options and view.type in _READS:
             raise ValueError(f"{where}.options is for the types of plug-ins, not for `{view.type}`; remove it")
         if view.min_area > view.max_area:
-            raise ValueError(
-                f"{where}.min_area is {view.min_area:g}, above its max_area of {view.max_area:g}; swap them"
-            )
+            raise ValueError(f"{where}.min_area is {view.min_area:g}, above its max_area={view.max_area:g}; swap them")
         if view.type == "mask" and not masked_cells(view.share):
             raise ValueError(f"{where}.share is {view.share:g}, less than one of the mask's cells; raise it to 0.01")
         try:
@@ -183,9 +181,7 @@ class Views:
             )
         changed = _PLUGIN_VIEWS[view.type](picture.copy(), view, generator)
         if not isinstance(changed, Image.Image) or changed.mode != "RGB":
-            raise TypeError(
-                f"loss.views.{name}: type {view.type!r} must return an RGB picture; it returned {changed!r}"
-            )
+            raise TypeError(f"loss.views.{name}: type {view.type!r} must return an RGB picture, not {changed!r}")
         return changed
 
 
