@@ -40,7 +40,8 @@ def number_option(
             for word, bound in (("above", above), ("at least", at_least), ("below", below), ("at most", at_most))
             if bound is not None
         ]
-        raise ValueError(f"loss.options.{name} is {value!r}: use a number {' and '.join(bounds)}".rstrip())
+        range_text = f" that is {' and '.join(bounds)}" if bounds else ""
+        raise ValueError(f"loss.options.{name} is {value!r}: use a number{range_text}")
     return float(value)
 
 
