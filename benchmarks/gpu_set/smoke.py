@@ -80,9 +80,19 @@ def head_run(
     def run(module: Any) -> list[Tensor]:
         found = module.linear_logprob(hidden_NH, weight_VH, target_N, mode=mode, **options)
         values = found[0] if options.get("statistics") else found
-        return _gradients(values, [hidden_NH, weight_VH]) + list(found[1:2] if options.get("statistics") else [])
+        return _gradients(values, [hidden_NH, weight_VH]) + list(found[1::2] if options.get("statistics") else [])
 
     return run
+
+
+def second_target_run(dtype: torch.dtype, sizes: tuple[int, int, int], device: torch.device) -> Run:
+    num_rows, hidden, vocab = sizes
+    logp_N = (-torch.rand(num_rows, device=device)).requires_grad_()
+    hidden_NH = torch.randn(num_rows, hidden, device=device).to(dtype).requires_grad_()
+    weight_VH = torch.randn(vocab, hidden, device=device).mul_(hidden**-0.5).to(dtype).requires_grad_()
+    targets = torch.randint(vocab, (2, num_rows), device=device)
+    tensors = (logp_N, hidden_NH, weight_VH)
+    return lambda module: _gradients(module.second_target_logprob(*tensors, targets[0], targets[1]), list(tensors))
 
 
 def _pairs(num_rows: int, device: torch.device) -> dict[str, Tensor]:
@@ -99,6 +109,18 @@ def pair_loss_run(loss_type: str, with_starts: bool, num_rows: int, device: torc
     arguments = (policy_N, reference_N, pairs["completion"], pairs["pairs"], 0.1)
     options: dict[str, Any] = {"loss_type": loss_type, "num_completions": 2}
     options |= {"completion_starts_K1": pairs["starts"]} if with_starts else {}
+    return lambda module: _gradients(module.preference_loss(*arguments, **options)[0], [policy_N])
+
+
+def terms_run(with_starts: bool, num_rows: int, device: torch.device) -> Run:
+    """Pairs with their own beta and weight, one with an anchor."""
+    policy_N = (-torch.rand(num_rows, device=device)).requires_grad_()
+    reference_N, pairs = -torch.rand(num_rows, device=device), _pairs(num_rows, device)
+    pairs_P2 = torch.tensor([[0, 1], [-1, 1]], device=device)
+    options: dict[str, Any] = {"num_completions": 2, "pair_beta_P": torch.tensor([1.0, 2.0], device=device)}
+    options |= {"pair_weight_P": torch.tensor([0.5, 3.0], device=device)}
+    options |= {"completion_starts_K1": pairs["starts"]} if with_starts else {}
+    arguments = (policy_N, reference_N, pairs["completion"], pairs_P2, 0.1)
     return lambda module: _gradients(module.preference_loss(*arguments, **options)[0], [policy_N])
 
 
@@ -147,6 +169,11 @@ def launches(device: torch.device) -> list[tuple[str, str, torch.dtype, Callable
         add("preference_loss", name, full, pair_loss_run, loss_type, True, 4 * num_rows, device)
     add("preference_loss", "sigmoid, any order", full, pair_loss_run, "sigmoid", False, 4 * num_rows, device)
     add("preference_loss", "sigmoid, many pairs", full, many_pairs_run, device)
+    for with_starts in (True, False):
+        name = f"own betas and weights, an anchor, {'with offsets' if with_starts else 'any order'}"
+        add("preference_loss", name, full, terms_run, with_starts, 4 * num_rows, device)
+    for name, dtype in (("bf16", half), ("fp32", full)):
+        add("second_target_logprob", name, dtype, second_target_run, dtype, short, device)
     for live in (False, True):
         name = f"{'live' if live else 'stored'} reference, bf16"
         add("linear_preference_loss", name, half, head_loss_run, live, short, device)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .. import fused_logprob, logprob_gather, logprob_rows, preference_loss
+from .. import fused_logprob, logprob_gather, logprob_rows, preference_loss, second_target
 from ..checks import IGNORED_TARGET
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -93,6 +93,7 @@ def _streamed_case(
         "bias_ptr": f"*{dtype}" if capped else None,
         "entropy_ptr": "*fp32" if statistics else None,
         "argmax_ptr": "*i64" if statistics else None,
+        "collision_ptr": "*fp32" if statistics else None,
     }
     _add_optional(signature, constants, optional)
     options = (with_dlogits, " +D"), (capped, " +bias+cap"), (statistics, " +statistics")
@@ -133,6 +134,7 @@ def _preference_loss_cases() -> list[Case]:
         kernel = getattr(preference_loss.kernels, f"{name.split()[0]}_kernel")
         cases.append(Case(name, kernel, signature, constants, sizes.NUM_WARPS))
 
+    losses = [(loss_type, _own_factors(given)) for given in (False, True) for loss_type in ("sigmoid", "hinge", "ipo")]
     constants: dict[str, Any]
     for has_weight in (True, False):
         weight, label = {"weight_ptr": "*fp32" if has_weight else None}, " +weight" * has_weight
@@ -140,9 +142,9 @@ def _preference_loss_cases() -> list[Case]:
         weighted = {"HAS_WEIGHT": has_weight}
         constants = weighted | tiles | {"ROWS": sizes.SUM_ROWS}
         add(f"preference_loss_sums{label}", batch | tokens | {"sums_ptr": "*fp32"}, constants, weight)
-        for loss_type in ("sigmoid", "hinge", "ipo"):
-            constants = weighted | {"LOSS_TYPE": loss_type, "BLOCK_N": sizes.BLOCK_N}
-            add(f"preference_loss_direct {loss_type}{label}", pairs | tokens, constants, weight)
+        for loss_type, own in losses:
+            constants = weighted | own[1] | {"LOSS_TYPE": loss_type, "BLOCK_N": sizes.BLOCK_N}
+            add(f"preference_loss_direct {loss_type}{own[0]}{label}", pairs | tokens, constants, weight | own[2])
         for direct in (True, False):
             signature = batch | grads | {"bits": "i32", "grad_policy_ptr": "*fp32"}
             constants = weighted | tiles | {"ROWS": sizes.GRAD_ROWS, "DIRECT": direct}
@@ -151,14 +153,53 @@ def _preference_loss_cases() -> list[Case]:
             if not direct:
                 which = {"pairs_ptr": "*i64", "peak_ptr": "*fp32", "units_ptr": "*i64"}
             add(f"preference_loss_bwd{' direct' * direct}{label}", signature, constants, which | weight)
-    for loss_type in ("sigmoid", "hinge", "ipo"):
+    for loss_type, own in losses:
         constants = {"PIECE": tiles["PIECE"], "ROWS": sizes.PAIR_ROWS, "COLUMNS": sizes.PAIR_COLUMNS}
-        constants |= {"LOSS_TYPE": loss_type}
-        add(f"preference_loss_pairs {loss_type}", pairs | {"sums_ptr": "*fp32"}, constants, {})
+        constants |= own[1] | {"LOSS_TYPE": loss_type}
+        add(f"preference_loss_pairs {loss_type}{own[0]}", pairs | {"sums_ptr": "*fp32"}, constants, own[2])
     peak = grads | units | {"num_programs": "i32"}
     add("preference_loss_peak", peak, {"BLOCK": sizes.PEAK_BLOCK}, {})
     scatter = grads | units | {"pairs_ptr": "*i64", "num_peaks": "i32", "bits": "i32"}
     add("preference_loss_scatter", scatter, {"BLOCK_P": sizes.BLOCK_P, "MAX_PEAKS": sizes.MAX_PEAKS}, {})
+    return cases
+
+
+def _own_factors(given: bool) -> tuple[str, dict[str, bool], dict[str, str | None]]:
+    """Label, constants and pointers of pairs with or without their own beta and weight."""
+    constants = dict.fromkeys(("HAS_PAIR_BETA", "HAS_PAIR_WEIGHT"), given)
+    pointers = dict.fromkeys(("pair_beta_ptr", "pair_weight_ptr"), "*fp32" if given else None)
+    return " +pair beta+weight" * given, constants, pointers
+
+
+def _second_target_cases() -> list[Case]:
+    """Heads with bias and cap and without; backward of a frozen head, and of one whose hidden states are constant."""
+    blocks: dict[str, Any] = {"IGNORED": IGNORED_TARGET}
+    blocks |= {"BLOCK_N": second_target.BLOCK_N, "BLOCK_H": second_target.BLOCK_H}
+    rows = {"target_ptr": "*i64", "second_ptr": "*i64", "slopes_ptr": "*fp32", "N": "i32", "V": "i32", "H": "i32"}
+    cases = []
+    for dtype, capped, aligned in (
+        ("bf16", False, True),
+        ("bf16", True, True),
+        ("fp32", True, True),
+        ("bf16", True, False),
+    ):
+        signature = rows | {"weight_ptr": f"*{dtype}"}
+        label = f"{dtype}{' +bias+cap' * capped}{' H=33' * (not aligned)}"
+        launch = (second_target.NUM_WARPS, aligned)
+        forward = signature | {"hidden_ptr": f"*{dtype}", "logp_ptr": "*fp32", "result_ptr": "*fp32"}
+        forward |= {"softcap": "fp32", "scale": "fp32"}
+        constants = blocks | {"HAS_BIAS": capped, "HAS_SOFTCAP": capped}
+        _add_optional(forward, constants, {"bias_ptr": f"*{dtype}" if capped else None})
+        kernel = second_target.second_target_fwd_kernel
+        cases.append(Case(f"second_target_fwd {label}", kernel, forward, constants, *launch))
+        if capped and aligned and dtype == "bf16":
+            continue  # the backward has no bias and no cap
+        for needs_hidden in (True, False):
+            backward = signature | {"grad_ptr": "*fp32", "grad_stride": "i32", "grad_logp_ptr": "*fp32"}
+            constants = blocks | {"NEEDS_HIDDEN": needs_hidden}
+            _add_optional(backward, constants, {"grad_hidden_ptr": f"*{dtype}" if needs_hidden else None})
+            name = f"second_target_bwd {label.replace(' +bias+cap', '')}" + " +hidden" * needs_hidden
+            cases.append(Case(name, second_target.second_target_bwd_kernel, backward, constants, *launch))
     return cases
 
 
@@ -193,11 +234,8 @@ def _fused_logprob_cases() -> list[Case]:
                 "BLOCK_H": config.BLOCK_H,
             }
             types = {"bias_ptr": f"*{dtype}" if capped else None}
-            types |= (
-                {"moment_ptr": "*fp32", "argmax_ptr": "*i32"}
-                if statistics
-                else {"moment_ptr": None, "argmax_ptr": None}
-            )
+            partials = {"moment_ptr": "*fp32", "square_ptr": "*fp32", "argmax_ptr": "*i32"}
+            types |= {name: given if statistics else None for name, given in partials.items()}
             _add_optional(signature, constants, types)
             tiles = f"{config.BLOCK_N}x{config.BLOCK_V}x{config.BLOCK_H}"
             label = f"fused_logprob {dtype} N={num_rows} {tiles}"
@@ -209,7 +247,8 @@ def _fused_logprob_cases() -> list[Case]:
         signature |= {"target_ptr": "*i64", "N": "i32", "V": "i32", "T": "i32"}
         blocks = {"BLOCK_N": fused_logprob.JOIN_BLOCK_N, "BLOCK_T": fused_logprob.JOIN_BLOCK_T}
         constants = {"IGNORED": IGNORED_TARGET, "WITH_STATISTICS": statistics} | blocks
-        types = {"moment_ptr": "*fp32", "argmax_ptr": "*i32", "entropy_ptr": "*fp32", "highest_ptr": "*i64"}
+        types = dict.fromkeys(("moment_ptr", "square_ptr", "entropy_ptr", "collision_ptr"), "*fp32")
+        types |= {"argmax_ptr": "*i32", "highest_ptr": "*i64"}
         _add_optional(signature, constants, {k: v if statistics else None for k, v in types.items()})
         label = "join_tiles" + " +statistics" * statistics
         cases.append(Case(label, fused_logprob.join_tiles_kernel, signature, constants, fused_logprob.JOIN_WARPS))
@@ -227,4 +266,5 @@ def _add_optional(signature: dict[str, Any], constants: dict[str, Any], types: d
 
 def all_cases() -> list[Case]:
     """All kernels in all configurations that the host wrappers launch."""
-    return _logprob_gather_cases() + _logprob_rows_cases() + _fused_logprob_cases() + _preference_loss_cases()
+    heads = _logprob_gather_cases() + _logprob_rows_cases() + _fused_logprob_cases() + _second_target_cases()
+    return heads + _preference_loss_cases()

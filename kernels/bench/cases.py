@@ -20,11 +20,14 @@ BETA = 0.1
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 LOGITS = ("random", "peaked")
 VARIANTS = {
-    "linear_logprob": ("forward", "frozen", "trained"),
+    "linear_logprob": ("forward", "frozen", "trained", "statistics"),
     "logprob_gather": ("gradient",),
-    "preference_loss": ("gradient",),
+    "preference_loss": ("gradient", "terms"),
     "linear_preference_loss": ("live-frozen", "live-trained", "stored-frozen"),
+    "second_target_logprob": ("frozen", "trained"),
 }
+# Timed only if --variants names them: statistics of each row; pairs with their own beta and weight, and anchors.
+ON_REQUEST = ("statistics", "terms")
 OPERATIONS = tuple(VARIANTS)
 # Files in tests/kernels: an operation is timed only after its tests pass.
 TEST_FILES: dict[str, tuple[str, ...]] = {operation: (f"test_{operation}.py",) for operation in OPERATIONS}
@@ -72,7 +75,7 @@ class Case:
 
     @property
     def has_gradient(self) -> bool:
-        return self.variant != "forward"
+        return self.variant not in ("forward", "statistics")
 
     @property
     def trains_head(self) -> bool:
@@ -95,6 +98,11 @@ class Case:
         return self.num_rows // (2 * self.tokens_per_completion)
 
     @property
+    def num_losses(self) -> int:
+        """Pairs, and in `terms` as many again with an anchor in the place of the rejected completion."""
+        return self.num_pairs * (2 if self.variant == "terms" else 1)
+
+    @property
     def label(self) -> str:
         parts = (self.operation, self.variant, self.shape if self.operation != "preference_loss" else "")
         return " ".join(part for part in (*parts, f"N={self.num_rows}", self.logits) if part)
@@ -111,12 +119,17 @@ class Case:
 
 @dataclass(frozen=True)
 class Pairs:
-    """Consecutive completions of equal length; pair i is (completion 2i, completion 2i + 1)."""
+    """Consecutive completions of equal length; pair i is (completion 2i, completion 2i + 1).
+
+    With factors of each pair's beta and loss, the pairs (completion 2i, the constant 0) follow.
+    """
 
     completion_N: Tensor
     starts_K1: Tensor
     pairs_P2: Tensor
     num_completions: int
+    beta_P: Tensor | None = None
+    weight_P: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -131,6 +144,7 @@ class Inputs:
     reference_N: Tensor | None = None
     reference_NH: Tensor | None = None
     pairs: Pairs | None = None
+    second_N: Tensor | None = None
 
     def wanted(self) -> list[Tensor]:
         """Tensors that require a gradient, in the order of the fields."""
@@ -150,7 +164,7 @@ def make_cases(
 ) -> list[Case]:
     """All combinations; preference_loss has neither head nor logits, so it has one case per number of rows.
 
-    `variants` selects variants of the operation; None selects all.
+    `variants` selects variants of the operation; None selects all but those of ON_REQUEST.
     """
     if operation == "preference_loss":
         shapes, logits, dtype = shapes[:1], ["random"], torch.float32
@@ -159,7 +173,7 @@ def make_cases(
         for shape in shapes
         for num_rows in rows
         for variant in VARIANTS[operation]
-        if variants is None or variant in variants
+        if (variant not in ON_REQUEST if variants is None else variant in variants)
         for kind in logits
     ]
 
@@ -176,7 +190,7 @@ def make_inputs(case: Case, seed: int = 0) -> Inputs:
     def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.randn(shape, generator=generator, device=case.device, dtype=dtype)
 
-    pairs = _make_pairs(case) if case.has_pairs else None
+    pairs = _make_pairs(case, generator) if case.has_pairs else None
     num_rows, head = case.num_rows, case.head
     target_N = torch.randint(head.vocab, (num_rows,), generator=generator, device=case.device)
     if case.operation == "preference_loss":
@@ -190,7 +204,10 @@ def make_inputs(case: Case, seed: int = 0) -> Inputs:
         return Inputs(target_N, logits_NV=logits_NV.requires_grad_())
     weight_VH = normal(head.vocab, head.hidden_size, dtype=case.dtype).mul_(head.hidden_size**-0.5)
     hidden_NH = normal(num_rows, head.hidden_size) + raise_N1 * weight_VH[target_N].float()
-    reference_NH = reference_N = None
+    reference_NH = reference_N = policy_N = second_N = None
+    if case.operation == "second_target_logprob":
+        policy_N = (-2 * normal(num_rows).abs()).requires_grad_()
+        second_N = torch.randint(head.vocab, (num_rows,), generator=generator, device=case.device)
     if case.has_pairs:
         reference_NH = (hidden_NH + 0.05 * normal(num_rows, head.hidden_size)).to(case.dtype)
         if case.variant.startswith("stored"):
@@ -202,30 +219,49 @@ def make_inputs(case: Case, seed: int = 0) -> Inputs:
         weight_VH=weight_VH.requires_grad_(case.trains_head),
         reference_N=reference_N,
         reference_NH=reference_NH,
+        policy_N=policy_N,
         pairs=pairs,
+        second_N=second_N,
     )
 
 
-def _make_pairs(case: Case) -> Pairs:
+def _make_pairs(case: Case, generator: torch.Generator) -> Pairs:
     num_completions = 2 * case.num_pairs
     order = torch.arange(num_completions + 1, device=case.device)
-    return Pairs(
-        order[:-1].repeat_interleave(case.tokens_per_completion),
-        order * case.tokens_per_completion,
-        order[:-1].view(-1, 2),
-        num_completions,
-    )
+    pairs_P2 = order[:-1].view(-1, 2)
+    factors: tuple[Tensor, ...] = ()
+    if case.variant == "terms":
+        pairs_P2 = torch.cat([pairs_P2, torch.stack([pairs_P2[:, 0], torch.full_like(pairs_P2[:, 0], -1)], dim=1)])
+        factors = (0.5 + torch.rand(2, case.num_losses, generator=generator, device=case.device)).unbind(0)
+    completion_N = order[:-1].repeat_interleave(case.tokens_per_completion)
+    return Pairs(completion_N, order * case.tokens_per_completion, pairs_P2, num_completions, *factors)
 
 
 def pair_losses(policy_N: Tensor, reference_N: Tensor, pairs: Pairs) -> Tensor:
     """DPO losses [P] (arXiv 2305.18290 eq. 7) in plain PyTorch."""
     ratio_K = policy_N.new_zeros(pairs.num_completions).index_add(0, pairs.completion_N, policy_N - reference_N)
-    return -F.logsigmoid(BETA * (ratio_K[pairs.pairs_P2[:, 0]] - ratio_K[pairs.pairs_P2[:, 1]]))
+    if pairs.beta_P is None or pairs.weight_P is None:
+        return -F.logsigmoid(BETA * (ratio_K[pairs.pairs_P2[:, 0]] - ratio_K[pairs.pairs_P2[:, 1]]))
+    chosen_P, rejected_P = F.pad(ratio_K, (0, 1))[pairs.pairs_P2].unbind(1)
+    return -pairs.weight_P * F.logsigmoid(BETA * pairs.beta_P * (chosen_P - rejected_P))
+
+
+def row_statistics(logits_NV: Tensor, target_N: Tensor) -> Tensor:
+    """Negative log-probs, entropies and log collision probabilities [3, N] in plain PyTorch."""
+    logp_NV = torch.log_softmax(logits_NV.float(), dim=-1)
+    nll_N = -logp_NV.gather(1, target_N[:, None])[:, 0]
+    return torch.stack([nll_N, -(logp_NV.exp() * logp_NV).sum(-1), (2 * logp_NV).logsumexp(-1)])
+
+
+def second_nll(logp_N: Tensor, hidden_NH: Tensor, weight_VH: Tensor, target_N: Tensor, second_N: Tensor) -> Tensor:
+    """Negative log-probs [N] of the second targets in plain PyTorch."""
+    move_NH = weight_VH[second_N].float() - weight_VH[target_N].float()
+    return -(logp_N + (hidden_NH.float() * move_NH).sum(-1))
 
 
 def objective_weight(case: Case) -> float:
     """Weight of each value in the differentiated scalar: a sum over tokens, a mean over pairs."""
-    return 1.0 / case.num_pairs if case.has_pairs else 1.0
+    return 1.0 / case.num_losses if case.has_pairs else 1.0
 
 
 def true_result(case: Case, inputs: Inputs) -> list[Tensor]:
@@ -241,6 +277,15 @@ def true_result(case: Case, inputs: Inputs) -> list[Tensor]:
         return [nll_N.detach(), *torch.autograd.grad(nll_N.sum(), [leaf_NV])]
     assert inputs.hidden_NH is not None and inputs.weight_VH is not None
     hidden_NH, weight_VH = inputs.hidden_NH.detach(), inputs.weight_VH.detach()
+    if case.variant == "statistics":
+        chunks = zip(hidden_NH.split(_TRUTH_CHUNK_ROWS), inputs.target_N.split(_TRUTH_CHUNK_ROWS), strict=True)
+        return [torch.cat([row_statistics(part_nH.float() @ weight_VH.float().t(), n) for part_nH, n in chunks], dim=1)]
+    if inputs.second_N is not None:
+        assert inputs.policy_N is not None
+        leaves = [leaf.detach().float().requires_grad_() for leaf in (hidden_NH, weight_VH, inputs.policy_N)]
+        nll_N = second_nll(leaves[2], *leaves[:2], inputs.target_N, inputs.second_N)
+        wanted = leaves if case.trains_head else [leaves[0], leaves[2]]
+        return [nll_N.detach(), *torch.autograd.grad(nll_N.sum(), wanted)]
     if not case.has_pairs:
         ones_N = torch.ones_like(inputs.target_N, dtype=torch.float32) if case.has_gradient else None
         logp_N, *grads = _true_head(hidden_NH, weight_VH, inputs.target_N, ones_N, case.trains_head)
@@ -284,7 +329,10 @@ def needed_work(case: Case) -> tuple[int, int]:
     linear_logprob          2NVH for the logits and for each gradient: of hidden states and of a trained head
     linear_preference_loss  the same, and 2NVH for the logits of a live reference
     logprob_gather          one read of the logits forward, one read and one write backward
-    preference_loss         policy and reference forward, gradient backward, offsets and pairs in both
+    preference_loss         policy and reference forward, gradient backward, offsets and pairs in both;
+                            factors of pairs forward
+    second_target_logprob   hidden states and two rows of the weight per row forward; these rows and the gradient of the
+                            hidden states backward; for a trained head the hidden states again and [V, H]
     """
     num_rows, head, itemsize = case.num_rows, case.head, case.dtype.itemsize
     if case.has_head:
@@ -293,8 +341,13 @@ def needed_work(case: Case) -> tuple[int, int]:
         return gemms * gemm_flops(case), gemms * gemm_bytes
     if case.operation == "logprob_gather":
         return 0, 3 * num_rows * head.vocab * itemsize
-    num_pairs, num_completions = case.num_pairs, 2 * case.num_pairs
-    return 0, num_rows * (4 + 4 + 4) + 2 * (num_completions + 1) * 8 + num_pairs * (2 * 16 + 4 * 4)
+    if case.operation == "second_target_logprob":
+        row_bytes = head.hidden_size * itemsize
+        # Both targets, both slopes, log-prob or its gradient, in both directions.
+        entries = num_rows * (2 * (2 * 8 + 2 * 4) + 2 * 4 + 2 * 4)
+        return 0, (6 * num_rows + case.trains_head * (num_rows + head.vocab)) * row_bytes + entries
+    num_completions, factors = 2 * case.num_pairs, 8 if case.variant == "terms" else 0
+    return 0, num_rows * (4 + 4 + 4) + 2 * (num_completions + 1) * 8 + case.num_losses * (2 * 16 + 4 * 4 + factors)
 
 
 def gemm_flops(case: Case) -> int:

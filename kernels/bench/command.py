@@ -1,6 +1,6 @@
 """Times the operations against PyTorch and other libraries, after their tests and each provider's result pass.
 
-    python kernels/bench.py [linear_logprob logprob_gather preference_loss linear_preference_loss]
+    python kernels/bench.py [linear_logprob logprob_gather preference_loss linear_preference_loss ...]
         [--shapes llava-1.5-7b qwen2.5-vl-7b llama-3-8b smollm] [--rows 2048] [--providers bpo eager]
         [--variants frozen] [--logits random peaked] [--dtype bf16] [--json FILE] [--profile DIR]
 
@@ -31,6 +31,7 @@ from bpo_kernels.bench import measure
 from bpo_kernels.bench.cases import (
     DTYPES,
     LOGITS,
+    ON_REQUEST,
     OPERATIONS,
     SHAPES,
     TEST_FILES,
@@ -131,7 +132,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, help="default: smollm on a CPU, else LLaVA and Qwen")
     parser.add_argument("--rows", nargs="+", type=int, help="response tokens; default: 256 on a CPU, else 2048")
     every_variant = tuple(dict.fromkeys(name for names in VARIANTS.values() for name in names))
-    parser.add_argument("--variants", nargs="+", choices=every_variant, help="default: all of the operation")
+    parser.add_argument(
+        "--variants", nargs="+", choices=every_variant, help=f"default: all but {', '.join(ON_REQUEST)}"
+    )
     parser.add_argument("--providers", nargs="+", choices=PROVIDER_NAMES, help="default: all of the operation")
     parser.add_argument(
         "--logits", nargs="+", choices=LOGITS, default=list(LOGITS), help="peaked: targets of mean probability 0.45"

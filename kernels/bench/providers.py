@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import chunks, dispatch
-from .cases import BETA, Case, Inputs, objective_weight, pair_losses
+from .cases import BETA, Case, Inputs, objective_weight, pair_losses, row_statistics, second_nll
 
 Step = Callable[[], list[Tensor]]
 Builder = Callable[[Case, Inputs], Step]
@@ -95,15 +95,22 @@ def _ours(case: Case, inputs: Inputs, mode: str = "auto") -> Step:
         tensors, options = (inputs.logits_NV, inputs.target_N), {}
     elif case.operation == "preference_loss":
         tensors, options = (inputs.policy_N,), {}
+    elif case.operation == "second_target_logprob":
+        tensors, options = (inputs.policy_N, *tensors, inputs.second_N), {}
+    elif case.variant == "statistics":
+        options["statistics"] = True
     arguments: tuple[Tensor | float | None, ...] = tensors
     if pairs is not None:
         arguments = (*tensors, reference, pairs.completion_N, pairs.pairs_P2, BETA)
         options |= {"num_completions": pairs.num_completions, "completion_starts_K1": pairs.starts_K1}
+        options |= {"pair_beta_P": pairs.beta_P, "pair_weight_P": pairs.weight_P}
     # Looked up at call time, so that tests can replace it.
     operation = getattr(dispatch, case.operation)
 
     def forward() -> Tensor:
         outputs = operation(*arguments, **options)
+        if case.variant == "statistics":
+            return torch.stack([-outputs[0], outputs[1], outputs[3]])
         return outputs[0] if case.has_pairs else -outputs
 
     return _step(case, inputs, forward)
@@ -142,7 +149,13 @@ def _eager_forward(case: Case, inputs: Inputs) -> Tensor:
         assert inputs.logits_NV is not None
         return _eager_nll(inputs.logits_NV, inputs.target_N)
     assert inputs.hidden_NH is not None and inputs.weight_VH is not None
-    nll_N = _eager_nll(F.linear(inputs.hidden_NH, inputs.weight_VH), inputs.target_N)
+    if inputs.second_N is not None:
+        assert inputs.policy_N is not None
+        return second_nll(inputs.policy_N, inputs.hidden_NH, inputs.weight_VH, inputs.target_N, inputs.second_N)
+    logits_NV = F.linear(inputs.hidden_NH, inputs.weight_VH)
+    if case.variant == "statistics":
+        return row_statistics(logits_NV, inputs.target_N)
+    nll_N = _eager_nll(logits_NV, inputs.target_N)
     if not case.has_pairs:
         return nll_N
     assert inputs.pairs is not None
@@ -277,6 +290,24 @@ def _liger_dpo(case: Case, inputs: Inputs) -> Step:
     return step
 
 
+def _log_probs_only(build: Builder) -> Builder:
+    """`build`, for a library without statistics of the rows."""
+
+    def checked(case: Case, inputs: Inputs) -> Step:
+        if case.variant == "statistics":
+            raise Unavailable("returns log-probs only")
+        return build(case, inputs)
+
+    return checked
+
+
+_LIBRARIES: dict[str, Builder] = {
+    "torch-chunked": _torch_chunked,
+    "liger": _liger,
+    "cce": _cce,
+    "trl-chunked": _trl_chunked,
+    "quack": _quack,
+}
 _PYTORCH: dict[str, Builder] = {"eager": _eager, "compile": _compiled}
 _MODES: dict[str, Builder] = {f"bpo-{mode}": functools.partial(_ours, mode=mode) for mode in MODES}
 _MODES["bpo-overlap"] = _overlapped
@@ -285,11 +316,7 @@ PROVIDERS: dict[str, dict[str, Builder]] = {
         "bpo": _ours,
         **_MODES,
         **_PYTORCH,
-        "torch-chunked": _torch_chunked,
-        "liger": _liger,
-        "cce": _cce,
-        "trl-chunked": _trl_chunked,
-        "quack": _quack,
+        **{name: _log_probs_only(build) for name, build in _LIBRARIES.items()},
     },
     "logprob_gather": {"bpo": _ours, **_PYTORCH},
     "preference_loss": {"bpo": _ours, **_PYTORCH},
@@ -300,5 +327,6 @@ PROVIDERS: dict[str, dict[str, Builder]] = {
         "trl-chunked": _trl_chunked,
         "liger-dpo": _liger_dpo,
     },
+    "second_target_logprob": {"bpo": _ours, **_PYTORCH},
 }
 PROVIDER_NAMES = tuple(dict.fromkeys(name for table in PROVIDERS.values() for name in table))

@@ -5,6 +5,8 @@ Legend: N rows (response tokens), H hidden size, V vocabulary.
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -261,31 +263,35 @@ def test_a_row_with_target_minus_100_counts_for_nothing(device, mode, trained):
     ignoring_N = torch.full_like(target_N, checks.IGNORED_TARGET)
     ignoring_N[kept] = target_N[kept]
     inputs = [tensor for tensor in (hidden_NH, weight_VH) if tensor.requires_grad]
-    logp_N, entropy_N, argmax_N, collision_N = dispatch.linear_logprob(hidden_NH, weight_VH, ignoring_N, mode=mode, statistics=True)
+    logp_N, entropy_N, argmax_N, collision_N = dispatch.linear_logprob(
+        hidden_NH, weight_VH, ignoring_N, mode=mode, statistics=True
+    )
     expected_n = eager(hidden_NH[kept], weight_VH, None, target_N[kept])
     torch.testing.assert_close(logp_N[kept], expected_n)
     left_out = ignoring_N == checks.IGNORED_TARGET
-    assert (logp_N[left_out].tolist(), entropy_N[left_out].tolist(), argmax_N[left_out].tolist()) == (
-        [0.0] * 3,
-        [0.0] * 3,
-        [-1] * 3,
-    )
+    for value_N, masked in ((logp_N, 0.0), (entropy_N, 0.0), (argmax_N, -1), (collision_N, 0.0)):
+        assert value_N[left_out].tolist() == [masked] * 3
     ours, theirs = torch.autograd.grad(logp_N.sum(), inputs), torch.autograd.grad(expected_n.sum(), inputs)
     torch.testing.assert_close(ours, theirs, atol=3e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize(*pairwise(dtype=DTYPES, mode=["store", "fused"], size=[1, 1000.0]), ids=str)
-def test_entropy_and_argmax(device, dtype, mode, size):
+def test_entropy_argmax_and_collision(device, dtype, mode, size):
     hidden_NH, weight_VH, _, target_N = problem(6, 5003, 24, dtype, device)
     hidden_NH = hidden_NH.detach() * size
-    logp_N, entropy_N, argmax_N, collision_N = dispatch.linear_logprob(hidden_NH, weight_VH, target_N, mode=mode, statistics=True)
+    logp_N, entropy_N, argmax_N, collision_N = dispatch.linear_logprob(
+        hidden_NH, weight_VH, target_N, mode=mode, statistics=True
+    )
     logits_NV = hidden_NH.double() @ weight_VH.double().t()
     expected_N = torch.distributions.Categorical(logits=logits_NV).entropy()
     torch.testing.assert_close(entropy_N.double(), expected_N, atol=1e-4 * size**0.5, rtol=1e-4)
     assert torch.equal(argmax_N, logits_NV.argmax(1))
+    # log sum_v p_v^2, written out.
+    expected_N = logits_NV.softmax(1).square().sum(1).log()
+    torch.testing.assert_close(collision_N.double(), expected_N, atol=1e-5 if size == 1 else 1e-3, rtol=1e-5)
     plain_N = dispatch.linear_logprob(hidden_NH, weight_VH, target_N, mode=mode)
     assert torch.equal(logp_N, plain_N)
-    assert logp_N.requires_grad and not entropy_N.requires_grad
+    assert logp_N.requires_grad and not entropy_N.requires_grad and not collision_N.requires_grad
 
 
 @pytest.mark.parametrize("mode", ["store", "fused"])
@@ -300,8 +306,29 @@ def test_a_logit_of_minus_infinity_has_no_probability(device, mode):
     expected_N = eager(hidden_NH, weight_VH[300:], bias_V[300:], target_N - 300)
     torch.testing.assert_close(logp_N, expected_N)
     assert entropy_N.isfinite().all()
+    shares_NV = torch.softmax(hidden_NH.detach() @ weight_VH.detach()[300:].t() + bias_V.detach()[300:], dim=1)
+    torch.testing.assert_close(collision_N, shares_NV.square().sum(1).log())
     # Gradient too: a tile of only -inf must not make it NaN.
     assert torch.autograd.grad(logp_N.sum(), hidden_NH)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("mode", ["store", "recompute", "fused"])
+def test_statistics_of_chunks_and_of_no_rows(device, mode):
+    """A uniform distribution over V tokens has entropy log V and collision -log V."""
+    hidden_NH, weight_VH = torch.zeros(5, 8, device=device), torch.ones(301, 8, device=device)
+    target_N = torch.tensor([0, 300, 7, -100, 9], device=device)
+    outputs = dispatch.linear_logprob(
+        hidden_NH, weight_VH, target_N, mode=mode, budget_bytes=2 * 301 * 4, statistics=True
+    )
+    uniform_N = torch.tensor([1.0, 1.0, 1.0, 0.0, 1.0], device=device) * math.log(301)
+    for value_N, expected_N in zip(
+        (outputs[0], outputs[1], outputs[3]), (-uniform_N, uniform_N, -uniform_N), strict=True
+    ):
+        torch.testing.assert_close(value_N, expected_N)
+    empty = dispatch.linear_logprob(hidden_NH[:0], weight_VH, target_N[:0], mode=mode, statistics=True)
+    assert [(value_N.shape, value_N.dtype) for value_N in empty] == [
+        ((0,), dtype) for dtype in (torch.float32, torch.float32, torch.int64, torch.float32)
+    ]
 
 
 def test_fused_rows_have_the_same_bits_in_any_company(device):

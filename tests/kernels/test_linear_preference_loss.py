@@ -62,14 +62,20 @@ def gradients(outputs: tuple[Tensor, ...], inputs: dict[str, Any]) -> tuple[Tens
         loss_type=["sigmoid", "hinge", "ipo", "robust"],
         mode=["auto", "store", "recompute", "fused"],
         trained=[True, False],
+        factors=[False, True],
     )
 )
-def test_stored_reference_equals_head_and_loss_apart(device, loss_type, mode, trained):
+def test_stored_reference_equals_head_and_loss_apart(device, loss_type, mode, trained, factors):
     inputs = problem(device, trained=trained)
+    if factors:
+        inputs["pairs_P2"] = torch.tensor([(0, 1), (0, -1), (-1, 2)], device=device)
     reference_N = -3 * torch.rand(sum(LENGTHS), device=device)
     options = {"loss_type": loss_type, "token_weight_N": torch.rand(sum(LENGTHS), device=device)}
     if loss_type in ("sigmoid", "robust"):
         options["label_smoothing"] = 0.1
+    if factors:
+        options["pair_beta_P"] = torch.tensor([1.0, 0.5, 3.0], device=device)
+        options["pair_weight_P"] = torch.tensor([2.0, 0.0, 0.25], device=device)
     ours = dispatch.linear_preference_loss(
         **inputs, reference=reference_N, beta=0.3, mode=mode, budget_bytes=131 * 4 * 3, **options
     )
@@ -201,9 +207,11 @@ def test_torch_compile_keeps_one_graph(device):
     constant = {key: value for key, value in inputs.items() if key not in ("hidden_NH", "weight_VH")}
     reference_N = -torch.rand(sum(LENGTHS), device=device)
 
+    factors = dict.fromkeys(("pair_beta_P", "pair_weight_P"), torch.tensor([0.5, 1.0, 2.0], device=device))
+
     def loss(hidden_NH: Tensor, weight_VH: Tensor) -> Tensor:
         outputs = dispatch.linear_preference_loss(
-            hidden_NH.tanh(), weight_VH, reference=reference_N, beta=0.2, **constant
+            hidden_NH.tanh(), weight_VH, reference=reference_N, beta=0.2, **constant, **factors
         )
         return outputs[0].sum() - outputs[3].mean()
 
@@ -223,6 +231,7 @@ def test_torch_compile_keeps_one_graph(device):
         ({"reference_weight_VH": torch.zeros(131, 24)}, "omit the head"),
         ({"completion_starts_K1": torch.tensor([0, 3, 4, 9, 10])}, "does not divide the tokens"),
         ({"beta": 0.0}, "beta is 0.0"),
+        ({"pair_weight_P": torch.ones(2)}, r"pair_weight_P has shape \(2,\), pairs_P2 \(3, 2\)"),
         ({"loss_type": "dpo"}, "use one of sigmoid, hinge, ipo, robust"),
         ({"mode": "fast"}, "mode is 'fast'"),
     ],

@@ -105,6 +105,8 @@ def test_streamed_rows_with_options(rows, device, options):
         torch.testing.assert_close(outputs.entropy_n.double(), entropy_N, atol=3e-6, rtol=3e-6)
         assert torch.equal(outputs.argmax_n, logits_NV.argmax(1))
         assert outputs.argmax_n[3] == 5
+        collision_N = (2 * expected_NV).logsumexp(1)
+        torch.testing.assert_close(outputs.collision_n.double(), collision_N, atol=3e-6, rtol=3e-6)
 
 
 @pytest.mark.parametrize(

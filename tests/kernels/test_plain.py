@@ -41,11 +41,12 @@ def test_gradcheck_logprob_gather():
     ("loss_type", "eps"), [("sigmoid", 0.0), ("sigmoid", 0.1), ("robust", 0.1), ("hinge", 0.0), ("ipo", 0.0)]
 )
 def test_gradcheck_preference_loss(loss_type, eps):
-    completion_N, pairs_P2 = torch.arange(12) % 4, torch.tensor([[0, 1], [0, 2], [3, 1]])
+    completion_N, pairs_P2 = torch.arange(12) % 4, torch.tensor([[0, 1], [0, -1], [-1, 2], [3, 1]])
+    factors = {"pair_beta_P": 0.5 + torch.rand(4), "pair_weight_P": torch.rand(4)}
     reference_N, weight_N = fp64(12, grad=False), torch.rand(12, dtype=torch.float64)
     assert torch.autograd.gradcheck(
         lambda policy_N: plain.preference_loss(
-            policy_N, reference_N, completion_N, pairs_P2, 0.3, eps, loss_type, weight_N
+            policy_N, reference_N, completion_N, pairs_P2, 0.3, eps, loss_type, weight_N, **factors
         )[0],
         (fp64(12),),
     )

@@ -116,6 +116,24 @@ def test_order_of_the_pairs_changes_no_bit(device, path, on_triton, with_starts)
     assert len(set(rewards)) == len({k for k, _ in rewards}), "a completion has the same reward in every pair"
 
 
+@pytest.mark.parametrize("with_starts", [True, False], ids=["offsets", "no-offsets"])
+def test_order_of_pairs_with_factors_and_anchors_changes_no_bit(device, path, on_triton, with_starts):
+    batch = contiguous(LENGTHS, device)
+    pairs = [*UNEVEN_PAIRS, (-1, 2), (2, -1), (-1, -1), (12, -1), (-1, 12)]
+    pairs_P2, num_pairs = torch.tensor(pairs, device=device), len(pairs)
+    size = 10.0 ** torch.randint(-4, 3, (num_pairs,))
+    factors = {"pair_beta_P": 0.5 + torch.rand(num_pairs), "pair_weight_P": torch.rand(num_pairs) * size}
+    factors = {name: factor.to(device) for name, factor in factors.items()}
+    coefficient_P, order = torch.randn(num_pairs).to(device), torch.randperm(num_pairs, device=device)
+    moved = {name: factor[order] for name, factor in factors.items()}
+    first = result(batch, pairs_P2, coefficient_P, with_starts, **factors)
+    other = result(batch, pairs_P2[order], coefficient_P[order], with_starts, **moved)
+    assert all(torch.equal(ours[order], theirs) for ours, theirs in zip(first[:3], other[:3], strict=True))
+    if on_triton:
+        assert torch.equal(first[3], other[3])
+    torch.testing.assert_close(first[3], other[3], rtol=1e-5, atol=1e-4)
+
+
 def test_a_sum_does_not_depend_on_where_the_completion_lies(device, path, on_triton):
     alone = contiguous((300, 5), device)
     pairs_P2, coefficient_P = torch.tensor([[0, 1]], device=device), torch.ones(1, device=device)
@@ -181,7 +199,9 @@ def test_a_pair_outside_the_completions_writes_nowhere(device, path, on_triton):
 def count_traffic(traffic) -> Callable[..., tuple[Counter, Counter]]:
     """Bytes moved by the forward and the backward of a call."""
 
-    def measure(batch: dict[str, Tensor], pairs_P2: Tensor, weight_N: Tensor | None = None) -> tuple[Counter, Counter]:
+    def measure(
+        batch: dict[str, Tensor], pairs_P2: Tensor, weight_N: Tensor | None = None, **factors: Tensor
+    ) -> tuple[Counter, Counter]:
         traffic.clear()
         policy_N = batch["policy"].detach().requires_grad_()
         losses_P, _, _ = dispatch.preference_loss(
@@ -192,6 +212,7 @@ def count_traffic(traffic) -> Callable[..., tuple[Counter, Counter]]:
             0.1,
             token_weight_N=weight_N,
             completion_starts_K1=batch["starts"],
+            **factors,
         )
         forward = Counter(traffic)
         traffic.clear()
@@ -201,15 +222,19 @@ def count_traffic(traffic) -> Callable[..., tuple[Counter, Counter]]:
     return measure
 
 
-def expected_bytes(lengths: tuple[int, ...], pairs_P2: Tensor, has_weight: bool) -> tuple[int, int]:
+def expected_bytes(
+    lengths: tuple[int, ...], pairs_P2: Tensor, has_weight: bool, **has_factors: bool
+) -> tuple[int, int]:
     """`moved_bytes` of these completions."""
     later = [max(0, -(-length // preference_sizes.piece_tokens(sum(lengths))) - 1) for length in lengths]
-    named, rows = pairs_P2.flatten().tolist(), preference_sizes.GRAD_ROWS
+    named, rows = [k for k in pairs_P2.flatten().tolist() if k >= 0], preference_sizes.GRAD_ROWS
     return preference_sizes.moved_bytes(
         sum(lengths),
         len(pairs_P2),
         len(lengths),
         has_weight,
+        **has_factors,
+        anchors=2 * len(pairs_P2) - len(named),
         tokens_of_pairs=sum(lengths[k] for k in named),
         later_pieces=sum(later),
         later_pieces_of_pairs=sum(later[k] for k in named),
@@ -231,6 +256,19 @@ def test_the_kernels_move_the_bytes_of_the_formula(device, path, count_traffic, 
     pairs_P2 = torch.randint(len(lengths), (19, 2))
     forward, backward = count_traffic(batch, pairs_P2, batch["weight"] if weighted else None)
     assert (forward["bytes"], backward["bytes"]) == expected_bytes(lengths, pairs_P2, weighted)
+    assert (forward["launches"], backward["launches"]) == ((1, 1) if path == "few" else (2, 3))
+
+
+@pytest.mark.parametrize("given", [(True, True), (True, False), (False, True)], ids=["both", "beta", "weight"])
+def test_factors_and_anchors_take_no_launch_and_the_bytes_of_the_formula(device, path, count_traffic, given):
+    batch = contiguous(LENGTHS, device)
+    pairs_P2 = torch.randint(-1, len(LENGTHS), (19, 2))
+    pairs_P2[3] = -1
+    names = [name for name, wanted in zip(("pair_beta", "pair_weight"), given, strict=True) if wanted]
+    factors = {f"{name}_P": torch.rand(19, device=device) for name in names}
+    forward, backward = count_traffic(batch, pairs_P2, **factors)
+    expected = expected_bytes(LENGTHS, pairs_P2, False, **{f"has_{name}": True for name in names})
+    assert (forward["bytes"], backward["bytes"]) == expected
     assert (forward["launches"], backward["launches"]) == ((1, 1) if path == "few" else (2, 3))
 
 

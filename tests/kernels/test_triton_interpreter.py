@@ -26,6 +26,7 @@ FILES = (
     "test_preference_loss.py",
     "test_preference_sizes.py",
     "test_linear_preference_loss.py",
+    "test_second_target_logprob.py",
 )
 
 
