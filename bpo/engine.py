@@ -13,18 +13,18 @@ from typing import Any
 
 import torch
 
-from bpo.config.training import Config, LossConfig, TrainConfig
+from bpo.config.training import Config, TrainConfig
 from bpo.data.families import Family
 from bpo.job import one_process, rendezvous
 from bpo.job.collectives import JobRanks
 from bpo.job.compile_locks import named_compile_locks
 from bpo.job.launch import Ranks, export_torch_environment, pick_device
 from bpo.job.signals import StopRequest
-from bpo.losses import LossOutput, fused_loss, is_fused, loss_of_logp
+from bpo.losses.program import HeadOutput, LossProgram
 from bpo.model.attention.shared_prefix import packed_layout
 from bpo.model.policy import PolicyModel, model_inputs
 from bpo.model.trainable import parameter_groups
-from bpo.records import GroupBatch
+from bpo.records import GroupBatch, HeadRequest
 
 logger = logging.getLogger(__name__)
 
@@ -171,13 +171,26 @@ def learning_rate_factor(step: int, total_steps: int, config: TrainConfig) -> fl
 class TrainingEngine:
     """Wraps policy, optimizer and ZeRO in four calls: `forward`, `backward`, `step`, `reference_logp`.
 
+    Args:
+        program: The loss; None makes it from the configuration.
+
     Raises:
         StaleCompileLockError: a killed process has left the lock of an operation that DeepSpeed compiles here.
     """
 
     @named_compile_locks()
-    def __init__(self, policy: PolicyModel, family: Family, config: Config, settings: dict[str, Any], ranks: Ranks):
+    def __init__(
+        self,
+        policy: PolicyModel,
+        family: Family,
+        config: Config,
+        settings: dict[str, Any],
+        ranks: Ranks,
+        program: LossProgram | None = None,
+    ):
         import deepspeed
+
+        self.program = program or LossProgram(config.loss, config.train.seed)
 
         groups = parameter_groups(policy.model, family, config)
         self.base_lrs = [group["lr"] for group in groups]
@@ -208,28 +221,28 @@ class TrainingEngine:
     def policy(self) -> PolicyModel:
         return self.deepspeed.module
 
-    def forward(self, batch: GroupBatch, loss: LossConfig) -> LossOutput:
-        """Preference loss of a batch on this device, fused with the LM head if the kernels implement the loss.
+    def forward(self, batch: GroupBatch) -> HeadOutput:
+        """The head's results for a batch on this device: log-probs, and losses of the terms that the kernels compute.
 
         Call it, and backward, inside `packed_layout(batch.layout)`.
         """
         inputs = batch.loss_inputs
-        if not is_fused(loss):
-            return loss_of_logp(self._call(batch), inputs, loss)
-        return fused_loss(self._call(batch, loss_inputs=inputs, loss=loss), inputs, loss)
+        return HeadOutput(*self._call(batch, loss_inputs=inputs, request=self.program.request(inputs)))
 
     def _call(self, batch: GroupBatch, **loss: Any) -> Any:
         self.on_forward()
         return self.deepspeed(**model_inputs(batch), **loss)
 
     @torch.no_grad()
-    def reference_logp(self, batch: GroupBatch) -> torch.Tensor:
-        """fp32 log-probs [N] without dropout or gradient. Before the first step the policy *is* the reference."""
+    def reference_logp(self, batch: GroupBatch) -> HeadOutput:
+        """fp32 log-probs and second targets, without dropout or gradient. Before the first step the policy *is* the
+        reference.
+        """
         self.deepspeed.eval()
         with packed_layout(batch.layout):
-            logp_N = self._call(batch)
+            head = HeadOutput(*self._call(batch, loss_inputs=batch.loss_inputs, request=HeadRequest()))
         self.deepspeed.train()
-        return logp_N
+        return head
 
     def backward(self, loss: torch.Tensor, *, is_last: bool) -> None:
         """Accumulates the gradient of `loss`, this rank's share of a sum over all ranks.

@@ -1,6 +1,6 @@
 """Records passed between the stages of bpo; every stage takes and returns one of these.
 
-Shape letters: T packed tokens, N response tokens (predictor rows), G groups, K completions, P pairs.
+Shape letters: T packed tokens, N response tokens (predictor rows), G groups, K completions (cells), P pairs.
 """
 
 from __future__ import annotations
@@ -180,22 +180,69 @@ class UsefulWork:
 
 
 @dataclass(frozen=True, slots=True)
-class LossInputs:
-    """Inputs of a preference loss other than the policy's log-probs; collated once and passed on unchanged.
+class WeighedTokens:
+    """Tokens of the sides of pairs whose weights are not all 1. Shape letter: E tokens of all such sides.
 
-    completion_of_token_N: [N] int64, index into the K completions of the batch.
-    completion_starts_K1: [K + 1] int64, offset of each completion's first token among the N, and N at the end.
-    pairs_P2: [P, 2] int64, (preferred, dispreferred) completion indices.
+    token_E: [E] int64, index among the N tokens.
+    side_E: [E] int64, 2 p for the preferred and 2 p + 1 for the dispreferred side of pair p.
+    weight_E: [E] weights.
+    tokens_of_term: number of such tokens of each term.
+    """
+
+    token_E: torch.Tensor
+    side_E: torch.Tensor
+    weight_E: torch.Tensor
+    tokens_of_term: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SecondTargets:
+    """Tokens scored at rows whose own targets are others: what a model finds most likely under another view.
+
+    Shape letter: M such tokens; their log-probs follow those of the packed tokens.
+
+    base_M: [M] int64, the predictor row (among the packed tokens) that scores them.
+    source_M: [M] int64, the row whose most likely token is scored.
+    token_M: [M] int64, the tokens themselves, or None to take those of `source_M`.
+    """
+
+    base_M: torch.Tensor
+    source_M: torch.Tensor
+    token_M: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LossInputs:
+    """Inputs of a loss other than the policy's log-probs; collated once and passed on unchanged.
+
+    K cells (completions under a view) with N tokens; the pairs of all terms follow each other. The index -1 of a pair's
+    side is the constant 0.
+
+    completion_of_token_N: [N] int64, index into the K cells of the batch.
+    completion_starts_K1: [K + 1] int64, offset of each cell's first token among the N, and N at the end.
+    pairs_P2: [P, 2] int64, (preferred, dispreferred) cells or -1.
     pair_weight_P: [P] weight of each pair's loss; 0 in a filler: a batch that only keeps a rank in lockstep.
-    token_weight_N: [N] weight of each token's log-ratio, or None for 1.
-    reference: [N] fp32 log-probs of the reference, or None while they are being computed.
+    pair_beta_P: [P] inverse temperature of each pair.
+    pairs_of_term: number of pairs of each term.
+    group_of_pair: for each pair the index of its group in the batch.
+    guidance_P2: [P, 2] int64, cells of the view that guides the policy, or None if no term is guided.
+    weighed: token weights, or None if all are 1.
+    second: second targets, or None.
+    has_reference_N: [N] bool, tokens that the reference scores, or None for all.
+    reference: [N] fp32 log-probs of the reference, 0 where it scores none, or None while they are being computed.
     """
 
     completion_of_token_N: torch.Tensor
     completion_starts_K1: torch.Tensor
     pairs_P2: torch.Tensor
     pair_weight_P: torch.Tensor
-    token_weight_N: torch.Tensor | None = None
+    pair_beta_P: torch.Tensor
+    pairs_of_term: tuple[int, ...]
+    group_of_pair: tuple[int, ...] = ()
+    guidance_P2: torch.Tensor | None = None
+    weighed: WeighedTokens | None = None
+    second: SecondTargets | None = None
+    has_reference_N: torch.Tensor | None = None
     reference: torch.Tensor | None = None
 
     @property
@@ -203,8 +250,24 @@ class LossInputs:
         return self.completion_starts_K1.numel() - 1
 
     def sequence_sum(self, value_N: torch.Tensor) -> torch.Tensor:
-        """Sums a token quantity over each completion: [N] -> [K]."""
+        """Sums a token quantity over each cell: [N] -> [K]."""
         return value_N.new_zeros(self.num_completions).index_add(0, self.completion_of_token_N, value_N)
+
+
+@dataclass(frozen=True, slots=True)
+class HeadRequest:
+    """What a loss wants of the LM head besides log-probs.
+
+    kernel: loss type and label smoothing of the terms that the kernels compute together with the head, or None.
+    pairs: half-open ranges of the pairs of these terms.
+    mean: whether sequences of these terms count as the mean of their tokens.
+    collision: whether log sum_v p_v^2 of each row is needed.
+    """
+
+    kernel: tuple[str, float] | None = None
+    pairs: tuple[tuple[int, int], ...] = ()
+    mean: bool = False
+    collision: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,7 +294,12 @@ class GroupBatch:
     position_ids_XT: [1, T], or [3, T] for multimodal rotary positions; restart after the prefix for each completion.
     image_inputs: keyword arguments of the vision tower, the images of all groups in order.
     predictor_rows_N: the row of T whose hidden state predicts `target_N`.
-    loss_inputs: tokens -> completions -> pairs, their weights and the reference.
+    loss_inputs: tokens -> cells -> pairs, their weights and the reference. With second targets their N exceeds that of
+        `target_N`, whose tokens come first.
+    reference_keys: for each cell its key in the reference store, or "" if the reference does not score it.
+    group_of_cell: for each cell the index of its group in `group_ids`.
+    group_keys: for each group the key of its content, or empty if it was not measured.
+    num_pairs: preference pairs of its groups, whatever the terms of the loss; 0 in a filler.
     is_filler: all pairs have weight 0; stored here so that no device read is needed.
     useful_work: the work that training needs; zero for fillers and stand-in images.
     sequence_inputs: further model inputs of B padded rows; empty for one packed row.
@@ -249,6 +317,9 @@ class GroupBatch:
     target_N: torch.Tensor
     loss_inputs: LossInputs
     reference_keys: tuple[str, ...] = field(default=())
+    group_of_cell: tuple[int, ...] = ()
+    group_keys: tuple[str, ...] = ()
+    num_pairs: int = 0
     is_filler: bool = False
     useful_work: UsefulWork = field(default_factory=UsefulWork)
     sequence_inputs: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -278,9 +349,13 @@ class GroupBatch:
         return [
             *self.image_inputs.values(),
             *self.sequence_inputs.values(),
-            *_tensor_fields(self.loss_inputs).values(),
+            *(tensor for record in self._records() for tensor in _tensor_fields(record).values()),
             *_tensor_fields(self).values(),
         ]
+
+    def _records(self) -> list[LossInputs | WeighedTokens | SecondTargets]:
+        inputs = self.loss_inputs
+        return [record for record in (inputs, inputs.weighed, inputs.second) if record is not None]
 
     def _with_tensors(self, change: Callable[[torch.Tensor], torch.Tensor]) -> GroupBatch:
         def changed(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -290,12 +365,20 @@ class GroupBatch:
             self,
             image_inputs=changed(self.image_inputs),
             sequence_inputs=changed(self.sequence_inputs),
-            loss_inputs=replace(self.loss_inputs, **changed(_tensor_fields(self.loss_inputs))),
+            loss_inputs=replace(
+                self.loss_inputs,
+                **changed(_tensor_fields(self.loss_inputs)),
+                **{
+                    name: replace(part, **changed(_tensor_fields(part)))
+                    for name in ("weighed", "second")
+                    if (part := getattr(self.loss_inputs, name)) is not None
+                },
+            ),
             **changed(_tensor_fields(self)),  # type: ignore[arg-type]
         )
 
 
-def _tensor_fields(record: LossInputs | GroupBatch) -> dict[str, torch.Tensor]:
+def _tensor_fields(record: LossInputs | WeighedTokens | SecondTargets | GroupBatch) -> dict[str, torch.Tensor]:
     """Fields that hold a tensor, detected by a method: importing torch here would slow down every command."""
     values = {entry.name: getattr(record, entry.name) for entry in fields(record)}
     return {name: value for name, value in values.items() if hasattr(value, "pin_memory")}

@@ -20,7 +20,7 @@ if __name__ == "__main__":
 
 import torch
 
-from bpo import engine, losses
+from bpo import engine
 from bpo.checkpoint import partition
 from bpo.checkpoint.files import clean_leftovers
 from bpo.checkpoint.save import CheckpointSaver
@@ -35,6 +35,7 @@ from bpo.job.guard import RunGuard
 from bpo.job.launch import Ranks, own_arguments, pick_device, ranks_from_environment, setup_logging
 from bpo.job.run_record import write_run_record
 from bpo.job.signals import StopRequest
+from bpo.losses.program import LossProgram, check_loss
 from bpo.model.load import ResolvedModel, load_resolved, resolve_model
 from bpo.model.policy import PolicyModel
 from bpo.model.reference.store import ReferenceStore
@@ -42,11 +43,12 @@ from bpo.model.trainable import prepare_trainable
 from bpo.training.agreement import check_agreement, facts_of_plan, facts_of_start
 from bpo.training.batches import training_batches
 from bpo.training.checks import check_finite, check_first_step, check_weights
+from bpo.training.embeddings import PromptEmbeddings, fill_embedding_store
 from bpo.training.flops import ModelFlops, model_flops
 from bpo.training.measure import TrainingData, measure_groups
 from bpo.training.metrics import num_lost
 from bpo.training.plan import plan_training
-from bpo.training.reference_pass import fill_reference_store
+from bpo.training.reference_pass import fill_reference_store, model_description
 from bpo.training.report import StepReport
 from bpo.training.step import run_step
 
@@ -58,7 +60,8 @@ class Prepared:
     data: TrainingData
     steps: list[PlannedStep]
     trainer: engine.TrainingEngine
-    store: ReferenceStore
+    store: ReferenceStore | None
+    embeddings: PromptEmbeddings | None
     saver: CheckpointSaver
     done: int
     flops: ModelFlops
@@ -69,6 +72,7 @@ def prepare(
 ) -> Prepared:
     """Finds the checkpoint, measures and plans the groups, loads the model, fills the reference store, restores."""
     job = collectives.JobRanks(ranks)
+    program = LossProgram(config.loss, config.train.seed)
     encoder = load_encoder(config, resolved.config)
     if ranks.world_size > 1:
         check_agreement(facts_of_start(config, resolved, encoder), job)
@@ -78,7 +82,8 @@ def prepare(
         write_run_record(config, Path(config.train.output_dir))
     with guard.phase("measuring the groups"):
         gather = collectives.gather_from_ranks
-        data = measure_groups(config, encoder, ranks, gather, stop, continuing=found is not None)
+        options = {"continuing": found is not None, "plan": program.plan}
+        data = measure_groups(config, encoder, ranks, gather, stop, **options)
     steps = plan_training(config.train, data, ranks)
     check_agreement(facts_of_plan(steps), job)
     settings = engine.deepspeed_config(config.train, resolved.dtype, max(len(s.micro_batches[0]) for s in steps))
@@ -87,18 +92,22 @@ def prepare(
     prepare_trainable(model, encoder.family, config)
     flops = model_flops(model, encoder.family)
     with guard.phase("starting DeepSpeed"):
-        trainer = engine.TrainingEngine(PolicyModel(model), encoder.family, config, settings, ranks)
+        trainer = engine.TrainingEngine(PolicyModel(model), encoder.family, config, settings, ranks, program)
     check_weights(trainer.policy.model, config.model.path, ranks.rank)
     trainer.on_forward = guard.in_forward
     guard.watchdog.beat("the reference pass")
     with guard.progress_if_interrupted():
-        store = fill_reference_store(config, resolved, trainer, data, stop)
+        needs = program.needs_reference
+        store = fill_reference_store(config, resolved, trainer, data, stop) if needs else None
+        similar = program.needs_similarity
+        embeddings = fill_embedding_store(config, resolved, trainer, data, stop) if similar else None
     guard.after_reference()
-    description = partition.RunDescription(config, data, steps, store.fingerprint, ranks.world_size)
+    fingerprint = store.fingerprint if store is not None else model_description(config, resolved)
+    description = partition.RunDescription(config, data, steps, fingerprint, ranks.world_size, program)
     with guard.phase("loading the checkpoint") if found else contextlib.nullcontext():
         done = partition.resume(trainer, description, found)
     saver = partition.build_saver(trainer, config.train, description, guard)
-    return Prepared(data, steps, trainer, store, saver, done, flops)
+    return Prepared(data, steps, trainer, store, embeddings, saver, done, flops)
 
 
 @named_compile_locks()
@@ -109,7 +118,6 @@ def train(config: Config, ranks: Ranks, stop: StopRequest | None = None) -> bool
         Interrupted: `stop` came before the first step; measured lengths and reference log-probs are kept.
     """
     # Validate before the hours of measuring, loading and the reference pass.
-    losses.check_loss(config.loss)
     resolved = resolve_model(config.model, pick_device(ranks), for_training=True)
     partition.check_settings(engine.deepspeed_config(config.train, resolved.dtype, 1))
     with RunGuard(config.train, ranks, clean_leftovers) as guard:
@@ -120,12 +128,15 @@ def run_steps(config: Config, run: Prepared, guard: RunGuard, stop: StopRequest 
     """Runs the remaining steps; returns False if `stop` cut the run short."""
     trainer, todo, total, number = run.trainer, run.steps[run.done :], len(run.steps), run.done
     progress = {"done": run.done, "total": total, "groups_per_epoch": len(run.data.usable)}
-    report = StepReport(config.train, trainer.ranks, trainer.device, flops=run.flops, **progress)
+    report = StepReport(
+        config.train, trainer.ranks, trainer.device, flops=run.flops, program=trainer.program, **progress
+    )
     batches = training_batches(config.data, run.data, todo, run.store, trainer)
     for step in todo:
         guard.at_step(number)
         started = time.perf_counter()
-        sums = run_step(trainer, next(batches), config, run.data.num_pairs(step.groups), step.index)
+        num_pairs = run.data.num_pairs(step.groups)
+        sums = run_step(trainer, next(batches), config, num_pairs, step.index, run.embeddings)
         totals = trainer.sum_over_ranks(sums.flat())
         check_finite(sums, step, totals, trainer)
         if num_lost(totals):
@@ -152,6 +163,7 @@ def main(argv: list[str] | None, stop: StopRequest) -> None:
         ranks = ranks_from_environment()
         setup_logging(ranks)
         config = load_config(own, "bpo/train.py", __doc__ or "", TRAIN_INPUTS)
+        check_loss(config.loss)  # before DeepSpeed compiles anything
     except ValueError as error:
         sys.exit(f"error: {error}")
     torch.manual_seed(config.train.seed)

@@ -23,6 +23,7 @@ FREE = (
     "evaluation.*",
     "export.*",
     "measure.*",
+    "loss.plugin",
     "model.path",
     "model.trust_remote_code",
     "data.annotations",
@@ -60,7 +61,7 @@ ROUNDING = (
     "train.max_micro_batch_tokens",
 )
 # Named in train.accept_changes like options; compared by content.
-DATA, WEIGHTS, PLAN = "data", "weights", "plan"
+DATA, WEIGHTS, PLAN, PLUGIN = "data", "weights", "plan", "plugin"
 
 
 def base_files(fingerprint: Mapping[str, str]) -> dict[str, str]:
@@ -115,7 +116,7 @@ def check_content(
     Raises:
         CheckpointError: it differs and `name` is not in `accepted`.
     """
-    before = manifest["fingerprints"][name]
+    before = manifest["fingerprints"].get(name, fingerprint)  # absent in checkpoints that are older than the field
     if before != fingerprint:
         refuse([(name, before[:16], fingerprint[:16])], manifest["step"], accepted, warn=warn)
 
@@ -131,6 +132,7 @@ def refuse(changes: Sequence[tuple[str, Any, Any]], step: int, accepted: Sequenc
     explained = {
         DATA: "the groups, their tokens, images or pairs differ: the finished steps would not be this run's",
         WEIGHTS: "the base model's files differ: the trained weights belong to other frozen weights",
+        PLUGIN: "the source of loss.plugin differs: its losses may be others",
         PLAN: "the order of the groups in the finished steps differs: another version of the plan",
     }
     lines = [

@@ -17,6 +17,7 @@ import torch
 from bpo.checkpoint.compatible import (
     DATA,
     PLAN,
+    PLUGIN,
     WEIGHTS,
     base_digest,
     base_files,
@@ -41,6 +42,8 @@ from bpo.engine import TrainingEngine
 from bpo.job.collectives import JobRanks
 from bpo.job.guard import RunGuard
 from bpo.job.run_record import versions
+from bpo.losses.plugin import load_plugin
+from bpo.losses.program import LossProgram
 from bpo.training.measure import TrainingData
 
 logger = logging.getLogger(__name__)
@@ -93,14 +96,21 @@ class RunDescription:
     """Writes the manifests of a run; checks that a checkpoint is of the same data, plan and base model."""
 
     def __init__(
-        self, config: Config, data: TrainingData, steps: Sequence[PlannedStep], reference: dict[str, str], ranks: int
+        self,
+        config: Config,
+        data: TrainingData,
+        steps: Sequence[PlannedStep],
+        reference: dict[str, str],
+        ranks: int,
+        program: LossProgram,
     ):
-        self.config, self.steps, self.ranks = config, steps, ranks
+        self.config, self.steps, self.ranks, self.program = config, steps, ranks, program
         self.base = base_files(reference)
         self.fingerprints = {
             DATA: content_digest(data.content()),
             WEIGHTS: base_digest(self.base),
             "reference": content_digest(f"{name} {value}" for name, value in sorted(reference.items())),
+            PLUGIN: load_plugin(config.loss.plugin),
         }
 
     def plan_digest(self, done: int) -> str:
@@ -121,6 +131,7 @@ class RunDescription:
             "seeds": {"train.seed": self.config.train.seed},
             "fingerprints": {**self.fingerprints, PLAN: self.plan_digest(step)},
             "base": self.base,
+            "loss_states": {name: state.state_dict() for name, state in self.program.states.items()},
             "versions": versions(),
             "config": to_tree(self.config),
         }
@@ -131,6 +142,7 @@ class RunDescription:
         check_content(manifest, DATA, self.fingerprints[DATA], accepted, warn=warn)
         check_content(manifest, WEIGHTS, self.fingerprints[WEIGHTS], accepted, warn=warn)
         check_content(manifest, PLAN, self.plan_digest(manifest["step"]), accepted, warn=warn)
+        check_content(manifest, PLUGIN, self.fingerprints[PLUGIN], accepted, warn=warn)
         changed = [f"{k} {v} -> {versions().get(k)}" for k, v in manifest["versions"].items() if versions().get(k) != v]
         if changed and warn:
             logger.warning(
@@ -246,6 +258,9 @@ def resume(engine: TrainingEngine, description: RunDescription, found: Found | N
     description.check(manifest, warn=engine.ranks.is_main)
     shards = ShardSet(directory, [name for name in manifest["files"] if name.endswith(".safetensors")])
     Partition(engine).restore(shards)
+    for name, state in manifest.get("loss_states", {}).items():
+        if name in description.program.states:  # another loss may have been accepted
+            description.program.states[name].load_state_dict(state)
     engine.deepspeed.global_steps = int(manifest["step"])
     if engine.ranks.is_main:
         logger.info("continuing from %s: %d steps are done", directory, manifest["step"])

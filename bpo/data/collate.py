@@ -11,28 +11,17 @@ Shape letters: T packed tokens, B padded rows, N response tokens, P pairs, X pos
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
 from collections.abc import Sequence
 
 import torch
 
+from bpo.data.cells import CellPlan, GroupCells, group_pairs, packed_members
 from bpo.data.encode import EncodedGroup, EncodedPrompt
 from bpo.data.families import Family
+from bpo.data.pairs import loss_inputs
 from bpo.data.useful_work import useful_work
-from bpo.records import GroupBatch, LossInputs, PackedLayout, UsefulWork
-
-
-def preference_pairs(scores: Sequence[float]) -> list[tuple[int, int]]:
-    """All (i, j) with score_i > score_j, in order."""
-    return [(i, j) for i, a in enumerate(scores) for j, b in enumerate(scores) if a > b]
-
-
-def reference_key(group: EncodedGroup, image_digests: Sequence[str]) -> str:
-    """Content address of a group's log-probs: image bytes and token ids, so that a changed record is recomputed."""
-    content = [list(image_digests), list(group.prompt.prefix_ids), [list(ids) for ids in group.completion_ids]]
-    return hashlib.sha256(json.dumps(content, separators=(",", ":")).encode()).hexdigest()
+from bpo.records import GroupBatch, PackedLayout, UsefulWork
 
 
 class _Sequences:
@@ -45,25 +34,15 @@ class _Sequences:
         self.completion_spans: list[tuple[tuple[int, int], ...]] = []
         self.rows: list[int] = []
         self.targets: list[int] = []
-        self.completion_of_token: list[int] = []
-        self.pairs: list[tuple[int, int]] = []
-        self.pair_weights: list[float] = []
-        self.num_completions = 0
 
     def add(self, group: EncodedGroup, prefix_positions_XT: torch.Tensor) -> None:
         prefix_span, spans = self._append(group, prefix_positions_XT)
-        for index, ((start, end), ids) in enumerate(zip(spans, group.completion_ids, strict=True)):
+        for (start, end), ids in zip(spans, group.completion_ids, strict=True):
             # The prefix's last hidden state predicts the first token, each token the next one.
             self.rows.extend([self._last_of_prefix(start, prefix_span), *range(start, end - 1)])
             self.targets.extend(ids)
-            self.completion_of_token.extend([self.num_completions + index] * len(ids))
         self.prefix_spans.append(prefix_span)
         self.completion_spans.append(tuple(spans))
-        offset, weights = self.num_completions, group.weights or (1.0,) * len(spans)
-        for i, j in preference_pairs(group.scores):
-            self.pairs.append((offset + i, offset + j))
-            self.pair_weights.append(weights[i] * weights[j])
-        self.num_completions += len(spans)
 
     def _append(
         self, group: EncodedGroup, prefix_positions_XT: torch.Tensor
@@ -126,7 +105,8 @@ class _PaddedRows(_Sequences):
 def collate_groups(
     groups: Sequence[EncodedGroup],
     family: Family,
-    reference_keys: Sequence[str] = (),
+    plan: CellPlan | None = None,
+    reference_keys: Sequence[Sequence[str]] = (),
     *,
     is_filler: bool = False,
     stand_in: EncodedPrompt | None = None,
@@ -139,14 +119,21 @@ def collate_groups(
     Groups without any image end with the `stand_in` image: a prefix that no completion follows or attends to. Vision
     tower and projector then run in every micro-batch, as ZeRO's collectives require if another rank has images; no row
     of the loss depends on the stand-in, so its gradient is exactly zero.
+
+    Args:
+        plan: Terms of the loss, which select the cells; None for the preference pairs on the clean images.
+        reference_keys: Of each group, the key of each of its cells.
     """
-    members = list(groups) if stand_in is None else [*groups, EncodedGroup(stand_in, (), ())]
+    plan = plan or CellPlan()
+    cells = [plan.cells(group) for group in groups]
+    members = [member for group, of_group in zip(groups, cells, strict=True) for member in packed_members(group, of_group)]
+    rows_of = members if stand_in is None else [*members, EncodedGroup(stand_in, (), ())]
     shares = family.separate_reason is None
-    row = _Sequences() if shares else _PaddedRows(max(_row_tokens(group) for group in members), _padding_id(family))
-    for group in members:
-        row.add(group, _positions(group.prompt, family))
-    lengths = [end - start for spans in row.completion_spans for start, end in spans]
-    image_inputs, feature_rows_F = _images_of_rows(members, family)
+    row = _Sequences() if shares else _PaddedRows(max(_row_tokens(member) for member in rows_of), _padding_id(family))
+    for member in rows_of:
+        row.add(member, _positions(member.prompt, family))
+    image_inputs, feature_rows_F = _images_of_rows(rows_of, family)
+    inputs, group_of_cell = loss_inputs(groups, cells, plan, is_filler=is_filler)
     return GroupBatch(
         group_ids=tuple(group.prompt.record_id for group in groups),
         layout=PackedLayout(tuple(row.prefix_spans), tuple(row.completion_spans)),
@@ -155,18 +142,22 @@ def collate_groups(
         image_inputs=image_inputs,
         predictor_rows_N=torch.tensor(row.rows, dtype=torch.long),
         target_N=torch.tensor(row.targets, dtype=torch.long),
-        loss_inputs=LossInputs(
-            completion_of_token_N=torch.tensor(row.completion_of_token, dtype=torch.long),
-            completion_starts_K1=torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.long),
-            pairs_P2=torch.tensor(row.pairs, dtype=torch.long).reshape(-1, 2),
-            pair_weight_P=torch.tensor([0.0 if is_filler else weight for weight in row.pair_weights]),
-        ),
+        loss_inputs=inputs,
+        num_pairs=0 if is_filler else sum(len(group_pairs(group)) for group in groups),
         is_filler=is_filler,
-        useful_work=UsefulWork() if is_filler else useful_work(groups, family.config),
-        reference_keys=tuple(reference_keys),
+        useful_work=UsefulWork() if is_filler else useful_work(members, family.config),
+        reference_keys=tuple(itertools.chain.from_iterable(_in_batch_order(cells, reference_keys))),
+        group_of_cell=group_of_cell,
         sequence_inputs=_sequence_inputs(row, family) if isinstance(row, _PaddedRows) else {},
         feature_rows_F=feature_rows_F,
     )
+
+
+def _in_batch_order(cells: Sequence[GroupCells], keys: Sequence[Sequence[str]]) -> list[Sequence[str]]:
+    """Keys of packed cells of all groups, then those of virtual cells, as `loss_inputs` numbers them."""
+    counts = [len(of_group.cells()) - len(of_group.virtual) for of_group in cells]
+    pairs = list(zip(keys, counts, strict=False))
+    return [of_group[:count] for of_group, count in pairs] + [of_group[count:] for of_group, count in pairs]
 
 
 def _positions(prompt: EncodedPrompt, family: Family) -> torch.Tensor:

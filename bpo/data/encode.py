@@ -6,8 +6,7 @@ Shape letters: T tokens of one prompt.
 from __future__ import annotations
 
 import logging
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,19 +15,16 @@ import torch
 from PIL import Image
 
 from bpo.config.training import Config
+from bpo.data.chat import ChatTokenizer, control_tokens_of, end_of_answer
 from bpo.data.families import Family, ImagePlace, family_of
 from bpo.data.padding import pad_to_square, visible_share
 from bpo.data.processor import ChatTemplateError, Processor, load_processor, with_system_turn
 from bpo.formats.images import ImageError, load_image
 from bpo.formats.usable import NO_PAIR, distinct_answers
-from bpo.records import PreferenceGroup, Turn
+from bpo.records import Completion, PreferenceGroup, Turn
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-
-# Private-use characters that replace a literal in the user's text while the chat template is rendered.
-_LITERAL = "\ue0f0{}\ue0f1"
-_LITERAL_RE = re.compile("\ue0f0(\\d+)\ue0f1")
 
 # Side length of the stand-in image: the smallest that Qwen-VL's processors do not upscale.
 STAND_IN_PIXELS = 56
@@ -147,45 +143,20 @@ class Encoder:
         if self.tokenizer.eos_token_id is None:
             raise ValueError("the tokenizer has no EOS token; set tokenizer.eos_token to the token that ends an answer")
         _check_ids(self.tokenizer, model_config, self.image_token_id)
-        self._special_tokens = self._all_special_tokens()
-        self.eos_token_id: int = self._end_of_answer()
+        control_tokens = control_tokens_of(self.tokenizer, self.family.control_token_ids())
+        self.eos_token_id: int = end_of_answer(
+            processor, set(control_tokens.values()) - {self.tokenizer.bos_token_id, self.image_token_id}
+        )
         # A model may end turns and documents with different tokens; in generation, both end the answer.
         self.end_token_ids: tuple[int, ...] = tuple(dict.fromkeys([self.eos_token_id, self.tokenizer.eos_token_id]))
         pad = self.tokenizer.pad_token_id
         self.pad_token_id: int = self.eos_token_id if pad is None else pad
-        special_ids = set(self._special_tokens.values()) | set(self.tokenizer.all_special_ids)
+        special_ids = set(control_tokens.values()) | set(self.tokenizer.all_special_ids)
         self.suppressed_token_ids: tuple[int, ...] = tuple(sorted(special_ids - set(self.end_token_ids)))
         self._placeholder = self.family.placeholder(self.tokenizer)
-        longest_first = sorted(self._special_tokens, key=len, reverse=True)
-        self._literal_re = re.compile("|".join(map(re.escape, [*longest_first, *_LITERAL.split("{}")])))
+        self._chat = ChatTokenizer(processor, control_tokens, special_ids | set(self.end_token_ids))
         if system_prompt:
             processor.check_system_turn()
-
-    def _all_special_tokens(self) -> dict[str, int]:
-        """Returns all strings that the tokenizer encodes as a control token, with their ids."""
-        added = getattr(self.tokenizer, "added_tokens_decoder", {})
-        tokens = {str(token): index for index, token in added.items() if token.special}
-        tokens |= {token: self.tokenizer.convert_tokens_to_ids(token) for token in self.tokenizer.all_special_tokens}
-        controls = sorted(self.family.control_token_ids())
-        tokens |= dict(zip(self.tokenizer.convert_ids_to_tokens(controls), controls, strict=True))
-        return {token: index for token, index in tokens.items() if token}
-
-    def _end_of_answer(self) -> int:
-        """Returns the control token that the chat template writes after an answer, or the tokenizer's EOS if none.
-
-        Gemma's turns end with <end_of_turn> and Idefics3's with <end_of_utterance>, while EOS ends a document. Training
-        with EOS instead would make the model unlearn its end-of-turn token.
-        """
-        answer = "\ue0f2"
-        turns = [("user", "?"), ("assistant", answer)]
-        messages = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns]
-        rendered = self.processor.apply_chat_template(messages, add_generation_prompt=False)
-        if "'type'" in rendered:  # the parts themselves, converted to text
-            raise self.processor.only_text_error()
-        after = self.tokenizer(rendered.partition(answer)[2].lstrip(), add_special_tokens=False)["input_ids"]
-        never = {self.tokenizer.bos_token_id, self.image_token_id}
-        is_control = bool(after) and after[0] in self._special_tokens.values() and after[0] not in never
-        return after[0] if is_control else self.tokenizer.eos_token_id
 
     def encode_prompt(
         self,
@@ -195,11 +166,16 @@ class Encoder:
     ) -> EncodedPrompt:
         """Applies the chat template with a generation prompt and expands each image placeholder.
 
+        A prompt that ends with an assistant turn is rendered up to the end of this turn's text, the start of the
+        answer; no end-of-turn token follows. Start and completion are tokenized apart, so a start should end where a
+        token ends: a space between them belongs to the completion.
+
         Args:
             images: Paths, or the result of `encode_images` for them.
 
         Raises:
-            EncodingError: The numbers of images and image parts differ; the template fails, drops or adds an image.
+            EncodingError: The numbers of images and image parts differ; the template fails, drops or adds an image, or
+                drops the start.
             ImageError: An image cannot be read.
         """
         expected = sum(turn.num_images for turn in prompt)
@@ -207,7 +183,7 @@ class Encoder:
             raise EncodingError(f"record {record_id!r}: the prompt has {expected} image parts but {len(images)} images")
         encoded = images if isinstance(images, EncodedImages) else self.encode_images(images)
         try:
-            pieces, literals = self._render(prompt)
+            pieces, literals = self._chat.render(with_system_turn(prompt, self.system_prompt))
         except ChatTemplateError as error:
             raise EncodingError(f"record {record_id!r}: {error}") from error
         found = sum(piece.count(self._placeholder) for piece in pieces[::2])
@@ -223,7 +199,7 @@ class Encoder:
             pieces[index] = parts[0] + "".join(next(texts) + part for part in parts[1:])
         runs = iter([run for place in encoded.places for run in place.runs])
         prefix_ids: list[int] = []
-        for token in self._tokenize(pieces, literals):
+        for token in self._chat.tokenize(pieces, literals):
             prefix_ids.extend([token] * next(runs) if token == self.image_token_id else [token])
         return EncodedPrompt(record_id, tuple(prefix_ids), encoded.inputs)
 
@@ -273,66 +249,9 @@ class Encoder:
         image_inputs, (place,) = self.family.preprocess(self.processor, [picture], smallest=True)
         return EncodedPrompt("stand-in", (self.image_token_id,) * sum(place.runs), image_inputs)
 
-    def _render(self, prompt: Sequence[Turn]) -> tuple[list[str], list[str]]:
-        """Renders the chat template; returns its pieces, in which odd ones are indices of literals, and the literals.
-
-        A literal is a string in the user's text that equals a control token.
-        """
-        literals: list[str] = []
-        messages = []
-        for turn in with_system_turn(prompt, self.system_prompt):
-            texts = self._protected([part.text for part in turn.content if part.type == "text"], literals)
-            content = [
-                {"type": "image"} if part.type == "image" else {"type": "text", "text": next(texts)}
-                for part in turn.content
-            ]
-            messages.append({"role": turn.role, "content": content})
-        rendered = self.processor.apply_chat_template(messages)
-        return _LITERAL_RE.split(rendered), literals
-
-    def _protected(self, texts: Sequence[str], literals: list[str]) -> Iterator[str]:
-        """Yields the texts of a turn with control tokens replaced by indices of `literals`, to which they are added.
-
-        A template may join the texts, which may spell a control token together: then each text's share is a literal.
-        """
-        spans = [match.span() for match in self._literal_re.finditer("".join(texts))]
-        offset = 0
-        for text in texts:
-            kept, done = "", 0
-            for start, end in spans:
-                start, end = max(start - offset, 0), min(end - offset, len(text))
-                if start < end:
-                    kept += text[done:start] + _LITERAL.format(len(literals))
-                    literals.append(text[start:end])
-                    done = end
-            yield kept + text[done:]
-            offset += len(text)
-
-    def _tokenize(self, pieces: Sequence[str], literals: Sequence[str]) -> list[int]:
-        """Tokenizes a rendered prompt; literals are encoded as plain text."""
-        # Add BOS only if the tokenizer adds one and the template did not write it. Tokens that the tokenizer appends to
-        # a text (EOS) do not belong in a prompt.
-        bos, bos_id = self.tokenizer.bos_token, self.tokenizer.bos_token_id
-        adds_bos = bos is not None and self.tokenizer("")["input_ids"][:1] == [bos_id]
-        ids = [bos_id] if adds_bos and not pieces[0].startswith(bos) else []
-        ids += self.tokenizer(pieces[0], add_special_tokens=False)["input_ids"]
-        for index in range(1, len(pieces), 2):
-            ids += self._encode_plain(literals[int(pieces[index])])
-            ids += self.tokenizer(pieces[index + 1], add_special_tokens=False)["input_ids"]
-        return ids
-
-    def _encode_plain(self, text: str) -> list[int]:
-        """Encodes text without control tokens, even if it spells them."""
-        ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        if any(index in self.suppressed_token_ids or index in self.end_token_ids for index in ids):
-            unknown = self.tokenizer.unk_token_id
-            control = {*self.suppressed_token_ids, *self.end_token_ids}
-            ids = [index for index in ids if index not in control or index == unknown]
-        return list(ids)
-
     def encode_completion(self, response: str) -> tuple[int, ...]:
         """Encodes an answer and its end token; control tokens spelled in it are plain text."""
-        return (*self._encode_plain(response), self.eos_token_id)
+        return (*self._chat.plain(response), self.eos_token_id)
 
     def encode_group(
         self, group: PreferenceGroup, images: EncodedImages | None = None, longest_prefix: int = 0
@@ -343,14 +262,20 @@ class Encoder:
 
         Args:
             images: The encoded images of the group, if they are at hand.
+            longest_prefix: Tokens of the longest prefix under which the completions are scored, if that is another one:
+                they are truncated alike under all.
 
         Returns:
             The encoded group, or `Dropped` if the prompt leaves no room or no pair is left.
+
+        Raises:
+            EncodingError: See `encode_prompt`; or weights of characters need another tokenizer.
+            ImageError: An image cannot be read.
         """
         prompt = self.encode_prompt(group.id, group.images if images is None else images, group.prompt)
         room = self.max_length_tokens - max(len(prompt.prefix_ids), longest_prefix)
         if room < 1:
-            return Dropped(group.id, "prompt-too-long", self.too_long(prompt))
+            return Dropped(group.id, "prompt-too-long", self.too_long(prompt, longest_prefix))
         best = distinct_answers(group.completions, lambda c: self.encode_completion(c.response)[:room])
         if best is None:
             return Dropped(group.id, *NO_PAIR)
@@ -361,13 +286,55 @@ class Encoder:
             tuple(completion.score for completion in kept),
             tuple(completion.weight for completion in kept),
             _unless_all([completion.beta for completion in kept], 1.0),
-            described=_unless_all([completion.view for completion in kept], ""),
+            self._token_weights(group.id, best),
+            _unless_all([completion.view for completion in kept], ""),
         )
 
-    def too_long(self, prompt: EncodedPrompt) -> str:
-        """Says how long a prompt is that leaves no room for an answer, and which options make room."""
+    def _token_weights(
+        self, record_id: str, answers: Sequence[tuple[tuple[int, ...], Completion]]
+    ) -> tuple[tuple[float, ...], ...]:
+        """The weight of each token of each answer, 1 for its end token; empty if all weights are 1."""
+        weights = []
+        for ids, completion in answers:
+            of_tokens: list[float] = []
+            if completion.token_weights:
+                try:
+                    of_tokens = self._chat.plain_weights(completion.response, completion.token_weights)
+                except ValueError as error:
+                    raise EncodingError(f"record {record_id!r}: {error}") from error
+            weights.append(tuple([*of_tokens, *[1.0] * len(ids)][: len(ids)]))
+        return () if all(weight == 1 for of_tokens in weights for weight in of_tokens) else tuple(weights)
+
+    def encode_auxiliary(
+        self, group: PreferenceGroup, images: EncodedImages
+    ) -> list[tuple[EncodedPrompt, tuple[int, ...]]]:
+        """Encodes the auxiliary prompts of a group, each with the tokens of its answer, truncated to its own room.
+
+        Args:
+            images: The encoded images of the group.
+
+        Raises:
+            EncodingError: A prompt leaves no room for its answer; see also `encode_prompt`.
+        """
+        encoded = []
+        for number, entry in enumerate(group.auxiliary):
+            prompt = self.encode_prompt(group.id, images, entry.prompt)
+            room = self.max_length_tokens - len(prompt.prefix_ids)
+            if room < 1:
+                raise EncodingError(f"record {group.id!r}: auxiliary[{number}]: {self.too_long(prompt)}")
+            encoded.append((prompt, self.encode_completion(entry.response)[:room]))
+        return encoded
+
+    def too_long(self, prompt: EncodedPrompt, longest_prefix: int = 0) -> str:
+        """Says how long a prompt (or, if longer, a view of it) is that leaves no room, and which options make room."""
+        num_tokens = len(prompt.prefix_ids)
+        if num_tokens < longest_prefix:
+            return (
+                f"a view of the prompt takes {longest_prefix} of {self.max_length_tokens} tokens; raise "
+                f"data.max_length_tokens={self.max_length_tokens}"
+            )
         text = (
-            f"the prompt takes {len(prompt.prefix_ids)} of {self.max_length_tokens} tokens, "
+            f"the prompt takes {num_tokens} of {self.max_length_tokens} tokens, "
             f"{prompt.prefix_ids.count(self.image_token_id)} of them for images; raise "
             f"data.max_length_tokens={self.max_length_tokens}"
         )

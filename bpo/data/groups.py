@@ -9,10 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from bpo.data.collate import collate_groups, preference_pairs, reference_key
-from bpo.data.encode import Dropped, EncodedGroup, EncodedPrompt, Encoder, EncodingError
+from bpo.data.cells import AUXILIARY, CellPlan, group_pairs, packed_members
+from bpo.data.collate import collate_groups
+from bpo.data.encode import Dropped, EncodedGroup, EncodedImages, EncodedPrompt, EncodedView, Encoder, EncodingError
+from bpo.data.reference_keys import cell_keys, group_key, keys_by_cell
+from bpo.data.views import Views
 from bpo.formats.images import ImageError, image_bytes_digest, image_identities
 from bpo.formats.usable import keep_types, refusal
 from bpo.job.durable import replacing
@@ -29,9 +33,12 @@ BAD_REASONS = {"bad-image": "image-refused", "bad-record": "image-parts"}
 class MeasuredGroup:
     """Measurements of a usable group, for the plan and the reference store.
 
-    num_tokens: tokens of the group if its completions share the prefix.
+    num_tokens: tokens of the group's cells if those of a view share its prefix.
+    num_pairs: preference pairs, whatever the terms of the loss.
+    reference_key: key of the group's content.
     num_completions, longest_tokens: number of rows as separate sequences, and tokens of the longest.
     images: size and time of each image file, from `image_identities`.
+    cell_keys: keys in the reference store of the cells that the reference scores, one after the other.
     """
 
     num_tokens: int
@@ -40,6 +47,7 @@ class MeasuredGroup:
     num_completions: int = 0
     longest_tokens: int = 0
     images: Sequence[list[int] | None] = ()
+    cell_keys: str = ""
 
 
 class GroupDataset(Dataset):
@@ -53,9 +61,12 @@ class GroupDataset(Dataset):
         max_words: int,
         types: Sequence[str],
         keep_text_only: bool = False,
+        plan: CellPlan | None = None,
     ):
         self.groups = [keep_types(group, types) for group in groups]
         self.encoder = encoder
+        self.plan = plan or CellPlan()
+        self.views = Views(encoder, self.plan.views, self.plan.seed)
         self.max_words = max_words
         self.keep_text_only = keep_text_only
 
@@ -73,30 +84,81 @@ class GroupDataset(Dataset):
         if refused is not None:
             return Dropped(group.id, *refused)
         try:
-            return self.encoder.encode_group(group)
+            pictures = self.encoder.open_pictures(group.images)
+            images = self.encoder.encode_pictures(pictures, group.images)
+            views = self._changed_views(group, pictures, images)
+            longest = max((len(view.prompt.prefix_ids) for view in views), default=0)
+            encoded = self.encoder.encode_group(group, images, longest_prefix=longest)
+            if isinstance(encoded, Dropped):
+                return encoded
+            return dataclasses.replace(encoded, views=(*views, *self._auxiliary(group, images)))
         except ImageError as error:
             return Dropped(group.id, "bad-image", str(error))
         except EncodingError as error:
             return Dropped(group.id, "bad-record", str(error))
 
+    def _changed_views(
+        self, group: PreferenceGroup, pictures: list[Image.Image], images: EncodedImages
+    ) -> list[EncodedView]:
+        names = self.plan.view_names
+        if not names:
+            return []
+        clean = self.encoder.encode_prompt(group.id, images, group.prompt)
+        return [EncodedView(name, self.views.prompt(name, group, pictures, images, clean)) for name in names]
+
+    def _identity_of_view(self, name: str) -> str:
+        return self.views.identity(name) + self.plan.identity
+
+    def _auxiliary(self, group: PreferenceGroup, images: EncodedImages) -> list[EncodedView]:
+        """A view for each auxiliary prompt, if a term uses them."""
+        if not self.plan.uses_auxiliary:
+            return []
+        if not group.auxiliary:
+            raise EncodingError(
+                f"record {group.id!r}: the loss has a term over auxiliary prompts, but the record has none; add the "
+                'field "auxiliary": [{"prompt": ..., "response": ...}], or remove the term'
+            )
+        encoded = self.encoder.encode_auxiliary(group, images)
+        return [EncodedView(f"{AUXILIARY}{k}", prompt, (ids,)) for k, (prompt, ids) in enumerate(encoded)]
+
+    def _images(self, group: PreferenceGroup) -> tuple[str, ...]:
+        """The image files that the group's cells depend on."""
+        needs_others = any(self.views.needs_other_images(name) for name in self.plan.view_names)
+        return (*group.images, *(group.other_images if needs_others else ()))
+
+    def image_identities(self, index: int) -> list[list[int] | None]:
+        """Size and time of each image file that a group's cells depend on."""
+        return image_identities(self._images(self.groups[index]), self.encoder.image_root)
+
+    def _digests(self, group: PreferenceGroup) -> list[str]:
+        return [image_bytes_digest(self.encoder.image_root, image) for image in self._images(group)]
+
+    def _sizes(self, encoded: EncodedGroup) -> tuple[int, int, int]:
+        """Tokens of the group's cells, number of their rows as separate sequences, and tokens of the longest."""
+        members = packed_members(encoded, self.plan.cells(encoded))
+        rows = sum(len(member.completion_ids) for member in members)
+        return sum(m.num_tokens for m in members), rows, max(m.longest_tokens for m in members)
+
     def measure(self, index: int) -> MeasuredGroup | Dropped:
         group = self.groups[index]
-        images = image_identities(group.images, self.encoder.image_root)
+        images = self.image_identities(index)
         encoded = self.encode(index)
         if isinstance(encoded, Dropped):
             return encoded
-        digests = [image_bytes_digest(self.encoder.image_root, image) for image in group.images]
-        if images != image_identities(group.images, self.encoder.image_root):
+        digests = self._digests(group)
+        if images != self.image_identities(index):
             return Dropped(
                 group.id, "bad-image", f"{', '.join(group.images)}: written to while being read; start again"
             )
+        num_tokens, num_rows, longest_tokens = self._sizes(encoded)
         return MeasuredGroup(
-            num_tokens=encoded.num_tokens,
-            num_pairs=len(preference_pairs(encoded.scores)),
-            reference_key=reference_key(encoded, digests),
-            num_completions=len(encoded.completion_ids),
-            longest_tokens=encoded.longest_tokens,
+            num_tokens=num_tokens,
+            num_pairs=len(group_pairs(encoded)),
+            reference_key=group_key(encoded, digests),
+            num_completions=num_rows,
+            longest_tokens=longest_tokens,
             images=images,
+            cell_keys=cell_keys(encoded, self.plan.reference_pass().cells(encoded), digests, self._identity_of_view),
         )
 
     def load(self, index: int, measured: MeasuredGroup) -> EncodedGroup | Dropped:
@@ -109,25 +171,42 @@ class GroupDataset(Dataset):
         encoded = self.encode(index)
         if isinstance(encoded, Dropped):
             return encoded
-        if encoded.num_tokens != measured.num_tokens or len(encoded.completion_ids) != measured.num_completions:
-            detail = (
-                f"it has {encoded.num_tokens} tokens instead of {measured.num_tokens}: its image or record has changed"
-            )
+        num_tokens, num_rows, _ = self._sizes(encoded)
+        if num_tokens != measured.num_tokens or num_rows != measured.num_completions:
+            detail = f"it has {num_tokens} tokens instead of {measured.num_tokens}: its image or record has changed"
             return Dropped(group.id, "bad-record", detail)
         # After reading: a file that was replaced before or while it was read has another time by now.
-        if list(measured.images) != image_identities(group.images, self.encoder.image_root):
+        if list(measured.images) != self.image_identities(index):
             try:
-                digests = [image_bytes_digest(self.encoder.image_root, image) for image in group.images]
+                digests = self._digests(group)
             except ImageError as error:
                 return Dropped(group.id, "bad-image", str(error))
-            if reference_key(encoded, digests) != measured.reference_key:
+            if group_key(encoded, digests) != measured.reference_key:
                 return Dropped(group.id, "bad-image", changed_images(group))
         return encoded
 
     def placeholder(self) -> EncodedGroup:
         """A small group that keeps a rank in lockstep where its micro-batch has lost every group of its own."""
         end = self.encoder.eos_token_id
-        return EncodedGroup(self.stand_in, ((end,), (end, end)), (1.0, 0.0))
+        views = [EncodedView(name, self.stand_in) for name in self.plan.view_names]
+        if self.plan.uses_auxiliary:
+            views.append(EncodedView(f"{AUXILIARY}0", self.stand_in, ((end,),)))
+        return EncodedGroup(self.stand_in, ((end,), (end, end)), (1.0, 0.0), views=tuple(views))
+
+    def collate(
+        self, groups: Sequence[EncodedGroup], measured: Sequence[MeasuredGroup], *, for_reference: bool, is_filler: bool
+    ) -> GroupBatch:
+        """Packs the cells that a step or, with `for_reference`, the reference pass needs."""
+        reference = self.plan.reference_pass()
+        plan = reference if for_reference else self.plan
+        keys = []
+        for group, of_group in zip(groups, measured, strict=False):  # a placeholder has no measurement
+            key_of = keys_by_cell(reference.cells(group), of_group.cell_keys)
+            keys.append([key_of.get(cell, "") for cell in plan.cells(group).cells()])
+        stand_in = self.stand_in if not any(_has_images(group) for group in groups) else None
+        family = self.encoder.family
+        batch = collate_groups(groups, family, plan, keys, is_filler=is_filler, stand_in=stand_in)
+        return dataclasses.replace(batch, group_keys=tuple(of_group.reference_key for of_group in measured))
 
     def measure_all(self, indices: Sequence[int], num_workers: int) -> Iterator[MeasuredGroup | Dropped]:
         """Measures groups in worker processes, in the order of `indices`."""
@@ -141,6 +220,10 @@ class GroupDataset(Dataset):
             worker_init_fn=leave_signals_to_parent,
         )
         return iter(loader)
+
+
+def _has_images(group: EncodedGroup) -> bool:
+    return bool(group.prompt.image_inputs)
 
 
 def changed_images(group: PreferenceGroup) -> str:
@@ -163,17 +246,19 @@ class _MicroBatches(Dataset):
         dataset: GroupDataset,
         measured: Mapping[int, MeasuredGroup | None],
         batches: Sequence[tuple[Sequence[int], bool]],
+        for_reference: bool,
     ):
         self.dataset = dataset
         self.measured = measured
         self.batches = batches
+        self.for_reference = for_reference
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __getitem__(self, item: int) -> GroupBatch:
         indices, is_filler = self.batches[item]
-        encoded, keys, lost = [], [], []
+        encoded, kept, lost = [], [], []
         for index in indices:
             measured = self.measured[index]
             if measured is None:
@@ -183,11 +268,10 @@ class _MicroBatches(Dataset):
                 lost.append(LostGroup(index, group.group_id, group.reason, group.detail))
             else:
                 encoded.append(group)
-                keys.append(measured.reference_key)
+                kept.append(measured)
         if not encoded:
             encoded, is_filler = [self.dataset.placeholder()], True
-        stand_in = self.dataset.stand_in if not any(group.prompt.image_inputs for group in encoded) else None
-        batch = collate_groups(encoded, self.dataset.encoder.family, keys, is_filler=is_filler, stand_in=stand_in)
+        batch = self.dataset.collate(encoded, kept, for_reference=self.for_reference, is_filler=is_filler)
         return dataclasses.replace(batch, lost=tuple(lost))
 
 
@@ -199,6 +283,7 @@ def iterate_micro_batches(
     num_workers: int,
     prefetch_factor: int = 2,
     pin_memory: bool = False,
+    for_reference: bool = False,
 ) -> Iterator[GroupBatch]:
     """Packed micro-batches in order, prepared ahead by worker processes.
 
@@ -210,13 +295,14 @@ def iterate_micro_batches(
         measured: Measurement of each dataset index; None leaves the group out.
         num_workers: Worker processes; 0 prepares each micro-batch on demand.
         prefetch_factor: Micro-batches that each worker prepares ahead.
+        for_reference: Pack what the reference scores instead of what a step needs.
 
     Raises:
         ValueError: the limits of this machine are too low for the workers.
     """
     prepare_for_workers(num_workers, prefetch_factor)
     loader: DataLoader[Any] = DataLoader(
-        _MicroBatches(dataset, measured, batches),
+        _MicroBatches(dataset, measured, batches, for_reference),
         batch_size=None,
         shuffle=False,
         num_workers=num_workers,

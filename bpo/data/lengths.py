@@ -18,22 +18,25 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from bpo.data.cells import CellPlan
 from bpo.data.encode import Dropped, Encoder
 from bpo.data.groups import GroupDataset, MeasuredGroup
+from bpo.data.views import Views
 from bpo.formats.files import group_to_json
-from bpo.formats.images import image_identities
 from bpo.job.journal import JournalReader, JournalWriter, to_line
 from bpo.records import PreferenceGroup
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 2
+FORMAT = 3
 
 Measured = MeasuredGroup | Dropped
 
 
-def encoder_fingerprint(encoder: Encoder, max_words: int, *, keep_text_only: bool = False) -> str:
-    """16 hexadecimal digits of everything that affects a length, except the group."""
+def encoder_fingerprint(
+    encoder: Encoder, max_words: int, plan: CellPlan | None = None, *, keep_text_only: bool = False
+) -> str:
+    """16 hexadecimal digits of everything that affects a measurement, except the group."""
     import transformers
 
     parts = [
@@ -44,8 +47,20 @@ def encoder_fingerprint(encoder: Encoder, max_words: int, *, keep_text_only: boo
         encoder.max_length_tokens,
         max_words,
         keep_text_only,
+        *([] if plan is None or plan == CellPlan() else plan_parts(encoder, plan)),
     ]
     return _digest(parts)[:16]
+
+
+def plan_parts(encoder: Encoder, plan: CellPlan) -> list[Any]:
+    """What of the terms of a loss affects which cells a group has, and their keys."""
+    views = Views(encoder, plan.views, plan.seed)
+    fields = ("pairs", "reference", "view", "against", "guidance_view", "shared_tokens")
+    return [
+        [[getattr(term, name) for name in fields] for term in plan.terms],
+        {name: views.identity(name) for name in plan.view_names},
+        plan.identity,
+    ]
 
 
 def encoder_parts(encoder: Encoder) -> dict[str, Any]:
@@ -105,7 +120,7 @@ class MeasuredLengths:
         entries = self._known.get(self._keys[index])
         if not entries:
             return None
-        images = image_identities(self.dataset.groups[index].images, self.dataset.encoder.image_root)
+        images = self.dataset.image_identities(index)
         for measured_images, measured in entries:
             if measured_images == images:
                 return measured if isinstance(measured, Dropped) else dataclasses.replace(measured, images=images)
@@ -118,7 +133,7 @@ class MeasuredLengths:
         logger.info("measured lengths in %s: %d of %d groups known", self.directory, len(known), len(self.indices))
         # Read before the images: a file that changes in between is measured again next time.
         before = {
-            index: image_identities(self.dataset.groups[index].images, self.dataset.encoder.image_root)
+            index: self.dataset.image_identities(index)
             for index in missing
         }
         fresh = self.dataset.measure_all(missing, num_workers) if missing else iter(())

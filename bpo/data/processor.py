@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 # A template is code that comes with the model; rendering takes about a millisecond.
 TEMPLATE_TIMEOUT_S = 5.0
+# A private-use character where a text is rendered.
+PLACE = "\ue0f2"
 
 
 class ChatTemplateError(ValueError):
@@ -57,9 +59,28 @@ class Processor:
                 raise self.only_text_error() from error
             raise
 
+    def before_answer(self, messages: list[dict[str, Any]]) -> str:
+        """Renders messages without `PLACE` and the beginning of an assistant turn, up to the place of its text.
+
+        As with `continue_final_message` of transformers, but the template does not see the text that is put there,
+        so it keeps its white space.
+
+        Raises:
+            ChatTemplateError: The template fails on these messages, or drops the turn.
+            EndlessTemplateError: It takes longer than `TEMPLATE_TIMEOUT_S`.
+        """
+        answer = {"role": "assistant", "content": [{"type": "text", "text": PLACE}]}
+        before, place, _ = self.apply_chat_template([*messages, answer], add_generation_prompt=False).rpartition(PLACE)
+        if not place:
+            raise ChatTemplateError(
+                f"{self.template_source}: the chat template drops the start of an answer, with which the prompt ends; "
+                "use a template that renders assistant turns"
+            )
+        return before
+
     def check_system_turn(self) -> None:
         """Raises ValueError if the chat template refuses or drops a system turn."""
-        text = "\ue0f2"
+        text = PLACE
         turns = [("system", text), ("user", "?")]
         messages = [{"role": role, "content": [{"type": "text", "text": said}]} for role, said in turns]
         try:

@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 
-from bpo.config.training import LossConfig
 from bpo.data.families import family_of
 from bpo.model.head import install_logprob_head
-from bpo.records import GroupBatch, LossInputs
+from bpo.records import GroupBatch, HeadRequest, LossInputs
 
 
 class PolicyModel(torch.nn.Module):
@@ -41,11 +40,11 @@ class PolicyModel(torch.nn.Module):
         target_N: torch.Tensor,
         image_inputs: dict[str, torch.Tensor],
         loss_inputs: LossInputs | None = None,
-        loss: LossConfig | None = None,
+        request: HeadRequest | None = None,
         sequence_inputs: dict[str, torch.Tensor] | None = None,
         feature_rows_F: torch.Tensor | None = None,
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Returns fp32 log-probs [N] of `target_N`; with a fused `loss`, losses and rewards [P] and the log-probs.
+    ) -> Any:
+        """Returns fp32 log-probs [N] of `target_N`, or what `LogProbHead` returns for `loss_inputs` and `request`.
 
         Call it, and its backward, inside `packed_layout`. With `sequence_inputs`, T is B concatenated rows of
         [prefix | completion | padding], and the model's own attention is used.
@@ -61,7 +60,7 @@ class PolicyModel(torch.nn.Module):
             **image_inputs,
         ).last_hidden_state.flatten(0, 1)
         # Only rows that predict a response token reach the LM head; prompt and image rows never do.
-        return self.model.lm_head(hidden_TD[predictor_rows_N], target_N, loss_inputs, loss)
+        return self.model.lm_head(hidden_TD[predictor_rows_N], target_N, loss_inputs, request)
 
 
 def model_inputs(batch: GroupBatch) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from bpo.job.collectives import Collectives
 from bpo.job.durable import file_digest
 from bpo.job.exits import JobError
 from bpo.job.run_record import version_of, versions
+from bpo.losses.plugin import load_plugin
 from bpo.model.load import ResolvedModel
 from bpo_kernels import dispatch
 
@@ -88,6 +89,7 @@ def facts_of_start(config: Config, resolved: ResolvedModel, encoder: Encoder) ->
         "code of the kernels": _digest_of_sources(dispatch.__file__),
         "content of train.ds_config": _short(deepspeed_config(config.train, resolved.dtype, 1)),
         "content of data.groups": _digest_of_data(Path(config.data.groups)),
+        "content of loss.plugin": load_plugin(config.loss.plugin),
         "model's dtype": str(resolved.dtype),
         "attention backend": resolved.attention.backend if resolved.attention else "transformers' own",
         "kernels": dispatch.chosen_implementation(torch.empty(0, device=resolved.device)),

@@ -8,13 +8,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from bpo.config.training import DataConfig
 from bpo.data.groups import iterate_micro_batches
 from bpo.data.schedule import PlannedStep
 from bpo.data.transfer import on_device
 from bpo.engine import TrainingEngine
+from bpo.model.reference.cells import with_reference
 from bpo.model.reference.store import ReferenceStore
 from bpo.records import GroupBatch
 from bpo.training.measure import TrainingData
@@ -23,7 +22,12 @@ logger = logging.getLogger(__name__)
 
 
 def micro_batches(
-    config: DataConfig, data: TrainingData, batches: list[tuple[Any, bool]], engine: TrainingEngine
+    config: DataConfig,
+    data: TrainingData,
+    batches: list[tuple[Any, bool]],
+    engine: TrainingEngine,
+    *,
+    for_reference: bool = False,
 ) -> Iterator[GroupBatch]:
     """This rank's micro-batches, given as (planned groups, is_filler), in host memory."""
     indices = [([data.usable[g] for g in groups], is_filler) for groups, is_filler in batches]
@@ -34,6 +38,7 @@ def micro_batches(
         num_workers=config.num_workers,
         prefetch_factor=config.prefetch_factor,
         pin_memory=engine.device.type == "cuda",
+        for_reference=for_reference,
     )
 
 
@@ -55,17 +60,19 @@ class StepBatches:
 
 
 def training_batches(
-    config: DataConfig, data: TrainingData, steps: list[PlannedStep], store: ReferenceStore, engine: TrainingEngine
+    config: DataConfig, data: TrainingData, steps: list[PlannedStep], store: ReferenceStore | None, engine: TrainingEngine
 ) -> Iterator[StepBatches]:
-    """Yields for each step this rank's micro-batches with their reference log-probs, on the device."""
+    """Yields for each step this rank's micro-batches with their reference log-probs, on the device.
+
+    Args:
+        store: None for a loss without a reference.
+    """
     rank = engine.ranks.rank
     flat = [pair for s in steps for pair in zip(s.micro_batches[rank], s.is_filler[rank], strict=True)]
-    with_reference = (
-        batch.with_reference(
-            store.gather(batch.reference_keys) if batch.reference_keys else torch.zeros(batch.target_N.numel())
-        )
-        for batch in micro_batches(config, data, flat, engine)
-    )
-    source = on_device(with_reference, engine.device, engine.dtype)
+    shared_tokens = engine.program.shares_second_tokens
+    batches = micro_batches(config, data, flat, engine)
+    if store is not None:
+        batches = (with_reference(batch, store, shared_tokens=shared_tokens) for batch in batches)
+    source = on_device(batches, engine.device, engine.dtype)
     for step in steps:
         yield StepBatches(len(step.micro_batches[rank]), source)

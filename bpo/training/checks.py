@@ -8,13 +8,11 @@ import math
 
 import torch
 
-from bpo.config.training import LossConfig, TrainConfig
+from bpo.config.training import TrainConfig
 from bpo.data.schedule import PlannedStep
 from bpo.engine import TrainingEngine
 from bpo.job.collectives import gather_from_ranks
 from bpo.job.exits import JobError
-from bpo.losses import loss_at_reference
-from bpo.records import LossInputs
 from bpo.training.metrics import StepSums, step_metrics
 
 logger = logging.getLogger(__name__)
@@ -83,17 +81,19 @@ def check_finite(sums: StepSums, step: PlannedStep, reduced: list[float], engine
 
 
 def check_first_step(config: TrainConfig, flat: list[float], sums: StepSums, engine: TrainingEngine) -> None:
-    """Checks that the first step's preference loss is its value for policy = reference (log 2 for DPO).
+    """Checks that the first step's loss is its value for policy = reference (log 2 for DPO), computed from its terms.
+
+    A loss without a reference has nothing to compare.
 
     Raises:
         FirstStepError: the gap exceeds the tolerance: the reference is not the model being trained.
     """
     half_precision = engine.dtype != torch.float32
     tolerance = config.first_loss_tolerance or (2e-2 if half_precision else 1e-4)
-    metrics = step_metrics(flat)
-    if not metrics:
-        return  # the step has lost all its groups
-    loss = metrics["preference_loss"]
+    metrics = step_metrics(flat, engine.program)
+    if not metrics or not engine.program.needs_reference:  # no metrics: the step has lost all its groups
+        return
+    loss = metrics["loss"]
     expected_sum, num_pairs = engine.sum_over_ranks([sums.expected_first_loss, sums.num_pairs])
     expected = expected_sum / num_pairs
     gap = abs(loss - expected)
@@ -112,8 +112,3 @@ def check_first_step(config: TrainConfig, flat: list[float], sums: StepSums, eng
             "(attention_dropout in the model's config) and for a reference store of other weights"
         )
 
-
-@torch.no_grad()
-def expected_loss(inputs: LossInputs, config: LossConfig) -> float:
-    """Sum over pairs of the weighted preference loss of a policy equal to the reference."""
-    return float((loss_at_reference(inputs, config).double() * inputs.pair_weight_P).sum())

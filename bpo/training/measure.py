@@ -11,6 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from bpo.config.training import Config
+from bpo.data.cells import CellPlan
 from bpo.data.encode import Dropped, Encoder
 from bpo.data.groups import BAD_REASONS, GroupDataset, MeasuredGroup, write_dropped
 from bpo.data.lengths import MeasuredLengths, encoder_fingerprint, lengths_directory
@@ -85,11 +86,14 @@ class TrainingData:
         return [bool(self.dataset.groups[index].images) for index in self.usable]
 
     def content(self) -> Iterator[str]:
-        """A line per planned group with its images and tokens (as a digest), pairs and weights other than 1."""
+        """A line per planned group with its images and tokens (as a digest), pairs, and factors other than 1."""
         for index, measured in zip(self.usable, self.measured, strict=True):
-            weights = [completion.weight for completion in self.dataset.groups[index].completions]
-            unequal = f" {weights}" if any(weight != 1 for weight in weights) else ""
-            yield f"{measured.reference_key} {measured.num_pairs}{unequal}"
+            completions = self.dataset.groups[index].completions
+            parts = [f"{measured.reference_key} {measured.num_pairs}"]
+            for values in ([c.weight for c in completions], [c.beta for c in completions]):
+                parts += [str(values)] if any(value != 1 for value in values) else []
+            parts += [str(c.token_weights) for c in completions if c.token_weights]
+            yield " ".join(parts)
 
     def num_pairs(self, groups: tuple[int, ...]) -> int:
         """Pairs of planned groups, without those known to be lost."""
@@ -104,11 +108,13 @@ def measure_groups(
     stop: StopRequest | None = None,
     *,
     continuing: bool = False,
+    plan: CellPlan | None = None,
 ) -> TrainingData:
     """Encodes every group once, divided among the ranks; lists the unusable ones in dropped.jsonl.
 
     Args:
         continuing: Whether a checkpoint of the run is continued, with its plan.
+        plan: What the loss needs of each group; None for preference pairs on the clean images.
 
     Raises:
         ValueError: no group is left, or a group is bad and `data.on_bad` is error.
@@ -126,6 +132,7 @@ def measure_groups(
         max_words=config.data.max_completion_words,
         types=config.train.completion_types,
         keep_text_only=config.data.text_only == "keep",
+        plan=plan,
     )
     mine = range(ranks.rank, len(dataset), ranks.world_size)
     results = tqdm(
@@ -209,7 +216,8 @@ def _from_json(result: list[Any] | dict[str, str]) -> MeasuredGroup | Dropped:
 
 
 def _fingerprint(config: Config, encoder: Encoder, dataset: GroupDataset) -> str:
-    return encoder_fingerprint(encoder, config.data.max_completion_words, keep_text_only=dataset.keep_text_only)
+    keep = dataset.keep_text_only
+    return encoder_fingerprint(encoder, config.data.max_completion_words, dataset.plan, keep_text_only=keep)
 
 
 def _measured(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,12 @@ import torch
 
 from bpo.job.durable import write_durably
 from bpo.job.journal import JournalReader, to_line
-from bpo.losses import LossOutput
+from bpo.losses.program import LossOutput, LossProgram
 from bpo.records import GroupBatch, LostGroup, UsefulWork
 from bpo.training.flops import ModelFlops
 
-_NAMES = (
-    "loss",
-    "preference_loss",
+# Means over the pairs of `LossProgram.main`, each counted once whatever its weight.
+_REWARDS = (
     "rewards/chosen",
     "rewards/rejected",
     "rewards/margins",
@@ -30,17 +29,16 @@ _NAMES = (
     "logps/rejected",
     "nll/chosen",
 )
-_NUM_WEIGHTED = 2  # the losses, which training minimises; the other means count each pair once, whatever its weight
+_OF_CHOSEN = ("rewards/chosen", "logps/chosen", "nll/chosen")  # those that a likelihood term has
 
 
 @dataclass(frozen=True)
 class _Unread:
-    """A micro-batch's sums (`_NAMES` and the reference gap), still on the device, and the groups of its losses."""
+    """A micro-batch's sums (terms, rewards and the reference gap), still on the device, and the groups of its losses."""
 
     sums: torch.Tensor
     loss_P: torch.Tensor
-    pairs_P2: torch.Tensor
-    group_of_completion: tuple[str, ...]
+    group_of_pair: tuple[str, ...]
 
 
 @dataclass
@@ -48,10 +46,15 @@ class StepSums:
     """Sums over the pairs of one rank's part of a step; metrics once summed over ranks and divided by the pairs.
 
     `add` leaves its sums on the device, because reading one waits for all queued work. `flat` reads them together;
-    until then `values`, `reference_gap` and `non_finite_groups` lack the latest additions.
+    until then `terms`, `rewards`, `reference_gap` and `non_finite_groups` lack the latest additions.
+
+    terms: sum over the pairs of each term of pair weight times loss.
+    rewards: of the pairs that rewards are reported of; num_rewarded counts them.
     """
 
-    values: list[float]
+    terms: list[float]
+    rewards: list[float] = field(default_factory=lambda: [0.0] * len(_REWARDS))
+    num_rewarded: float = 0.0
     num_pairs: float = 0.0
     num_tokens: float = 0.0
     useful_work: UsefulWork = field(default_factory=UsefulWork)
@@ -63,8 +66,8 @@ class StepSums:
     _unread: list[_Unread] = field(default_factory=list, repr=False, compare=False)
 
     @classmethod
-    def zero(cls) -> StepSums:
-        return cls([0.0] * len(_NAMES))
+    def zero(cls, program: LossProgram) -> StepSums:
+        return cls([0.0] * len(program.terms))
 
     @torch.no_grad()
     def add(self, output: LossOutput, batch: GroupBatch) -> None:
@@ -72,33 +75,27 @@ class StepSums:
         self.lost.extend(batch.lost)
         if batch.is_filler:
             return
-        inputs = batch.loss_inputs
-        assert inputs.reference is not None
-        logp_K = inputs.sequence_sum(output.logp_N)
-        chosen, rejected = inputs.pairs_P2.unbind(1)
+        inputs, rewards = batch.loss_inputs, output.rewards
+        chosen_P = rewards.chosen_reward_P
+        none_P = torch.zeros_like(chosen_P)
+        rejected_P = none_P if rewards.rejected_reward_P is None else rewards.rejected_reward_P
+        rejected_logp_P = none_P if rewards.rejected_logp_P is None else rewards.rejected_logp_P
+        margin_P = chosen_P - rejected_P
         columns = (
-            output.loss_P,
-            output.preference_P,
-            output.chosen_reward_P,
-            output.rejected_reward_P,
-            output.chosen_reward_P - output.rejected_reward_P,
-            (output.chosen_reward_P > output.rejected_reward_P).float(),
-            logp_K[chosen],
-            logp_K[rejected],
-            output.nll_P,
+            chosen_P,
+            rejected_P,
+            margin_P,
+            (margin_P > 0).float(),
+            rewards.chosen_logp_P,
+            rejected_logp_P,
+            rewards.chosen_nll_P,
         )
-        gap = (output.logp_N - inputs.reference).abs().max()
-        values = torch.stack(columns).double()
-        values[:_NUM_WEIGHTED] *= inputs.pair_weight_P.double()
-        sums = values @ torch.ones_like(values[0])
+        sums = torch.cat([output.term_sums_T.double(), torch.stack(columns).double().sum(1), _gap(output, batch)[None]])
+        owners = tuple(batch.group_ids[g] for g in inputs.group_of_pair)
         # Not the batch itself: its pixels would stay on the device until the end of the step.
-        owners = tuple(
-            g for g, spans in zip(batch.group_ids, batch.layout.completion_spans, strict=False) for _ in spans
-        )
-        self._unread.append(
-            _Unread(torch.cat([sums, gap.double()[None]]), output.loss_P.detach(), inputs.pairs_P2, owners)
-        )
-        self.num_pairs += inputs.pair_weight_P.numel()
+        self._unread.append(_Unread(sums, output.loss_P, owners))
+        self.num_rewarded += len(chosen_P)
+        self.num_pairs += batch.num_pairs
         self.num_tokens += batch.input_ids_T.numel()
         self.useful_work += batch.useful_work
         self.groups.extend(batch.group_ids)
@@ -107,29 +104,46 @@ class StepSums:
         unread, self._unread = self._unread, []
         if not unread:
             return
+        count = len(self.terms)
         for (*sums, gap), part in zip(torch.stack([part.sums for part in unread]).tolist(), unread, strict=True):
-            self.values = [value + more for value, more in zip(self.values, sums, strict=True)]
+            self.terms = [value + more for value, more in zip(self.terms, sums[:count], strict=True)]
+            self.rewards = [value + more for value, more in zip(self.rewards, sums[count:], strict=True)]
             self.reference_gap = max(self.reference_gap, gap)
-            if not math.isfinite(sums[0]):
-                lost = part.pairs_P2[~torch.isfinite(part.loss_P), 0].tolist()
-                self.non_finite_groups.extend(sorted({part.group_of_completion[c] for c in lost}))
+            if not all(map(math.isfinite, sums[:count])):
+                lost = (~torch.isfinite(part.loss_P)).nonzero().flatten().tolist()
+                self.non_finite_groups.extend(sorted({part.group_of_pair[p] for p in lost}))
 
     def flat(self) -> list[float]:
         """This rank's sums and work as one list, to be summed over ranks."""
         self._read()
         work = map(float, astuple(self.useful_work))
-        return [*self.values, self.num_pairs, self.num_tokens, *work, float(len(self.lost))]
+        losses = [*self.terms, *self.rewards, self.num_rewarded]
+        return [*losses, self.num_pairs, self.num_tokens, *work, float(len(self.lost))]
 
 
-def step_metrics(flat: list[float]) -> dict[str, float]:
+def step_metrics(flat: list[float], program: LossProgram) -> dict[str, float]:
     """Means over the pairs of the global batch, from the flat sums of all ranks; none if it has lost all its groups.
 
-    Losses are weighted by the pairs' weights and divided by the number of pairs, as in `run_step`.
+    Losses are weighted by the pairs' weights and divided by the number of preference pairs, as in `run_step`. If there
+    are several terms, each is also reported under its name, before its weight is applied.
+
+    Args:
+        program: The loss, for the names and weights of its terms.
     """
-    pairs = flat[len(_NAMES)]
+    count = len(program.terms)
+    sums, rewards = flat[:count], flat[count : count + len(_REWARDS)]
+    num_rewarded, pairs = flat[count + len(_REWARDS) : count + len(_REWARDS) + 2]
     if not pairs:
         return {}
-    return {name: value / pairs for name, value in zip(_NAMES, flat, strict=False)}
+    losses = [term.options.weight * value / pairs for term, value in zip(program.terms, sums, strict=True)]
+    preference = [loss for term, loss in zip(program.terms, losses, strict=True) if not term.is_likelihood]
+    metrics = {"loss": math.fsum(losses), "preference_loss": math.fsum(preference or losses)}
+    for name, value in zip(_REWARDS, rewards, strict=True):
+        if num_rewarded and (program.compares_answers or name in _OF_CHOSEN):
+            metrics[name] = value / num_rewarded
+    if count > 1:
+        metrics |= {f"loss/{name}": value / pairs for name, value in zip(program.names, sums, strict=True)}
+    return metrics
 
 
 def num_lost(flat: list[float]) -> int:
@@ -152,8 +166,9 @@ def step_rates(
         `tokens_per_second` counts packed tokens through the language model, `useful_tokens_per_second` only
         those of groups, without stand-in images, padding and repeated prefixes.
     """
-    num_pairs, num_tokens = flat[len(_NAMES) : len(_NAMES) + 2]
-    work = UsefulWork(*map(int, flat[len(_NAMES) + 2 : -1]))
+    first_work = -1 - len(fields(UsefulWork))
+    num_pairs, num_tokens = flat[first_work - 2 : first_work]
+    work = UsefulWork(*map(int, flat[first_work:-1]))
     rates = {
         "pairs_per_second": num_pairs / seconds,
         "tokens_per_second": num_tokens / seconds,
@@ -165,6 +180,17 @@ def step_rates(
         if peak_flops:
             rates["mfu"] = flops.step(work) / seconds / peak_flops
     return rates
+
+
+def _gap(output: LossOutput, batch: GroupBatch) -> torch.Tensor:
+    """The largest difference of a token's log-prob from the reference's, fp64; 0 without a reference."""
+    inputs = batch.loss_inputs
+    if inputs.reference is None:
+        return output.logp_N.new_zeros((), dtype=torch.float64)
+    gap_N = (output.logp_N - inputs.reference).abs()
+    if inputs.has_reference_N is not None:
+        gap_N = gap_N * inputs.has_reference_N
+    return gap_N.max().double()
 
 
 class MetricsWriter:

@@ -7,17 +7,19 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from bpo.config.training import Config
+from bpo.data.reference_keys import split_keys
 from bpo.data.schedule import split_into_micro_batches
 from bpo.data.transfer import on_device
 from bpo.engine import TrainingEngine
 from bpo.job.collectives import barrier, from_rank_0, gather_from_ranks
 from bpo.job.exits import Interrupted
 from bpo.job.signals import StopRequest
+from bpo.losses.program import HeadOutput
 from bpo.model.load import ResolvedModel
+from bpo.model.reference.cells import put_reference
 from bpo.model.reference.format import ReferenceStoreError
 from bpo.model.reference.store import ReferenceStore, open_or_create, run_fingerprint, store_directory
 from bpo.records import GroupBatch, LostGroup
@@ -41,9 +43,8 @@ def fill_reference_store(
     directory = store_directory(config)
     fingerprint = from_rank_0(lambda: _open_store(config, model, directory))
     store = ReferenceStore(directory, fingerprint, engine.ranks.rank)
-    first_with_key = _first_with_key(data)
     # Decided by one rank: another job may be adding to the store, and all ranks must agree on the missing groups.
-    missing = from_rank_0(lambda: _missing_groups(store, first_with_key))
+    missing = from_rank_0(lambda: _missing_groups(store, data))
     barrier()  # a slower rank must not read entries that others already write
     if not missing:
         logger.info("reference store %s: complete, %d entries", directory, len(store))
@@ -51,16 +52,20 @@ def fill_reference_store(
     name, lost, stopped = _reference_pass(config, engine, data, store, missing, stop)
     store.reload(gather_from_ranks(name))
     data.lost.report(gather_from_ranks([asdict(group) for group in lost]), is_main=engine.ranks.is_main)
-    first_with_key = _first_with_key(data)
-    lacking = int((~store.has(list(first_with_key))).sum())
+    wanted = list(_first_with_key(data))
+    lacking = int((~store.has(wanted)).sum())
     if lacking and stopped:
-        raise Interrupted(
-            f"stopped by a signal in the reference pass; {lacking} of {len(first_with_key)} entries remain"
-        )
+        raise Interrupted(f"stopped by a signal in the reference pass; {lacking} of {len(wanted)} entries remain")
     if lacking:
         raise ReferenceStoreError(f"{directory}: {lacking} entries are missing after the pass; do all nodes share it?")
-    logger.info("reference store %s: %d entries, %d computed now", directory, len(store), len(missing))
+    logger.info("reference store %s: %d entries, %d groups computed now", directory, len(store), len(missing))
     return store
+
+
+def model_description(config: Config, model: ResolvedModel) -> dict[str, str]:
+    """The fingerprint of a run whose loss has no reference, and therefore no store. Call on all ranks."""
+    directory = Path(config.train.output_dir)
+    return from_rank_0(lambda: run_fingerprint(config, model, directory))
 
 
 def _open_store(config: Config, model: ResolvedModel, directory: Path) -> dict[str, str]:
@@ -70,14 +75,16 @@ def _open_store(config: Config, model: ResolvedModel, directory: Path) -> dict[s
 
 
 def _first_with_key(data: TrainingData) -> dict[str, int]:
-    """The first planned group of each reference key, without lost groups."""
+    """The first planned group of each cell's key, without lost groups."""
     present = [(g, group) for g, group in enumerate(data.measured) if data.usable[g] not in data.lost.indices]
-    return {group.reference_key: g for g, group in reversed(present)}
+    return {key: g for g, group in reversed(present) for key in split_keys(group.cell_keys)}
 
 
-def _missing_groups(store: ReferenceStore, first_with_key: dict[str, int]) -> list[int]:
+def _missing_groups(store: ReferenceStore, data: TrainingData) -> list[int]:
+    """Groups with a cell that the store lacks; a cell that several groups share is computed with the first."""
+    first_with_key = _first_with_key(data)
     stored = store.has(list(first_with_key)).tolist()
-    return sorted(g for g, has in zip(first_with_key.values(), stored, strict=True) if not has)
+    return sorted({g for g, has in zip(first_with_key.values(), stored, strict=True) if not has})
 
 
 def _reference_pass(
@@ -109,8 +116,9 @@ def _reference_pass(
     hidden = not engine.ranks.is_main
     lost: list[LostGroup] = []
     done_tokens, stopped = 0, False
+    batches = micro_batches(config.data, data, mine, engine, for_reference=True)
     with tqdm(total=share, unit="tok", unit_scale=True, desc="reference log-probs", disable=hidden) as progress:
-        for batch in on_device(micro_batches(config.data, data, mine, engine), engine.device, engine.dtype):
+        for batch in on_device(batches, engine.device, engine.dtype):
             _store_batch(store, batch, engine.reference_logp(batch))
             lost += batch.lost
             progress.update(batch.input_ids_T.numel())
@@ -125,13 +133,8 @@ def _reference_pass(
     return name, lost, stopped
 
 
-def _store_batch(store: ReferenceStore, batch: GroupBatch, logp_N: torch.Tensor) -> None:
+def _store_batch(store: ReferenceStore, batch: GroupBatch, head: HeadOutput) -> None:
     if batch.is_filler:
         return  # the rank that owns the group computes it
-    logp_N = logp_N.cpu()  # once per batch: each copy waits for the device
-    first = 0
-    # Not strict: the layout may end with a stand-in image, a prefix of no group and without completions.
-    for key, spans in zip(batch.reference_keys, batch.layout.completion_spans, strict=False):
-        count = sum(end - start for start, end in spans)
-        store.put(key, logp_N[first : first + count])
-        first += count
+    # Copied once per batch: each copy waits for the device.
+    put_reference(store, batch, head.logp_N.cpu(), None if head.second_M is None else head.second_M.cpu())

@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from bpo.config.training import TrainConfig
 from bpo.job.launch import Ranks
+from bpo.losses.program import LossProgram
 from bpo.training.flops import ModelFlops
 from bpo.training.hardware import peak_flops
 from bpo.training.metrics import MetricsWriter, step_metrics, step_rates
@@ -25,6 +26,7 @@ class StepReport:
         total: Steps of the run.
         groups_per_epoch: Groups trained on per epoch.
         flops: Useful FLOPs of the model, for model_tflops_per_second and mfu.
+        program: The loss.
     """
 
     def __init__(
@@ -37,7 +39,9 @@ class StepReport:
         total: int,
         groups_per_epoch: int,
         flops: ModelFlops,
+        program: LossProgram,
     ):
+        self.program = program
         self.config, self.total, self.groups_per_epoch, self.flops = config, total, groups_per_epoch, flops
         self.peak = peak_of_all(device, config.peak_tflops, ranks)
         self._writer = MetricsWriter(
@@ -52,11 +56,12 @@ class StepReport:
             totals: Sums of `StepSums.flat` over all ranks.
             seconds: From the first forward pass to the end of the optimizer's step.
         """
-        metrics = step_metrics(totals) | step_rates(totals, seconds, self.flops, self.peak)
+        metrics = step_metrics(totals, self.program) | step_rates(totals, seconds, self.flops, self.peak)
         metrics |= {"lr": lr, "grad_norm": grad_norm}
         self._progress.update()
         if "loss" in metrics:
-            self._progress.set_postfix(loss=f"{metrics['loss']:.4f}", acc=f"{metrics['rewards/accuracies']:.2f}")
+            accuracy = {"acc": f"{metrics[name]:.2f}" for name in ("rewards/accuracies",) if name in metrics}
+            self._progress.set_postfix(loss=f"{metrics['loss']:.4f}", **accuracy)
         if number % self.config.log_every_steps == 0 or number == self.total:
             metrics["epoch"] = round(number * self.config.groups_per_step / self.groups_per_epoch, 4)
             self._writer.write(number, metrics)

@@ -2,36 +2,88 @@
 
 from __future__ import annotations
 
+import torch
+
 from bpo.config.training import Config
 from bpo.engine import TrainingEngine
+from bpo.losses.program import LossOutput
 from bpo.model.attention.shared_prefix import packed_layout
 from bpo.records import GroupBatch
+from bpo.training.across_groups import StepPairs, couple
 from bpo.training.batches import StepBatches
-from bpo.training.checks import expected_loss, seed_micro_batch
+from bpo.training.checks import seed_micro_batch
+from bpo.training.embeddings import PromptEmbeddings
+from bpo.training.loss_state import Observations
 from bpo.training.metrics import StepSums
 
 
 def run_step(
-    trainer: TrainingEngine, batches: StepBatches | list[GroupBatch], config: Config, num_pairs: int, step: int
+    trainer: TrainingEngine,
+    batches: StepBatches | list[GroupBatch],
+    config: Config,
+    num_pairs: int,
+    step: int,
+    embeddings: PromptEmbeddings | None = None,
 ) -> StepSums:
     """Accumulates this rank's share of the gradient; loss = sum of weight * loss over the global batch / its pairs.
 
-    The divisor is the number of pairs, not the sum of their weights: with weights of mean 1 over the data, the expected
-    gradient is that of the weighted data, and it does not depend on which pairs share a step.
+    The divisor is the number of preference pairs, not the sum of their weights: with weights of mean 1 over the data,
+    the expected gradient is that of the weighted data, and it does not depend on which pairs share a step.
+
+    Terms across groups need all log-ratios of the step before the first backward pass: the activations of all its
+    micro-batches are then kept, and no forward pass is repeated.
 
     Args:
         batches: This rank's micro-batches, on the trainer's device.
-        num_pairs: Pairs of the step over all ranks.
+        num_pairs: Preference pairs of the step over all ranks.
         step: Index of the step, from 0.
+        embeddings: Of the prompts, for terms that compare them.
     """
-    sums = StepSums.zero()
+    sums, observations = StepSums.zero(trainer.program), Observations(trainer.program)
+    count, waiting = len(batches), []
     for k, batch in enumerate(batches):
         seed_micro_batch(config.train.seed, step, k, trainer.ranks.rank)
         with packed_layout(batch.layout):
-            output = trainer.forward(batch, config.loss)
-            share = (output.loss_P * batch.loss_inputs.pair_weight_P).sum() / max(1, num_pairs)
-            trainer.backward(share, is_last=k == len(batches) - 1)
+            output = _forward(trainer, batch, sums, first=step == 0)
+            observations.add(output, batch)
+            if trainer.program.couples_groups:
+                waiting.append((output, batch))
+            else:
+                trainer.backward(output.total / max(1, num_pairs), is_last=k == count - 1)
         sums.add(output, batch)
-        if step == 0:
-            sums.expected_first_loss += expected_loss(batch.loss_inputs, config.loss)
+    if waiting:
+        _backward_coupled(trainer, waiting, sums, num_pairs, embeddings, first=step == 0)
+    observations.update_states()
     return sums
+
+
+def _forward(trainer: TrainingEngine, batch: GroupBatch, sums: StepSums, *, first: bool) -> LossOutput:
+    head = trainer.forward(batch)
+    inputs = batch.loss_inputs
+    if first and inputs.reference is not None and not batch.is_filler:
+        with torch.no_grad():
+            sums.expected_first_loss += float(trainer.program.at_reference(head, inputs).total)
+    return trainer.program.apply(head, inputs)
+
+
+def _backward_coupled(
+    trainer: TrainingEngine,
+    waiting: list[tuple[LossOutput, GroupBatch]],
+    sums: StepSums,
+    num_pairs: int,
+    embeddings: PromptEmbeddings | None,
+    *,
+    first: bool,
+) -> None:
+    """Backward passes of micro-batches whose terms across groups depend on each other."""
+    totals = [output.total for output, _ in waiting]
+    for index in sorted({index for output, _ in waiting for index in output.across}):
+        pairs = StepPairs.of(trainer.program, index, waiting)
+        coupled = couple(pairs, trainer.program, index, embeddings, trainer.ranks.rank, first=first)
+        weight = trainer.program.terms[index].options.weight
+        sums.terms[index] += coupled.loss
+        sums.expected_first_loss += weight * coupled.expected
+        totals = [total + weight * share for total, share in zip(totals, coupled.shares, strict=True)]
+    for k, ((_, batch), total) in enumerate(zip(waiting, totals, strict=True)):
+        with packed_layout(batch.layout):
+            trainer.backward(total / max(1, num_pairs), is_last=k == len(waiting) - 1)
