@@ -8,6 +8,7 @@ import io
 import json
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from bpo.cli import main
 from bpo.formats.bad_records import BadRecords
 from bpo.formats.check import check_data
 from bpo.formats.convert import convert
+from bpo.formats.embedded import OTHER_COLUMN
 from bpo.formats.exporters import group_to_paper, trl_rows
 from bpo.formats.fields import RECORD_KEYS
 from bpo.formats.files import group_to_json, read_annotations, read_groups
@@ -28,7 +30,7 @@ from bpo.formats.image_folder import ImageFolder
 from bpo.formats.importers.preferences import PairRow, group_from_trl, merge_rows
 from bpo.formats.problems import RecordError
 from bpo.formats.schema import COMPLETION_KEYS, group_from_json, group_from_paper
-from bpo.records import Completion, ContentPart, PreferenceGroup, Provenance, Turn
+from bpo.records import Auxiliary, Completion, ContentPart, PreferenceGroup, Provenance, Turn
 from tests.conftest import FUZZ
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=12) | st.sampled_from(
@@ -49,6 +51,8 @@ COMPLETIONS = st.builds(
     st.none() | st.builds(Provenance, ANSWERS, seed=st.none() | st.integers()),
     EXTRAS.map(lambda extra: {k: v for k, v in extra.items() if k not in COMPLETION_KEYS}),
     st.sampled_from([1.0, 0.0, 0.25, 1e6]),
+    st.sampled_from([1.0, 0.25, 1e6]),
+    st.sampled_from([(), ((0, 1, 0.0),), ((0, 1, 2.5),)]),
 )
 PARTS = st.just(ContentPart("image")) | TEXTS.map(lambda text: ContentPart("text", text))
 
@@ -59,10 +63,17 @@ def groups(draw: Any) -> PreferenceGroup:
         st.lists(st.builds(Turn, st.sampled_from(["user", "assistant", "system"]), st.lists(PARTS).map(tuple)))
     )
     turns.append(Turn("user", (ContentPart("image"), *draw(st.lists(PARTS, max_size=3)))))
+    if draw(st.booleans()):
+        turns.append(Turn("assistant", (ContentPart("text", draw(ANSWERS)),)))
     images = tuple(f"{n}.png" for n in range(sum(turn.num_images for turn in turns)))
     completions = draw(st.lists(COMPLETIONS, min_size=2, max_size=4))
     extra = {k: v for k, v in draw(EXTRAS).items() if k not in RECORD_KEYS}
-    return PreferenceGroup(draw(ANSWERS), images, tuple(turns), tuple(completions), extra)
+    others = tuple(f"other-{image}" for image in images) if draw(st.booleans()) else ()
+    if others:
+        completions = [replace(completion, view=draw(st.sampled_from(["", "other"]))) for completion in completions]
+    asked = Turn("user", tuple(ContentPart("image") for _ in images))
+    auxiliary = draw(st.lists(ANSWERS.map(lambda answer: Auxiliary((asked,), answer)), max_size=2))
+    return PreferenceGroup(draw(ANSWERS), images, tuple(turns), tuple(completions), extra, others, tuple(auxiliary))
 
 
 @given(groups())
@@ -73,8 +84,9 @@ def test_a_group_survives_bpo_paper_and_trl_formats(group: PreferenceGroup) -> N
 
     assert group_from_json(through_json(group_to_json(group)), "here") == group
     assert group_from_paper(through_json(group_to_paper(group)), group.id, "here") == group
-    if len({completion.score for completion in group.completions}) > 1:
-        rows = [through_json({**row, "images": list(group.images)}) for row in trl_rows(group)]
+    if len({completion.score for completion in group.completions if not completion.view}) > 1:
+        images = {"images": list(group.images), OTHER_COLUMN: list(group.other_images)}
+        rows = [through_json({**row, **images}) for row in trl_rows(group)]
         pairs = [group_from_trl(row, "x", "here") for row in rows]
         assert merge_rows([pair for pair in pairs if isinstance(pair, PairRow)], "here") == group
 

@@ -181,7 +181,7 @@ def test_every_problem_code_is_tested() -> None:
         code for code, _ in BAD_IMAGES
     }
     tested |= {"torn-record", "nested-too-deeply", "too-large", "rows-apart", "wrong-columns", "image-embedded"}
-    tested |= {"different-prompts", "one-label"}  # tests/formats/importers/test_names.py, test_ratings.py
+    tested |= {"different-prompts", "one-label", "invalid-beta", "invalid-weights", "invalid-view", "other-images"}
     assert len(tested) >= 40
     # Not tested here: a model's image processor, and file permissions (which do not apply to root).
     assert set(PROBLEMS) - tested == {"image-refused", "image-unreadable"}

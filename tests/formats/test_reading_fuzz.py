@@ -42,6 +42,8 @@ TRAPS = [
     "\x00",
     "\u202e",
     "user",
+    "assistant",
+    "other",
     "gpt",
     "text",
     "image",
@@ -51,7 +53,7 @@ KEYS = st.sampled_from(
     "id idx image images prompt completions response score type provenance conversations messages from value role "
     "content text chosen rejected question system source bytes path caption bpo_group bpo_chosen bpo_rejected "
     "rejected_response rejected_messages rejected_images query instruction input history label annotations responses "
-    "scores ranking".split()
+    "scores ranking beta weights weight view other_images auxiliary others bpo_other_images".split()
 ) | st.text(max_size=3)
 VALUES = st.recursive(
     SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=4), max_leaves=12
@@ -67,13 +69,25 @@ TURNS = st.fixed_dictionaries(
 SPOKEN = st.fixed_dictionaries({"from": st.sampled_from(["human", "gpt", None]), "value": SCALARS})
 RATED = st.fixed_dictionaries({"response": SCALARS, "annotations": st.dictionaries(KEYS, VALUES, max_size=2) | VALUES})
 COMPLETIONS = RATED | st.fixed_dictionaries(
-    {"response": SCALARS, "score": SCALARS, "type": SCALARS}, optional={"tag": VALUES}
+    {"response": SCALARS | st.text(min_size=1, max_size=5), "score": SCALARS | st.integers(0, 1), "type": SCALARS},
+    optional={
+        "tag": VALUES,
+        "beta": SCALARS | st.floats(0.1, 9),
+        "weights": st.lists(st.tuples(st.integers(0, 3), st.integers(1, 4), st.floats(0, 9)), max_size=2) | VALUES,
+        "view": st.just("other") | SCALARS,
+    },
+)
+AUXILIARY = st.fixed_dictionaries(
+    {"prompt": st.just("What?") | SCALARS | st.lists(TURNS, max_size=2), "response": SCALARS}
 )
 FIELDS: dict[str, Any] = {
     "id": SCALARS,
     "prompt": SCALARS | st.lists(TURNS, max_size=3) | VALUES,
     "images": st.lists(st.sampled_from(TRAPS), max_size=2) | VALUES,
-    "completions": st.lists(COMPLETIONS, max_size=3) | VALUES,
+    "completions": st.lists(COMPLETIONS, min_size=1, max_size=3) | VALUES,
+    "other_images": st.lists(st.sampled_from(TRAPS), max_size=2) | VALUES,
+    "auxiliary": st.lists(AUXILIARY, max_size=2) | VALUES,
+    "bpo_other_images": st.lists(st.sampled_from(TRAPS), max_size=2) | VALUES,
     "conversations": st.lists(SPOKEN, max_size=4) | VALUES,
     "messages": st.lists(TURNS, max_size=4),
     "chosen": SCALARS | st.lists(TURNS, max_size=2),
