@@ -318,16 +318,17 @@ def _place_of_d(logits_nV: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _joined(parts: list[RowOutputs], hidden_NH: Tensor, statistics: bool) -> RowOutputs:
-    empty = hidden_NH.new_empty(0, dtype=statistics_dtype(hidden_NH.dtype))
+    dtype = statistics_dtype(hidden_NH.dtype)
 
-    def joined(pieces: list[Tensor | None], nothing: Tensor = empty) -> Tensor:
+    def joined(pieces: list[Tensor | None], dtype: torch.dtype = dtype) -> Tensor:
         found = [piece for piece in pieces if piece is not None]
-        return torch.cat(found) if found else nothing
+        # Without rows, an empty tensor for each output: those of a custom operation may not share their memory.
+        return torch.cat(found) if found else hidden_NH.new_empty(0, dtype=dtype)
 
     logp_N = joined([part.logp_n for part in parts])
     if not statistics:
         return RowOutputs(logp_N)
-    argmax_N = joined([part.argmax_n for part in parts], empty.long())
+    argmax_N = joined([part.argmax_n for part in parts], torch.int64)
     return RowOutputs(
         logp_N, joined([part.entropy_n for part in parts]), argmax_N, joined([part.collision_n for part in parts])
     )
