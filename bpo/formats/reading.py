@@ -112,7 +112,8 @@ def _checked(outcome: Outcome, where: str) -> Outcome:
     if isinstance(record, Annotation):
         answers, prompts = [record.response], [record.prompt]
     else:
-        answers = [entry.response for entry in (*record.completions, *record.auxiliary)]
+        answers = [completion.response for completion in record.completions]
+        answers += [entry.response for entry in record.auxiliary]
         prompts = [record.prompt, *(entry.prompt for entry in record.auxiliary)]
     refuse_marked_answer(answers, where)
     if not any("\r\n" in text for text in [*answers, *(turn.text for prompt in prompts for turn in prompt)]):

@@ -23,6 +23,7 @@ from bpo.records import Auxiliary, Completion, ContentPart, PreferenceGroup, Tur
 from tests.formats.test_convert import PNG
 from tests.formats.test_files import GT, IMAGE, OTHER, group_json, text, write
 
+ROOT = Path(__file__).resolve().parent.parent.parent
 START = {"role": "assistant", "content": "It is a "}
 QUESTION = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}
 
@@ -60,6 +61,14 @@ def test_every_field_is_read() -> None:
     assert [c.beta for c in group.completions] == [1.5, 1.0, 0.25, 1.0]
     assert [c.view for c in group.completions] == ["", "", "other", ""]
     assert group.completions[1].extra == {"note": "x"}
+
+
+def test_the_example_of_the_documentation_is_a_group() -> None:
+    example = (ROOT / "docs" / "data.md").read_text(encoding="utf-8").split("```json\n")[1].split("```")[0]
+    group = group_from_json(json.loads(example), "here")
+    (start, end, weight), _ = group.completions[1].token_weights
+    assert group.completions[1].response[start:end] == "tram" and weight == 2.5
+    assert group.prompt[-1].text == "It is driving." and group.completions[2].view == "other" and group.auxiliary
 
 
 def test_a_file_that_bpo_has_written_is_the_same_bytes_after_a_round_trip(tmp_path: Path) -> None:
