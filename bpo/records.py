@@ -353,6 +353,15 @@ class GroupBatch:
             *_tensor_fields(self).values(),
         ]
 
+    def _changed_loss_inputs(self, changed: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> LossInputs:
+        inputs = self.loss_inputs
+        nested: dict[str, Any] = dict(changed(_tensor_fields(inputs)))
+        for name in ("weighed", "second"):
+            part: Any = getattr(inputs, name)
+            if part is not None:
+                nested[name] = replace(part, **changed(_tensor_fields(part)))
+        return replace(inputs, **nested)
+
     def _records(self) -> list[LossInputs | WeighedTokens | SecondTargets]:
         inputs = self.loss_inputs
         return [record for record in (inputs, inputs.weighed, inputs.second) if record is not None]
@@ -365,15 +374,7 @@ class GroupBatch:
             self,
             image_inputs=changed(self.image_inputs),
             sequence_inputs=changed(self.sequence_inputs),
-            loss_inputs=replace(
-                self.loss_inputs,
-                **changed(_tensor_fields(self.loss_inputs)),
-                **{
-                    name: replace(part, **changed(_tensor_fields(part)))
-                    for name in ("weighed", "second")
-                    if (part := getattr(self.loss_inputs, name)) is not None
-                },
-            ),
+            loss_inputs=self._changed_loss_inputs(changed),
             **changed(_tensor_fields(self)),  # type: ignore[arg-type]
         )
 

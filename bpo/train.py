@@ -82,8 +82,7 @@ def prepare(
         write_run_record(config, Path(config.train.output_dir))
     with guard.phase("measuring the groups"):
         gather = collectives.gather_from_ranks
-        options = {"continuing": found is not None, "plan": program.plan}
-        data = measure_groups(config, encoder, ranks, gather, stop, **options)
+        data = measure_groups(config, encoder, ranks, gather, stop, continuing=found is not None)
     steps = plan_training(config.train, data, ranks)
     check_agreement(facts_of_plan(steps), job)
     settings = engine.deepspeed_config(config.train, resolved.dtype, max(len(s.micro_batches[0]) for s in steps))
@@ -97,10 +96,9 @@ def prepare(
     trainer.on_forward = guard.in_forward
     guard.watchdog.beat("the reference pass")
     with guard.progress_if_interrupted():
-        needs = program.needs_reference
-        store = fill_reference_store(config, resolved, trainer, data, stop) if needs else None
-        similar = program.needs_similarity
-        embeddings = fill_embedding_store(config, resolved, trainer, data, stop) if similar else None
+        prepared = (config, resolved, trainer, data, stop)
+        store = fill_reference_store(*prepared) if program.needs_reference else None
+        embeddings = fill_embedding_store(*prepared) if program.needs_similarity else None
     guard.after_reference()
     fingerprint = store.fingerprint if store is not None else model_description(config, resolved)
     description = partition.RunDescription(config, data, steps, fingerprint, ranks.world_size, program)

@@ -6,6 +6,9 @@ Forward and backward are one launch each over N rows: they read the hidden state
 about `3 N H` entries, which bounds their time. Only a trained head adds launches of PyTorch, for its own gradient.
 """
 
+# Parameters of Triton kernels are pointers and constants of its language.
+# mypy: allow-untyped-defs
+
 from __future__ import annotations
 
 from collections.abc import Sequence

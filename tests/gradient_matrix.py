@@ -75,7 +75,7 @@ def first_step(config: Config, ranks: Ranks) -> dict[str, Any]:
     num_stand_ins = [len(batch.layout.prefix_spans) - len(batch.group_ids) for batch in batches]
     sums = run_step(trainer, batches, config, data.num_pairs(step.groups), step=1)
     return {
-        "loss": step_metrics(trainer.sum_over_ranks(sums.flat()))["loss"],
+        "loss": step_metrics(trainer.sum_over_ranks(sums.flat()), trainer.program)["loss"],
         "gradients": {name: safe_get_full_grad(p) for name, p in trainer.policy.model.named_parameters()},
         "stand_ins": collectives.gather_from_ranks(num_stand_ins),
     }

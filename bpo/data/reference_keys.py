@@ -26,13 +26,17 @@ def group_key(group: EncodedGroup, image_digests: Sequence[str]) -> str:
 
 
 def cell_key(
-    group: EncodedGroup, cell: Cell, image_digests: Sequence[str], identity_of_view: Callable[[str], str]
+    group: EncodedGroup,
+    cell: Cell,
+    image_digests: Sequence[str],
+    identity_of_view: Callable[[str], str] = str,
 ) -> str:
     """Of everything that the log-probs of a cell depend on, other than the model.
 
     Args:
         image_digests: Of the group's images and other images.
-        identity_of_view: What a changed view depends on besides images and record (`Views.identity`).
+        identity_of_view: What a changed view depends on besides images and record (`Views.identity`); not needed for
+            cells of the clean images.
     """
 
     def under(view: str) -> list[Any]:

@@ -89,7 +89,9 @@ class LossProgram:
     def _evaluate_once(self, term: Term) -> None:
         """Evaluates a loss on a few pairs, so that an invalid option fails before any long work starts."""
         zero_P = torch.zeros(2)
-        values = PairValues(*[zero_P] * 5, zero_P + 1, zero_P + 1, zero_P + term.spec.beta, **self._constants(term))
+        values = PairValues(
+            zero_P, zero_P, zero_P, zero_P, zero_P, zero_P + 1, zero_P + 1, zero_P + term.spec.beta, **self._constants(term)
+        )
         if term.definition.needs_similarity:
             values = replace(values, similarity_PP=torch.ones(2, 2))
         loss_P = term.definition.function(values)
@@ -212,12 +214,16 @@ class LossProgram:
             logp_P2 = g * logp_P2 - (g - 1) * guiding_P2.detach()
         if not term.definition.reference:
             reference_P2 = torch.zeros_like(logp_P2)
+        tokens_P2 = sums.tokens(pairs_P2)
         return PairValues(
-            *logp_P2.unbind(1),
-            *reference_P2.unbind(1),
-            sums.nll(pairs_P2[:, 0]),
-            *sums.tokens(pairs_P2).unbind(1),
-            inputs.pair_beta_P[start:end],
+            chosen_logp_P=logp_P2[:, 0],
+            rejected_logp_P=logp_P2[:, 1],
+            chosen_reference_P=reference_P2[:, 0],
+            rejected_reference_P=reference_P2[:, 1],
+            chosen_nll_P=sums.nll(pairs_P2[:, 0]),
+            chosen_tokens_P=tokens_P2[:, 0],
+            rejected_tokens_P=tokens_P2[:, 1],
+            beta_P=inputs.pair_beta_P[start:end],
             **self._constants(term),
         )
 

@@ -29,6 +29,6 @@ class Observations:
     def update_states(self) -> None:
         """Gives every state the numbers of all ranks, ordered by group and pair, however the step was divided."""
         for k in self._indices:
-            everyone = [tuple(row) for rank in gather_from_ranks(self._rows[k]) for row in rank]
+            everyone = [row for rank in gather_from_ranks(self._rows[k]) for row in rank]
             ordered = [row for _, _, row in sorted(everyone, key=lambda item: (item[0], item[1]))]
             self._program.states[self._program.terms[k].name].update(ordered)

@@ -11,7 +11,6 @@ from typing import Any
 from tqdm import tqdm
 
 from bpo.config.training import Config
-from bpo.data.cells import CellPlan
 from bpo.data.encode import Dropped, Encoder
 from bpo.data.groups import BAD_REASONS, GroupDataset, MeasuredGroup, write_dropped
 from bpo.data.lengths import MeasuredLengths, encoder_fingerprint, lengths_directory
@@ -21,6 +20,7 @@ from bpo.formats.problems import PROBLEMS, Problem
 from bpo.job.exits import Interrupted
 from bpo.job.launch import Ranks
 from bpo.job.signals import StopRequest
+from bpo.losses.program import LossProgram
 from bpo.records import LostGroup
 from bpo.training import lost
 from bpo.training.lost import LostGroups
@@ -108,13 +108,11 @@ def measure_groups(
     stop: StopRequest | None = None,
     *,
     continuing: bool = False,
-    plan: CellPlan | None = None,
 ) -> TrainingData:
     """Encodes every group once, divided among the ranks; lists the unusable ones in dropped.jsonl.
 
     Args:
         continuing: Whether a checkpoint of the run is continued, with its plan.
-        plan: What the loss needs of each group; None for preference pairs on the clean images.
 
     Raises:
         ValueError: no group is left, or a group is bad and `data.on_bad` is error.
@@ -132,7 +130,7 @@ def measure_groups(
         max_words=config.data.max_completion_words,
         types=config.train.completion_types,
         keep_text_only=config.data.text_only == "keep",
-        plan=plan,
+        plan=LossProgram(config.loss, config.train.seed).plan,
     )
     mine = range(ranks.rank, len(dataset), ranks.world_size)
     results = tqdm(

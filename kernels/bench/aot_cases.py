@@ -167,7 +167,8 @@ def _preference_loss_cases() -> list[Case]:
 def _own_factors(given: bool) -> tuple[str, dict[str, bool], dict[str, str | None]]:
     """Label, constants and pointers of pairs with or without their own beta and weight."""
     constants = dict.fromkeys(("HAS_PAIR_BETA", "HAS_PAIR_WEIGHT"), given)
-    pointers = dict.fromkeys(("pair_beta_ptr", "pair_weight_ptr"), "*fp32" if given else None)
+    pointer = "*fp32" if given else None
+    pointers: dict[str, str | None] = dict.fromkeys(("pair_beta_ptr", "pair_weight_ptr"), pointer)
     return " +pair beta+weight" * given, constants, pointers
 
 

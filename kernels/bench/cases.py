@@ -204,9 +204,10 @@ def make_inputs(case: Case, seed: int = 0) -> Inputs:
         return Inputs(target_N, logits_NV=logits_NV.requires_grad_())
     weight_VH = normal(head.vocab, head.hidden_size, dtype=case.dtype).mul_(head.hidden_size**-0.5)
     hidden_NH = normal(num_rows, head.hidden_size) + raise_N1 * weight_VH[target_N].float()
-    reference_NH = reference_N = policy_N = second_N = None
+    reference_NH = reference_N = second_N = None
+    logp_N: Tensor | None = None
     if case.operation == "second_target_logprob":
-        policy_N = (-2 * normal(num_rows).abs()).requires_grad_()
+        logp_N = (-2 * normal(num_rows).abs()).requires_grad_()
         second_N = torch.randint(head.vocab, (num_rows,), generator=generator, device=case.device)
     if case.has_pairs:
         reference_NH = (hidden_NH + 0.05 * normal(num_rows, head.hidden_size)).to(case.dtype)
@@ -219,7 +220,7 @@ def make_inputs(case: Case, seed: int = 0) -> Inputs:
         weight_VH=weight_VH.requires_grad_(case.trains_head),
         reference_N=reference_N,
         reference_NH=reference_NH,
-        policy_N=policy_N,
+        policy_N=logp_N,
         pairs=pairs,
         second_N=second_N,
     )
@@ -282,9 +283,11 @@ def true_result(case: Case, inputs: Inputs) -> list[Tensor]:
         return [torch.cat([row_statistics(part_nH.float() @ weight_VH.float().t(), n) for part_nH, n in chunks], dim=1)]
     if inputs.second_N is not None:
         assert inputs.policy_N is not None
-        leaves = [leaf.detach().float().requires_grad_() for leaf in (hidden_NH, weight_VH, inputs.policy_N)]
-        nll_N = second_nll(leaves[2], *leaves[:2], inputs.target_N, inputs.second_N)
-        wanted = leaves if case.trains_head else [leaves[0], leaves[2]]
+        hidden_NH, weight_VH, logp_N = (
+            leaf.detach().float().requires_grad_() for leaf in (hidden_NH, weight_VH, inputs.policy_N)
+        )
+        nll_N = second_nll(logp_N, hidden_NH, weight_VH, inputs.target_N, inputs.second_N)
+        wanted = [hidden_NH, weight_VH, logp_N] if case.trains_head else [hidden_NH, logp_N]
         return [nll_N.detach(), *torch.autograd.grad(nll_N.sum(), wanted)]
     if not case.has_pairs:
         ones_N = torch.ones_like(inputs.target_N, dtype=torch.float32) if case.has_gradient else None

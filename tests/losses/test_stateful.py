@@ -125,8 +125,11 @@ def test_states_continue_after_json_as_if_never_interrupted() -> None:
 
 def test_a_smaller_window_takes_the_last_margins_of_a_larger_ones_checkpoint() -> None:
     state = MarginWindow({**SPA_OPTIONS, "window": 2})
+    state.update([[9.0]])
     state.load_state_dict(window([1.0, 2.0, 3.0]).state_dict())
     assert state.state_dict() == {"margins": [2.0, 3.0], "num_steps": 1}
+    state.load_state_dict({"margins": [], "num_steps": 0})
+    assert state.threshold is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

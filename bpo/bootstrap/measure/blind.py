@@ -29,8 +29,9 @@ from bpo.bootstrap.measure.donors import GroupSample, PreprocessedImages, donors
 from bpo.bootstrap.measure.margins import figures_by_type, log_mean_probability, pair_margins, warnings_of
 from bpo.bootstrap.measure.model_journal import ModelJournal, folder_of
 from bpo.config.training import Config
-from bpo.data.collate import reference_key
+from bpo.data.cells import CLEAN, Cell
 from bpo.data.encode import Dropped, EncodedGroup, EncodingError, load_encoder
+from bpo.data.reference_keys import cell_key
 from bpo.formats.bad_records import BadRecords
 from bpo.formats.images import ImageError
 from bpo.formats.problems import Problem
@@ -38,7 +39,7 @@ from bpo.job.durable import replacing
 from bpo.job.journal import to_line
 from bpo.job.launch import Ranks, pick_device
 from bpo.job.signals import StopRequest
-from bpo.model.group_scores import GroupScorer, completion_places, split_by_completion
+from bpo.model.group_scores import GroupScorer, completion_places
 from bpo.model.load import ResolvedModel, resolve_model
 from bpo.model.reference.store import ReferenceStore, matching_store
 from bpo.records import PreferenceGroup
@@ -223,10 +224,10 @@ class _Passes:
             detail = f"only {len(found)} records of the sample have as many images, of other content, not {wanted}"
             return Dropped(group.id, "too-few-donors", detail)
         started = _Open(encoded, found)
-        key = reference_key(encoded, digests)
-        if self._store is not None and key in self._store:
-            stored = split_by_completion(encoded, self._store.get(key))
-            started.logp[_SEEING] = [float(values_N.double().sum()) for values_N in stored]
+        cells = [Cell(CLEAN, index) for index in range(len(encoded.completion_ids))]
+        keys = [cell_key(encoded, cell, digests) for cell in cells]
+        if self._store is not None and self._store.has(keys).all():
+            started.logp[_SEEING] = [float(self._store.get(key).double().sum()) for key in keys]
             started.stored = True
         return started
 

@@ -24,6 +24,7 @@ from bpo.tools.bench.workers import Session
 from bpo.training.batches import training_batches
 from bpo.training.flops import model_flops
 from bpo.training.measure import measure_groups
+from bpo.training.metrics import step_metrics
 from bpo.training.plan import plan_training
 from bpo.training.reference_pass import fill_reference_store
 from bpo.training.step import run_step
@@ -86,7 +87,7 @@ def serve(case: StepCase, session: Session, provider: str) -> None:
                 flat = trainer.sum_over_ranks(sums.flat())
                 result["grad_norm"] = trainer.step(1.0)
         if command.what == "step":
-            result["loss"] = flat[0] / case.num_pairs
+            result["loss"] = step_metrics(flat, trainer.program)["loss"]
             if command.kind == "plain":
                 result["pairs"] = _pairs(batches, outputs)
         outputs.clear()
@@ -99,19 +100,16 @@ def serve(case: StepCase, session: Session, provider: str) -> None:
 def _pairs(batches: list[GroupBatch], outputs: list[Any]) -> dict[str, dict[str, float]]:
     """Summed policy and reference log-probs of both completions, by pair."""
     pairs: dict[str, dict[str, float]] = {}
-    for batch, (_, _, _, logp_N) in zip(batches, outputs, strict=True):
+    for batch, (_, logp_N, _, _) in zip(batches, outputs, strict=True):
         assert batch.loss_inputs.reference is not None
         owner_N = batch.loss_inputs.completion_of_token_N.cpu()
         zeros_C = torch.zeros(batch.loss_inputs.num_completions, dtype=torch.float64)
         policy_C = zeros_C.index_add(0, owner_N, logp_N.detach().double().cpu())
         reference_C = zeros_C.index_add(0, owner_N, batch.loss_inputs.reference.double().cpu())
-        owner, first = [], 0
-        for group_id, spans in zip(batch.group_ids, batch.layout.completion_spans, strict=True):
-            owner += [(int(group_id), first)] * len(spans)
-            first += len(spans)
         for i, j in batch.loss_inputs.pairs_P2.tolist():
-            group, start = owner[i]
-            pairs[pair_label(group, i - start, j - start)] = {
+            group = batch.group_of_cell[i]
+            start = batch.group_of_cell.index(group)
+            pairs[pair_label(int(batch.group_ids[group]), i - start, j - start)] = {
                 "chosen": float(policy_C[i]),
                 "rejected": float(policy_C[j]),
                 "reference_chosen": float(reference_C[i]),

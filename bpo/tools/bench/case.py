@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from bpo.config.training import Config, DataConfig, LoraConfig, LossConfig, ModelConfig, TrainableConfig, TrainConfig
-from bpo.data.collate import preference_pairs
+from bpo.data.cells import preference_pairs
 from bpo.data.encode import Dropped, Encoder, load_encoder
 from bpo.data.groups import GroupDataset
 from bpo.formats.files import group_to_json, read_groups
