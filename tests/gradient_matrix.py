@@ -1,8 +1,8 @@
 """First-step gradients of many divisions of one batch: `gradient_matrix.py DIR NUM_RANKS:CASE...`.
 
-A case is MODEL:STAGE:TOKENS[:CHECKPOINTING], for instance llava:3:300 or llava:3:300:selective. Writes DIR/N-CASE.pt:
-the loss, every gradient in full, and in which micro-batches of each rank an image stood in for none. Starting a process
-costs more than a case.
+A case is MODEL:STAGE:TOKENS[:CHECKPOINTING[:LOSS]], for instance llava:3:300 or llava:3:300:none:terms. Writes
+DIR/N-CASE.pt: the loss, every gradient in full, and in which micro-batches of each rank an image stood in for none.
+Starting a process costs more than a case.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from deepspeed.utils import safe_get_full_grad
 from ranks import fork_ranks
 
 from bpo import engine
-from bpo.config.training import Config, DataConfig, LossConfig, ModelConfig, TrainableConfig, TrainConfig
+from bpo.config.loss import LossConfig, TermConfig, ViewConfig
+from bpo.config.training import Config, DataConfig, ModelConfig, TrainableConfig, TrainConfig
 from bpo.data.encode import load_encoder
 from bpo.job import collectives
 from bpo.job.launch import Ranks
@@ -37,18 +38,51 @@ from bpo.training.step import run_step
 REFERENCE_SCALE = 0.9
 
 
+VIEWS = {"crop": ViewConfig(type="crop"), "noise": ViewConfig(type="noise", step=700)}
+LOSSES = {
+    "": LossConfig(beta=0.5, chosen_nll_weight=0.1),
+    # One call of the kernels: pairs of two views, anchors, betas and weights of their own.
+    "mdpo": LossConfig(
+        beta=0.5,
+        terms=[
+            TermConfig(),
+            TermConfig(name="image", pairs="image", against="crop", beta=0.3, weight=0.7),
+            TermConfig(name="anchor", pairs="chosen", weight=0.4),
+        ],
+        views=VIEWS,
+    ),
+    # Everything that the kernels do not compute, with pairs across the groups of the step.
+    "terms": LossConfig(
+        beta=0.5,
+        terms=[
+            TermConfig(weight=0.8),
+            TermConfig(name="image", pairs="image", against="crop", weight=0.5, beta=0.3),
+            TermConfig(name="changed", token_weights="changed", length="mean", weight=0.4),
+            TermConfig(type="rpo_diagonal", weight=0.7),
+            TermConfig(name="second", pairs="argmax", against="noise", weight=0.3),
+            TermConfig(type="nll", weight=0.1),
+        ],
+        views=VIEWS,
+    ),
+}
+
+
 def config_of(root: Path, case: str) -> Config:
-    model, stage, max_tokens, checkpointing = [*case.split(":"), "none"][:4]
+    words = case.split(":")
+    model, stage, max_tokens, checkpointing, loss = words + ["0", "1", "none", ""][len(words) - 1 :]
     ds_config = root / f"stage{stage}.json"
     zero = {"stage": int(stage), "stage3_param_persistence_threshold": 0}
     ds_config.write_text(json.dumps({"zero_optimization": zero}))
     return Config(
         model=ModelConfig(path=str(root / model), dtype="float32", gradient_checkpointing=checkpointing),
         data=DataConfig(
-            groups=str(root / "groups.jsonl"), image_root=str(root / "images"), num_workers=0, text_only="keep"
+            groups=str(root / "groups.jsonl"),
+            image_root=str(root / "images"),
+            num_workers=0,
+            text_only="drop" if loss else "keep",
         ),
         trainable=TrainableConfig(language="full", vision="full"),
-        loss=LossConfig(beta=0.5, chosen_nll_weight=0.1),
+        loss=LOSSES[loss],
         train=TrainConfig(
             output_dir=str(root / model),  # one reference store per model
             ds_config=str(ds_config),

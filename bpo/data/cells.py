@@ -107,14 +107,18 @@ def group_pairs(group: EncodedGroup) -> list[CellPair]:
 @register_pairs("text")
 def text_pairs(group: EncodedGroup, term: TermSpec) -> list[CellPair]:
     """A preferred against a dispreferred answer, under the same view."""
-    return [replace(p, chosen=_under(p.chosen, term.view), rejected=_under(p.rejected, term.view)) for p in group_pairs(group)]
+    return [
+        replace(p, chosen=_under(p.chosen, term.view), rejected=_under(p.rejected, term.view))
+        for p in group_pairs(group)
+    ]
 
 
 @register_pairs("image")
 def image_pairs(group: EncodedGroup, term: TermSpec) -> list[CellPair]:
     """The preferred answer under `view` against the same answer under `against`; mDPO, arXiv 2406.11839 eq. 6."""
     return [
-        replace(p, chosen=_under(p.chosen, term.view), rejected=_under(p.chosen, term.against)) for p in group_pairs(group)
+        replace(p, chosen=_under(p.chosen, term.view), rejected=_under(p.chosen, term.against))
+        for p in group_pairs(group)
     ]
 
 
@@ -219,6 +223,7 @@ class CellPlan:
     """The terms of a loss and the views that they name.
 
     for_reference: whether only what the reference must score is packed.
+    every_completion: whether completions on the clean images are packed even if they are in no pair.
     identity: of the plug-in that registered rules or views; part of fingerprints.
     """
 
@@ -226,6 +231,7 @@ class CellPlan:
     views: Mapping[str, ViewConfig] = field(default_factory=dict)
     seed: int = 0
     for_reference: bool = False
+    every_completion: bool = False
     identity: str = ""
 
     def reference_pass(self) -> CellPlan:
@@ -248,7 +254,7 @@ class CellPlan:
     def cells(self, group: EncodedGroup) -> GroupCells:
         """Selects the cells of an encoded group; those that no term needs are not computed."""
         pairs = tuple(tuple(merged(PAIR_RULES[term.pairs](group, term))) for term in self.terms)
-        needed: set[Cell] = set()
+        needed = {Cell(CLEAN, k) for k in range(len(group.completion_ids))} if self.every_completion else set()
         reference: set[Cell] = set()
         for term, of_term in zip(self.terms, pairs, strict=True):
             sides = {cell for pair in of_term for cell in (pair.chosen, pair.rejected) if cell is not None}

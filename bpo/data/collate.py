@@ -121,12 +121,14 @@ def collate_groups(
     of the loss depends on the stand-in, so its gradient is exactly zero.
 
     Args:
-        plan: Terms of the loss, which select the cells; None for the preference pairs on the clean images.
+        plan: Terms of the loss, which select the cells; None for all completions and pairs on the clean images.
         reference_keys: Of each group, the key of each of its cells.
     """
-    plan = plan or CellPlan()
+    plan = plan or CellPlan(every_completion=True)
     cells = [plan.cells(group) for group in groups]
-    members = [member for group, of_group in zip(groups, cells, strict=True) for member in packed_members(group, of_group)]
+    members = [
+        member for group, of_group in zip(groups, cells, strict=True) for member in packed_members(group, of_group)
+    ]
     rows_of = members if stand_in is None else [*members, EncodedGroup(stand_in, (), ())]
     shares = family.separate_reason is None
     row = _Sequences() if shares else _PaddedRows(max(_row_tokens(member) for member in rows_of), _padding_id(family))

@@ -132,10 +132,7 @@ class MeasuredLengths:
         missing = [index for index in self.indices if index not in known]
         logger.info("measured lengths in %s: %d of %d groups known", self.directory, len(known), len(self.indices))
         # Read before the images: a file that changes in between is measured again next time.
-        before = {
-            index: self.dataset.image_identities(index)
-            for index in missing
-        }
+        before = {index: self.dataset.image_identities(index) for index in missing}
         fresh = self.dataset.measure_all(missing, num_workers) if missing else iter(())
         writer: JournalWriter | None = None
         try:

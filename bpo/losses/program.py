@@ -90,7 +90,15 @@ class LossProgram:
         """Evaluates a loss on a few pairs, so that an invalid option fails before any long work starts."""
         zero_P = torch.zeros(2)
         values = PairValues(
-            zero_P, zero_P, zero_P, zero_P, zero_P, zero_P + 1, zero_P + 1, zero_P + term.spec.beta, **self._constants(term)
+            zero_P,
+            zero_P,
+            zero_P,
+            zero_P,
+            zero_P,
+            zero_P + 1,
+            zero_P + 1,
+            zero_P + term.spec.beta,
+            **self._constants(term),
         )
         if term.definition.needs_similarity:
             values = replace(values, similarity_PP=torch.ones(2, 2))

@@ -126,7 +126,9 @@ def _check(options: TermConfig, definition: LossDefinition, config: LossConfig, 
     for field in ("view", "against", "guidance_view"):
         if getattr(options, field) and getattr(options, field) not in config.views:
             known = ", ".join(config.views) or "none"
-            raise ValueError(f"{where}.{field} is {getattr(options, field)!r}, not in loss.views ({known}); add it there")
+            raise ValueError(
+                f"{where}.{field} is {getattr(options, field)!r}, not in loss.views ({known}); add it there"
+            )
     for fault in _faults(options, definition, pairs):
         raise ValueError(f"{where}: {fault}")
 
@@ -182,4 +184,3 @@ def _option_values(options: TermConfig, definition: LossDefinition, where: str) 
             raise ValueError(f"{where}.options.{key} is {value!r}; it must be a {expected}")
         defaults[key] = value
     return defaults
-

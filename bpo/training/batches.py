@@ -60,7 +60,11 @@ class StepBatches:
 
 
 def training_batches(
-    config: DataConfig, data: TrainingData, steps: list[PlannedStep], store: ReferenceStore | None, engine: TrainingEngine
+    config: DataConfig,
+    data: TrainingData,
+    steps: list[PlannedStep],
+    store: ReferenceStore | None,
+    engine: TrainingEngine,
 ) -> Iterator[StepBatches]:
     """Yields for each step this rank's micro-batches with their reference log-probs, on the device.
 

@@ -111,4 +111,3 @@ def check_first_step(config: TrainConfig, flat: list[float], sums: StepSums, eng
             f"reference differ by up to {token_gap:.3g} nats per token. Check for dropout outside the adapter "
             "(attention_dropout in the model's config) and for a reference store of other weights"
         )
-

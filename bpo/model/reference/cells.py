@@ -44,7 +44,9 @@ def with_reference(batch: GroupBatch, store: ReferenceStore, *, shared_tokens: b
     return replace(batch, loss_inputs=replace(inputs, reference=logp_N, second=second))
 
 
-def put_reference(store: ReferenceStore, batch: GroupBatch, logp_N: torch.Tensor, second_M: torch.Tensor | None) -> None:
+def put_reference(
+    store: ReferenceStore, batch: GroupBatch, logp_N: torch.Tensor, second_M: torch.Tensor | None
+) -> None:
     """Stores the cells of a batch that have a key.
 
     Args:
