@@ -116,6 +116,7 @@ setup(
     package_data={
         "bpo": [
             "recipes/*.yaml",
+            "recipes/methods/*.yaml",
             "bootstrap/prompts/*",
             "bootstrap/lexicon/*",
             "tools/demo/assets/**",
