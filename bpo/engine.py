@@ -244,12 +244,20 @@ class TrainingEngine:
         self.deepspeed.train()
         return head
 
-    def backward(self, loss: torch.Tensor, *, is_last: bool) -> None:
+    def backward(self, loss: torch.Tensor, *, is_last: bool, after_forward: bool = True) -> None:
         """Accumulates the gradient of `loss`, this rank's share of a sum over all ranks.
+
+        Args:
+            is_last: Whether it is the step's last.
+            after_forward: Whether its forward pass was the last thing run, rather than another backward pass.
 
         DeepSpeed divides by the number of ranks and, by default, by its accumulation steps. Both are undone, so the
         gradient is exactly that of the sum of all shares, regardless of how the step was divided.
         """
+        if not after_forward:
+            # ZeRO-3 adds to the gradients of the backward pass before instead of replacing them only once this ran,
+            # which DeepSpeed does at each forward pass.
+            self.optimizer.clear_backward_seen_flag()
         self.deepspeed.set_gradient_accumulation_boundary(is_last)
         self.deepspeed.backward(loss * self.ranks.world_size, scale_wrt_gas=False)
 

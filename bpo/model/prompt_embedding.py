@@ -103,6 +103,8 @@ def _tokenizer_of(path: str) -> tuple[Any, int]:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     if config.is_encoder_decoder:
         raise ValueError(_refused(path, f"`{config.model_type}` has a decoder, which needs inputs of its own"))
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes of a directory without its files
+        raise ValueError(_refused(path, "the directory has no tokenizer (tokenizer.json, or its vocabulary)"))
     if tokenizer.pad_token is None:
         raise ValueError(_refused(path, "its tokenizer has no padding token"))
     positions = getattr(config, "max_position_embeddings", None) or math.inf

@@ -86,4 +86,4 @@ def _backward_coupled(
         totals = [total + weight * share for total, share in zip(totals, coupled.shares, strict=True)]
     for k, ((_, batch), total) in enumerate(zip(waiting, totals, strict=True)):
         with packed_layout(batch.layout):
-            trainer.backward(total / max(1, num_pairs), is_last=k == len(waiting) - 1)
+            trainer.backward(total / max(1, num_pairs), is_last=k == len(waiting) - 1, after_forward=k == 0)
