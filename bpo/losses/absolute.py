@@ -62,7 +62,6 @@ def log_ratio(values: PairValues) -> Tensor:
     """r(y_w), to be minimised: SELM's optimism term, arXiv 2405.19332; the term's weight is its alpha.
 
     With `sigmoid`, L = L_DPO + alpha beta h(y). SELM samples y from the model; here it is the preferred side of the
-    term's pairs, so that `pairs: rejected` moves probability away from the other answers instead. Without a lower
-    bound.
+    term's pairs. Without a lower bound.
     """
     return rewards(values, "log_ratio")[0]
