@@ -126,8 +126,9 @@ def test_rows_of_trl_are_pairs_about_the_groups_own_images(folder: Path) -> None
     write(
         folder / "no_pair.jsonl", group_json(images=["0.png"], image=..., other_images=["1.png"], completions=described)
     )
-    with pytest.raises(RecordError, match="TRL needs pairs"):
-        convert(folder / "no_pair.jsonl", folder / "t.jsonl", target="trl")
+    bad = BadRecords("quarantine", max_bad_share=1.0)
+    assert convert(folder / "no_pair.jsonl", folder / "t.jsonl", target="trl", bad=bad).num_written == 0
+    assert [(problem.code, problem.record_id) for problem in bad.problems] == [("no-preference", "a")]
 
 
 def test_a_missing_other_image_is_a_problem_of_its_record(folder: Path) -> None:
