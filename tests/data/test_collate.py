@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bpo.data.collate import collate_groups, preference_pairs, reference_key
+from bpo.data.cells import preference_pairs
+from bpo.data.collate import collate_groups
 from bpo.data.encode import EncodedGroup, EncodedPrompt, Encoder
 from tests.sample_groups import encode_all, encoder_of, three_groups
 
@@ -36,7 +37,8 @@ def group(name: str, prefix: list[int], *completions: list[int]) -> EncodedGroup
 
 def test_row_is_prefixes_and_completions_without_padding(encoder: Encoder) -> None:
     groups = [group("a", [1, 2, 3], [10, 11], [20], [30, 31]), group("b", [4, 5], [40], [50, 51])]
-    batch = collate_groups(groups, encoder.family, ["key-a", "key-b"])
+    keys = [["a0", "a1", "a2"], ["b0", "b1"]]
+    batch = collate_groups(groups, encoder.family, reference_keys=keys)
     assert batch.input_ids_T.tolist() == [1, 2, 3, 10, 11, 20, 30, 31, 4, 5, 40, 50, 51]
     assert batch.position_ids_XT.tolist() == [[0, 1, 2, 3, 4, 3, 3, 4, 0, 1, 2, 2, 3]]
     assert batch.layout.prefix_spans == ((0, 3), (8, 10))
@@ -47,7 +49,8 @@ def test_row_is_prefixes_and_completions_without_padding(encoder: Encoder) -> No
     assert batch.loss_inputs.completion_of_token_N.tolist() == [0, 0, 1, 2, 2, 3, 4, 4]
     assert batch.loss_inputs.pairs_P2.tolist() == [[0, 1], [0, 2], [3, 4]]
     assert batch.loss_inputs.pair_weight_P.tolist() == [1.0, 1.0, 1.0]
-    assert batch.group_ids == ("a", "b") and batch.reference_keys == ("key-a", "key-b")
+    assert batch.group_ids == ("a", "b") and batch.group_of_cell == (0, 0, 0, 1, 1)
+    assert batch.reference_keys == ("a0", "a1", "a2", "b0", "b1") and batch.num_pairs == 3
     assert batch.loss_inputs.num_completions == 5
     assert batch.image_inputs == {}
 
@@ -112,19 +115,3 @@ def test_a_pair_weighs_the_product_of_its_completions(encoder: Encoder) -> None:
     batch = collate_groups([first, group("b", [4, 5], [40], [50])], encoder.family)
     assert batch.loss_inputs.pair_weight_P.tolist() == [0.5, 2.0, 1.0]
     assert not collate_groups([first], encoder.family, is_filler=True).loss_inputs.pair_weight_P.any()
-
-
-def test_reference_key_follows_images_and_tokens_only(encoded: list[EncodedGroup]) -> None:
-    first = encoded[0]
-    key = reference_key(first, ["digest"])
-    renamed = replace(first, prompt=replace(first.prompt, record_id="other"), scores=(0.0, 1.0, 2.0))
-    assert reference_key(renamed, ["digest"]) == key  # log-probs do not depend on scores or names
-    other_prompt = replace(first.prompt, prefix_ids=(*first.prompt.prefix_ids, 1))
-    changed = [
-        reference_key(first, ["other digest"]),
-        reference_key(replace(first, completion_ids=first.completion_ids[::-1]), ["digest"]),
-        reference_key(replace(first, prompt=other_prompt), ["digest"]),
-        # the same tokens with another boundary between prompt and completion
-        reference_key(replace(first, prompt=other_prompt, completion_ids=(first.completion_ids[0][1:],)), ["digest"]),
-    ]
-    assert len({key, *changed}) == 5

@@ -14,6 +14,7 @@ from PIL import Image
 
 from bpo.data.encode import Dropped, Encoder
 from bpo.data.groups import GroupDataset, MeasuredGroup, iterate_micro_batches, write_dropped
+from bpo.data.reference_keys import split_keys
 from bpo.records import PreferenceGroup
 from tests.sample_groups import encode_all, encoder_of, group, three_groups, turn, write_photos
 
@@ -48,7 +49,8 @@ def test_worker_processes_give_the_same_results(encoder: Encoder) -> None:
     plan = [([0, 2], False), ([1], False), ([1], True)]
     first, second, filler = iterate_micro_batches(dataset, measured, plan, num_workers=1)
     assert first.group_ids == ("a", "c") and second.group_ids == filler.group_ids == ("b",)
-    assert first.reference_keys == (measured[0].reference_key, measured[2].reference_key)
+    assert first.group_keys == (measured[0].reference_key, measured[2].reference_key)
+    assert list(first.reference_keys) == split_keys(measured[0].cell_keys) + split_keys(measured[2].cell_keys)
     assert second.loss_inputs.pair_weight_P.tolist() == [1.0] and filler.loss_inputs.pair_weight_P.tolist() == [0.0]
     again, *_ = iterate_micro_batches(dataset, measured, plan, num_workers=0)
     assert torch.equal(first.input_ids_T, again.input_ids_T)
@@ -174,8 +176,8 @@ def test_an_image_that_changes_after_measuring_loses_its_group_and_no_other(enco
     if change == "touched":  # the content is what it was
         assert not alone.lost and both.group_ids == ("g", "h")
         return
-    assert both.group_ids == ("h",) and both.reference_keys == (measured[1].reference_key,)
-    assert alone.is_filler and alone.reference_keys == () and not alone.loss_inputs.pair_weight_P.any()
+    assert both.group_ids == ("h",) and both.group_keys == (measured[1].reference_key,)
+    assert alone.is_filler and alone.group_keys == () and not alone.loss_inputs.pair_weight_P.any()
     assert alone.image_inputs["pixel_values"].shape[0] == 1  # the vision tower runs, as on the other ranks
     (lost,) = alone.lost
     assert (lost.index, lost.group_id, lost.reason) == (0, "g", "bad-image") and "wide.png" in lost.detail

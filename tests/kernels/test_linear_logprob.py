@@ -326,9 +326,7 @@ def test_statistics_of_chunks_and_of_no_rows(device, mode):
     ):
         torch.testing.assert_close(value_N, expected_N)
     empty = dispatch.linear_logprob(hidden_NH[:0], weight_VH, target_N[:0], mode=mode, statistics=True)
-    assert [(value_N.shape, value_N.dtype) for value_N in empty] == [
-        ((0,), dtype) for dtype in (torch.float32, torch.float32, torch.int64, torch.float32)
-    ]
+    assert [value_N.shape for value_N in empty] == [(0,)] * 4 and empty[2].dtype is torch.int64
 
 
 def test_fused_rows_have_the_same_bits_in_any_company(device):

@@ -13,7 +13,7 @@ from bpo.job.launch import Ranks
 from bpo.training.batches import training_batches
 from bpo.training.measure import measure_groups
 from bpo.training.plan import plan_training
-from tests.training.doubles import NO_STORE, NUM_GROUPS, EngineWithoutModel
+from tests.training.doubles import NUM_GROUPS, EngineWithoutModel
 
 
 def test_a_step_decodes_each_image_of_its_groups_once_and_only_when_it_is_needed(run: Config, decoded) -> None:
@@ -26,7 +26,7 @@ def test_a_step_decodes_each_image_of_its_groups_once_and_only_when_it_is_needed
         (step,) = plan_training(run.train, data, engine.ranks)
         own = [g for micro_batch in step.micro_batches[rank] for g in micro_batch]
         assert not any(step.is_filler[rank]) and len(step.micro_batches[rank]) > 1
-        (batches,) = training_batches(run.data, data, [step], NO_STORE, engine)
+        (batches,) = training_batches(run.data, data, [step], None, engine)
         before = sum(decoded.values())
         for k, batch in enumerate(batches):
             before += len(batch.group_ids)
@@ -40,10 +40,10 @@ def test_worker_processes_decode_and_give_the_same_batches(run: Config, decoded)
     data = measure_groups(run, encode.load_encoder(run), Ranks(), lambda mine: [mine])
     engine: Any = EngineWithoutModel()
     steps = plan_training(run.train, data, engine.ranks)
-    in_line = [batch for step in training_batches(run.data, data, steps, NO_STORE, engine) for batch in step]
+    in_line = [batch for step in training_batches(run.data, data, steps, None, engine) for batch in step]
     decoded.clear()
     run.data.num_workers = 1
-    by_workers = [batch for step in training_batches(run.data, data, steps, NO_STORE, engine) for batch in step]
+    by_workers = [batch for step in training_batches(run.data, data, steps, None, engine) for batch in step]
     assert not decoded  # here, in the process that trains
     assert [batch.group_ids for batch in by_workers] == [batch.group_ids for batch in in_line]
     for batch, other in zip(by_workers, in_line, strict=True):

@@ -65,7 +65,7 @@ def test_an_image_replaced_before_the_reference_pass_is_not_trained_on(own_image
     gone = users_of("wide.png", data)
     Image.new("RGB", (90, 60), "red").save(Path(own_images.data.image_root, "wide.png"))
     store = reference(own_images, data)
-    assert len(store) == NUM_GROUPS - len(gone) and 0 < len(gone) < NUM_GROUPS
+    assert len(store) == 2 * (NUM_GROUPS - len(gone)) and 0 < len(gone) < NUM_GROUPS
     used, lost, steps = trained(own_images, data, store)
     assert used == {f"g{i}" for i in range(NUM_GROUPS)} - gone and not lost  # known, not reported again
     assert data.num_pairs(tuple(range(NUM_GROUPS))) == NUM_GROUPS - len(gone)  # the mean is over what is trained on

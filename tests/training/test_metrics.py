@@ -10,12 +10,14 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bpo.losses import LossOutput
+from bpo.config.loss import LossConfig, TermConfig
+from bpo.losses.program import LossOutput, LossProgram, Rewards
 from bpo.records import GroupBatch, LossInputs, PackedLayout, UsefulWork
 from bpo.training.flops import ModelFlops, Products
 from bpo.training.hardware import peak_flops
 from bpo.training.metrics import MetricsWriter, StepSums, step_metrics, step_rates
 
+PROGRAM = LossProgram(LossConfig())
 NAMES = (
     "loss preference_loss rewards/chosen rewards/rejected rewards/margins rewards/accuracies logps/chosen "
     "logps/rejected nll/chosen"
@@ -48,49 +50,85 @@ def add(
             completion_starts_K1=torch.arange(2 * num_pairs + 1),
             pairs_P2=pairs_P2,
             pair_weight_P=torch.tensor(weights or [0.0 if is_filler else 1.0] * num_pairs),
+            pair_beta_P=torch.ones(num_pairs),
+            pairs_of_term=(num_pairs,),
+            group_of_pair=tuple(range(num_pairs)),
             reference=logp_N - 0.125,
         ),
+        num_pairs=num_pairs,
         is_filler=is_filler,
         useful_work=work or UsefulWork(),
     )
-    loss_P, reward_P2 = torch.tensor(losses), torch.tensor(rewards)
-    sums.add(LossOutput(loss_P, loss_P / 2, loss_P / 4, reward_P2[:, 0], reward_P2[:, 1], logp_N), batch)
+    loss_P, reward_P2 = torch.tensor(losses) * batch.loss_inputs.pair_weight_P, torch.tensor(rewards)
+    chosen_logp_P, rejected_logp_P = logp_N[pairs_P2].unbind(1)
+    reported = Rewards(
+        0, num_pairs, reward_P2[:, 0], reward_P2[:, 1], chosen_logp_P, rejected_logp_P, torch.tensor(losses) / 4
+    )
+    term_sums_T = torch.stack([loss_P.sum() * share for share in (1.0, 0.5)[: len(sums.terms)]])
+    sums.add(LossOutput(loss_P.sum(), term_sums_T, loss_P, reported, {}, {}, logp_N), batch)
 
 
 def test_means_over_the_pairs_of_all_micro_batches() -> None:
-    sums = StepSums.zero()
+    sums = StepSums.zero(PROGRAM)
     add(sums, [1.0, 3.0], [(0.5, 0.0), (0.25, 0.75)])
     add(sums, [8.0], [(0.75, 0.75)])
-    metrics = step_metrics(sums.flat())
+    metrics = step_metrics(sums.flat(), PROGRAM)
     assert list(metrics) == NAMES
-    assert metrics["loss"] == 4.0 and metrics["preference_loss"] == 2.0 and metrics["nll/chosen"] == 1.0
+    assert metrics["loss"] == metrics["preference_loss"] == 4.0 and metrics["nll/chosen"] == 1.0
     assert metrics["rewards/chosen"] == 0.5 and metrics["rewards/rejected"] == 0.5 and metrics["rewards/margins"] == 0
     assert metrics["rewards/accuracies"] == pytest.approx(1 / 3)  # a tie is not accurate
     assert metrics["logps/chosen"] == pytest.approx(-2 / 3) and metrics["logps/rejected"] == pytest.approx(-5 / 3)
-    assert sums.flat()[len(NAMES) : len(NAMES) + 2] == [3.0, 12.0]
+    assert step_rates(sums.flat(), 1.0) | {"step_seconds": 0} == {
+        "pairs_per_second": 3.0,
+        "tokens_per_second": 12.0,
+        "useful_tokens_per_second": 0.0,
+        "step_seconds": 0,
+    }
     assert sums.reference_gap == pytest.approx(0.125)
 
 
 def test_sums_of_ranks_add_up_to_the_metrics_of_the_whole() -> None:
-    whole, one, other = StepSums.zero(), StepSums.zero(), StepSums.zero()
+    whole, one, other = StepSums.zero(PROGRAM), StepSums.zero(PROGRAM), StepSums.zero(PROGRAM)
     first, second = ([1.0, 3.0], [(0.5, 0.0), (0.25, 0.75)]), ([8.0], [(1.0, 0.75)])
     for sums, batches in ((whole, [first, second]), (one, [first]), (other, [second])):
         for batch in batches:
             add(sums, *batch)
     reduced = [a + b for a, b in zip(one.flat(), other.flat(), strict=True)]
-    assert step_metrics(reduced) == pytest.approx(step_metrics(whole.flat()))
+    assert step_metrics(reduced, PROGRAM) == pytest.approx(step_metrics(whole.flat(), PROGRAM))
 
 
 def test_weights_count_in_the_losses_only() -> None:
-    sums = StepSums.zero()
+    sums = StepSums.zero(PROGRAM)
     add(sums, [1.0, 3.0], [(0.5, 0.0), (0.25, 0.75)], weights=[0.5, 2.5])
-    metrics = step_metrics(sums.flat())
-    assert metrics["loss"] == 4.0 and metrics["preference_loss"] == 2.0  # 0.5 * 1 + 2.5 * 3 over two pairs
+    metrics = step_metrics(sums.flat(), PROGRAM)
+    assert metrics["loss"] == metrics["preference_loss"] == 4.0  # 0.5 * 1 + 2.5 * 3 over two pairs
     assert metrics["nll/chosen"] == 0.5 and metrics["rewards/accuracies"] == 0.5 and metrics["rewards/margins"] == 0
 
 
+def test_each_term_is_reported_under_its_name_before_its_weight() -> None:
+    program = LossProgram(LossConfig(terms=[TermConfig(name="mine", weight=0.5), TermConfig(type="nll", weight=3.0)]))
+    sums = StepSums.zero(program)
+    add(sums, [1.0, 3.0], [(0.5, 0.0), (0.25, 0.75)])  # the second term has half the first one's loss
+    metrics = step_metrics(sums.flat(), program)
+    assert (metrics["loss/mine"], metrics["loss/nll"]) == (2.0, 1.0)
+    assert (metrics["loss"], metrics["preference_loss"]) == (0.5 * 2 + 3 * 1, 1.0)
+
+
+def test_a_likelihood_alone_has_no_margins() -> None:
+    program = LossProgram(LossConfig(type="sft"))
+    sums = StepSums.zero(program)
+    add(sums, [1.0], [(0.5, 0.0)])
+    assert list(step_metrics(sums.flat(), program)) == [
+        "loss",
+        "preference_loss",
+        "rewards/chosen",
+        "logps/chosen",
+        "nll/chosen",
+    ]
+
+
 def test_fillers_count_nowhere() -> None:
-    sums, without = StepSums.zero(), StepSums.zero()
+    sums, without = StepSums.zero(PROGRAM), StepSums.zero(PROGRAM)
     for total in (sums, without):
         add(total, [1.0], [(0.5, 0.0)])
     add(sums, [float("nan")], [(9.0, 0.0)], is_filler=True)
@@ -110,18 +148,18 @@ class ReadsOfTheDevice(TorchDispatchMode):
 
 
 def test_a_step_waits_for_the_device_once() -> None:
-    sums = StepSums.zero()
+    sums = StepSums.zero(PROGRAM)
     with ReadsOfTheDevice() as reads:
         float(torch.ones(()))
         assert reads.count == 1
         for _ in range(3):
             add(sums, [1.0, 3.0], [(0.5, 0.0), (0.25, 0.75)])
     assert reads.count == 1
-    assert step_metrics(sums.flat())["loss"] == 2.0
+    assert step_metrics(sums.flat(), PROGRAM)["loss"] == 2.0
 
 
 def test_non_finite_losses_name_their_groups_only() -> None:
-    sums = StepSums.zero()
+    sums = StepSums.zero(PROGRAM)
     add(sums, [1.0, float("inf"), float("nan")], [(0.0, 0.0)] * 3)
     sums.flat()
     assert sums.non_finite_groups == ["g1", "g2"]
@@ -208,7 +246,7 @@ def test_rates_count_useful_work_only() -> None:
         vision_window_width=0,
         vision_trained=False,
     )
-    sums = StepSums.zero()
+    sums = StepSums.zero(PROGRAM)
     add(sums, [1.0, 3.0, 8.0], [(0.0, 0.0)] * 3, work=UsefulWork(tokens=8))
     rates = step_rates(sums.flat(), 2.0, flops, 600.0)
     assert rates["tokens_per_second"] == 6 and rates["useful_tokens_per_second"] == 4

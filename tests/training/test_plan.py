@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 
 from bpo.config.training import Config, TrainConfig
 from bpo.data.encode import Encoder
@@ -100,8 +98,7 @@ def test_batches_of_separate_sequences_are_within_the_limit_with_their_padding(
             engine: Any = EngineWithoutModel(Ranks(rank, 2, rank))
             config = config_of(7, limit)
             config.data.num_workers = 0
-            keys: Any = SimpleNamespace(gather=lambda keys: torch.zeros(1))
-            (batches,) = training_batches(config.data, data, [step], keys, engine)
+            (batches,) = training_batches(config.data, data, [step], None, engine)
             largest += [batch.input_ids_T.numel() for batch in batches if len(batch.group_ids) > 1]
         assert all(tokens <= limit for tokens in largest)
         assert limit < 400 or largest

@@ -21,7 +21,7 @@ from bpo.training.batches import training_batches
 from bpo.training.measure import measure_groups
 from bpo.training.plan import plan_training
 from bpo.training.reference_pass import fill_reference_store
-from tests.training.doubles import NUM_GROUPS, EngineWithoutModel
+from tests.training.doubles import NUM_CELLS, NUM_GROUPS, EngineWithoutModel
 
 
 def test_an_interrupted_reference_pass_is_completed(run: Config, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -38,7 +38,7 @@ def test_an_interrupted_reference_pass_is_completed(run: Config, monkeypatch: py
             store = fill_reference_store(run, resolved(run), engine, data)
         except KeyboardInterrupt:
             return engine.computed
-        assert len(store) >= NUM_GROUPS
+        assert len(store) >= NUM_CELLS
         steps = plan_training(run.train, data, engine.ranks)
         for batches in training_batches(run.data, data, steps, store, engine):
             for batch in batches:
@@ -87,11 +87,11 @@ def test_a_signal_ends_the_reference_pass_after_its_micro_batch(run: Config, mon
     engine: Any = EngineWithoutModel()
     others = iter([0.0, 0.0, 1.0])
     engine.sum_over_ranks = lambda values: [values[0] + next(others)]
-    with StopRequest() as stop, pytest.raises(Interrupted, match="in the reference pass; 6 of 12 entries remain"):
+    with StopRequest() as stop, pytest.raises(Interrupted, match="in the reference pass; 6 of 12 groups remain"):
         fill_reference_store(run, resolved(run), engine, data, stop)
     again: Any = EngineWithoutModel()
     with StopRequest() as stop:
-        assert len(fill_reference_store(run, resolved(run), again, data, stop)) == NUM_GROUPS
+        assert len(fill_reference_store(run, resolved(run), again, data, stop)) == NUM_CELLS
     assert len(engine.computed) == 6 and sorted(engine.computed + again.computed) == sorted(
         f"g{i}" for i in range(NUM_GROUPS)
     )
