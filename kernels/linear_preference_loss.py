@@ -318,20 +318,18 @@ def linear_preference_loss(
     head = (weight_VH.shape[0], hidden_NH.dtype, hidden_NH.device, grad and hidden_NH.requires_grad, needs_head)
     options = (budget_bytes, without_gradient(hidden_NH.dtype), num_rows)
     plan = plan_head(mode, stacked_rows, *head, *options)
+    constant = pairs_module.constant
+    factors = (constant(pair_beta_P), constant(pair_weight_P))
+    pairs = (completion_of_token_N, pairs_P2, constant(token_weight_N), completion_starts_K1, *factors)
     losses_P, chosen_P, rejected_P, logp_N, *_ = _forward(
         hidden_NH,
         weight_VH,
         target_N.contiguous(),
         bias,
         reference.detach().to(hidden_NH.dtype) if is_live else reference.detach(),
-        pairs_module.constant(reference_weight_VH),
-        pairs_module.constant(reference_bias),
-        completion_of_token_N,
-        pairs_P2,
-        pairs_module.constant(token_weight_N),
-        completion_starts_K1,
-        pairs_module.constant(pair_beta_P),
-        pairs_module.constant(pair_weight_P),
+        constant(reference_weight_VH),
+        constant(reference_bias),
+        *pairs,
         softcap,
         scale,
         beta,

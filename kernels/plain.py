@@ -149,17 +149,27 @@ def preference_loss(
         ValueError: shapes, dtypes, devices, indices or options are invalid.
     """
     check_preference_options(beta, label_smoothing, loss_type)
-    num_completions = check_preference_loss(
-        policy_logp_N,
-        reference_logp_N,
-        completion_of_token_N,
-        pairs_P2,
-        token_weight_N,
-        num_completions,
-        completion_starts_K1,
-        pair_beta_P,
-        pair_weight_P,
-    )
+    tensors = (policy_logp_N, reference_logp_N, completion_of_token_N, pairs_P2, token_weight_N)
+    optional = (num_completions, completion_starts_K1, pair_beta_P, pair_weight_P)
+    num_completions = check_preference_loss(*tensors, *optional)
+    chosen_P, rejected_P = _pair_ratios(*tensors, num_completions)
+    dtype = chosen_P.dtype
+    beta_P = beta if pair_beta_P is None else beta * pair_beta_P.detach().to(dtype)
+    losses_P = _pair_losses(chosen_P - rejected_P, beta_P, label_smoothing, loss_type)
+    if pair_weight_P is not None:
+        losses_P = losses_P * pair_weight_P.detach().to(dtype)
+    return losses_P, beta_P * chosen_P.detach(), beta_P * rejected_P.detach()
+
+
+def _pair_ratios(
+    policy_logp_N: Tensor,
+    reference_logp_N: Tensor,
+    completion_of_token_N: Tensor,
+    pairs_P2: Tensor,
+    token_weight_N: Tensor | None,
+    num_completions: int,
+) -> tuple[Tensor, ...]:
+    """Log-ratios of the chosen and the rejected sides [P]."""
     dtype = statistics_dtype(policy_logp_N.dtype)
     ratio_N = policy_logp_N.to(dtype) - reference_logp_N.detach().to(dtype)
     if token_weight_N is not None:
@@ -167,12 +177,7 @@ def preference_loss(
     zeros_K = torch.zeros(num_completions, dtype=dtype, device=ratio_N.device)
     ratio_K = zeros_K.index_add(0, completion_of_token_N.long(), ratio_N)
     # An anchor's index, -1, is that of the 0 behind the last completion.
-    chosen_P, rejected_P = F.pad(ratio_K, (0, 1))[pairs_P2.long()].unbind(1)
-    beta_P = beta if pair_beta_P is None else beta * pair_beta_P.detach().to(dtype)
-    losses_P = _pair_losses(chosen_P - rejected_P, beta_P, label_smoothing, loss_type)
-    if pair_weight_P is not None:
-        losses_P = losses_P * pair_weight_P.detach().to(dtype)
-    return losses_P, beta_P * chosen_P.detach(), beta_P * rejected_P.detach()
+    return F.pad(ratio_K, (0, 1))[pairs_P2.long()].unbind(1)
 
 
 def _pair_losses(margin_P: Tensor, beta: float | Tensor, label_smoothing: float, loss_type: str) -> Tensor:
