@@ -15,7 +15,8 @@ class ViewConfig(Section):
     Attributes:
         type: `noise`, `crop`, `mask`, `other` (the record's other_images), `none` (no image), or a plug-in's.
         step: Diffusion step of `noise`.
-        space: Space of `noise`: `pixel` values before the image processor, or its `normalised` output.
+        space: Space of `noise`: the `normalised` pixels that the model sees, or the picture's own `pixel` values, whose
+            noise is weaker where the image processor scales the picture down.
         min_area: Smallest area of `crop`, as a fraction of the image's.
         max_area: Largest area of `crop`.
         share: Share of the image that `mask` covers.
@@ -26,7 +27,7 @@ class ViewConfig(Section):
 
     type: str = needed("noise")
     step: int = number(500, at_least=0, at_most=999)
-    space: Literal["pixel", "normalised"] = "pixel"
+    space: Literal["normalised", "pixel"] = "normalised"
     min_area: float = number(0.01, above=0, at_most=1)
     max_area: float = number(0.2, above=0, at_most=1)
     share: float = number(0.3, above=0, at_most=1)

@@ -52,12 +52,13 @@ def fill_reference_store(
     name, lost, stopped = _reference_pass(config, engine, data, store, missing, stop)
     store.reload(gather_from_ranks(name))
     data.lost.report(gather_from_ranks([asdict(group) for group in lost]), is_main=engine.ranks.is_main)
-    wanted = list(_first_with_key(data))
-    lacking = int((~store.has(wanted)).sum())
+    lacking = len(_missing_groups(store, data))
     if lacking and stopped:
-        raise Interrupted(f"stopped by a signal in the reference pass; {lacking} of {len(wanted)} entries remain")
+        raise Interrupted(f"stopped by a signal in the reference pass; {lacking} of {len(missing)} groups remain")
     if lacking:
-        raise ReferenceStoreError(f"{directory}: {lacking} entries are missing after the pass; do all nodes share it?")
+        raise ReferenceStoreError(
+            f"{directory}: entries of {lacking} groups are missing after the pass; do all nodes share it?"
+        )
     logger.info("reference store %s: %d entries, %d groups computed now", directory, len(store), len(missing))
     return store
 
