@@ -140,6 +140,11 @@ class PreferenceGroup:
     other_images: tuple[str, ...] = ()
     auxiliary: tuple[Auxiliary, ...] = ()
 
+    @property
+    def own_completions(self) -> tuple[Completion, ...]:
+        """The completions that describe `images`, between which there are preference pairs."""
+        return tuple(completion for completion in self.completions if not completion.view)
+
 
 @dataclass(frozen=True, slots=True)
 class PackedLayout:

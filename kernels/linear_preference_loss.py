@@ -332,12 +332,7 @@ def linear_preference_loss(
         *pairs,
         softcap,
         scale,
-        beta,
-        label_smoothing,
-        loss_type,
-        plan.mode,
-        plan.step,
-        plan.keeps_hidden_grad,
-        plan.keeps_dlogits,
+        *(beta, label_smoothing, loss_type),
+        *(plan.mode, plan.step, plan.keeps_hidden_grad, plan.keeps_dlogits),
     )
     return losses_P, chosen_P, rejected_P, logp_N

@@ -47,7 +47,7 @@ def linear_logprob(
             saves nothing, `auto` selects by the gradients needed and the budget; see `head.plan_head`.
         budget_bytes: maximum bytes of logits and their derivative at a time; None for the device's default.
         statistics: also return the entropy of each row's distribution, its most likely token and the logarithm of its
-            collision probability, `log sum_v p_v^2` (WPO, arXiv 2406.11827, section 3.2).
+            collision probability, `log sum_v p_v^2` (needed by WPO, arXiv 2406.11827).
 
     Returns:
         [N] log-probs in fp32 (fp64 for fp64 inputs); with `statistics` also the entropies [N] in nats, the argmax

@@ -155,10 +155,11 @@ class MeasuredLengths:
 
 
 def group_digest(group: PreferenceGroup) -> str:
-    """Of all that a measurement depends on; not the weights, since `keep_types` removes completions of weight 0."""
+    """Of all that a measurement depends on; not its factors, since `keep_types` removes completions of weight 0."""
     tree = group_to_json(group)
     for completion in tree["completions"]:
-        completion.pop("weight", None)
+        for factor in ("weight", "beta", "weights"):
+            completion.pop(factor, None)
     return _digest(tree)
 
 

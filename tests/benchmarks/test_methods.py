@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.methods.__main__ import main
 from benchmarks.methods.cells import (
     PUBLISHED,
     RECIPES,
@@ -60,9 +61,9 @@ def test_a_quick_comparison_reports_both_columns_and_goes_on_where_it_was_stoppe
     assert missing.exists() and '"steps": 4' in kept.read_text()
 
 
-def test_an_unknown_method_is_named(tmp_path: Path) -> None:
-    result = compare(tmp_path, "--methods", "dpo,ppo")
-    assert result.returncode == 2 and "no recipe ppo; there are aot, aot-unpaired, apo-down" in result.stderr
+def test_an_unknown_method_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--output", str(tmp_path), "--methods", "dpo,ppo"]) == 2
+    assert "no recipe ppo; there are aot, aot-unpaired, apo-down" in capsys.readouterr().err
 
 
 def test_only_methods_without_a_likelihood_of_their_own_get_one_added() -> None:
@@ -103,4 +104,5 @@ def test_the_report_has_medians_with_ranges_the_best_method_first_and_names_dive
     rows = [[entry.strip() for entry in line.strip("|").split("|")] for line in table(found).splitlines()[2:]]
     assert [row[0] for row in rows] == ["orpo", "dpo", "base"]
     assert rows[1][1:7] == ["4.0 (2.0 to 5.0)", "8.0 (4.0 to 10.0)", "90.0", *["diverged"] * 3]
+    assert rows[0][1] == "1.0, 1 diverged"
     assert rows[0][4] == "as published" and rows[2][4] == "-" and rows[1][8] == "0.250"

@@ -38,7 +38,7 @@ def draw_sample(groups: Iterable[PreferenceGroup], size: int, seed: int, max_wor
     drawn: Sample[PreferenceGroup] = Sample(size)
     for group in groups:
         refused = refusal(group, max_words=max_words, keep_text_only=False)
-        if refused is None and len({completion.score for completion in group.completions}) < 2:
+        if refused is None and len({completion.score for completion in group.own_completions}) < 2:
             refused = NO_PAIR
         if refused is None:
             drawn.add(sample_rank(seed, group.id), f"{group.id} {drawn.num_seen}", group)

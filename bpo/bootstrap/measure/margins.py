@@ -68,6 +68,8 @@ def pair_margins(
         blind = [log_mean_probability(by_image) for by_image in own["blind"]]
         for i, preferred in enumerate(group.completions):
             for j, rejected in enumerate(group.completions):
+                if preferred.view or rejected.view:
+                    continue
                 if preferred.score > rejected.score and own["answer"][i] != own["answer"][j]:
                     kinds = find_changes(preferred.response, rejected.response, lexicon).kinds
                     tokens = own["tokens"]

@@ -32,14 +32,14 @@ class TextPair:
 
 
 def best_completion(group: PreferenceGroup) -> Completion:
-    """The completion with the highest score, the first of several."""
-    return max(group.completions, key=lambda completion: completion.score)
+    """The completion with the highest score that describes the group's images, the first of several."""
+    return max(group.own_completions, key=lambda completion: completion.score)
 
 
 def typed_pairs(group: PreferenceGroup) -> Iterator[tuple[str, TextPair]]:
     """The best completion with each that has a lower score and another text, by the type of the rejected one."""
     best = best_completion(group)
-    for completion in group.completions:
+    for completion in group.own_completions:
         if completion.score < best.score and completion.response.strip() != best.response.strip():
             provenance = completion.provenance
             yield (

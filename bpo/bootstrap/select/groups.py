@@ -69,7 +69,7 @@ def _balanced_block(block: Sequence[PreferenceGroup], balancers: dict[str, Balan
             number: [
                 index
                 for index, completion in enumerate(group.completions)
-                if completion.type == kind and completion.score < best[number].score
+                if completion.type == kind and not completion.view and completion.score < best[number].score
             ]
             for number, group in enumerate(block)
         }
@@ -95,6 +95,6 @@ def _rejected_types(groups: Iterable[PreferenceGroup]) -> set[str]:
     return {
         completion.type
         for group in groups
-        for completion in group.completions
+        for completion in group.own_completions
         if completion.score < best_completion(group).score
     }
