@@ -121,9 +121,9 @@ class Auxiliary:
 class PreferenceGroup:
     """One prompt about one or more images and K >= 2 completions.
 
-    The preference pairs are all (i, j) with `score_i > score_j` (arXiv 2403.08730, released schema), of completions that
-    describe `images`. `extra`, here and in a completion, holds the file's fields that bpo does not read; they are passed
-    through.
+    The preference pairs are all (i, j) with `score_i > score_j` (arXiv 2403.08730, released schema), of completions
+    that describe `images`. `extra`, here and in a completion, holds the file's fields that bpo does not read; they are
+    passed through.
 
     Attributes:
         prompt: Ends with a user turn, or with the start of the assistant's answer, which the completions continue. The

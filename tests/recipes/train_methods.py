@@ -18,6 +18,7 @@ from bpo.config.io import load_config
 from bpo.config.training import Config
 from bpo.job import collectives
 from bpo.job.launch import Ranks, setup_logging
+from bpo.losses.program import LossProgram
 from bpo.tools.demo.base import BaseConfig, build_base_model
 from bpo.tools.demo.environment import quiet_libraries
 from bpo.tools.demo.files import build_world
@@ -45,7 +46,6 @@ def config_of(recipe: Path, root: Path, groups: MethodGroups) -> Config:
         "train.output_dir": root / "runs" / recipe.stem,
         "train.ds_config": "ds_configs/zero1.json",
         "train.completion_types": json.dumps(list(data.completion_types)),
-        "train.reference_dir": "",
         "train.max_steps": STEPS,
         "train.groups_per_step": GROUPS_PER_STEP,
         "train.lr": 1e-3,
@@ -73,13 +73,14 @@ def main() -> None:
     ranks = Ranks()
     setup_logging(ranks)
     engine.init_distributed(ranks)
-    changes = {}
+    found = {}
     for recipe in sorted(RECIPES.glob("*.yaml")):
         config = config_of(recipe, root, groups)
         torch.manual_seed(config.train.seed)
         train(config, ranks)
-        changes[recipe.stem] = largest_change(Path(config.train.output_dir))
-    (root / "changes.json").write_text(json.dumps(changes))
+        terms = LossProgram(config.loss).names
+        found[recipe.stem] = {"terms": terms, "change": largest_change(Path(config.train.output_dir))}
+    (root / "found.json").write_text(json.dumps(found))
     collectives.shut_down()
 
 

@@ -33,7 +33,7 @@ class TextPair:
 
 def best_completion(group: PreferenceGroup) -> Completion:
     """The completion with the highest score that describes the group's images, the first of several."""
-    return max(group.own_completions, key=lambda completion: completion.score)
+    return max(group.own_completions or group.completions, key=lambda completion: completion.score)
 
 
 def typed_pairs(group: PreferenceGroup) -> Iterator[tuple[str, TextPair]]:

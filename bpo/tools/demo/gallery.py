@@ -36,7 +36,7 @@ def training_examples(root: Path, recipe: Recipe) -> tuple[TrainingExample, ...]
 
 
 def _training_example(group: PreferenceGroup, encoder: Encoder, lexicon: ObjectLexicon) -> TrainingExample:
-    chosen = max(group.own_completions, key=lambda c: c.score)
+    chosen = max(group.own_completions or group.completions, key=lambda c: c.score)
     # The annotations of the demo's world are complete: objects that they do not name are absent.
     present = frozenset(mention.object for mention in lexicon.mentions(chosen.response))
     noised = next((c for c in group.completions if c.provenance and (c.provenance.noise_step or -1) >= 0), None)

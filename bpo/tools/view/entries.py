@@ -80,7 +80,7 @@ def entry_of(
         values: Log-probs of this record, from `bpo measure`.
         measures: Type -> measures, whose telling n-grams are shown.
     """
-    best = max(group.own_completions, key=lambda completion: completion.score)
+    best = max(group.own_completions or group.completions, key=lambda completion: completion.score)
     completions = [_completion(c, best, lexicon, scores.get(c.response)) for c in group.completions]
     for completion in completions:
         completion["margin"] = _margin(completion, completions)
@@ -147,7 +147,7 @@ def _add_measures(
     measures: Mapping[str, TypeMeasures],
 ) -> None:
     """Adds `blind`, `seeing` and `telling` to the completions that have them."""
-    best = max(group.own_completions, key=lambda completion: completion.score)
+    best = max(group.own_completions or group.completions, key=lambda completion: completion.score)
     for tree, completion, margins in zip(trees, group.completions, record_margins(group, values), strict=True):
         if margins is not None:
             tree["blind"], tree["seeing"] = margins

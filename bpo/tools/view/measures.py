@@ -36,7 +36,7 @@ def check_values(line: Mapping[str, Any]) -> None:
 def record_margins(group: PreferenceGroup, lines: Sequence[Mapping[str, Any]]) -> list[tuple[float, float] | None]:
     """(blind preference, seeing margin) of each completion against the best; None for the best and the unmeasured."""
     values = {c["response"]: c for line in lines for c in line["completions"]}
-    best = max(group.own_completions, key=lambda completion: completion.score)
+    best = max(group.own_completions or group.completions, key=lambda completion: completion.score)
     own = values.get(best.response)
     margins: list[tuple[float, float] | None] = []
     for completion in group.completions:

@@ -20,8 +20,9 @@ from bpo.bootstrap.measure.blind import ModelMeasures, measure_with_model
 from bpo.config.measure import MeasureConfig
 from bpo.config.training import Config, DataConfig, ModelConfig, TrainConfig
 from bpo.data import encode
-from bpo.data.collate import reference_key
+from bpo.data.cells import CLEAN, Cell
 from bpo.data.encode import EncodedGroup, load_encoder
+from bpo.data.reference_keys import cell_key
 from bpo.formats.bad_records import BadRecords
 from bpo.formats.files import group_to_json, read_groups
 from bpo.formats.images import image_bytes_digest
@@ -217,7 +218,8 @@ def fill_store(config: Config, ids: set[str], value: float) -> None:
         assert isinstance(encoded, EncodedGroup)
         if record.id in ids:
             digests = [image_bytes_digest(Path(config.data.image_root), image) for image in record.images]
-            store.put(reference_key(encoded, digests), torch.full((sum(map(len, encoded.completion_ids)),), value))
+            for index, ids in enumerate(encoded.completion_ids):
+                store.put(cell_key(encoded, Cell(CLEAN, index), digests), torch.full((len(ids),), value))
     store.close()
 
 
