@@ -5,10 +5,11 @@ Shape letters: N response tokens (with second targets), K cells, P pairs, F pair
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -19,6 +20,8 @@ from bpo.losses.sums import CellSums
 from bpo.losses.terms import ANCHORED, Term, cell_plan, resolve_terms
 from bpo.losses.values import PairValues
 from bpo.records import HeadRequest, LossInputs
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,11 +83,11 @@ class LossProgram:
         self.config = config
         self.terms: tuple[Term, ...] = resolve_terms(config)
         self.plan: CellPlan = cell_plan(config, self.terms, seed)
-        self.states: dict[str, LossState] = {
-            term.name: term.definition.state(term.values) for term in self.terms if term.definition.state is not None
-        }
+        self.states: dict[str, LossState] = {}
         for term in self.terms:
-            self._evaluate_once(term)
+            if term.definition.state is not None:
+                self.states[term.name] = _placed(term, term.definition.state, term.values)
+            _placed(term, self._evaluate_once, term)
 
     def _evaluate_once(self, term: Term) -> None:
         """Evaluates a loss on a few pairs, so that an invalid option fails before any long work starts."""
@@ -103,8 +106,9 @@ class LossProgram:
         if term.definition.needs_similarity:
             values = replace(values, similarity_PP=torch.ones(2, 2))
         loss_P = term.definition.function(values)
-        if loss_P.shape != (2,):
-            raise ValueError(f"{term.definition.name} returned the shape {tuple(loss_P.shape)} for 2 pairs, not (2,)")
+        if not torch.is_tensor(loss_P) or loss_P.shape != (2,):
+            got = f"the shape {tuple(loss_P.shape)}" if torch.is_tensor(loss_P) else f"a {type(loss_P).__name__}"
+            raise ValueError(f"{term.definition.name} returned {got} for 2 pairs, not a tensor of shape (2,)")
 
     @property
     def needs_reference(self) -> bool:
@@ -244,10 +248,25 @@ class LossProgram:
             return weight_P
         assert head.collision_N is not None
         mean_P2, _ = sums.plain(pairs_P2, mean=True)
-        collision_P2, _ = CellSums(head.collision_N, inputs).plain(pairs_P2, mean=True)
+        collision_P2, _ = CellSums(_with_second(head.collision_N, inputs), inputs).plain(pairs_P2, mean=True)
         aligned_P2 = mean_P2 - collision_P2
         rule = WEIGHINGS[term.options.weighting]
         return weight_P * rule(WeighingInputs(*mean_P2.detach().unbind(1), *aligned_P2.detach().unbind(1))).detach()
+
+
+def _placed(term: Term, call: Callable[[Any], Made], argument: Any) -> Made:
+    """The result of a call that may refuse options of a term; the message then names their place."""
+    try:
+        return call(argument)
+    except ValueError as error:
+        own = rf"{term.where}."
+        message = re.sub(r"\bloss\.(?:terms\[\]\.)?(?=(?:options|label_smoothing|divergence)\b)", own, str(error))
+        raise ValueError(message if own in message else f"{term.where}: {message}") from error
+
+
+def _with_second(collision_N: torch.Tensor, inputs: LossInputs) -> torch.Tensor:
+    """Second targets are scored by the distributions of their base rows."""
+    return collision_N if inputs.second is None else torch.cat([collision_N, collision_N[inputs.second.base_M]])
 
 
 def _ranges(counts: Sequence[int]) -> list[tuple[int, int]]:

@@ -37,7 +37,8 @@ class CellSums:
     def weighed(self, term: int, start: int, end: int, mean: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """The same with the token weights of a term, whose pairs are start <= p < end."""
         weighed = self.inputs.weighed
-        assert weighed is not None
+        if weighed is None:  # this batch has no pairs with token weights
+            return self.plain(self.inputs.pairs_P2[start:end], mean)
         first = sum(weighed.tokens_of_term[:term])
         own = slice(first, first + weighed.tokens_of_term[term])
         token_E, side_E, weight_E = weighed.token_E[own], weighed.side_E[own] - 2 * start, weighed.weight_E[own]

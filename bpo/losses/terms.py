@@ -12,23 +12,29 @@ from bpo.data.cells import AUXILIARY, PAIR_RULES, CellPlan, TermSpec
 from bpo.data.token_weights import TOKEN_RULES
 from bpo.data.views import check_views
 from bpo.losses import across, absolute, preference, reference_free, stateful  # noqa: F401, I001 they register losses
-from bpo.losses.plugin import load_plugin
+from bpo.losses.plugin import load_plugin, plugin_digest
 from bpo.losses.registry import LOSSES, WEIGHINGS, LossDefinition
 
 # Rules whose pairs have an anchor on one side.
 ANCHORED = frozenset(("chosen", "rejected", "other", "auxiliary"))
 _NEEDS_AGAINST = frozenset(("image", "symmetric", "other", "argmax"))
+# Rules whose pairs have one answer, on one side or on both: nothing to compare its tokens with.
+_ONE_ANSWER = ANCHORED | {"image", "argmax"}
+# Losses that read the preferred side only; the first two its mean negative log-likelihood.
+_LIKELIHOODS = frozenset(("nll", "sft"))
+_OF_CHOSEN = _LIKELIHOODS | {"log_ratio"}
 
 
 @dataclass(frozen=True, slots=True)
 class Term:
-    """A term with its loss's definition; `name` is unique in its list."""
+    """A term with its loss's definition; `name` is unique in its list, `where` its place in the configuration."""
 
     name: str
     options: TermConfig
     definition: LossDefinition
     spec: TermSpec
     values: Mapping[str, Any]
+    where: str
 
     @property
     def length(self) -> str:
@@ -64,11 +70,7 @@ def resolve_terms(config: LossConfig) -> tuple[Term, ...]:
         where = f"loss.terms[{number}]" if config.terms else "loss"
         definition = _known(options.type, LOSSES, f"{where}.type")
         _check(options, definition, config, where)
-        name = options.name or options.type
-        if name in (term.name for term in terms):
-            if options.name:
-                raise ValueError(f"{where}.name: two terms are named {name!r}; names must differ")
-            name = f"{name}_{number}"
+        name = _name(options, number, where, {term.name for term in terms})
         pairs = options.pairs or definition.pairs
         values = _option_values(options, definition, where)
         spec = TermSpec(
@@ -84,7 +86,7 @@ def resolve_terms(config: LossConfig) -> tuple[Term, ...]:
             shared_tokens=options.shared_tokens,
             options=values,
         )
-        terms.append(Term(name, options, definition, spec, values))
+        terms.append(Term(name, options, definition, spec, values, where))
     if len({term.spec.shared_tokens for term in terms if term.spec.pairs == "argmax"}) > 1:
         raise ValueError("loss.terms: all terms with pairs: argmax must agree on shared_tokens")
     return tuple(terms)
@@ -92,7 +94,7 @@ def resolve_terms(config: LossConfig) -> tuple[Term, ...]:
 
 def cell_plan(config: LossConfig, terms: Iterable[Term], seed: int) -> CellPlan:
     """What the terms need of the data. Views are drawn from `seed`."""
-    return CellPlan(tuple(term.spec for term in terms), dict(config.views), seed, identity=load_plugin(config.plugin))
+    return CellPlan(tuple(term.spec for term in terms), dict(config.views), seed, identity=plugin_digest(config.plugin))
 
 
 def _listed(config: LossConfig) -> list[TermConfig]:
@@ -106,6 +108,15 @@ def _listed(config: LossConfig) -> list[TermConfig]:
         if getattr(config, name) != getattr(default, name):
             raise ValueError(f"loss.{name} and loss.terms are both set; write loss.{name} into the terms")
     return list(config.terms)
+
+
+def _name(options: TermConfig, number: int, where: str, taken: set[str]) -> str:
+    name = options.name or options.type
+    if name in taken and not options.name:
+        name = f"{name}_{number}"
+    if name in taken:
+        raise ValueError(f"{where}.name: two terms are named {name!r}; names must differ")
+    return name
 
 
 def _known(name: str, registered: Mapping[str, Any], where: str) -> Any:
@@ -135,37 +146,68 @@ def _check(options: TermConfig, definition: LossDefinition, config: LossConfig, 
 
 def _faults(options: TermConfig, definition: LossDefinition, pairs: str) -> Iterable[str]:
     """Combinations that would not mean what they say."""
+    yield from _faults_of_pairs(options, definition, pairs)
+    yield from _faults_of_likelihoods(options, definition)
     name = definition.name
     if options.label_smoothing and not definition.smoothing:
         yield f"label_smoothing={options.label_smoothing:g} does not apply to {name}; set 0"
-    if pairs in _NEEDS_AGAINST and options.against == options.view:
-        yield f"pairs: {pairs} compares two images; name the other one in `against` (a view of loss.views)"
-    if options.against and pairs in PAIR_RULES and pairs in ("text", *ANCHORED - {"other"}):
-        yield f"against: {options.against} has no meaning for pairs: {pairs}; remove it"
-    if pairs in ANCHORED and definition.across_groups:
-        yield f"{name} compares answers across groups, so its pairs need two sides, not pairs: {pairs}"
-    if pairs in ANCHORED - {"chosen", "other"} and name in ("nll", "sft") and pairs != AUXILIARY:
-        yield f"{name} raises the likelihood of the preferred side, which pairs: {pairs} has not"
-    if pairs == AUXILIARY and definition.reference:
-        yield f"auxiliary answers enter likelihood terms only (nll), not {name}: they have no dispreferred side"
-    if pairs == "symmetric" and definition.across_groups:
-        yield f"pairs: symmetric come in twos within a group; {name} compares across groups"
-    if name == "margin_consistency" and pairs != "symmetric":
-        yield "margin_consistency compares the two margins of pairs: symmetric"
+    if options.weighting and definition.across_groups:
+        yield f"weighting is of pairs by themselves; {name} compares across groups"
     if options.guidance != 1 and (not options.guidance_view or options.guidance_view == options.view):
         yield "guidance needs guidance_view, a view of loss.views other than the term's own (V-DPO: without the image)"
     if options.guidance == 1 and options.guidance_view:
         yield "guidance_view without guidance has no effect; set guidance above 1 or remove it"
-    if options.guidance != 1 and (pairs == "argmax" or options.ld_alpha != 1 or options.token_weights):
-        yield "guidance is for plain log-probs; remove token_weights, ld_alpha and pairs: argmax"
+    if options.guidance != 1 and (pairs in ("argmax", AUXILIARY) or options.ld_alpha != 1 or options.token_weights):
+        yield "guidance is for plain log-probs; remove token_weights, ld_alpha and pairs: argmax or auxiliary"
     if options.shared_tokens and pairs != "argmax":
         yield "shared_tokens is for pairs: argmax"
     if options.shared_tokens and not definition.reference:
         yield "shared_tokens takes the reference's tokens, but this loss has no reference"
     if options.divergence != "reverse_kl" and not definition.reference:
         yield f"divergence is measured from a reference, which {name} has not; remove it"
-    if options.ld_alpha != 1 and pairs in ANCHORED:
+    if options.divergence_alpha != TermConfig().divergence_alpha and options.divergence != "alpha":
+        yield f"divergence_alpha is of divergence: alpha, not {options.divergence}; remove it"
+    if options.ld_alpha != 1 and pairs in _ONE_ANSWER:
         yield f"ld_alpha compares the lengths of two answers; pairs: {pairs} have one"
+    if options.token_weights == "changed" and pairs in _ONE_ANSWER:
+        yield f"token_weights: changed compares the tokens of two answers; pairs: {pairs} have one"
+
+
+def _faults_of_pairs(options: TermConfig, definition: LossDefinition, pairs: str) -> Iterable[str]:
+    name = definition.name
+    if pairs in _NEEDS_AGAINST and options.against == options.view:
+        yield f"pairs: {pairs} compares two images; name the other one in `against` (a view of loss.views)"
+    if options.against and pairs in ("text", *ANCHORED - {"other"}):
+        yield f"against: {options.against} has no meaning for pairs: {pairs}; remove it"
+    if options.view and pairs in ("other", AUXILIARY):
+        yield f"view: {options.view} has no meaning for pairs: {pairs}; remove it"
+    if pairs in ANCHORED and definition.across_groups:
+        yield f"{name} compares answers across groups, so its pairs need two sides, not pairs: {pairs}"
+    if pairs == "rejected" and name in _OF_CHOSEN:
+        yield f"{name} is of the preferred side, which pairs: rejected has not"
+    if pairs == AUXILIARY and definition.reference:
+        yield f"auxiliary answers enter likelihood terms only (nll), not {name}: they have no dispreferred side"
+    if pairs in ANCHORED and not definition.reference and definition.pairs not in ANCHORED:
+        yield f"{name} compares two answers without a reference; pairs: {pairs} have one"
+    if pairs == "symmetric" and definition.across_groups:
+        yield f"pairs: symmetric come in twos within a group; {name} compares across groups"
+    if name == "margin_consistency" and pairs != "symmetric":
+        yield "margin_consistency compares the two margins of pairs: symmetric"
+
+
+def _faults_of_likelihoods(options: TermConfig, definition: LossDefinition) -> Iterable[str]:
+    """A likelihood is the mean over all tokens of the term's own view."""
+    if definition.name not in _LIKELIHOODS:
+        return
+    set_ones = {
+        "token_weights": bool(options.token_weights),
+        "ld_alpha": options.ld_alpha != 1,
+        "guidance": options.guidance != 1,
+        "length": options.length != "auto",
+    }
+    for name, is_set in set_ones.items():
+        if is_set:
+            yield f"{definition.name} is a mean over all tokens, to which {name} does not apply; remove it"
 
 
 def _option_values(options: TermConfig, definition: LossDefinition, where: str) -> dict[str, Any]:

@@ -218,8 +218,8 @@ def fill_store(config: Config, ids: set[str], value: float) -> None:
         assert isinstance(encoded, EncodedGroup)
         if record.id in ids:
             digests = [image_bytes_digest(Path(config.data.image_root), image) for image in record.images]
-            for index, ids in enumerate(encoded.completion_ids):
-                store.put(cell_key(encoded, Cell(CLEAN, index), digests), torch.full((len(ids),), value))
+            for index, tokens in enumerate(encoded.completion_ids):
+                store.put(cell_key(encoded, Cell(CLEAN, index), digests), torch.full((len(tokens),), value))
     store.close()
 
 
