@@ -38,6 +38,7 @@ from bpo.job.signals import StopRequest
 from bpo.losses.program import LossProgram, check_loss
 from bpo.model.load import ResolvedModel, load_resolved, resolve_model
 from bpo.model.policy import PolicyModel
+from bpo.model.prompt_embedding import check_prompt_embedding
 from bpo.model.reference.store import ReferenceStore
 from bpo.model.trainable import prepare_trainable
 from bpo.training.agreement import check_agreement, facts_of_plan, facts_of_start
@@ -162,6 +163,7 @@ def main(argv: list[str] | None, stop: StopRequest) -> None:
         setup_logging(ranks)
         config = load_config(own, "bpo/train.py", __doc__ or "", TRAIN_INPUTS)
         check_loss(config.loss)  # before DeepSpeed compiles anything
+        check_prompt_embedding(config)
     except ValueError as error:
         sys.exit(f"error: {error}")
     torch.manual_seed(config.train.seed)

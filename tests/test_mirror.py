@@ -27,6 +27,7 @@ WHOLE = {
     "test_recipes.py": "bpo/recipes/",
     "test_slurm_scripts.py": "slurm/",
     "test_soak.py": "tests/soak.py",
+    "test_term_gradients.py": "lists of loss terms, however a batch is divided",
 }
 # Test file -> modules without a test file of their own that it covers, relative to its room unless they start with /.
 COVERS = {
@@ -36,14 +37,14 @@ COVERS = {
     "bootstrap/measure/test_command.py": "quick report",
     "bootstrap/measure/test_text.py": "advice",
     "bootstrap/select/test_balancer.py": "differences selection weights",
-    "bootstrap/test_noise.py": "seeds",
     "bootstrap/test_run.py": "completion_types engines/models job/broken_images sources",
     "bootstrap/test_weaken.py": "engines/vision",
     "bootstrap/whole_set/test_edit.py": "slots",
     "bootstrap/whole_set/test_swap.py": "content images items outcomes permute takers",
     "checkpoint/test_files.py": "partition shards",
-    "config/test_io.py": "bootstrap foreign measure negatives options select training",
+    "config/test_io.py": "bootstrap foreign loss measure negatives options select training",
     "data/families/test_families.py": "base gemma idefics internvl llava qwen",
+    "data/test_cells.py": "pairs token_weights",
     "evaluation/test_answer_journal.py": "answers",
     "formats/importers/test_arrow.py": "shards",
     "formats/test_compressed.py": "importers/expansion",
@@ -68,6 +69,7 @@ COVERS = {
     "model/reference/test_store.py": "format",
     "test_layout.py": "__init__",
     "test_train.py": "training/report training/step",
+    "test_term_gradients.py": "training/across_groups model/reference/cells",
     "tools/bench/test_step.py": "bpo_provider case meter report synthetic trl_provider workers",
     "tools/demo/test_base.py": "tower vocabulary",
     "tools/demo/test_report.py": "/bpo/tools/charts",
