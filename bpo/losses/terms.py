@@ -11,7 +11,7 @@ from bpo.config.loss import LossConfig, TermConfig
 from bpo.data.cells import AUXILIARY, PAIR_RULES, CellPlan, TermSpec
 from bpo.data.token_weights import TOKEN_RULES
 from bpo.data.views import check_views
-from bpo.losses import across, absolute, preference, reference_free, stateful  # noqa: F401, I001 they register losses
+from bpo.losses import absolute, across, preference, reference_free, stateful  # noqa: F401 they register losses
 from bpo.losses.plugin import load_plugin, plugin_digest
 from bpo.losses.registry import LOSSES, WEIGHINGS, LossDefinition
 
