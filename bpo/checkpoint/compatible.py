@@ -93,7 +93,7 @@ def check_options(
     Raises:
         CheckpointError: an option that affects the result of a step has changed and is not in `accepted`.
     """
-    old, new = flat_tree(manifest["config"]), flat_tree(now)
+    old, new = _flat_options(manifest["config"]), _flat_options(now)
     differing = [k for k in sorted(old.keys() & new.keys()) if old[k] != new[k] and not _matches(k, FREE)]
     rounding = [f"{key} {old[key]!r} -> {new[key]!r}" for key in differing if key in ROUNDING]
     if manifest["world_size"] != world_size:
@@ -104,8 +104,19 @@ def check_options(
             "bit for bit",
             ", ".join(rounding),
         )
-    breaking = [key for key in differing if key not in ROUNDING]
-    refuse([(key, old[key], new[key]) for key in breaking], manifest["step"], accepted, warn=warn)
+    breaking = [(key, old[key], new[key]) for key in differing if key not in ROUNDING]
+    if "loss_states" not in manifest and old.get("loss.type") == new.get("loss.type") == "ipo" and not new["loss.terms"]:
+        # Written before lists of terms existed.
+        breaking.append(("loss.type", "ipo on sums of log-probs", "ipo on means; for sums, loss.terms with length: sum"))
+    refuse(breaking, manifest["step"], accepted, warn=warn)
+
+
+def _flat_options(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Options by dotted name. Mappings that the user names (`loss.options`, `loss.views`) are compared as a whole."""
+    loss = tree["loss"]
+    whole = {f"loss.{name}": loss[name] for name in ("options", "views") if name in loss}
+    rest = {name: value for name, value in loss.items() if f"loss.{name}" not in whole}
+    return {**flat_tree({**tree, "loss": rest}), **whole}
 
 
 def check_content(

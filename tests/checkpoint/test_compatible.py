@@ -75,6 +75,23 @@ def test_an_option_that_the_checkpoint_does_not_know_is_left_out() -> None:
     check_options(old, changed(loss__beta=0.3), 2, [])
 
 
+def test_terms_views_and_options_of_a_loss_are_compared_as_a_whole() -> None:
+    """A key that is new in a mapping of the user's is a change, not an option of another version."""
+    old = manifest() | {"loss_states": {}}
+    for key, value in (("options", {"tau": 0.1}), ("views", {"crop": {"type": "crop"}}), ("terms", [{"type": "nll"}])):
+        with pytest.raises(CheckpointError, match=rf"loss\.{key}: "):
+            check_options(old, changed(**{f"loss__{key}": value}), 2, [])
+
+
+def test_a_run_with_ipo_on_sums_does_not_continue_with_means() -> None:
+    old, now = manifest(), changed(loss__type="ipo")
+    old["config"]["loss"] = {"type": "ipo", "beta": 0.1}  # as it was before lists of terms
+    with pytest.raises(CheckpointError, match="loss.type: 'ipo on sums of log-probs'.*length: sum"):
+        check_options(old, now, 2, [])
+    check_options(old, now, 2, ["loss.type"])
+    check_options(old | {"loss_states": {}}, now, 2, [])
+
+
 def test_the_lists_name_options_that_exist() -> None:
     known = all_keys()
     unknown = [name for name in (*FREE, *ROUNDING) if name.removesuffix(".*") not in known]
