@@ -10,11 +10,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from bpo.config.training import Config
-from bpo.data.useful_work import attended_pairs, has_class_token
 from bpo.engine import find_ds_config, with_fitting_buckets
-from bpo.records import UsefulWork
 from bpo.tools.plan.activations import ActivationCosts, activation_costs
-from bpo.tools.plan.memory import GB, Load, RankMemory, Zero, head_bytes, node_host_bytes, rank_memory
+from bpo.tools.plan.group import GroupShape
+from bpo.tools.plan.memory import GB, RankMemory, Zero, head_bytes, node_host_bytes, rank_memory
 from bpo.tools.plan.shape import ModelShape, shape_of
 from bpo.tools.plan.speed import Machine, StepTime, step_time
 
@@ -23,42 +22,6 @@ DS_CONFIGS = ("zero1", "zero2", "zero2_offload", "zero3", "zero3_offload")
 CHECKPOINTING = ("none", "selective", "full")
 # Granularity and maximum of the tokens per micro-batch; larger micro-batches are not faster on GPUs.
 _TOKEN_STEP, _MOST_TOKENS = 256, 32768
-
-
-@dataclass(frozen=True)
-class GroupShape:
-    """An average group in tokens of its images, prompt and completions; `patches` are rows of the vision tower."""
-
-    image_tokens: int
-    patches: int
-    prompt_tokens: int
-    response_tokens: int
-    completions: int
-    pairs: float
-
-    @property
-    def tokens(self) -> int:
-        return self.image_tokens + self.prompt_tokens + self.completions * self.response_tokens
-
-    def work(self, num_groups: float) -> UsefulWork:
-        """Useful work of `num_groups` such groups; window attention in the tower is counted as full attention."""
-        pairs = attended_pairs(self.image_tokens + self.prompt_tokens, [self.response_tokens] * self.completions)
-        per_group = (
-            self.tokens,
-            self.completions * self.response_tokens,
-            self.image_tokens,
-            pairs,
-            self.patches,
-            self.patches**2,
-            self.patches * 64,
-        )
-        return UsefulWork(*(round(num_groups * value) for value in per_group))
-
-    def load(self, tokens: float) -> Load:
-        """Rows of a micro-batch of `tokens` packed tokens."""
-        share = tokens / self.tokens
-        work = self.work(share)
-        return Load(tokens, work.responses, work.image_tokens, work.patches)
 
 
 @dataclass(frozen=True)
@@ -85,7 +48,12 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Sizing:
-    """The fastest fitting candidate for each DeepSpeed file, and the index of the recommended one."""
+    """The fastest fitting candidate for each DeepSpeed file, and the index of the recommended one.
+
+    Attributes:
+        couples_groups: Whether the activations of all micro-batches of a step wait for its first backward pass.
+        reference_tokens: Micro-batch of the reference pass; 0 without one.
+    """
 
     shape: ModelShape
     group: GroupShape
@@ -94,36 +62,18 @@ class Sizing:
     candidates: tuple[Candidate, ...]
     best: int | None
     reference_tokens: int
+    couples_groups: bool = False
 
     def groups_per_second(self, candidate: Candidate) -> float:
         return 0.0 if candidate.time is None else self.groups_per_step / candidate.time.total
 
     def reference_seconds(self, num_groups: float) -> float:
         """Time of the reference pass: one forward pass over `num_groups` groups, divided among the ranks."""
-        flops = self.shape.flops.forward(self.group.work(1)) * num_groups
+        if self.group.reference is None:
+            return 0.0
+        flops = self.shape.flops.forward(self.group.reference.work(1)) * num_groups
         device = self.machine.gpu.peak_tflops * 1e12 * self.machine.utilisation
         return flops / device / self.machine.world_size
-
-
-def typical_image(model_config: object) -> tuple[int, int]:
-    """(image tokens, tower rows) per image: 1024 tokens for Qwen-VL, the tower's input size for other families.
-
-    LLaVA-NeXT and related models are counted with four tiles in addition to the whole image.
-    """
-    vision = model_config.vision_config  # type: ignore[attr-defined]
-    merge = getattr(vision, "spatial_merge_size", None)
-    if merge:
-        return 1024, 1024 * merge**2
-    side = vision.image_size if isinstance(vision.image_size, int) else vision.image_size[0]
-    patch = vision.patch_size if isinstance(vision.patch_size, int) else vision.patch_size[0]
-    patches = (side // patch) ** 2
-    tiles = 5 if getattr(model_config, "image_grid_pinpoints", None) else 1
-    fixed = getattr(model_config, "mm_tokens_per_image", None)
-    scale = getattr(model_config, "scale_factor", None) or 1
-    if not fixed and scale == 1 and getattr(model_config, "downsample_ratio", None):
-        scale = round(1 / model_config.downsample_ratio)  # type: ignore[attr-defined]
-    tokens = tiles * (fixed or patches // scale**2)
-    return tokens, tiles * (patches + int(has_class_token(model_config)))
 
 
 def size_candidates(
@@ -134,6 +84,8 @@ def size_candidates(
     host_memory: float,
     group: GroupShape,
     groups_per_step: int = 0,
+    *,
+    couples_groups: bool = False,
 ) -> Sizing:
     """Sizes every file in ds_configs/ for `model` on `machine`.
 
@@ -142,7 +94,9 @@ def size_candidates(
         config: Configuration of the run: trained parts, adapter, dtype, groups per step, data workers.
         gpu_memory: Bytes per GPU.
         host_memory: Bytes per node.
+        group: The average group as the loss packs it.
         groups_per_step: 0 uses the configuration's value, raised to one group per rank.
+        couples_groups: `LossProgram.couples_groups`.
 
     Raises:
         ValueError: The model is unknown.
@@ -151,7 +105,9 @@ def size_candidates(
     dtype = torch.float32 if config.model.dtype == "float32" else torch.bfloat16
     groups_per_step = groups_per_step or max(config.train.groups_per_step, machine.world_size)
     costs = functools.cache(lambda mode, gathers: activation_costs(shape, mode, gathers=gathers))
-    sizer = _Sizer(shape, machine, gpu_memory, host_memory, group, groups_per_step, dtype, config.data.num_workers)
+    sizer = _Sizer(
+        shape, machine, gpu_memory, host_memory, group, groups_per_step, dtype, config.data.num_workers, couples_groups
+    )
     fastest = []
     for name in DS_CONFIGS:
         settings = json.loads(find_ds_config(f"ds_configs/{name}.json").read_text(encoding="utf-8"))
@@ -161,9 +117,9 @@ def size_candidates(
     usable = [i for i, candidate in enumerate(fastest) if candidate.time is not None and candidate.fits_host]
     best = min(usable, key=lambda i: _slowness(fastest[i]), default=None)
     reference_tokens = 0
-    if best is not None:
+    if best is not None and group.reference is not None:
         reference_tokens = sizer.reference_tokens(fastest[best], costs("full", fastest[best].zero.stage == 3))
-    return Sizing(shape, group, machine, groups_per_step, tuple(fastest), best, reference_tokens)
+    return Sizing(shape, group, machine, groups_per_step, tuple(fastest), best, reference_tokens, couples_groups)
 
 
 def _slowness(candidate: Candidate) -> tuple[float, float]:
@@ -183,14 +139,21 @@ class _Sizer:
     groups_per_step: int
     dtype: torch.dtype
     num_workers: int
+    couples_groups: bool
+
+    @property
+    def groups_per_rank(self) -> float:
+        return self.groups_per_step / self.machine.world_size
 
     def memory(self, zero: Zero, costs: ActivationCosts, tokens: float) -> RankMemory:
-        load = self.group.load(tokens)
-        return rank_memory(self.shape, costs, zero, load, self.machine.world_size, self.dtype)
+        load, waiting = self.group.step.load(tokens), 0.0
+        if self.couples_groups:
+            # The tokens of a step are the same whatever the micro-batch: all but one of its micro-batches wait.
+            waiting = max(0.0, self.groups_per_rank * self.group.step.tokens / tokens - 1)
+        return rank_memory(self.shape, costs, zero, load, self.machine.world_size, self.dtype, waiting=waiting)
 
     def candidate(self, name: str, zero: Zero, checkpointing: str, costs: ActivationCosts) -> Candidate:
-        least = self.group.tokens
-        groups_per_rank = self.groups_per_step / self.machine.world_size
+        least, groups_per_rank = self.group.step.tokens, self.groups_per_rank
         most = max(least, min(_MOST_TOKENS, math.ceil(groups_per_rank * least)))
         tokens = self._largest(zero, costs, least, most)
         memory = self.memory(zero, costs, tokens or least)
@@ -198,7 +161,7 @@ class _Sizer:
         micro_batches = max(1, math.ceil(groups_per_rank * least / tokens)) if tokens else 0
         time = None
         if tokens:
-            work = self.group.work(groups_per_rank)
+            work = self.group.step.work(groups_per_rank)
             time = step_time(self.shape, zero, self.machine, work, micro_batches, checkpointing, self.dtype.itemsize)
         return Candidate(name, zero, checkpointing, tokens, memory, host, micro_batches, time, host <= self.host_memory)
 
@@ -223,10 +186,11 @@ class _Sizer:
 
         Memory of one layer without a graph is bounded by that of recomputing one layer.
         """
+        assert self.group.reference is not None
         states = candidate.memory.parts
         resident = sum(states[name] for name in ("weights", "gathered", "optimizer", "overhead"))
         for factor in (4, 3, 2):
-            load = self.group.load(factor * candidate.tokens)
+            load = self.group.reference.load(factor * candidate.tokens)
             layer = full.language.forward(load.tokens) - full.language.kept(load.tokens)
             embeddings = 3 * load.tokens * self.shape.text.hidden_size * self.dtype.itemsize
             tower = full.vision.forward(load.patches)

@@ -12,7 +12,17 @@ from typing import Any
 from bpo.config.io import load_config
 from bpo.config.training import Config
 from bpo.formats.files import read_groups
-from bpo.tools.plan.candidates import Candidate, GroupShape, Sizing, memory_gb, size_candidates, typical_image
+from bpo.losses.program import LossProgram
+from bpo.tools.plan.candidates import Candidate, Sizing, memory_gb, size_candidates
+from bpo.tools.plan.group import (
+    GroupShape,
+    ImageSize,
+    ViewShape,
+    average_group,
+    groups_of_records,
+    typical_group,
+    typical_image,
+)
 from bpo.tools.plan.memory import GB
 from bpo.tools.plan.shape import PARTS, model_config_of
 from bpo.tools.plan.shapes import SHAPES
@@ -20,8 +30,6 @@ from bpo.tools.plan.speed import Machine
 from bpo.training.hardware import ACCELERATORS, accelerator
 
 _UNITS = {"": GB, "GB": GB, "GIB": 2.0**30, "TB": 1e12, "TIB": 2.0**40, "MB": 1e6, "MIB": 2.0**20}
-# Approximate tokens per English word in the tokenizers of these models; converts lengths known only in words.
-_TOKENS_PER_WORD = 1.4
 
 
 def parse_bytes(text: str) -> float:
@@ -40,7 +48,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="bpo plan", description=__doc__)
     add = parser.add_argument
     add("--model", default="", help=f"a directory, a hub id, or one of {', '.join(sorted(SHAPES))}")
-    add("--config", default="", metavar="FILE", help="the run's YAML: trained parts, adapter, dtype, groups per step")
+    add(
+        "--config",
+        default="",
+        metavar="FILE",
+        help="the run's YAML: loss, trained parts, adapter, dtype, groups per step",
+    )
     add("--nodes", type=int, default=1)
     add("--gpus-per-node", type=int, default=8)
     add("--gpu", default="a100-80gb", help=", ".join(known.name for known in ACCELERATORS))
@@ -51,9 +64,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--mfu", type=float, default=0.4, help="utilisation: share of peak FLOP/s in matrix products (default 0.4)")
     add("--language", choices=("lora", "full", "frozen"), help="overrides trainable.language")
     add("--groups-per-step", type=int, default=0, help="overrides train.groups_per_step raised to one per GPU")
-    add("--groups", type=Path, metavar="FILE", help="groups file; its number of groups and words set the sizes below")
+    add(
+        "--groups", type=Path, metavar="FILE", help="groups file; its usable groups and their words set the sizes below"
+    )
     add("--groups-count", type=int, default=0, help="groups per epoch")
-    add("--image-tokens", type=int, default=0, help="per group (default 1024 for Qwen-VL, else that of the tower)")
+    add("--image-tokens", type=int, default=0, help="per image (default 1024 for Qwen-VL, else that of the tower)")
     add("--prompt-tokens", type=int, default=0, help="per group, without the image (default 64)")
     add("--response-tokens", type=int, default=0, help="per completion (default 150)")
     add("--completions", type=int, default=0, help="per group, one of them preferred (default 3)")
@@ -77,28 +92,22 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError("--completions is 1; a preference needs at least 2 completions")
 
 
-def _group_shape(options: argparse.Namespace, model_config: Any) -> tuple[GroupShape, int]:
-    """The average group and the number of groups, from the options and the file --groups."""
-    prompt, response, completions, pairs, count = 64, 150, 3, 0.0, options.groups_count
-    if options.groups is not None:
-        groups = read_groups(options.groups)
-        answers = [completion for group in groups for completion in group.completions]
-        scores = [[completion.score for completion in group.completions] for group in groups]
-        count = count or len(groups)
-        prompt_words = sum(len(turn.text.split()) for group in groups for turn in group.prompt)
-        prompt = round(_TOKENS_PER_WORD * prompt_words / len(groups)) + 16
-        response = max(
-            1, round(_TOKENS_PER_WORD * sum(len(answer.response.split()) for answer in answers) / len(answers))
-        )
-        completions = max(2, round(len(answers) / len(groups)))
-        pairs = sum(a > b for group in scores for a in group for b in group) / len(groups)
-    completions = options.completions or completions
-    tokens, patches = typical_image(model_config)
+def _group_shape(
+    options: argparse.Namespace, config: Config, program: LossProgram, model_config: Any
+) -> tuple[GroupShape, int]:
+    """The average group as the loss packs it and the number of groups, from the options and the file --groups."""
+    image = typical_image(model_config)
     if options.image_tokens:
-        tokens, patches = options.image_tokens, round(options.image_tokens * patches / tokens)
-    pairs = pairs if options.groups is not None and not options.completions else completions - 1
-    prompt, response = options.prompt_tokens or prompt, options.response_tokens or response
-    return GroupShape(tokens, patches, prompt, response, completions, pairs), count
+        image = ImageSize(options.image_tokens, round(options.image_tokens * image.patches / image.tokens))
+    prompt, response, count, plan = options.prompt_tokens, options.response_tokens, 0, program.plan
+    if options.groups is not None:
+        records = groups_of_records(read_groups(options.groups), config, plan, image, prompt, response)
+        group, count = average_group(records, plan, image)
+        prompt, response = round(group.prompt_tokens), round(group.response_tokens)
+    if options.groups is None or options.completions:
+        typical = typical_group(plan, image, prompt or 64, response or 150, options.completions or 3)
+        group, _ = average_group([typical], plan, image)
+    return group, options.groups_count or count
 
 
 def main(argv: list[str]) -> int:
@@ -121,23 +130,37 @@ def main(argv: list[str]) -> int:
         options.host_bandwidth,
         options.mfu,
     )
-    group, count = _group_shape(options, model_config_of(model))
+    program = LossProgram(config.loss, config.train.seed)
+    group, count = _group_shape(options, config, program, model_config_of(model))
     host_memory = parse_bytes(options.host_memory)
-    sizing = size_candidates(model, config, machine, gpu_memory, host_memory, group, options.groups_per_step)
-    print(render(sizing, config, gpu_memory, host_memory, count))
+    sizing = size_candidates(
+        model,
+        config,
+        machine,
+        gpu_memory,
+        host_memory,
+        group,
+        options.groups_per_step,
+        couples_groups=program.couples_groups,
+    )
+    print(render(sizing, config, program, gpu_memory, host_memory, count))
     if options.json is not None:
-        options.json.write_text(json.dumps(report(sizing, count), indent=1) + "\n", encoding="utf-8")
+        options.json.write_text(json.dumps(report(sizing, program, count), indent=1) + "\n", encoding="utf-8")
     return 0 if sizing.best is not None else 1
 
 
-def report(sizing: Sizing, count: int) -> dict[str, Any]:
+def report(sizing: Sizing, program: LossProgram, count: int) -> dict[str, Any]:
     """All figures as JSON."""
     return {
         "model": sizing.shape.name,
         "parameters": sizing.shape.by_part(),
         "trained": sizing.shape.by_part(trained=True),
         "machine": asdict(sizing.machine),
+        "terms": list(program.names),
         "group": asdict(sizing.group),
+        "packed_tokens": sizing.group.step.tokens,
+        "separate_tokens": sizing.group.step.separate_tokens,
+        "keeps_activations_of_whole_step": sizing.couples_groups,
         "groups_per_step": sizing.groups_per_step,
         "groups_of_an_epoch": count,
         "reference_micro_batch_tokens": sizing.reference_tokens,
@@ -161,7 +184,9 @@ def report(sizing: Sizing, count: int) -> dict[str, Any]:
     }
 
 
-def render(sizing: Sizing, config: Config, gpu_memory: float, host_memory: float, count: int) -> str:
+def render(
+    sizing: Sizing, config: Config, program: LossProgram, gpu_memory: float, host_memory: float, count: int
+) -> str:
     """The printed output of `bpo plan`."""
     machine, shape, group = sizing.machine, sizing.shape, sizing.group
     numbers, trained = shape.by_part(), shape.by_part(trained=True)
@@ -173,8 +198,10 @@ def render(sizing: Sizing, config: Config, gpu_memory: float, host_memory: float
         f"{host_memory / GB:.0f} GB per host; {machine.utilisation:.0%} of {machine.gpu.peak_tflops:g} TFLOP/s, "
         f"links {machine.gpu.link_gb_s:g} GB/s, network {machine.node_gb_s:g} GB/s, "
         f"{machine.overlap:.0%} of communication overlapped",
-        f"group: {group.image_tokens} image tokens, {group.prompt_tokens} prompt tokens, {group.completions} x "
-        f"{group.response_tokens} response tokens; {group.tokens} packed; {sizing.groups_per_step} groups per step",
+        f"group: {group.image_tokens:.0f} image tokens, {group.prompt_tokens:.0f} prompt tokens, "
+        f"{group.completions:.3g} x {group.response_tokens:.0f} response tokens; {group.step.tokens} packed; "
+        f"{sizing.groups_per_step} groups per step",
+        *_loss_lines(sizing, program),
         "",
         f"{'':15s}{'recompute':>10s} {'tokens':>7s}  GB:{'weights':>8s}{'optim.':>7s}{'grads':>6s}{'comm.':>6s}"
         f"{'activ.':>7s}{'head':>6s}{'other':>6s}{'total':>7s}{'host':>6s}  s:{'comp.':>7s}{'comm.':>7s}{'offl.':>6s}"
@@ -186,6 +213,38 @@ def render(sizing: Sizing, config: Config, gpu_memory: float, host_memory: float
     return "\n".join(lines)
 
 
+def _loss_lines(sizing: Sizing, program: LossProgram) -> list[str]:
+    """What the loss packs of a group, view by view, and what it keeps."""
+    packed, reference = sizing.group.step, sizing.group.reference
+    views = {name: f"view {name} ({view.type})" for name, view in program.plan.views.items()}
+    lines = [
+        f"loss: {', '.join(program.names)}; {packed.tokens:,} tokens per group in one forward pass, "
+        f"{packed.separate_tokens:,} as separate sequences ({packed.separate_tokens / packed.tokens:.2f} times)",
+        *(_view_line(views.get(view.name, view.name or "clean images"), view) for view in packed.views),
+    ]
+    if program.plan.uses_auxiliary:
+        lines.append("  (without --groups, an auxiliary prompt and its answer are as long as the group's own)")
+    if packed.second_targets:
+        lines.append(
+            f"  {packed.second_targets:.0f} tokens scored a second time, from two rows of the head's weight each"
+        )
+    if reference is None:
+        lines.append("  no reference pass: no term has a reference")
+    elif reference.tokens != packed.tokens:
+        lines.append(f"  reference pass: {reference.tokens:,} tokens per group")
+    if sizing.couples_groups:
+        lines.append(
+            "  terms across groups: the activations of all micro-batches of a step wait for its first backward pass"
+        )
+    return lines
+
+
+def _view_line(name: str, view: ViewShape) -> str:
+    images = f"{view.images:.3g} image{'' if view.images == 1 else 's'}"
+    length = view.response_tokens / view.completions
+    return f"  {name}: {view.tokens:,.0f} = {view.prefix_tokens:.0f} ({images}) + {view.completions:.3g} x {length:.0f}"
+
+
 def _line(sizing: Sizing, candidate: Candidate, is_best: bool) -> str:
     gb = memory_gb(candidate)
     columns = (gb["weights"], gb["optimizer"], gb["gradients"], gb["gathered"] + gb["buckets"], gb["activations"])
@@ -194,7 +253,8 @@ def _line(sizing: Sizing, candidate: Candidate, is_best: bool) -> str:
     text += "".join(f"{value:{width}.1f}" for value, width in zip(columns, widths, strict=True))
     text += f"{gb['head']:6.1f}{gb['step'] + gb['overhead']:6.1f}{gb['peak']:7.1f}{gb['host']:6.0f}    "
     if candidate.time is None:
-        return text + "does not fit the GPU, even with one group"
+        at_least = "with all activations of a step" if sizing.couples_groups else "even with one group"
+        return text + f"does not fit the GPU, {at_least}"
     time = candidate.time
     text += f"{time.compute:7.2f}{time.communication:7.2f}{time.offload:6.2f}{time.total:7.2f}{time.mfu:5.0%} "
     text += f"{3600 * sizing.groups_per_second(candidate) * sizing.group.pairs:9,.0f}"
@@ -205,17 +265,20 @@ def _line(sizing: Sizing, candidate: Candidate, is_best: bool) -> str:
 
 def _recommendation(sizing: Sizing, config: Config, count: int) -> list[str]:
     if sizing.best is None:
+        fewer = "lower train.groups_per_step, " if sizing.couples_groups else ""
         return [
-            "nothing fits: partition the states over more GPUs, shrink them with trainable.language=lora, or offload "
-            "them to larger hosts; one group must fit one GPU"
+            f"nothing fits: {fewer}partition the states over more GPUs, shrink them with trainable.language=lora, or "
+            "offload them to larger hosts; one group must fit one GPU"
         ]
     best = sizing.candidates[sizing.best]
     lines = [
         "recommended:",
         f"  --train.ds_config ds_configs/{best.ds_config}.json --model.gradient_checkpointing {best.checkpointing} \\",
-        f"  --train.max_micro_batch_tokens {best.tokens} --train.groups_per_step {sizing.groups_per_step} \\",
-        f"  --train.reference_micro_batch_tokens {sizing.reference_tokens}",
+        f"  --train.max_micro_batch_tokens {best.tokens} --train.groups_per_step {sizing.groups_per_step}",
     ]
+    if sizing.reference_tokens:
+        lines[-1] += " \\"
+        lines.append(f"  --train.reference_micro_batch_tokens {sizing.reference_tokens}")
     if sizing.groups_per_step != config.train.groups_per_step:
         lines.append(
             f"  (train.groups_per_step is {config.train.groups_per_step} in the configuration: the batch size changes, "
@@ -224,6 +287,7 @@ def _recommendation(sizing: Sizing, config: Config, count: int) -> list[str]:
     if best.zero.offload_optimizer:
         lines.append("  (the optimizer runs on the host's CPU: see docs/sizing.md)")
     if count:
-        epoch_h, reference_h = count / sizing.groups_per_second(best) / 3600, sizing.reference_seconds(count) / 3600
-        lines.append(f"{count:,} groups: {epoch_h:.2f} h per epoch, after {reference_h:.2f} h for the reference pass")
+        lines.append(f"{count:,} groups: {count / sizing.groups_per_second(best) / 3600:.2f} h per epoch")
+        if sizing.group.reference is not None:
+            lines[-1] += f", after {sizing.reference_seconds(count) / 3600:.2f} h for the reference pass"
     return lines

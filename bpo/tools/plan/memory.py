@@ -71,12 +71,16 @@ class Zero:
 
 @dataclass(frozen=True)
 class Load:
-    """One micro-batch of one rank: rows of each part of the model; see `records.Work`."""
+    """One micro-batch of one rank: rows of each part of the model; see `records.UsefulWork`.
+
+    second_targets: tokens that the head scores at the rows of others.
+    """
 
     tokens: float
     responses: float
     image_tokens: float
     patches: float
+    second_targets: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -112,8 +116,17 @@ class HeadBytes:
     backward: float
 
 
-def head_bytes(shape: ModelShape, rows: float, dtype: torch.dtype, device: str) -> HeadBytes:
-    """LM head memory with the mode and chunk that `plan_head` selects for `rows` response tokens on this device."""
+def head_bytes(
+    shape: ModelShape, rows: float, dtype: torch.dtype, device: str, second_targets: float = 0.0
+) -> HeadBytes:
+    """LM head memory with the mode and chunk that `plan_head` selects for `rows` response tokens on this device.
+
+    The same with and without the kernels' losses; statistics of the rows (`weighting`, `pairs: argmax`) are a few
+    numbers per row, which are not counted.
+
+    Args:
+        second_targets: Tokens scored at these rows in addition, from gathered rows of hidden states and weight.
+    """
     num_rows, vocab, hidden = max(1, int(rows)), shape.text.vocab_size, shape.text.hidden_size
     trained = shape.trains_head
     plan = plan_head("auto", num_rows, vocab, dtype, torch.device(device), True, trained, None, "store")
@@ -135,7 +148,30 @@ def head_bytes(shape: ModelShape, rows: float, dtype: torch.dtype, device: str) 
     if half and device == "cpu":
         extra = _half_on_cpu(plan.step, vocab, hidden)
         forward, backward = forward + extra, backward + (vocab * hidden * 4 if trained else 0)
-    return HeadBytes(float(rows_bytes), float(kept), float(forward), float(backward))
+    head = HeadBytes(float(rows_bytes), float(kept), float(forward), float(backward))
+    return _with_second_targets(head, shape, second_targets, dtype, device) if second_targets else head
+
+
+def _with_second_targets(
+    head: HeadBytes, shape: ModelShape, second_targets: float, dtype: torch.dtype, device: str
+) -> HeadBytes:
+    """Adds M second targets: their hidden states [M, H] are kept, and their gradients wait for those of the head."""
+    vocab, hidden, size = shape.text.vocab_size, shape.text.hidden_size, dtype.itemsize
+    gathered = second_targets * hidden
+    # Without Triton, two gathered rows of the weight, a product and a gradient are fp32 tensors of their own.
+    forward = gathered * (0 if device == "cuda" else 8 if size == 4 else 12)
+    own = gathered * (size if device == "cuda" else 12)
+    weight = 0
+    if shape.trains_head:
+        own += vocab * hidden * 4 + gathered * 8
+        weight = vocab * hidden * size
+    # The gradient of the gathered rows is spread over all rows [N, H], and added to the head's.
+    return HeadBytes(
+        head.rows,
+        head.kept + gathered * size,
+        max(head.forward, head.kept + gathered * size + forward),
+        max(own + head.rows, head.rows + weight + head.backward),
+    )
 
 
 def _half_on_cpu(step: int, vocab: int, hidden: int) -> int:
@@ -154,6 +190,7 @@ def rank_memory(
     device: str = "cuda",
     *,
     accumulates: bool = True,
+    waiting: float = 0.0,
 ) -> RankMemory:
     """Memory of one rank in a step.
 
@@ -167,9 +204,11 @@ def rank_memory(
         device: `cuda`, or `cpu` to compare with LiveBytes on CPU: no context, no fragmentation, and the temporaries of
             the unfused AdamW.
         accumulates: Whether a step has several micro-batches, so that gradients persist between them.
+        waiting: Micro-batches in addition to the current one whose activations are kept: of terms across groups, all
+            forward passes of a step precede its first backward pass.
     """
     size = dtype.itemsize
-    by_phase = _parts_by_phase(shape, costs, zero, load, world_size, dtype, device, accumulates)
+    by_phase = _parts_by_phase(shape, costs, zero, load, world_size, dtype, device, accumulates, waiting)
     phases = {name: sum(parts.values()) for name, parts in by_phase.items()}
     largest = max(phases, key=lambda name: phases[name])
     overhead = CUDA_CONTEXT_BYTES + FRAGMENTATION * phases[largest] if device == "cuda" else 0.0
@@ -186,6 +225,7 @@ def _parts_by_phase(
     dtype: torch.dtype,
     device: str,
     accumulates: bool,
+    waiting: float,
 ) -> dict[str, dict[str, float]]:
     """Breakdown of the peaks of the forward pass, the backward pass and the optimizer step."""
     size = dtype.itemsize
@@ -198,9 +238,10 @@ def _parts_by_phase(
         bucket *= 2
     gradients = _gradient_elements(zero, shape.num_trained, world_size, accumulates) * size
     stays = accumulates or zero.stage == 3  # gradients and buckets persist after a backward pass
-    head = head_bytes(shape, load.responses, dtype, device)
+    head = head_bytes(shape, load.responses, dtype, device, load.second_targets)
     # On GPU, the next micro-batch is copied while the current one is computed.
-    images = load.patches * patch_elements(shape.config) * size * (2 if device == "cuda" else 1)
+    pixels = load.patches * patch_elements(shape.config) * size
+    images = pixels * (2 if device == "cuda" else 1)
     tower = costs.vision.kept(load.patches) + costs.projector_kept_per_row * load.image_tokens
     kept = costs.language.kept(load.tokens) + tower
     layers = max(costs.vision.forward(load.patches), tower + costs.language.forward(load.tokens))
@@ -214,13 +255,15 @@ def _parts_by_phase(
         gathered: float, gradients: float, buckets: float, activations: float, head: float, step: float
     ) -> dict[str, float]:
         fixed = {"gathered": gathered, "gradients": gradients, "buckets": buckets}
-        return {**states, **fixed, "activations": activations + images, "head": head, "step": step}
+        return {**states, **fixed, "activations": activations, "head": head, "step": step}
 
-    held, waiting = (gradients, bucket) if stays else (0.0, 0.0)
+    held, filled = (gradients, bucket) if stays else (0.0, 0.0)
+    others, of_heads = images + waiting * (kept + pixels), waiting * head.kept
+    first, last = (kept if of_head else layers), kept + (0.0 if head_last else transient)
     return {
-        "forward": phase(gathered, held, waiting, kept if of_head else layers, of_head, 0.0),
-        "backward": phase(gathered, gradients, bucket, kept + (0.0 if head_last else transient), head_last, 0.0),
-        "step": phase(small, gradients, bucket if zero.stage == 3 else 0.0, 0.0, 0.0, step),
+        "forward": phase(gathered, held, filled, others + first, of_heads + of_head, 0.0),
+        "backward": phase(gathered, gradients, bucket, others + last, of_heads + head_last, 0.0),
+        "step": phase(small, gradients, bucket if zero.stage == 3 else 0.0, images, 0.0, step),
     }
 
 
