@@ -29,7 +29,7 @@ from tests.conftest import ROOT
 from tests.sample_groups import encoder_of, group, three_groups, turn
 
 VIEWS = {
-    "noised": ViewConfig(type="noise"),
+    "noised": ViewConfig(type="noise", space="pixel"),
     "diffused": ViewConfig(type="noise", space="normalised"),
     "cropped": ViewConfig(type="crop"),
     "masked": ViewConfig(type="mask"),
@@ -167,7 +167,7 @@ def test_pixel_noise_is_within_the_range_of_pictures_and_covers_the_padding(
 
 
 def test_a_step_near_zero_is_almost_the_clean_image(encoder: Encoder) -> None:
-    options = {"pixel": ViewConfig(step=0), "normalised": ViewConfig(step=0, space="normalised")}
+    options = {"pixel": ViewConfig(step=0, space="pixel"), "normalised": ViewConfig(step=0)}
     views = Views(encoder, options, 0)
     clean = pixels(encoder.encode_prompt("a", GROUP.images, GROUP.prompt))
     assert 1 - alpha_bar_S()[0] < 1e-4
@@ -278,7 +278,7 @@ def test_a_registered_view_that_returns_no_rgb_picture_is_an_error(encoder: Enco
 
 def test_the_identity_names_what_determines_a_view_and_nothing_else(encoder: Encoder) -> None:
     register_view("tint")(lambda picture, view, generator: picture)
-    other = {"step": 7, "space": "normalised", "min_area": 0.1, "max_area": 0.5, "share": 0.6, "options": {"a": 1}}
+    other = {"step": 7, "space": "pixel", "min_area": 0.1, "max_area": 0.5, "share": 0.6, "options": {"a": 1}}
     read = {
         "noise": {"step", "space"},
         "crop": {"min_area", "max_area"},
