@@ -153,7 +153,9 @@ def test_pixel_noise_is_within_the_range_of_pictures_and_covers_the_padding(
     data = DataConfig(image_root=str(photo_root), image_aspect="pad")
     encoder = load_encoder(Config(model=ModelConfig(path=str(tiny_llava_dir)), data=data))
     views = Views(
-        encoder, {"noised": ViewConfig(type="noise", step=999), "masked": ViewConfig(type="mask", share=1)}, 0
+        encoder,
+        {"noised": ViewConfig(type="noise", step=999, space="pixel"), "masked": ViewConfig(type="mask", share=1)},
+        0,
     )
     processor = encoder.processor.image_processor
     values = pixels(seen(views, "noised"))[0]
