@@ -219,10 +219,10 @@ def _option_values(options: TermConfig, definition: LossDefinition, where: str) 
         if key not in defaults:
             known = ", ".join(sorted(defaults)) or "it has none"
             raise ValueError(f"{where}.options.{key}: {definition.name} has no such option ({known})")
-        if isinstance(defaults[key], float) and isinstance(value, int):
+        if isinstance(defaults[key], float) and type(value) is int:
             value = float(value)
         if type(value) is not type(defaults[key]):
             expected = type(defaults[key]).__name__
-            raise ValueError(f"{where}.options.{key} is {value!r}; it must be a {expected}")
+            raise ValueError(f"{where}.options.{key} is {value!r}; it must be of type {expected}")
         defaults[key] = value
     return defaults

@@ -49,8 +49,8 @@ def test_without_a_reference_its_log_probs_are_zero() -> None:
         assert not CellSums(LOGP_N, inputs).plain(inputs.pairs_P2, mean)[1].any()
 
 
-def test_the_gradient_reaches_the_policys_tokens_alone() -> None:
-    inputs = inputs_of(reference=REFERENCE_N.clone().requires_grad_())
+def test_a_mean_divides_the_gradient_among_its_tokens() -> None:
+    inputs = inputs_of()
     leaf_N = LOGP_N.clone().requires_grad_()
     sums = CellSums(leaf_N, inputs)
     logp_P2, _ = sums.plain(inputs.pairs_P2[:1], mean=True)
