@@ -87,7 +87,7 @@ def test_what_does_not_fit_is_said(tmp_path: Path, capsys: pytest.CaptureFixture
 
 def test_groups_and_configuration_are_read(tmp_path: Path, tiny_llava_dir: Path) -> None:
     record = {"images": ["a.png"], "prompt": "What is it?", "completions": []}
-    answers = [{"response": "word " * 20, "score": score, "type": "gt"} for score in (1, 0, 0)]
+    answers = [{"response": f"{k} " + "word " * 19, "score": int(not k), "type": "gt"} for k in range(3)]
     lines = [json.dumps({**record, "id": str(k), "completions": answers}) for k in range(5)]
     (tmp_path / "groups.jsonl").write_text("\n".join(lines) + "\n")
     (tmp_path / "run.yaml").write_text(f"model: {{path: '{tiny_llava_dir}'}}\ntrain: {{groups_per_step: 3}}\n")
@@ -98,6 +98,80 @@ def test_groups_and_configuration_are_read(tmp_path: Path, tiny_llava_dir: Path)
     assert report["groups_of_an_epoch"] == 5 and report["groups_per_step"] == 3
     group = report["group"]
     assert (group["completions"], group["pairs"], group["response_tokens"], group["image_tokens"]) == (3, 2, 28, 4)
+
+
+METHODS = Path(__file__).resolve().parents[3] / "bpo" / "recipes" / "methods"
+
+
+def of_640_and_twice_150(tmp_path: Path, model: Path, method: str, *options: str, status: int = 0) -> dict[str, Any]:
+    """The recipe for groups of an image and prompt of 640 tokens and two answers of 150, on one GPU."""
+    sizes = ("--image-tokens", "576", "--prompt-tokens", "64", "--response-tokens", "150", "--completions", "2")
+    recipe = ("--config", str(METHODS / f"{method}.yaml"), "--model", str(model), "--gpus-per-node", "1")
+    return plan(tmp_path, *recipe, *sizes, *options, status=status)
+
+
+def test_a_loss_is_sized_by_the_views_that_it_packs(
+    tmp_path: Path, tiny_llava_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = of_640_and_twice_150(tmp_path, tiny_llava_dir, "mdpo", "--language", "full")
+    assert (report["packed_tokens"], report["separate_tokens"]) == (1730, 2370)
+    text = capsys.readouterr().out
+    assert "1,730 tokens per group in one forward pass, 2,370 as separate sequences (1.37 times)" in text
+    assert "clean images: 940 = 640 (1 image) + 2 x 150\n  view crop (crop): 790 = 640 (1 image) + 1 x 150" in text
+    alone = of_640_and_twice_150(tmp_path, tiny_llava_dir, "dpo", "--language", "full")
+    assert (alone["packed_tokens"], alone["separate_tokens"]) == (940, 1580)
+    assert "view" not in capsys.readouterr().out
+    # Computation of a step grows by about as much as its tokens.
+    seconds = [best(r)["step_seconds"]["useful"] for r in (report, alone)]
+    assert seconds[0] / seconds[1] == pytest.approx(1730 / 940, rel=0.1)
+
+
+def test_a_loss_without_a_reference_has_no_reference_pass(
+    tmp_path: Path, tiny_llava_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = of_640_and_twice_150(tmp_path, tiny_llava_dir, "orpo", "--groups-count", "500")
+    assert report["reference_micro_batch_tokens"] == 0 and report["group"]["reference"] is None
+    text = capsys.readouterr().out
+    assert "no reference pass: no term has a reference" in text
+    assert "reference_micro_batch_tokens" not in text and "for the reference pass" not in text
+    of_640_and_twice_150(tmp_path, tiny_llava_dir, "dpo", "--groups-count", "500")
+    assert "h for the reference pass" in capsys.readouterr().out
+
+
+def test_terms_across_groups_keep_the_activations_of_a_step(
+    tmp_path: Path, tiny_llava_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Smaller micro-batches do not make a step of twice as many groups fit."""
+
+    def kept_gb(method: str, groups: int, status: int = 0) -> float:
+        options = ("--groups-per-step", str(groups), "--gpu-memory", "2.5GB", "--language", "full")
+        report = of_640_and_twice_150(tmp_path, tiny_llava_dir, method, *options, status=status)
+        assert report["keeps_activations_of_whole_step"] == (method == "rpo")
+        row = next(row for row in report["rows"] if row["ds_config"] == "zero2")
+        return row["gb"]["activations"] + row["gb"]["head"]
+
+    alone = kept_gb("dpo", 400)
+    assert kept_gb("dpo", 800) == alone
+    assert "wait" not in capsys.readouterr().out
+    coupled = kept_gb("rpo", 400)
+    assert coupled > alone
+    assert "all micro-batches of a step wait for its first backward pass" in capsys.readouterr().out
+    assert kept_gb("rpo", 800, status=1) > 1.5 * coupled
+    text = capsys.readouterr().out
+    assert "does not fit the GPU, with all activations of a step" in text
+    assert "nothing fits: lower train.groups_per_step" in text
+
+
+def test_options_replace_what_a_file_of_groups_says(tmp_path: Path, tiny_llava_dir: Path) -> None:
+    answers = [{"response": f"{k} word", "score": int(not k), "type": "gt"} for k in range(3)]
+    record = {"id": "0", "images": ["a.png"], "prompt": "What is it?", "completions": answers}
+    (tmp_path / "groups.jsonl").write_text(json.dumps(record) + "\n")
+    options = ("--model", str(tiny_llava_dir), "--gpus-per-node", "1", "--groups", str(tmp_path / "groups.jsonl"))
+    group = plan(tmp_path, *options, "--response-tokens", "50")["group"]
+    assert (group["prompt_tokens"], group["response_tokens"], group["completions"]) == (20, 50, 3)
+    report = plan(tmp_path, *options, "--completions", "2", "--groups-count", "7")
+    assert (report["group"]["completions"], report["group"]["response_tokens"]) == (2, 3)
+    assert report["groups_of_an_epoch"] == 7
 
 
 @pytest.mark.parametrize(
