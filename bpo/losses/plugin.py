@@ -117,8 +117,8 @@ def _run(path: Path, module: str, digest: str, plugin: str) -> None:
         else:
             _run_file(path, f"bpo_plugin_{digest[:16]}")
     except Exception as error:
-        where = f"line {error.lineno}" if isinstance(error, SyntaxError) else _line_of(error, path)
-        raise ValueError(f"loss.plugin {plugin}: {where}: {type(error).__name__}: {error}") from error
+        message = f"{_line_of(error, path)}: {type(error).__name__}: {error}"
+        raise ValueError(f"loss.plugin {plugin}: {message}") from error
 
 
 def _run_file(path: Path, name: str) -> None:
@@ -135,6 +135,8 @@ def _run_file(path: Path, name: str) -> None:
 
 def _line_of(error: BaseException, path: Path) -> str:
     """The last line of the plug-in on the way to the error."""
+    if isinstance(error, SyntaxError) and error.filename == str(path):
+        return f"line {error.lineno}"
     line, trace = 0, error.__traceback__
     while trace is not None:
         if trace.tb_frame.f_code.co_filename == str(path):
