@@ -121,8 +121,8 @@ def head_bytes(
 ) -> HeadBytes:
     """LM head memory with the mode and chunk that `plan_head` selects for `rows` response tokens on this device.
 
-    The same with and without the kernels' losses; statistics of the rows (`weighting`, `pairs: argmax`) are a few
-    numbers per row, which are not counted.
+    The same with and without the kernels' losses. Statistics of the rows (`weighting`, `pairs: argmax`) are a few
+    numbers per row, which are not counted; without Triton they take another chunk of logits.
 
     Args:
         second_targets: Tokens scored at these rows in addition, from gathered rows of hidden states and weight.
@@ -149,11 +149,13 @@ def head_bytes(
         extra = _half_on_cpu(plan.step, vocab, hidden)
         forward, backward = forward + extra, backward + (vocab * hidden * 4 if trained else 0)
     head = HeadBytes(float(rows_bytes), float(kept), float(forward), float(backward))
-    return _with_second_targets(head, shape, second_targets, dtype, device) if second_targets else head
+    if not second_targets:
+        return head
+    return _with_second_targets(head, shape, second_targets, dtype, device, 0.0 if device == "cuda" else logits)
 
 
 def _with_second_targets(
-    head: HeadBytes, shape: ModelShape, second_targets: float, dtype: torch.dtype, device: str
+    head: HeadBytes, shape: ModelShape, second_targets: float, dtype: torch.dtype, device: str, statistics: float
 ) -> HeadBytes:
     """Adds M second targets: their hidden states [M, H] are kept, and their gradients wait for those of the head."""
     vocab, hidden, size = shape.text.vocab_size, shape.text.hidden_size, dtype.itemsize
@@ -163,14 +165,16 @@ def _with_second_targets(
     own = gathered * (size if device == "cuda" else 12)
     weight = 0
     if shape.trains_head:
-        own += vocab * hidden * 4 + gathered * 8
+        # Coefficients times hidden states, summed in fp32, beside the gradient of the hidden states.
+        own = max(own, vocab * hidden * 4 + gathered * (size + (4 if size == 4 else 8)))
         weight = vocab * hidden * size
     # The gradient of the gathered rows is spread over all rows [N, H], and added to the head's.
+    spread = gathered * size + weight + head.rows
     return HeadBytes(
         head.rows,
         head.kept + gathered * size,
-        max(head.forward, head.kept + gathered * size + forward),
-        max(own + head.rows, head.rows + weight + head.backward),
+        max(head.forward + statistics, head.kept + gathered * size + forward),
+        max(own, spread, head.rows + weight + head.backward),
     )
 
 

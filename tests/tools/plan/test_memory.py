@@ -1,4 +1,7 @@
-"""Bytes of a rank."""
+"""Bytes of a rank.
+
+Shape letters: N response tokens, H hidden size.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,21 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForImageTextToText
 
-from bpo.config.training import Config, TrainableConfig
+from bpo.config.loss import LossConfig
+from bpo.config.training import Config, ModelConfig, TrainableConfig
+from bpo.data.families import family_of
 from bpo.engine import find_ds_config, with_fitting_buckets
 from bpo.job.launch import Ranks
+from bpo.losses.program import HeadOutput, LossProgram
+from bpo.model.attention.shared_prefix import packed_layout
+from bpo.model.load import load_model
+from bpo.model.policy import PolicyModel, model_inputs
+from bpo.model.trainable import prepare_trainable
+from bpo.records import GroupBatch, HeadRequest, LossInputs, SecondTargets
 from bpo.tools.plan.activations import ActivationCosts, activation_costs
+from bpo.tools.plan.live_bytes import LiveBytes
 from bpo.tools.plan.memory import CUDA_CONTEXT_BYTES, FRAGMENTATION, Load, RankMemory, Zero, head_bytes, rank_memory
 from bpo.tools.plan.shape import ModelShape, shape_of
 
@@ -139,3 +152,83 @@ def test_a_file_of_ones_own_is_read() -> None:
     )
     assert (zero.stage, zero.reduce_bucket, zero.offload_param, zero.offload_optimizer) == (3, 50_000_000, True, False)
     assert zero.overlap_comm  # DeepSpeed's default of stage 3
+
+
+def checked_model(directory: Path, language: str) -> tuple[ModelShape, PolicyModel, GroupBatch]:
+    """The small LLaVA of benchmarks/memory_check.py in fp32, and its micro-batch of six groups."""
+    from transformers import AutoConfig
+
+    from benchmarks.memory_check import MODELS, Case, make_batch
+
+    AutoModelForImageTextToText.from_config(AutoConfig.for_model(**MODELS["llava"])).save_pretrained(directory)
+    config = Config(
+        model=ModelConfig(path=str(directory), dtype="float32"),
+        trainable=TrainableConfig(language=language),  # type: ignore[arg-type]
+    )
+    model = load_model(config.model, for_training=True)
+    family = family_of(model.config)
+    prepare_trainable(model, family, config)
+    return shape_of(str(directory), config), PolicyModel(model.train()), make_batch(Case("small"), family)
+
+
+def test_a_waiting_micro_batch_keeps_its_activations_and_what_its_head_saved(tmp_path: Path) -> None:
+    """Terms across groups: each further forward pass before the first backward pass adds as much as is predicted."""
+    shape, policy, batch = checked_model(tmp_path, "full")
+    program = LossProgram(LossConfig(type="rpo_diagonal"))
+    batch = batch.with_reference(torch.zeros(len(batch.target_N)))
+    live, outputs, after = LiveBytes([*policy.parameters(), *policy.buffers(), *batch.tensors()], device="cpu"), [], []
+    with live, packed_layout(batch.layout):
+        for _ in range(3):
+            request = program.request(batch.loss_inputs)
+            head = policy(**model_inputs(batch), loss_inputs=batch.loss_inputs, request=request)
+            outputs.append(program.apply(HeadOutput(*head), batch.loss_inputs))
+            after.append(live.now)
+    work = batch.useful_work
+    load = Load(work.tokens, work.responses, work.image_tokens, work.patches)
+    costs = activation_costs(shape, "none", device="cpu")
+    zero = Zero(stage=2)
+    alone, waiting = (
+        rank_memory(shape, costs, zero, load, 1, torch.float32, "cpu", waiting=count).phases for count in (0, 2)
+    )
+    pixels = 3 * 14 * 14 * 4 * work.patches  # of each micro-batch; here all have the same tensors
+    measured = after[2] - after[0]
+    assert waiting["backward"] - alone["backward"] - 2 * pixels == pytest.approx(measured, rel=0.05)
+    assert after[2] - after[1] == pytest.approx(after[1] - after[0], rel=0.01)
+    assert waiting["step"] == alone["step"]
+    assert len(outputs) == 3
+
+
+@pytest.mark.parametrize("language", ["lora", "full"])
+def test_second_targets_add_rows_of_hidden_states_and_of_the_weight(language: str, tmp_path: Path) -> None:
+    shape, policy, _ = checked_model(tmp_path, language)
+    head, hidden, vocab = policy.model.lm_head, shape.text.hidden_size, shape.text.vocab_size
+    hidden_NH, target_N = torch.randn(600, hidden, requires_grad=True), torch.arange(600) % vocab
+    peaks: dict[int, tuple[float, float]] = {}
+    for count in (0, 400):
+        inputs = LossInputs(
+            completion_of_token_N=torch.zeros(600 + count, dtype=torch.long),
+            completion_starts_K1=torch.tensor([0, 600 + count]),
+            pairs_P2=torch.zeros(0, 2, dtype=torch.long),
+            pair_weight_P=torch.zeros(0),
+            pair_beta_P=torch.zeros(0),
+            pairs_of_term=(0,),
+            second=SecondTargets(torch.arange(count), torch.arange(count)) if count else None,
+        )
+        live = LiveBytes([hidden_NH, *policy.parameters(), target_N], device="cpu")
+        with live:
+            _, logp_N, _, _ = head(hidden_NH, target_N, inputs, HeadRequest())
+            forward = live.peak
+            live.reset_peak()
+            learn = [hidden_NH, head.weight] if language == "full" else [hidden_NH]
+            gradients = torch.autograd.grad(logp_N.sum(), learn)
+        peaks[count] = (forward, live.peak)
+        del gradients, logp_N
+    predicted = {count: head_bytes(shape, 600, torch.float32, "cpu", count) for count in peaks}
+    for count, of_count in predicted.items():
+        forward, backward = peaks[count]
+        assert of_count.forward - of_count.rows == pytest.approx(forward, rel=0.05), count
+        assert of_count.kept + of_count.backward - of_count.rows == pytest.approx(backward, rel=0.05), count
+    more = (
+        head_bytes(shape, 600, torch.bfloat16, "cuda", 400).kept - head_bytes(shape, 600, torch.bfloat16, "cuda").kept
+    )
+    assert more == 400 * hidden * 2
