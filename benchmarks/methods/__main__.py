@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from benchmarks.methods.cells import BASE, RECIPES, Comparison, cell_path, columns_of, prepare, run_cell
+from benchmarks.methods.cells import BASE, RECIPES, Comparison, cell_path, columns_of, finished_cell, prepare, run_cell
 from benchmarks.methods.report import summary, table
 from benchmarks.synthetic import machine_of_run
 from bpo import engine
@@ -60,9 +60,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def run_seed(options: argparse.Namespace, number: int, names: list[str]) -> None:
     """Finishes the cells of a seed."""
     todo = [(name, column) for name in [BASE, *names] for column in columns_of(name)]
-    if all(cell_path(options.output, *cell, number).exists() for cell in todo):
-        return
     sizes = _sizes(options)
+    if all(finished_cell(options.output, sizes, *cell, number) for cell in todo):
+        return
     seed = prepare(options.output, sizes, number)
     for name, column in todo:
         started = time.monotonic()
@@ -77,6 +77,17 @@ def _sizes(options: argparse.Namespace) -> Comparison:
         small = BaseConfig(tower_steps=20, steps=40)
         sizes = Comparison(num_annotations=48, num_evaluation_scenes=12, groups_per_step=8, base_config=small)
     return replace(sizes, steps=options.steps or sizes.steps)
+
+
+def _same_sizes(options: argparse.Namespace) -> bool:
+    """Whether the folder is new, or of a comparison with the same sizes, which it records."""
+    path = options.output / "sizes.json"
+    tree = {key: value for key, value in asdict(_sizes(options)).items() if key != "num_ranks"}
+    if path.exists():
+        return bool(json.loads(path.read_text(encoding="utf-8")) == tree)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
+    return True
 
 
 def run_in_processes(options: argparse.Namespace, names: list[str]) -> None:
@@ -114,6 +125,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"--methods: no recipe {', '.join(unknown)}; there are {', '.join(sorted(RECIPES))}", file=sys.stderr)
         return 2
     names = method_names({name: RECIPES[name] for name in names})
+    if not _same_sizes(options):
+        print(f"--output {options.output}: it has results of other sizes; give another folder", file=sys.stderr)
+        return 2
     if options.workers > 1 and options.seeds > 1:
         run_in_processes(options, names)
     else:
@@ -133,7 +147,7 @@ def write_report(options: argparse.Namespace, names: list[str]) -> None:
         for number in _seeds(options)
     ]
     found = summary([json.loads(path.read_text(encoding="utf-8")) for path in paths])
-    sizes = {key: value for key, value in asdict(_sizes(options)).items() if key != "num_ranks"}
+    sizes = json.loads((options.output / "sizes.json").read_text(encoding="utf-8"))
     tree = {"machine": machine_of_run(), "sizes": sizes, "seeds": list(_seeds(options)), "methods": found}
     path = options.json or RESULTS
     path.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")

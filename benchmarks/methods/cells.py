@@ -9,7 +9,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -22,7 +22,8 @@ from bpo.checkpoint.export import run_export
 from bpo.config.io import read_yaml
 from bpo.config.loss import LossConfig, TermConfig, ViewConfig
 from bpo.config.training import Config, DataConfig, ExportConfig, ModelConfig
-from bpo.data.encode import load_encoder
+from bpo.data.encode import Dropped, EncodedGroup, load_encoder
+from bpo.data.groups import GroupDataset
 from bpo.evaluation.run import evaluate_model, read_benchmarks
 from bpo.job.durable import replacing
 from bpo.job.exits import JobError
@@ -91,6 +92,21 @@ def cell_path(output: Path, method: str, column: str, seed: int) -> Path:
     return output / "cells" / f"{method}.{column}.seed-{seed}.json"
 
 
+def cell_loss(sizes: Comparison, method: str, column: str) -> LossConfig:
+    loss = loss_of(method)
+    return loss if column == PUBLISHED else with_likelihood(loss, sizes.chosen_nll_weight)
+
+
+def finished_cell(output: Path, sizes: Comparison, method: str, column: str, seed: int) -> dict[str, Any] | None:
+    """The result of a cell, if there is one of the same loss."""
+    path = cell_path(output, method, column, seed)
+    if not path.exists():
+        return None
+    cell: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    same = method == BASE or cell["loss"] == asdict(cell_loss(sizes, method, column))
+    return cell if same else None
+
+
 def prepare(output: Path, sizes: Comparison, seed: int) -> Seed:
     """World, base model, bootstrapped groups and their further fields; finished parts are kept."""
     root = output / f"seed-{seed}"
@@ -107,12 +123,11 @@ def training_config(sizes: Comparison, seed: Seed, method: str, column: str, mod
     data = data_of(method)
     variant = Variant(name=f"run-{method}-{column}", label="", description="", completion_types=data.completion_types)
     config = sizes.training(seed.root, seed.world, variant, seed.number)
-    loss = loss_of(method)
     return replace(
         config,
         model=replace(config.model, path=str(model)),
         data=replace(config.data, groups=str(data.path(seed.groups))),
-        loss=loss if column == PUBLISHED else with_likelihood(loss, sizes.chosen_nll_weight),
+        loss=cell_loss(sizes, method, column),
         train=replace(config.train, ds_config="ds_configs/zero1.json", tensorboard=False, hang_timeout_seconds=0.0),
     )
 
@@ -124,15 +139,17 @@ def run_cell(output: Path, sizes: Comparison, seed: Seed, method: str, column: s
     """
     path, kept = cell_path(output, method, column, seed.number), seed.root / "models" / method
     is_start = column == PUBLISHED and any(data_of(name).after == method for name in RECIPES)
-    if path.exists() and (kept.exists() or not is_start):
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+    known = finished_cell(output, sizes, method, column, seed.number)
+    if known is not None and (kept.exists() or not is_start or "failed" in known):
+        return known
     started = time.monotonic()
-    about = {"method": method, "column": column, "seed": seed.number}
+    about: dict[str, Any] = {"method": method, "column": column, "seed": seed.number}
     if method == BASE:
         return _write(path, {**about, **evaluate(seed.root / "base", sizes, seed.world)})
+    about["loss"] = asdict(cell_loss(sizes, method, column))
     before = data_of(method).after
-    if before:
-        run_cell(output, sizes, seed, before, PUBLISHED)
+    if before and "failed" in run_cell(output, sizes, seed, before, PUBLISHED):
+        return _write(path, {**about, "failed": f"{before}, from which it starts, diverged"})
     config = training_config(
         sizes, seed, method, column, seed.root / "models" / before if before else seed.root / "base"
     )
@@ -166,7 +183,7 @@ def train_and_export(config: Config, model: Path) -> dict[str, float]:
     losses without a reference; nll_first, nll_last: mean negative log-likelihood per token of the preferred answers.
     """
     torch.manual_seed(config.train.seed)
-    with _timed_reference() as reference_seconds:
+    with _encoded_once(), _timed_reference() as reference_seconds:
         train(config, Ranks())
     output = Path(config.train.output_dir)
     run_export(replace(config, export=ExportConfig(checkpoint=str(output), output=str(model))))
@@ -179,6 +196,22 @@ def train_and_export(config: Config, model: Path) -> dict[str, float]:
         "nll_first": steps[0]["nll/chosen"],
         "nll_last": steps[-1]["nll/chosen"],
     }
+
+
+@contextmanager
+def _encoded_once() -> Iterator[None]:
+    """Keeps encoded groups in memory: encoding takes longer than a step of the tiny model, and is not compared."""
+    encode = GroupDataset.encode
+
+    def once(dataset: GroupDataset, index: int) -> EncodedGroup | Dropped:
+        known = dataset.__dict__.setdefault("encoded", {})
+        if index not in known:
+            known[index] = encode(dataset, index)
+        group: EncodedGroup | Dropped = known[index]
+        return group
+
+    with mock.patch.object(GroupDataset, "encode", once):
+        yield
 
 
 @contextmanager

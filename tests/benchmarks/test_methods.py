@@ -54,11 +54,21 @@ def test_a_quick_comparison_reports_both_columns_and_goes_on_where_it_was_stoppe
     assert set(tree["methods"]["base"]) == {PUBLISHED}
 
     kept, missing = (tmp_path / "cells" / f"{name}.published.seed-0.json" for name in ("mdpo", "dpo"))
+    other_loss = tmp_path / "cells" / "dpo.with-nll.seed-0.json"
     kept.write_text(kept.read_text().replace('"steps": 3', '"steps": 4'))
+    other_loss.write_text(
+        other_loss.read_text().replace('"beta": 0.1', '"beta": 0.2').replace('"steps": 3', '"steps": 4')
+    )
     missing.unlink()
     second = compare(tmp_path)
     assert second.returncode == 0, second.stderr[-4000:]
-    assert missing.exists() and '"steps": 4' in kept.read_text()
+    assert missing.exists() and '"steps": 4' in kept.read_text() and '"steps": 3' in other_loss.read_text()
+
+
+def test_results_of_other_sizes_are_not_mixed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "sizes.json").write_text('{"steps": 93}')
+    assert main(["--quick", "--output", str(tmp_path)]) == 2
+    assert "it has results of other sizes; give another folder" in capsys.readouterr().err
 
 
 def test_an_unknown_method_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -93,8 +103,9 @@ def cell(method: str, seed: int, rate: float, column: str = PUBLISHED, **more: o
     return {"method": method, "column": column, "seed": seed, **figures, **more}
 
 
-def test_the_report_has_medians_with_ranges_the_best_method_first_and_names_divergence() -> None:
+def test_the_report_has_medians_with_ranges_and_names_divergence() -> None:
     cells = [cell("base", 0, 0.2), cell("base", 1, 0.2), cell("base", 2, 0.2)]
+    cells += [cell("ipo", 0, 0.001), cell("ipo", 0, 0.03, WITH_NLL)]  # without likelihood: few objects of any kind
     cells += [cell("dpo", seed, rate, step_seconds=0.25) for seed, rate in enumerate((0.05, 0.02, 0.04))]
     cells += [{"method": "dpo", "column": WITH_NLL, "seed": seed, "failed": "not finite"} for seed in range(3)]
     cells += [cell("orpo", 0, 0.01), {"method": "orpo", "column": PUBLISHED, "seed": 1, "failed": "not finite"}]
@@ -102,7 +113,7 @@ def test_the_report_has_medians_with_ranges_the_best_method_first_and_names_dive
     assert found["dpo"][PUBLISHED]["chair_i"] == {"median": 0.04, "least": 0.02, "most": 0.05}
     assert (found["orpo"][PUBLISHED]["failed"], found["dpo"][WITH_NLL]["failed"]) == (1, 3)
     rows = [[entry.strip() for entry in line.strip("|").split("|")] for line in table(found).splitlines()[2:]]
-    assert [row[0] for row in rows] == ["orpo", "dpo", "base"]
-    assert rows[1][1:7] == ["4.0 (2.0 to 5.0)", "8.0 (4.0 to 10.0)", "90.0", *["diverged"] * 3]
+    assert [row[0] for row in rows] == ["orpo", "ipo", "base", "dpo"]
+    assert rows[3][1:7] == ["4.0 (2.0 to 5.0)", "8.0 (4.0 to 10.0)", "90.0", *["diverged"] * 3]
     assert rows[0][1] == "1.0, 1 diverged"
-    assert rows[0][4] == "as published" and rows[2][4] == "-" and rows[1][8] == "0.250"
+    assert rows[0][4] == "as published" and rows[2][4] == "-" and rows[3][8] == "0.250"
