@@ -106,8 +106,15 @@ class GroupDataset(Dataset):
         clean = self.encoder.encode_prompt(group.id, images, group.prompt)
         return [EncodedView(name, self.views.prompt(name, group, pictures, images, clean)) for name in names]
 
-    def _identity_of_view(self, name: str) -> str:
-        return self.views.identity(name) + self.plan.identity
+    def _cell_keys(self, encoded: EncodedGroup, own: list[str], other: list[str]) -> str:
+        """Keys of the cells that the reference scores, from the digests of the group's images and other images."""
+
+        def of_view(name: str) -> str:
+            """What a view shows besides the group's images: its options, a plug-in's code, other images."""
+            code = self.plan.identity if self.views.is_of_plugin(name) else ""
+            return self.views.identity(name) + code + "".join(other if self.views.needs_other_images(name) else ())
+
+        return cell_keys(encoded, self.plan.reference_pass().cells(encoded), own, of_view)
 
     def _auxiliary(self, group: PreferenceGroup, images: EncodedImages) -> list[EncodedView]:
         """A view for each auxiliary prompt, if a term uses them."""
@@ -158,7 +165,7 @@ class GroupDataset(Dataset):
             num_completions=num_rows,
             longest_tokens=longest_tokens,
             images=images,
-            cell_keys=cell_keys(encoded, self.plan.reference_pass().cells(encoded), digests, self._identity_of_view),
+            cell_keys=self._cell_keys(encoded, digests[: len(group.images)], digests[len(group.images) :]),
         )
 
     def load(self, index: int, measured: MeasuredGroup) -> EncodedGroup | Dropped:

@@ -34,7 +34,7 @@ def cell_key(
     """Of everything that the log-probs of a cell depend on, other than the model.
 
     Args:
-        image_digests: Of the group's images and other images.
+        image_digests: Of the group's images.
         identity_of_view: What a changed view depends on besides images and record (`Views.identity`); not needed for
             cells of the clean images.
     """

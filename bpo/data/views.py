@@ -112,6 +112,10 @@ class Views:
         """
         return self._identities[name]
 
+    def is_of_plugin(self, name: str) -> bool:
+        """Whether a plug-in makes view `name`."""
+        return self._views[name].type not in _READS
+
     def needs_other_images(self, name: str) -> bool:
         """Whether view `name` shows the `other_images` of a record."""
         return self._views[name].type == "other"

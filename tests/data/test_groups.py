@@ -12,6 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
+from bpo.config.loss import ViewConfig
+from bpo.data.cells import CellPlan, TermSpec
 from bpo.data.encode import Dropped, Encoder
 from bpo.data.groups import GroupDataset, MeasuredGroup, iterate_micro_batches, write_dropped
 from bpo.data.reference_keys import split_keys
@@ -196,3 +198,21 @@ def test_dropped_groups_are_listed_and_counted(tmp_path: Path) -> None:
     assert write_dropped(dropped, tmp_path / "new" / "dropped.jsonl") == {"no-pair": 2, "bad-image": 1}
     lines = [json.loads(line) for line in (tmp_path / "new" / "dropped.jsonl").read_text("utf-8").splitlines()]
     assert lines[1] == {"id": "b", "reason": "bad-image", "detail": "ü"}
+
+
+def test_cells_of_the_clean_image_are_the_same_entries_for_every_loss(encoder: Encoder) -> None:
+    """A store of DPO serves SymMPO's text term, and a plug-in's views alone depend on its code."""
+    groups = [replace(three_groups()[0], other_images=three_groups()[2].images)]
+    plain = GroupDataset(groups, encoder, max_words=99, types=()).measure(0)
+    views = {"other": ViewConfig(type="other"), "crop": ViewConfig(type="crop")}
+    terms = (TermSpec(), TermSpec(pairs="image", against="other"), TermSpec(pairs="image", against="crop"))
+    keys = []
+    for identity, other in (("", 2), ("code", 2), ("", 1)):
+        changed = [replace(groups[0], other_images=three_groups()[other].images[:1])]
+        plan = CellPlan(terms, views, identity=identity)
+        measured = GroupDataset(changed, encoder, max_words=99, types=(), plan=plan).measure(0)
+        assert isinstance(measured, MeasuredGroup) and isinstance(plain, MeasuredGroup)
+        keys.append(split_keys(measured.cell_keys))
+        assert set(split_keys(plain.cell_keys)) < set(keys[-1])
+    assert keys[0] == keys[1]
+    assert len(set(keys[0]) - set(keys[2])) == 1  # the cell under the other image
