@@ -13,10 +13,10 @@ from bpo.records import UsefulWork
 
 
 def useful_work(groups: Sequence[EncodedGroup], config: Any) -> UsefulWork:
-    """Returns the work of the groups, counting each prefix and image once, independent of the batch layout.
+    """Returns the work of the groups, counting each prefix and its images once, independent of the batch layout.
 
     Args:
-        groups: Encoded groups of one micro-batch, without stand-ins.
+        groups: What one micro-batch packs (`bpo.data.cells.packed_members`: one per view), without stand-ins.
         config: Transformers config of the model.
     """
     tokens = responses = image_tokens = pairs = 0

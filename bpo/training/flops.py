@@ -2,7 +2,9 @@
 
 Counts the matrix products (2 FLOPs per multiply-accumulate) of the forward pass and of the gradients that training
 requires, as `torch.utils.flop_counter.FlopCounterMode` does. Excludes work that makes no progress: recomputation,
-fillers, stand-in images, masked pairs of tokens, layers whose output is discarded.
+fillers, stand-in images, masked pairs of tokens, layers whose output is discarded. A view of a group counts as one more
+prefix, with its own image and the completions scored under it; forward and backward, as in the packed row, although a
+view that only guides (`guidance_view`) or supplies tokens (`pairs: argmax`) would need no gradient.
 MFU = these FLOPs / (seconds x peak of the devices), after PaLM (arXiv 2204.02311, appendix B), which counts attention
 without its causal mask; here a causal query is counted with the keys that it attends to, about half of them.
 """
