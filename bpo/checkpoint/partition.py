@@ -7,6 +7,7 @@ pickles (loading them executes code), are named `latest` before they are complet
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -112,13 +113,18 @@ class RunDescription:
             "reference": content_digest(f"{name} {value}" for name, value in sorted(reference.items())),
             PLUGIN: load_plugin(config.loss.plugin),
         }
+        self._loss_states: dict[str, Any] = {}
+
+    def take_loss_states(self) -> None:
+        """Keeps the states as they are now for `manifest`, which is written when later steps may have changed them."""
+        self._loss_states = {name: copy.deepcopy(state.state_dict()) for name, state in self.program.states.items()}
 
     def plan_digest(self, done: int) -> str:
         """Digest of the order of groups in the first `done` steps; the same for any number of ranks."""
         return content_digest(f"{step.epoch} {step.groups}" for step in self.steps[:done])
 
     def manifest(self, step: int) -> dict[str, Any]:
-        """The manifest of a step, without its files."""
+        """The manifest of the step of which the states were taken last, without its files."""
         return {
             "step": step,
             "world_size": self.ranks,
@@ -131,7 +137,7 @@ class RunDescription:
             "seeds": {"train.seed": self.config.train.seed},
             "fingerprints": {**self.fingerprints, PLAN: self.plan_digest(step)},
             "base": self.base,
-            "loss_states": {name: state.state_dict() for name, state in self.program.states.items()},
+            "loss_states": self._loss_states,
             "versions": versions(),
             "config": to_tree(self.config),
         }
@@ -272,6 +278,10 @@ def build_saver(
 ) -> CheckpointSaver:
     """Saves the engine's state as set in `train.*`; publishes nothing after another job took over the directory."""
 
+    def take() -> Shard:
+        description.take_loss_states()
+        return Partition(engine).shard()
+
     def describe(step: int) -> dict[str, Any]:
         if problem := guard.lost():
             raise CheckpointError(problem)
@@ -280,7 +290,7 @@ def build_saver(
     return CheckpointSaver(
         Path(options.output_dir),
         JobRanks(engine.ranks),
-        lambda: Partition(engine).shard(),
+        take,
         describe,
         keep_last=options.keep_last,
         keep_every=options.keep_every,
