@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from tiny import tiny_llava, tiny_qwen
-from train_matrix import FROM_TWO, LOST, RESUMED
+from train_matrix import FROM_TWO, LOST, RESUMED, STATEFUL
 
 from bpo.tools.refs import inspect_store
 
@@ -45,13 +45,15 @@ def write_groups(root: Path, count: int = 16) -> None:
             file.write(json.dumps(record) + "\n")
 
 
-def launch(command: list[str], timeout_s: int = 800) -> subprocess.CompletedProcess[str]:
+def launch(
+    command: list[str], timeout_s: int = 800, cwd: Path = ROOT, **variables: str
+) -> subprocess.CompletedProcess[str]:
     """Runs a launcher in a process group of its own, so that a hang leaves no workers behind."""
     environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         command,
-        cwd=ROOT,
-        env=environment,
+        cwd=cwd,
+        env={**environment, **variables},
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -65,9 +67,10 @@ def launch(command: list[str], timeout_s: int = 800) -> subprocess.CompletedProc
     return subprocess.CompletedProcess(command, process.returncode, output)
 
 
-def deepspeed(*arguments: str, ranks: int = 2) -> subprocess.CompletedProcess[str]:
+def deepspeed(*arguments: str, ranks: int = 2, cwd: Path = ROOT, **variables: str) -> subprocess.CompletedProcess[str]:
     port = str(20000 + os.getpid() % 20000)
-    return launch([str(BIN / "deepspeed"), "--num_accelerators", str(ranks), "--master_port", port, *arguments])
+    command = [str(BIN / "deepspeed"), "--num_accelerators", str(ranks), "--master_port", port]
+    return launch([*command, *arguments], cwd=cwd, **variables)
 
 
 @pytest.fixture(scope="module")
@@ -128,12 +131,45 @@ def test_resumed_run_repeats_the_unbroken_one_bit_for_bit(matrix: Path, case: st
 def test_every_rank_writes_a_share_of_the_reference(matrix: Path) -> None:
     summary = inspect_store(matrix / "zero2" / "reference")
     share = {str(one["name"])[:9]: one["num_entries"] for one in summary.shards}
-    assert share.keys() == {"rank00000", "rank00001"} and min(share.values()) >= 4
-    assert summary.num_entries == 16 and summary.num_duplicates == 0
+    num_cells = 2 * 16 + 16 // 2  # of 16 groups, every second with a third answer
+    assert share.keys() == {"rank00000", "rank00001"} and min(share.values()) >= 10
+    assert summary.num_entries == num_cells and summary.num_duplicates == 0
 
 
 def manifest(root: Path, case: str, step: int) -> dict:
     return json.loads((root / case / "checkpoints" / f"step-{step:08d}" / "manifest.json").read_text())
+
+
+@pytest.mark.parametrize("case", STATEFUL)
+def test_the_state_of_a_loss_is_in_the_checkpoint(matrix: Path, case: str) -> None:
+    """That later steps depend on it is seen in the losses of the resumed run, compared above."""
+    name = STATEFUL[case]
+    middle, end = (manifest(matrix, case, step)["loss_states"] for step in (4, 8))
+    assert middle.keys() == {name} and middle != end
+    assert manifest(matrix, f"resumed_{case}", 8)["loss_states"] == end
+    assert manifest(matrix, "zero2", 8)["loss_states"] == {}
+    if case == "spa":
+        assert len(end[name]["margins"]) == 8 and end[name]["num_steps"] == 8
+    else:
+        assert end[name]["count"] == 2 * 2 * 24 and end[name]["mean"] != 0  # epochs, rewards, pairs
+
+
+def test_a_loss_without_a_reference_computes_and_stores_none(matrix: Path) -> None:
+    for case in ("orpo", "resumed_orpo"):
+        assert not (matrix / case / "reference").exists()
+        assert {"loss/orpo", "loss/nll"} <= metrics(matrix, case)[0].keys()
+    assert manifest(matrix, "orpo", 8)["base"]  # the base weights are compared nonetheless
+
+
+def test_terms_are_logged_under_their_names(matrix: Path) -> None:
+    weights = {
+        "mpo": {"sigmoid": 0.8, "bco_pair": 0.2, "nll": 1.0},
+        "rpo": {"rpo_diagonal": 1.0, "image": 0.5, "second": 0.5},
+    }
+    for case, of_case in weights.items():
+        for step in metrics(matrix, case):
+            total = sum(weight * step[f"loss/{name}"] for name, weight in of_case.items())
+            assert step["loss"] == pytest.approx(total, rel=1e-6)
 
 
 CHANGES = [(case, f"{case}_by_{ranks}") for ranks, cases in FROM_TWO.items() for case in cases]
@@ -196,21 +232,47 @@ def test_images_lost_between_steps_cost_their_groups_and_not_the_run(matrix: Pat
     assert before["fingerprints"] == after["fingerprints"]
 
 
+def test_a_plugin_that_differs_between_nodes_stops_all_ranks(matrix: Path) -> None:
+    messages = [json.loads((matrix / f"plugins_differ.{rank}.json").read_text()) for rank in range(4)]
+    assert len(set(messages)) == 1
+    (line,) = (line for line in messages[0].splitlines() if line.startswith("  "))
+    assert "content of loss.plugin" in line and line.count("rank ") == 4
+
+
+def test_a_changed_plugin_is_refused_by_name_and_continued_if_accepted(matrix: Path) -> None:
+    message = json.loads((matrix / "plugin_changed.json").read_text())
+    assert "  plugin: " in message and "accept_changes '[\"plugin\"]'" in message
+    before, after = losses(matrix, "plugin"), losses(matrix, "plugin_changed")
+    assert after[:4] == before[:4] and min(after[4:]) > max(before) + 1  # of (2 - x)^2 instead of (1 - x)^2
+
+
 def test_run_records_config_versions_and_commit(matrix: Path) -> None:
     assert "lr: 0.005" in (matrix / "zero3" / "config.yaml").read_text()
     assert "deepspeed: " in (matrix / "zero3" / "versions.txt").read_text()
 
 
 def test_one_rank_equals_two_from_the_command_line(matrix: Path) -> None:
-    """`deepspeed bpo/train.py` as a user starts it; the content of a step does not depend on the number of ranks."""
-    config = (matrix / "zero2" / "config.yaml").read_text().replace(str(matrix / "zero2"), str(matrix / "one_rank"))
+    """`deepspeed bpo/train.py` as a user starts it; the content of a step does not depend on the number of ranks.
+
+    Its loss is a plug-in in the working directory.
+    """
+    config = (matrix / "plugin" / "config.yaml").read_text().replace(str(matrix / "plugin"), str(matrix / "one_rank"))
     (matrix / "one_rank.yaml").write_text(config)
-    result = deepspeed(
-        "bpo/train.py", "--config", str(matrix / "one_rank.yaml"), "--train.tensorboard", "true", ranks=1
-    )
+    script, options = str(ROOT / "bpo" / "train.py"), ["--config", "../one_rank.yaml", "--train.tensorboard", "true"]
+    result = deepspeed(script, *options, ranks=1, cwd=matrix / "node0")
     assert result.returncode == 0, result.stdout[-6000:]
-    assert losses(matrix, "one_rank") == pytest.approx(losses(matrix, "zero2"), abs=2e-4)
+    assert losses(matrix, "one_rank") == pytest.approx(losses(matrix, "plugin"), abs=2e-4)
     assert list((matrix / "one_rank" / "tensorboard").glob("events*"))
+
+
+def test_an_unknown_loss_ends_before_anything_is_compiled(matrix: Path, tmp_path: Path) -> None:
+    """Under the launcher, on all ranks, without a directory of the run."""
+    options = ["--config", str(matrix / "one_rank.yaml"), "--loss.type", "sigmiod", "--loss.plugin", ""]
+    options += ["--train.output_dir", str(tmp_path / "run")]
+    result = deepspeed("bpo/train.py", *options, TORCH_EXTENSIONS_DIR=str(tmp_path / "compiled"))
+    assert result.returncode == 1 and "Traceback" not in result.stdout.split("launch.py")[0]
+    assert result.stdout.count("error: loss.type is 'sigmiod'; did you mean 'sigmoid'?") == 2, result.stdout[-3000:]
+    assert not (tmp_path / "run").exists() and not (tmp_path / "compiled").exists()
 
 
 def test_a_second_run_in_the_same_directory_is_refused(matrix: Path) -> None:

@@ -6,6 +6,7 @@ Starting a process costs more than a tiny run: test_train.py starts this once an
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from dataclasses import replace
@@ -18,6 +19,7 @@ from ranks import fork_ranks
 from safetensors.torch import load_file, save_file
 
 from bpo.checkpoint.files import CheckpointError
+from bpo.config.loss import TermConfig, ViewConfig
 from bpo.config.training import Config, DataConfig, LoraConfig, LossConfig, ModelConfig, TrainableConfig, TrainConfig
 from bpo.job import collectives
 from bpo.job.launch import Ranks
@@ -30,10 +32,38 @@ from bpo.training.metrics import StepSums
 
 # Runs that end after step 4 and are continued by the same number of ranks; bfloat16 is one of ZeRO-3 with LoRA.
 RESUMED = ("zero1", "zero2", "zero2_offload", "zero3_offload", "full_zero1", "full_zero3", "bfloat16", "dropout")
+# The same for losses with a state, across groups, with views and second targets, and without a reference.
+STATEFUL = {"mpo": "bco_pair", "spa": "spa"}
+RESUMED += (*STATEFUL, "rpo", "orpo")
 # Images that change after the first step of the run `lost`.
 LOST = {"deleted": ["3.png", "4.png"], "cut": ["8.png"], "replaced": ["12.png"]}
 # Written by two ranks, continued by one and by four.
-FROM_TWO = {1: ("zero3_offload", "full_zero1"), 4: ("full_zero3", "bfloat16")}
+FROM_TWO = {1: ("zero3_offload", "full_zero1", "mpo"), 4: ("full_zero3", "bfloat16", "spa", "rpo")}
+
+LOSSES = {
+    "mpo": LossConfig(
+        terms=[TermConfig(weight=0.8), TermConfig(type="bco_pair", weight=0.2), TermConfig(type="nll")],
+    ),
+    # Six pairs per step: the window holds the latest margins of one step and some of the one before it.
+    "spa": LossConfig(type="spa", options={"window": 8, "alpha": 0.4, "quantile": 0.4}),
+    "rpo": LossConfig(
+        terms=[
+            TermConfig(type="rpo_diagonal"),
+            TermConfig(name="image", pairs="image", against="crop", weight=0.5),
+            TermConfig(name="second", pairs="argmax", against="noise", weight=0.5),
+        ],
+        views={"crop": ViewConfig(type="crop"), "noise": ViewConfig(type="noise")},
+    ),
+    "orpo": LossConfig(terms=[TermConfig(type="nll"), TermConfig(type="orpo", weight=0.2)]),
+}
+PLUGIN = """\
+from bpo.losses.plugin import register_loss
+
+
+@register_loss("squared_hinge")
+def squared_hinge(values):
+    return (1 - values.delta_P).clamp(min=0) ** 2
+"""
 
 
 def base_config(root: Path, name: str, ds_config: str = "zero2", **train_options) -> Config:
@@ -73,7 +103,14 @@ def cases(root: Path) -> dict[str, Config]:
     named["bfloat16"] = replace(half, model=replace(half.model, dtype="bfloat16"))
     dropout = base_config(root, "dropout", "zero2")
     named["dropout"] = replace(dropout, lora=LoraConfig(r=4, alpha=8, dropout=0.2))
+    for name, loss in LOSSES.items():
+        named[name] = replace(base_config(root, name, "zero3" if name == "rpo" else "zero2"), loss=loss)
     return named
+
+
+def plugin_config(root: Path, name: str) -> Config:
+    """A run that finds its loss in a file of the working directory."""
+    return replace(base_config(root, name), loss=LossConfig(type="squared_hinge", plugin="my_loss.py"))
 
 
 def after_step_4(root: Path, case: str, config: Config, ranks: Ranks, name: str = "") -> Config:
@@ -110,6 +147,8 @@ def run_cases(root: Path, ranks: Ranks) -> None:
         train(with_damaged_weight(root, ranks), ranks)
     except NonFiniteError as error:
         (root / f"damaged_weight.{ranks.rank}.json").write_text(json.dumps(str(error)))
+    os.chdir(root / "node0")  # last: the other cases have paths relative to the clone
+    train(plugin_config(root, "plugin"), ranks)
 
 
 def with_damaged_weight(root: Path, ranks: Ranks) -> Config:
@@ -138,7 +177,7 @@ def lose_images(root: Path, ranks: Ranks) -> None:
 
     def run_step(*arguments) -> StepSums:
         sums = training.run_step(*arguments)
-        if ranks.is_main and arguments[-1] == 0:
+        if ranks.is_main and arguments[4] == 0:  # the index of the step
             for deleted in LOST["deleted"]:
                 (images / deleted).unlink()
             for cut in LOST["cut"]:
@@ -163,12 +202,37 @@ def change_ranks(root: Path, ranks: Ranks) -> None:
         # Another number of ranks and another ZeRO stage.
         config = after_step_4(root, "zero2", named["zero2"], ranks, "zero2_by_zero3")
         train(replace(config, train=replace(config.train, ds_config="ds_configs/zero3.json")), ranks)
+        changed_plugin(root, ranks)
     else:
         train(after_step_4(root, "alone", alone, ranks, "alone_by_4"), ranks)
+        plugins_differ(root, ranks)
+
+
+def changed_plugin(root: Path, ranks: Ranks) -> None:
+    """The run `plugin` after its file has changed: refused, then continued as the user wishes."""
+    config = after_step_4(root, "plugin", plugin_config(root, "plugin"), ranks, "plugin_changed")
+    os.chdir(root / "node1")
+    try:
+        train(config, ranks)
+    except CheckpointError as error:
+        (root / "plugin_changed.json").write_text(json.dumps(str(error)))
+    train(replace(config, train=replace(config.train, accept_changes=["plugin"])), ranks)
+
+
+def plugins_differ(root: Path, ranks: Ranks) -> None:
+    """The same command on two nodes whose files differ."""
+    os.chdir(root / f"node{ranks.rank % 2}")
+    try:
+        train(plugin_config(root, "plugins_differ"), ranks)
+    except RanksDifferError as error:
+        (root / f"plugins_differ.{ranks.rank}.json").write_text(json.dumps(str(error)))
 
 
 def main() -> None:
     root = Path(sys.argv[1])
+    for number, source in enumerate((PLUGIN, PLUGIN.replace("1 -", "2 -"))):
+        (root / f"node{number}").mkdir()
+        (root / f"node{number}" / "my_loss.py").write_text(source)
     load_model(cases(root)["zero2"].model, for_training=True)  # imports what all ranks need
     fork_ranks(2, partial(run_cases, root))
     for count in FROM_TWO:
