@@ -1,14 +1,16 @@
 """First-step gradients of many divisions of one batch: `gradient_matrix.py DIR NUM_RANKS:CASE...`.
 
-A case is MODEL:STAGE:TOKENS[:CHECKPOINTING[:LOSS]], for instance llava:3:300 or llava:3:300:none:terms. Writes
-DIR/N-CASE.pt: the loss, every gradient in full, and in which micro-batches of each rank an image stood in for none.
-Starting a process costs more than a case.
+A case is MODEL:STAGE:TOKENS[:CHECKPOINTING[:LOSS]], for instance llava:3:300 or llava:3:300:none:terms. TOKENS is the
+limit of a micro-batch, or how many of the groups of DIR/pairs.jsonl each micro-batch packs, such as =1+3. Writes
+DIR/N-CASE.pt: the loss, every gradient in full, which groups the micro-batches of each rank packed, and in which of
+them an image stood in for none. Starting a process costs more than a case.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from bpo import engine
 from bpo.config.loss import LossConfig, TermConfig, ViewConfig
 from bpo.config.training import Config, DataConfig, ModelConfig, TrainableConfig, TrainConfig
 from bpo.data.encode import load_encoder
+from bpo.data.schedule import PlannedStep
 from bpo.job import collectives
 from bpo.job.launch import Ranks
 from bpo.model import recompute
@@ -76,7 +79,7 @@ def config_of(root: Path, case: str) -> Config:
     return Config(
         model=ModelConfig(path=str(root / model), dtype="float32", gradient_checkpointing=checkpointing),
         data=DataConfig(
-            groups=str(root / "groups.jsonl"),
+            groups=str(root / ("pairs.jsonl" if max_tokens.startswith("=") else "groups.jsonl")),
             image_root=str(root / "images"),
             num_workers=0,
             text_only="drop" if loss else "keep",
@@ -88,16 +91,34 @@ def config_of(root: Path, case: str) -> Config:
             ds_config=str(ds_config),
             groups_per_step=10**6,
             epochs=1,
-            max_micro_batch_tokens=int(max_tokens),
+            max_micro_batch_tokens=10**6 if max_tokens.startswith("=") else int(max_tokens),
         ),
     )
 
 
-def first_step(config: Config, ranks: Ranks) -> dict[str, Any]:
+def packed_as(step: PlannedStep, packing: str, num_ranks: int) -> PlannedStep:
+    """The step with micro-batches of these sizes, such as =1+3, dealt to the ranks; one without any gets a filler."""
+    groups, bins = sorted(step.groups), []
+    for size in map(int, packing[1:].split("+")):
+        bins.append(tuple(groups[:size]))
+        groups = groups[size:]
+    assert not groups
+    count = -(-len(bins) // num_ranks)
+    dealt = [bins[rank * count : (rank + 1) * count] for rank in range(num_ranks)]
+    return replace(
+        step,
+        micro_batches=tuple(tuple([*own, *[bins[0][:1]] * (count - len(own))]) for own in dealt),
+        is_filler=tuple((False,) * len(own) + (True,) * (count - len(own)) for own in dealt),
+    )
+
+
+def first_step(config: Config, ranks: Ranks, packing: str = "") -> dict[str, Any]:
     resolved = resolve_model(config.model, for_training=True)
     encoder = load_encoder(config, resolved.config)
     data = measure_groups(config, encoder, ranks, collectives.gather_from_ranks)
     (step,) = plan_training(config.train, data, ranks)
+    if packing:
+        step = packed_as(step, packing, ranks.world_size)
     settings = engine.deepspeed_config(config.train, torch.float32, len(step.micro_batches[0]))
     with engine.partitioned_loading(settings):
         model = load_resolved(resolved)
@@ -107,10 +128,12 @@ def first_step(config: Config, ranks: Ranks) -> dict[str, Any]:
     (batches,) = training_batches(config.data, data, [step], store, trainer)
     batches = [batch.with_reference(REFERENCE_SCALE * batch.loss_inputs.reference) for batch in batches]
     num_stand_ins = [len(batch.layout.prefix_spans) - len(batch.group_ids) for batch in batches]
+    packed = [list(batch.group_ids) for batch in batches if not batch.is_filler]
     sums = run_step(trainer, batches, config, data.num_pairs(step.groups), step=1)
     return {
         "loss": step_metrics(trainer.sum_over_ranks(sums.flat()), trainer.program)["loss"],
         "gradients": {name: safe_get_full_grad(p) for name, p in trainer.policy.model.named_parameters()},
+        "packed": collectives.gather_from_ranks(packed),
         "stand_ins": collectives.gather_from_ranks(num_stand_ins),
     }
 
@@ -118,7 +141,8 @@ def first_step(config: Config, ranks: Ranks) -> dict[str, Any]:
 def run_cases(root: Path, cases: list[str], ranks: Ranks) -> None:
     recompute.CHEAP_INNER = 2  # tiny layers count as large ones
     for case in cases:
-        result = first_step(config_of(root, case), ranks)
+        tokens = case.split(":")[2]
+        result = first_step(config_of(root, case), ranks, tokens if tokens.startswith("=") else "")
         if ranks.is_main:
             torch.save(result, root / f"{ranks.world_size}-{case}.pt")
 

@@ -45,6 +45,9 @@ CASES = {
         "qwen:3:1:full:terms",
     ),
 }
+# Four preference pairs, each of a group of its own, however they are packed.
+PACKINGS = ("=4", "=1+3", "=2+2")
+PACKED = [(n, f"llava:2:{packing}:none:{loss}") for loss in ("", "terms") for n in (1, 2) for packing in PACKINGS]
 WEIGHTS = {0: (2.0, 0.25), 3: (0.5, 0.0, 1.75)}
 BETAS = {1: (1.0, 0.5, 2.0)}
 
@@ -60,9 +63,12 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for completion, value in zip(records[number]["completions"], of_group, strict=True):
                 completion[field] = value
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    single = [record for record in records if len(record["completions"]) == 2]
+    (root / "pairs.jsonl").write_text("".join(json.dumps(record) + "\n" for record in single))
     tiny_llava(root / "llava")
     tiny_qwen(root / "qwen")
     words = [f"{num_ranks}:{case}" for num_ranks, cases in CASES.items() for case in cases]
+    words += [f"{num_ranks}:{case}" for num_ranks, case in PACKED]
     result = launch([sys.executable, "tests/gradient_matrix.py", str(root), *words])
     assert result.returncode == 0, result.stdout[-6000:]
     return root
@@ -180,6 +186,22 @@ def test_the_gradient_is_that_of_the_list_however_its_batch_is_divided(
             assert max(scale, float(gradient.abs().max())) < VANISHING_BOUND, name
             continue
         torch.testing.assert_close(gradient, truth, atol=TOLERANCE * scale, rtol=0, msg=name)
+
+
+@pytest.mark.parametrize(("num_ranks", "case"), PACKED)
+def test_four_pairs_have_one_gradient_however_they_are_packed(root: Path, num_ranks: int, case: str) -> None:
+    _, _, packing, _, loss = case.split(":")
+    standard = torch.load(root / f"1-llava:2:=4:none:{loss}.pt", weights_only=True)
+    result = torch.load(root / f"{num_ranks}-{case}.pt", weights_only=True)
+    sizes = [len(groups) for of_rank in result["packed"] for groups in of_rank]
+    assert sizes == [int(size) for size in packing[1:].split("+")]
+    assert len(result["packed"]) == num_ranks
+    assert result["loss"] == pytest.approx(standard["loss"], rel=1e-6)
+    for name, expected in standard["gradients"].items():
+        if expected is None or VANISHING.search(name):
+            continue
+        scale = float(expected.abs().max())
+        torch.testing.assert_close(result["gradients"][name], expected, atol=TOLERANCE * scale, rtol=0, msg=name)
 
 
 def test_the_lists_have_all_parts() -> None:
