@@ -30,6 +30,19 @@ export DS_ACCELERATOR=cpu GLOO_SOCKET_IFNAME=lo
 """
 
 
+# In the submission directory, as the configuration names it.
+PLUGIN = """\
+from torch.nn.functional import softplus
+
+from bpo.losses.plugin import register_loss
+
+
+@register_loss("own_sigmoid")
+def own_sigmoid(values):
+    return softplus(-values.delta_P)
+"""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The top conftest looks for the commands of a user; these tests start daemons as well."""
     missing = missing_programs()
@@ -66,7 +79,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write_data(home: Path) -> None:
-    """Annotations of random pictures; COCO instances and POPE questions about them."""
+    """Annotations of random pictures, COCO instances and POPE questions about them; a plug-in; the configuration."""
     rng = np.random.default_rng(0)
     (home / "images").mkdir()
     annotations, instances, questions = [], [], []
@@ -83,6 +96,7 @@ def write_data(home: Path) -> None:
     tree = {"images": instances, "annotations": [{"image_id": 0, "category_id": 1}], "categories": categories}
     (home / "instances.json").write_text(json.dumps(tree))
     (home / "pope_random.json").write_text("".join(json.dumps(question) + "\n" for question in questions))
+    (home / "my_loss.py").write_text(PLUGIN)
     config = f"""\
 model: {{path: base model, dtype: float32}}
 data: {{annotations: annotations.json, image_root: images, num_workers: 0}}
@@ -92,6 +106,7 @@ bootstrap:
   weaken: {{max_new_tokens: 8, temperature: 1.0}}
   validate: {{same_language: false, require_real_change: false}}
 lora: {{r: 4, alpha: 8, dropout: 0.1}}
+loss: {{type: own_sigmoid, plugin: my_loss.py}}
 train:
   ds_config: {ROOT}/ds_configs/zero3.json
   epochs: {EPOCHS}

@@ -7,6 +7,7 @@ reaches its time limit.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -141,6 +142,8 @@ def test_training_ran_on_both_nodes_under_zero_3(home: Path, chain: dict[str, st
     }
     manifest = json.loads((newest / "manifest.json").read_text())
     assert manifest["world_size"] == 2 and manifest["config"]["train"]["ds_config"].endswith("zero3.json")
+    plugin = hashlib.sha256((home / "my_loss.py").read_bytes()).hexdigest()
+    assert manifest["fingerprints"]["plugin"] == plugin  # found in the submission directory
 
 
 def train_again(home: Path, cluster: PrivateCluster, *more: str) -> str:
