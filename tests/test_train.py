@@ -15,8 +15,10 @@ import numpy as np
 import pytest
 from PIL import Image
 from tiny import tiny_llava, tiny_qwen
-from train_matrix import FROM_TWO, LOST, RESUMED, STATEFUL
+from train_matrix import FROM_TWO, LOST, PLUGIN, RESUMED, STATEFUL
 
+from bpo.cli import main
+from bpo.losses.registry import LOSSES
 from bpo.tools.refs import inspect_store
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -273,6 +275,32 @@ def test_an_unknown_loss_ends_before_anything_is_compiled(matrix: Path, tmp_path
     assert result.returncode == 1 and "Traceback" not in result.stdout.split("launch.py")[0]
     assert result.stdout.count("error: loss.type is 'sigmiod'; did you mean 'sigmoid'?") == 2, result.stdout[-3000:]
     assert not (tmp_path / "run").exists() and not (tmp_path / "compiled").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--loss.type nonsense", "loss.type is 'nonsense'; available: "),
+        ("--loss.type hinge --loss.label_smoothing 0.1", "label_smoothing=0.1 does not apply to hinge"),
+        ("--loss.plugin missing.py", "loss.plugin missing.py: no such file"),
+        # Found in the working directory and run, for its loss is suggested.
+        ("--loss.plugin my_loss.py --loss.type square_hinge", "did you mean 'squared_hinge'?"),
+    ],
+)
+def test_bpo_train_refuses_a_loss_before_deepspeed_starts(
+    options: str, message: str, tiny_llava_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bpo.engine.init_distributed", lambda *_: pytest.fail("DeepSpeed was started"))
+    monkeypatch.setitem(LOSSES, "squared_hinge", LOSSES["hinge"])  # so that the plug-in's is removed after the test
+    monkeypatch.delitem(LOSSES, "squared_hinge")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_loss.py").write_text(PLUGIN)
+    (tmp_path / "groups.jsonl").touch()
+    inputs = ["--model.path", str(tiny_llava_dir), "--data.groups", "groups.jsonl", "--train.output_dir", "run"]
+    with pytest.raises(SystemExit) as ended:
+        main(["train", *inputs, *options.split()])
+    assert str(ended.value.code).startswith("error: loss") and message in str(ended.value.code)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_second_run_in_the_same_directory_is_refused(matrix: Path) -> None:
