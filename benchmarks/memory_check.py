@@ -205,13 +205,13 @@ def measure(case: Case, config: Config, dtype: torch.dtype, ranks: Ranks) -> tup
         meter.live.follow(getattr(p, "ds_tensor", p) for p in model.parameters())
         if dtype == torch.float32:
             meter.live.follow(batch.tensors())  # in half precision only the step's copy counts, not the host's
-        batch = batch.with_reference(trainer.reference_logp(batch.to(trainer.device, trainer.dtype)))
+        batch = batch.with_reference(trainer.reference_logp(batch.to(trainer.device, trainer.dtype)).logp_N)
         backward = trainer.backward
 
-        def timed_backward(loss: torch.Tensor, *, is_last: bool) -> None:
+        def timed_backward(loss: torch.Tensor, *, is_last: bool, **options: bool) -> None:
             peaks["forward"] = meter.peak()
             meter.reset()
-            backward(loss, is_last=is_last)
+            backward(loss, is_last=is_last, **options)
             peaks["backward"] = meter.peak()
 
         trainer.backward = timed_backward  # type: ignore[method-assign]

@@ -33,7 +33,8 @@ SLOW_FILES = """
     tools/plan/test_command.py benchmarks/test_gpu_set.py tools/plan/test_activations.py
     bootstrap/engines/test_text.py model/attention/test_shared_prefix.py model/attention/test_flops.py
     bootstrap/job/test_spool.py model/test_trainable.py job/test_compile_locks.py cluster/test_srun.py
-    formats/test_reading_fuzz.py
+    formats/test_reading_fuzz.py test_view_cost.py recipes/test_methods.py benchmarks/test_methods.py test_loss_types.py
+    test_term_gradients.py training/test_embeddings.py
 """.split()
 
 

@@ -27,7 +27,9 @@ WHOLE = {
     "test_recipes.py": "bpo/recipes/",
     "test_slurm_scripts.py": "slurm/",
     "test_soak.py": "tests/soak.py",
+    "test_loss_types.py": "every registered loss in a whole run",
     "test_term_gradients.py": "lists of loss terms, however a batch is divided",
+    "test_view_cost.py": "what views, references and second targets cost in a run",
 }
 # Test file -> modules without a test file of their own that it covers, relative to its room unless they start with /.
 COVERS = {
@@ -69,7 +71,7 @@ COVERS = {
     "model/reference/test_store.py": "format",
     "test_layout.py": "__init__",
     "test_train.py": "training/report training/step",
-    "test_term_gradients.py": "training/across_groups model/reference/cells",
+    "test_term_gradients.py": "training/across_groups training/loss_state model/reference/cells",
     "tools/bench/test_step.py": "bpo_provider case meter report synthetic trl_provider workers",
     "tools/demo/test_base.py": "tower vocabulary",
     "tools/demo/test_report.py": "/bpo/tools/charts",
