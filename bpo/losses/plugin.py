@@ -103,8 +103,9 @@ def _source(plugin: str) -> tuple[Path, str]:
     module = found[plugin].module
     try:
         spec = importlib.util.find_spec(module)
-    except ImportError as error:  # of a parent package
-        raise ValueError(f"loss.plugin {plugin}: its module {module} cannot be imported: {error}") from error
+    except Exception as error:  # of a parent package, which this imports
+        message = f"its module {module} cannot be imported: {type(error).__name__}: {error}"
+        raise ValueError(f"loss.plugin {plugin}: {message}") from error
     if spec is None or not spec.origin or not spec.origin.endswith(".py"):
         raise ValueError(f"loss.plugin {plugin}: its module {module} is not a Python file")
     return Path(spec.origin), module

@@ -206,9 +206,14 @@ def installed(folder: Path, entries: str, files: dict[str, str]) -> None:
 
 def test_an_installed_plug_in_is_found_by_its_entry_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = f"from .helpers import FIELD\n{LOSS.format(name='mine', field='beta_P')}"
-    files = {"bpo_my/__init__.py": "", "bpo_my/losses.py": text, "bpo_my/helpers.py": "FIELD = 1\n"}
-    entries = "mine = bpo_my.losses\nlost = bpo_gone.losses\npackage = bpo_my\nbroken = bpo_my.broken\n"
-    installed(tmp_path, entries, {**files, "bpo_my/broken.py": "x = 1\n1 / 0\n"})
+    files = {
+        "bpo_my/__init__.py": "from . import losses\n",
+        "bpo_my/losses.py": text,
+        "bpo_my/helpers.py": "FIELD = 1\n",
+    }
+    modules = {"mine": "bpo_my.losses", "lost": "bpo_gone.losses", "broken": "bpo_my.broken", "below": "bpo_bad.losses"}
+    entries = "".join(f"{name} = {module}\n" for name, module in modules.items())
+    installed(tmp_path, entries, {**files, "bpo_my/broken.py": "x = 1\n1 / 0\n", "bpo_bad/__init__.py": "1 / 0\n"})
     monkeypatch.syspath_prepend(str(tmp_path))
     with patch.dict(sys.modules):
         program = LossProgram(LossConfig(type="mine", plugin="mine", beta=0.25))
@@ -218,9 +223,12 @@ def test_an_installed_plug_in_is_found_by_its_entry_point(tmp_path: Path, monkey
         assert pickle.loads(pickle.dumps(program.plan)) == program.plan
         with pytest.raises(ValueError, match=r"plugin broken: line 2: ZeroDivisionError: division by zero"):
             load_plugin("broken")
-        with pytest.raises(ValueError, match="plugin lost: its module bpo_gone.losses cannot be imported: No module"):
-            load_plugin("lost")
-        with pytest.raises(ValueError, match=r"plugin unknown: .* \(broken, lost, mine, package\)"):
+        for name, module, error in (("lost", "bpo_gone", "ModuleNotFound"), ("below", "bpo_bad", "ZeroDivision")):
+            with pytest.raises(
+                ValueError, match=f"{name}: its module {module}.losses cannot be imported: {error}Error: "
+            ):
+                load_plugin(name)
+        with pytest.raises(ValueError, match=r"plugin unknown: .* \(below, broken, lost, mine\)"):
             load_plugin("unknown")
 
 

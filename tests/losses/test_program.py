@@ -191,9 +191,10 @@ def test_without_a_reference(name: str) -> None:
 
 
 def test_a_reference_that_another_term_needs_does_not_enter_a_loss_without_one() -> None:
-    mixed = Batch(loss_of(TermConfig(type="simpo"), TermConfig(weight=0.0)), reference=True)
-    alone = Batch(LossConfig(type="simpo"))
-    assert mixed.output().total.item() == pytest.approx(alone.output().total.item())
+    mixed = Batch(loss_of(TermConfig(type="simpo"), TermConfig(weight=0.0))).output()
+    alone = Batch(LossConfig(type="simpo")).output()
+    assert mixed.total.item() == pytest.approx(alone.total.item())
+    assert mixed.rewards.chosen_reward_P.tolist() == pytest.approx(alone.rewards.chosen_reward_P.tolist())
 
 
 PAIRWISE = [n for n, d in LOSSES.items() if d.function.__module__.startswith("bpo.") and not d.across_groups]

@@ -271,7 +271,7 @@ def test_a_list_of_terms_and_views_from_flags() -> None:
 @pytest.mark.parametrize(
     ("loss", "named"),
     [
-        ({"terms": [{"type": "sigmoid"}, {"type": "nll", "wight": 1.0}]}, "wight"),
+        ({"terms": [{"type": "sigmoid"}, {"type": "nll", "factor": 1.0}]}, "factor"),
         ({"terms": [{"type": "sigmoid", "weight": -1.0}]}, "loss.terms.weight is -1.0; it must be 0 or more"),
         ({"terms": [{"type": "sigmoid", "length": "median"}]}, "median"),
         ({"terms": {"type": "sigmoid"}}, "terms"),
