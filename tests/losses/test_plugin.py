@@ -86,24 +86,18 @@ def test_every_entry_of_the_example_is_used_from_yaml(tmp_path: Path) -> None:
     batch.assert_same(batch.output().total, total)
 
 
-@pytest.fixture(scope="module")
-def dataset(tiny_llava_dir: Path, photo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[GroupDataset]:
-    with ExitStack() as stack:
-        for registered in (LOSSES, WEIGHINGS, PAIR_RULES, TOKEN_RULES, _PLUGIN_VIEWS, _loaded):
-            stack.enter_context(patch.dict(registered))
-        plan = LossProgram(example_loss(tmp_path_factory.mktemp("loss")), seed=3).plan
-        groups = [group("a", "a cat", "a dog", "no", image="square.png")]
-        yield GroupDataset(groups, encoder_of(tiny_llava_dir, photo_root), max_words=350, types=(), plan=plan)
-
-
 def encoded(found: Any) -> tuple[EncodedGroup, torch.Tensor]:
     assert isinstance(found, EncodedGroup)
     return found, found.views[0].prompt.image_inputs["pixel_values"]
 
 
-def test_worker_processes_that_inherit_nothing_have_the_plug_in_too(dataset: GroupDataset) -> None:
+def test_worker_processes_that_inherit_nothing_have_the_plug_in_too(
+    tiny_llava_dir: Path, photo_root: Path, tmp_path: Path
+) -> None:
     """As those of a data loader where processes are not forked."""
-    load_plugin(str(EXAMPLE))
+    plan = LossProgram(example_loss(tmp_path), seed=3).plan
+    groups = [group("a", "a cat", "a dog", "no", image="square.png")]
+    dataset = GroupDataset(groups, encoder_of(tiny_llava_dir, photo_root), max_words=350, types=(), plan=plan)
     here, mirrored = encoded(dataset.encode(0))
     torch.testing.assert_close(mirrored, here.prompt.image_inputs["pixel_values"].flip(-1), atol=0.05, rtol=0)
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as workers:
