@@ -110,7 +110,7 @@ class GroupDataset(Dataset):
         """Keys of the cells that the reference scores, from the digests of the group's images and other images."""
 
         def of_view(name: str) -> str:
-            """What a view shows besides the group's images: its options, a plug-in's code, other images."""
+            """What a view shows in addition to the group's images: its options, a plug-in's code, other images."""
             code = self.plan.identity if self.views.is_of_plugin(name) else ""
             return self.views.identity(name) + code + "".join(other if self.views.needs_other_images(name) else ())
 

@@ -35,7 +35,7 @@ def cell_key(
 
     Args:
         image_digests: Of the group's images.
-        identity_of_view: What a changed view depends on besides images and record (`Views.identity`); not needed for
+        identity_of_view: What a changed view depends on in addition to images and record (`Views.identity`); not needed for
             cells of the clean images.
     """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import multiprocessing
 import pickle
 import re
@@ -23,12 +24,13 @@ from torch.nn.functional import softplus
 from bpo.config.io import load_config
 from bpo.config.loss import LossConfig
 from bpo.data.cells import PAIR_RULES, Cell, CellPlan
+from bpo.data.collate import collate_groups
 from bpo.data.encode import EncodedGroup
 from bpo.data.groups import GroupDataset
 from bpo.data.token_weights import TOKEN_RULES
 from bpo.data.views import _PLUGIN_VIEWS
 from bpo.losses.plugin import _loaded, load_plugin, plugin_digest
-from bpo.losses.program import LossProgram
+from bpo.losses.program import HeadOutput, LossProgram
 from bpo.losses.registry import LOSSES, WEIGHINGS
 from tests.conftest import ROOT
 from tests.losses.batches import GROUPS, Batch, views_of
@@ -232,3 +234,24 @@ def test_an_entry_point_of_something_that_is_no_python_file(tmp_path: Path, monk
     for name, module in (("builtin", "sys"), ("none", "bpo_no_such_module")):
         with pytest.raises(ValueError, match=f"loss.plugin {name}: its module {module} is not a Python file"):
             load_plugin(name)
+
+
+def test_the_example_of_the_documentation_works_as_written(
+    tmp_path: Path, tiny_llava_dir: Path, photo_root: Path
+) -> None:
+    encoder = encoder_of(tiny_llava_dir, photo_root)
+    text = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8").split("## Your own loss, rule or view")[1]
+    code, options = (re.search(rf"```{language}\n(.*?)```", text, re.DOTALL)[1] for language in ("python", "yaml"))  # type: ignore[index]
+    assert len(code.strip().splitlines()) <= 12
+    (tmp_path / "my_loss.py").write_text(code)
+    (tmp_path / "run.yaml").write_text(options.replace("my_loss.py", str(tmp_path / "my_loss.py")))
+    program = LossProgram(load_config(["--config", str(tmp_path / "run.yaml")]).loss)
+    dataset = GroupDataset([group("a", "a cat", "a dog")], encoder, max_words=9, types=(), plan=program.plan)
+    encoded = dataset.encode(0)
+    assert isinstance(encoded, EncodedGroup)
+    clean, blurred = (v.image_inputs["pixel_values"] for v in (encoded.prompt, encoded.views[0].prompt))
+    assert blurred.std() < 0.9 * clean.std()  # the picture, as the plug-in blurs it
+    inputs = collate_groups([encoded], encoder.family, program.plan).loss_inputs
+    zeros_N = torch.zeros(int(inputs.completion_starts_K1[-1]))
+    output = program.apply(HeadOutput(None, zeros_N), replace(inputs, reference=zeros_N))
+    assert output.term_sums_T.tolist() == pytest.approx([1.0, math.log(2)])
