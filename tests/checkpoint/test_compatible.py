@@ -15,7 +15,7 @@ from bpo.config.training import Config
 
 
 def manifest() -> dict[str, Any]:
-    fingerprints = {"data": "aaa", "weights": "bbb", "plan": "ccc"}
+    fingerprints = {"data": "aaa", "weights": "bbb", "plan": "ccc", "plugin": "ddd"}
     return {"step": 40, "world_size": 2, "config": to_tree(Config()), "fingerprints": fingerprints}
 
 
@@ -30,7 +30,7 @@ def changed(**options: Any) -> dict[str, Any]:
 
 def test_an_unchanged_run_is_silent(caplog: pytest.LogCaptureFixture) -> None:
     check_options(manifest(), changed(), 2, [])
-    for name in ("data", "weights", "plan"):
+    for name in ("data", "weights", "plan", "plugin"):
         check_content(manifest(), name, manifest()["fingerprints"][name], [])
     assert caplog.text == ""
 
@@ -62,7 +62,10 @@ def test_what_decides_a_step_is_refused_field_by_field_with_the_flag_that_accept
     assert "another train.lr (accepted): 2e-06 -> 0.001" in caplog.text
 
 
-@pytest.mark.parametrize(("name", "why"), [("data", "groups"), ("weights", "base model"), ("plan", "order")])
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [("data", "groups"), ("weights", "base model"), ("plan", "order"), ("plugin", "losses may be others")],
+)
 def test_other_content_is_refused_with_its_meaning(name: str, why: str) -> None:
     with pytest.raises(CheckpointError, match=rf"(?s){name}: .*{why}.*accept_changes '\[\"{name}\"\]'"):
         check_content(manifest(), name, "other", [])
@@ -73,6 +76,8 @@ def test_an_option_that_the_checkpoint_does_not_know_is_left_out() -> None:
     old = manifest()
     del old["config"]["loss"]["beta"]
     check_options(old, changed(loss__beta=0.3), 2, [])
+    del old["fingerprints"]["plugin"]
+    check_content(old, "plugin", "", [])
 
 
 def test_terms_views_and_options_of_a_loss_are_compared_as_a_whole() -> None:

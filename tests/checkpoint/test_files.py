@@ -12,6 +12,7 @@ import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -30,7 +31,12 @@ from bpo.checkpoint.files import (
     superseded,
     verify_checkpoint,
 )
+from bpo.checkpoint.partition import RunDescription
 from bpo.checkpoint.shards import KINDS, MASTER, Fragment, Shard, ShardSet, shard_name
+from bpo.config.loss import LossConfig
+from bpo.config.training import Config
+from bpo.data.schedule import PlannedStep
+from bpo.losses.program import LossProgram
 
 
 def write_checkpoint(output_dir: Path, step: int) -> Path:
@@ -204,6 +210,18 @@ def test_what_cannot_be_removed_is_named_and_stays(
     monkeypatch.setattr("bpo.checkpoint.files.os.replace", refuse)
     apply_retention(tmp_path, 1, 0)
     assert "step-00000010 is superseded but cannot be removed" in caplog.text
+
+
+def test_a_manifest_that_is_written_later_has_the_states_of_its_own_step() -> None:
+    """Saves in the background are committed when further steps may have run."""
+    program = LossProgram(LossConfig(type="spa"))
+    data: Any = SimpleNamespace(content=list)
+    step = PlannedStep(0, 0, (0,), (((0,),),), ((False,),))
+    run = RunDescription(Config(), data, [step, step], {}, 1, program)
+    program.states["spa"].update([[0.5]])
+    run.take_loss_states()
+    program.states["spa"].update([[0.75]])
+    assert run.manifest(1)["loss_states"] == {"spa": {"margins": [0.5], "num_steps": 1}}
 
 
 def write_shards(directory: Path, world_size: int, step: int = 7) -> ShardSet:
