@@ -261,7 +261,7 @@ class LossInputs:
 
 @dataclass(frozen=True, slots=True)
 class HeadRequest:
-    """What a loss wants of the LM head besides log-probs.
+    """What a loss wants of the LM head in addition to log-probs.
 
     kernel: loss type and label smoothing of the terms that the kernels compute together with the head, or None.
     pairs: half-open ranges of the pairs of these terms.

@@ -1,6 +1,6 @@
 """A short training run of every registered loss in one process: `loss_types.py DIR`.
 
-Before each step its loss and gradient are computed anew: `LOSSES[name]` on ordinary sums over tokens, with the sums
+Before each step its loss and gradient are computed again: `LOSSES[name]` on ordinary sums over tokens, with the sums
 before the first step as the reference, without the run's terms, kernels and reference store. Writes DIR/observed.json;
 test_loss_types.py compares it with the metrics of the runs. Shape letters: N response tokens, P pairs.
 """
@@ -144,7 +144,7 @@ class Truth:
 
 
 class Observer:
-    """Stands for `run_step`: evaluates the loss of a step anew before it is run."""
+    """Stands for `run_step`: evaluates the loss of a step again before it is run."""
 
     def __init__(self, name: str, num_rejected: Mapping[str, int]):
         names = ["sigmoid", name] if LOSSES[name].pairs == "symmetric" else [name]

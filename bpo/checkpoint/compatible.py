@@ -105,9 +105,15 @@ def check_options(
             ", ".join(rounding),
         )
     breaking = [(key, old[key], new[key]) for key in differing if key not in ROUNDING]
-    if "loss_states" not in manifest and old.get("loss.type") == new.get("loss.type") == "ipo" and not new["loss.terms"]:
+    if (
+        "loss_states" not in manifest
+        and old.get("loss.type") == new.get("loss.type") == "ipo"
+        and not new["loss.terms"]
+    ):
         # Written before lists of terms existed.
-        breaking.append(("loss.type", "ipo on sums of log-probs", "ipo on means; for sums, loss.terms with length: sum"))
+        breaking.append(
+            ("loss.type", "ipo on sums of log-probs", "ipo on means; for sums, loss.terms with length: sum")
+        )
     refuse(breaking, manifest["step"], accepted, warn=warn)
 
 

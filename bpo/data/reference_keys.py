@@ -35,8 +35,8 @@ def cell_key(
 
     Args:
         image_digests: Of the group's images.
-        identity_of_view: What a changed view depends on in addition to images and record (`Views.identity`); not needed for
-            cells of the clean images.
+        identity_of_view: What a changed view depends on in addition to images and record (`Views.identity`); not needed
+            for cells of the clean images.
     """
 
     def under(view: str) -> list[Any]:

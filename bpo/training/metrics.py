@@ -34,7 +34,7 @@ _OF_CHOSEN = ("rewards/chosen", "logps/chosen", "nll/chosen")  # those that a li
 
 @dataclass(frozen=True)
 class _Unread:
-    """A micro-batch's sums (terms, rewards and the reference gap), still on the device, and the groups of its losses."""
+    """A micro-batch's sums (terms, rewards, reference gap), still on the device, and the groups of its losses."""
 
     sums: torch.Tensor
     loss_P: torch.Tensor

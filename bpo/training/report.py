@@ -60,8 +60,10 @@ class StepReport:
         metrics |= {"lr": lr, "grad_norm": grad_norm}
         self._progress.update()
         if "loss" in metrics:
-            accuracy = {"acc": f"{metrics[name]:.2f}" for name in ("rewards/accuracies",) if name in metrics}
-            self._progress.set_postfix(loss=f"{metrics['loss']:.4f}", **accuracy)
+            shown = {"loss": f"{metrics['loss']:.4f}"}
+            if "rewards/accuracies" in metrics:
+                shown["acc"] = f"{metrics['rewards/accuracies']:.2f}"
+            self._progress.set_postfix(shown)
         if number % self.config.log_every_steps == 0 or number == self.total:
             metrics["epoch"] = round(number * self.config.groups_per_step / self.groups_per_epoch, 4)
             self._writer.write(number, metrics)
