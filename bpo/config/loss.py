@@ -87,7 +87,7 @@ class LossConfig(Section):
     """Preference loss: `type` for one term, or `terms` for a weighted list.
 
     Attributes:
-        type: Loss of a pair: sigmoid (DPO), ipo, hinge, sft (chosen completions only, as a control) and others; all are in
+        type: Loss of a pair: sigmoid (DPO), ipo, hinge, sft (chosen completions only, as a control), and the others of
             docs/methods.md.
         beta: Inverse temperature of the implicit reward, unless a term has its own.
         label_smoothing: Assumed fraction of pairs with swapped labels.
