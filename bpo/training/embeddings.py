@@ -35,6 +35,7 @@ from bpo.model.reference.format import ReferenceStoreError
 from bpo.model.reference.store import ReferenceStore, open_or_create, store_directory
 from bpo.records import LostGroup, Turn
 from bpo.training.measure import TrainingData
+from bpo.training.reference_pass import groups_without_entries
 
 logger = logging.getLogger(__name__)
 
@@ -95,10 +96,9 @@ def fill_embedding_store(
     name, lost, stopped = _embedding_pass(config, engine, data, store, missing, stop)
     store.reload(gather_from_ranks(name))
     data.lost.report(gather_from_ranks([asdict(group) for group in lost]), is_main=engine.ranks.is_main)
-    wanted = list(_first_with_key(data))
-    lacking = int((~store.has(wanted)).sum())
+    lacking = len(_missing_groups(store, data))
     if lacking and stopped:
-        raise Interrupted(f"stopped by a signal while embedding prompts; {lacking} of {len(wanted)} entries remain")
+        raise Interrupted(f"stopped by a signal while embedding prompts; {lacking} of {len(missing)} groups remain")
     if lacking:
         raise ReferenceStoreError(f"{directory}: {lacking} entries are missing after the pass; do all nodes share it?")
     logger.info("prompt embeddings %s: %d entries, %d groups computed now", directory, len(store), len(missing))
@@ -129,16 +129,8 @@ def _fingerprint(config: Config, model: ResolvedModel) -> dict[str, str]:
     return found | {"code_path": CODE_PATH}
 
 
-def _first_with_key(data: TrainingData) -> dict[str, int]:
-    """The first planned group of each key, without lost groups."""
-    present = [(g, group) for g, group in enumerate(data.measured) if data.usable[g] not in data.lost.indices]
-    return {group.reference_key: g for g, group in reversed(present)}
-
-
 def _missing_groups(store: ReferenceStore, data: TrainingData) -> list[int]:
-    first_with_key = _first_with_key(data)
-    stored = store.has(list(first_with_key)).tolist()
-    return sorted(g for g, has in zip(first_with_key.values(), stored, strict=True) if not has)
+    return groups_without_entries(store, data, lambda group: [group.reference_key])
 
 
 def _embedding_pass(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 
 from tqdm import tqdm
 
 from bpo.config.training import Config
+from bpo.data.groups import MeasuredGroup
 from bpo.data.reference_keys import split_keys
 from bpo.data.schedule import split_into_micro_batches
 from bpo.data.transfer import on_device
@@ -75,17 +77,18 @@ def _open_store(config: Config, model: ResolvedModel, directory: Path) -> dict[s
     return fingerprint
 
 
-def _first_with_key(data: TrainingData) -> dict[str, int]:
-    """The first planned group of each cell's key, without lost groups."""
+def groups_without_entries(
+    store: ReferenceStore, data: TrainingData, keys_of: Callable[[MeasuredGroup], Iterable[str]]
+) -> list[int]:
+    """Planned groups with a key that the store lacks, without lost ones; a shared key counts for its first group."""
     present = [(g, group) for g, group in enumerate(data.measured) if data.usable[g] not in data.lost.indices]
-    return {key: g for g, group in reversed(present) for key in split_keys(group.cell_keys)}
+    first_with_key = {key: g for g, group in reversed(present) for key in keys_of(group)}
+    stored = store.has(list(first_with_key)).tolist()
+    return sorted({g for g, has in zip(first_with_key.values(), stored, strict=True) if not has})
 
 
 def _missing_groups(store: ReferenceStore, data: TrainingData) -> list[int]:
-    """Groups with a cell that the store lacks; a cell that several groups share is computed with the first."""
-    first_with_key = _first_with_key(data)
-    stored = store.has(list(first_with_key)).tolist()
-    return sorted({g for g, has in zip(first_with_key.values(), stored, strict=True) if not has})
+    return groups_without_entries(store, data, lambda group: split_keys(group.cell_keys))
 
 
 def _reference_pass(

@@ -221,7 +221,7 @@ def test_a_signal_ends_the_pass_after_its_batch(run: Config) -> None:
     engine = Engine(run)
     others = iter([0.0, 0.0, 1.0])
     engine.sum_over_ranks = lambda values: [values[0] + next(others)]
-    with StopRequest() as stop, pytest.raises(Interrupted, match="while embedding prompts; 9 of 12 entries remain"):
+    with StopRequest() as stop, pytest.raises(Interrupted, match="while embedding prompts; 9 of 12 groups remain"):
         fill(run, engine, stop=stop)
     again = Engine(run)
     embeddings, _ = fill(run, again)
