@@ -173,7 +173,7 @@ class TrainConfig(Section):
         save_in_background: Write checkpoints from a copy in host memory while training continues.
         hang_timeout_seconds: Seconds without progress of a rank after which the job is aborted; 0 disables the check.
         max_idle_restarts: Maximum restarts without a new checkpoint before the run fails; 0 means no limit.
-        accept_changes: Options (or `data`, `weights`, `plan`, `plugin`) that may differ from the checkpoint in a resumed
+        accept_changes: Options (or `data`, `weights`, `plan`, `plugin`) that may differ from a checkpoint in a resumed
             run.
         log_every_steps: Steps between logged metrics.
         resume: Resume from the latest checkpoint in output_dir.
