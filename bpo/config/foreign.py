@@ -8,6 +8,7 @@ _LENGTH = "`data.max_length_tokens`, the tokens of prompt and completion togethe
 _DTYPE = "`model.dtype`: bfloat16, float16 or float32"
 _ATTENTION = "`model.attention`: auto, flash, varlen, flex or sdpa"
 _FREEZE = "`trainable.{}`: frozen or full"
+_TERM = "`loss.terms`, a term with"
 _ALWAYS = "nothing: {}"
 _NO_EVALUATION = "nothing: training does not evaluate; run bpo evaluate on the exported model"
 
@@ -81,6 +82,16 @@ FOREIGN = {
     "pref_ftx": "loss.chosen_nll_weight",
     "rpo_alpha": "loss.chosen_nll_weight",
     "dpo_label_smoothing": "loss.label_smoothing",
+    "loss_weights": "`loss.terms`, a list of terms with a weight each",
+    "ld_alpha": f"{_TERM} ld_alpha",
+    "use_weighting": f"{_TERM} weighting: wpo",
+    "f_divergence_type": f"{_TERM} divergence",
+    "f_alpha_divergence_coef": f"{_TERM} divergence_alpha, which is 1 minus it",
+    "discopop_tau": "`loss.options`, with loss.type discopop: tau",
+    "simpo_gamma": "`loss.options`, with loss.type simpo: gamma",
+    "cpo_alpha": "`loss.chosen_nll_weight`, with loss.type cpo",
+    "orpo_alpha": "`loss.terms`, a term of type orpo with that weight and one of type nll",
+    "sync_ref_model": _ALWAYS.format("the reference is `model.path` before training"),
     "ref_model": _ALWAYS.format("the reference is `model.path` before training"),
     "ref_model_name_or_path": _ALWAYS.format("the reference is `model.path` before training"),
     "precompute_ref_log_probs": _ALWAYS.format("they are always computed once, and kept in `train.reference_dir`"),
