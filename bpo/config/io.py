@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
@@ -97,7 +98,23 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ValueError(f"--config {path}: not readable as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
         raise ValueError(f"--config {path}: expected a mapping of sections, found {type(tree).__name__}")
-    return tree
+    return _with_on(tree)
+
+
+@functools.cache
+def _read_on_as_text() -> None:
+    """Makes jsonargparse read the key `on` of a loss term as text: YAML 1.1 reads an unquoted `on` as true."""
+    import yaml
+    from jsonargparse import get_loader, set_loader
+
+    load = get_loader("yaml")
+    set_loader("yaml", lambda text: _with_on(load(text)), exceptions=(yaml.YAMLError,))
+
+
+def _with_on(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {"on" if key is True else key: _with_on(item) for key, item in value.items()}
+    return [_with_on(item) for item in value] if isinstance(value, list) else value
 
 
 def load_config(argv: list[str], prog: str = "bpo", description: str = "", reads: Sequence[str] = ()) -> Config:
@@ -112,6 +129,7 @@ def load_config(argv: list[str], prog: str = "bpo", description: str = "", reads
     """
     from jsonargparse import ArgumentParser
 
+    _read_on_as_text()
     short = "; ".join(f"{alias} is short for {flag}" for alias, flag in ALIASES.items())
     parser = ArgumentParser(prog=prog, description=description, epilog=short, exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file; later files and flags take precedence.")

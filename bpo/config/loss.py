@@ -46,6 +46,7 @@ class TermConfig(Section):
         label_smoothing: Assumed fraction of pairs with swapped labels.
         pairs: Rule that selects the pairs: `text`, `image`, `chosen`, `rejected`, `auxiliary`, `symmetric`, `argmax`,
             or a plug-in's; empty uses the loss's own.
+        on: Answers that a likelihood term is on: `chosen` or `auxiliary`; short for its `pairs`.
         view: Name in loss.views of the image of both sides; empty is the clean image.
         against: Name in loss.views of the image of the dispreferred side, for `image` and `argmax` pairs.
         length: Whether a sequence counts as the `sum` or the `mean` of its tokens; `auto` is the loss's own choice.
@@ -68,6 +69,7 @@ class TermConfig(Section):
     beta: float = number(0.0, above=0, zero="loss.beta")
     label_smoothing: float = number(0.0, at_least=0, below=0.5)
     pairs: str = ""
+    on: Literal["", "chosen", "auxiliary"] = ""
     view: str = ""
     against: str = ""
     length: Literal["auto", "sum", "mean"] = "auto"

@@ -71,7 +71,7 @@ def resolve_terms(config: LossConfig) -> tuple[Term, ...]:
         definition = _known(options.type, LOSSES, f"{where}.type")
         _check(options, definition, config, where)
         name = _name(options, number, where, {term.name for term in terms})
-        pairs = options.pairs or definition.pairs
+        pairs = _pairs(options, definition)
         values = _option_values(options, definition, where)
         spec = TermSpec(
             name=name,
@@ -90,6 +90,11 @@ def resolve_terms(config: LossConfig) -> tuple[Term, ...]:
     if len({term.spec.shared_tokens for term in terms if term.spec.pairs == "argmax"}) > 1:
         raise ValueError("loss.terms: all terms with pairs: argmax must agree on shared_tokens")
     return tuple(terms)
+
+
+def _pairs(options: TermConfig, definition: LossDefinition) -> str:
+    """The rule of a term's pairs; `on` is another way to write it for a likelihood."""
+    return options.pairs or options.on or definition.pairs
 
 
 def cell_plan(config: LossConfig, terms: Iterable[Term], seed: int) -> CellPlan:
@@ -128,7 +133,7 @@ def _known(name: str, registered: Mapping[str, Any], where: str) -> Any:
 
 
 def _check(options: TermConfig, definition: LossDefinition, config: LossConfig, where: str) -> None:
-    pairs = options.pairs or definition.pairs
+    pairs = _pairs(options, definition)
     _known(pairs, PAIR_RULES, f"{where}.pairs")
     for field, registered in (("token_weights", TOKEN_RULES), ("weighting", WEIGHINGS)):
         if getattr(options, field):
@@ -149,6 +154,10 @@ def _faults(options: TermConfig, definition: LossDefinition, pairs: str) -> Iter
     yield from _faults_of_pairs(options, definition, pairs)
     yield from _faults_of_likelihoods(options, definition)
     name = definition.name
+    if options.on and definition.pairs != "chosen":
+        yield f"on: {options.on} is for likelihood terms (nll); write pairs for {name}"
+    if options.on and options.pairs:
+        yield "on and pairs are two ways to write one thing; remove one"
     if options.label_smoothing and not definition.smoothing:
         yield f"label_smoothing={options.label_smoothing:g} does not apply to {name}; set 0"
     if options.weighting and definition.across_groups:

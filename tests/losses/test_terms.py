@@ -50,6 +50,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"type": "spa", "options": {"window": 0}}, ".options.window is 0: use an integer of at least 1"),
     ({"type": "exo_pair"}, ".label_smoothing is 0.0: exo_pair needs more than 0 (its paper uses 0.001)"),
     ({"type": "apo_zero", "divergence": "js"}, ".divergence is 'js', but apo_zero is defined for reverse_kl only"),
+    ({"on": "chosen"}, ": on: chosen is for likelihood terms (nll); write pairs for sigmoid"),
+    ({"type": "nll", "on": "chosen", "pairs": "chosen"}, ": on and pairs are two ways to write one thing; remove one"),
     # options that do not apply to the loss
     ({"type": "hinge", "label_smoothing": 0.1}, ": label_smoothing=0.1 does not apply to hinge; set 0"),
     (
@@ -208,7 +210,25 @@ ACCEPTED: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("term", ACCEPTED, ids=str)
 def test_combinations_with_a_meaning(term: dict[str, Any]) -> None:
-    LossProgram(config_of(term))
+    (spec,) = LossProgram(config_of(term)).plan.terms
+    assert spec.pairs == term.get("pairs", LOSSES[term.get("type", "sigmoid")].pairs)
+    assert (spec.against, spec.token_weights) == (term.get("against", ""), term.get("token_weights", ""))
+
+
+def test_a_likelihood_names_its_answers_by_on(tmp_path: Path) -> None:
+    (tmp_path / "mpo.yaml").write_text(
+        "loss: {terms: [{type: sigmoid, pairs: text, weight: 0.8, beta: 0.1}, {type: bco_pair, weight: 0.2}, "
+        "{type: nll, on: chosen, weight: 1.0}, {type: nll, on: auxiliary, name: description}]}"
+    )
+    specs = LossProgram(load_config(["--config", str(tmp_path / "mpo.yaml")]).loss).plan.terms
+    from_flag = load_config(["--loss.terms", "[{type: nll, on: auxiliary}]"]).loss.terms
+    assert [term.on for term in from_flag] == ["auxiliary"]
+    assert [(spec.name, spec.pairs) for spec in specs] == [
+        ("sigmoid", "text"),
+        ("bco_pair", "text"),
+        ("nll", "chosen"),
+        ("description", "auxiliary"),
+    ]
 
 
 def test_the_short_form_is_a_list_of_one_or_two() -> None:
