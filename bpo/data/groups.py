@@ -210,7 +210,8 @@ class GroupDataset(Dataset):
         for group, of_group in zip(groups, measured, strict=False):  # a placeholder has no measurement
             key_of = keys_by_cell(reference.cells(group), of_group.cell_keys)
             keys.append([key_of.get(cell, "") for cell in plan.cells(group).cells()])
-        stand_in = self.stand_in if not any(_has_images(group) for group in groups) else None
+        members = [member for group in groups for member in packed_members(group, plan.cells(group))]
+        stand_in = self.stand_in if not any(member.prompt.image_inputs for member in members) else None
         family = self.encoder.family
         batch = collate_groups(groups, family, plan, keys, is_filler=is_filler, stand_in=stand_in)
         return dataclasses.replace(batch, group_keys=tuple(of_group.reference_key for of_group in measured))
@@ -227,10 +228,6 @@ class GroupDataset(Dataset):
             worker_init_fn=leave_signals_to_parent,
         )
         return iter(loader)
-
-
-def _has_images(group: EncodedGroup) -> bool:
-    return bool(group.prompt.image_inputs)
 
 
 def changed_images(group: PreferenceGroup) -> str:

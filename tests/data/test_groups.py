@@ -216,3 +216,14 @@ def test_cells_of_the_clean_image_are_the_same_entries_for_every_loss(encoder: E
         assert set(split_keys(plain.cell_keys)) < set(keys[-1])
     assert keys[0] == keys[1]
     assert len(set(keys[0]) - set(keys[2])) == 1  # the cell under the other image
+
+
+def test_a_batch_of_cells_without_images_ends_with_the_stand_in(encoder: Encoder) -> None:
+    """Another rank's placeholder has an image: the vision tower must run here too, as ZeRO's collectives require."""
+    plan = CellPlan((TermSpec(view="blind"),), {"blind": ViewConfig(type="none")})
+    dataset = GroupDataset(three_groups()[:1], encoder, max_words=99, types=(), plan=plan)
+    measured = dataset.measure(0)
+    assert isinstance(measured, MeasuredGroup)
+    (batch,) = iterate_micro_batches(dataset, {0: measured}, [([0], False)], num_workers=0)
+    assert len(batch.layout.prefix_spans) == 2 and batch.layout.completion_spans[-1] == ()
+    assert batch.image_inputs["pixel_values"].shape[0] == 1
