@@ -19,7 +19,15 @@ from bpo.config.foreign import translation
 from bpo.config.training import Config, missing_model
 
 TRAIN_INPUTS = ("model.path", "data.groups")
-ALIASES = {"--on-bad": "--data.on_bad", "--max-bad-share": "--data.max_bad_share"}
+ALIASES = {
+    "--on-bad": "--data.on_bad",
+    "--max-bad-share": "--data.max_bad_share",
+    "--suite": "--evaluation.suite",
+    "--answers": "--evaluation.answers",
+    "--questions": "--evaluation.questions",
+    "--format": "--evaluation.format",
+    "--push": "--export.push",
+}
 
 
 def all_keys(node: type = Config, prefix: str = "") -> list[str]:

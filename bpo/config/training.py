@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Literal
 
 from bpo.config.bootstrap import BootstrapConfig
+from bpo.config.evaluation import EvaluationConfig
+from bpo.config.export import ExportConfig
 from bpo.config.loss import LossConfig
 from bpo.config.measure import MeasureConfig
 from bpo.config.options import NUM_SEEDS, Section, check, needed, number, seconds
+from bpo.config.tracking import TrackingConfig
 
 
 @dataclass(kw_only=True)
@@ -224,56 +227,6 @@ class TrainConfig(Section):
 
 
 @dataclass(kw_only=True)
-class EvaluationConfig(Section):
-    """Benchmarks of `bpo evaluate`.
-
-    Attributes:
-        output: JSON file for the results.
-        chair_instances: COCO instances JSON (`images`, `annotations`, `categories`); empty skips CHAIR.
-        chair_captions: COCO captions JSON; objects mentioned in captions also count as present.
-        synonyms: File with one object per line, its canonical name followed by synonyms; empty uses the category names.
-        chair_prompt: Prompt that asks for a description.
-        pope_questions: POPE files (JSONL: question_id, image, text, label); the split is taken from the file name.
-        max_new_tokens: Maximum number of tokens per answer.
-        batch_size: Number of answers generated per batch.
-        limit: Score only the first `limit` images and questions; 0 uses all.
-        max_idle_restarts: Maximum SLURM restarts without a new answer before the job fails; 0 means no limit.
-        stall_timeout_s: Seconds without a batch answered by any rank after which rank 0 stops waiting for the others.
-    """
-
-    where = "evaluation"
-
-    output: str = ""
-    chair_instances: str = ""
-    chair_captions: str = ""
-    synonyms: str = ""
-    chair_prompt: str = "Describe this image."
-    pope_questions: list[str] = field(default_factory=list)
-    max_new_tokens: int = number(512, at_least=1)
-    batch_size: int = number(16, at_least=1)
-    limit: int = number(0, at_least=0, zero="all")
-    max_idle_restarts: int = number(3, at_least=0, zero="no limit")
-    stall_timeout_s: float = seconds(3600.0, at_least=0.1)
-
-
-@dataclass(kw_only=True)
-class ExportConfig(Section):
-    """Options of `bpo export`.
-
-    Attributes:
-        checkpoint: Checkpoint directory, or a run's output_dir for its latest checkpoint.
-        output: Output directory.
-        form: `merged` writes full weights and the processor; `adapter` only the trained weights, as a PEFT adapter.
-    """
-
-    where = "export"
-
-    checkpoint: str = ""
-    output: str = ""
-    form: Literal["merged", "adapter"] = "merged"
-
-
-@dataclass(kw_only=True)
 class Config:
     """Complete configuration.
 
@@ -286,6 +239,7 @@ class Config:
         trainable: Trainable parts of the model.
         loss: Preference loss.
         train: Optimisation, batching, checkpoints and logging.
+        tracking: Experiment trackers.
         evaluation: Benchmarks of `bpo evaluate`.
         export: Options of `bpo export`.
     """
@@ -298,6 +252,7 @@ class Config:
     trainable: TrainableConfig = field(default_factory=TrainableConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
 

@@ -161,5 +161,4 @@ class Recipe:
             pope_questions=[str(path) for path in world.pope.values()],
             max_new_tokens=self.max_new_tokens,
             batch_size=self.batch_size,
-            limit=self.num_evaluation_scenes,  # and as many questions of each POPE split
         )

@@ -1,0 +1,1 @@
+"""One file per benchmark; `registry.py` has them by name."""
