@@ -44,7 +44,7 @@ COVERS = {
     "bootstrap/whole_set/test_edit.py": "slots",
     "bootstrap/whole_set/test_swap.py": "content images items outcomes permute takers",
     "checkpoint/test_files.py": "partition shards",
-    "config/test_io.py": "bootstrap foreign loss measure negatives options select training",
+    "config/test_io.py": "bootstrap foreign loss measure negatives options select server training",
     "data/families/test_families.py": "base gemma idefics internvl llava qwen",
     "data/test_cells.py": "pairs token_weights",
     "evaluation/test_answer_journal.py": "answers",

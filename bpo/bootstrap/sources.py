@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from bpo.bootstrap.clean import clean_rewriting
 from bpo.bootstrap.completion_types import PROVENANCE_SOURCES, candidate_key
-from bpo.bootstrap.engines.text import Reply, TextGenerator
+from bpo.bootstrap.engines.text import TextGenerator
 from bpo.bootstrap.engines.vision import VisionGenerator, VisionRequest, special_tokens_of
 from bpo.bootstrap.inject import InjectionRequest, Mode, build_request, choose_mode, question_of
 from bpo.bootstrap.job.outcomes import Outcome, Status
@@ -23,6 +23,7 @@ from bpo.config.bootstrap import RegenerateConfig, Source
 from bpo.config.training import Config
 from bpo.data.encode import Encoder
 from bpo.formats.images import ImageError, load_image
+from bpo.job.chat_server import Reply
 from bpo.job.seeds import derive_seed
 from bpo.records import Annotation, Provenance
 

@@ -10,12 +10,12 @@ import pytest
 
 from bpo.bootstrap import sources
 from bpo.bootstrap.engines.models import Generators
-from bpo.bootstrap.engines.text import Reply
 from bpo.bootstrap.inject import InjectionRequest
 from bpo.bootstrap.job.outcomes import OutcomeReader, OutcomeWriter
 from bpo.bootstrap.sources import InjectedErrors
 from bpo.bootstrap.validate import Refusal, refusal
 from bpo.config.training import Config
+from bpo.job.chat_server import Reply
 from bpo.job.signals import StopRequest
 
 RESULTS = ("groups.jsonl", "groups.jsonl.refused.jsonl", "groups.jsonl.quarantine.jsonl")

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-from bpo.bootstrap.engines.text import Reply
+from bpo.job.chat_server import Reply
 
 
 def replies_of(generator: Any, requests: Sequence[Any]) -> list[Reply]:

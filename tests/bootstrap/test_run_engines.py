@@ -10,8 +10,6 @@ from typing import Any
 import pytest
 
 from bpo.bootstrap.engines.models import num_prepare_threads
-from bpo.bootstrap.engines.server import ServerError
-from bpo.bootstrap.engines.text import Reply
 from bpo.bootstrap.inject import InjectionRequest
 from bpo.bootstrap.run import run_bootstrap
 from bpo.bootstrap.sources import InjectedErrors
@@ -25,6 +23,7 @@ from bpo.config.bootstrap import (
 )
 from bpo.config.training import Config
 from bpo.formats.files import read_groups
+from bpo.job.chat_server import Reply, ServerError
 from bpo.records import Annotation, ContentPart, Turn
 from tests.bootstrap.fake_server import completion, fake_server
 

@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 import torch
 
-from bpo.bootstrap.engines.server import ChatServer
 from bpo.bootstrap.engines.text import (
     ChatEngine,
     ChatTextGenerator,
@@ -20,6 +19,7 @@ from bpo.bootstrap.engines.vision import ChatVisionGenerator, TransformersVision
 from bpo.bootstrap.engines.vllm import VllmEngine
 from bpo.config.training import Config
 from bpo.data.encode import Encoder, load_encoder
+from bpo.job.chat_server import ChatServer
 from bpo.job.launch import Ranks, pick_device
 from bpo.model.group_scores import GroupScorer
 from bpo.model.load import load_model, resolve_model

@@ -1,14 +1,14 @@
 """Text-only LLMs that inject errors: any transformers causal LM, or the multimodal model's own language model.
 
 A generator returns a reply for each request of a batch. `ChatTextGenerator` forwards requests to a server
-(`bpo/bootstrap/engines/server.py`) or to vLLM (`bpo/bootstrap/engines/vllm.py`).
+(`bpo/job/chat_server.py`) or to vLLM (`bpo/bootstrap/engines/vllm.py`).
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,28 +19,12 @@ from bpo.config.bootstrap import CacheKind, InjectConfig
 from bpo.config.training import missing_model
 from bpo.data.encode import EncodedPrompt, Encoder, EncodingError
 from bpo.data.processor import render_template
+from bpo.job.chat_server import Reply
 from bpo.model.generate import generate_ids, generate_prompts
 from bpo.model.kv_cache import CachedPrefix, Prefixes, common_beginning
 from bpo.records import ContentPart, Turn
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """An LLM's answer to one request.
-
-    Attributes:
-        text: The answer, before cleaning.
-        finished: Whether it ended with an EOS token, not at its budget.
-        error: Why this request has no answer, or None.
-        is_broken: Whether the error is in the record itself (such as an unreadable image), not in this request.
-    """
-
-    text: str
-    finished: bool = True
-    error: str | None = None
-    is_broken: bool = False
 
 
 class ChatEngine(Protocol):

@@ -12,13 +12,14 @@ from typing import Any, Protocol
 
 from PIL import Image
 
-from bpo.bootstrap.engines.text import ChatEngine, Reply
+from bpo.bootstrap.engines.text import ChatEngine
 from bpo.bootstrap.weaken import Weakening, picture_weakener, weaken_images
 from bpo.config.training import Config, DataConfig
 from bpo.data.encode import EncodedImages, EncodedPrompt, Encoder, EncodingError
 from bpo.data.padding import pad_to_square
 from bpo.data.processor import with_system_turn
 from bpo.formats.images import load_image
+from bpo.job.chat_server import Reply
 from bpo.model.generate import generate_prompts
 from bpo.model.kv_cache import CachedPrefix, Prefixes, common_beginning
 from bpo.records import ContentPart, Turn

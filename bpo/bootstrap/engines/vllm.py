@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
-from bpo.bootstrap.engines.text import Reply
+from bpo.job.chat_server import Reply
 
 # With these set, vLLM would try to join the job's own process group.
 _LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

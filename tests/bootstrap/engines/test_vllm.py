@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from bpo.bootstrap.engines.text import Reply
 from bpo.bootstrap.engines.vllm import VllmEngine, keep_to_own_gpu
+from bpo.job.chat_server import Reply
 
 
 @dataclass

@@ -17,10 +17,10 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
 from typing import Any, Protocol
 
-from bpo.bootstrap.engines.text import Reply
-from bpo.config.bootstrap import ServerConfig
+from bpo.config.server import ServerConfig
 from bpo.job.exits import JobError
 
 logger = logging.getLogger(__name__)
@@ -31,6 +31,25 @@ FIRST_PAUSE_S, MAX_PAUSE_S = 1.0, 60.0
 _BLOCK_BYTES, _MAX_ANSWER_BYTES = 1 << 16, 16 << 20
 # The server rejects this request (such as a prompt over its context length); others may succeed.
 _REQUEST_REFUSED = (400, 413, 422)
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """An LLM's answer to one request.
+
+    Attributes:
+        text: The answer, before cleaning.
+        finished: Whether it ended with an EOS token, not at its budget.
+        error: Why this request has no answer, or None.
+        is_broken: Whether the error is in the record itself (such as an unreadable image), not in this request.
+        model: Name of the model as the server reports it; empty if it does not.
+    """
+
+    text: str
+    finished: bool = True
+    error: str | None = None
+    is_broken: bool = False
+    model: str = ""
 
 
 class ServerError(JobError):
@@ -205,13 +224,14 @@ def _read_whole(response: Any, deadline_s: float) -> bytes:
 
 def _read_reply(raw: bytes) -> Reply:
     try:
-        choice = json.loads(raw)["choices"][0]
+        completion = json.loads(raw)
+        choice = completion["choices"][0]
         text = choice["message"]["content"]
         if text is not None and not isinstance(text, str):
             raise TypeError("content is not text")
     except (ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
         raise _TryAgain(f"response is not a chat completion: {raw[:200]!r}") from error
-    return Reply(text or "", finished=choice.get("finish_reason") != "length")
+    return Reply(text or "", finished=choice.get("finish_reason") != "length", model=str(completion.get("model") or ""))
 
 
 def _classify(error: urllib.error.HTTPError) -> Exception:

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from bpo.bootstrap.engines.server import MAX_TRIES, ChatServer, ServerError
-from bpo.bootstrap.engines.text import ChatTextGenerator, Reply
+from bpo.bootstrap.engines.text import ChatTextGenerator
 from bpo.bootstrap.inject import InjectionRequest, Message
 from bpo.config.bootstrap import InjectConfig, ServerConfig
+from bpo.job.chat_server import MAX_TRIES, ChatServer, Reply, ServerError
 from tests.bootstrap.fake_server import CUT, DRIP, Answer, completion, fake_server
 from tests.bootstrap.replies import FakeClock, replies_of
 
