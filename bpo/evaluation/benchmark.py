@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -91,6 +92,21 @@ class BenchmarkOptions(Section):
     prompt: str = ""
     suffix: str = ""
     max_new_tokens: int = number(0, at_least=1, zero="the benchmark's own")
+
+    def asked(self, text: str) -> str:
+        """The question with the suffix."""
+        return f"{text} {self.suffix}" if self.suffix else text
+
+    def path(self, option: str) -> Path:
+        """The value of an option that must name a file or folder.
+
+        Raises:
+            ValueError: It is empty.
+        """
+        value = getattr(self, option)
+        if not value:
+            raise ValueError(f"benchmark {self.name or self.type!r}: option {option!r} is empty; give it a path")
+        return Path(value)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bpo.evaluation.benchmark import Question
 from bpo.evaluation.chair import present_objects
 from bpo.evaluation.pope import PopeQuestion
 from bpo.formats.jsonfiles import parse_json, read_records
@@ -49,7 +51,7 @@ def read_coco(instances: Path, captions: Path | None = None, synonyms: Path | No
     categories_of_image: dict[int | str, list[str]] = {image_id: [] for image_id in file_of_image}
     for number, entry in enumerate(tree["annotations"]):
         where = f"{instances}, annotations[{number}]"
-        image_id, category = _field(entry, "image_id", where), _field(entry, "category_id", where)
+        image_id, category = id_field(entry, "image_id", where), id_field(entry, "category_id", where)
         if image_id not in file_of_image or category not in name_of_category:
             raise ValueError(f"{where}: image_id {image_id!r} or category_id {category!r} is not declared; add it")
         categories_of_image[image_id].append(name_of_category[category])
@@ -57,7 +59,7 @@ def read_coco(instances: Path, captions: Path | None = None, synonyms: Path | No
     if captions is not None:
         for number, entry in enumerate(_read_object(captions, ("annotations",))["annotations"]):
             where = f"{captions}, annotations[{number}]"
-            image_id, caption = _field(entry, "image_id", where), _text(entry, "caption", where)
+            image_id, caption = id_field(entry, "image_id", where), text_field(entry, "caption", where)
             if image_id in captions_of_image:
                 captions_of_image[image_id].append(caption)
         if not any(captions_of_image.values()):
@@ -109,10 +111,10 @@ def read_pope(path: Path) -> tuple[PopeQuestion, ...]:
             raise ValueError(f"{where}: the split is {split!r}; it must be text such as random")
         questions.append(
             PopeQuestion(
-                _field(entry, "question_id", where),
+                id_field(entry, "question_id", where),
                 split,
-                _text(entry, "image", where),
-                _text(entry, "text", where),
+                text_field(entry, "image", where),
+                text_field(entry, "text", where),
                 _LABELS[label.strip().lower()],
             )
         )
@@ -134,7 +136,7 @@ def _read_object(path: Path, keys: tuple[str, ...]) -> dict[str, Any]:
 
 def _table(entries: list[Any], where: str, key: str, value: str) -> dict[int | str, str]:
     table = {
-        _field(entry, key, f"{where}[{number}]"): _text(entry, value, f"{where}[{number}]")
+        id_field(entry, key, f"{where}[{number}]"): text_field(entry, value, f"{where}[{number}]")
         for number, entry in enumerate(entries)
     }
     if len(table) != len(entries):
@@ -143,15 +145,37 @@ def _table(entries: list[Any], where: str, key: str, value: str) -> dict[int | s
     return table
 
 
-def _field(entry: Any, key: str, where: str) -> int | str:
+def id_field(entry: Any, key: str, where: str) -> int | str:
+    """The field `key` of a record, which must be text or an integer.
+
+    Raises:
+        ValueError: It is not; names `where` and the field.
+    """
     value = entry.get(key) if isinstance(entry, dict) else None
     if isinstance(value, bool) or not isinstance(value, (int, str)):
         raise ValueError(f"{where}: field {key!r} is {value!r}; it must be text or an integer")
     return value
 
 
-def _text(entry: Any, key: str, where: str) -> str:
+def text_field(entry: Any, key: str, where: str) -> str:
+    """The field `key` of a record, which must be text.
+
+    Raises:
+        ValueError: It is not; names `where` and the field.
+    """
     value = entry.get(key) if isinstance(entry, dict) else None
     if not isinstance(value, str):
         raise ValueError(f"{where}: field {key!r} is {value!r}; it must be text")
     return value
+
+
+def unique_ids(questions: Sequence[Question], where: str) -> None:
+    """Checks that no two questions have the same id.
+
+    Raises:
+        ValueError: Two have; names `where` and the id.
+    """
+    counts = Counter(question.id for question in questions)
+    if len(counts) != len(questions):
+        ((repeated, _),) = counts.most_common(1)
+        raise ValueError(f"{where}: question id {repeated!r} is used twice; make ids unique")
