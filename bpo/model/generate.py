@@ -18,6 +18,7 @@ from transformers import (
     StoppingCriteriaList,
     SuppressTokensLogitsProcessor,
     TemperatureLogitsWarper,
+    TopKLogitsWarper,
     TopPLogitsWarper,
 )
 
@@ -112,6 +113,9 @@ def generate_ids(
     inputs_of_ids: Callable[[torch.Tensor], dict[str, torch.Tensor]] = lambda ids_BT: {},
     prefix: CachedPrefix | None = None,
     cache: CacheKind = "reserved",
+    top_k: int = 0,
+    num_beams: int = 1,
+    beam_inputs: dict[str, torch.Tensor] | None = None,
 ) -> list[tuple[list[int], bool]]:
     """Generates one batch.
 
@@ -127,6 +131,9 @@ def generate_ids(
         inputs_of_ids: Computes inputs that depend on the padded ids [B, T], such as token types.
         prefix: Cached common prefix of all prompts; padding then follows it. Not supported by a `static` cache.
         cache: The kind of KV cache: see `bpo/model/kv_cache.py`.
+        top_k: Number of most probable tokens; 0 keeps all.
+        num_beams: Beams of a beam search; above 1 all budgets must be equal, temperature 0 and cache dynamic.
+        beam_inputs: `model_inputs` with those of each record repeated `num_beams` times.
 
     Returns:
         For each record its new tokens without EOS, and whether it ended with EOS (not at its budget).
@@ -138,25 +145,25 @@ def generate_ids(
     ids_BT, mask_BT = _padded(prompts, pad_token_id, prefix, cache)
     config = GenerationConfig(
         do_sample=False,
-        num_beams=1,
+        num_beams=num_beams,
         max_new_tokens=max(max_new_tokens),
         eos_token_id=list(eos_token_ids),
         pad_token_id=pad_token_id,
         use_cache=True,
         cache_implementation="static" if cache == "static" else None,
     )
-    with _generation_config(model, config):
+    with _generation_config(model, config), _expanding(model, model_inputs or {}, beam_inputs or {}):
         output_BT = model.generate(
             input_ids=ids_BT.to(model.device),
             attention_mask=mask_BT.to(model.device),
             generation_config=config,
-            logits_processor=_processors(suppressed_token_ids, temperature, top_p, seeds, model.device),
-            stopping_criteria=StoppingCriteriaList([TokenBudgets(ids_BT.shape[1], max_new_tokens, model.device)]),
+            logits_processor=logits_processors(suppressed_token_ids, temperature, top_p, top_k, seeds, model.device),
+            stopping_criteria=_budgets(ids_BT.shape[1], max_new_tokens, num_beams, model.device),
             **_cache_arguments(model, cache, prefix, len(prompts)),
-            **_to_model((model_inputs or {}) | inputs_of_ids(ids_BT), model),
+            **to_model((model_inputs or {}) | inputs_of_ids(ids_BT), model),
         )
     new_ids = zip(output_BT[:, ids_BT.shape[1] :].tolist(), max_new_tokens, strict=True)
-    return [_until_end(ids, set(eos_token_ids), budget) for ids, budget in new_ids]
+    return [until_end(ids, set(eos_token_ids), budget) for ids, budget in new_ids]
 
 
 @contextmanager
@@ -173,6 +180,37 @@ def _generation_config(model: Any, config: GenerationConfig) -> Iterator[None]:
         model.generation_config = own_config
 
 
+@contextmanager
+def _expanding(model: Any, inputs: dict[str, torch.Tensor], beam_inputs: dict[str, torch.Tensor]) -> Iterator[None]:
+    """Passes `beam_inputs` to the beams instead of `inputs`.
+
+    transformers repeats the rows of every input, which is wrong for images: a record has none, one or several rows.
+    """
+    if not beam_inputs:
+        yield
+        return
+    expand = model._expand_inputs_for_generation
+
+    def expand_others(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, dict[str, Any]]:
+        ids_BT, expanded = expand(*args, **{name: value for name, value in kwargs.items() if name not in inputs})
+        return ids_BT, expanded | to_model(beam_inputs, model)
+
+    model._expand_inputs_for_generation = expand_others
+    try:
+        yield
+    finally:
+        del model._expand_inputs_for_generation  # the method of the class again
+
+
+def _budgets(
+    prompt_length_tokens: int, max_new_tokens: Sequence[int], num_beams: int, device: torch.device
+) -> StoppingCriteriaList:
+    if num_beams == 1:
+        return StoppingCriteriaList([TokenBudgets(prompt_length_tokens, max_new_tokens, device)])
+    assert len(set(max_new_tokens)) == 1, "a beam search has one budget, which its generation config holds"
+    return StoppingCriteriaList()
+
+
 def _cache_arguments(model: Any, cache: CacheKind, prefix: CachedPrefix | None, num_records: int) -> dict[str, Any]:
     if prefix is not None:
         assert cache != "static", "transformers' static cache cannot start from a cached prefix"
@@ -180,8 +218,13 @@ def _cache_arguments(model: Any, cache: CacheKind, prefix: CachedPrefix | None, 
     return {"past_key_values": reserved_cache(model)} if cache == "reserved" else {}
 
 
-def _processors(
-    suppressed_token_ids: Sequence[int], temperature: float, top_p: float, seeds: Sequence[int], device: torch.device
+def logits_processors(
+    suppressed_token_ids: Sequence[int],
+    temperature: float,
+    top_p: float,
+    top_k: int,
+    seeds: Sequence[int],
+    device: torch.device,
 ) -> LogitsProcessorList:
     """Logits processors applied before argmax, in order."""
     processors = LogitsProcessorList()
@@ -189,20 +232,24 @@ def _processors(
         processors.append(SuppressTokensLogitsProcessor(suppressed_token_ids, device=device))
     if temperature > 0:
         processors.append(TemperatureLogitsWarper(float(temperature)))
+        if top_k:
+            processors.append(TopKLogitsWarper(top_k))
         if top_p < 1:
             processors.append(TopPLogitsWarper(top_p))
         processors.append(GumbelNoise(seeds, device))
     return processors
 
 
-def _until_end(ids: list[int], eos_token_ids: set[int], budget: int) -> tuple[list[int], bool]:
+def until_end(ids: list[int], eos_token_ids: set[int], budget: int) -> tuple[list[int], bool]:
+    """The tokens before the first EOS, at most `budget`, and whether there is an EOS."""
     for index, token in enumerate(ids[:budget]):
         if token in eos_token_ids:
             return ids[:index], True
     return ids[:budget], False
 
 
-def _to_model(inputs: dict[str, torch.Tensor], model: Any) -> dict[str, torch.Tensor]:
+def to_model(inputs: dict[str, torch.Tensor], model: Any) -> dict[str, torch.Tensor]:
+    """The inputs on the model's device, floating-point ones in its dtype."""
     return {
         name: value.to(model.device, model.dtype if value.is_floating_point() else value.dtype)
         for name, value in inputs.items()
@@ -221,16 +268,19 @@ def generate_prompts(
     beginnings: Sequence[Sequence[int]] | None = None,
     prefix: CachedPrefix | None = None,
     cache: CacheKind = "reserved",
+    top_k: int = 0,
+    num_beams: int = 1,
 ) -> list[tuple[str, bool]]:
     """`generate_answers` with a budget per record; also returns whether each answer ended with EOS.
 
     Args:
         beginnings: Tokens of each answer that are already the end of its prompt; the answer includes them.
-        prefix, cache: See `generate_ids`.
+        prefix, cache, top_k, num_beams: See `generate_ids`.
     """
     if not prompts:
         return []
-    images = encoder.family.batch_image_inputs([p.image_inputs for p in prompts if p.image_inputs])
+    images = [prompt.image_inputs for prompt in prompts if prompt.image_inputs]
+    of_beams = [inputs for inputs in images for _ in range(num_beams)] if num_beams > 1 else []
     answers = generate_ids(
         model,
         [prompt.prefix_ids for prompt in prompts],
@@ -241,10 +291,13 @@ def generate_prompts(
         temperature=temperature,
         top_p=top_p,
         seeds=seeds,
-        model_inputs=images,
+        model_inputs=encoder.family.batch_image_inputs(images),
         inputs_of_ids=encoder.family.generation_inputs,
         prefix=prefix,
         cache=cache,
+        top_k=top_k,
+        num_beams=num_beams,
+        beam_inputs=encoder.family.batch_image_inputs(of_beams),
     )
     begun = beginnings or [()] * len(prompts)
     return [(encoder.decode([*first, *ids]), ended) for first, (ids, ended) in zip(begun, answers, strict=True)]
@@ -259,6 +312,8 @@ def generate_answers(
     temperature: float,
     top_p: float,
     seeds: Sequence[int],
+    top_k: int = 0,
+    num_beams: int = 1,
 ) -> list[str]:
     """The model's answers to one batch of prompts, control and placeholder tokens suppressed.
 
@@ -272,9 +327,20 @@ def generate_answers(
         temperature: 0 is greedy.
         top_p: Nucleus; 1 keeps all tokens.
         seeds: One per prompt.
+        top_k: Number of most probable tokens; 0 keeps all.
+        num_beams: Beams of a beam search, with temperature 0; 1 is greedy.
     """
-    budgets = [max_new_tokens] * len(prompts)
     sampled = generate_prompts(
-        model, encoder, prompts, max_new_tokens=budgets, temperature=temperature, top_p=top_p, seeds=seeds
+        model,
+        encoder,
+        prompts,
+        max_new_tokens=[max_new_tokens] * len(prompts),
+        temperature=temperature,
+        top_p=top_p,
+        seeds=seeds,
+        # Beams change places in the cache after every token, which would copy reserved buffers.
+        cache="dynamic" if num_beams > 1 else "reserved",
+        top_k=top_k,
+        num_beams=num_beams,
     )
     return [text for text, _ in sampled]

@@ -104,7 +104,7 @@ def prompts_of(encoder: Encoder, with_images: bool) -> list[Any]:
 def scores(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     """The model's scores for each new token [B, V], before sampling."""
     seen: list[torch.Tensor] = []
-    processors = generate._processors
+    processors = generate.logits_processors
 
     def recording(*arguments: Any) -> LogitsProcessorList:
         def record(input_ids: torch.Tensor, scores_BV: torch.Tensor) -> torch.Tensor:
@@ -113,7 +113,7 @@ def scores(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
 
         return LogitsProcessorList([record, *processors(*arguments)])
 
-    monkeypatch.setattr(generate, "_processors", recording)
+    monkeypatch.setattr(generate, "logits_processors", recording)
     return seen
 
 
