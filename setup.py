@@ -64,6 +64,9 @@ PEERS = [
 # site-packages, 0.6.0 from any; the benchmark supports both.
 QUACK = ["quack-kernels>=0.6; sys_platform == 'linux' and platform_machine in 'x86_64 aarch64'"]
 
+# Experiment trackers; MLflow's three others are for its SQLite files (tracking.offline).
+WANDB = ["wandb>=0.19"]
+
 TEST = [
     *HUB,  # without it the parquet tests would be skipped, and without TRL those of its format and its training step
     "hypothesis>=6.120",
@@ -71,6 +74,7 @@ TEST = [
     "pytest-timeout>=2.3",
     "pytest-xdist>=3.6",
     "trl>=1.16; python_version >= '3.11'",
+    *WANDB,
 ]
 
 EXTRAS = {
@@ -98,8 +102,11 @@ EXTRAS = {
         "wheel>=0.45",
     ],
     "hub": HUB,
+    "mlflow": ["mlflow-skinny>=3", "alembic>=1.13", "sqlalchemy>=2", "sqlparse>=0.5"],
     "test": TEST,
+    "trackio": ["trackio>=0.5"],
     "vllm": ["vllm>=0.11"],
+    "wandb": WANDB,
 }
 
 setup(

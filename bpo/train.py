@@ -52,6 +52,7 @@ from bpo.training.plan import plan_training
 from bpo.training.reference_pass import fill_reference_store, model_description
 from bpo.training.report import StepReport
 from bpo.training.step import run_step
+from bpo.training.trackers import Trackers, open_trackers
 
 
 @dataclasses.dataclass
@@ -66,6 +67,7 @@ class Prepared:
     saver: CheckpointSaver
     done: int
     flops: ModelFlops
+    trackers: Trackers
 
 
 def prepare(
@@ -81,6 +83,8 @@ def prepare(
     guard.count_restart(found[1]["step"] if found else 0)
     if ranks.is_main:
         write_run_record(config, Path(config.train.output_dir))
+    # Before the hours of measuring and the reference pass: a tracker may lack its library, its key or its server.
+    trackers = open_trackers(config, enabled=ranks.is_main, start_step=found[1]["step"] if found else 0)
     with guard.phase("measuring the groups"):
         gather = collectives.gather_from_ranks
         data = measure_groups(config, encoder, ranks, gather, stop, continuing=found is not None)
@@ -106,7 +110,7 @@ def prepare(
     with guard.phase("loading the checkpoint") if found else contextlib.nullcontext():
         done = partition.resume(trainer, description, found)
     saver = partition.build_saver(trainer, config.train, description, guard)
-    return Prepared(data, steps, trainer, store, embeddings, saver, done, flops)
+    return Prepared(data, steps, trainer, store, embeddings, saver, done, flops, trackers)
 
 
 @named_compile_locks()
@@ -128,7 +132,13 @@ def run_steps(config: Config, run: Prepared, guard: RunGuard, stop: StopRequest 
     trainer, todo, total, number = run.trainer, run.steps[run.done :], len(run.steps), run.done
     progress = {"done": run.done, "total": total, "groups_per_epoch": len(run.data.usable)}
     report = StepReport(
-        config.train, trainer.ranks, trainer.device, flops=run.flops, program=trainer.program, **progress
+        config.train,
+        trainer.ranks,
+        trainer.device,
+        flops=run.flops,
+        program=trainer.program,
+        trackers=run.trackers,
+        **progress,
     )
     batches = training_batches(config.data, run.data, todo, run.store, trainer)
     for step in todo:

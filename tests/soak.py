@@ -142,7 +142,7 @@ def run(output: str, death: Death | None) -> None:
         trainer.restore(found[0], list(found[1]["files"]))
     restarts = RestartCount(output_dir)
     restarts.start(done, 0)
-    writer = MetricsWriter(output_dir, enabled=True, tensorboard=False, start_step=done)
+    writer = MetricsWriter(output_dir, enabled=True, start_step=done)
     saver = CheckpointSaver(
         output_dir,
         Alone(),

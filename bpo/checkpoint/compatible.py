@@ -23,6 +23,7 @@ FREE = (
     "evaluation.*",
     "export.*",
     "measure.*",
+    "tracking.*",
     "loss.plugin",
     "model.path",
     "model.trust_remote_code",

@@ -9,7 +9,6 @@ import json
 import math
 from dataclasses import astuple, dataclass, field, fields
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -18,6 +17,7 @@ from bpo.job.journal import JournalReader, to_line
 from bpo.losses.program import LossOutput, LossProgram
 from bpo.records import GroupBatch, LostGroup, UsefulWork
 from bpo.training.flops import ModelFlops
+from bpo.training.trackers import Trackers
 
 # Means over the pairs of `LossProgram.main`, each counted once whatever its weight.
 _REWARDS = (
@@ -194,35 +194,28 @@ def _gap(output: LossOutput, batch: GroupBatch) -> torch.Tensor:
 
 
 class MetricsWriter:
-    """Appends to metrics.jsonl and TensorBoard on rank 0; on other ranks it does nothing."""
+    """Appends to metrics.jsonl and experiment trackers on rank 0; on other ranks it does nothing."""
 
-    def __init__(self, output_dir: Path, *, enabled: bool, tensorboard: bool, start_step: int):
+    def __init__(self, output_dir: Path, *, enabled: bool, start_step: int, trackers: Trackers | None = None):
         self._file = None
-        self._board: Any = None
+        self._trackers = trackers or Trackers()
         if not enabled:
             return
         path = output_dir / "metrics.jsonl"
         _drop_from(path, start_step)
         self._file = path.open("a", encoding="utf-8")
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(str(output_dir / "tensorboard"), purge_step=start_step + 1)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         if self._file is None:
             return
         self._file.write(json.dumps({"step": step, **metrics}) + "\n")
         self._file.flush()
-        if self._board is not None:
-            for name, value in metrics.items():
-                self._board.add_scalar(name, value, step)
+        self._trackers.log(step, metrics)
 
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
-        if self._board is not None:
-            self._board.close()
+        self._trackers.close()
 
 
 def _drop_from(path: Path, start_step: int) -> None:

@@ -1,4 +1,4 @@
-"""Reports the steps of a training run: progress bar, metrics.jsonl, TensorBoard."""
+"""Reports the steps of a training run: progress bar, metrics.jsonl, experiment trackers."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from bpo.losses.program import LossProgram
 from bpo.training.flops import ModelFlops
 from bpo.training.hardware import peak_flops
 from bpo.training.metrics import MetricsWriter, step_metrics, step_rates
+from bpo.training.trackers import Trackers
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +28,7 @@ class StepReport:
         groups_per_epoch: Groups trained on per epoch.
         flops: Useful FLOPs of the model, for model_tflops_per_second and mfu.
         program: The loss.
+        trackers: Also get the metrics.
     """
 
     def __init__(
@@ -40,13 +42,12 @@ class StepReport:
         groups_per_epoch: int,
         flops: ModelFlops,
         program: LossProgram,
+        trackers: Trackers | None = None,
     ):
         self.program = program
         self.config, self.total, self.groups_per_epoch, self.flops = config, total, groups_per_epoch, flops
         self.peak = peak_of_all(device, config.peak_tflops, ranks)
-        self._writer = MetricsWriter(
-            Path(config.output_dir), enabled=ranks.is_main, tensorboard=config.tensorboard, start_step=done
-        )
+        self._writer = MetricsWriter(Path(config.output_dir), enabled=ranks.is_main, start_step=done, trackers=trackers)
         self._progress = tqdm(total=total, initial=done, desc="training", disable=not ranks.is_main)
 
     def step(self, number: int, totals: list[float], seconds: float, lr: float, grad_norm: float) -> None:

@@ -16,6 +16,7 @@ from bpo.records import GroupBatch, LossInputs, PackedLayout, UsefulWork
 from bpo.training.flops import ModelFlops, Products
 from bpo.training.hardware import peak_flops
 from bpo.training.metrics import MetricsWriter, StepSums, step_metrics, step_rates
+from bpo.training.trackers import TensorBoard, Trackers
 
 PROGRAM = LossProgram(LossConfig())
 NAMES = (
@@ -171,7 +172,7 @@ def lines(folder: Path) -> list[dict]:
 
 
 def test_writer_appends_a_line_a_step_and_flushes_it(tmp_path: Path) -> None:
-    writer = MetricsWriter(tmp_path, enabled=True, tensorboard=False, start_step=0)
+    writer = MetricsWriter(tmp_path, enabled=True, start_step=0)
     writer.write(1, {"loss": 0.5})
     assert lines(tmp_path) == [{"step": 1, "loss": 0.5}]
     writer.write(2, {"loss": 0.25})
@@ -181,7 +182,7 @@ def test_writer_appends_a_line_a_step_and_flushes_it(tmp_path: Path) -> None:
 
 def test_resumed_writer_replaces_later_steps_and_a_torn_line(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1}\n{"step": 2, "loss": 2}\n{"step": 3, "los')
-    writer = MetricsWriter(tmp_path, enabled=True, tensorboard=False, start_step=1)
+    writer = MetricsWriter(tmp_path, enabled=True, start_step=1)
     writer.write(2, {"loss": 7})
     writer.close()
     assert lines(tmp_path) == [{"step": 1, "loss": 1}, {"step": 2, "loss": 7}]
@@ -194,7 +195,7 @@ def test_lines_that_are_not_metrics_are_skipped_by_file_and_line(
     damaged = [b'{"step": 2, "loss": \xff}', b"\0" * 40, b"5", b"{}", b'{"step": null}']
     good = [b'{"step": 1, "loss": 0.1}', b'{"step": 3, "loss": NaN}']
     (tmp_path / "metrics.jsonl").write_bytes(b"\n".join([good[0], *damaged, good[1]]) + b"\n")
-    MetricsWriter(tmp_path, enabled=True, tensorboard=False, start_step=9).close()
+    MetricsWriter(tmp_path, enabled=True, start_step=9).close()
     assert (tmp_path / "metrics.jsonl").read_bytes().splitlines() == good
     for number in range(2, 7):
         assert f"metrics.jsonl:{number}: unreadable line, skipped" in caplog.text
@@ -212,12 +213,12 @@ def test_a_kill_while_a_resumed_run_shortens_the_file_leaves_it_as_it_was(
 
     monkeypatch.setattr("os.replace", killed)
     with pytest.raises(KeyboardInterrupt):
-        MetricsWriter(tmp_path, enabled=True, tensorboard=False, start_step=1)
+        MetricsWriter(tmp_path, enabled=True, start_step=1)
     assert (tmp_path / "metrics.jsonl").read_text() == before
 
 
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:
-    writer = MetricsWriter(tmp_path, enabled=False, tensorboard=True, start_step=0)
+    writer = MetricsWriter(tmp_path, enabled=False, start_step=0)
     writer.write(1, {"loss": 0.5})
     writer.close()
     assert list(tmp_path.iterdir()) == []
@@ -226,7 +227,8 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
 def test_tensorboard_has_the_same_numbers(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    writer = MetricsWriter(tmp_path, enabled=True, tensorboard=True, start_step=0)
+    board = Trackers({"TensorBoard": TensorBoard(tmp_path, 0)})
+    writer = MetricsWriter(tmp_path, enabled=True, start_step=0, trackers=board)
     writer.write(1, {"loss": 0.5, "rewards/margins": 2.0})
     writer.close()
     events = EventAccumulator(str(tmp_path / "tensorboard"))
