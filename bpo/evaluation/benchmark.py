@@ -46,6 +46,10 @@ class Question:
     def resampled(self) -> str:
         return self.unit or self.image or self.id
 
+    def item(self, answer: str, **read: Any) -> dict[str, Any]:
+        """An item of `Scores`: the question, its answer, and how the answer was read."""
+        return {"id": self.id, "image": self.image, "question": self.text, "answer": answer, **read}
+
 
 @dataclass(frozen=True, slots=True)
 class Scores:
@@ -123,6 +127,7 @@ class Benchmark(ABC):
     Options: ClassVar[type[BenchmarkOptions]] = BenchmarkOptions
     max_new_tokens: ClassVar[int] = 512
     lower_is_better: ClassVar[frozenset[str]] = frozenset()
+    not_fractions: ClassVar[frozenset[str]] = frozenset()  # metrics that tables do not show in percent
 
     options: BenchmarkOptions
     questions: tuple[Question, ...]
