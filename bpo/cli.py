@@ -149,12 +149,14 @@ def _evaluate(argv: list[str]) -> int:
     from bpo.job.signals import StopRequest
 
     with StopRequest() as stop:
-        from bpo.config.io import load_config
+        from bpo.config.io import check_inputs, load_config
         from bpo.job.launch import ranks_from_environment, setup_logging
 
         setup_logging(ranks_from_environment())
-        about = "Measure hallucination with CHAIR and POPE."
-        config = load_config(argv, prog="bpo evaluate", description=about, reads=("model.path",))
+        about = "Measure hallucination with the benchmarks of a suite, or CHAIR and POPE."
+        config = load_config(argv, prog="bpo evaluate", description=about)
+        if not config.evaluation.answers:  # else the answers of a file are scored
+            check_inputs(config, ("model.path",))
         from bpo.evaluation.run import run_evaluation
 
         run_evaluation(config, stop=stop)

@@ -13,11 +13,11 @@ from benchmarks.grounding.data import Probe, evaluation_scenes, probes, write_im
 from benchmarks.grounding.language import DESCRIBE, facts
 from benchmarks.grounding.tower import register
 from benchmarks.grounding.world import Scene, WorldConfig
-from bpo.config.training import Config, DataConfig, ModelConfig
+from bpo.config.training import Config, DataConfig, EvaluationConfig, ModelConfig
 from bpo.data.encode import load_encoder
 from bpo.evaluation.answer_journal import AnswerJournal
 from bpo.evaluation.answers import Request, answer_requests
-from bpo.evaluation.pope import says_yes
+from bpo.evaluation.benchmarks.pope import says_yes
 from bpo.model.load import load_model
 
 MAX_NEW_TOKENS = 64
@@ -46,14 +46,12 @@ def evaluate(model_folder: Path, images: Path, world: WorldConfig, split: Split)
     model, encoder = load_model(config.model, torch.device("cpu")), load_encoder(config)
     scenes = evaluation_scenes(world, split.name, split.num_descriptions)
     names = write_images(images, split.name, scenes)
-    requests = [Request(name, name, DESCRIBE[0]) for name in names]
     asked = _probes(images, world, split, scenes, names)
-    requests += [Request(f"probe-{number}", probe.image, probe.text) for number, probe in enumerate(asked)]
+    prompts = [*((name, DESCRIBE[0]) for name in names), *((probe.image, probe.text) for probe in asked)]
+    requests = [Request(image=image, text=text, max_new_tokens=MAX_NEW_TOKENS) for image, text in prompts]
     journal = AnswerJournal()
-    answer_requests(
-        model, encoder, requests, journal, "grounding", max_new_tokens=MAX_NEW_TOKENS, batch_size=BATCH, progress=False
-    )
-    answers = journal.all("grounding", len(requests), 0.0)
+    answer_requests(model, encoder, requests, journal, EvaluationConfig(batch_size=BATCH), progress=False)
+    answers = journal.all([request.key for request in requests], 0.0)
     described = [_scored(text, scene) for text, scene in zip(answers, scenes, strict=False)]
     verdicts = [
         {"agrees": probe.agrees, "truth": probe.truth, "right": says_yes(text) == probe.truth}

@@ -24,7 +24,8 @@ from bpo.config.loss import LossConfig, TermConfig, ViewConfig
 from bpo.config.training import Config, DataConfig, ExportConfig, ModelConfig
 from bpo.data.encode import Dropped, EncodedGroup, load_encoder
 from bpo.data.groups import GroupDataset
-from bpo.evaluation.run import evaluate_model, read_benchmarks
+from bpo.evaluation.run import evaluate_model
+from bpo.evaluation.suite import read_suite
 from bpo.job.durable import replacing
 from bpo.job.exits import JobError
 from bpo.job.launch import Ranks
@@ -238,4 +239,5 @@ def evaluate(model: Path, sizes: Comparison, world: World) -> dict[str, float]:
         data=DataConfig(image_root=str(world.images)),
         evaluation=options,
     )
-    return evaluate_model(load_model(config.model), load_encoder(config), read_benchmarks(options), options).metrics()
+    (chair,) = evaluate_model(load_model(config.model), load_encoder(config), read_suite(options), options)
+    return {name: chair.metrics[name] for name in ("chair_i", "chair_s", "recall")}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from bpo.config.decoding import CalibrationConfig, ContrastConfig, Decoding, GridConfig, SamplingConfig
-from bpo.config.options import NUM_SEEDS, Section, number, seconds
+from bpo.config.options import NUM_SEEDS, Section, check, number, seconds
 
 
 @dataclass(kw_only=True)
@@ -23,10 +23,10 @@ class EvaluationConfig(Section):
         synonyms: File with one object per line, its canonical name followed by synonyms; empty uses the category names.
         chair_prompt: Prompt that asks for a description.
         pope_questions: POPE files (JSONL: question_id, image, text, label); the split is taken from the file name.
-        images: File with one image path per line; restricts CHAIR and POPE to these images.
-        sample: Number of images to draw for each benchmark, if no list is given; 0 takes all.
+        images: File with one image path per line; restricts benchmarks without a list or sample of their own.
+        sample: Number of images to draw for each such benchmark, from the list if there is one; 0 takes all.
         sample_seed: Seed of the draw.
-        max_new_tokens: Maximum number of tokens per answer.
+        max_new_tokens: Maximum number of tokens per answer, without a suite; a suite's benchmarks have their own.
         batch_size: Number of answers generated per batch.
         decoding: `plain`; `vdd` and `vcd` contrast with biased views of the image; `calibration` corrects the
             probabilities of yes and no, other questions are answered plainly; `grid` tries sampling settings.
@@ -34,6 +34,8 @@ class EvaluationConfig(Section):
         contrast: Biased views and strength, for vdd, vcd and calibration.
         calibration: Form of the calibration.
         grid: Settings of the grid.
+        num_shards: Number of jobs that share the questions and the output, such as array tasks; shard 0 scores.
+        shard_index: Index of this job, starting from 0.
         max_idle_restarts: Maximum SLURM restarts without a new answer before the job fails; 0 means no limit.
         stall_timeout_s: Seconds without a batch answered by any rank after which rank 0 stops waiting for the others.
     """
@@ -60,5 +62,18 @@ class EvaluationConfig(Section):
     contrast: ContrastConfig = field(default_factory=ContrastConfig)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     grid: GridConfig = field(default_factory=GridConfig)
+    num_shards: int = number(1, at_least=1)
+    shard_index: int = number(0, at_least=0)
     max_idle_restarts: int = number(3, at_least=0, zero="no limit")
     stall_timeout_s: float = seconds(3600.0, at_least=0.1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(
+            self.sampling.num_beams == 1 or self.decoding not in ("vdd", "vcd"),
+            f"evaluation.decoding={self.decoding} has no beam search; set evaluation.sampling.num_beams to 1",
+        )
+        check(
+            self.shard_index < self.num_shards,
+            f"evaluation.shard_index is {self.shard_index}; it must be below num_shards {self.num_shards}",
+        )

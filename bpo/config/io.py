@@ -77,8 +77,8 @@ def _nearest(dotted: str, known: list[str]) -> str:
     return f"; did you mean `{close[0]}`?" if close else "; `--help` lists every key"
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The sections of a YAML file.
+def read_yaml(path: Path, option: str = "--config") -> dict[str, Any]:
+    """The sections of a YAML file, which `option` names in messages.
 
     Raises:
         ValueError: it is not readable, not YAML or not a mapping, or a key occurs twice; names file and line.
@@ -95,17 +95,17 @@ def read_yaml(path: Path) -> dict[str, Any]:
             return super().construct_mapping(node, deep)
 
     if not path.is_file():
-        raise ValueError(f"--config {path}: no such file")
+        raise ValueError(f"{option} {path}: no such file")
     try:
         tree = yaml.load(path.read_text(encoding="utf-8"), Loader)
     except yaml.MarkedYAMLError as error:
         line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
         tab = "a tab; indent with spaces" if "'\\t'" in str(error.problem) else error.problem
-        raise ValueError(f"--config {path}: {line}{tab}") from error
+        raise ValueError(f"{option} {path}: {line}{tab}") from error
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise ValueError(f"--config {path}: not readable as YAML: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{option} {path}: not readable as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
-        raise ValueError(f"--config {path}: expected a mapping of sections, found {type(tree).__name__}")
+        raise ValueError(f"{option} {path}: expected a mapping of sections, found {type(tree).__name__}")
     return _with_on(tree)
 
 
@@ -159,11 +159,12 @@ def load_config(argv: list[str], prog: str = "bpo", description: str = "", reads
         raise ValueError(f"{' '.join(str(error).split())}; `{prog} --help` lists every option") from error
     built = parser.instantiate(namespace)
     config = Config(**{entry.name: built[entry.name] for entry in fields(Config)})
-    _check_inputs(config, reads)
+    check_inputs(config, reads)
     return config
 
 
-def _check_inputs(config: Config, reads: Sequence[str]) -> None:
+def check_inputs(config: Config, reads: Sequence[str]) -> None:
+    """Raises ValueError if an option of `reads` is empty or names nothing that exists."""
     values = {key: getattr(getattr(config, key.split(".")[0]), key.split(".")[1]) for key in reads}
     if empty := [key for key, value in values.items() if not value.strip()]:
         flags = " ".join(f"--{key} PATH" for key in empty)

@@ -1,9 +1,9 @@
 """Answer journal: answers are written to disk as they are generated, so runs are resumable and ranks share the work.
 
-    FOLDER/rank-00000.jsonl     one JSON line per answer: benchmark, number of the question, text
+    FOLDER/rank-00000.jsonl     one JSON line per answer: key of the request, text
 
 Ranks communicate only through these files. Each appends to its own and syncs it to disk after every batch; all ranks
-read all files. A question whose line was torn by a kill is asked again. Answers are greedy, so repeated ones are equal.
+read all files. A request whose line was torn by a kill is answered again, with the same seed.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ _POLL_S = 1.0
 
 
 class AnswerJournal:
-    """The answers to the numbered questions of the benchmarks.
+    """Answers by the key of their request.
 
     Args:
         folder: Folder of the journal; None keeps answers in memory, for a single process.
-        ranks: The ranks that share the questions.
+        ranks: The ranks that share the requests.
         stop: Checked before every batch.
     """
 
     def __init__(self, folder: Path | None = None, ranks: Ranks | None = None, stop: StopRequest | None = None):
         self.folder, self.ranks, self.stop = folder, ranks or Ranks(), stop
-        self._answers: dict[tuple[str, int], str] = {}
+        self._answers: dict[str, str] = {}
         self._journals: dict[Path, JournalReader] = {}
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
@@ -40,57 +40,53 @@ class AnswerJournal:
     def __len__(self) -> int:
         return len(self._answers)
 
-    def batches(self, benchmark: str, num_questions: int, size: int) -> list[range]:
-        """This rank's batches with unanswered questions; batches do not depend on the number of ranks."""
-        starts = range(0, num_questions, size)[self.ranks.rank :: self.ranks.world_size]
-        batches = [range(start, min(start + size, num_questions)) for start in starts]
-        return [batch for batch in batches if any((benchmark, number) not in self._answers for number in batch)]
+    def __contains__(self, key: str) -> bool:
+        return key in self._answers
 
     def check_stop(self) -> None:
         """Raises Interrupted if a signal was received."""
         if self.stop is not None:
             self.stop.check(f"{len(self)} answers are kept")
 
-    def put(self, benchmark: str, answers: Mapping[int, str]) -> None:
-        """Adds answers by the number of their question; returns when they are on disk."""
-        self._answers |= {(benchmark, number): text for number, text in answers.items()}
+    def put(self, answers: Mapping[str, str]) -> None:
+        """Adds answers by key; returns when they are on disk."""
+        self._answers |= answers
         if self.folder is None:
             return
         with JournalWriter(self.folder / f"rank-{self.ranks.rank:05d}.jsonl", exclusive=False) as writer:
-            writer.append(b"".join(to_line([benchmark, number, text]) for number, text in answers.items()))
+            writer.append(b"".join(to_line([key, text]) for key, text in answers.items()))
 
     def poll(self) -> int:
         """Reads new lines of all ranks; returns the number of new answers."""
         before = len(self._answers)
         for path in sorted(self.folder.glob("rank-*.jsonl")) if self.folder else ():
-            for _, (benchmark, number, text) in self._journals.setdefault(path, JournalReader(path)).poll(_answer):
-                self._answers[benchmark, number] = text
+            for _, (key, text) in self._journals.setdefault(path, JournalReader(path)).poll(_answer):
+                self._answers[key] = text
         return len(self._answers) - before
 
-    def all(self, benchmark: str, num_questions: int, stall_timeout_s: float) -> Sequence[str]:
-        """All answers in the order of the questions; waits for those of other ranks.
+    def all(self, keys: Sequence[str], stall_timeout_s: float) -> list[str]:
+        """The answers of `keys`; waits for those of other ranks.
 
         Raises:
             TimeoutError: no answer arrived for `stall_timeout_s` seconds.
             Interrupted: a signal was received meanwhile.
         """
-        wanted = [(benchmark, number) for number in range(num_questions)]
         last_news = time.monotonic()
-        while missing := sum(key not in self._answers for key in wanted):
+        while missing := sum(key not in self._answers for key in set(keys)):
             if self.poll():
                 last_news = time.monotonic()
                 continue
             if time.monotonic() - last_news > stall_timeout_s:
                 raise TimeoutError(
-                    f"{self.folder}: {missing} of {num_questions} answers are missing and none arrived for "
+                    f"{self.folder}: {missing} of {len(set(keys))} answers are missing and none arrived for "
                     f"{stall_timeout_s:.0f} s (evaluation.stall_timeout_s); check the other ranks' logs, then restart: "
                     "answers are kept"
                 )
             self.check_stop()
             time.sleep(min(_POLL_S, stall_timeout_s))
-        return [self._answers[key] for key in wanted]
+        return [self._answers[key] for key in keys]
 
 
-def _answer(entry: Any) -> tuple[str, int, str]:
-    benchmark, number, text = entry
-    return benchmark, number, text
+def _answer(entry: Any) -> tuple[str, str]:
+    key, text = entry
+    return key, text

@@ -1,79 +1,137 @@
-"""Greedy answers of a model to questions about images, in batches."""
+"""Answers of a model to the questions of a suite, in batches; equal questions of several benchmarks are asked once."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from bpo.config.evaluation import EvaluationConfig
 from bpo.evaluation.answer_journal import AnswerJournal
+from bpo.evaluation.benchmark import Benchmark
+from bpo.job.seeds import derive_seed
 from bpo.records import ContentPart, Turn
 
 if TYPE_CHECKING:
     from bpo.data.encode import EncodedPrompt, Encoder
+    from bpo.model.decoding import DecodingCost
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """A question about an image, given by its path relative to data.image_root."""
+    """All that an answer depends on, besides the model and the options of decoding.
 
-    id: str
+    Attributes:
+        image: Path relative to data.image_root; empty asks without an image.
+        text: The complete prompt.
+        max_new_tokens: Maximum length of the answer.
+        labels: See `Question.labels`.
+        scope: The benchmark, where the decoding of an answer depends on the other questions; else empty.
+    """
+
     image: str
     text: str
+    max_new_tokens: int
+    labels: tuple[str, ...] = ()
+    scope: str = ""
+
+    @property
+    def key(self) -> str:
+        """32 hexadecimal digits, under which the journal has the answer."""
+        return hashlib.sha256(json.dumps(astuple(self)).encode()).hexdigest()[:32]
 
     @property
     def prompt(self) -> tuple[Turn, ...]:
-        return (Turn("user", (ContentPart("image"), ContentPart("text", self.text))),)
+        image = (ContentPart("image"),) if self.image else ()
+        return (Turn("user", (*image, ContentPart("text", self.text))),)
+
+
+def requests_of(benchmark: Benchmark, options: EvaluationConfig) -> list[Request]:
+    """One request per question of the benchmark, in order; equal questions have equal requests."""
+    depends = options.decoding == "calibration" and options.calibration.over == "dataset"
+    return [
+        Request(
+            image=question.image,
+            text=question.text,
+            max_new_tokens=benchmark.answer_length,
+            labels=question.labels,
+            scope=benchmark.name if depends else "",
+        )
+        for question in benchmark.questions
+    ]
+
+
+def batches_of(requests: Iterable[Request], size: int) -> list[list[Request]]:
+    """Every distinct request once, in order, in batches of one scope and maximum length.
+
+    Batches depend on neither the ranks nor finished answers, so that answers do not either.
+    """
+    batches = []
+    for _, run in groupby(dict.fromkeys(requests), lambda request: (request.scope, request.max_new_tokens)):
+        alike = list(run)
+        batches += [alike[start : start + size] for start in range(0, len(alike), size)]
+    return batches
 
 
 def answer_requests(
     model: Any,
     encoder: Encoder,
-    requests: Sequence[Request],
+    requests: Iterable[Request],
     journal: AnswerJournal,
-    benchmark: str,
+    options: EvaluationConfig,
     *,
-    max_new_tokens: int,
-    batch_size: int,
-    label: str = "answering",
     progress: bool = True,
+    cost: DecodingCost | None = None,
 ) -> None:
-    """Generates this rank's missing greedy answers into `journal`, batch by batch.
+    """Generates this rank's missing answers into `journal`, batch by batch.
+
+    Args:
+        model: From `bpo.model.load.load_model`, in eval mode.
+        encoder: Encoder of the same model.
+        options: Batch size and decoding.
+        cost: Adds this process's forward passes.
 
     Raises:
         ImageError: An image cannot be read; names it.
         Interrupted: A signal was received; finished batches are kept.
     """
-    from bpo.model.generate import generate_answers
+    from bpo.model.decoding import answer_prompts
 
-    batches = journal.batches(benchmark, len(requests), batch_size)
+    ranks = journal.ranks
+    batches = [
+        batch
+        for batch in batches_of(requests, options.batch_size)[ranks.rank :: ranks.world_size]
+        if any(request.key not in journal for request in batch)
+    ]
     total = sum(map(len, batches))
-    with tqdm(total=total, desc=label, unit="answer", disable=not (progress and journal.ranks.is_main)) as bar:
-        for batch, prompts in zip(batches, _encoded_batches(encoder, requests, batches), strict=True):
+    with tqdm(total=total, desc="answering", unit="answer", disable=not (progress and ranks.is_main)) as bar:
+        for batch, prompts in zip(batches, _encoded_batches(encoder, batches), strict=True):
             journal.check_stop()
-            answers = generate_answers(
+            answers = answer_prompts(
                 model,
                 encoder,
                 prompts,
-                max_new_tokens=max_new_tokens,
-                temperature=0.0,
-                top_p=1.0,
-                seeds=[0] * len(prompts),
+                labels=[request.labels for request in batch],
+                options=options,
+                max_new_tokens=batch[0].max_new_tokens,
+                seeds=[derive_seed(options.sampling.seed, request.key) for request in batch],
+                cost=cost,
             )
-            journal.put(benchmark, dict(zip(batch, answers, strict=True)))
-            bar.update(len(prompts))
+            journal.put({request.key: text for request, text in zip(batch, answers, strict=True)})
+            bar.update(len(batch))
 
 
-def _encoded_batches(
-    encoder: Encoder, requests: Sequence[Request], batches: Sequence[range]
-) -> Iterator[list[EncodedPrompt]]:
+def _encoded_batches(encoder: Encoder, batches: Sequence[Sequence[Request]]) -> Iterator[list[EncodedPrompt]]:
     """Yields encoded batches; encodes the next one in a thread while the model answers the current one."""
 
-    def encode(batch: range) -> list[EncodedPrompt]:
-        return [encoder.encode_prompt(r.id, (r.image,), r.prompt) for r in (requests[number] for number in batch)]
+    def encode(batch: Sequence[Request]) -> list[EncodedPrompt]:
+        return [encoder.encode_prompt(r.image or r.text[:40], (r.image,) if r.image else (), r.prompt) for r in batch]
 
     with ThreadPoolExecutor(max_workers=1) as pool:
         ahead = pool.submit(encode, batches[0]) if batches else None

@@ -7,18 +7,16 @@ Intervals and paired comparisons then resample units and never need to know the 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from bpo.config.options import Section, number
 
-try:
-    from typing import Self
-except ImportError:  # Python 3.10
+if TYPE_CHECKING:
     from typing_extensions import Self
 
 YES_NO = ("Yes", "No")
@@ -69,6 +67,10 @@ class Sums(dict[str, np.ndarray]):
 
     def __missing__(self, name: str) -> np.ndarray:
         return np.zeros(np.shape(next(iter(self.values()), 0.0)))
+
+    def total(self, names: Iterable[str]) -> np.ndarray:
+        """Sum of the counts with these names."""
+        return sum((self[name] for name in names), np.zeros(()))
 
 
 @dataclass(kw_only=True)

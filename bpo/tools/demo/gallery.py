@@ -87,8 +87,9 @@ def evaluation_examples(root: Path) -> tuple[EvaluationExample, ...]:
 
 def _descriptions(path: Path) -> dict[str, dict]:  # type: ignore[type-arg]
     tree = json.loads(path.read_text(encoding="utf-8"))
-    return {entry["image"]: entry for entry in tree["chair"]["descriptions"]}
+    chair = next(result for result in tree["benchmarks"] if result["type"] == "chair")
+    return {item["image"]: item for item in chair["items"]}
 
 
 def _marked(label: str, entry: dict, lexicon: ObjectLexicon) -> MarkedAnswer:  # type: ignore[type-arg]
-    return mark_answer(label, entry["text"], frozenset(entry["present"]), lexicon)
+    return mark_answer(label, entry["answer"], frozenset(entry["present"]), lexicon)

@@ -17,7 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
-from bpo.evaluation.chair import DescriptionScore
+from bpo.evaluation.benchmarks.chair import Description
 from bpo.formats.jsonfiles import read_records
 from bpo.formats.lexicon import ObjectLexicon
 from bpo.tools import measure_plots
@@ -175,9 +175,9 @@ class _Change:
 
 def mark_answer(label: str, text: str, present: frozenset[str], lexicon: ObjectLexicon) -> MarkedAnswer:
     """An answer about an image with the objects `present`; mentions of other objects are marked."""
-    score = DescriptionScore(label, text, present, lexicon.mentions(text))
-    spans = tuple((mention.start, mention.end) for mention in score.hallucinated)
-    return MarkedAnswer(label, text, spans, score.missing)
+    found = Description(present, lexicon.mentions(text))
+    spans = tuple((mention.start, mention.end) for mention in found.hallucinated)
+    return MarkedAnswer(label, text, spans, found.missing)
 
 
 def read_curves(variant: str, metrics_jsonl: Path) -> Curves:

@@ -107,7 +107,8 @@ def evaluate(model_dir: Path, recipe: Recipe, world: World) -> Figures:
     """CHAIR and POPE on the unbiased scenes; saves all answers to evaluation.json in the model directory."""
     from bpo.config.training import DataConfig, ModelConfig
     from bpo.data.encode import load_encoder
-    from bpo.evaluation.run import evaluate_model, read_benchmarks, result_to_json
+    from bpo.evaluation.run import evaluate_model
+    from bpo.evaluation.suite import read_suite
     from bpo.model.load import load_model
 
     options = recipe.evaluation(world)
@@ -116,12 +117,11 @@ def evaluate(model_dir: Path, recipe: Recipe, world: World) -> Figures:
         data=DataConfig(image_root=str(world.images)),
         evaluation=options,
     )
-    benchmarks = read_benchmarks(options)
-    result = evaluate_model(load_model(config.model), load_encoder(config), benchmarks, options)
-    tree = result_to_json(result, benchmarks)
+    results = evaluate_model(load_model(config.model), load_encoder(config), read_suite(options), options)
+    tree = {"benchmarks": [result.to_json() for result in results]}
     (model_dir / "evaluation.json").write_text(json.dumps(tree, indent=1), encoding="utf-8")
-    metrics = result.metrics()
-    return Figures(**{name: metrics[name] for name in Figures.__dataclass_fields__})
+    chair, pope = (result.metrics for result in results)
+    return Figures(chair["chair_i"], chair["chair_s"], chair["recall"], pope["accuracy"], pope["yes_ratio"])
 
 
 def write_metrics(path: Path, results: list[SeedResult], versions: dict[str, str]) -> None:
