@@ -26,7 +26,8 @@ commands:
   merge       merge the groups of a bootstrapping job with several shards; --partial: what is finished so far
   measure     `bpo measure GROUPS`: what rejected answers give away without the image, and whether the sample is fair
   train       preference training in one process; for several, use `deepspeed bpo/train.py`
-  evaluate    measure hallucination with CHAIR and POPE
+  evaluate    measure hallucination with a suite of benchmarks; --compare A B: differences of two results
+  judge       judge answers to MMHal-Bench, MM-Vet and others with a language model on a server
   export      export a checkpoint as a merged model directory or a PEFT adapter
   view        create an HTML page to inspect groups: images, diffs, provenance, token log-ratios
   score       per-token log-probs of a trained model and its reference, for `bpo view --scores`
@@ -146,6 +147,10 @@ def _train(argv: list[str]) -> int:
 
 
 def _evaluate(argv: list[str]) -> int:
+    if "--compare" in argv:
+        from bpo.evaluation.compare import main
+
+        return main(argv)
     from bpo.job.signals import StopRequest
 
     with StopRequest() as stop:
@@ -153,13 +158,29 @@ def _evaluate(argv: list[str]) -> int:
         from bpo.job.launch import ranks_from_environment, setup_logging
 
         setup_logging(ranks_from_environment())
-        about = "Measure hallucination with the benchmarks of a suite, or CHAIR and POPE."
+        about = "Measure hallucination with the benchmarks of a suite (--suite FILE), or with CHAIR and POPE."
         config = load_config(argv, prog="bpo evaluate", description=about)
         if not config.evaluation.answers:  # else the answers of a file are scored
             check_inputs(config, ("model.path",))
         from bpo.evaluation.run import run_evaluation
 
         run_evaluation(config, stop=stop)
+    return 0
+
+
+def _judge(argv: list[str]) -> int:
+    from bpo.job.signals import StopRequest
+
+    with StopRequest() as stop:
+        from bpo.config.io import load_config
+        from bpo.job.launch import Ranks, setup_logging
+
+        setup_logging(Ranks())
+        about = "Judge answers to a benchmark with a language model on a server, always together with the base's."
+        config = load_config(argv, prog="bpo judge", description=about, reads=("judge.prompt", "judge.base"))
+        from bpo.evaluation.judge.run import run_judge
+
+        run_judge(config, stop)
     return 0
 
 
@@ -251,6 +272,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "measure": _measure,
     "train": _train,
     "evaluate": _evaluate,
+    "judge": _judge,
     "export": _export,
     "refs": _refs,
     "score": _score,

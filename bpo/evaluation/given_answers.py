@@ -34,11 +34,14 @@ class _Given:
         return next((str(self.fields[name]) for name in IDS if name in self.fields), "")
 
 
-def read_answers(path: Path, suite: Suite) -> list[list[str]]:
+def read_answers(path: Path, suite: Suite, *, skip_others: bool = False) -> list[list[str]]:
     """For each benchmark of the suite the answers to its questions, in order.
 
     Records may name their benchmark in the field `benchmark`; without it, an answer belongs to the benchmark that has
     a question with its id.
+
+    Args:
+        skip_others: Leave out records that name a benchmark which is not in the suite, instead of refusing them.
 
     Raises:
         ValueError: A question has no answer or several, an answer has no question or questions of several benchmarks,
@@ -50,7 +53,10 @@ def read_answers(path: Path, suite: Suite) -> list[list[str]]:
         raise ValueError(f"evaluation.answers: {path} cannot be read ({error.strerror}); check the path") from error
     places = [_Places.of(benchmark) for benchmark in suite.benchmarks]
     shares: list[list[_Given]] = [[] for _ in places]
+    names = {name for place in places for name in place.names}
     for record in given:
+        if skip_others and record.fields.get("benchmark", next(iter(names))) not in names:
+            continue
         shares[_owner(record, places)].append(record)
     return [place.joined(share, path) for place, share in zip(places, shares, strict=True)]
 

@@ -1,7 +1,7 @@
 """Bootstrap intervals of metrics, and paired differences between two models on the same units.
 
 Units are resampled with replacement (cluster bootstrap): answers about one image are not independent. Metrics are
-functions of sums, so R resamples are one matrix product of their multiplicities [R, U] with the counts [U, C].
+functions of sums, so R resamples are a matrix product of their multiplicities [R, U] with the counts [U, C].
 
 Shape letters: R resamples, U units, C counts.
 """
@@ -19,6 +19,7 @@ from bpo.evaluation.benchmark import Question, Scores, Sums, ratio
 Metrics = Callable[[Sums], dict[str, np.ndarray]]
 NUM_RESAMPLES = 2000
 CONFIDENCE = 0.95
+_CHUNK_BYTES = 16 << 20  # of multiplicities at a time, and as much each of draws and copies
 _ANSWERS, _WORDS = "answers", "answer_words"
 LENGTH = "mean_answer_words"
 
@@ -37,9 +38,23 @@ class UnitCounts:
     names: tuple[str, ...]
     counts_UC: np.ndarray
 
-    def sums(self, multiplicity_RU: np.ndarray | None = None) -> Sums:
-        """Sums over all units, shape [], or over each resample, shape [R]."""
-        totals = self.counts_UC.sum(0) if multiplicity_RU is None else multiplicity_RU @ self.counts_UC
+    def sums(self) -> Sums:
+        """Sums over all units, of shape []."""
+        return self._named(self.counts_UC.sum(0))
+
+    def resampled_sums(self, num_resamples: int, seed: int) -> Sums:
+        """Sums over resamples of the units, of shape [R]; those of equal R, U and seed draw the same units."""
+        rng, num_units = np.random.default_rng(seed), len(self.units)
+        chunk = max(1, _CHUNK_BYTES // (8 * num_units))
+        sums_RC = []
+        for start in range(0, num_resamples, chunk):
+            rows = min(chunk, num_resamples - start)
+            drawn_RU = rng.integers(num_units, size=(rows, num_units)) + num_units * np.arange(rows)[:, None]
+            multiplicity_RU = np.bincount(drawn_RU.ravel(), minlength=rows * num_units).reshape(rows, num_units)
+            sums_RC.append(multiplicity_RU.astype(np.float64) @ self.counts_UC)
+        return self._named(np.concatenate(sums_RC))
+
+    def _named(self, totals: np.ndarray) -> Sums:
         return Sums({name: totals[..., number] for number, name in enumerate(self.names)})
 
     def to_json(self) -> dict[str, Any]:
@@ -78,7 +93,7 @@ def metric_intervals(
     counts: UnitCounts, metrics: Metrics, *, seed: int = 0, num_resamples: int = NUM_RESAMPLES
 ) -> dict[str, tuple[float, float, float]]:
     """metric -> (value, low, high): percentile bootstrap interval at confidence `CONFIDENCE`."""
-    resampled = values_of(metrics, counts.sums(_multiplicities(len(counts.units), num_resamples, seed)))
+    resampled = values_of(metrics, counts.resampled_sums(num_resamples, seed))
     return {
         name: (float(value), *_percentiles(resampled[name]))
         for name, value in values_of(metrics, counts.sums()).items()
@@ -96,19 +111,12 @@ def paired_differences(
     if first.units != second.units:
         differing = sorted({*first.units} ^ {*second.units})
         raise ValueError(f"{len(differing)} units are in one result only, such as {differing[0]!r}")
-    multiplicity_RU = _multiplicities(len(first.units), num_resamples, seed)
     whole = [values_of(metrics, counts.sums()) for counts in (first, second)]
-    resampled = [values_of(metrics, counts.sums(multiplicity_RU)) for counts in (first, second)]
+    resampled = [values_of(metrics, counts.resampled_sums(num_resamples, seed)) for counts in (first, second)]
     return {
         name: (float(whole[1][name] - whole[0][name]), *_percentiles(resampled[1][name] - resampled[0][name]))
         for name in whole[0]
     }
-
-
-def _multiplicities(num_units: int, num_resamples: int, seed: int) -> np.ndarray:
-    """How often each unit is drawn in each resample, [R, U]."""
-    rng = np.random.default_rng(seed)
-    return rng.multinomial(num_units, np.full(num_units, 1 / num_units), size=num_resamples).astype(np.float64)
 
 
 def _percentiles(values_R: np.ndarray) -> tuple[float, float]:
