@@ -47,11 +47,12 @@ class EncodedImages:
 
 @dataclass(frozen=True, slots=True)
 class EncodedPrompt:
-    """A tokenized prompt with expanded image placeholders, up to the start of the answer."""
+    """A tokenized prompt with expanded image placeholders, up to the start of the answer; `turns` as they were given."""
 
     record_id: str
     prefix_ids: tuple[int, ...]
     image_inputs: dict[str, torch.Tensor]
+    turns: tuple[Turn, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,7 +202,7 @@ class Encoder:
         prefix_ids: list[int] = []
         for token in self._chat.tokenize(pieces, literals):
             prefix_ids.extend([token] * next(runs) if token == self.image_token_id else [token])
-        return EncodedPrompt(record_id, tuple(prefix_ids), encoded.inputs)
+        return EncodedPrompt(record_id, tuple(prefix_ids), encoded.inputs, tuple(prompt))
 
     def encode_images(
         self, images: Sequence[str], change: Callable[[Image.Image], Image.Image] | None = None
