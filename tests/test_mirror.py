@@ -68,6 +68,8 @@ COVERS = {
     "kernels/test_provenance.py": "/bpo/job/run_record",
     "model/attention/test_shared_prefix.py": "sdpa",
     "model/attention/test_varlen.py": "flash rows",
+    "model/decoding/test_answer.py": "cost",
+    "model/decoding/test_contrast.py": "biased branch",
     "model/reference/test_store.py": "format",
     "test_layout.py": "__init__",
     "test_train.py": "training/report training/step",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from bpo.config.options import NUM_SEEDS, Section, number
+from bpo.config.options import NUM_SEEDS, Range, Section, check, number
 
 Decoding = Literal["plain", "vdd", "vcd", "calibration", "grid"]
 BiasedView = Literal["none", "unk", "noise"]
@@ -58,9 +58,9 @@ class GridConfig(Section):
 
     where = "evaluation.grid"
 
-    temperature: list[float] = field(default_factory=lambda: [0.2, 0.6, 1.0])
-    top_p: list[float] = field(default_factory=lambda: [0.4, 0.7, 0.9])
-    top_k: list[int] = field(default_factory=lambda: [5, 50])
+    temperature: list[float] = field(default_factory=lambda: [0.2, 0.6, 1.0], metadata={"range": Range(at_least=0)})
+    top_p: list[float] = field(default_factory=lambda: [0.4, 0.7, 0.9], metadata={"range": Range(above=0, at_most=1)})
+    top_k: list[int] = field(default_factory=lambda: [5, 50], metadata={"range": Range(at_least=1)})
 
 
 @dataclass(kw_only=True)
@@ -72,7 +72,7 @@ class SamplingConfig(Section):
         top_p: Smallest set of tokens with this probability.
         top_k: Number of most probable tokens; 0 keeps all.
         num_beams: Beams of a beam search, with temperature 0; 1 is greedy.
-        seed: With the question's id, the seed of its sample.
+        seed: With the question, the seed of its sample and of the noise of its image.
     """
 
     where = "evaluation.sampling"
@@ -82,3 +82,11 @@ class SamplingConfig(Section):
     top_k: int = number(0, at_least=0, zero="all")
     num_beams: int = number(1, at_least=1, at_most=64)
     seed: int = number(0, at_least=0, below=NUM_SEEDS)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(
+            self.num_beams == 1 or self.temperature == 0,
+            f"evaluation.sampling: num_beams={self.num_beams} does not sample; set temperature to 0, not "
+            f"{self.temperature:g}, or num_beams to 1",
+        )

@@ -6,7 +6,7 @@ Shape letters: B records, T padded prompt tokens, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -97,7 +97,12 @@ def _padded(
     return left_pad(prompts, pad_token_id, _STATIC_MULTIPLE_TOKENS if cache == "static" else 1)
 
 
-@torch.inference_mode()
+def without_gradients(model: Any) -> AbstractContextManager[Any]:
+    """Inference mode; `no_grad` for a model in training, as ZeRO-3 could not train weights gathered in that mode."""
+    in_training = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+    return torch.no_grad() if in_training else torch.inference_mode()
+
+
 def generate_ids(
     model: Any,
     prompts: Sequence[Sequence[int]],
@@ -143,16 +148,9 @@ def generate_ids(
             f"{len(prompts)} prompts, {len(seeds)} seeds and {len(max_new_tokens)} budgets; pass one each per record"
         )
     ids_BT, mask_BT = _padded(prompts, pad_token_id, prefix, cache)
-    config = GenerationConfig(
-        do_sample=False,
-        num_beams=num_beams,
-        max_new_tokens=max(max_new_tokens),
-        eos_token_id=list(eos_token_ids),
-        pad_token_id=pad_token_id,
-        use_cache=True,
-        cache_implementation="static" if cache == "static" else None,
-    )
-    with _generation_config(model, config), _expanding(model, model_inputs or {}, beam_inputs or {}):
+    config = _config(cache, pad_token_id, eos_token_ids, num_beams, max(max_new_tokens))
+    expanding = _expanding(model, model_inputs or {}, beam_inputs or {})
+    with without_gradients(model), _generation_config(model, config), expanding:
         output_BT = model.generate(
             input_ids=ids_BT.to(model.device),
             attention_mask=mask_BT.to(model.device),
@@ -164,6 +162,20 @@ def generate_ids(
         )
     new_ids = zip(output_BT[:, ids_BT.shape[1] :].tolist(), max_new_tokens, strict=True)
     return [until_end(ids, set(eos_token_ids), budget) for ids, budget in new_ids]
+
+
+def _config(
+    cache: CacheKind, pad_token_id: int, eos_token_ids: Sequence[int], num_beams: int, max_new_tokens: int
+) -> GenerationConfig:
+    return GenerationConfig(
+        do_sample=False,
+        num_beams=num_beams,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=list(eos_token_ids),
+        pad_token_id=pad_token_id,
+        use_cache=True,
+        cache_implementation="static" if cache == "static" else None,
+    )
 
 
 @contextmanager
@@ -185,6 +197,7 @@ def _expanding(model: Any, inputs: dict[str, torch.Tensor], beam_inputs: dict[st
     """Passes `beam_inputs` to the beams instead of `inputs`.
 
     transformers repeats the rows of every input, which is wrong for images: a record has none, one or several rows.
+    Later versions (5.23) encode images before and repeat their features, but assign those of Idefics3 to other records.
     """
     if not beam_inputs:
         yield
@@ -192,7 +205,8 @@ def _expanding(model: Any, inputs: dict[str, torch.Tensor], beam_inputs: dict[st
     expand = model._expand_inputs_for_generation
 
     def expand_others(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, dict[str, Any]]:
-        ids_BT, expanded = expand(*args, **{name: value for name, value in kwargs.items() if name not in inputs})
+        others = {name: value for name, value in kwargs.items() if name not in {*inputs, "mm_encoder_outputs"}}
+        ids_BT, expanded = expand(*args, **others)
         return ids_BT, expanded | to_model(beam_inputs, model)
 
     model._expand_inputs_for_generation = expand_others
