@@ -1,20 +1,44 @@
 """Finds the objects that a text mentions: synonyms, plurals and CHAIR's double-word rules (arXiv 1809.02156).
 
 A synonyms file has one object per line, its canonical name first: `person, man, woman, child`.
+
+Words are those of nltk's `word_tokenize`, on which CHAIR's released code relies: `dog-like`, `dog/cat` and `dog_cat`
+are one word each and name no object, and punctuation separates the words of a phrase. Where the released code loses or
+doubles an object by accident, this module does not follow it:
+
+- A name that looks like a plural counts as written. The released code makes `bu` of bus (minibus, airbus).
+- `ties`, `canoes`, `thieves`, `collies`, `magpies` and the like are plurals, which the released code does not know.
+- A phrase of the synonyms file is one mention. The released code has a list of phrases of two words, so `stove top
+  oven` is two mentions of an oven there.
+- Space round the names of the synonyms file, and capitals in it, have no effect. In CHAIR's own file they hide
+  `motor bike`, `cheesecake` and `iPhone` from the released code.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 import re
-from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 
 logger = logging.getLogger(__name__)
 
-_WORD_RE = re.compile(r"[^\W_]+")
+# What separates words for nltk's `word_tokenize`, with clitics and the full stops that end a sentence.
+_MARKS = r"""\s;@\#$%&?!*"`()\[\]{}<>«»“”„‘’\u2012-\u2015"""
+_SEPARATOR = re.compile(
+    rf"""
+    [{_MARKS}]
+    | [:,](?!\d)
+    | --
+    | \.{{2,}}
+    | \.(?=[\s)";}}\]*:@'({{\[”’»]|$)
+    | (?:n't|'(?:s|m|d|ll|re|ve)?)(?=[{_MARKS}:,.']|--|$)
+    | (?<!\w)'
+    """,
+    re.VERBOSE | re.IGNORECASE,
+)
 _MAX_KNOWN_WORDS = 1 << 14
 
 # CHAIR's rules for two-word phrases in which a single word names another object ("baby" a person, "seat" a chair).
@@ -30,8 +54,8 @@ _TWO_WORD_RULES = {
     ("train", "track"): None,
 }
 
-_IRREGULAR_PLURALS = {
-    "calves": "calf",
+# Endings that are plurals also in compounds: gentlemen, grandchildren.
+_IRREGULAR_ENDINGS = {
     "children": "child",
     "feet": "foot",
     "geese": "goose",
@@ -39,10 +63,7 @@ _IRREGULAR_PLURALS = {
     "mice": "mouse",
     "oxen": "ox",
     "people": "person",
-    "policemen": "policeman",
-    "snowmen": "snowman",
     "teeth": "tooth",
-    "women": "woman",
 }
 
 
@@ -66,60 +87,60 @@ class ObjectLexicon:
 
     canonical_of_phrase: Mapping[tuple[str, ...], str | None]
     objects: tuple[str, ...]
-    _lengths_by_first: dict[str, tuple[int, ...]] = field(init=False, repr=False, compare=False)
-    _known_words: dict[str, str | None] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _vocabulary: frozenset[str] = field(init=False, repr=False, compare=False)
+    _longest: int = field(init=False, repr=False, compare=False)
+    _known_forms: dict[str, tuple[str, ...]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        lengths: dict[str, set[int]] = defaultdict(set)
-        for phrase in self.canonical_of_phrase:
-            lengths[phrase[0]].add(len(phrase))
-        by_first = {word: tuple(sorted(each, reverse=True)) for word, each in lengths.items() if max(each) > 1}
-        object.__setattr__(self, "_lengths_by_first", by_first)
+        words = frozenset(word for phrase in self.canonical_of_phrase for word in phrase)
+        object.__setattr__(self, "_vocabulary", words)
+        object.__setattr__(self, "_longest", max(map(len, self.canonical_of_phrase)))
 
     def canonical(self, name: str) -> str | None:
         """Returns the canonical name of a category or synonym, or None."""
-        return self.canonical_of_phrase.get(_words(name))
+        return self.canonical_of_phrase.get(_phrase(name))
 
     def mentions(self, text: str) -> tuple[Mention, ...]:
         """Returns all mentions in order, including repeats; at each position the longest phrase wins.
 
-        A word is looked up as written, then as a plural (`singular_forms`). If the text mentions a toilet, "seat" does
-        not count as a chair.
+        A word is looked up as written, then as a plural (`singular_forms`). The words of a phrase have only white space
+        between them. If the text mentions a toilet, "seat" does not count as a chair.
         """
-        spans = [(m.group().lower(), m.start(), m.end()) for m in _WORD_RE.finditer(text)]
-        words = [word for word, _, _ in spans]
-        toilet_seat = "toilet" in words or "toilets" in words
+        spans = _word_spans(text)
+        forms = [self._forms(text[start:end].lower()) for start, end in spans]
+        toilet = any("toilet" in each for each in forms)
         found: list[Mention] = []
         at = 0
-        while at < len(words):
-            length, canonical = self._longest_phrase(words, at)
-            if canonical is not None and not (toilet_seat and words[at : at + length] in (["seat"], ["seats"])):
-                found.append(Mention(canonical, spans[at][1], spans[at + length - 1][2]))
-            at += length
+        while at < len(spans):
+            phrase = self._longest_phrase(text, spans, forms, at)
+            canonical = self.canonical_of_phrase[phrase] if phrase else None
+            last = at + max(len(phrase), 1) - 1
+            if canonical is not None and not (toilet and phrase == ("seat",)):
+                found.append(Mention(canonical, spans[at][0], spans[last][1]))
+            at = last + 1
         return tuple(found)
 
-    def _longest_phrase(self, words: list[str], at: int) -> tuple[int, str | None]:
-        for length in self._lengths_by_first.get(words[at], ()):
-            if at + length > len(words):
-                continue
-            *head, last = words[at : at + length]
-            for form in (last, *singular_forms(last)):
-                phrase = (*head, form)
+    def _longest_phrase(
+        self, text: str, spans: list[tuple[int, int]], forms: list[tuple[str, ...]], at: int
+    ) -> tuple[str, ...]:
+        """The longest phrase that starts with word `at`, or ()."""
+        end = at + 1
+        while end < min(at + self._longest, len(spans)) and text[spans[end - 1][1] : spans[end][0]].isspace():
+            end += 1
+        for stop in range(end, at, -1):
+            for phrase in itertools.product(*forms[at:stop]):
                 if phrase in self.canonical_of_phrase:
-                    return length, self.canonical_of_phrase[phrase]
-        return 1, self._of_word(words[at])
+                    return phrase
+        return ()
 
-    def _of_word(self, word: str) -> str | None:
-        """Returns the canonical name of a single word, or None."""
-        if word[0].isdigit():  # numbers have no plural and would fill the cache
-            return self.canonical_of_phrase.get((word,))
-        if word not in self._known_words:
-            if len(self._known_words) >= _MAX_KNOWN_WORDS:
-                self._known_words.clear()
-            forms = ((form,) for form in (word, *singular_forms(word)))
-            named = (self.canonical_of_phrase[form] for form in forms if form in self.canonical_of_phrase)
-            self._known_words[word] = next(named, None)
-        return self._known_words[word]
+    def _forms(self, word: str) -> tuple[str, ...]:
+        """The word as written and its singulars, those that occur in phrases."""
+        if word not in self._known_forms:
+            if len(self._known_forms) >= _MAX_KNOWN_WORDS:
+                self._known_forms.clear()
+            forms = dict.fromkeys((word, *singular_forms(word)))
+            self._known_forms[word] = tuple(form for form in forms if form in self._vocabulary)
+        return self._known_forms[word]
 
 
 def build_lexicon(lines: Iterable[Iterable[str]]) -> ObjectLexicon:
@@ -134,12 +155,12 @@ def build_lexicon(lines: Iterable[Iterable[str]]) -> ObjectLexicon:
     phrases: dict[tuple[str, ...], str | None] = {}
     objects: list[str] = []
     for names in lines:
-        canonical, *synonyms = [" ".join(_words(name)) for name in names]
+        canonical, *synonyms = [" ".join(_phrase(name)) for name in names]
         if canonical not in objects:
             objects.append(canonical)
         for name in (canonical, *synonyms):
             phrase = tuple(name.split())
-            if not phrase:
+            if not any(map(str.isalnum, name)):
                 raise ValueError(f"a name of object {canonical!r} is empty; separate names by single commas")
             if phrases.get(phrase, canonical) != canonical:
                 logger.warning("%r names both %r and %r; using the latter", name, phrases[phrase], canonical)
@@ -156,22 +177,32 @@ def build_lexicon(lines: Iterable[Iterable[str]]) -> ObjectLexicon:
 def singular_forms(word: str) -> tuple[str, ...]:
     """Returns the possible singulars of `word`, most likely first; the lexicon decides which one is a name.
 
-    Irregular plurals come from a short list. Otherwise -ies becomes -y, -ves becomes -f and -fe, and -s and -es are
-    removed.
+    Irregular plurals come from a short list of endings. Otherwise -ies becomes -y and -ie, -ves becomes -f, -fe and
+    -ve, -es is removed after a sibilant or o, and -s after anything but s.
     """
-    if word in _IRREGULAR_PLURALS:
-        return (_IRREGULAR_PLURALS[word],)
-    forms: list[str] = []
+    for ending, singular in _IRREGULAR_ENDINGS.items():
+        if word.endswith(ending):
+            return (word.removesuffix(ending) + singular,)
+    if not word.endswith("s") or word.endswith("ss"):
+        return ()
+    forms = [word[:-1]]
     if word.endswith("ies"):
-        forms.append(word[:-3] + "y")
+        forms.insert(0, word[:-3] + "y")
     if word.endswith("ves"):
-        forms += [word[:-3] + "f", word[:-3] + "fe"]
-    if word.endswith("s") and not word.endswith("ss") and len(word) > 2:
-        forms.append(word[:-1])
-    if word.endswith("es"):
+        forms = [word[:-3] + "f", word[:-3] + "fe", *forms]
+    if word.endswith(("ses", "xes", "zes", "ches", "shes", "oes")):
         forms.append(word[:-2])
     return tuple(forms)
 
 
-def _words(name: str) -> tuple[str, ...]:
-    return tuple(_WORD_RE.findall(name.lower()))
+def _word_spans(text: str) -> list[tuple[int, int]]:
+    """(start, end) of each word: what is between separators."""
+    starts, ends = [0], []
+    for separator in _SEPARATOR.finditer(text):
+        ends.append(separator.start())
+        starts.append(separator.end())
+    return [(start, end) for start, end in zip(starts, [*ends, len(text)], strict=True) if start < end]
+
+
+def _phrase(name: str) -> tuple[str, ...]:
+    return tuple(name[start:end].lower() for start, end in _word_spans(name))
