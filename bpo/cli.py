@@ -158,7 +158,10 @@ def _evaluate(argv: list[str]) -> int:
         from bpo.job.launch import ranks_from_environment, setup_logging
 
         setup_logging(ranks_from_environment())
-        about = "Measure hallucination with the benchmarks of a suite (--suite FILE), or with CHAIR and POPE."
+        about = (
+            "Measure hallucination with the benchmarks of a suite (--suite FILE), or with CHAIR and POPE. "
+            "`--compare A.json B.json [--compare-decoding] [--json FILE]` gives the differences of two results."
+        )
         config = load_config(argv, prog="bpo evaluate", description=about)
         if not config.evaluation.answers:  # else the answers of a file are scored
             check_inputs(config, ("model.path",))

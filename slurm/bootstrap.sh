@@ -53,12 +53,7 @@ fi
 enter_job
 arguments=("$@")
 if [[ -n "${SLURM_ARRAY_TASK_ID:-}" ]]; then
-    # shellcheck disable=SC2153 # set by Slurm
-    shard=$(((SLURM_ARRAY_TASK_ID - SLURM_ARRAY_TASK_MIN) / SLURM_ARRAY_TASK_STEP))
-    if ((shard >= SLURM_ARRAY_TASK_COUNT)); then
-        echo "error: --array must be a range such as 0-7; of the list given here no task can tell its place" >&2
-        exit 2
-    fi
+    array_shard
     arguments+=(--bootstrap.shard_index "$shard" --bootstrap.num_shards "$SLURM_ARRAY_TASK_COUNT")
 fi
 launch -m bpo.cli bootstrap "${arguments[@]}"

@@ -1,8 +1,11 @@
 #!/usr/bin/env bash
-# Evaluation with CHAIR and POPE, one task per GPU; the questions are divided among the tasks.
+# Evaluation of a suite of benchmarks, one task per GPU; the questions are divided among the tasks.
 #
 #   slurm/evaluate.sh [--time=2:00:00 --] --config FILE --model.path DIR [...]    submits itself, with site.env
 #   sbatch slurm/evaluate.sh --config FILE --model.path DIR [...]                 from any folder
+#
+# The tasks of an array (--array=0-3) share the questions too. The first one scores and waits for the answers of the
+# others: raise evaluation.stall_timeout_s if they may start hours later.
 #
 # On a signal before the time limit, or on preemption, the job is requeued; existing answers are kept.
 #
@@ -46,5 +49,10 @@ if ! inside_job; then
     exit
 fi
 enter_job
-launch -m bpo.cli evaluate "$@"
+arguments=("$@")
+if [[ -n "${SLURM_ARRAY_TASK_ID:-}" ]]; then
+    array_shard
+    arguments+=(--evaluation.shard_index "$shard" --evaluation.num_shards "$SLURM_ARRAY_TASK_COUNT")
+fi
+launch -m bpo.cli evaluate "${arguments[@]}"
 finish "$code"

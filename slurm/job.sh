@@ -5,6 +5,7 @@
 #   split_arguments   separates sbatch's options from bpo's
 #   submit            submits a script of this folder with sbatch
 #   enter_job         sets up the environment of a job
+#   array_shard       tells a task its place in its array
 #   launch            starts one task per GPU with srun, in the site's container
 #   finish            requeues a job that should continue, and exits
 
@@ -86,6 +87,16 @@ enter_job() {
         job="${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}"
     fi
     echo "[$(date -Is)] job $job, restart $restarts, ${SLURM_NTASKS:-1} tasks on: ${nodes//$'\n'/ }"
+}
+
+# Sets `shard`, the place of this task in its array.
+array_shard() {
+    # shellcheck disable=SC2153 # set by Slurm
+    shard=$(((SLURM_ARRAY_TASK_ID - SLURM_ARRAY_TASK_MIN) / SLURM_ARRAY_TASK_STEP))
+    if ((shard >= SLURM_ARRAY_TASK_COUNT)); then
+        echo "error: --array must be a range such as 0-7; of the list given here no task can tell its place" >&2
+        exit 2
+    fi
 }
 
 # launch PYTHON_ARGUMENT...: one process per task, without a launcher (one that receives the scheduler's signal dies and

@@ -22,7 +22,7 @@ OPTIONS = {
     "merge": ["--config", "--data.annotations", "--data.groups"],
     "measure": ["GROUPS", "--config", "--measure.pairs", "--evaluation.chair_instances"],
     "train": ["--config", "--train.lr", "--train.ds_config", "--loss.beta", "--lora.r", "--trainable.vision"],
-    "evaluate": ["--config", "--evaluation.chair_instances", "--evaluation.pope_questions"],
+    "evaluate": ["--config", "--suite", "--compare", "--evaluation.chair_instances", "--evaluation.pope_questions"],
     "export": ["--config", "--export.checkpoint", "--export.form"],
     "refs": ["inspect", "verify", "compact"],
     "score": ["--policy", "--reference", "--limit"],

@@ -200,11 +200,12 @@ def test_a_cluster_that_does_not_requeue_says_how_to_go_on(clone: Path) -> None:
     assert result.returncode == 75 and "submit it again (training: with --train.resume true)" in result.stderr
 
 
-def test_a_task_of_an_array_is_a_shard_and_is_requeued_alone(clone: Path) -> None:
-    result = in_job(clone, "bootstrap.sh", "--config", "a.yaml", SRUN_EXIT="75", **array_task(5, first=4, last=7))
+@pytest.mark.parametrize(("command", "section"), [("bootstrap", "bootstrap"), ("evaluate", "evaluation")])
+def test_a_task_of_an_array_is_a_shard_and_is_requeued_alone(clone: Path, command: str, section: str) -> None:
+    result = in_job(clone, f"{command}.sh", "--config", "a.yaml", SRUN_EXIT="75", **array_task(5, first=4, last=7))
     assert result.returncode == 75
-    program = ["python", "-m", "bpo.cli", "bootstrap", "--config", "a.yaml"]
-    shard = ["--bootstrap.shard_index", "1", "--bootstrap.num_shards", "4"]
+    program = ["python", "-m", "bpo.cli", command, "--config", "a.yaml"]
+    shard = [f"--{section}.shard_index", "1", f"--{section}.num_shards", "4"]
     assert srun_arguments(clone)[-10:] == [*program, *shard]
     assert (clone / "requeued").read_text() == "7_5\n"
 

@@ -123,7 +123,7 @@ def test_pipeline_goes_from_annotations_to_metrics(home: Path, chain: dict[str, 
     assert len(steps(folder / "run")) == NUM_STEPS
     assert (folder / "model" / "config.json").is_file()
     metrics = json.loads((folder / "results.json").read_text())["metrics"]
-    assert {"chair_i", "pope_accuracy"} <= metrics.keys()
+    assert {"chair/chair_i", "pope/accuracy"} <= metrics.keys()
 
 
 def test_array_and_evaluation_were_shared(home: Path, chain: dict[str, str]) -> None:

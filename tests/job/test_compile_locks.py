@@ -182,7 +182,7 @@ def build_from(lock: Path) -> Callable[..., None]:
         (bootstrap, "_check_paths", lambda: bootstrap.run_bootstrap(Config())),
         (
             evaluation,
-            "read_benchmarks",
+            "read_suite",
             lambda: evaluation.run_evaluation(Config(evaluation=EvaluationConfig(output="o.json"))),
         ),
     ],
