@@ -233,16 +233,50 @@ class TrainingEngine:
         self.on_forward()
         return self.deepspeed(**model_inputs(batch), **loss)
 
-    @torch.no_grad()
     def reference_logp(self, batch: GroupBatch) -> HeadOutput:
         """fp32 log-probs and second targets, without dropout or gradient. Before the first step the policy *is* the
         reference.
         """
+        return self._evaluate(batch, HeadRequest())
+
+    def evaluate(self, batch: GroupBatch) -> HeadOutput:
+        """`forward` without dropout or gradient; needs no `packed_layout`."""
+        return self._evaluate(batch, self.program.request(batch.loss_inputs))
+
+    @torch.no_grad()
+    def _evaluate(self, batch: GroupBatch, request: HeadRequest) -> HeadOutput:
         self.deepspeed.eval()
         with packed_layout(batch.layout):
-            head = HeadOutput(*self._call(batch, loss_inputs=batch.loss_inputs, request=HeadRequest()))
+            head = HeadOutput(*self._call(batch, loss_inputs=batch.loss_inputs, request=request))
         self.deepspeed.train()
         return head
+
+    @property
+    def is_partitioned(self) -> bool:
+        """Whether no rank has the whole model (ZeRO-3): all ranks must run the same forward passes."""
+        return self.settings.get("zero_optimization", {}).get("stage") == 3
+
+    @contextlib.contextmanager
+    def generating(self) -> Iterator[Any]:
+        """The model in eval mode, for `generate`; with the adapter unmerged, as it trains.
+
+        Under ZeRO-3 the weights of each layer are gathered for each token, and transformers keeps ranks that have
+        finished their batch running until all have.
+        """
+        if self.is_partitioned:
+            # Otherwise the tokens would be taken for the end of the last pass, whose order of layers it prefetches by.
+            layers = self.optimizer.parameter_offload.get_param_coordinator()
+            if not layers.is_invalid_trace():
+                layers._invalidate_trace()
+        self.policy.forget_batch()
+        heartbeat = self.policy.model.register_forward_pre_hook(lambda *_: self.on_forward())
+        self.deepspeed.eval()
+        try:
+            with partitioned_loading(self.settings):  # tells transformers of ZeRO-3
+                yield self.policy.model
+        finally:
+            heartbeat.remove()
+            self.deepspeed.train()
 
     def backward(self, loss: torch.Tensor, *, is_last: bool, after_forward: bool = True) -> None:
         """Accumulates the gradient of `loss`, this rank's share of a sum over all ranks.

@@ -32,6 +32,10 @@ class PolicyModel(torch.nn.Module):
         """Repeats the projector's output for each row that contains the image; tower and projector run once."""
         return features if self._feature_rows_F is None else features[self._feature_rows_F]
 
+    def forget_batch(self) -> None:
+        """Before `self.model` runs on anything but a packed batch, such as prompts to answer."""
+        self._feature_rows_F = None
+
     def forward(
         self,
         input_ids_T: torch.Tensor,
