@@ -5,6 +5,7 @@ OUTPUT/checkpoints/step-00000010/
     manifest.json               step, ranks, cursor, fingerprints, versions, options; size and SHA-256 of each file
     manifest.sha256             SHA-256 of manifest.json, as `sha256sum -c` reads it
 OUTPUT/checkpoints/latest       name of the latest one; for users and scripts, not used to resume
+OUTPUT/checkpoints/best         name of the one with the best value of train.keep_best; retention never removes it
 
 Other names in that folder: `*.tmp` is being written or removed, `*.replaced` gets replaced by a new one of its step,
 `*.damaged` failed verification and was skipped. Nothing here depends on the clock.
@@ -31,7 +32,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 FORMAT = 2
-MANIFEST, MANIFEST_DIGEST, POINTER = "manifest.json", "manifest.sha256", "latest"
+MANIFEST, MANIFEST_DIGEST, POINTER, BEST = "manifest.json", "manifest.sha256", "latest", "best"
 # Stages of a save, in order; tests kill processes at each of them.
 STAGES = ("temporary", "written", "hashed", "manifest", "renamed", "pointer", "retention")
 Hook = Callable[[str], None]
@@ -258,8 +259,26 @@ def clean_leftovers(output_dir: Path) -> None:
     for unfinished in sorted(root.glob("step-*.tmp")):
         logger.warning("%s: removed an unfinished save", unfinished)
         shutil.rmtree(unfinished)
-    for temporary in root.glob(f".{POINTER}.*.tmp"):
-        temporary.unlink()
+    for pointer in (POINTER, BEST):
+        for temporary in root.glob(f".{pointer}.*.tmp"):
+            temporary.unlink()
+
+
+def follow_pointer(path: Path) -> Path:
+    """The checkpoint that `checkpoints/best` or `checkpoints/latest` names; any other path unchanged."""
+    is_pointer = path.name in (POINTER, BEST) and path.is_file()
+    return path.with_name(path.read_text(encoding="utf-8").strip()) if is_pointer else path
+
+
+def best_step(output_dir: Path) -> int | None:
+    """The step that `checkpoints/best` names; None if there is no such file or checkpoint."""
+    best = follow_pointer(checkpoints_root(output_dir) / BEST)
+    return _step_of(best) if best in checkpoint_dirs(output_dir) else None
+
+
+def mark_best(output_dir: Path, step: int) -> None:
+    """Names the finished checkpoint of `step` in `checkpoints/best`."""
+    write_durably(checkpoints_root(output_dir) / BEST, step_dir(output_dir, step).name)
 
 
 def superseded(steps: Sequence[int], keep_last: int, keep_every: int) -> list[int]:
@@ -271,9 +290,12 @@ def superseded(steps: Sequence[int], keep_last: int, keep_every: int) -> list[in
 
 
 def apply_retention(output_dir: Path, keep_last: int, keep_every: int) -> None:
-    """Removes superseded checkpoints, oldest first; logs those that cannot be removed."""
+    """Removes superseded checkpoints, oldest first, but not the best; logs those that cannot be removed."""
     by_step = {_step_of(directory): directory for directory in checkpoint_dirs(output_dir)}
+    best = best_step(output_dir)
     for step in superseded(list(by_step), keep_last, keep_every):
+        if step == best:
+            continue
         going = by_step[step].with_name(by_step[step].name + ".old.tmp")
         try:
             os.replace(by_step[step], going)  # so that a partly removed checkpoint is never listed

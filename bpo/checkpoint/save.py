@@ -26,8 +26,10 @@ from bpo.checkpoint.files import (
     CheckpointError,
     Hook,
     apply_retention,
+    best_step,
     checkpoints_root,
     commit,
+    mark_best,
     no_hook,
     remove_unfinished,
     seal_file,
@@ -83,6 +85,9 @@ class CheckpointSaver:
         self.keep_last, self.keep_every, self.in_background = keep_last, keep_every, in_background
         self.at_stage, self.waiting = at_stage, waiting
         self.newest: str | None = None
+        # Step of the best checkpoint, or of the one that is being written as such.
+        self.best: int | None = job.gather(best_step(output_dir) if job.rank == 0 else None)[0]
+        self._best_before = self.best
         self._buffers: dict[str, torch.Tensor] = {}
         self._writer: threading.Thread | None = None
         self._cleaner: threading.Thread | None = None
@@ -92,12 +97,13 @@ class CheckpointSaver:
         self._failures = 0
         self._started_at = self._blocked_s = 0.0
 
-    def boundary(self, step: int, *, due: bool, stop: bool) -> bool:
+    def boundary(self, step: int, *, due: bool, stop: bool, best: bool = False) -> bool:
         """Called after each step on all ranks: commits a written save, starts one that is due or has to be retried.
 
         Args:
             due: Whether to save this step; the same on every rank.
             stop: Whether this rank was asked to stop; one rank is enough for a checkpoint.
+            best: Whether to save this step and name it in `checkpoints/best`; the same on every rank.
 
         Returns:
             Whether any rank was asked to stop.
@@ -109,12 +115,18 @@ class CheckpointSaver:
         if self._writer is not None:
             self._settle(failed > 0, written == self.job.world_size)
         missed = self._writer is None and self._failures > 0
-        if due or missed or stopping:
+        if due or missed or stopping or best:
             self._wait()
-            self._start(step)
+            self._start(step, best=best)
             if not self.in_background:
                 self._wait()
         return stopping > 0
+
+    def mark_best(self, step: int) -> None:
+        """Names the finished checkpoint of `step` in `checkpoints/best`."""
+        self.best = step
+        if self.job.rank == 0:
+            mark_best(self.output_dir, step)
 
     def finish(self, step: int) -> None:
         """Waits until the current save is committed; a failed one is retried once, with the state of `step`.
@@ -140,7 +152,8 @@ class CheckpointSaver:
     def _state(self) -> list[float]:
         return [float(self._problem is not None), float(self._written is not None)]
 
-    def _start(self, step: int) -> None:
+    def _start(self, step: int, *, best: bool = False) -> None:
+        self._best_before, self.best = self.best, step if best else self.best
         began = time.perf_counter()
         shard = self.take()
         sizes = self.job.gather((shard.num_bytes, shard.is_finite()))
@@ -217,6 +230,8 @@ class CheckpointSaver:
             self._cleaner.join()
         try:
             commit(self._temporary, final, {**self.describe(self._step), "files": files}, self.at_stage)
+            if self.best == self._step:
+                mark_best(self.output_dir, self._step)
         except (OSError, CheckpointError) as error:
             return f"{final}: {type(error).__name__}: {error}"
         logger.info(
@@ -237,6 +252,7 @@ class CheckpointSaver:
     def _fail(self, problems: list[str]) -> None:
         self._failures += 1
         self._problem = None
+        self.best = self._best_before  # the retry has the weights of a later step
         if self.job.rank == 0:
             remove_unfinished(self._temporary)
         self.job.gather(None)  # no rank retries before the space is freed
