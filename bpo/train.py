@@ -41,11 +41,14 @@ from bpo.model.policy import PolicyModel
 from bpo.model.prompt_embedding import check_prompt_embedding
 from bpo.model.reference.store import ReferenceStore
 from bpo.model.trainable import prepare_trainable
-from bpo.training.agreement import check_agreement, facts_of_plan, facts_of_start
+from bpo.training.agreement import check_agreement, facts_of_plan, facts_of_questions, facts_of_start
 from bpo.training.batches import training_batches
 from bpo.training.checks import check_finite, check_first_step, check_weights
 from bpo.training.embeddings import PromptEmbeddings, fill_embedding_store
+from bpo.training.evaluation import Evaluations
+from bpo.training.evaluation_plan import plan_evaluation
 from bpo.training.flops import ModelFlops, model_flops
+from bpo.training.held_out import HeldOutLoss, split_held_out
 from bpo.training.measure import TrainingData, measure_groups
 from bpo.training.metrics import num_lost
 from bpo.training.plan import plan_training
@@ -68,6 +71,7 @@ class Prepared:
     done: int
     flops: ModelFlops
     trackers: Trackers
+    evaluations: Evaluations
 
 
 def prepare(
@@ -85,9 +89,13 @@ def prepare(
         write_run_record(config, Path(config.train.output_dir))
     # Before the hours of measuring and the reference pass: a tracker may lack its library, its key or its server.
     trackers = open_trackers(config, enabled=ranks.is_main, start_step=found[1]["step"] if found else 0)
+    with guard.phase("reading the benchmarks"):
+        plan = plan_evaluation(config, program)
+        check_agreement(facts_of_questions(plan.benchmarks if plan else ()), job)
     with guard.phase("measuring the groups"):
         gather = collectives.gather_from_ranks
-        data = measure_groups(config, encoder, ranks, gather, stop, continuing=found is not None)
+        usable = measure_groups(config, encoder, ranks, gather, stop, continuing=found is not None)
+    data, held_out = split_held_out(usable, config.train.held_out_groups)
     steps = plan_training(config.train, data, ranks)
     check_agreement(facts_of_plan(steps), job)
     settings = engine.deepspeed_config(config.train, resolved.dtype, max(len(s.micro_batches[0]) for s in steps))
@@ -101,7 +109,7 @@ def prepare(
     trainer.on_forward = guard.in_forward
     guard.watchdog.beat("the reference pass")
     with guard.progress_if_interrupted():
-        prepared = (config, resolved, trainer, data, stop)
+        prepared = (config, resolved, trainer, usable, stop)
         store = fill_reference_store(*prepared) if program.needs_reference else None
         embeddings = fill_embedding_store(*prepared) if program.needs_similarity else None
     guard.after_reference()
@@ -110,7 +118,9 @@ def prepare(
     with guard.phase("loading the checkpoint") if found else contextlib.nullcontext():
         done = partition.resume(trainer, description, found)
     saver = partition.build_saver(trainer, config.train, description, guard)
-    return Prepared(data, steps, trainer, store, embeddings, saver, done, flops, trackers)
+    loss = HeldOutLoss(config, held_out, trainer, store, embeddings) if held_out is not None else None
+    evaluations = Evaluations(config, plan, trainer, encoder, loss, guard, stop, done=done, total=len(steps))
+    return Prepared(data, steps, trainer, store, embeddings, saver, done, flops, trackers, evaluations)
 
 
 @named_compile_locks()
@@ -140,8 +150,11 @@ def run_steps(config: Config, run: Prepared, guard: RunGuard, stop: StopRequest 
         trackers=run.trackers,
         **progress,
     )
+    evaluations, saver = run.evaluations, run.saver
+    if evaluations.at(number, report, saver.best):
+        saver.mark_best(number)
     batches = training_batches(config.data, run.data, todo, run.store, trainer)
-    for step in todo:
+    for step in todo if not evaluations.stopped else ():
         guard.at_step(number)
         started = time.perf_counter()
         num_pairs = run.data.num_pairs(step.groups)
@@ -158,12 +171,13 @@ def run_steps(config: Config, run: Prepared, guard: RunGuard, stop: StopRequest 
         check_finite(sums, step, [grad_norm], trainer)
         number = step.index + 1
         report.step(number, totals, time.perf_counter() - started, config.train.lr * lr_factor, grad_norm)
+        best = evaluations.at(number, report, saver.best)
         due = number == total or number % (config.train.save_every_steps or total) == 0
-        if run.saver.boundary(number, due=due, stop=stop is not None and stop.received):
+        if saver.boundary(number, due=due, stop=stop is not None and stop.received, best=best):
             break
-    run.saver.finish(number)
+    saver.finish(number)
     report.close()
-    return number == total
+    return number == total and not evaluations.stopped
 
 
 def main(argv: list[str] | None, stop: StopRequest) -> None:

@@ -10,7 +10,8 @@ _ATTENTION = "`model.attention`: auto, flash, varlen, flex or sdpa"
 _FREEZE = "`trainable.{}`: frozen or full"
 _TERM = "`loss.terms`, a term with"
 _ALWAYS = "nothing: {}"
-_NO_EVALUATION = "nothing: training does not evaluate; run bpo evaluate on the exported model"
+_HELD_OUT = "`train.held_out_groups`, a share or a number of groups"
+_EVALUATION = "`train.evaluate_every_steps`, the steps between evaluations; 0 is off"
 
 # Lower case, with underscores. A plain key, or a phrase with keys in backquotes.
 FOREIGN = {
@@ -118,19 +119,23 @@ FOREIGN = {
     "resume_from_checkpoint": "`train.resume`, true or false",
     "report_to": "`train.tensorboard`, true or false",
     "ddp_timeout": "train.hang_timeout_seconds",
-    "val_size": _NO_EVALUATION,
-    "split_dataset_ratio": _NO_EVALUATION,
-    "do_eval": _NO_EVALUATION,
-    "eval_strategy": _NO_EVALUATION,
-    "eval_steps": _NO_EVALUATION,
-    "per_device_eval_batch_size": _NO_EVALUATION,
+    "val_size": _HELD_OUT,
+    "split_dataset_ratio": _HELD_OUT,
+    "do_eval": _EVALUATION,
+    "eval_strategy": _EVALUATION,
+    "eval_steps": "train.evaluate_every_steps",
+    "evaluation_strategy": _EVALUATION,
+    "per_device_eval_batch_size": "`evaluation.batch_size`, the answers generated per batch",
+    "metric_for_best_model": "train.keep_best",
+    "load_best_model_at_end": "`train.keep_best`, a metric; checkpoints/best then names the checkpoint",
+    "greater_is_better": _ALWAYS.format("the metric named in `train.keep_best` has a direction of its own"),
     "do_train": _ALWAYS.format("bpo train trains"),
     "plot_loss": _ALWAYS.format("metrics.jsonl in `train.output_dir` has the curves"),
     "logging_dir": _ALWAYS.format("TensorBoard's files are in `train.output_dir`"),
     "max_samples": _ALWAYS.format("all groups of `data.groups` are used; `train.max_steps` ends earlier"),
     "overwrite_cache": _ALWAYS.format("cached lengths of changed data are measured again; see `data.keep_lengths`"),
     "optim": _ALWAYS.format("the optimizer is AdamW, with the options that begin with train.adam_"),
-    "eval_dataset": "`evaluation.chair_instances` or `evaluation.pope_questions`, by bpo evaluate",
+    "eval_dataset": "`train.held_out_groups`, groups of the same file; benchmarks are `evaluation.suite`",
     "export_dir": "export.output",
 }
 

@@ -10,6 +10,7 @@ from typing import Literal
 from bpo.config.bootstrap import BootstrapConfig
 from bpo.config.evaluation import EvaluationConfig
 from bpo.config.export import ExportConfig
+from bpo.config.judge import JudgeConfig
 from bpo.config.loss import LossConfig
 from bpo.config.measure import MeasureConfig
 from bpo.config.options import NUM_SEEDS, Section, check, needed, number, seconds
@@ -179,6 +180,14 @@ class TrainConfig(Section):
         accept_changes: Options (or `data`, `weights`, `plan`, `plugin`) that may differ from a checkpoint in a resumed
             run.
         log_every_steps: Steps between logged metrics.
+        evaluate_every_steps: Steps between evaluations on the held-out groups and on the benchmarks of `evaluation.*`,
+            which also take place before the first step and after the last; 0 disables them.
+        evaluation_images: Number of images that such an evaluation draws for each benchmark without a number of its
+            own; 0 takes all.
+        held_out_groups: Share (below 1) or number of groups to evaluate on instead of training on them, chosen by a
+            hash of their ids; 0 holds out none. A share stays the same for each group if others are added.
+        keep_best: Metric of the evaluations, such as eval/loss or eval/chair/chair_i. The checkpoint of its best step
+            is written and kept, and named in checkpoints/best; empty keeps none.
         resume: Resume from the latest checkpoint in output_dir.
         tensorboard: Write TensorBoard files in addition to metrics.jsonl.
         reference_dir: Directory of the reference store, which runs may share; empty uses output_dir/reference.
@@ -217,6 +226,10 @@ class TrainConfig(Section):
     max_idle_restarts: int = number(3, at_least=0, zero="no limit")
     accept_changes: list[str] = field(default_factory=list)
     log_every_steps: int = number(1, at_least=1)
+    evaluate_every_steps: int = number(0, at_least=0, zero="off")
+    evaluation_images: int = number(64, at_least=0, zero="all")
+    held_out_groups: float = number(0.0, at_least=0, zero="none")
+    keep_best: str = ""
     resume: bool = False
     tensorboard: bool = True
     reference_dir: str = ""
@@ -224,6 +237,18 @@ class TrainConfig(Section):
     rehash_weights: bool = False
     first_loss_tolerance: float = number(0.0, at_least=0)
     peak_tflops: float = number(0.0, at_least=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        held_out = self.held_out_groups
+        check(
+            held_out < 1 or held_out == int(held_out),
+            f"train.held_out_groups is {held_out:g}; give a share below 1, or a whole number of groups",
+        )
+        check(
+            not self.keep_best or self.evaluate_every_steps > 0,
+            f"train.keep_best is {self.keep_best!r}, but nothing is evaluated; set train.evaluate_every_steps",
+        )
 
 
 @dataclass(kw_only=True)
@@ -241,6 +266,7 @@ class Config:
         train: Optimisation, batching, checkpoints and logging.
         tracking: Experiment trackers.
         evaluation: Benchmarks of `bpo evaluate`.
+        judge: Judging of answers by a language model.
         export: Options of `bpo export`.
     """
 
@@ -254,6 +280,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
 
 

@@ -23,6 +23,7 @@ from bpo.data.encode import Encoder
 from bpo.data.lengths import encoder_parts
 from bpo.data.schedule import PlannedStep
 from bpo.engine import deepspeed_config
+from bpo.evaluation.benchmark import Benchmark
 from bpo.job.collectives import Collectives
 from bpo.job.durable import file_digest
 from bpo.job.exits import JobError
@@ -99,6 +100,11 @@ def facts_of_start(config: Config, resolved: ResolvedModel, encoder: Encoder) ->
 def facts_of_plan(steps: Iterable[PlannedStep]) -> dict[str, str]:
     """The plan of the steps, which every rank computes for itself."""
     return {"plan of the steps": _digest(f"{s.epoch} {s.groups} {s.micro_batches} {s.is_filler}" for s in steps)}
+
+
+def facts_of_questions(benchmarks: Iterable[Benchmark]) -> dict[str, str]:
+    """The questions of evaluations during training, from files that every rank reads for itself."""
+    return {f"questions of {b.name}": _digest(f"{q.image} {q.text}" for q in b.questions) for b in benchmarks}
 
 
 def _digest_of_sources(module: str) -> str:

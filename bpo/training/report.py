@@ -47,7 +47,11 @@ class StepReport:
         self.program = program
         self.config, self.total, self.groups_per_epoch, self.flops = config, total, groups_per_epoch, flops
         self.peak = peak_of_all(device, config.peak_tflops, ranks)
-        self._writer = MetricsWriter(Path(config.output_dir), enabled=ranks.is_main, start_step=done, trackers=trackers)
+        # A new run keeps no evaluation of step 0 that an earlier one has left in the directory.
+        start_step = done if config.resume else -1
+        self._writer = MetricsWriter(
+            Path(config.output_dir), enabled=ranks.is_main, start_step=start_step, trackers=trackers
+        )
         self._progress = tqdm(total=total, initial=done, desc="training", disable=not ranks.is_main)
 
     def step(self, number: int, totals: list[float], seconds: float, lr: float, grad_norm: float) -> None:
@@ -68,6 +72,11 @@ class StepReport:
         if number % self.config.log_every_steps == 0 or number == self.total:
             metrics["epoch"] = round(number * self.config.groups_per_step / self.groups_per_epoch, 4)
             self._writer.write(number, metrics)
+
+    def evaluation(self, number: int, metrics: dict[str, float]) -> None:
+        """Reports the evaluation after `number` steps."""
+        self._writer.write(number, metrics)
+        logger.info("evaluation after step %d: %s", number, {name: round(value, 4) for name, value in metrics.items()})
 
     def close(self) -> None:
         self._progress.close()
