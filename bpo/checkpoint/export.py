@@ -16,7 +16,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from bpo.checkpoint.compatible import WEIGHTS, base_digest, base_files
-from bpo.checkpoint.files import MANIFEST, CheckpointError, checkpoint_dirs, latest_valid, verify_checkpoint
+from bpo.checkpoint.files import (
+    MANIFEST,
+    CheckpointError,
+    checkpoint_dirs,
+    follow_pointer,
+    latest_valid,
+    verify_checkpoint,
+)
 from bpo.checkpoint.shards import ShardSet
 from bpo.config.training import Config, LoraConfig, ModelConfig, TrainableConfig
 from bpo.data.families import Family, family_of
@@ -36,11 +43,13 @@ _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msg
 def find_checkpoint(path: Path) -> tuple[Path, dict[str, Any]]:
     """Returns `path` with its manifest if it is a checkpoint, else the latest valid checkpoint of that run directory.
 
-    Not the one named by `checkpoints/latest`: a kill may have come between writing a checkpoint and naming it.
+    Not the one named by `checkpoints/latest`: a kill may have come between writing a checkpoint and naming it. The file
+    `checkpoints/best` (or `latest`) itself gives the checkpoint that it names.
 
     Raises:
         ValueError: there is none, or it is damaged.
     """
+    path = follow_pointer(path)
     is_checkpoint = (path / MANIFEST).is_file()
     if not is_checkpoint and not checkpoint_dirs(path):
         raise ValueError(f"export.checkpoint {path}: neither a checkpoint nor a run directory with checkpoints")
