@@ -6,6 +6,7 @@ Image lists are untrusted: a path may point anywhere and a file may contain anyt
 
 from __future__ import annotations
 
+import base64
 import functools
 import hashlib
 import io
@@ -258,6 +259,13 @@ def _head(path: Path) -> bytes:
 def _formats() -> list[str]:
     Image.init()
     return [name for name in FORMATS if name in Image.OPEN]
+
+
+def data_url(picture: Image.Image) -> str:
+    """A data URL of the picture as PNG."""
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
 
 
 def image_bytes_digest(root: Path, relative: str) -> str:

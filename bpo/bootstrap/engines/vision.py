@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +16,7 @@ from bpo.config.training import Config, DataConfig
 from bpo.data.encode import EncodedImages, EncodedPrompt, Encoder, EncodingError
 from bpo.data.padding import pad_to_square
 from bpo.data.processor import with_system_turn
-from bpo.formats.images import load_image
+from bpo.formats.images import data_url, load_image
 from bpo.job.chat_server import Reply
 from bpo.model.generate import generate_prompts
 from bpo.model.kv_cache import CachedPrefix, Prefixes, common_beginning
@@ -203,13 +201,6 @@ def _within_limits(picture: Image.Image, data: DataConfig) -> Image.Image:
     scale = math.sqrt(wanted / pixels)
     width, height = (max(1, math.floor(side * scale)) for side in picture.size)
     return picture.resize((width, height), Image.Resampling.BICUBIC)
-
-
-def data_url(picture: Image.Image) -> str:
-    """A data URL of the picture as PNG, which is lossless and so preserves the noise."""
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
 
 
 def special_tokens_of(encoder: Encoder) -> tuple[str, ...]:

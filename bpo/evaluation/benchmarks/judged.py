@@ -45,7 +45,7 @@ class JudgedBenchmark(Benchmark):
     Options = JudgedOptions
     max_new_tokens: ClassVar[int] = 1024
 
-    options: JudgedOptions
+    options: Any
     records: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @classmethod
@@ -73,9 +73,7 @@ class JudgedBenchmark(Benchmark):
         """The question of a record; raises ValueError if a field is missing."""
 
     def score(self, answers: Sequence[str]) -> Scores:
-        pairs = zip(self.questions, answers, strict=True)
-        items = [{"id": q.id, "image": q.image, "question": q.text, "answer": answer} for q, answer in pairs]
-        return Scores((), tuple(items))
+        return Scores((), tuple(q.item(answer) for q, answer in zip(self.questions, answers, strict=True)))
 
     @staticmethod
     def metrics(sums: Sums) -> dict[str, np.ndarray]:

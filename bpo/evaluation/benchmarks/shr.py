@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 from bpo.evaluation.benchmark import Question
@@ -23,13 +24,19 @@ class ShrOptions(JudgedOptions):
 
     Attributes:
         questions: val_images_final.json: records with image_id.
-        visual_genome: Folder with image_data.json and, for judging, region_descriptions.json of Visual Genome.
+        visual_genome: Folder with image_data.json and, for judging, region_descriptions.json of Visual Genome; empty
+            uses the folder of `questions`.
         facts: For judging: shr_factual_part1.jsonl and shr_factual_part2.jsonl, image id -> list of sentences.
     """
 
     type: str = "shr"
     visual_genome: str = ""
     facts: list[str] = field(default_factory=list)
+
+    @property
+    def folder(self) -> Path:
+        """The folder of Visual Genome's files."""
+        return Path(self.visual_genome) if self.visual_genome else self.path("questions").parent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,11 +48,11 @@ class ShrBenchmark(JudgedBenchmark):
 
     @classmethod
     def _files(cls, options: Any) -> tuple[str, ...]:
-        return options.questions, str(options.path("visual_genome") / "image_data.json")
+        return options.questions, str(options.folder / "image_data.json")
 
     @classmethod
     def _entries(cls, options: Any) -> Iterable[tuple[str, dict[str, Any], str]]:
-        images = options.path("visual_genome") / "image_data.json"
+        images = options.folder / "image_data.json"
         known = {str(id_field(image.value, "image_id", image.where)): image for image in read_records(images)}
         for record in read_records(options.path("questions")):
             key = str(id_field(record.value, "image_id", record.where))
