@@ -1,21 +1,16 @@
-"""Readers for the input files of CHAIR and POPE: COCO instances and captions, synonyms, POPE questions."""
+"""COCO instances and captions as ground truth, synonyms, and checks of fields that readers of benchmarks share."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bpo.evaluation.benchmark import Question
-from bpo.evaluation.chair import present_objects
-from bpo.evaluation.pope import PopeQuestion
-from bpo.formats.jsonfiles import parse_json, read_records
+from bpo.formats.jsonfiles import parse_json
 from bpo.formats.lexicon import ObjectLexicon, build_lexicon
-
-POPE_SPLITS = ("random", "popular", "adversarial")
-_LABELS = {"yes": True, "no": False}
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,43 +79,28 @@ def read_synonyms(path: Path) -> ObjectLexicon:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
         return build_lexicon([n for n in line.split(",") if n.strip()] for line in lines if line.strip(" \t,"))
     except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror}); check evaluation.synonyms") from error
+        raise ValueError(f"{path} cannot be read ({error.strerror}); check the option synonyms") from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
-def read_pope(path: Path) -> tuple[PopeQuestion, ...]:
-    """Reads POPE questions: objects with `question_id`, `image`, `text` and `label` (yes or no), as JSONL or one list.
-
-    The split is the field `split` or `category`, else the word random, popular or adversarial in the file name, else
-    the file name.
+def present_objects(
+    lexicon: ObjectLexicon, instances: Iterable[str] = (), captions: Iterable[str] = ()
+) -> frozenset[str]:
+    """Objects of an image: the categories of its instances and the objects in its ground-truth captions.
 
     Raises:
-        ValueError: A question is invalid; names file, line, field and fix.
+        ValueError: A category is not in the lexicon.
     """
-    path = Path(path)
-    of_name = next((split for split in POPE_SPLITS if split in path.name), path.stem)
-    questions = []
-    for record in read_records(path):
-        entry, where = record.value, record.where
-        label = entry.get("label")
-        if not isinstance(label, str) or label.strip().lower() not in _LABELS:
-            raise ValueError(f"{where}: field 'label' is {label!r}; it must be yes or no (use the file with labels)")
-        split = entry.get("split", entry.get("category", of_name))
-        if not isinstance(split, str) or not split:
-            raise ValueError(f"{where}: the split is {split!r}; it must be text such as random")
-        questions.append(
-            PopeQuestion(
-                id_field(entry, "question_id", where),
-                split,
-                text_field(entry, "image", where),
-                text_field(entry, "text", where),
-                _LABELS[label.strip().lower()],
-            )
-        )
-    if not questions:
-        raise ValueError(f"{path}: the file contains no question")
-    return tuple(questions)
+    present = set()
+    for category in instances:
+        canonical = lexicon.canonical(category)
+        if canonical is None:
+            raise ValueError(f"category {category!r} is not in the synonyms; add a line for it")
+        present.add(canonical)
+    for caption in captions:
+        present.update(mention.object for mention in lexicon.mentions(caption))
+    return frozenset(present)
 
 
 def _read_object(path: Path, keys: tuple[str, ...]) -> dict[str, Any]:

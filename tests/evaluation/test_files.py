@@ -1,4 +1,4 @@
-"""COCO and POPE files are read as published; errors name the place."""
+"""COCO files are read as published; errors name the place."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
-from bpo.evaluation.files import read_coco, read_pope, read_synonyms
+from bpo.evaluation.benchmark import Question
+from bpo.evaluation.files import id_field, present_objects, read_coco, read_synonyms, text_field, unique_ids
+from bpo.formats.lexicon import build_lexicon
 
 
 def write(path: Path, value: Any) -> Path:
@@ -84,39 +86,24 @@ def test_unreadable_synonyms_are_named(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("\n,\n")
     with pytest.raises(ValueError, match="empty.txt: there are no objects"):
         read_synonyms(tmp_path / "empty.txt")
-    with pytest.raises(ValueError, match="evaluation.synonyms"):
+    with pytest.raises(ValueError, match="check the option synonyms"):
         read_synonyms(tmp_path / "missing.txt")
 
 
-def pope_line(**changes: Any) -> str:
-    entry = {"question_id": 1, "image": "a.jpg", "text": "Is there a dog in the image?", "label": "yes"} | changes
-    return json.dumps(entry) + "\n"
+def test_present_is_instances_and_captions_together() -> None:
+    lexicon = build_lexicon([["dining table", "table", "desk"], ["dog", "puppy"]])
+    assert present_objects(lexicon, ["dining table"], ["A puppy under the desk."]) == {"dining table", "dog"}
+    with pytest.raises(ValueError, match="'unicorn' is not in the synonyms"):
+        present_objects(lexicon, ["unicorn"])
 
 
-def test_pope_splits_come_from_the_file_name_or_a_field(tmp_path: Path) -> None:
-    (tmp_path / "coco_pope_popular.json").write_text(pope_line() + pope_line(question_id=2, label="no"))
-    (tmp_path / "mixed.jsonl").write_text(pope_line(category="adversarial") + pope_line(split="random") + pope_line())
-    popular = read_pope(tmp_path / "coco_pope_popular.json")
-    assert [(q.question_id, q.split, q.label) for q in popular] == [(1, "popular", True), (2, "popular", False)]
-    assert [q.split for q in read_pope(tmp_path / "mixed.jsonl")] == ["adversarial", "random", "mixed"]
-
-
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        ({"label": None}, "line 2: field 'label' is None; it must be yes or no"),
-        ({"label": "maybe"}, "'maybe'"),
-        ({"image": 3}, "line 2: field 'image' is 3"),
-        ({"question_id": None}, "line 2: field 'question_id' is None"),
-    ],
-)
-def test_a_bad_question_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
-    (tmp_path / "pope_random.json").write_text(pope_line() + pope_line(**changes))
-    with pytest.raises(ValueError, match=message):
-        read_pope(tmp_path / "pope_random.json")
-
-
-def test_an_empty_question_file_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "pope_random.json").write_text("\n")
-    with pytest.raises(ValueError, match="no question"):
-        read_pope(tmp_path / "pope_random.json")
+def test_fields_and_ids_are_checked() -> None:
+    assert id_field({"id": 3}, "id", "f, line 1") == 3 and text_field({"t": ""}, "t", "f") == ""
+    with pytest.raises(ValueError, match="f, line 1: field 'id' is True; it must be text or an integer"):
+        id_field({"id": True}, "id", "f, line 1")
+    with pytest.raises(ValueError, match="f: field 't' is None; it must be text"):
+        text_field([], "t", "f")
+    questions = [Question(id=name, image="", text="") for name in ("a", "b", "b")]
+    unique_ids(questions[:2], "f")
+    with pytest.raises(ValueError, match="f: question id 'b' is used twice"):
+        unique_ids(questions, "f")

@@ -109,16 +109,13 @@ class ChairBenchmark(Benchmark):
             found = Description(present[question.id], self.coco.lexicon.mentions(answer))
             rows.append((question.resampled, found.counts()))
             items.append(
-                {
-                    "id": question.id,
-                    "image": question.image,
-                    "question": question.text,
-                    "answer": answer,
-                    "present": sorted(found.present),
-                    "mentions": [asdict(mention) for mention in found.mentions],
-                    "hallucinated": [mention.object for mention in found.hallucinated],
-                    "missing": list(found.missing),
-                }
+                question.item(
+                    answer,
+                    present=sorted(found.present),
+                    mentions=[asdict(mention) for mention in found.mentions],
+                    hallucinated=[mention.object for mention in found.hallucinated],
+                    missing=list(found.missing),
+                )
             )
         if items and not any(item["mentions"] for item in items):
             logger.warning("no description names any object, so chair_i is 0 without meaning; read the answers")

@@ -101,16 +101,13 @@ class PopeBenchmark(Benchmark):
             counts = {f"{truth.split}/{count}": float(value) for count, value in zip(_COUNTS, values, strict=True)}
             rows.append((question.resampled, {**counts, "unreadable": float(is_unreadable(answer))}))
             items.append(
-                {
-                    "id": question.id,
-                    "image": question.image,
-                    "question": question.text,
-                    "answer": answer,
-                    "split": truth.split,
-                    "label": _yes_no(truth.label),
-                    "read_as": _yes_no(yes),
-                    "unreadable": is_unreadable(answer),
-                }
+                question.item(
+                    answer,
+                    split=truth.split,
+                    label=_yes_no(truth.label),
+                    read_as=_yes_no(yes),
+                    unreadable=is_unreadable(answer),
+                )
             )
         return Scores(tuple(rows), tuple(items))
 
