@@ -61,12 +61,12 @@ class Run:
             **options,
         )
 
-    def to(self, step: int, *, due: bool = True, stop: bool = False) -> bool:
+    def to(self, step: int, *, due: bool = True, stop: bool = False, best: bool = False) -> bool:
         new = make_shard(step, self.job.rank, self.job.world_size)
         self.state.optimizer_step = step
         for name, tensor in new.tensors.items():  # in place, as an optimizer does
             self.state.tensors[name].copy_(tensor)
-        return self.saver.boundary(step, due=due, stop=stop)
+        return self.saver.boundary(step, due=due, stop=stop, best=best)
 
     def save(self, step: int) -> None:
         self.to(step)

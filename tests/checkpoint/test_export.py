@@ -264,6 +264,8 @@ def test_the_latest_valid_checkpoint_is_exported_whatever_the_pointer_says(
     (run / "checkpoints" / "step-00000009" / "rank-00000.safetensors").write_bytes(b"cut")
     (run / "checkpoints" / "latest").write_text("step-00000003\n")
     assert find_checkpoint(run)[0] == newest
+    (run / "checkpoints" / "best").write_text(newest.name)
+    assert find_checkpoint(run / "checkpoints" / "best")[0] == newest
     assert (run / "checkpoints" / "step-00000009").exists()  # of a run that may be going on: nothing is renamed
     assert (run / "checkpoints" / "latest").read_text() == "step-00000003\n"
 

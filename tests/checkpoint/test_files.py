@@ -22,9 +22,12 @@ from checkpoint_worker import NUMEL, Run, make_shard, stored_step, whole
 from bpo.checkpoint.files import (
     CheckpointError,
     apply_retention,
+    best_step,
     checkpoint_dirs,
     checkpoints_root,
     clean_leftovers,
+    follow_pointer,
+    mark_best,
     newest_valid_checkpoint,
     seal_file,
     step_dir,
@@ -196,6 +199,15 @@ def test_retention_keeps_the_last_and_every_nth(
     apply_retention(tmp_path, keep_last, keep_every)
     left = sorted(p.name for p in checkpoints_root(tmp_path).iterdir())
     assert left == [f"step-{step:08d}" for step in steps if step not in gone]
+
+
+def test_pointers_name_checkpoints_and_other_paths_are_themselves(tmp_path: Path) -> None:
+    checkpoint, best = write_checkpoint(tmp_path, 10), checkpoints_root(tmp_path) / "best"
+    assert best_step(tmp_path) is None and follow_pointer(best) == best
+    mark_best(tmp_path, 10)
+    assert follow_pointer(best) == follow_pointer(best.with_name("latest")) == checkpoint == follow_pointer(checkpoint)
+    mark_best(tmp_path, 20)  # removed by hand
+    assert best_step(tmp_path) is None
 
 
 def test_what_cannot_be_removed_is_named_and_stays(

@@ -22,6 +22,7 @@ from checkpoint_worker import Run, stored_step
 from bpo.checkpoint.files import (
     STAGES,
     CheckpointError,
+    best_step,
     checkpoint_dirs,
     checkpoints_root,
     newest_valid_checkpoint,
@@ -154,6 +155,43 @@ def test_retention_follows_each_save(tmp_path: Path) -> None:
     for step in range(1, 9):
         run.save(step)
     assert steps_of(tmp_path) == [4, 7, 8]
+
+
+def test_the_best_is_saved_when_it_is_found_and_kept_until_another_is_better(tmp_path: Path) -> None:
+    run = Run(tmp_path, keep_last=1, in_background=False)
+    for step in range(1, 6):
+        run.to(step, due=step == 5, best=step in (2, 3))
+    run.saver.finish(5)
+    assert steps_of(tmp_path) == [3, 5] and best_step(tmp_path) == run.saver.best == 3
+    again = Run(tmp_path, keep_last=1)
+    assert again.saver.best == 3  # a resumed run knows it
+    again.save(6)
+    again.saver.mark_best(6)
+    again.save(7)
+    again.save(8)
+    assert steps_of(tmp_path) == [6, 8]
+
+
+def test_a_best_checkpoint_is_named_only_once_it_is_complete(tmp_path: Path) -> None:
+    seen: list[int | None] = []
+    run = Run(tmp_path, at_stage=lambda stage: seen.append(best_step(tmp_path)) if stage == "renamed" else None)
+    run.to(1, best=True)
+    run.saver.finish(1)
+    run.to(2, due=False, best=True)
+    assert best_step(tmp_path) == 1
+    run.saver.finish(2)
+    assert seen == [None, 1] and best_step(tmp_path) == 2
+
+
+def test_the_retry_of_a_failed_best_save_is_not_the_best(tmp_path: Path) -> None:
+    """It has the weights of a later step."""
+    Run(tmp_path).save(1)
+    run = Run(tmp_path, at_stage=fail_once(OSError, 5, "Input/output error"), in_background=False)
+    run.saver.mark_best(1)
+    run.to(2, best=True)
+    assert run.saver.best == 1
+    run.to(3, due=False)
+    assert steps_of(tmp_path) == [1, 3] and best_step(tmp_path) == 1
 
 
 @contextlib.contextmanager
