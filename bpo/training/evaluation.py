@@ -84,8 +84,15 @@ class Evaluations:
         Raises:
             Interrupted: a signal came before step 1, where there is nothing to save; later `stopped` is set.
         """
-        if not self._is_due(step) or step in self._finished:
+        if not self._is_due(step):
             return False
+        if step not in self._finished and not self._evaluate(step, report):
+            return False
+        # Also if an earlier start has evaluated it: a kill may have come before the checkpoint was named.
+        return self._is_better(step, best)
+
+    def _evaluate(self, step: int, report: StepReport) -> bool:
+        """Whether the evaluation was not stopped."""
         self.guard.watchdog.beat(f"the evaluation after step {step}")
         started = time.perf_counter()
         try:
@@ -100,7 +107,7 @@ class Evaluations:
         metrics[f"{PREFIX}seconds"] = time.perf_counter() - started
         report.evaluation(step, metrics)
         self._finished[step] = metrics
-        return self._is_better(step, best)
+        return True
 
     def _is_due(self, step: int) -> bool:
         return self.plan is not None and (step % self.config.train.evaluate_every_steps == 0 or step == self.total)
