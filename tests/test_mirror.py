@@ -47,7 +47,7 @@ COVERS = {
     "config/test_io.py": "bootstrap foreign judge loss measure negatives options select server training",
     "data/families/test_families.py": "base gemma idefics internvl llava qwen",
     "data/test_cells.py": "pairs token_weights",
-    "evaluation/judge/test_ratings.py": "readings rule",
+    "evaluation/judge/test_ratings.py": "rule",
     "evaluation/judge/test_run.py": "models replies requests rules",
     "evaluation/test_answer_journal.py": "answers",
     "formats/importers/test_arrow.py": "shards",

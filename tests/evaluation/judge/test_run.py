@@ -231,3 +231,21 @@ def test_answers_come_from_results_of_evaluations_of_larger_suites(config: Confi
     with fake_server(judge) as (url, _):
         tree = run_judge(at(config, url))
     assert [item["answer"] for item in tree["models"]["base"]["items"]] == answers
+
+
+def test_what_needs_no_judge_is_not_sent_and_the_benchmark_may_be_of_a_suite(config: Config, tmp_path: Path) -> None:
+    shr, mmhal = (
+        {"type": "shr", **judged_files.shr(tmp_path)},
+        {"type": "mmhal", "questions": config.evaluation.questions},
+    )
+    suite = judged_files.write(tmp_path / "suite.yaml", {"benchmarks": [mmhal, shr]})
+    config.evaluation = EvaluationConfig(suite=suite)
+    config.judge.base = judged_files.write(tmp_path / "base.json", {"3": " . ", "1": "A dog. A cat."})
+    config.judge.answers, config.judge.benchmark = [], "shr"
+    Path(config.judge.prompt).write_text("{regions}{facts}{sentences}")
+    with fake_server(lambda body, number: rated("Judgement:\n1. correct: x\n2. hallucination: y")) as (url, received):
+        tree = run_judge(at(config, url))
+    assert len(received) == 1
+    base = tree["models"]["base"]
+    assert [item["replies"] for item in base["items"]][0] == [None]
+    assert base["metrics"]["hallucinated_sentences"]["value"] == 0.5 and base["unreadable"] == []
