@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
-from PIL import Image
 
+from bpo.config.io import load_config
 from bpo.config.training import Config, DataConfig, EvaluationConfig, ModelConfig
-from bpo.evaluation.chair import score_descriptions
-from bpo.evaluation.pope import PopeQuestion, score_answers
-from bpo.evaluation.run import EvaluationResult, _identity, format_table, read_benchmarks, run_evaluation
+from bpo.evaluation.run import _identity, run_evaluation
+from bpo.evaluation.suite import read_suite
 from bpo.formats.bad_records import TooManyBadRecords
-from bpo.formats.lexicon import build_lexicon
+from tests.evaluation.suites import write_files
 from tests.tiny import tiny_llava, tiny_qwen
 
 
@@ -24,62 +25,82 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {"llava": tiny_llava(root / "llava"), "qwen": tiny_qwen(root / "qwen")}
 
 
-def config_for(root: Path, model: Path, **changes: object) -> Config:
-    names = ["a.png", "b.png", "c.png"]
-    for number, name in enumerate(names):
-        Image.new("RGB", (40, 30), (80 * number, 90, 40)).save(root / name)
-    instances = {
-        "images": [{"id": number, "file_name": name} for number, name in enumerate(names)],
-        "annotations": [{"image_id": 0, "category_id": 1}],
-        "categories": [{"id": 1, "name": "dog"}],
-    }
-    (root / "instances.json").write_text(json.dumps(instances))
-    for split in ("random", "popular"):
-        lines = [{"question_id": n, "image": name, "text": "A dog?", "label": "no"} for n, name in enumerate(names)]
-        (root / f"pope_{split}.json").write_text("\n".join(map(json.dumps, lines)))
-    options = {
-        "output": str(root / "out" / "results.json"),
-        "chair_instances": str(root / "instances.json"),
-        "pope_questions": [str(root / "pope_random.json"), str(root / "pope_popular.json")],
-        "max_new_tokens": 3,
-        "batch_size": 2,
-    }
+def config_for(root: Path, model: Path, **changes: Any) -> Config:
+    suite = write_files(root)
+    options = {"output": str(root / "out" / "results.json"), "suite": str(suite), "batch_size": 2}
     return Config(
         model=ModelConfig(path=str(model), dtype="float32"),
         data=DataConfig(image_root=str(root)),
-        evaluation=EvaluationConfig(**(options | changes)),  # type: ignore[arg-type]
+        evaluation=EvaluationConfig(**(options | changes)),
     )
 
 
+def items(tree: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    (found,) = [result for result in tree["benchmarks"] if result["name"] == name]
+    return list(found["items"])
+
+
 @pytest.mark.parametrize("family", ["llava", "qwen"])
-def test_every_answer_and_metric_is_written(
+def test_every_answer_and_metric_is_written_with_what_it_depends_on(
     tmp_path: Path, models: dict[str, Path], family: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = config_for(tmp_path, models[family])
     returned = run_evaluation(config, progress=False)
-    written = json.loads(Path(config.evaluation.output).read_text(encoding="utf-8"))
+    output = Path(config.evaluation.output)
+    written = json.loads(output.read_text(encoding="utf-8"))
     assert written == json.loads(json.dumps(returned))
-    assert [d["image"] for d in written["chair"]["descriptions"]] == ["a.png", "b.png", "c.png"]
-    assert written["chair"]["descriptions"][0]["present"] == ["dog"]
-    assert set(written["pope"]["splits"]) == {"random", "popular"}
-    assert len(written["pope"]["answers"]) == 6
-    assert all(answer["read_as"] in ("yes", "no") for answer in written["pope"]["answers"])
-    assert set(written["metrics"]) == {"chair_i", "chair_s", "recall", "pope_accuracy", "pope_f1", "pope_yes_ratio"}
+    assert [item["image"] for item in items(written, "chair")] == ["a.png", "b.png", "c.png"]
+    assert [item["id"] for item in items(written, "pope")] == [
+        f"{s}/{n}" for s in ("random", "popular") for n in range(3)
+    ]
+    assert written["metrics"]["pope/accuracy"] == written["benchmarks"][1]["metrics"]["accuracy"]["value"]
+    settings = written["benchmarks"][1]["settings"]
+    assert (settings["num_questions"], settings["num_images"], settings["max_new_tokens"]) == (6, 3, 3)
+    assert len(written["model"]["weights_sha256"]) == 64 and written["dtype"] == "float32"
+    assert written["cost"]["relative_forward_passes"] == 1
+    assert written["versions"]["bpo"] and written["hardware"]["ranks"] == 1
+    captions = [json.loads(line) for line in output.with_name("results.chair.jsonl").read_text().splitlines()]
+    assert captions == [{"image_id": n, "caption": item["answer"]} for n, item in enumerate(items(written, "chair"))]
     printed = capsys.readouterr().out
-    assert "yes_ratio" in printed and "average" in printed and config.evaluation.output in printed
+    assert "pope: 6 questions, 3 images, answers of" in printed and "lower is better" in printed
+    assert str(output) in printed
 
 
-def test_answers_do_not_depend_on_the_batch_size_and_limit_cuts(tmp_path: Path, models: dict[str, Path]) -> None:
+def test_the_command_in_the_results_repeats_them(tmp_path: Path, models: dict[str, Path]) -> None:
+    config = config_for(tmp_path, models["llava"], sample=2)
+    config.evaluation.sampling.temperature = 0.7
+    first = run_evaluation(config, progress=False)
+    program, command, *flags = shlex.split(first["command"])
+    assert (program, command) == ("bpo", "evaluate")
+    again = load_config(flags)
+    assert again == config
+    assert run_evaluation(again, progress=False)["benchmarks"] == first["benchmarks"]
+
+
+def test_answers_do_not_depend_on_the_batch_size(tmp_path: Path, models: dict[str, Path]) -> None:
     whole = run_evaluation(config_for(tmp_path, models["llava"], batch_size=3), progress=False)
-    cut = run_evaluation(config_for(tmp_path, models["llava"], batch_size=1, limit=2), progress=False)
-    assert cut["chair"]["descriptions"] == whole["chair"]["descriptions"][:2]
-    assert [a["question_id"] for a in cut["pope"]["answers"]] == [0, 1, 0, 1]
-    assert [a["answer"] for a in cut["pope"]["answers"][:2]] == [a["answer"] for a in whole["pope"]["answers"][:2]]
+    single = run_evaluation(config_for(tmp_path, models["llava"], batch_size=1), progress=False)
+    assert whole["benchmarks"] == single["benchmarks"]
 
 
-def test_one_benchmark_alone(tmp_path: Path, models: dict[str, Path]) -> None:
-    result = run_evaluation(config_for(tmp_path, models["llava"], pope_questions=[]), progress=False)
-    assert result["pope"] is None and set(result["metrics"]) == {"chair_i", "chair_s", "recall"}
+def test_flags_build_a_suite_of_chair_and_pope(tmp_path: Path, models: dict[str, Path]) -> None:
+    by_file = run_evaluation(config_for(tmp_path, models["llava"]), progress=False)
+    options = {"suite": "", "chair_instances": str(tmp_path / "instances.json"), "max_new_tokens": 3}
+    pope = [str(tmp_path / f"pope_{split}.json") for split in ("random", "popular")]
+    both = run_evaluation(config_for(tmp_path, models["llava"], **options, pope_questions=pope), progress=False)
+    assert both["metrics"] == by_file["metrics"]
+    alone = run_evaluation(config_for(tmp_path, models["llava"], **options), progress=False)
+    assert [result["name"] for result in alone["benchmarks"]] == ["chair"]
+
+
+def test_given_answers_score_as_if_the_model_had_just_given_them(tmp_path: Path, models: dict[str, Path]) -> None:
+    config = config_for(tmp_path, models["llava"])
+    generated = run_evaluation(config, progress=False)
+    scored_apart = replace(config.evaluation, output=str(tmp_path / "again.json"), answers=config.evaluation.output)
+    (tmp_path / "c.png").unlink()  # images are not needed
+    again = run_evaluation(Config(evaluation=scored_apart))
+    assert again["benchmarks"] == generated["benchmarks"] and again["answers"] == config.evaluation.output
+    assert "model" not in again
 
 
 def test_refusals_come_before_the_model_is_loaded(tmp_path: Path) -> None:
@@ -87,9 +108,9 @@ def test_refusals_come_before_the_model_is_loaded(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="evaluation.output is empty"):
         run_evaluation(config_for(tmp_path, nowhere, output=""))
     with pytest.raises(ValueError, match="nothing to measure"):
-        run_evaluation(config_for(tmp_path, nowhere, chair_instances="", pope_questions=[]))
+        run_evaluation(config_for(tmp_path, nowhere, suite=""))
     with pytest.raises(ValueError, match="chair_captions is set without"):
-        run_evaluation(config_for(tmp_path, nowhere, chair_instances="", chair_captions="c.json"))
+        run_evaluation(config_for(tmp_path, nowhere, suite="", chair_captions="c.json"))
     config = config_for(tmp_path, nowhere)
     (tmp_path / "c.png").unlink()
     with pytest.raises(TooManyBadRecords, match="1 of 3 records are bad.*'c.png' is missing"):
@@ -104,29 +125,17 @@ def test_a_benchmark_goes_on_without_few_unusable_images_and_says_so(tmp_path: P
     config.data.max_bad_share = 0.5
     (tmp_path / "b.png").write_bytes(b"no picture")
     result = run_evaluation(config, progress=False)
-    assert [d["image"] for d in result["chair"]["descriptions"]] == ["a.png", "c.png"]
-    assert [a["question_id"] for a in result["pope"]["answers"]] == [0, 2, 0, 2]
+    assert [item["image"] for item in items(result, "chair")] == ["a.png", "c.png"]
+    assert [item["id"] for item in items(result, "pope")] == ["random/0", "random/2", "popular/0", "popular/2"]
     assert [(entry["record"], entry["code"]) for entry in result["bad_images"]] == [("b.png", "image-undecodable")]
 
 
-def test_answers_to_other_pixels_or_prompts_are_not_reused(tmp_path: Path, models: dict[str, Path]) -> None:
+def test_answers_to_other_pixels_prompts_or_decoding_are_not_reused(tmp_path: Path, models: dict[str, Path]) -> None:
     config = config_for(tmp_path, models["qwen"])
+    suite = read_suite(config.evaluation)
     capped = replace(config, data=replace(config.data, max_pixels=3136))
-    benchmarks = read_benchmarks(config.evaluation)
     padded = replace(config, data=replace(config.data, image_aspect="pad"))
     prompted = replace(config, data=replace(config.data, system_prompt="Be brief."))
-    assert len({_identity(c, benchmarks) for c in (config, capped, padded, prompted)}) == 4
-
-
-def test_the_table_shows_percentages() -> None:
-    lexicon = build_lexicon([["dog"], ["cat"]])
-    chair = score_descriptions([(1, "A dog and a cat.")], {1: frozenset({"dog"})}, lexicon)
-    pope = score_answers([PopeQuestion(1, "random", "a.png", "A dog?", True)], ["Yes"])
-    assert format_table(EvaluationResult(chair, pope)).splitlines() == [
-        "       chair_i  chair_s  recall",
-        "CHAIR     50.0    100.0   100.0",
-        "",
-        "POPE     accuracy  precision  recall     f1  yes_ratio",
-        "random      100.0      100.0   100.0  100.0      100.0",
-        "average     100.0      100.0   100.0  100.0      100.0",
-    ]
+    contrasted = replace(config, evaluation=replace(config.evaluation, decoding="vcd"))
+    changed = [_identity(c, suite) for c in (config, capped, padded, prompted, contrasted)]
+    assert len({*changed, _identity(config, replace(suite, benchmarks=suite.benchmarks[:1]))}) == 6
