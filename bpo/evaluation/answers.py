@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, dataclass
 from itertools import groupby
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from bpo.data.encode import EncodedPrompt, Encoder
     from bpo.model.decoding import DecodingCost
 
+# After the key of a request, the key of the probabilities of its labels under the biased views.
+_PRIOR = " prior"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
@@ -32,7 +35,7 @@ class Request:
         text: The complete prompt.
         max_new_tokens: Maximum length of the answer.
         labels: See `Question.labels`.
-        scope: The benchmark, where the decoding of an answer depends on the other questions; else empty.
+        scope: The benchmark, where decoding depends on its other questions; the setting of a grid; else empty.
     """
 
     image: str
@@ -103,27 +106,88 @@ def answer_requests(
     """
     from bpo.model.decoding import answer_prompts
 
+    requests = list(requests)
+    priors: dict[tuple[str, tuple[str, ...]], list[float]] = {}
+    if options.decoding == "calibration" and options.calibration.over == "dataset":
+        priors = _mean_priors(model, encoder, requests, journal, options, progress=progress, cost=cost)
+
+    def answers(batch: Sequence[Request], prompts: Sequence[EncodedPrompt]) -> list[str]:
+        return answer_prompts(
+            model,
+            encoder,
+            prompts,
+            labels=[request.labels for request in batch],
+            options=options,
+            max_new_tokens=batch[0].max_new_tokens,
+            seeds=_seeds(batch, options),
+            cost=cost,
+            priors={labels: prior for (scope, labels), prior in priors.items() if scope == batch[0].scope},
+        )
+
+    _fill(journal, encoder, requests, options, answers, progress=progress)
+
+
+def _mean_priors(
+    model: Any,
+    encoder: Encoder,
+    requests: Iterable[Request],
+    journal: AnswerJournal,
+    options: EvaluationConfig,
+    *,
+    progress: bool,
+    cost: DecodingCost | None,
+) -> dict[tuple[str, tuple[str, ...]], list[float]]:
+    """(scope, labels) -> their mean probabilities under the biased views, over all questions of the benchmark.
+
+    Those of each question are journal entries: ranks share them and average the same numbers in the same order.
+    """
+    from bpo.model.decoding.calibration import biased_probabilities
+    from bpo.model.decoding.cost import DecodingCost
+
+    asked = list(dict.fromkeys(request for request in requests if request.labels and request.image))
+
+    def measured(batch: Sequence[Request], prompts: Sequence[EncodedPrompt]) -> list[str]:
+        labels, seeds = [request.labels for request in batch], _seeds(batch, options)
+        counted = DecodingCost() if cost is None else cost
+        found = biased_probabilities(model, encoder, prompts, labels, options.contrast, seeds, counted)
+        return [json.dumps(p) for p in found]
+
+    _fill(journal, encoder, asked, options, measured, _PRIOR, progress=progress)
+    texts = journal.all([request.key + _PRIOR for request in asked], options.stall_timeout_s)
+    grouped: dict[tuple[str, tuple[str, ...]], list[list[float]]] = {}
+    for request, text in zip(asked, texts, strict=True):
+        grouped.setdefault((request.scope, request.labels), []).append(json.loads(text))
+    return {key: [sum(of_label) / len(rows) for of_label in zip(*rows, strict=True)] for key, rows in grouped.items()}
+
+
+def _seeds(batch: Sequence[Request], options: EvaluationConfig) -> list[int]:
+    return [derive_seed(options.sampling.seed, request.key) for request in batch]
+
+
+def _fill(
+    journal: AnswerJournal,
+    encoder: Encoder,
+    requests: Iterable[Request],
+    options: EvaluationConfig,
+    answers: Callable[[Sequence[Request], Sequence[EncodedPrompt]], list[str]],
+    kind: str = "",
+    *,
+    progress: bool,
+) -> None:
+    """Puts this rank's missing `answers` to batches into `journal`, under the request's key followed by `kind`."""
     ranks = journal.ranks
     batches = [
         batch
         for batch in batches_of(requests, options.batch_size)[ranks.rank :: ranks.world_size]
-        if any(request.key not in journal for request in batch)
+        if any(request.key + kind not in journal for request in batch)
     ]
     total = sum(map(len, batches))
-    with tqdm(total=total, desc="answering", unit="answer", disable=not (progress and ranks.is_main)) as bar:
+    label = "measuring the prior" if kind else "answering"
+    with tqdm(total=total, desc=label, unit="answer", disable=not (progress and ranks.is_main)) as bar:
         for batch, prompts in zip(batches, _encoded_batches(encoder, batches), strict=True):
             journal.check_stop()
-            answers = answer_prompts(
-                model,
-                encoder,
-                prompts,
-                labels=[request.labels for request in batch],
-                options=options,
-                max_new_tokens=batch[0].max_new_tokens,
-                seeds=[derive_seed(options.sampling.seed, request.key) for request in batch],
-                cost=cost,
-            )
-            journal.put({request.key: text for request, text in zip(batch, answers, strict=True)})
+            texts = answers(batch, prompts)
+            journal.put({request.key + kind: text for request, text in zip(batch, texts, strict=True)})
             bar.update(len(batch))
 
 

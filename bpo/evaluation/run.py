@@ -16,6 +16,7 @@ from bpo.config.training import Config
 from bpo.evaluation.answer_journal import AnswerJournal
 from bpo.evaluation.answers import answer_requests, requests_of
 from bpo.evaluation.given_answers import read_answers
+from bpo.evaluation.grid import answer_grid, score_grid
 from bpo.evaluation.provenance import decoding_of, model_provenance, run_provenance
 from bpo.evaluation.results import BenchmarkResult, flat_metrics, score_benchmark, score_suite
 from bpo.evaluation.suite import Suite, read_suite, with_usable_images
@@ -110,6 +111,10 @@ def _generate(
     about = model_provenance(config, encoder, Path(options.output).parent)
     about["cost"] = cost.to_json()
     about["bad_images"] = [problem.to_json() for problem in bad.problems]
+    if options.decoding == "grid":
+        grid = score_grid(suite, journal, options)
+        about["grid"] = [result.to_json() for result in grid]
+        print("\n".join(map(str, grid)))
     return score_suite(suite, journal, options), about
 
 
@@ -142,6 +147,8 @@ def answer_suite(
     """Generates this rank's share of the missing answers of all benchmarks; raises as `answer_requests` does."""
     requests = [request for benchmark in suite.benchmarks for request in requests_of(benchmark, options)]
     answer_requests(model, encoder, requests, journal, options, progress=progress, cost=cost)
+    if options.decoding == "grid":
+        answer_grid(model, encoder, suite, options, journal, progress=progress, cost=cost)
 
 
 def write_results(output: Path, tree: dict[str, Any], results: Sequence[BenchmarkResult]) -> None:
