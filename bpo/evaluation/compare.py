@@ -56,8 +56,8 @@ def compare(first: Mapping[str, Any], second: Mapping[str, Any], *, any_decoding
 
 
 def _differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    counts = [UnitCounts.from_json(result["counts"]) for result in (first, second)]
-    pairs = paired_differences(*counts, BENCHMARKS[first["type"]].metrics)
+    counts = tuple(UnitCounts.from_json(result["counts"]) for result in (first, second))
+    pairs = paired_differences(counts[0], counts[1], BENCHMARKS[first["type"]].metrics)
     values = [{name: value["value"] for name, value in result["metrics"].items()} for result in (first, second)]
     return {
         name: {"first": values[0][name], "second": values[1][name], "difference": difference, "low": low, "high": high}

@@ -39,8 +39,8 @@ def listed_images(path: Path, images: Sequence[str], benchmark: str, *, complete
     by_name: dict[str, list[str]] = {}
     for image in images:
         stem = Path(image).stem
-        number = stem.rsplit("_", 1)[-1].lstrip("0") if stem[-1:].isdecimal() else ""
-        for name in {Path(image).name, stem, number} - {""}:
+        coco_number = stem.rsplit("_", 1)[-1].lstrip("0") if stem[-1:].isdecimal() else ""
+        for name in {Path(image).name, stem, coco_number} - {""}:
             by_name.setdefault(name, []).append(image)
     known, chosen, missing = set(images), [], []
     for number, line in ((n, line) for n, line in enumerate(lines, 1) if line):

@@ -84,19 +84,14 @@ def make_benchmark(tree: Mapping[str, Any], where: str = "suite") -> Benchmark:
 def _from_flags(options: EvaluationConfig) -> list[_Entry]:
     if bool(options.questions) != bool(options.format):
         raise ValueError("evaluation.questions and evaluation.format belong together; set both, or use a suite")
+    of_coco = {"instances": options.chair_instances, "captions": options.chair_captions, "synonyms": options.synonyms}
     if options.questions:
-        known = BENCHMARKS.get(options.format)
-        own = [entry for entry in fields(known.Options) if entry.name not in _COMMON] if known else []
-        files = (
-            {own[0].name: [options.questions] if callable(own[0].default_factory) else options.questions} if own else {}
-        )
-        return [_Entry({"type": options.format, **files}, "evaluation.format")]
+        return [_Entry(_of_questions(options, of_coco), "evaluation.format")]
     common = {"max_new_tokens": options.max_new_tokens}
     entries = []
     if options.chair_instances:
-        chair = {"instances": options.chair_instances, "captions": options.chair_captions}
-        chair |= {"synonyms": options.synonyms, "prompt": options.chair_prompt}
-        entries.append(_Entry({"type": "chair", **chair, **common}, "evaluation.chair_instances"))
+        chair = {"type": "chair", **of_coco, "prompt": options.chair_prompt, **common}
+        entries.append(_Entry(chair, "evaluation.chair_instances"))
     elif options.chair_captions:
         raise ValueError("evaluation.chair_captions is set without chair_instances; CHAIR needs instances")
     if options.pope_questions:
@@ -108,6 +103,19 @@ def _from_flags(options: EvaluationConfig) -> list[_Entry]:
             "nothing to measure: set evaluation.suite, evaluation.chair_instances or evaluation.pope_questions"
         )
     return entries
+
+
+def _of_questions(options: EvaluationConfig, of_coco: Mapping[str, str]) -> dict[str, Any]:
+    """`evaluation.questions` as the option `questions` of its format, or else its first; with the files about COCO."""
+    tree: dict[str, Any] = {"type": options.format}
+    if options.format in BENCHMARKS:
+        own = {option.name: option for option in fields(BENCHMARKS[options.format].Options)}
+        own = {name: option for name, option in own.items() if name not in _COMMON}
+        tree |= {name: path for name, path in of_coco.items() if path and name in own}
+        name = "questions" if "questions" in own else next(iter(own))
+        is_list = own[name].default_factory is list
+        tree[name] = [options.questions] if is_list else options.questions
+    return tree
 
 
 def _read_file(path: Path) -> tuple[str, list[_Entry]]:
