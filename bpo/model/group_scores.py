@@ -6,7 +6,7 @@ Shape letter: N response tokens.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -25,11 +25,12 @@ class GroupScorer:
 
     Args:
         model: Resolved with `for_training`, so that the log-probs are those of training and of the reference store.
+        loaded: Its weights, if they are not those at its path.
     """
 
-    def __init__(self, model: ResolvedModel, encoder: Encoder):
+    def __init__(self, model: ResolvedModel, encoder: Encoder, loaded: Any = None):
         self.encoder = encoder
-        self._policy = PolicyModel(load_resolved(model)).to(model.device).eval()
+        self._policy = PolicyModel(load_resolved(model) if loaded is None else loaded).to(model.device).eval()
         self._device = model.device
 
     @torch.inference_mode()
