@@ -13,9 +13,20 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
+from bpo.checkpoint.adapter import check_vllm_format, write_adapter
 from bpo.checkpoint.compatible import WEIGHTS, base_digest, base_files
+from bpo.checkpoint.fidelity import (
+    Change,
+    Fidelity,
+    NoSampleError,
+    adapter_change,
+    compare,
+    judge,
+    table,
+    trained_change,
+    unchanged,
+)
 from bpo.checkpoint.files import (
     MANIFEST,
     CheckpointError,
@@ -24,13 +35,16 @@ from bpo.checkpoint.files import (
     latest_valid,
     verify_checkpoint,
 )
+from bpo.checkpoint.hub import push
+from bpo.checkpoint.merge import merge_into
+from bpo.checkpoint.model_card import CARD, model_card, read_metrics
 from bpo.checkpoint.shards import ShardSet
-from bpo.config.training import Config, LoraConfig, ModelConfig, TrainableConfig
-from bpo.data.families import Family, family_of
-from bpo.job.durable import file_digest, new_directory
+from bpo.config.training import Config, DataConfig, LoraConfig, ModelConfig, TrainableConfig
+from bpo.data.families import family_of
+from bpo.job.durable import file_digest, new_directory, write_durably
 from bpo.model.load import load_model
 from bpo.model.reference.fingerprint import model_fingerprint
-from bpo.model.trainable import lora_config, prepare_trainable
+from bpo.model.trainable import prepare_trainable
 
 logger = logging.getLogger(__name__)
 
@@ -68,49 +82,180 @@ def _section(cls: type, manifest: dict[str, Any], name: str) -> Any:
         raise ValueError(f"export.checkpoint: section `{name}` of its manifest is unusable: {error!r}") from error
 
 
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A checkpoint to export.
+
+    config: Base model in the dtype of the training, options of the training that the weights depend on, and the
+        caller's `export` and `data`.
+    state: Trained parameters by name.
+    """
+
+    checkpoint: Path
+    manifest: dict[str, Any]
+    config: Config
+    state: dict[str, torch.Tensor]
+
+    @property
+    def name(self) -> str:
+        return f"step {self.manifest['step']} of {self.checkpoint}"
+
+
 def run_export(config: Config) -> Path:
-    """Writes `export.output` from `export.checkpoint` and the base model `model.path`.
+    """Writes `export.output` from `export.checkpoint` and the base model `model.path`, and compares it with them.
 
     Which model is loaded, and whether its code may run, is decided by the caller's `model.*`, never by the checkpoint,
-    which may be of unknown origin. The output appears only when it is complete.
+    which may be of unknown origin. The output appears only when it is complete. If it is there already, a model card
+    with new `export.metrics` is written, and `export.push` uploads it.
 
     Raises:
         ValueError: a path is missing, the output is not empty, the base model is not the one that was trained, a tensor
-            is missing or not finite, or an adapter is requested but more than LoRA and projector was trained.
+            is missing or not finite, an adapter is requested but more than LoRA and projector was trained, the export
+            is not like the trained model, or the upload failed.
     """
     if not config.export.checkpoint or not config.export.output:
         raise ValueError("export.checkpoint and export.output must both be given")
+    metrics = read_metrics(config.export.metrics)
     output = Path(config.export.output)
     checkpoint, manifest = find_checkpoint(Path(config.export.checkpoint))
-    record = {"checkpoint": file_digest(checkpoint / MANIFEST), "step": manifest["step"], "form": config.export.form}
+    key = _key(config, checkpoint, manifest)
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        if _read_record(output) == record:
-            logger.info("%s already is the export of step %d of %s", output, manifest["step"], checkpoint)
-            return output
-        raise ValueError(f"export.output {output} is not an empty folder; give another one, or remove it first")
+        # Records of older versions lack the dtype, which was that of the training.
+        found = {"dtype": key["dtype"], "rounding": "nearest", **(_read_record(output) or {})}
+        if any(found.get(name) != value for name, value in key.items()):
+            raise ValueError(f"export.output {output} is not an empty folder; give another one, or remove it first")
+        logger.info("%s already is the export of step %d of %s", output, manifest["step"], checkpoint)
+        if metrics and config.model.path:
+            _write_card(output, config, checkpoint, manifest, found, metrics)
+    else:
+        trained = _read_trained(config, checkpoint, manifest)
+        with new_directory(output) as unfinished:
+            record = {**key, **_write(unfinished, trained)}
+            (unfinished / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            _write_card(unfinished, config, checkpoint, manifest, record, metrics)
+        logger.info("exported %s to %s", trained.name, output)
+    if config.export.push:
+        push(output, config.export.push, private=config.export.private, message=f"bpo export, step {key['step']}")
+    return output
+
+
+def _key(config: Config, checkpoint: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    """What the weights of an export depend on."""
+    options, trained_from = config.export, _section(ModelConfig, manifest, "model")
+    return {
+        "checkpoint": file_digest(checkpoint / MANIFEST),
+        "step": manifest["step"],
+        "form": options.form,
+        "dtype": options.dtype or trained_from.dtype,
+        "rounding": options.rounding,
+    }
+
+
+def _read_trained(config: Config, checkpoint: Path, manifest: dict[str, Any]) -> Trained:
     trained_from = _section(ModelConfig, manifest, "model")
     if not config.model.path:
         raise ValueError(
             f"model.path is empty; pass --model.path with the base model. The checkpoint was trained from "
             f"{trained_from.path!r}, which is not loaded by itself: a checkpoint may be of unknown origin"
         )
+    if config.data.groups and config.export.check_groups and not Path(config.data.groups).is_file():
+        raise ValueError(f"data.groups {config.data.groups}: no such file to compare the export on; correct the path")
     check_base(config, manifest)
-    model_config = dataclasses.replace(config.model, dtype=trained_from.dtype)
-    trainable: TrainableConfig = _section(TrainableConfig, manifest, "trainable")
-    adapter: LoraConfig = _section(LoraConfig, manifest, "lora")
+    config = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, dtype=trained_from.dtype),
+        trainable=_section(TrainableConfig, manifest, "trainable"),
+        lora=_section(LoraConfig, manifest, "lora"),
+    )
     state = dict(
         ShardSet(checkpoint, [name for name in manifest["files"] if name.endswith(".safetensors")]).parameters()
     )
     check_tensors(state.items(), str(checkpoint))
-    check_trained(state, dataclasses.replace(config, model=model_config, trainable=trainable, lora=adapter))
-    with new_directory(output) as unfinished:
-        if config.export.form == "adapter":
-            _write_adapter(unfinished, state, model_config, trainable, adapter)
-        else:
-            _write_merged(unfinished, state, model_config, trainable, adapter)
-        (unfinished / RECORD).write_text(json.dumps(record) + "\n", encoding="utf-8")
-    logger.info("exported step %d of %s to %s", manifest["step"], checkpoint, output)
-    return output
+    check_trained(state, config)
+    return Trained(checkpoint, manifest, config, state)
+
+
+def _write(output: Path, trained: Trained) -> dict[str, Any]:
+    """Writes weights and processor; returns the figures of the comparison for the record."""
+    config, state = trained.config, trained.state
+    record: dict[str, Any] = {}
+    if config.export.form == "adapter":
+        write_adapter(output, _empty_model(config.model), state, config.model, config.trainable, config.lora)
+        copy_processor(Path(config.model.path), output, skip={"config.json", "generation_config.json", CARD})
+        weights: dict[str, Any] = {}
+        accepted, detail = check_vllm_format(output)
+        logger.log(
+            logging.INFO if accepted else logging.WARNING,
+            "vLLM %s this adapter: %s",
+            "can serve" if accepted else "refuses",
+            detail,
+        )
+        record["vllm"] = {"accepted": accepted, "detail": detail}
+        written = config.model
+        exported = adapter_change(output)
+    else:
+        weights, dtype = _write_merged(output, trained)
+        written = dataclasses.replace(config.model, path=str(output), dtype=dtype)  # type: ignore[arg-type]
+        exported = unchanged
+    tokens, reason = _compare(trained, exported, written)
+    for line in table(weights, tokens):
+        logger.info(line)
+    judge(config.export, weights, tokens)
+    return {
+        **record,
+        "weights": weights,
+        "log_probs": dataclasses.asdict(tokens) if tokens else None,
+        "not_compared": reason,
+    }
+
+
+def _compare(trained: Trained, exported: Change, written: ModelConfig) -> tuple[Fidelity | None, str]:
+    """The comparison on groups, or None and the reason why there is none, which is logged as a warning."""
+    config = trained.config
+    then: DataConfig = _section(DataConfig, trained.manifest, "data")
+    given, groups = bool(config.data.groups), config.data.groups or then.groups
+    reason = ""
+    if not config.export.check_groups:
+        reason = "export.check_groups is 0"
+    elif not groups or not Path(groups).is_file():
+        reason = "data.groups is not given, and the file of the training is not here"
+    else:
+        image_root = config.data.image_root or then.image_root
+        data = dataclasses.replace(then, groups=groups, image_root=image_root)
+        try:
+            change = trained_change(config, trained.state)
+            return compare(dataclasses.replace(config, data=data), change, exported, written), ""
+        except NoSampleError as error:
+            if given:
+                raise
+            reason = str(error)
+    logger.warning("log-probs of the exported and the trained model were NOT COMPARED: %s", reason)
+    return None, reason
+
+
+def _write_card(
+    output: Path,
+    config: Config,
+    checkpoint: Path,
+    manifest: dict[str, Any],
+    record: dict[str, Any],
+    metrics: list[tuple[str, dict[str, Any]]],
+) -> None:
+    tokens = Fidelity(**record["log_probs"]) if record.get("log_probs") else None
+    lines = table(record.get("weights", {}), tokens)
+    if record.get("not_compared"):
+        lines += ["", f"Log-probs were not compared: {record['not_compared']}."]
+    name = Path(config.export.output).resolve().name
+    write_durably(
+        output / CARD, model_card(name, config, manifest, record, lines, metrics, _commit(checkpoint)), sync=False
+    )
+
+
+def _commit(checkpoint: Path) -> str:
+    """The commit that trained, from the record of the run; empty if the checkpoint was moved out of it."""
+    versions = checkpoint.parent.parent / "versions.txt"
+    lines = versions.read_text(encoding="utf-8").splitlines() if versions.is_file() else []
+    return next((line.removeprefix("commit: ") for line in lines if line.startswith("commit: ")), "")
 
 
 def _read_record(output: Path) -> Any:
@@ -191,66 +336,27 @@ def check_tensors(tensors: Iterable[tuple[str, torch.Tensor]], where: str) -> in
     return total
 
 
-def _write_merged(
-    output: Path, state: dict[str, torch.Tensor], config: ModelConfig, trainable: TrainableConfig, lora: LoraConfig
-) -> None:
-    model = load_model(config)
-    family = family_of(model.config)
-    if trainable.language == "lora":
-        import peft
-
-        adapted = peft.LoraModel(model, lora_config(model, family, lora, config.path), "default")
-        adapted.model.load_state_dict(state, strict=False)
-        model = adapted.merge_and_unload()
-    else:
-        model.load_state_dict(state, strict=False)
+def _write_merged(output: Path, trained: Trained) -> tuple[dict[str, Any], str]:
+    """Returns what rounding did to the training's change of the weights, and the dtype of the export."""
+    config, lora = trained.config, trained.config.lora
+    model = load_model(config.model)
+    dtype = getattr(torch, config.export.dtype) if config.export.dtype else model.dtype
+    rounding, scale = config.export.rounding, lora.alpha / lora.r
+    weights = merge_into(model, trained.state, scale=scale, dtype=dtype, rounding=rounding)
     model.save_pretrained(output)
     # Read back, which also covers what merging did: a sum of finite weights may overflow in half precision.
-    written = check_tensors(_stored_tensors(output), config.path)
+    written = check_tensors(_stored_tensors(output), config.model.path)
     expected = sum(parameter.numel() for parameter in model.parameters())  # tied ones once, as in the files
     if written < expected:
         raise ValueError(f"{output}: {written:,} of {expected:,} weights were written; is the disk full?")
-    copy_processor(Path(config.path), output)
+    copy_processor(Path(config.model.path), output, skip={CARD})
+    return weights.to_json(), str(dtype).removeprefix("torch.")
 
 
 def _stored_tensors(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
     for file in sorted(directory.glob("*.safetensors")):
         with safe_open(str(file), framework="pt") as tensors:
             yield from ((name, tensors.get_tensor(name)) for name in tensors.keys())  # noqa: SIM118  not a dict
-
-
-def _write_adapter(
-    output: Path, state: dict[str, torch.Tensor], config: ModelConfig, trainable: TrainableConfig, lora: LoraConfig
-) -> None:
-    if trainable.language != "lora" or trainable.vision != "frozen":
-        raise ValueError(
-            f"export.form=adapter needs trainable.language=lora and a frozen vision tower; this run had "
-            f"language={trainable.language}, vision={trainable.vision}. Use export.form=merged"
-        )
-    model = _empty_model(config)
-    family = family_of(model.config)
-    settings = lora_config(model, family, lora, config.path)
-    settings.inference_mode = True
-    if trainable.projector == "full":
-        if family.projector_parameters:
-            raise ValueError(
-                f"export.form=adapter cannot hold {', '.join(family.projector_parameters)}, which the projector of "
-                f"`{model.config.model_type}` trains in addition to its modules; use export.form=merged"
-            )
-        settings.modules_to_save = list(_saved_modules(model, family))
-    settings.save_pretrained(str(output))
-    # PEFT's names: no adapter name, and a prefix for its two wrappers.
-    renamed = {f"base_model.model.{name.replace('.default.', '.')}": value for name, value in state.items()}
-    save_file(renamed, output / "adapter_model.safetensors", metadata={"format": "pt"})
-    copy_processor(Path(config.path), output, skip={"config.json", "generation_config.json"})
-
-
-def _saved_modules(model: torch.nn.Module, family: Family) -> Iterator[str]:
-    """Projector names for PEFT, which matches the end of module names and takes members of a list, not the list."""
-    for name in family.projector_modules:
-        module = model.get_submodule(name)
-        members = [f"{name}.{child}" for child, _ in module.named_children()]
-        yield from members if isinstance(module, torch.nn.ModuleList) else [name.rsplit(".", 1)[-1]]
 
 
 def copy_processor(source: Path, output: Path, skip: set[str] | None = None) -> None:
