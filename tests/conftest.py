@@ -34,7 +34,7 @@ SLOW_FILES = """
     bootstrap/engines/test_text.py model/attention/test_shared_prefix.py model/attention/test_flops.py
     bootstrap/job/test_spool.py model/test_trainable.py job/test_compile_locks.py cluster/test_srun.py
     formats/test_reading_fuzz.py test_view_cost.py recipes/test_methods.py benchmarks/test_methods.py test_loss_types.py
-    test_term_gradients.py training/test_embeddings.py
+    test_term_gradients.py training/test_embeddings.py training/test_evaluation.py
 """.split()
 
 

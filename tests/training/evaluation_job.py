@@ -1,7 +1,7 @@
 """Runs with evaluations under ZeRO-3 on two ranks and ZeRO-1 on one: `python -m tests.training.evaluation_job DIR`.
 
-DIR has a model `llava`, images, groups, instances.json and suite.yaml. Each run leaves its metrics, and what it
-answered in answers.jsonl; `resumed` continues `evaluated` as a kill after step 4 leaves it.
+`write_inputs` prepares DIR. Each run leaves its metrics, and what it answered in answers.jsonl; `resumed` continues
+`evaluated` as a kill after step 2 leaves it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,11 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
+
 from bpo.config.training import Config, DataConfig, EvaluationConfig, LoraConfig, LossConfig, ModelConfig, TrainConfig
+from bpo.evaluation.benchmark import Benchmark, BenchmarkOptions, Question, Scores, Sums
+from bpo.evaluation.benchmarks.registry import BENCHMARKS
 from bpo.evaluation.results import score_benchmark
 from bpo.job import collectives
 from bpo.job.launch import Ranks
@@ -23,13 +27,49 @@ from bpo.model.load import load_model
 from bpo.train import train
 from tests.ranks import fork_ranks
 
-EVERY = 2
-HELD_OUT = 4
-BEST = "eval/loss"
+NUM_IMAGES = 5
+SUITE = """\
+benchmarks:
+  - {{type: chair, instances: {0}/instances.json, max_new_tokens: 8}}
+  - {{type: pope, questions: [{0}/coco_pope_random.json], max_new_tokens: 3}}
+  - {{type: blind, max_new_tokens: 4}}
+"""
+
+
+class Blind(Benchmark):
+    """Questions without an image, for which ranks under ZeRO-3 must all leave out the vision tower."""
+
+    @classmethod
+    def read(cls, options: BenchmarkOptions) -> Blind:
+        return cls(options=options, questions=tuple(Question(id=text, image="", text=text) for text in "abc"))
+
+    def score(self, answers: list[str]) -> Scores:
+        return Scores(tuple((q.id, {"letters": len(a)}) for q, a in zip(self.questions, answers, strict=True)), ())
+
+    @staticmethod
+    def metrics(sums: Sums) -> dict[str, np.ndarray]:
+        return {"letters": sums["letters"]}
+
+
+BLIND = mock.patch.dict(BENCHMARKS, blind=Blind)
+
+
+def write_inputs(root: Path) -> None:
+    """CHAIR and POPE files about the first images, and the suite."""
+    objects = ["dog", "cat", "tree", "car"]
+    images = [{"id": i, "file_name": f"{i}.png"} for i in range(NUM_IMAGES)]
+    seen = [{"image_id": i, "category_id": i % 4} for i in range(NUM_IMAGES)]
+    categories = [{"id": k, "name": name} for k, name in enumerate(objects)]
+    instances = {"images": images, "annotations": seen, "categories": categories}
+    (root / "instances.json").write_text(json.dumps(instances))
+    asked = [{"image": f"{i}.png", "text": f"Is there a {objects[i]} in the image?", "label": "yes"} for i in range(2)]
+    lines = [json.dumps({"question_id": i, **question}) for i, question in enumerate(asked)]
+    (root / "coco_pope_random.json").write_text("\n".join(lines))
+    (root / "suite.yaml").write_text(SUITE.format(root))
 
 
 def config_of(root: Path, name: str, stage: int = 3, **options: Any) -> Config:
-    """Six steps of four groups; dropout makes losses depend on the state of the random generator."""
+    """Three steps of four groups; dropout makes losses depend on the state of the random generator."""
     ds_config = root / f"stage{stage}.json"
     zero = {"stage": stage} | ({"stage3_param_persistence_threshold": 0} if stage == 3 else {})
     ds_config.write_text(json.dumps({"zero_optimization": zero}))
@@ -41,11 +81,12 @@ def config_of(root: Path, name: str, stage: int = 3, **options: Any) -> Config:
         train=TrainConfig(
             output_dir=str(root / name),
             ds_config=str(ds_config),
+            epochs=1,
             groups_per_step=4,
             max_micro_batch_tokens=300,
             lr=5e-3,
-            save_every_steps=EVERY,
-            held_out_groups=HELD_OUT,
+            save_every_steps=2,
+            held_out_groups=4,
             tensorboard=False,
             **options,
         ),
@@ -53,20 +94,18 @@ def config_of(root: Path, name: str, stage: int = 3, **options: Any) -> Config:
 
 
 def evaluated(root: Path, name: str, stage: int = 3, **options: Any) -> Config:
-    config = config_of(root, name, stage, evaluate_every_steps=EVERY, evaluation_images=0, keep_best=BEST, **options)
-    return replace(config, evaluation=EvaluationConfig(suite=str(root / "suite.yaml"), batch_size=3))
+    options = {"evaluate_every_steps": 2, "evaluation_images": 0, "keep_best": "eval/loss", **options}
+    config = config_of(root, name, stage, **options)
+    return replace(config, evaluation=EvaluationConfig(suite=str(root / "suite.yaml"), batch_size=2))
 
 
 def run(config: Config, ranks: Ranks) -> None:
-    output = Path(config.train.output_dir)
-
-    def score(benchmark: Any, answers: list[str]) -> Any:
-        if any(answers):  # not the names of metrics
-            with (output / "answers.jsonl").open("a") as file:
-                file.write(json.dumps({"benchmark": benchmark.name, "answers": list(answers)}) + "\n")
+    def score(benchmark: Benchmark, answers: list[str]) -> Any:
+        with (Path(config.train.output_dir) / "answers.jsonl").open("a") as file:
+            file.write(json.dumps({"benchmark": benchmark.name, "answers": answers}) + "\n")
         return score_benchmark(benchmark, answers)
 
-    with mock.patch("bpo.training.evaluation.score_benchmark", score):
+    with mock.patch("bpo.training.evaluation.score_benchmark", score), BLIND:
         train(config, ranks)
 
 
@@ -75,7 +114,7 @@ def two_ranks(root: Path, ranks: Ranks) -> None:
     run(evaluated(root, "evaluated"), ranks)
     if ranks.is_main:
         shutil.copytree(root / "evaluated", root / "resumed")
-        shutil.rmtree(root / "resumed" / "checkpoints" / "step-00000006")
+        shutil.rmtree(root / "resumed" / "checkpoints" / "step-00000003")
     collectives.barrier()
     run(evaluated(root, "resumed", resume=True), ranks)
 
