@@ -18,7 +18,7 @@ from bpo.evaluation.suite import Suite
 from bpo.formats.jsonfiles import BOM, parse_json
 
 IDS = ("id", "question_id", "image_id")
-TEXTS = ("answer", "text", "response", "caption", "model_prediction", "model_answer")
+TEXTS = ("answer", "text", "response", "caption", "model_prediction", "model_answer", "prediction")
 
 
 @dataclass(frozen=True, slots=True)
