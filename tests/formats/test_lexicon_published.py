@@ -230,6 +230,7 @@ def test_deviations_from_the_released_code(text: str) -> None:
         ("horse-drawn, dog-like, a hot-dog, dog/cat and dog_cat", []),
         ("babies elephants under blue skies", ["elephant"]),
         ("hot, dog", ["dog"]),
+        ("a dog,2 cats", ["cat"]),
         ("A dog.\nCats' and the horse's", ["dog", "cat", "horse"]),
     ],
 )  # fmt: skip

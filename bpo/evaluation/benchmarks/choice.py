@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from string import ascii_uppercase
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
@@ -22,12 +22,13 @@ _OPTION_LINE = re.compile(r"^\s*\(?([A-Z])[.):]\s*(\S.*?)\s*$", re.MULTILINE)
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A question's options by letter, its right letter, and its category (empty if it has none)."""
+    """A question as in its file, with its options by letter, its right letter, and its category (may be empty)."""
 
+    id: int | str
+    question: str
     options: dict[str, str]
     right: str
     category: str
-    record: dict[str, Any]
 
     @property
     def none_of_the_above(self) -> str:
@@ -103,10 +104,14 @@ class ChoiceBenchmark(Benchmark):
         }
 
     def answer_file(self, answers: Sequence[str]) -> tuple[str, str]:
-        """The records with `prediction`, as JSONL: what HumbleBench's script reads."""
-        pairs = zip(self.questions, answers, strict=True)
-        records = [{**self.choices[q.id].record, "prediction": answer} for q, answer in pairs]
-        return ".jsonl", "".join(f"{json.dumps(record, ensure_ascii=False)}\n" for record in records)
+        """JSONL in the form of HumbleBench: question_id, question, type, image, label and prediction."""
+        lines = []
+        for question, answer in zip(self.questions, answers, strict=True):
+            choice = self.choices[question.id]
+            entry = {"question_id": choice.id, "question": choice.question, "type": choice.category}
+            entry |= {"image": question.image, "label": choice.right, "prediction": answer}
+            lines.append(json.dumps(entry, ensure_ascii=False) + "\n")
+        return ".jsonl", "".join(lines)
 
 
 def read_letter(answer: str, options: dict[str, str]) -> str:
@@ -159,10 +164,11 @@ def _read(record: JsonRecord, options: BenchmarkOptions) -> tuple[Question, Choi
     if not isinstance(image, str) or not isinstance(category, str):
         raise ValueError(f"{where}: the image is {image!r} and the category {category!r}; both must be text")
     key = next((key for key in ("question_id", "id") if key in entry), "")
+    id = id_field(entry, key, where) if key else record.index
     question = Question(
-        id=str(id_field(entry, key, where)) if key else str(record.index),
+        id=str(id),
         image=image,
         text=options.asked(f"{text}\n{options.prompt or PROMPT}"),
         labels=tuple(lettered),
     )
-    return question, Choice(lettered, right, category, entry)
+    return question, Choice(id, text, lettered, right, category)

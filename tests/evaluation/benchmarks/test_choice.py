@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 from bpo.evaluation.benchmarks.choice import ChoiceBenchmark, ChoiceOptions, read_letter
+from bpo.evaluation.given_answers import read_answers
 from bpo.evaluation.intervals import count_units
+from bpo.evaluation.suite import Suite
 
 ANIMALS = {"A": "A cat", "B": "A dog", "C": "A hot dog", "D": "Two birds", "E": "None of the above"}
 
@@ -99,9 +101,13 @@ def test_options_may_be_a_list(tmp_path: Path) -> None:
     assert metrics(subject, ["It is blue."])["accuracy"] == 1
 
 
-def test_the_answer_file_is_the_records_with_predictions(tmp_path: Path) -> None:
-    suffix, content = benchmark(tmp_path, record("B", "O")).answer_file(["ü"])
-    assert suffix == ".jsonl" and json.loads(content) == record("B", "O") | {"prediction": "ü"}
+def test_the_answer_file_is_that_of_humblebench_and_is_read_back(tmp_path: Path) -> None:
+    subject = benchmark(tmp_path, record("B", "O", 7), record("A", "R", 8))
+    suffix, content = subject.answer_file(["ü", "A"])
+    assert suffix == ".jsonl"
+    assert json.loads(content.splitlines()[0]) == record("B", "O", 7) | {"image": "a.jpg", "prediction": "ü"}
+    (tmp_path / "answers.jsonl").write_text(content)
+    assert read_answers(tmp_path / "answers.jsonl", Suite("s", (subject,))) == [["ü", "A"]]
 
 
 @pytest.mark.parametrize(
