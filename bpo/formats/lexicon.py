@@ -112,7 +112,7 @@ class ObjectLexicon:
         found: list[Mention] = []
         at = 0
         while at < len(spans):
-            phrase = self._longest_phrase(text, spans, forms, at)
+            phrase = self._longest_phrase(text, spans, forms, at) if forms[at] else ()
             canonical = self.canonical_of_phrase[phrase] if phrase else None
             last = at + max(len(phrase), 1) - 1
             if canonical is not None and not (toilet and phrase == ("seat",)):
@@ -125,7 +125,11 @@ class ObjectLexicon:
     ) -> tuple[str, ...]:
         """The longest phrase that starts with word `at`, or ()."""
         end = at + 1
-        while end < min(at + self._longest, len(spans)) and text[spans[end - 1][1] : spans[end][0]].isspace():
+        while (
+            end < min(at + self._longest, len(spans))
+            and forms[end]
+            and text[spans[end - 1][1] : spans[end][0]].isspace()
+        ):
             end += 1
         for stop in range(end, at, -1):
             for phrase in itertools.product(*forms[at:stop]):
