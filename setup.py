@@ -78,6 +78,7 @@ TEST = [
 ]
 
 EXTRAS = {
+    "amber": ["spacy>=3.8"],  # and a model with word vectors: python -m spacy download en_core_web_lg
     "bench": [*PEERS, *QUACK],
     "peers": PEERS,
     "flash": ["flash-attn>=2.8"],

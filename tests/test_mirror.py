@@ -47,6 +47,7 @@ COVERS = {
     "config/test_io.py": "bootstrap foreign judge loss measure negatives options select server training",
     "data/families/test_families.py": "base gemma idefics internvl llava qwen",
     "data/test_cells.py": "pairs token_weights",
+    "evaluation/benchmarks/test_amber_generative.py": "amber_files",
     "evaluation/judge/test_ratings.py": "rule",
     "evaluation/judge/test_run.py": "models replies requests rules",
     "evaluation/test_answer_journal.py": "answers",

@@ -24,6 +24,7 @@ from bpo.formats.jsonfiles import open_file, read_records
 
 TASKS = ("existence", "count", "position", "color")
 _PICTURES = (".jpg", ".jpeg", ".png")
+_ONE_LINE = str.maketrans("\t\r\n", "   ")
 
 
 def read_yes_no(answer: str) -> str:
@@ -123,12 +124,12 @@ class MmeBenchmark(Benchmark):
     def answer_file(self, answers: Sequence[str]) -> tuple[str, str]:
         """Lines `TASK/image`, `question`, `label`, `answer`; the official tool reads those of each task from TASK.txt.
 
-        Runs of white space in answers become one space.
+        Tabs and line breaks become spaces, one each, so that the tool reads the same first characters.
         """
         lines = []
         for question, answer in zip(self.questions, answers, strict=True):
-            label = self.truth[question.id].answer.capitalize()
-            lines.append("\t".join((question.unit, question.text, label, " ".join(answer.split()))) + "\n")
+            cells = (question.unit, question.text, self.truth[question.id].answer.capitalize(), answer)
+            lines.append("\t".join(cell.translate(_ONE_LINE) for cell in cells) + "\n")
         return ".txt", "".join(lines)
 
 
