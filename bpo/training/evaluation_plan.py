@@ -61,9 +61,10 @@ def plan_evaluation(config: Config, program: LossProgram) -> EvaluationPlan | No
             "train.evaluate_every_steps is set, but there is nothing to evaluate: set train.held_out_groups, "
             "evaluation.suite or evaluation.chair_instances"
         )
+    # Without keep_best too: scores that cannot be computed fail here, not after the reference pass.
+    known = _directions(benchmarks, program if train.held_out_groups else None)
     if not train.keep_best:
         return EvaluationPlan(benchmarks)
-    known = _directions(benchmarks, program if train.held_out_groups else None)
     if train.keep_best not in known:
         close = difflib.get_close_matches(train.keep_best, known, n=1, cutoff=0.4)
         meant = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}"
