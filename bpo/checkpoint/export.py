@@ -128,7 +128,7 @@ def run_export(config: Config) -> Path:
         if metrics and config.model.path:
             _write_card(output, config, checkpoint, manifest, found, metrics)
     else:
-        trained = _read_trained(config, checkpoint, manifest)
+        trained = read_trained(config, checkpoint, manifest)
         with new_directory(output) as unfinished:
             record = {**key, **_write(unfinished, trained)}
             (unfinished / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
@@ -151,7 +151,12 @@ def _key(config: Config, checkpoint: Path, manifest: dict[str, Any]) -> dict[str
     }
 
 
-def _read_trained(config: Config, checkpoint: Path, manifest: dict[str, Any]) -> Trained:
+def read_trained(config: Config, checkpoint: Path, manifest: dict[str, Any]) -> Trained:
+    """Reads a checkpoint that was trained from `model.path`.
+
+    Raises:
+        ValueError: the base model is not the one that was trained, or a tensor is missing or not finite.
+    """
     trained_from = _section(ModelConfig, manifest, "model")
     if not config.model.path:
         raise ValueError(
