@@ -103,6 +103,7 @@ EXTRAS = {
         "wheel>=0.45",
     ],
     "hub": HUB,
+    "lmms-eval": ["lmms-eval>=0.7.3"],
     "mlflow": ["mlflow-skinny>=3", "alembic>=1.13", "sqlalchemy>=2", "sqlparse>=0.5"],
     "test": TEST,
     "trackio": ["trackio>=0.5"],
@@ -136,7 +137,10 @@ setup(
     },
     install_requires=REQUIRES,
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["bpo = bpo.cli:main"]},
+    entry_points={
+        "console_scripts": ["bpo = bpo.cli:main"],
+        "lmms_eval.models": ["bpo = bpo.tools.lmms_model:manifest"],
+    },
     classifiers=[
         "Programming Language :: Python :: 3.10",
         "Programming Language :: Python :: 3.11",
