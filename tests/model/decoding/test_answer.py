@@ -59,6 +59,13 @@ def test_a_contrasted_answer_does_not_depend_on_its_batch(loaded: Loaded) -> Non
     assert together[:3] != answers(loaded, [0, 1, 2])
 
 
+def test_the_most_probable_token_alone_is_greedy(llava: Loaded) -> None:
+    one = SamplingConfig(temperature=1.5, top_k=1)
+    assert answers(llava, [0, 1], sampling=one) == answers(llava, [0, 1])
+    assert answers(llava, [0, 1], decoding="vcd", sampling=one) == answers(llava, [0, 1], decoding="vcd")
+    assert answers(llava, [0, 1], sampling=SamplingConfig(temperature=1.5)) != answers(llava, [0, 1])
+
+
 def test_each_beam_sees_the_images_of_its_record(loaded: Loaded) -> None:
     beams = SamplingConfig(num_beams=3)
     together = answers(loaded, [0, 1, 2, 3], sampling=beams)
@@ -127,3 +134,10 @@ def test_costs_are_relative_to_the_passes_on_the_image(llava: Loaded) -> None:
     tree = two.to_json()
     assert tree["relative_forward_passes"] == 3.0
     assert tree["branches"]["noise"]["prefills"] == 2
+
+
+def test_beams_neither_sample_nor_contrast() -> None:
+    with pytest.raises(ValueError, match="num_beams=3 does not sample; set temperature to 0, not 0.5"):
+        SamplingConfig(num_beams=3, temperature=0.5)
+    with pytest.raises(ValueError, match="decoding=vdd has no beam search; set evaluation.sampling.num_beams to 1"):
+        EvaluationConfig(decoding="vdd", sampling=SamplingConfig(num_beams=3))

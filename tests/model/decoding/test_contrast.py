@@ -36,11 +36,11 @@ def llava(tiny_llava_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Loa
 
 def test_scores_of_plausible_tokens_are_contrasted() -> None:
     image_BV = torch.tensor([[0.8, 0.15, 0.05]]).log()
-    biased_BV = torch.tensor([[0.9, 0.05, 0.05]]).log()
+    biased_BV = torch.tensor([[0.949, 0.05, 0.001]]).log()
     scores_BV = contrasted(image_BV, biased_BV, alpha=1.0, beta=0.1)
-    expected = [2 * math.log(0.8) - math.log(0.9), 2 * math.log(0.15) - math.log(0.05)]
+    expected = [2 * math.log(0.8) - math.log(0.949), 2 * math.log(0.15) - math.log(0.05)]
     assert scores_BV[0, :2].tolist() == pytest.approx(expected, abs=1e-6)
-    assert scores_BV[0, 2] == -math.inf  # 0.05 < 0.1 * 0.8
+    assert scores_BV[0, 2] == -math.inf  # 0.05 < 0.1 * 0.8, however improbable it is without the image
     assert contrasted(image_BV, biased_BV, alpha=1.0, beta=0.0).isfinite().all()
 
 
