@@ -43,6 +43,7 @@ COVERS = {
     "bootstrap/test_weaken.py": "engines/vision",
     "bootstrap/whole_set/test_edit.py": "slots",
     "bootstrap/whole_set/test_swap.py": "content images items outcomes permute takers",
+    "checkpoint/test_fidelity.py": "/bpo/config/export",
     "checkpoint/test_files.py": "partition shards",
     "config/test_io.py": "bootstrap foreign judge loss measure negatives options select server training",
     "data/families/test_families.py": "base gemma idefics internvl llava qwen",

@@ -10,7 +10,7 @@ logger = logging.getLogger(__name__)
 
 
 def push(directory: Path, repository: str, *, private: bool, message: str) -> str:
-    """Creates the repository if it does not exist, and uploads all files of `directory` in one commit.
+    """Creates the repository if it does not exist, and uploads all files of `directory`.
 
     huggingface_hub finds endpoint and token by itself (`hf auth login`, HF_TOKEN, HF_ENDPOINT).
 
@@ -24,17 +24,17 @@ def push(directory: Path, repository: str, *, private: bool, message: str) -> st
     Raises:
         ValueError: the upload failed; says how to repeat it. The directory is unchanged.
     """
-    import httpx
     from huggingface_hub import HfApi
 
     api = HfApi(library_name="bpo")
     try:
         url = api.create_repo(repository, private=private, exist_ok=True)
         api.upload_folder(repo_id=repository, folder_path=directory, commit_message=message)
-    except (OSError, ValueError, httpx.HTTPError) as error:  # no token, no network, an answer of the Hub
+    except Exception as error:  # the HTTP client's errors differ between versions of huggingface_hub
+        reason = " ".join(str(error).split()).rstrip(".")
         words = ["hf", "upload", repository, str(directory), ".", *(["--private"] if private else [])]
         raise ValueError(
-            f"{directory} is complete, but its upload to {repository} failed: {' '.join(str(error).split())}. Repeat "
+            f"{directory} is complete, but its upload to {repository} failed: {reason}. Repeat "
             f"the command, which uploads what is there, or run: {shlex.join(words)}"
         ) from error
     logger.info("uploaded %s to %s", directory, url)

@@ -17,55 +17,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
-from bpo.checkpoint.compatible import WEIGHTS, base_digest, base_files
 from bpo.checkpoint.export import find_checkpoint, run_export
-from bpo.checkpoint.files import commit, seal_file, step_dir
-from bpo.checkpoint.shards import KINDS, Fragment, Shard, shard_name
-from bpo.config.io import to_tree
-from bpo.config.training import Config, ExportConfig, LoraConfig, ModelConfig, TrainableConfig, TrainConfig
+from bpo.config.training import Config, ExportConfig, ModelConfig, TrainableConfig, TrainConfig
 from bpo.data.encode import Encoder
 from bpo.data.families import FAMILIES, family_of
-from bpo.model.load import load_model
-from bpo.model.reference.fingerprint import model_fingerprint
-from bpo.model.trainable import prepare_trainable
 from tests.sample_groups import encoder_of, turn
 from tests.tiny import tiny_llava
+from tests.trained_checkpoint import LORA, perturbed, write_checkpoint
 
 # Of logits up to 2 in fp32: a merged adapter adds in another order. Largest observed: 1.4e-4 (Qwen2-VL).
 TOLERANCE = 3e-4
-LORA = LoraConfig(r=4, alpha=8, dropout=0.1)
-
-
-def perturbed(config: Config) -> Any:
-    """The prepared model with every trainable parameter moved."""
-    model = load_model(config.model)
-    prepare_trainable(model, family_of(model.config), config)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
-    return model.eval()
-
-
-def write_checkpoint(run: Path, model: Any, config: Config, step: int = 3) -> Path:
-    """As one rank of a training run would have written it."""
-    named = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
-    flat = torch.cat([p.float().flatten() for p in named.values()])
-    fragments, at = [], 0
-    for name, p in named.items():
-        fragments.append(Fragment(name, tuple(p.shape), str(p.dtype)[6:], 0, p.numel(), 0, at))
-        at += p.numel()
-    shard = Shard(fragments, 3, {f"{kind}.0": flat.clone() for kind in KINDS})
-    final = step_dir(run, step)
-    temporary = final.with_suffix(".tmp")
-    temporary.mkdir(parents=True)
-    shard.write(temporary / shard_name(0))
-    files = {shard_name(0): seal_file(temporary / shard_name(0))}
-    base = base_files(model_fingerprint(config.model.path))
-    written = {"step": step, "world_size": 1, "config": to_tree(config), "base": base, "files": files}
-    commit(temporary, final, {**written, "fingerprints": {WEIGHTS: base_digest(base)}})
-    return final
 
 
 class Trained:
