@@ -69,13 +69,17 @@ class DecodingCost:
             handle.remove()
 
     @property
-    def relative(self) -> float:
-        """Forward passes of all views per pass on the true image; 1 before any."""
+    def relative(self) -> float | None:
+        """Forward passes of all views per pass on the true image; None before any, such as if all answers were kept."""
         image = self.branches.get(IMAGE, BranchCost()).passes
-        return sum(cost.passes for cost in self.branches.values()) / image if image else 1.0
+        return sum(cost.passes for cost in self.branches.values()) / image if image else None
 
     def __str__(self) -> str:
-        return f"x{self.relative:.1f} forward passes"
+        passes = "no forward passes" if self.relative is None else f"x{self.relative:.1f} forward passes"
+        if not self.calibrated + self.uncalibrated:
+            return passes
+        return f"{passes}; {self.calibrated} answers calibrated, {self.uncalibrated} decoded plainly"
 
     def to_json(self) -> dict[str, Any]:
-        return {"relative_forward_passes": round(self.relative, 3), **asdict(self)}
+        relative = None if self.relative is None else round(self.relative, 3)
+        return {"relative_forward_passes": relative, **asdict(self)}

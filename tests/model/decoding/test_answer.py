@@ -87,7 +87,7 @@ def test_calibration_answers_with_a_label_and_says_what_it_left_alone(loaded: Lo
     found = answers(loaded, [0, 1, 2, 3], labels=YES_NO, cost=cost, decoding="calibration")
     assert set(found[:3]) <= set(YES_NO)
     assert found[3:] == answers(loaded, [3])  # no image: nothing to calibrate by
-    assert (cost.calibrated, cost.uncalibrated) == (3, 1)
+    assert str(cost).endswith("; 3 answers calibrated, 1 decoded plainly")
     assert answers(loaded, [1], labels=YES_NO, decoding="calibration") == found[1:2]
     without_labels = DecodingCost()
     assert answers(loaded, [0, 1], cost=without_labels, decoding="calibration") == answers(loaded, [0, 1])
@@ -131,6 +131,7 @@ def test_costs_are_relative_to_the_passes_on_the_image(llava: Loaded) -> None:
     assert one.branches["none"].tokens < plain.branches["image"].tokens  # no image tokens
     assert (labels.branches["image"].passes, labels.branches["none"].passes) == (2, 2)
     assert beams.branches["image"].prefills == 3 * plain.branches["image"].prefills
+    assert str(DecodingCost()) == "no forward passes"
     tree = two.to_json()
     assert tree["relative_forward_passes"] == 3.0
     assert tree["branches"]["noise"]["prefills"] == 2
