@@ -115,6 +115,8 @@ def _generate(
         grid = score_grid(suite, journal, options)
         about["grid"] = [result.to_json() for result in grid]
         print("\n".join(map(str, grid)))
+    elif options.decoding != "plain":
+        print(f"{options.decoding}: {cost}")
     return score_suite(suite, journal, options), about
 
 
