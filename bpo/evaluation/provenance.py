@@ -17,7 +17,7 @@ from bpo.config.io import flat_tree, to_tree
 from bpo.config.training import Config
 from bpo.job.launch import Ranks
 from bpo.job.run_record import versions
-from bpo.model.reference.fingerprint import DIGESTS, model_fingerprint
+from bpo.model.reference.fingerprint import DIGESTS, DigestCache, loaded_files, model_fingerprint
 from bpo_kernels.provenance import source_commit
 
 if TYPE_CHECKING:
@@ -26,20 +26,26 @@ if TYPE_CHECKING:
 _WEIGHTS = (".safetensors", ".bin", ".index.json")
 
 
-def model_provenance(config: Config, encoder: Encoder, cache_folder: Path) -> dict[str, Any]:
+def model_provenance(config: Config, base: str, adapter: str, encoder: Encoder) -> dict[str, Any]:
     """Fingerprints of the model and the options under which it sees an image and answers.
 
+    Digests of unchanged weight files are kept in digests.json beside the results, so that they are hashed once.
+
     Args:
-        cache_folder: Has digests.json with the digests of unchanged weight files, so that they are hashed once.
+        base, adapter: Paths of the model and of its PEFT adapter, which may be empty.
     """
-    options, data = config.evaluation, config.data
-    fingerprint = model_fingerprint(config.model.path, kept_digests=cache_folder / DIGESTS)
+    data, cache = config.data, Path(config.evaluation.output).parent / DIGESTS
+    fingerprint = model_fingerprint(base, kept_digests=cache)
     files = {name.removeprefix("file:"): digest for name, digest in fingerprint.items() if name.startswith("file:")}
+    if adapter:
+        found = DigestCache(cache).digests(loaded_files(Path(adapter)))
+        files |= {f"adapter/{file.name}": digest for file, digest in found.items()}
     weights = {name: digest for name, digest in files.items() if name.endswith(_WEIGHTS)}
     template = encoder.processor.chat_template
     return {
         "model": {
             "path": config.model.path,
+            "base": base,
             "weights_sha256": _digest(weights),
             "processor_sha256": _digest({name: digest for name, digest in files.items() if name not in weights}),
             "chat_template_sha256": hashlib.sha256(template.encode("utf-8", "surrogatepass")).hexdigest(),
@@ -51,7 +57,7 @@ def model_provenance(config: Config, encoder: Encoder, cache_folder: Path) -> di
             "image_aspect": data.image_aspect,
         },
         "system_prompt": data.system_prompt,
-        "decoding": decoding_of(options),
+        "decoding": decoding_of(config.evaluation),
     }
 
 

@@ -8,6 +8,7 @@ import logging
 import shutil
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 @named_compile_locks()
 def run_evaluation(config: Config, progress: bool = True, stop: StopRequest | None = None) -> dict[str, Any]:
-    """Loads the model, answers the suite of `config.evaluation`, writes `evaluation.output` and prints a table.
+    """Loads the model or PEFT adapter, answers `config.evaluation`'s suite, writes `evaluation.output`, prints a table.
 
     Ranks and shards share the questions. A killed or interrupted job that is restarted with the same model, questions
     and options reuses the finished answers, which are stored in `OUTPUT.answers` until the end. With
@@ -62,12 +63,12 @@ def run_evaluation(config: Config, progress: bool = True, stop: StopRequest | No
     started = time.monotonic()
     suite = read_suite(options)
     ranks = _with_shards(ranks_from_environment(), options)
-    if options.answers:
-        given = read_answers(Path(options.answers), suite) if ranks.is_main else []
-        results = [score_benchmark(*pair) for pair in zip(suite.benchmarks, given, strict=True)]
-        about: dict[str, Any] = {"answers": options.answers}
-    else:
+    if not options.answers:
         results, about = _generate(config, suite, ranks, progress, stop)
+    elif ranks.is_main:
+        given = read_answers(Path(options.answers), suite)
+        results = [score_benchmark(*pair) for pair in zip(suite.benchmarks, given, strict=True)]
+        about = {"answers": options.answers}
     if not ranks.is_main:
         return {}
     tree = {
@@ -79,7 +80,8 @@ def run_evaluation(config: Config, progress: bool = True, stop: StopRequest | No
         "benchmarks": [result.to_json() for result in results],
     }
     write_results(Path(options.output), tree, results)
-    shutil.rmtree(_answers_folder(options), ignore_errors=True)
+    if not options.answers:
+        shutil.rmtree(_answers_folder(options))
     print(format_results(results))
     print(f"All answers and metrics: {options.output}")
     return tree
@@ -92,7 +94,7 @@ def _generate(
     from bpo.data.encode import load_encoder
     from bpo.job.launch import pick_device
     from bpo.model.decoding import DecodingCost
-    from bpo.model.load import load_model
+    from bpo.model.inference import load_for_inference, split_adapter
 
     options = config.evaluation
     bad = BadRecords.from_config(config.data)
@@ -102,14 +104,17 @@ def _generate(
     if ranks.is_main and restart_count():
         count = RestartCount(folder, progress="answer {}", option="evaluation.max_idle_restarts")
         count.start(len(journal), options.max_idle_restarts)
-    encoder = load_encoder(config)
-    model = load_model(config.model, pick_device())
+    base, adapter = split_adapter(config.model)
+    encoder = load_encoder(replace(config, model=base))
+    model = load_for_inference(base, adapter, pick_device())
     cost = DecodingCost()
     answer_suite(model, encoder, suite, options, journal, progress=progress, cost=cost)
     if not ranks.is_main:
         return [], {}
-    about = model_provenance(config, encoder, Path(options.output).parent)
+    about = model_provenance(config, base.path, adapter, encoder)
     about["cost"] = cost.to_json()
+    if options.decoding != "plain":
+        print(f"{options.decoding}: {cost}")
     about["bad_images"] = [problem.to_json() for problem in bad.problems]
     if options.decoding == "grid":
         grid = score_grid(suite, journal, options)
@@ -180,11 +185,13 @@ def _identity(config: Config, suite: Suite) -> str:
 
     Model files and images count by name, size and time: hashing them could take longer than the evaluation.
     """
+    from bpo.model.inference import split_adapter
+
     options, data = config.evaluation, config.data
-    model = Path(config.model.path)
-    files = loaded_files(model) if model.is_dir() else []
+    base, adapter = split_adapter(config.model)
+    files = [file for folder in (base.path, adapter) if Path(folder).is_dir() for file in loaded_files(Path(folder))]
     parts = [
-        str(model),
+        [base.path, adapter],
         config.model.dtype,
         data.image_root,
         [data.min_pixels, data.max_pixels, data.image_aspect, data.system_prompt],

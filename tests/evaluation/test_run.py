@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from peft import LoraConfig, get_peft_model
 
 from bpo.config.io import load_config
 from bpo.config.training import Config, DataConfig, EvaluationConfig, ModelConfig
 from bpo.evaluation.run import _identity, run_evaluation
 from bpo.evaluation.suite import read_suite
 from bpo.formats.bad_records import TooManyBadRecords
+from bpo.model.load import load_model
 from tests.evaluation.suites import write_files
 from tests.tiny import tiny_llava, tiny_qwen
 
@@ -75,6 +78,21 @@ def test_the_command_in_the_results_repeats_them(tmp_path: Path, models: dict[st
     again = load_config(flags)
     assert again == config
     assert run_evaluation(again, progress=False)["benchmarks"] == first["benchmarks"]
+
+
+def test_an_adapter_is_evaluated_with_the_base_that_it_names(tmp_path: Path, models: dict[str, Path]) -> None:
+    config = config_for(tmp_path, models["llava"])
+    base = run_evaluation(config, progress=False)
+    for number, same in ((0, True), (1, False)):
+        torch.manual_seed(0)
+        options = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=same)
+        adapted = get_peft_model(load_model(config.model), options)
+        adapted.save_pretrained(tmp_path / str(number))
+        changed = replace(config, model=replace(config.model, path=str(tmp_path / str(number))))
+        result = run_evaluation(changed, progress=False)
+        assert (result["benchmarks"] == base["benchmarks"]) == same
+        assert result["model"]["base"] == str(models["llava"])
+        assert result["model"]["weights_sha256"] != base["model"]["weights_sha256"]
 
 
 def test_answers_do_not_depend_on_the_batch_size(tmp_path: Path, models: dict[str, Path]) -> None:
