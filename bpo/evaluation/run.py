@@ -113,8 +113,6 @@ def _generate(
         return [], {}
     about = model_provenance(config, base.path, adapter, encoder)
     about["cost"] = cost.to_json()
-    if options.decoding != "plain":
-        print(f"{options.decoding}: {cost}")
     about["bad_images"] = [problem.to_json() for problem in bad.problems]
     if options.decoding == "grid":
         grid = score_grid(suite, journal, options)
