@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import sys
@@ -23,6 +24,7 @@ from bpo.evaluation.benchmarks.registry import BENCHMARKS
 from bpo.evaluation.results import score_benchmark
 from bpo.job import collectives
 from bpo.job.launch import Ranks
+from bpo.model.generate import generate_answers
 from bpo.model.load import load_model
 from bpo.train import train
 from tests.ranks import fork_ranks
@@ -55,7 +57,9 @@ BLIND = mock.patch.dict(BENCHMARKS, blind=Blind)
 
 
 def write_inputs(root: Path) -> None:
-    """CHAIR and POPE files about the first images, and the suite."""
+    """DeepSpeed files, CHAIR and POPE files about the first images, and the suite."""
+    for zero in ({"stage": 1}, {"stage": 3, "stage3_param_persistence_threshold": 0}):
+        (root / f"stage{zero['stage']}.json").write_text(json.dumps({"zero_optimization": zero}))
     objects = ["dog", "cat", "tree", "car"]
     images = [{"id": i, "file_name": f"{i}.png"} for i in range(NUM_IMAGES)]
     seen = [{"image_id": i, "category_id": i % 4} for i in range(NUM_IMAGES)]
@@ -70,9 +74,6 @@ def write_inputs(root: Path) -> None:
 
 def config_of(root: Path, name: str, stage: int = 3, **options: Any) -> Config:
     """Three steps of four groups; dropout makes losses depend on the state of the random generator."""
-    ds_config = root / f"stage{stage}.json"
-    zero = {"stage": stage} | ({"stage3_param_persistence_threshold": 0} if stage == 3 else {})
-    ds_config.write_text(json.dumps({"zero_optimization": zero}))
     return Config(
         model=ModelConfig(path=str(root / "llava"), dtype="float32"),
         data=DataConfig(groups=str(root / "groups.jsonl"), image_root=str(root / "images"), num_workers=0),
@@ -80,7 +81,7 @@ def config_of(root: Path, name: str, stage: int = 3, **options: Any) -> Config:
         loss=LossConfig(chosen_nll_weight=0.1),
         train=TrainConfig(
             output_dir=str(root / name),
-            ds_config=str(ds_config),
+            ds_config=str(root / f"stage{stage}.json"),
             epochs=1,
             groups_per_step=4,
             max_micro_batch_tokens=300,
@@ -105,7 +106,15 @@ def run(config: Config, ranks: Ranks) -> None:
             file.write(json.dumps({"benchmark": benchmark.name, "answers": answers}) + "\n")
         return score_benchmark(benchmark, answers)
 
-    with mock.patch("bpo.training.evaluation.score_benchmark", score), BLIND:
+    def generate(model: Any, *arguments: Any, **options: Any) -> list[str]:
+        assert not any(module.training for module in model.modules())  # no dropout
+        return generate_answers(model, *arguments, **options)
+
+    patches = {"evaluation.score_benchmark": score, "answering.generate_answers": generate}
+    with contextlib.ExitStack() as stack:
+        for name, replacement in patches.items():
+            stack.enter_context(mock.patch(f"bpo.training.{name}", replacement))
+        stack.enter_context(BLIND)
         train(config, ranks)
 
 
