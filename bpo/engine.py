@@ -264,7 +264,7 @@ class TrainingEngine:
         finished their batch running until all have.
         """
         if self.is_partitioned:
-            # Otherwise the tokens would be taken for the end of the last pass, whose order of layers it prefetches by.
+            # DeepSpeed may be recording the layers of a pass, to prefetch by their order; those of all tokens are none.
             layers = self.optimizer.parameter_offload.get_param_coordinator()
             if not layers.is_invalid_trace():
                 layers._invalidate_trace()
