@@ -75,7 +75,7 @@ def _records(content: bytes, name: str) -> Iterator[_Given]:
             for item in result["items"]:
                 fields = {"benchmark": benchmark, "id": item["id"]}
                 yield _Given(f"{name}, {benchmark}, {item['id']!r}", item["answer"], fields)
-    elif isinstance(tree, dict) and not set(IDS) & set(tree):
+    elif isinstance(tree, dict) and not {*IDS, *TEXTS} & set(tree):
         for key, text in tree.items():
             yield _given({"id": key, "answer": text}, f"{name}, {key!r}")
     else:

@@ -111,6 +111,7 @@ def test_unknown_flag_names_the_nearest() -> None:
         ("loss.beta", "0"),
         ("loss.label_smoothing", "0.5"),
         ("evaluation.batch_size", "0"),
+        ("evaluation.shard_index", "1"),
     ],
 )
 def test_value_out_of_range_names_option_and_value(flag: str, value: str, tmp_path: Path) -> None:

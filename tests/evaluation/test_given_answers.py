@@ -72,6 +72,14 @@ def test_the_official_answer_file_is_read_back(tmp_path: Path, suite: Suite, num
     assert read_answers(tmp_path / "answers", only(suite, number)) == [answers]
 
 
+def test_the_official_answer_file_of_a_single_question(tmp_path: Path) -> None:
+    write_files(tmp_path)
+    path = tmp_path / "pope_random.json"
+    path.write_text(path.read_text().splitlines()[0])
+    suite = read_suite(EvaluationConfig(questions=str(path), format="pope"))
+    assert read_answers(written(tmp_path, ({"question": "A dog?", "answer": "Yes"},)), suite) == [["Yes"]]
+
+
 def test_records_without_ids_must_have_the_order_of_the_questions(tmp_path: Path, suite: Suite) -> None:
     records = [{"question": "A dog?", "answer": text} for text in POPE]
     assert read_answers(written(tmp_path, tuple(records)), only(suite, 1)) == [POPE]
