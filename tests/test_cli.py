@@ -12,7 +12,7 @@ from bpo import __version__
 from bpo.cli import COMMANDS, main
 
 COMMAND_NAMES = (
-    "demo check convert bootstrap merge measure train evaluate export refs score view plan bench doctor".split()
+    "demo check convert bootstrap merge measure train evaluate judge export refs score view plan bench doctor".split()
 )
 OPTIONS = {
     "demo": ["--output", "--seeds"],
@@ -23,6 +23,7 @@ OPTIONS = {
     "measure": ["GROUPS", "--config", "--measure.pairs", "--evaluation.chair_instances"],
     "train": ["--config", "--train.lr", "--train.ds_config", "--loss.beta", "--lora.r", "--trainable.vision"],
     "evaluate": ["--config", "--suite", "--compare", "--evaluation.chair_instances", "--evaluation.pope_questions"],
+    "judge": ["--judge.base", "--judge.prompt", "--judge.server.url", "--questions"],
     "export": ["--config", "--export.checkpoint", "--export.form"],
     "refs": ["inspect", "verify", "compact"],
     "score": ["--policy", "--reference", "--limit"],
