@@ -32,6 +32,7 @@ from bpo.tools.demo.environment import quiet_libraries, use_one_thread
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "decoding-cpu.json"
+SAME_HALF = "plain, on the grid's half"
 QUICK = Comparison(
     num_annotations=48,
     num_evaluation_scenes=12,
@@ -65,16 +66,24 @@ def summary(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         for decoding in DECODINGS:
             own = [cell for cell in cells if (cell["model"], cell["decoding"]) == (model, decoding)]
             row: dict[str, Any] = {"model": model, "decoding": decoding, "seeds": [cell["seed"] for cell in own]}
-            for column, metric in FIGURES.items():
-                if values := sorted(cell["metrics"][metric] for cell in own if metric in cell["metrics"]):
-                    row[column] = {"median": statistics.median(values), "least": values[0], "most": values[-1]}
+            row |= _figures([cell["metrics"] for cell in own])
             row["relative_forward_passes"] = statistics.median(c["cost"]["relative_forward_passes"] for c in own)
             row["runs"] = own[0].get("runs", 1)
             row["seconds"] = statistics.median(cell["seconds"] for cell in own)
+            rows.append(row)
             if decoding == "grid":
                 row["grid"] = {str(cell["seed"]): cell["grid"] for cell in own}
-            rows.append(row)
+                rows.append(row | {"decoding": SAME_HALF, "runs": 1} | _figures([cell["plain"] for cell in own]))
     return rows
+
+
+def _figures(metrics: Sequence[dict[str, float]]) -> dict[str, dict[str, float]]:
+    """Column -> median, least and most of those that have its metric."""
+    found = {}
+    for column, metric in FIGURES.items():
+        if values := sorted(of_seed[metric] for of_seed in metrics if metric in of_seed):
+            found[column] = {"median": statistics.median(values), "least": values[0], "most": values[-1]}
+    return found
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:

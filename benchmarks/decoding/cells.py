@@ -97,6 +97,7 @@ def run_cell(output: Path, sizes: Comparison, seed: Seed, model: str, decoding: 
         cell["grid"] = [result.to_json() for result in grid]
         # Of the half of the units that did not choose the setting; `metric` is the first of each benchmark.
         cell["metrics"] = {f"{result.benchmark}/{result.metric}": result.reported for result in grid}
+        cell["plain"] = {f"{result.benchmark}/{result.metric}": result.base for result in grid}
         cell["runs"] = 1 + len(settings_of(options))
     else:
         cell["metrics"] = flat_metrics(score_suite(suite, journal, options))

@@ -47,18 +47,24 @@ def cell(model: str, decoding: str, seed: int) -> dict[str, Any]:
     metrics = {metric: 0.1 * (seed + 1) for metric in FIGURES.values()}
     made = {"model": model, "decoding": decoding, "seed": seed, "metrics": metrics, "seconds": 2.0}
     if decoding == "grid":
-        made |= {"metrics": {"chair/chair_i": 0.05}, "grid": [{"chosen": "top_k=5"}], "runs": 9}
+        made |= {
+            "metrics": {"chair/chair_i": 0.05},
+            "grid": [{"chosen": "top_k=5"}],
+            "runs": 9,
+            "plain": {"chair/chair_i": 0.06},
+        }
     return {**made, "cost": {"relative_forward_passes": 2.0 if decoding == "vcd" else 1.0}}
 
 
 def test_the_table_has_a_row_per_model_and_decoding() -> None:
     rows = summary([cell(model, decoding, seed) for model in MODELS for decoding in DECODINGS for seed in range(3)])
     lines = [[entry.strip() for entry in line.strip("|").split("|")] for line in table(rows).splitlines()]
-    assert len(lines) == 2 + len(MODELS) * len(DECODINGS)
+    assert len(lines) == 2 + len(MODELS) * (len(DECODINGS) + 1)
     found = {(line[0], line[1]): line[2:] for line in lines[2:]}
     assert found["bpo", "vcd"] == [*["20.0 (10.0 to 30.0)"] * 6, "x2.0", "2.0"]
     assert found["base", "grid"] == ["5.0", *["-"] * 5, "x1.0, 9 runs", "2.0"]
-    assert rows[-1]["grid"]["2"] == [{"chosen": "top_k=5"}]
+    assert found["base", "plain, on the grid's half"][0] == "6.0"
+    assert rows[-2]["grid"]["2"] == [{"chosen": "top_k=5"}]
 
 
 def test_results_of_other_sizes_are_not_mixed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
