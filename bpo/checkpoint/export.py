@@ -186,7 +186,7 @@ def _write(output: Path, trained: Trained) -> dict[str, Any]:
     record: dict[str, Any] = {}
     if config.export.form == "adapter":
         write_adapter(output, _empty_model(config.model), state, config.model, config.trainable, config.lora)
-        copy_processor(Path(config.model.path), output, skip={"config.json", "generation_config.json", CARD})
+        copy_processor(Path(config.model.path), output, skip={"config.json", "generation_config.json"})
         weights: dict[str, Any] = {}
         accepted, detail = check_vllm_format(output)
         logger.log(
@@ -246,6 +246,7 @@ def _write_card(
     record: dict[str, Any],
     metrics: list[tuple[str, dict[str, Any]]],
 ) -> None:
+    """Replaces the card of the base model, which describes another model."""
     tokens = Fidelity(**record["log_probs"]) if record.get("log_probs") else None
     lines = table(record.get("weights", {}), tokens)
     if record.get("not_compared"):
@@ -354,7 +355,7 @@ def _write_merged(output: Path, trained: Trained) -> tuple[dict[str, Any], str]:
     expected = sum(parameter.numel() for parameter in model.parameters())  # tied ones once, as in the files
     if written < expected:
         raise ValueError(f"{output}: {written:,} of {expected:,} weights were written; is the disk full?")
-    copy_processor(Path(config.model.path), output, skip={CARD})
+    copy_processor(Path(config.model.path), output)
     return weights.to_json(), str(dtype).removeprefix("torch.")
 
 
