@@ -73,7 +73,7 @@ def plan_evaluation(config: Config, program: LossProgram) -> EvaluationPlan | No
 
 
 def _read_benchmarks(config: Config) -> tuple[Benchmark, ...]:
-    options = replace(config.evaluation, sample=config.train.evaluation_images)
+    options = replace(config.evaluation, sample=config.train.evaluation_images, questions="", format="")
     suite = read_suite(options)
     if options.chair_instances and not options.suite:
         guard = make_benchmark({"type": "format_guard", "instances": options.chair_instances})

@@ -76,7 +76,8 @@ class StepReport:
     def evaluation(self, number: int, metrics: dict[str, float]) -> None:
         """Reports the evaluation after `number` steps."""
         self._writer.write(number, metrics)
-        logger.info("evaluation after step %d: %s", number, {name: round(value, 4) for name, value in metrics.items()})
+        shown = [f"{name} {value:.4g}" for name, value in metrics.items() if name.count("/") <= 2]  # not of splits
+        logger.info("evaluation after step %d: %s", number, ", ".join(shown))
 
     def close(self) -> None:
         self._progress.close()
