@@ -20,7 +20,7 @@ from bpo.evaluation.results import flat_metrics, score_suite
 from bpo.evaluation.run import answer_suite
 from bpo.evaluation.suite import read_suite
 from bpo.job.durable import write_durably
-from bpo.model.decoding import DecodingCost
+from bpo.model.decoding.cost import DecodingCost
 from bpo.model.load import load_model
 from bpo.tools.demo.recipe import VARIANTS
 

@@ -41,7 +41,7 @@ class ExportConfig(Section):
     form: Literal["merged", "adapter"] = "merged"
     dtype: Literal["", "float32", "bfloat16", "float16"] = ""
     rounding: Literal["nearest", "stochastic"] = "nearest"
-    check_groups: int = number(16, at_least=0, zero="off")
+    check_groups: int = number(8, at_least=0, zero="off")
     check_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     min_survived: float = number(0.5, at_least=0, at_most=1)
     max_gap: float = number(1.0, above=0)

@@ -20,7 +20,7 @@ from bpo.records import ContentPart, Turn
 
 if TYPE_CHECKING:
     from bpo.data.encode import EncodedPrompt, Encoder
-    from bpo.model.decoding import DecodingCost
+    from bpo.model.decoding.cost import DecodingCost
 
 # After the key of a request, the key of the probabilities of its labels under the biased views.
 _PRIOR = " prior"
@@ -104,7 +104,7 @@ def answer_requests(
         ImageError: An image cannot be read; names it.
         Interrupted: A signal was received; finished batches are kept.
     """
-    from bpo.model.decoding import answer_prompts
+    from bpo.model.decoding.answer import answer_prompts
 
     requests = list(requests)
     priors: dict[tuple[str, tuple[str, ...]], list[float]] = {}

@@ -24,7 +24,7 @@ from bpo.evaluation.suite import Suite
 
 if TYPE_CHECKING:
     from bpo.data.encode import Encoder
-    from bpo.model.decoding import DecodingCost
+    from bpo.model.decoding.cost import DecodingCost
 
 # Name of the setting without a grid.
 BASE = "evaluation.sampling"

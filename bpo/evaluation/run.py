@@ -33,7 +33,7 @@ from bpo.model.reference.fingerprint import loaded_files
 
 if TYPE_CHECKING:
     from bpo.data.encode import Encoder
-    from bpo.model.decoding import DecodingCost
+    from bpo.model.decoding.cost import DecodingCost
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +93,7 @@ def _generate(
     """Results of the model's answers, and what they depend on; empty on ranks other than 0."""
     from bpo.data.encode import load_encoder
     from bpo.job.launch import pick_device
-    from bpo.model.decoding import DecodingCost
+    from bpo.model.decoding.cost import DecodingCost
     from bpo.model.inference import load_for_inference, split_adapter
 
     options = config.evaluation

@@ -15,7 +15,7 @@ from bpo.data.encode import load_encoder
 from bpo.evaluation.answer_journal import AnswerJournal
 from bpo.evaluation.answers import Request, _mean_priors, answer_requests
 from bpo.job.launch import Ranks
-from bpo.model.decoding import DecodingCost
+from bpo.model.decoding.cost import DecodingCost
 from bpo.model.load import load_model
 from tests.evaluation.test_grid import config_of
 

@@ -10,7 +10,8 @@ import pytest
 
 from bpo.config.decoding import CalibrationConfig, ContrastConfig, SamplingConfig
 from bpo.config.evaluation import EvaluationConfig
-from bpo.model.decoding import DecodingCost, answer_prompts
+from bpo.model.decoding.answer import answer_prompts
+from bpo.model.decoding.cost import DecodingCost
 from tests.model.test_generate import Loaded
 
 YES_NO = ("Yes", "No")
