@@ -47,7 +47,7 @@ class EncodedImages:
 
 @dataclass(frozen=True, slots=True)
 class EncodedPrompt:
-    """A tokenized prompt with expanded image placeholders, up to the start of the answer; `turns` as they were given."""
+    """A tokenized prompt with expanded image placeholders, up to the start of the answer; `turns` as given."""
 
     record_id: str
     prefix_ids: tuple[int, ...]
