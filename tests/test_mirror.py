@@ -52,7 +52,6 @@ COVERS = {
     "evaluation/benchmarks/test_amber_generative.py": "amber_files",
     "evaluation/judge/test_ratings.py": "rule",
     "evaluation/judge/test_run.py": "models replies requests rules",
-    "evaluation/test_answer_journal.py": "answers",
     "evaluation/test_run.py": "provenance results",
     "formats/importers/test_arrow.py": "shards",
     "formats/test_compressed.py": "importers/expansion",

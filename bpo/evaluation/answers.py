@@ -28,7 +28,7 @@ _PRIOR = " prior"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """All that an answer depends on, besides the model and the options of decoding.
+    """All that an answer depends on, apart from the model and the options of decoding.
 
     Attributes:
         image: Path relative to data.image_root; empty asks without an image.

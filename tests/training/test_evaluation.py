@@ -171,8 +171,8 @@ def test_a_resumed_run_repeats_no_finished_evaluation_and_does_one_that_was_cut_
     (tmp_path / "metrics.jsonl").write_text(json.dumps(written[1]) + "\n")
     cut_short = scripted([0.4], done=6, resume=True)
     assert cut_short.at(6, report, 4) and [step for step, _ in report.written] == [6]
-    anew = scripted([0.9], done=0)  # another run in this directory
-    anew.at(4, report, None)
+    other_run = scripted([0.9], done=0)  # another run in this directory
+    other_run.at(4, report, None)
     assert [step for step, _ in report.written] == [6, 4]
 
 

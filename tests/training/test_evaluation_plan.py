@@ -90,7 +90,7 @@ def test_an_unknown_metric_is_refused_with_the_closest(
 ) -> None:
     with pytest.raises(ValueError, match=f"train.keep_best is '{metric}'.*did you mean '{meant}'"):
         plan(keep_best=metric, held_out_groups=0.1)
-    assert not caplog.records  # no warnings about answers that nobody gave
+    assert not caplog.records  # no warnings about answers that were not given
 
 
 def test_metrics_that_are_not_evaluated_are_refused(plan: Plan) -> None:
