@@ -103,7 +103,7 @@ def metric_intervals(
 def paired_differences(
     first: UnitCounts, second: UnitCounts, metrics: Metrics, *, seed: int = 0, num_resamples: int = NUM_RESAMPLES
 ) -> dict[str, tuple[float, float, float]]:
-    """metric -> (second - first, low, high); both are evaluated on the same resamples of the units.
+    """metric of both -> (second - first, low, high); both are evaluated on the same resamples of the units.
 
     Raises:
         ValueError: The units differ.
@@ -116,6 +116,7 @@ def paired_differences(
     return {
         name: (float(whole[1][name] - whole[0][name]), *_percentiles(resampled[1][name] - resampled[0][name]))
         for name in whole[0]
+        if name in whole[1]  # metrics may depend on the answers, such as rates by the categories of a verifier
     }
 
 

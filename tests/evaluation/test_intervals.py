@@ -91,3 +91,15 @@ def test_resamples_do_not_depend_on_the_memory_for_them(monkeypatch: pytest.Monk
     whole = metric_intervals(counts, share, num_resamples=100)
     monkeypatch.setattr(intervals, "_CHUNK_BYTES", 8 * 50 * 7)
     assert metric_intervals(counts, share, num_resamples=100) == whole
+
+
+def test_metrics_of_only_one_model_are_left_out_of_a_comparison() -> None:
+    def by_category(sums: Sums) -> dict[str, np.ndarray]:
+        return {name: ratio(sums[name], sums["answers"]) for name in sums if name.startswith("category/")}
+
+    first, second = units_of(np.ones(4)), units_of(np.ones(4))
+    names = (("category/count", *first.names[1:]), ("category/colour", *second.names[1:]))
+    first, second = (
+        UnitCounts(each.units, of_each, each.counts_UC) for each, of_each in zip((first, second), names, strict=True)
+    )
+    assert list(paired_differences(first, second, by_category)) == [LENGTH]
