@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import cycle
+from itertools import chain, cycle, repeat
 from pathlib import Path
 
 import numpy as np
@@ -22,13 +22,14 @@ from tqdm import trange
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 
 from .rewriting import rewriting_turn
-from .sprites import NAMES, NUM_OBJECTS, companions
+from .sprites import NAMES, NUM_OBJECTS
 from .tower import noised, pixels_of, train_tower
 from .vocabulary import build_processor
 from .world import DESCRIBE, Scene, WorldConfig, question_about, sample_scene
 
 IGNORED = -100
 YES, NO = "Yes.", "No."
+CYCLE = ("caption", "questions", "caption", "rewriting", "caption")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +54,10 @@ class BaseConfig:
     text_layers: int = 3
     text_heads: int = 4
     steps: int = 660
-    """Training steps of projector and language model, cycling through captions (twice), questions and rewritings."""
+    """Training steps of projector and language model: `question_fraction`, then the cycle of `CYCLE`."""
+    question_fraction: float = 0.2
+    """Share of steps at the start on questions only. Together with captions, questions are not learnt in as many steps:
+    captions need no attention from a word to the patch that shows it."""
     batch: int = 32
     learning_rate: float = 1e-3
     questions_per_scene: int = 4
@@ -63,8 +67,9 @@ class BaseConfig:
         for field in ("patch_px", "tower_steps", "tower_batch", "steps", "batch", "questions_per_scene"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} must be at least 1, got {getattr(self, field)}")
-        if not 0.0 <= self.noised_fraction <= 1.0:
-            raise ValueError(f"noised_fraction must be in [0, 1], got {self.noised_fraction}")
+        for field in ("noised_fraction", "language_noised_fraction", "question_fraction"):
+            if not 0.0 <= getattr(self, field) <= 1.0:
+                raise ValueError(f"{field} must be in [0, 1], got {getattr(self, field)}")
 
 
 def build_base_model(directory: Path, world: WorldConfig, config: BaseConfig, *, progress: bool = True) -> None:
@@ -82,8 +87,13 @@ def build_base_model(directory: Path, world: WorldConfig, config: BaseConfig, *,
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         llava_config = _llava_config(world, config, processor)
-        tower = train_tower(
-            llava_config.vision_config,
+        model = LlavaForConditionalGeneration(llava_config)
+        _attend_to_equal_tokens(model)
+        names = [f"\u2581{name}" for name in NAMES]
+        train_tower(
+            model.model.vision_tower,
+            model.model.multi_modal_projector,
+            model.get_input_embeddings().weight[processor.tokenizer.convert_tokens_to_ids(names)],
             world,
             num_steps=config.tower_steps,
             batch_size=config.tower_batch,
@@ -91,8 +101,6 @@ def build_base_model(directory: Path, world: WorldConfig, config: BaseConfig, *,
             noised_fraction=config.noised_fraction,
             progress=progress,
         )
-        model = LlavaForConditionalGeneration(llava_config)
-        model.model.vision_tower.load_state_dict(tower.state_dict())
         _train_language(model, processor, world, config, progress=progress)
     model.save_pretrained(directory)
     processor.save_pretrained(directory)
@@ -136,6 +144,18 @@ def _llava_config(world: WorldConfig, config: BaseConfig, processor: LlavaProces
     )
 
 
+@torch.no_grad()
+def _attend_to_equal_tokens(model: LlavaForConditionalGeneration) -> None:
+    """Initialises the keys of the first layer as its queries: a token attends to those with a similar embedding.
+
+    Pretrained language models have such heads (arXiv 2209.11895). A yes/no question needs one to match its word with a
+    patch: neither alone tells the answer, so from independent weights the loss stays at that of a coin for as long as
+    the demo trains.
+    """
+    attention = model.model.language_model.layers[0].self_attn
+    attention.k_proj.weight.copy_(attention.q_proj.weight)
+
+
 def _train_language(
     model: LlavaForConditionalGeneration,
     processor: LlavaProcessor,
@@ -149,7 +169,7 @@ def _train_language(
     model.model.vision_tower.requires_grad_(False).eval()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=0.01, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.learning_rate, config.steps, pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.learning_rate, config.steps, pct_start=0.04)
     bar = trange(config.steps, desc="training the base model", unit="step", disable=not progress)
     batches = _batches(processor, world, config)
     for _, batch in zip(bar, batches, strict=False):
@@ -168,7 +188,8 @@ def _batches(processor: LlavaProcessor, world: WorldConfig, config: BaseConfig) 
     encode = _DialogueEncoder(processor, (world.image_px // config.patch_px) ** 2)
     rng = np.random.default_rng([config.seed, 1])
     generator = torch.Generator().manual_seed(config.seed)
-    for step, kind in enumerate(cycle(("caption", "caption", "questions", "rewriting"))):
+    first = repeat("questions", round(config.question_fraction * config.steps))
+    for step, kind in enumerate(chain(first, cycle(CYCLE))):
         scenes = [sample_scene(world, "base", step * config.batch + i) for i in range(config.batch)]
         if kind == "caption":
             dialogues = [[(DESCRIBE, scene.caption)] for scene in scenes]
@@ -188,17 +209,11 @@ def _batches(processor: LlavaProcessor, world: WorldConfig, config: BaseConfig) 
 
 
 def _questions(scene: Scene, count: int, rng: np.random.Generator) -> list[tuple[str, str]]:
-    """Questions about present and absent objects with equal probability; half of the absent ones are companions."""
-    mates = {mate for thing in scene.objects for mate in companions(thing)} - set(scene.objects)
+    """Questions about present and absent objects with equal probability; few of the absent ones are companions."""
     absent = [i for i in range(NUM_OBJECTS) if i not in scene.objects]
-    turns = []
-    for _ in range(count):
-        if rng.random() < 0.5:
-            turns.append((question_about(NAMES[rng.choice(scene.objects)]), YES))
-        else:
-            pool = sorted(mates) if mates and rng.random() < 0.5 else absent
-            turns.append((question_about(NAMES[rng.choice(pool)]), NO))
-    return turns
+    answers = [YES if rng.random() < 0.5 else NO for _ in range(count)]
+    asked = [rng.choice(scene.objects if answer == YES else absent) for answer in answers]
+    return [(question_about(NAMES[thing]), answer) for thing, answer in zip(asked, answers, strict=True)]
 
 
 class _DialogueEncoder:

@@ -6,15 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPVisionModel, LlavaForConditionalGeneration
 
 from bpo.bootstrap.inject import build_request
 from bpo.records import Annotation, ContentPart, Turn
-from bpo.tools.demo.base import IGNORED, BaseConfig, _batches, build_base_model
+from bpo.tools.demo.base import IGNORED, BaseConfig, _attend_to_equal_tokens, _batches, _llava_config, build_base_model
 from bpo.tools.demo.rewriting import prompt_dir, rewriting_request
+from bpo.tools.demo.sprites import NUM_OBJECTS
 from bpo.tools.demo.tower import noised, objects_of, pixels_of, train_tower
 from bpo.tools.demo.vocabulary import IMAGE, build_processor, build_tokenizer
-from bpo.tools.demo.world import DESCRIBE, WorldConfig, draw_scene, iter_scenes, question_about
+from bpo.tools.demo.world import DESCRIBE, WorldConfig, draw_scene, iter_scenes, question_about, sample_scene
 
 WORLD = WorldConfig(seed=1)
 TINY = BaseConfig(tower_steps=2, tower_batch=4, steps=4, batch=4, text_width=32, text_layers=1, tower_width=16)
@@ -81,16 +82,17 @@ def test_training_prompts_are_those_of_inference_and_only_answers_are_learnt() -
     processor = build_processor(WORLD.image_px, TINY.patch_px)
     tokenizer = processor.tokenizer
     batches = _batches(processor, WORLD, TINY)
-    caption, _, questions, rewriting = (next(batches) for _ in range(4))
+    questions, caption, later_questions, _, rewriting = (next(batches) for _ in range(5))
     image = draw_scene(WORLD, next(iter_scenes(WORLD, "base", 1)))
     prompt = processor.apply_chat_template([_user(DESCRIBE)], add_generation_prompt=True)
     prefix_S = processor(images=[image], text=[prompt], return_tensors="pt")["input_ids"][0]
     assert torch.equal(caption["input_ids"][0, : len(prefix_S)], prefix_S)
     learnt = caption["labels"][0]
     spoken = tokenizer.decode(learnt[learnt != IGNORED])
-    scene = next(iter_scenes(WORLD, "base", 1))
+    scene = sample_scene(WORLD, "base", TINY.batch)
     assert spoken == f"{scene.caption}{tokenizer.eos_token}"
-    assert (questions["labels"] == tokenizer.eos_token_id).sum() == TINY.batch * TINY.questions_per_scene
+    for batch in (questions, later_questions):
+        assert (batch["labels"] == tokenizer.eos_token_id).sum() == TINY.batch * TINY.questions_per_scene
     assert "pixel_values" not in rewriting and (rewriting["input_ids"] != processor.image_token_id).all()
 
 
@@ -109,15 +111,20 @@ def test_noise_spares_the_share_it_should() -> None:
     assert torch.equal(noised(pixels_BCHW, 0.0, torch.Generator()), pixels_BCHW)
 
 
-def test_the_tower_learns_to_see_and_comes_back_frozen() -> None:
+def test_the_tower_learns_to_see_and_projects_patches_to_the_names_of_objects() -> None:
     processor = build_processor(WORLD.image_px, 12)
-    from bpo.tools.demo.base import _llava_config
-
     torch.manual_seed(0)
-    tower = train_tower(
-        _llava_config(WORLD, BaseConfig(), processor).vision_config,
+    tower, projector = (
+        CLIPVisionModel(_llava_config(WORLD, BaseConfig(), processor).vision_config),
+        torch.nn.Linear(64, 32),
+    )
+    names_KT = torch.nn.functional.normalize(torch.randn(NUM_OBJECTS, 32), dim=-1)
+    train_tower(
+        tower,
+        projector,
+        names_KT,
         WORLD,
-        num_steps=60,
+        num_steps=80,
         batch_size=32,
         learning_rate=3e-3,
         noised_fraction=0.0,
@@ -132,9 +139,30 @@ def test_the_tower_learns_to_see_and_comes_back_frozen() -> None:
     correct = ((feature_BD[200:] @ solution_DK > 0.5) == objects_of(scenes[200:]).bool()).float().mean()
     # Saying "absent" of everything is right for 13 of 16 objects.
     assert correct > 0.87
+    with torch.no_grad():
+        patch_BPT = torch.nn.functional.normalize(
+            projector(tower(pixels_of(WORLD, scenes)).last_hidden_state[:, 1:]), dim=-1
+        )
+    cosine_BK = (patch_BPT @ names_KT.T).amax(1)
+    present_BK = objects_of(scenes).bool()
+    assert cosine_BK[present_BK].mean() > cosine_BK[~present_BK].mean() + 0.1
 
 
-@pytest.mark.parametrize(("field", "value"), [("steps", 0), ("noised_fraction", 1.5), ("patch_px", 0)])
+def test_a_new_model_attends_to_an_earlier_mention_of_an_object() -> None:
+    processor = build_processor(WORLD.image_px, 12)
+    torch.manual_seed(0)
+    model = LlavaForConditionalGeneration(_llava_config(WORLD, BaseConfig(), processor))
+    model.set_attn_implementation("eager")
+    _attend_to_equal_tokens(model)
+    words_S = torch.tensor(processor.tokenizer("cup fork tree car bus plate leaf").input_ids)
+    ids_BS = torch.cat([words_S.repeat(len(words_S), 1), words_S.unsqueeze(1)], dim=1)
+    weight_BHSS = model.model.language_model(input_ids=ids_BS, output_attentions=True).attentions[0]
+    assert torch.equal(weight_BHSS.mean(1)[:, -1, :-1].argmax(1), torch.arange(len(words_S)))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("steps", 0), ("noised_fraction", 1.5), ("question_fraction", -0.1), ("patch_px", 0)]
+)
 def test_bad_sizes_are_refused_by_name(field: str, value: float) -> None:
     with pytest.raises(ValueError, match=field):
         BaseConfig(**{field: value})  # type: ignore[arg-type]
