@@ -50,6 +50,8 @@ class Figures:
     chair_s: float
     recall: float
     pope_accuracy: float
+    pope_adversarial: float
+    pope_f1: float
     pope_yes_ratio: float
 
 
@@ -57,7 +59,9 @@ METRICS: dict[str, tuple[str, str]] = {
     "chair_i": ("CHAIR per instance", "share of named objects that are absent; lower is better"),
     "chair_s": ("CHAIR per sentence", "share of descriptions that name an absent object; lower is better"),
     "recall": ("Recall", "share of present objects that are named; higher is better"),
-    "pope_accuracy": ("POPE accuracy", "share of correct yes/no answers; higher is better"),
+    "pope_accuracy": ("POPE accuracy", "share of correct yes/no answers, mean of three splits; higher is better"),
+    "pope_adversarial": ("POPE adversarial", "accuracy if the absent objects are companions; higher is better"),
+    "pope_f1": ("POPE F1", "of the yes answers, mean of three splits; higher is better"),
     "pope_yes_ratio": ("POPE yes-ratio", "share of yes answers; half of the correct answers are yes"),
 }
 

@@ -121,7 +121,9 @@ def evaluate(model_dir: Path, recipe: Recipe, world: World) -> Figures:
     tree = {"benchmarks": [result.to_json() for result in results]}
     (model_dir / "evaluation.json").write_text(json.dumps(tree, indent=1), encoding="utf-8")
     chair, pope = (result.metrics for result in results)
-    return Figures(chair["chair_i"], chair["chair_s"], chair["recall"], pope["accuracy"], pope["yes_ratio"])
+    described = (chair[name] for name in ("chair_i", "chair_s", "recall"))
+    asked = (pope[name] for name in ("accuracy", "adversarial/accuracy", "f1", "yes_ratio"))
+    return Figures(*described, *asked)
 
 
 def write_metrics(path: Path, results: list[SeedResult], versions: dict[str, str]) -> None:
@@ -170,7 +172,7 @@ def _report_variant(name: str, results: list[SeedResult]) -> ReportVariant:
 
 def format_table(results: list[SeedResult]) -> str:
     """The final table of the demo: medians in percent, with the range if there are several seeds."""
-    width = 24 if len(results) > 1 else 15
+    width = 24 if len(results) > 1 else 17
     lines = [" " * 20 + "".join(name.rjust(width) for name in METRICS)]
     for name in results[0].figures:
         variant = _report_variant(name, results)

@@ -22,6 +22,7 @@ from bpo.formats.lexicon import build_lexicon
 from bpo.tools.charts import thin_out
 from bpo.tools.demo.report import (
     CURVES,
+    METRICS,
     Curves,
     EvaluationExample,
     Figures,
@@ -104,6 +105,8 @@ def sample(seeds: tuple[int, ...] = (0, 1, 2), text: str = "a photo with a rock 
                     1.9 * chair,
                     recall + 0.01 * (seed - 1),
                     0.9 - chair / 2,
+                    0.8 - chair / 2,
+                    0.9 - chair / 3,
                     0.5 + chair / 4,
                 )
                 for seed in seeds
@@ -297,7 +300,7 @@ def test_it_renders_before_anything_was_trained(tmp_path: Path) -> None:
     data = sample(seeds=(0,))
     fields = {name: getattr(data, name) for name in data.__dataclass_fields__}
     nothing = {"curves": (), "measures": {}, "training_examples": (), "evaluation_examples": ()}
-    flat = Variant("base", "Base", "", (Figures(0.0, 0.0, 0.0, 0.0, 0.0),))
+    flat = Variant("base", "Base", "", (Figures(*[0.0] * len(METRICS)),))
     write_report(tmp_path / "r.html", ReportData(**fields | nothing | {"variants": (flat,), "headline": "base"}))
     source = (tmp_path / "r.html").read_text(encoding="utf-8")
     assert "was 0" in source and "Measures of" not in source
@@ -334,7 +337,9 @@ def test_a_browser_shows_the_page_without_a_complaint(tmp_path: Path, browse: Br
     assert "16.0" in bpo_row and "14.8–17.2" in bpo_row and "72.0" in bpo_row
     assert page.marked.count("tree") == 3 + 4 and page.marked.count("bed") == 3
     assert "rock" not in page.marked and "stones" not in page.marked
-    assert len([svg for svg in page.all("svg") if svg.get("role") == "img"]) == 5 + len(CURVES) + 2 + 2 * len(MEASURES)
+    assert len([svg for svg in page.all("svg") if svg.get("role") == "img"]) == len(METRICS) + len(
+        CURVES
+    ) + 2 + 2 * len(MEASURES)
     assert "Total166.0" in page.text
 
 
@@ -343,7 +348,7 @@ def test_a_browser_shows_the_page_without_a_complaint(tmp_path: Path, browse: Br
 def test_a_browser_paints_pictures_charts_and_marks(tmp_path: Path, browse: Browse, width: int, scheme: str) -> None:
     write_report(tmp_path / "report.html", sample())
     dark = ["--blink-settings=preferredColorScheme=0"] if scheme == "dark" else []
-    browse(tmp_path / "report.html", f"--window-size={width},8500", f"--screenshot={tmp_path / 'shot.png'}", *dark)
+    browse(tmp_path / "report.html", f"--window-size={width},9300", f"--screenshot={tmp_path / 'shot.png'}", *dark)
     shot_HW3 = np.asarray(Image.open(tmp_path / "shot.png").convert("RGB")).astype(int)
 
     def count(colour: tuple[int, int, int]) -> int:
