@@ -53,9 +53,9 @@ class BaseConfig:
     text_width: int = 128
     text_layers: int = 3
     text_heads: int = 4
-    steps: int = 660
+    steps: int = 820
     """Training steps of projector and language model: `question_fraction`, then the cycle of `CYCLE`."""
-    question_fraction: float = 0.2
+    question_fraction: float = 0.16
     """Share of steps at the start on questions only. Together with captions, questions are not learnt in as many steps:
     captions need no attention from a word to the patch that shows it."""
     batch: int = 32
