@@ -6,6 +6,7 @@ root/eval/instances.json   COCO instances of the unbiased evaluation scenes
 root/eval/captions.json    COCO captions of the same scenes
 root/eval/synonyms.txt     one object per line, canonical name first
 root/eval/pope_*.json      POPE questions, one JSON object per line: random, popular, adversarial
+root/eval/suite.yaml       all of these as a suite for `bpo evaluate --suite`
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from tqdm import tqdm
 
 from .sprites import NAMES, NUM_OBJECTS, OBJECTS
@@ -33,6 +35,7 @@ from .world import (
 POPE_SPLITS = ("random", "popular", "adversarial")
 POPE_QUESTIONS_PER_ANSWER = 1
 CO_OCCURRENCE_SCENES = 2000
+MAX_DESCRIPTION_TOKENS = 40
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +51,7 @@ class World:
     synonyms: Path
     pope: dict[str, Path]
     """POPE question file of each split."""
+    suite: Path
 
 
 def build_world(root: Path, config: WorldConfig, *, progress: bool = True) -> World:
@@ -74,6 +78,7 @@ def build_world(root: Path, config: WorldConfig, *, progress: bool = True) -> Wo
         captions=evaluation / "captions.json",
         synonyms=evaluation / "synonyms.txt",
         pope={split: evaluation / f"pope_{split}.json" for split in POPE_SPLITS},
+        suite=evaluation / "suite.yaml",
     )
     _write_json(world.annotations, [_conversation(i, scene) for i, scene in enumerate(annotated)])
     _write_json(world.instances, _coco_instances(config, evaluated))
@@ -83,7 +88,21 @@ def build_world(root: Path, config: WorldConfig, *, progress: bool = True) -> Wo
     co_occurrence_KK = _co_occurrence(iter_scenes(config, "co-occurrence", CO_OCCURRENCE_SCENES))
     for split, path in world.pope.items():
         _write_jsonl(path, _pope_questions(config, evaluated, split, co_occurrence_KK))
+    world.suite.write_text(_suite(world), encoding="utf-8")
     return world
+
+
+def _suite(world: World) -> str:
+    """Prompts are those that the demo's models know; files are beside the suite."""
+    describe = {"prompt": DESCRIBE, "max_new_tokens": MAX_DESCRIPTION_TOKENS}
+    ground_truth = {"instances": world.instances.name, "captions": world.captions.name, "synonyms": world.synonyms.name}
+    benchmarks = [
+        {"type": "chair", **ground_truth, **describe},
+        {"type": "pope", "questions": [path.name for path in world.pope.values()]},
+        {"type": "format_guard", "questions": world.pope["random"].name},
+        {"type": "repetition", "instances": world.instances.name, **describe},
+    ]
+    return yaml.safe_dump({"name": "demo", "benchmarks": benchmarks}, sort_keys=False)
 
 
 def _file_name(prefix: str, index: int) -> str:

@@ -17,7 +17,7 @@ from bpo.config.training import (
     TrainConfig,
 )
 from bpo.tools.demo.base import BaseConfig
-from bpo.tools.demo.files import World
+from bpo.tools.demo.files import MAX_DESCRIPTION_TOKENS, World
 from bpo.tools.demo.rewriting import prompt_dir
 from bpo.tools.demo.world import DESCRIBE, WorldConfig
 
@@ -82,7 +82,7 @@ class Recipe:
     num_annotations: int = 1000
     num_evaluation_scenes: int = 400
     noise_step: int = 900
-    max_new_tokens: int = 40
+    max_new_tokens: int = MAX_DESCRIPTION_TOKENS
     steps: int = 93
     groups_per_step: int = 32
     lr: float = 5e-4

@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from bpo.config.evaluation import EvaluationConfig
+from bpo.evaluation.suite import read_suite
 from bpo.tools.demo.files import build_world
 from bpo.tools.demo.rewriting import rewriting_request, rewriting_turn
 from bpo.tools.demo.sprites import NAMES, NUM_OBJECTS, OBJECTS, companions
+from bpo.tools.demo.vocabulary import build_tokenizer
 from bpo.tools.demo.world import WorldConfig, caption_of, draw_scene, iter_scenes, sample_scene
 
 SMALL = WorldConfig(seed=3, num_annotations=6, num_evaluation_scenes=40)
@@ -118,6 +121,17 @@ def test_popular_questions_keep_asking_about_the_same_few_absent_objects(tmp_pat
         asked[split] = {row["text"] for row in rows if row["label"] == "no"}
     # With at most 4 objects in a scene the first absent one of a fixed ranking is among the first 5.
     assert len(asked["popular"]) <= 5 < len(asked["random"])
+
+
+def test_the_suite_asks_in_words_that_the_model_knows(tmp_path: Path) -> None:
+    world = build_world(tmp_path, SMALL, progress=False)
+    tokenizer = build_tokenizer()
+    benchmarks = read_suite(EvaluationConfig(suite=str(world.suite))).benchmarks
+    assert [benchmark.name for benchmark in benchmarks] == ["chair", "pope", "format_guard", "repetition"]
+    for benchmark in benchmarks:
+        for question in benchmark.questions:
+            assert (world.images / question.image).exists()
+            assert tokenizer.unk_token_id not in tokenizer(question.text).input_ids, question.text
 
 
 def test_rewritings_always_name_something_absent() -> None:
