@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -12,6 +13,8 @@ from bpo.records import Turn
 # Private-use characters that replace a literal in the user's text while the chat template is rendered.
 _LITERAL = "\ue0f0{}\ue0f1"
 _LITERAL_RE = re.compile("\ue0f0(\\d+)\ue0f1")
+# `split_special_tokens` is a state of the tokenizer during a call, in which another thread would lose its image tokens.
+_ONE_THREAD = threading.RLock()
 
 
 def control_tokens_of(tokenizer: Any, family_ids: Iterable[int]) -> dict[str, int]:
@@ -111,17 +114,19 @@ class ChatTokenizer:
         # Add BOS only if the tokenizer adds one and the template did not write it. Tokens that the tokenizer appends to
         # a text (EOS) do not belong in a prompt.
         bos, bos_id = self.tokenizer.bos_token, self.tokenizer.bos_token_id
-        adds_bos = bos is not None and self.tokenizer("")["input_ids"][:1] == [bos_id]
-        ids = [bos_id] if adds_bos and not pieces[0].startswith(bos) else []
-        ids += self.tokenizer(pieces[0], add_special_tokens=False)["input_ids"]
-        for index in range(1, len(pieces), 2):
-            ids += self.plain(literals[int(pieces[index])])
-            ids += self.tokenizer(pieces[index + 1], add_special_tokens=False)["input_ids"]
+        with _ONE_THREAD:
+            adds_bos = bos is not None and self.tokenizer("")["input_ids"][:1] == [bos_id]
+            ids = [bos_id] if adds_bos and not pieces[0].startswith(bos) else []
+            ids += self.tokenizer(pieces[0], add_special_tokens=False)["input_ids"]
+            for index in range(1, len(pieces), 2):
+                ids += self.plain(literals[int(pieces[index])])
+                ids += self.tokenizer(pieces[index + 1], add_special_tokens=False)["input_ids"]
         return ids
 
     def plain(self, text: str) -> list[int]:
         """Encodes text without control tokens, even if it spells them."""
-        ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        with _ONE_THREAD:
+            ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         return [index for index in ids if self._is_plain(index)]
 
     def plain_weights(self, text: str, spans: Sequence[tuple[int, int, float]]) -> list[float]:
@@ -142,7 +147,10 @@ class ChatTokenizer:
                 f"weights of characters need a fast tokenizer, but {type(self.tokenizer).__name__} does not tell which "
                 "characters a token stands for; save the model's tokenizer as tokenizer.json, or remove 'weights'"
             )
-        encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)
+        with _ONE_THREAD:
+            encoded = self.tokenizer(
+                text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True
+            )
         weights = []
         for index, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
             if self._is_plain(index):

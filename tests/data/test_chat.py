@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -253,3 +256,26 @@ def test_auxiliary_prompts_share_the_images_and_have_room_of_their_own(tiny_llav
     ):
         full.encode_auxiliary(record, images)
     assert roomy.encode_auxiliary(group("g", "a", "b"), images) == []
+
+
+def test_threads_do_not_take_control_tokens_from_each_other(llava: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One thread encodes answers as plain text while another encodes prompts with an image."""
+    prompt = (QUESTION,)
+    expected = llava.encode_prompt("p", ("wide.png",), prompt).prefix_ids
+    plain = llava.encode_completion("It says <image>.")
+    tokenizer, is_plain = llava.tokenizer, threading.Event()
+    inner = type(tokenizer)._encode_plus
+
+    def slow(self: Any, *args: Any, **options: Any) -> Any:
+        if options.get("split_special_tokens"):
+            is_plain.set()
+            self._tokenizer.encode_special_tokens = True
+            time.sleep(0.2)
+        return inner(self, *args, **options)
+
+    monkeypatch.setattr(type(tokenizer), "_encode_plus", slow)
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(llava.encode_completion, "It says <image>.")
+        assert is_plain.wait(10)
+        assert llava.encode_prompt("p", ("wide.png",), prompt).prefix_ids == expected
+        assert other.result() == plain
