@@ -56,7 +56,7 @@ class FormatGuardBenchmark(Benchmark):
 
     A short one has it if it has 1 to `MAX_SHORT_WORDS` words. Metrics: `format` (share of all answers with the form),
     `yes_no_readable`, `yes_no_accuracy` (unreadable answers are wrong), `yes_ratio`, `short` (share of short answers
-    with the form), `short_accuracy` (share that names the label, or a present object).
+    with the form), `short_accuracy` (share that names the label, or a present object); those of the kinds asked.
     """
 
     Options = FormatGuardOptions
@@ -102,14 +102,15 @@ class FormatGuardBenchmark(Benchmark):
     @staticmethod
     def metrics(sums: Sums) -> dict[str, np.ndarray]:
         yes_no, short = sums["yes_no/asked"], sums["short/asked"]
-        return {
-            "format": ratio(sums["yes_no/form"] + sums["short/form"], yes_no + short),
-            "yes_no_readable": ratio(sums["yes_no/form"], yes_no),
-            "yes_no_accuracy": ratio(sums["yes_no/right"], yes_no),
-            "yes_ratio": ratio(sums["yes"], yes_no),
-            "short": ratio(sums["short/form"], short),
-            "short_accuracy": ratio(sums["short/right"], short),
-        }
+        found = {"format": ratio(sums["yes_no/form"] + sums["short/form"], yes_no + short)}
+        if "yes_no/asked" in sums:
+            found["yes_no_readable"] = ratio(sums["yes_no/form"], yes_no)
+            found["yes_no_accuracy"] = ratio(sums["yes_no/right"], yes_no)
+            found["yes_ratio"] = ratio(sums["yes"], yes_no)
+        if "short/asked" in sums:
+            found["short"] = ratio(sums["short/form"], short)
+            found["short_accuracy"] = ratio(sums["short/right"], short)
+        return found
 
 
 def _question(options: BenchmarkOptions, id: str, image: str, text: str, asked: Asked) -> tuple[Question, Asked]:
@@ -130,7 +131,7 @@ def _from_file(path: Path, options: BenchmarkOptions) -> Iterator[tuple[Question
                 f"{where}: field 'label' is {label!r}; it must be {'yes or no' if kind == 'yes_no' else 'a word'}"
             )
         right = (label.capitalize() if kind == "yes_no" else label,)
-        id = str(entry.get("id", record.index))
+        id = str(entry.get("id", entry.get("question_id", record.index)))
         yield _question(
             options, id, text_field(entry, "image", where), text_field(entry, "text", where), Asked(kind, right)
         )

@@ -59,6 +59,14 @@ def test_the_figures_by_hand(tmp_path: Path) -> None:
     assert subject.score(answers).items[2]["form"] is False
 
 
+def test_kinds_that_are_not_asked_have_no_metrics(tmp_path: Path) -> None:
+    path = tmp_path / "pope.json"
+    path.write_text(json.dumps({"question_id": 7, "image": "a.jpg", "text": "Is it big?", "label": "yes"}))
+    subject = FormatGuardBenchmark.read(FormatGuardOptions(questions=str(path)))
+    assert [question.id for question in subject.questions] == ["7"]
+    assert metrics(subject, ["Yes"]) == {"format": 1, "yes_no_readable": 1, "yes_no_accuracy": 1, "yes_ratio": 1}
+
+
 def test_no_answer_has_no_form(tmp_path: Path) -> None:
     assert set(metrics(benchmark(tmp_path), [""] * 5).values()) == {0.0}
 
