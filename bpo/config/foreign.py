@@ -118,7 +118,6 @@ FOREIGN = {
     "logging_steps": "train.log_every_steps",
     "resume_from_checkpoint": "`train.resume`, true or false",
     "report_to": "`tracking.to`, a list of wandb, mlflow and trackio; TensorBoard is `train.tensorboard`",
-    "run_name": "tracking.run_name",
     "wandb_project": "tracking.project",
     "ddp_timeout": "train.hang_timeout_seconds",
     "val_size": _HELD_OUT,
