@@ -139,6 +139,8 @@ class ObjectLexicon:
 
     def _forms(self, word: str) -> tuple[str, ...]:
         """The word as written and its singulars, those that occur in phrases."""
+        if word[0].isdigit():  # numbers have no plural and would fill the cache
+            return (word,) if word in self._vocabulary else ()
         if word not in self._known_forms:
             if len(self._known_forms) >= _MAX_KNOWN_WORDS:
                 self._known_forms.clear()

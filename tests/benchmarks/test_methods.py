@@ -88,7 +88,7 @@ def test_only_methods_without_a_likelihood_of_their_own_get_one_added() -> None:
 
 def test_every_method_has_the_demos_optimisation_and_its_own_loss(tmp_path: Path) -> None:
     groups = MethodGroups(**{name: tmp_path / name for name in ("shared", "difficulty", "corrected", "started")})
-    paths = dict.fromkeys(("root", "annotations", "images", "instances", "captions", "synonyms"), tmp_path)
+    paths = dict.fromkeys(("root", "annotations", "images", "instances", "captions", "synonyms", "suite"), tmp_path)
     seed = Seed(3, tmp_path, World(**paths, config=WorldConfig(), pope={}), groups)
     config = training_config(Comparison(), seed, "opa-dpo", WITH_NLL, tmp_path / "after-sft")
     assert (config.train.lr, config.train.max_steps, config.train.seed) == (5e-4, 93, 3)

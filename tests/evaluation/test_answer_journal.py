@@ -22,7 +22,7 @@ from bpo.job.exits import Interrupted
 from bpo.job.launch import Ranks
 from bpo.job.restarts import NoProgressError
 from bpo.job.signals import StopRequest
-from bpo.model import decoding
+from bpo.model.decoding import answer
 
 
 @pytest.fixture
@@ -54,13 +54,13 @@ def config(tmp_path: Path, tiny_llava_dir: Path) -> Config:
 def batches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many answers each call of the model gives."""
     given: list[int] = []
-    real = decoding.answer_prompts
+    real = answer.answer_prompts
 
     def counted(model: Any, encoder: Any, prompts: Any, **options: Any) -> list[str]:
         given.append(len(prompts))
         return real(model, encoder, prompts, **options)
 
-    monkeypatch.setattr(decoding, "answer_prompts", counted)
+    monkeypatch.setattr(answer, "answer_prompts", counted)
     return given
 
 

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import sqlite3
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -50,8 +51,11 @@ def test_weights_and_biases_continues_its_run_and_no_key_is_written(
     log_twice(config_for(tmp_path, "wandb"))
     files = sorted((tmp_path / "run").glob("wandb/offline-run-*/run-*.wandb"))
     assert len({path.name for path in files}) == 1, "both starts are one run"
-    first, second = (path.read_bytes() for path in files)  # values are JSON text in it
-    assert b"0.25" in first and b"0.16666666666666666" in second
+    for path, value in zip(files, (b"0.25", b"0.16666666666666666"), strict=True):  # values are JSON text in it
+        until = time.monotonic() + 30  # its own process may still write
+        while value not in path.read_bytes() and time.monotonic() < until:
+            time.sleep(0.1)
+        assert value in path.read_bytes()
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
 
 
