@@ -11,6 +11,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,8 @@ from bpo.job.signals import StopRequest
 
 logger = logging.getLogger(__name__)
 
+# Between the first and the last reply of a comparison.
+_MAX_AGE = timedelta(days=3)
 # Of one model: per run, per question; None where the rule needs no judge.
 Requests = list[list["JudgeRequest | None"]]
 
@@ -200,6 +203,13 @@ def _about(config: Config, requests: Mapping[str, Requests], journal: ReplyJourn
     models, dates = sorted({reply.model for reply in replies}), [reply.date for reply in replies]
     if len(models) > 1:
         logger.warning("several models replied: %s; their verdicts may differ", ", ".join(models))
+    if dates and datetime.fromisoformat(max(dates)) - datetime.fromisoformat(min(dates)) > _MAX_AGE:
+        logger.warning(
+            "the replies are from %s to %s, and judges drift: for a fair comparison with the base, ask for all of them "
+            "again with another judge.cache",
+            min(dates),
+            max(dates),
+        )
     return {
         "requested_model": options.server.model,
         "models": models,

@@ -112,6 +112,19 @@ def test_a_second_run_sends_nothing_and_an_interrupted_one_only_the_rest(config:
         assert len(received) == 21
 
 
+def test_old_replies_of_the_base_beside_new_ones_are_warned_of(
+    config: Config, caplog: pytest.LogCaptureFixture
+) -> None:
+    config.judge.answers = []
+    with fake_server(judge) as (url, _):
+        run_judge(at(config, url))
+        cache = Path(f"{config.judge.output}.replies.jsonl")
+        cache.write_text(re.sub(r'"date": ?"\d{4}', '"date":"2020', cache.read_text()))
+        config.judge.answers = [str(Path(config.judge.base).with_name("model.json"))]
+        run_judge(config)
+    assert "the replies are from 2020-" in caplog.text and "another judge.cache" in caplog.text
+
+
 def test_a_failing_server_is_asked_again(config: Config) -> None:
     with fake_server(lambda body, number: judge(body, number) if number > 3 else (500, {"error": "busy"})) as (url, r):
         tree = run_judge(at(config, url))
