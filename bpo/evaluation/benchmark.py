@@ -129,6 +129,8 @@ class Benchmark(ABC):
     Options: ClassVar[type[BenchmarkOptions]] = BenchmarkOptions
     max_new_tokens: ClassVar[int] = 512
     lower_is_better: ClassVar[frozenset[str]] = frozenset()
+    # Whether the files are about the answers of one model, so that those of two models differ.
+    files_follow_answers: ClassVar[bool] = False
     not_fractions: ClassVar[frozenset[str]] = frozenset()  # metrics that tables do not show in percent
 
     options: BenchmarkOptions

@@ -96,7 +96,9 @@ def _settings(result: Mapping[str, Any]) -> dict[str, Any]:
             if key not in _IN_DIGESTS and not names_files(value)
         },
         **{key: value for key, value in settings.items() if key not in ("options", "files_sha256")},
-        "files": sorted(f"{digest[:16]} ({Path(file).name})" for file, digest in files.items()),
+        "files": []
+        if BENCHMARKS[result["type"]].files_follow_answers
+        else sorted(f"{digest[:16]} ({Path(file).name})" for file, digest in files.items()),
     }
 
 

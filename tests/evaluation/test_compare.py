@@ -13,7 +13,7 @@ from bpo.cli import main
 from bpo.config.evaluation import EvaluationConfig
 from bpo.evaluation.compare import UnlikeResults, compare
 from bpo.evaluation.results import score_benchmark
-from bpo.evaluation.suite import read_suite
+from bpo.evaluation.suite import make_benchmark, read_suite
 from tests.evaluation.suites import write_files
 
 BASE = (["A dog.", "A cat.", "A cat."], ["Yes", "Yes", "Yes"] * 2)
@@ -134,3 +134,17 @@ def test_the_command_prints_writes_and_refuses(tmp_path: Path, capsys: pytest.Ca
     assert main(command) == 2 and "not comparable" in capsys.readouterr().err
     paths[1].write_text("{}")
     assert main(command) == 1 and "b.json is not a results file" in capsys.readouterr().err
+
+
+def test_verdicts_about_two_models_are_compared(tmp_path: Path) -> None:
+    """Their files differ, as the answers do."""
+    trees = []
+    for name, label in (("base", 1), ("trained", 0)):
+        path = tmp_path / f"{name}.jsonl"
+        sentences = [{"sentence": f"A dog of {name}.", "label": label, "category": "object"}]
+        path.write_text(json.dumps({"id": "1", "image": "a.jpg", "sentences": sentences}) + "\n")
+        benchmark = make_benchmark({"type": "verifier", "verdicts": str(path)})
+        tree = results(tmp_path / name)
+        trees.append({**tree, "benchmarks": [score_benchmark(benchmark, [f"A dog of {name}."]).to_json()]})
+    found = compare(*trees)["benchmarks"]["verifier"]
+    assert found["hallucinated_sentences"]["difference"] == -1 and "category/object" not in found

@@ -59,6 +59,7 @@ class VerifierBenchmark(Benchmark):
     """
 
     Options = VerifierOptions
+    files_follow_answers: ClassVar[bool] = True
     lower_is_better: ClassVar[frozenset[str]] = frozenset({"hallucinated_sentences", "hallucinated_answers"})
 
     verdicts: dict[str, tuple[Verdict, ...]]
