@@ -10,7 +10,9 @@ import importlib
 import json
 import logging
 import os
+import queue
 import re
+import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
@@ -27,6 +29,8 @@ logger = logging.getLogger(__name__)
 # Run ids of trackers, so that a resumed run continues its curves.
 RUN_IDS = "tracking.json"
 _SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD", re.IGNORECASE)
+# How long the end of a run waits for trackers.
+CLOSE_TIMEOUT_S = 120.0
 _MLFLOW_PARAMS_PER_REQUEST, _MLFLOW_PARAM_CHARACTERS = 100, 500
 
 
@@ -151,32 +155,53 @@ _LIBRARIES: dict[str, Callable[..., Any]] = {"wandb": WeightsAndBiases, "mlflow"
 
 
 class Trackers:
-    """All trackers of a run; does nothing without any, as on ranks other than 0."""
+    """All trackers of a run, in a thread of their own; does nothing without any, as on ranks other than 0.
+
+    A server that does not answer would otherwise hold up all ranks at the next step. A tracker that fails is closed,
+    and the run continues without it.
+    """
 
     def __init__(self, trackers: Mapping[str, Tracker] | None = None):
         self._trackers = dict(trackers or {})
+        self._entries: queue.SimpleQueue[tuple[int, Mapping[str, float]] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name="experiment trackers", daemon=True)
+        if self._trackers:
+            self._thread.start()
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Passes the metrics of a step to each tracker; one that fails is closed, and the run continues without it."""
+        """Queues the metrics of a step."""
+        if self._trackers:
+            self._entries.put((step, dict(metrics)))
+
+    def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
+        """Waits until all trackers have their metrics, or for `timeout_s` seconds."""
+        if not self._thread.is_alive():
+            return
+        self._entries.put(None)
+        self._thread.join(timeout_s)
+        if self._thread.is_alive():
+            logger.error(
+                "%s did not accept all metrics within %.0f s; metrics.jsonl has all of them",
+                " or ".join(self._trackers),
+                timeout_s,
+            )
+
+    def _work(self) -> None:
+        while (entry := self._entries.get()) is not None:
+            self._pass_on(*entry)
+        self._each("could not be closed", lambda tracker: tracker.close())
+
+    def _pass_on(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._each(f"failed at step {step}", lambda tracker: tracker.log(step, metrics))
+
+    def _each(self, fault: str, call: Callable[[Tracker], None]) -> None:
         for name, tracker in list(self._trackers.items()):
             try:
-                tracker.log(step, metrics)
+                call(tracker)
             except Exception as error:  # of any library: an outage of a tracker must not end a run
                 del self._trackers[name]
-                logger.error(
-                    "%s failed at step %d and gets no further metrics (metrics.jsonl has all of them): %s",
-                    name,
-                    step,
-                    without_secrets(f"{type(error).__name__}: {error}"),
-                )
-
-    def close(self) -> None:
-        for name, tracker in self._trackers.items():
-            try:
-                tracker.close()
-            except Exception as error:
-                logger.error("%s could not be closed: %s", name, without_secrets(f"{type(error).__name__}: {error}"))
-        self._trackers = {}
+                reason = without_secrets(f"{type(error).__name__}: {error}")
+                logger.error("%s %s and gets no more metrics (metrics.jsonl has all): %s", name, fault, reason)
 
 
 def open_trackers(config: Config, *, enabled: bool, start_step: int) -> Trackers:

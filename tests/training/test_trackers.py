@@ -6,6 +6,7 @@ import importlib.util
 import os
 import sqlite3
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -110,6 +111,27 @@ def test_a_tracker_that_fails_ends_neither_the_run_nor_other_trackers(
     assert (good.steps, bad.steps) == ([1, 2, 3, -1], [1])
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
     assert "bad failed at step 2" in caplog.text and KEY not in caplog.text
+
+
+def test_a_server_that_does_not_answer_holds_up_no_step(caplog: pytest.LogCaptureFixture) -> None:
+    class Stuck:
+        def __init__(self) -> None:
+            self.released = threading.Event()
+
+        def log(self, step: int, metrics: object) -> None:
+            self.released.wait(30)
+
+        def close(self) -> None: ...
+
+    stuck = Stuck()
+    trackers = Trackers({"server": stuck})
+    started = time.monotonic()
+    for step in range(100):
+        trackers.log(step, {"loss": 0.5})
+    trackers.close(timeout_s=0.2)
+    stuck.released.set()
+    assert time.monotonic() - started < 5
+    assert "server did not accept all metrics" in caplog.text
 
 
 def test_secrets_of_the_environment_are_masked(monkeypatch: pytest.MonkeyPatch) -> None:

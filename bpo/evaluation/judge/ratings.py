@@ -11,19 +11,19 @@ import numpy as np
 from bpo.evaluation.benchmark import Question, Sums, ratio
 from bpo.evaluation.benchmarks.judged import LlavaBenchBenchmark, MMHalBenchmark, MMVetBenchmark, read_mapping
 from bpo.evaluation.files import id_field, text_field
-from bpo.evaluation.judge.rule import Rule, grouped
+from bpo.evaluation.judge.rule import RuleByAnswer, grouped
 from bpo.formats.jsonfiles import read_records
 
 _MMHAL_TYPES = 8
 
 
-class MMHalRule(Rule):
+class MMHalRule(RuleByAnswer):
     """The reply has `rating: N`, N = 0..6; below 3 the answer is hallucinated.
 
     As in the official script, a reply with no rating or with two different ones counts as 0.
     """
 
-    placeholders = (*Rule.placeholders, "image_content")
+    placeholders = (*RuleByAnswer.placeholders, "image_content")
     lower_is_better: ClassVar[frozenset[str]] = frozenset({"hallucination_rate"})
 
     def __init__(self, benchmark: MMHalBenchmark):
@@ -64,7 +64,7 @@ class MMHalRule(Rule):
         }
 
 
-class MMVetRule(Rule):
+class MMVetRule(RuleByAnswer):
     """The first word of the reply is a score from 0.0 to 1.0; metrics are 100 times the mean.
 
     The official script asks again at higher temperatures and counts 0 after five unreadable replies; here an unreadable
@@ -99,13 +99,13 @@ class MMVetRule(Rule):
         return {f"score{name}": 100 * ratio(sums[f"points{name}"], sums[f"scores{name}"]) for name in names}
 
 
-class LlavaBenchRule(Rule):
+class LlavaBenchRule(RuleByAnswer):
     """The first line of the reply has two scores, of reference and answer: 100 * sum(answer) / sum(reference).
 
     An unreadable reply is left out; the official script adds -1 to both sums.
     """
 
-    placeholders = (*Rule.placeholders, "context", "rule", "role")
+    placeholders = (*RuleByAnswer.placeholders, "context", "rule", "role")
 
     def __init__(self, benchmark: LlavaBenchBenchmark):
         options, self.records = benchmark.options, benchmark.records

@@ -17,7 +17,7 @@ from bpo.evaluation.benchmarks.chair import Description
 from bpo.evaluation.benchmarks.hallusion import HallusionBenchmark
 from bpo.evaluation.benchmarks.objhal import ObjectHalBenchmark
 from bpo.evaluation.files import text_field
-from bpo.evaluation.judge.rule import Rule
+from bpo.evaluation.judge.rule import Rule, RuleByAnswer
 from bpo.formats.lexicon import Mention, singular_forms
 
 # Official: no object is looked for in answers of at most this many words.
@@ -27,6 +27,8 @@ _FENCED = re.compile(r"```(?:json)?\s*\n(.*?)\n\s*```", re.DOTALL)
 
 class HallusionRule(Rule):
     """The reply says correct, incorrect or unclear; as in the official script, anything else counts as unclear."""
+
+    lower_is_better: ClassVar[frozenset[str]] = frozenset({"unclear"})
 
     def __init__(self, benchmark: HallusionBenchmark):
         self.benchmark = benchmark
@@ -38,9 +40,6 @@ class HallusionRule(Rule):
     def read(self, question: Question, answer: str, reply: str) -> str | None:
         # "incorrect" first: it contains "correct".
         return next((word for word in ("incorrect", "correct", "unclear") if word in reply.lower()), None)
-
-    def counts(self, question: Question, answer: str, verdict: str | None) -> Mapping[str, float]:
-        raise NotImplementedError("figures and questions are counted together, in `rows`")
 
     def rows(
         self, questions: Sequence[Question], answers: Sequence[str], verdicts: Sequence[str | None]
@@ -59,7 +58,7 @@ class HallusionRule(Rule):
         return {("unclear" if name == "unreadable" else name): value for name, value in found.items()}
 
 
-class ObjectHalRule(Rule):
+class ObjectHalRule(RuleByAnswer):
     """The reply is a JSON list of the objects in the answer, in a code block or on its last line with a bracket.
 
     Each name in the list is looked up in the lexicon, and counts once per answer, as in the official script, which

@@ -40,20 +40,29 @@ class Rule(ABC):
         """The verdict in a reply, a JSON value; None if it cannot be read."""
 
     @abstractmethod
+    def rows(
+        self, questions: Sequence[Question], answers: Sequence[str], verdicts: Sequence[Any]
+    ) -> list[tuple[str, Mapping[str, float]]]:
+        """(unit, counts) of one run, for `Scores.rows`."""
+
+    @staticmethod
+    @abstractmethod
+    def metrics(sums: Sums) -> dict[str, np.ndarray]:
+        """Metrics, elementwise over the arrays in `sums`."""
+
+
+class RuleByAnswer(Rule):
+    """A rule whose verdicts count each for itself."""
+
+    @abstractmethod
     def counts(self, question: Question, answer: str, verdict: Any) -> Mapping[str, float]:
         """Counts of one verdict; of None, what the benchmark's script counts for an unreadable reply."""
 
     def rows(
         self, questions: Sequence[Question], answers: Sequence[str], verdicts: Sequence[Any]
     ) -> list[tuple[str, Mapping[str, float]]]:
-        """(unit, counts) of one run, for `Scores.rows`."""
         triples = zip(questions, answers, verdicts, strict=True)
         return [(question.resampled, self.counts(question, answer, verdict)) for question, answer, verdict in triples]
-
-    @staticmethod
-    @abstractmethod
-    def metrics(sums: Sums) -> dict[str, np.ndarray]:
-        """Metrics, elementwise over the arrays in `sums`."""
 
 
 def grouped(sums: Sums, prefix: str) -> list[str]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from bpo.evaluation.benchmark import Question, Sums, ratio
 from bpo.evaluation.benchmarks.shr import ShrBenchmark, ShrOptions
-from bpo.evaluation.judge.rule import Rule
+from bpo.evaluation.judge.rule import RuleByAnswer
 from bpo.formats.jsonfiles import read_records
 
 HALLUCINATION = "hallucination"
@@ -26,7 +26,7 @@ def sentences_of(description: str) -> list[str]:
     return kept
 
 
-class ShrRule(Rule):
+class ShrRule(RuleByAnswer):
     """After a line with "Judgement:", the reply has one line per sentence: a number, a class, a colon, a reason.
 
     Classes are hallucination, correct and cannot judge; ratios are over sentences with one of these. If the numbers of
