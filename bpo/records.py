@@ -67,6 +67,7 @@ class Provenance:
         kept_words: Number of words of the annotation that it starts with.
         candidate: Which of several candidates of its source it is, from 1; None for the first, which is number 0.
         donor: Id of the record from whose annotation the text, or the exchanged word, was taken.
+        policy: Fingerprint of the weights that generated it (`bpo.model.weights.policy_fingerprint`).
     """
 
     source: str
@@ -81,6 +82,7 @@ class Provenance:
     kept_words: int | None = None
     candidate: int | None = None
     donor: str | None = None
+    policy: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
@@ -96,6 +98,8 @@ class Completion:
         token_weights: `(start, end, weight)` of spans of characters of the response, in order and disjoint; other
             characters have weight 1. For `loss.terms[].token_weights: data`.
         view: `other` if it describes the group's `other_images`; empty if it describes its images.
+        paired: Whether it takes part in preference pairs; without, only terms with `pairs: explored` read it.
+        explored: Whether terms with `pairs: explored` are on it (SELM).
     """
 
     response: str
@@ -107,6 +111,8 @@ class Completion:
     beta: float = 1.0
     token_weights: tuple[tuple[int, int, float], ...] = ()
     view: str = ""
+    paired: bool = True
+    explored: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,9 +27,10 @@ LAYERS = (
     "model",
     "losses",
     "bootstrap engine evaluation",
-    "training",
+    "ranking training",
     "checkpoint",
     "train",
+    "rounds",
     "tools",
     "cli",
 )

@@ -45,8 +45,8 @@ COVERS = {
     "bootstrap/whole_set/test_swap.py": "content images items outcomes permute takers",
     "checkpoint/test_fidelity.py": "/bpo/config/export",
     "checkpoint/test_files.py": "partition shards",
-    "config/test_io.py": "bootstrap decoding evaluation foreign judge loss measure negatives options select server "
-    "tracking training",
+    "config/test_io.py": "bootstrap decoding evaluation foreign judge loss measure negatives online options rank "
+    "rounds select selection server tracking training",
     "data/families/test_families.py": "base gemma idefics internvl llava qwen",
     "data/test_cells.py": "pairs token_weights",
     "evaluation/benchmarks/test_amber_generative.py": "amber_files",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -10,7 +11,12 @@ from bpo.config.options import NUM_SEEDS, Range, Section, check, number, seconds
 from bpo.config.select import SelectConfig
 from bpo.config.server import ServerConfig
 
-Source = Literal["weaken", "inject", "crop", "mask", "regenerate", "text-only", "unweakened", "swap", "edit"]
+# Names of the built-in sources; a plug-in (`bootstrap.plugin`) adds others.
+SOURCES = (
+    "weaken", "inject", "crop", "mask", "regenerate", "text-only", "unweakened", "swap", "edit",
+    "sample", "greedy", "segment",
+)  # fmt: skip
+Source = str
 CacheKind = Literal["reserved", "dynamic", "static"]
 
 
@@ -66,6 +72,49 @@ class RegenerateConfig(Section):
     def __post_init__(self) -> None:
         super().__post_init__()
         check(self.cut_min <= self.cut_max, "bootstrap.regenerate requires cut_min <= cut_max")
+
+
+@dataclass(kw_only=True)
+class SampleConfig(Section):
+    """Candidates for a judge: answers to the clean image (types `mllm-sample` and `mllm-greedy`).
+
+    Attributes:
+        count: Number of answers that `sample` draws per record, each with its own seed. Raising it later keeps those
+            that exist.
+        temperature: Sampling temperature of `sample`; `greedy` has 0.
+        top_p: Cumulative probability of nucleus sampling.
+        max_new_tokens: Maximum number of tokens per answer, also of `greedy`.
+    """
+
+    where = "bootstrap.sample"
+
+    count: int = number(4, at_least=1, at_most=64)
+    temperature: float = number(0.7, above=0)
+    top_p: float = number(1.0, above=0, at_most=1)
+    max_new_tokens: int = number(1024, at_least=1)
+
+
+@dataclass(kw_only=True)
+class SegmentConfig(Section):
+    """Negatives with a segment of the annotation generated anew, its start and end kept (SAPO; type `mllm-segment`).
+
+    The segment has S = min(max_tokens, length) tokens and starts at t ~ U{0 .. length - 3 - S}, or at 0 if the
+    annotation is not longer than S + 3. If the model ends its answer within the segment, the end of the annotation is
+    dropped.
+
+    Attributes:
+        max_tokens: Largest length of the segment.
+        temperature: Sampling temperature; 0 means greedy decoding.
+        top_k: Number of most likely tokens to sample from; 0 means all.
+        top_p: Cumulative probability of nucleus sampling.
+    """
+
+    where = "bootstrap.segment"
+
+    max_tokens: int = number(256, at_least=1)
+    temperature: float = number(0.7, at_least=0, zero="greedy")
+    top_k: int = number(50, at_least=0, zero="all")
+    top_p: float = number(0.95, above=0, at_most=1)
 
 
 @dataclass(kw_only=True)
@@ -179,12 +228,16 @@ class BootstrapConfig(Section):
         sources: Sources of negatives. From the paper: `weaken` (answers to noised images) and `inject` (annotations
             with injected errors). Additional: `swap` (annotations of other images), `edit` (one word exchanged), `crop`
             and `mask` (answers to a part of the image), `regenerate` (continuations of the annotation's start),
-            `text-only` (answers without an image), `unweakened` (answers to the clean image, as a control). The paper's
+            `text-only` (answers without an image), `unweakened` (answers to the clean image, as a control); candidates
+            for a judge: `sample` and `greedy` (answers to the clean image), `segment`; or a plug-in's. The paper's
             are `weaken` and `inject`; the default has `swap`, the best single source in benchmarks/grounding, for the
             latter, which did not beat fine-tuning there.
         weaken: Image weakening, and sampling options of the multimodal model.
         inject: Error injection.
         regenerate: Truncation of annotations before their continuation.
+        sample: Candidates for a judge.
+        segment: Segments of annotations generated anew.
+        plugin: Python file that registers sources.
         swap: Exchange of annotations between records.
         edit: Exchange of words between annotations.
         select: Number of candidates, and the choice among them.
@@ -215,6 +268,9 @@ class BootstrapConfig(Section):
     weaken: WeakenConfig = field(default_factory=WeakenConfig)
     inject: InjectConfig = field(default_factory=InjectConfig)
     regenerate: RegenerateConfig = field(default_factory=RegenerateConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    segment: SegmentConfig = field(default_factory=SegmentConfig)
+    plugin: str = ""
     swap: SwapConfig = field(default_factory=SwapConfig)
     edit: EditConfig = field(default_factory=EditConfig)
     select: SelectConfig = field(default_factory=SelectConfig)
@@ -236,6 +292,10 @@ class BootstrapConfig(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for source in self.sources if not self.plugin else ():
+            close = difflib.get_close_matches(source, SOURCES, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            check(source in SOURCES, f"bootstrap.sources: {source!r} is none of {', '.join(SOURCES)}{hint}")
         for source in self.target_shares:
             check(source in self.sources, f"bootstrap.target_shares.{source} is not in bootstrap.sources")
         check(

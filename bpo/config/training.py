@@ -13,7 +13,11 @@ from bpo.config.export import ExportConfig
 from bpo.config.judge import JudgeConfig
 from bpo.config.loss import LossConfig
 from bpo.config.measure import MeasureConfig
+from bpo.config.online import OnlineConfig
 from bpo.config.options import NUM_SEEDS, Section, check, needed, number, seconds
+from bpo.config.rank import RankConfig
+from bpo.config.rounds import RoundsConfig
+from bpo.config.selection import SelectionConfig
 from bpo.config.tracking import TrackingConfig
 
 
@@ -57,6 +61,7 @@ class DataConfig(Section):
 
     Attributes:
         annotations: File whose answers become chosen completions: LLaVA, ShareGPT, COCO captions, CSV (docs/data.md).
+        part: Part of the annotations to use, K/N: those whose id hashes to the K-th of N parts; empty uses all.
         groups: Preference groups, written by bootstrap and read by train: JSONL, the paper's release, TRL, RLHF-V, ...
         image_root: Base folder of image paths; paths must not lead out of it.
         max_length_tokens: Maximum length of prefix plus one completion; completions are truncated to it, prompts never.
@@ -81,6 +86,7 @@ class DataConfig(Section):
     where = "data"
 
     annotations: str = ""
+    part: str = ""
     groups: str = ""
     image_root: str = ""
     max_length_tokens: int = number(2048, at_least=1)
@@ -101,6 +107,11 @@ class DataConfig(Section):
         check(
             not self.max_pixels or self.min_pixels <= self.max_pixels,
             f"data.min_pixels is {self.min_pixels}, more than data.max_pixels={self.max_pixels}; lower it",
+        )
+        part = re.fullmatch(r"(\d+)/(\d+)", self.part)
+        check(
+            not self.part or (part is not None and 1 <= int(part[1]) <= int(part[2])),
+            f"data.part is {self.part!r}; write K/N with K from 1 to N, such as 1/3",
         )
 
 
@@ -191,6 +202,9 @@ class TrainConfig(Section):
         resume: Resume from the latest checkpoint in output_dir.
         tensorboard: Write TensorBoard files in addition to metrics.jsonl.
         reference_dir: Directory of the reference store, which runs may share; empty uses output_dir/reference.
+        reference_model: Model that is the reference instead of the policy before its first step; a store with its
+            log-probs must be complete (`reference_only`). Empty: the policy before its first step.
+        reference_only: Fill the reference store for model.path and stop before the first step.
         reference_micro_batch_tokens: Maximum number of packed tokens per forward pass of the reference, which stores no
             activations; 0 uses 4 times max_micro_batch_tokens.
         rehash_weights: Hash the model's files at start even if path, size, modification time and inode are unchanged.
@@ -233,6 +247,8 @@ class TrainConfig(Section):
     resume: bool = False
     tensorboard: bool = True
     reference_dir: str = ""
+    reference_model: str = ""
+    reference_only: bool = False
     reference_micro_batch_tokens: int = number(0, at_least=0)
     rehash_weights: bool = False
     first_loss_tolerance: float = number(0.0, at_least=0)
@@ -260,10 +276,14 @@ class Config:
         data: Data files, length limits and handling of bad records.
         bootstrap: Generation of negatives from annotations.
         measure: Measures of preference groups before training.
+        rank: Scoring of candidate answers by a judge.
+        select: Selection of preference pairs among scored candidates.
         lora: Low-rank adaptation of the language model.
         trainable: Trainable parts of the model.
         loss: Preference loss.
         train: Optimisation, batching, checkpoints and logging.
+        online: Negatives generated during training.
+        rounds: Rounds of generation and training.
         tracking: Experiment trackers.
         evaluation: Benchmarks of `bpo evaluate`.
         judge: Judging of answers by a language model.
@@ -274,10 +294,14 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     bootstrap: BootstrapConfig = field(default_factory=BootstrapConfig)
     measure: MeasureConfig = field(default_factory=MeasureConfig)
+    rank: RankConfig = field(default_factory=RankConfig)
+    select: SelectionConfig = field(default_factory=SelectionConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     trainable: TrainableConfig = field(default_factory=TrainableConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    online: OnlineConfig = field(default_factory=OnlineConfig)
+    rounds: RoundsConfig = field(default_factory=RoundsConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     judge: JudgeConfig = field(default_factory=JudgeConfig)

@@ -35,7 +35,9 @@ def write(path: Path, tree: dict[str, Any]) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("section", [*sections(), TermConfig, ViewConfig], ids=lambda section: section.__name__)
+@pytest.mark.parametrize(
+    "section", [*sections(), TermConfig, ViewConfig, MixtureConfig, RoundConfig], ids=lambda section: section.__name__
+)
 def test_every_option_is_documented(section: type) -> None:
     attributes = inspect.getdoc(section).split("Attributes:\n")[1]  # type: ignore[union-attr]
     documented = re.findall(r"^    (\w+): \S.*", attributes, flags=re.MULTILINE)
@@ -45,7 +47,7 @@ def test_every_option_is_documented(section: type) -> None:
 def test_every_section_of_the_module_is_in_the_tree() -> None:
     modules = [import_module(f"bpo.config.{module.name}") for module in pkgutil.iter_modules(bpo.config.__path__)]
     classes = [c for m in modules for c in vars(m).values() if is_dataclass(c) and c.__module__ == m.__name__]
-    listed = {TermConfig, ViewConfig}  # items of loss.terms and loss.views
+    listed = {TermConfig, ViewConfig, MixtureConfig, RoundConfig}  # items of lists and of loss.views
     assert {c for c in classes if issubclass(c, Section | Config) and c is not Section} == set(sections()) | listed
 
 

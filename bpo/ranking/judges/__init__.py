@@ -1,0 +1,1 @@
+"""Judges that score candidate answers."""

@@ -1,0 +1,1 @@
+"""Selection of preference pairs among scored candidates."""

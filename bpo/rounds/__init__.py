@@ -1,0 +1,1 @@
+"""Rounds of generation, judging, selection and training."""
