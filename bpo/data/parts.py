@@ -1,4 +1,4 @@
-"""Parts of the annotations, drawn by the hash of their ids: each record is in one part, whatever else the file holds."""
+"""Parts of the annotations, drawn by the hash of their ids: a record's part does not depend on the others."""
 
 from __future__ import annotations
 
