@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from bpo.config.entry import nearest, read_entry
 from bpo.config.evaluation import EvaluationConfig
 from bpo.config.io import read_yaml
 from bpo.evaluation.benchmark import Benchmark, BenchmarkOptions
@@ -123,7 +123,7 @@ def _read_file(path: Path) -> tuple[str, list[_Entry]]:
     lines = _lines(path)
     for key in tree:
         if key not in ("name", "defaults", "benchmarks"):
-            raise ValueError(f"{path}: unknown key `{key}`{_nearest(key, ('name', 'defaults', 'benchmarks'))}")
+            raise ValueError(f"{path}: unknown key `{key}`{nearest(key, ('name', 'defaults', 'benchmarks'))}")
     defaults, listed, name = tree.get("defaults", {}), tree.get("benchmarks"), tree.get("name", path.stem)
     if not isinstance(name, str) or not name:
         raise ValueError(f"{path}: `name` is {name!r}; it must be text")
@@ -160,9 +160,10 @@ def _lines(path: Path) -> list[dict[str, int]]:
 def _build(entry: _Entry) -> Benchmark:
     name = entry.tree.get("type")
     if not isinstance(name, str) or name not in BENCHMARKS:
-        raise ValueError(f"{entry.where}: unknown type {name!r}{_nearest(str(name), tuple(BENCHMARKS))}")
+        raise ValueError(f"{entry.where}: unknown type {name!r}{nearest(str(name), tuple(BENCHMARKS))}")
     kind = BENCHMARKS[name]
-    options = _options(kind.Options, entry)
+    tree = {key: _resolved(key, value, entry.folder) for key, value in entry.tree.items()}
+    options = read_entry(kind.Options, tree, name, lambda key: entry.lines.get(key, entry.where))
     try:
         benchmark = kind.read(options)
     except ValueError as error:
@@ -172,28 +173,6 @@ def _build(entry: _Entry) -> Benchmark:
     return benchmark
 
 
-def _options(kind: type[BenchmarkOptions], entry: _Entry) -> BenchmarkOptions:
-    """The options as their dataclass, with types checked and relative paths resolved."""
-    from jsonargparse import ArgumentParser
-
-    known = tuple(option.name for option in fields(kind))
-    for key in entry.tree:
-        if key not in known:
-            where = entry.lines.get(key, entry.where)
-            raise ValueError(f"{where}: unknown option `{key}` of {entry.tree['type']}{_nearest(str(key), known)}")
-    tree = {key: _resolved(key, value, entry.folder) for key, value in entry.tree.items()}
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(kind, as_group=False)
-    for key, value in tree.items():
-        try:
-            parser.parse_object({key: value})
-            kind(**{key: value})
-        except Exception as error:  # jsonargparse wraps its own and those of `Section`
-            reason = " ".join(str(error).split())
-            raise ValueError(f"{entry.lines.get(key, entry.where)}: {key} is {value!r}: {reason}") from error
-    return kind(**tree)
-
-
 def _resolved(key: str, value: Any, folder: Path | None) -> Any:
     """Files that are not in the current directory but beside the suite are named by their path there."""
     if isinstance(value, list):
@@ -201,11 +180,6 @@ def _resolved(key: str, value: Any, folder: Path | None) -> Any:
     if folder is None or key in _NOT_PATHS or not isinstance(value, str) or not value or Path(value).exists():
         return value
     return str(folder / value) if (folder / value).exists() else value
-
-
-def _nearest(name: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    return f"; did you mean `{close[0]}`?" if close else f"; known are {', '.join(known)}"
 
 
 def _restricted(benchmark: Benchmark, options: EvaluationConfig) -> Benchmark:

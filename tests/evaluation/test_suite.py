@@ -52,7 +52,7 @@ def test_a_file_is_that_of_the_current_directory_or_else_the_one_beside_the_suit
         (
             "  - type: chair",
             "  - type: chair\n    sample: -1",
-            r"line 5: sample is -1: suite.sample is -1; it must be 0",
+            r"line 5: suite.sample is -1; it must be 0",
         ),
         ("instances.json", "gone.json", r"line 4: gone.json cannot be read"),
         (

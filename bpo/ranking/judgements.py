@@ -1,0 +1,178 @@
+"""Judgements on disk: an append-only journal per process, readable while others write.
+
+    FOLDER/identity.json     the judge and everything that its scores depend on
+    FOLDER/rank-00000.jsonl  {"id": ..., "digest": ..., "pass": ..., "scores": [...], "details": [...]}
+                             {"id": ..., "digest": ..., "pass": ..., "failed": reason}
+
+Lines of the last pass hold the final scores and have the pass `RESULT`. The digest is that of the prompt, images and
+answers of the group (`group_digest`): scores of other answers under the same id are refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from bpo.formats.fields import prompt_to_json
+from bpo.job.durable import write_durably
+from bpo.job.journal import JournalReader, JournalWriter, from_line, to_line
+from bpo.ranking.judge import Failed, Judgement, Scored
+from bpo.records import PreferenceGroup
+
+RESULT = "result"
+
+
+def group_digest(group: PreferenceGroup) -> str:
+    """A digest of all that a judge sees of a group: everything but the scores and the training options."""
+    answers = [[completion.response, completion.type, completion.view] for completion in group.completions]
+    seen = [prompt_to_json(group.prompt), group.images, group.other_images, answers, dict(group.extra)]
+    return hashlib.sha256(json.dumps(seen, sort_keys=True, default=str).encode()).hexdigest()[:24]
+
+
+class Judgements:
+    """Looks up the results of all processes; each `poll` reads only new lines, and texts stay on disk.
+
+    Attributes:
+        identity: Content of identity.json: `judge`, and whatever the judge's scores depend on.
+    """
+
+    def __init__(self, folder: Path, identity: dict[str, Any]):
+        self.folder, self.identity = folder, identity
+        self._judge = {"name": identity["judge"], "identity": identity_digest(identity)}
+        self._readers: list[JournalReader] = []
+        self._places: dict[tuple[bytes, str], tuple[bytes, int, int]] = {}
+        self._file: tuple[int, BinaryIO] | None = None  # the journal read last
+
+    def poll(self) -> int:
+        """Reads complete new lines of all journals; returns the number of results known."""
+        known = {reader.path for reader in self._readers}
+        self._readers += [JournalReader(path) for path in sorted(self.folder.glob("rank-*.jsonl")) if path not in known]
+        for number, reader in enumerate(self._readers):
+            for start, (group_id, digest, name) in reader.poll(_key_of):
+                self._places.setdefault((_short(group_id), name), (bytes.fromhex(digest), number, start))
+        return len(self._places)
+
+    def has(self, group_id: str, digest: str, name: str = RESULT) -> bool:
+        """Whether the group has a result of the pass, or has failed in any.
+
+        Raises:
+            ValueError: The judged group of this id had another digest.
+        """
+        return self._place(group_id, digest, name) is not None
+
+    def of(self, group: PreferenceGroup) -> Judgement | Failed | None:
+        """The final scores of a group, why it has none, or None if it is not judged yet.
+
+        Raises:
+            ValueError: The judged group of this id had another prompt, image or answer.
+        """
+        found = self.result(group, RESULT)
+        return Judgement(group.id, found, self._judge) if isinstance(found, Scored) else found
+
+    def result(self, group: PreferenceGroup, name: str) -> Scored | Failed | None:
+        """As `of`, for one pass."""
+        place = self._place(group.id, group_digest(group), name)
+        if place is None:
+            return None
+        _, number, start = place
+        if self._file is None or self._file[0] != number:
+            if self._file is not None:
+                self._file[1].close()
+            self._file = number, self._readers[number].path.open("rb")
+        self._file[1].seek(start)
+        entry = from_line(self._file[1].readline())
+        return Failed(entry["failed"]) if "failed" in entry else Scored(tuple(entry["scores"]), tuple(entry["details"]))
+
+    def _place(self, group_id: str, digest: str, name: str) -> tuple[bytes, int, int] | None:
+        key = _short(group_id)
+        place = self._places.get((key, RESULT)) or self._places.get((key, name))
+        if place is not None and place[0] != bytes.fromhex(digest):
+            raise ValueError(
+                f"{self.folder}: group {group_id!r} has a judgement of another prompt, image or answer; the candidates "
+                "have changed. Remove the folder to judge them, or set another rank.output"
+            )
+        return place
+
+
+class JudgementWriter:
+    """Appends results to the journal of one process, as a context.
+
+    Raises:
+        ValueError: Another process has the file open for writing.
+    """
+
+    def __init__(self, folder: Path, worker: int):
+        self._journal = JournalWriter(folder / f"rank-{worker:05d}.jsonl", exclusive=True)
+
+    def append(self, name: str, results: Iterable[tuple[PreferenceGroup, Scored | Failed]]) -> None:
+        """Writes results of a pass; returns when they are on disk."""
+        lines = []
+        for group, result in results:
+            entry: dict[str, Any] = {"id": group.id, "digest": group_digest(group), "pass": name}
+            if isinstance(result, Failed):
+                entry["failed"] = result.reason
+            else:
+                entry |= {"scores": list(result.scores), "details": list(result.details)}
+            lines.append(to_line(entry))
+        self._journal.append(b"".join(lines))
+
+    def __enter__(self) -> JudgementWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._journal.close()
+
+
+def read_judgements(folder: Path) -> Judgements:
+    """All judgements that a folder has, finished or not.
+
+    Raises:
+        ValueError: The folder has no identity.json.
+    """
+    path = folder / "identity.json"
+    try:
+        identity = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read ({error}); give a folder that `bpo rank` has written") from error
+    judgements = Judgements(folder, identity)
+    judgements.poll()
+    return judgements
+
+
+def open_judgements(folder: Path, judge: str, identity: dict[str, Any]) -> Judgements:
+    """The judgements in a folder, to be continued by the same judge with the same options.
+
+    Raises:
+        ValueError: Those in the folder are of another judge or other options; lists the differences.
+    """
+    text = json.dumps({"judge": judge, **identity}, indent=1, sort_keys=True)
+    path = folder / "identity.json"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_durably(path, text + "\n")  # racing processes write the same bytes
+    found, now = read_judgements(folder), json.loads(text)
+    changes = [name for name in {**found.identity, **now} if found.identity.get(name) != now.get(name)]
+    if changes:
+        listed = "; ".join(f"{name} was {found.identity.get(name)!r}, is {now.get(name)!r}" for name in changes)
+        raise ValueError(
+            f"{folder} has judgements of another judge or with other options: {listed}. Undo the change, remove the "
+            "folder, or set another rank.output"
+        )
+    return found
+
+
+def identity_digest(identity: dict[str, Any]) -> str:
+    """12 hexadecimal digits of SHA-256 of the identity."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _key_of(entry: Any) -> tuple[str, str, str]:
+    """(id, digest, pass); a group that failed in any pass has that as its final result."""
+    return str(entry["id"]), entry["digest"], RESULT if "failed" in entry else entry["pass"]
+
+
+def _short(group_id: str) -> bytes:
+    return hashlib.blake2b(group_id.encode("utf-8", "surrogatepass"), digest_size=16).digest()
