@@ -25,7 +25,10 @@ commands:
   bootstrap   create preference groups from annotations with weakened images and injected errors
   merge       merge the groups of a bootstrapping job with several shards; --partial: what is finished so far
   measure     `bpo measure GROUPS`: what rejected answers give away without the image, and whether the sample is fair
+  rank        score candidate answers with a judge: `bpo rank --config FILE`
+  select      select preference pairs among scored candidates
   train       preference training in one process; for several, use `deepspeed bpo/train.py`
+  rounds      generate, judge, select and train, round after round; `--status DIR` shows where it is
   evaluate    measure hallucination with a suite of benchmarks; --compare A B: differences of two results
   judge       judge answers to MMHal-Bench, MM-Vet and others with a language model on a server
   export      export a checkpoint as a merged model directory or a PEFT adapter
@@ -144,6 +147,15 @@ def _train(argv: list[str]) -> int:
 
         main(argv, stop)
     return 0
+
+
+def _rounds(argv: list[str]) -> int:
+    from bpo.job.signals import StopRequest
+
+    with StopRequest() as stop:
+        from bpo.rounds.command import main
+
+        return main(argv, stop)
 
 
 def _evaluate(argv: list[str]) -> int:
@@ -275,6 +287,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "merge": _merge,
     "measure": _measure,
     "train": _train,
+    "rounds": _rounds,
     "evaluate": _evaluate,
     "judge": _judge,
     "export": _export,
