@@ -29,7 +29,8 @@ from bpo.data.encode import EncodedGroup
 from bpo.data.groups import GroupDataset
 from bpo.data.token_weights import TOKEN_RULES
 from bpo.data.views import _PLUGIN_VIEWS
-from bpo.losses.plugin import _loaded, load_plugin, plugin_digest
+from bpo.job.plugins import _loaded
+from bpo.losses.plugin import load_plugin, plugin_digest
 from bpo.losses.program import HeadOutput, LossProgram
 from bpo.losses.registry import LOSSES, WEIGHINGS
 from tests.conftest import ROOT
