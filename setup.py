@@ -126,6 +126,7 @@ setup(
         "bpo": [
             "recipes/*.yaml",
             "recipes/methods/*.yaml",
+            "recipes/rounds/*.yaml",
             "bootstrap/prompts/*",
             "bootstrap/lexicon/*",
             "tools/demo/assets/**",

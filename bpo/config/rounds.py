@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from bpo.config.options import Section, check, needed, number
+from bpo.config.options import Section, needed, number
 
 
 @dataclass(kw_only=True)
@@ -33,7 +33,7 @@ class RoundsConfig(Section):
 
     Attributes:
         output_dir: Folder of all rounds; each has a folder round-N.
-        each: The rounds, in order.
+        each: The rounds, in order: mappings with the options of `RoundConfig`, part, groups, replay and options.
         reference: Reference of each round: the `previous` round's policy, with which it starts, or the `first` one,
             model.path.
         handover: Form in which a round's policy is handed to the next round's engines: `merged` weights, a LoRA
@@ -48,14 +48,9 @@ class RoundsConfig(Section):
     where = "rounds"
 
     output_dir: str = needed("runs/rounds")
-    each: list[RoundConfig] = field(default_factory=list)
+    each: list[dict[str, Any]] = field(default_factory=list)
     reference: Literal["previous", "first"] = "previous"
     handover: Literal["auto", "merged", "adapter"] = "auto"
     processes: int = number(1, at_least=1, at_most=1024)
     evaluate: bool = False
     image_command: str = ""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        first = self.each[0].replay if self.each else 0
-        check(not first, f"rounds.each[0].replay is {first:g}; there is no earlier round")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from bpo.config.options import NUM_SEEDS, Section, check, needed, number
+from bpo.config.options import NUM_SEEDS, Section, needed, number
 
 
 @dataclass(kw_only=True)
@@ -68,11 +68,3 @@ class SelectionConfig(Section):
     explored: str = ""
     mixture: list[MixtureConfig] = field(default_factory=list)
     seed: int = number(0, at_least=0, below=NUM_SEEDS)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        judged = bool(self.judgements)
-        check(
-            judged or not (self.clean_chosen or self.sentence_weight != 1),
-            "select.clean_chosen and select.sentence_weight need the sentences of a judge; set select.judgements",
-        )

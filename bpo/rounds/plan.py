@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bpo.config.entry import read_entry
 from bpo.config.io import check_keys, flat_tree, read_yaml, to_tree
 from bpo.config.options import NUM_SEEDS, check
 from bpo.config.rounds import RoundConfig
@@ -24,8 +25,8 @@ _NOT_DECIDING = (
     "data.num_workers", "data.prefetch_factor", "data.keep_lengths", "bootstrap.batch_size", "bootstrap.num_workers",
     "bootstrap.cache", "bootstrap.num_shards", "bootstrap.shard_index", "bootstrap.accept_changes",
     "bootstrap.max_idle_restarts", "bootstrap.stall_timeout_s", "bootstrap.claim_timeout_s", "rank.batch_size",
-    "rank.num_shards", "rank.shard_index", "rank.claim_timeout_s", "train.log_every_steps", "train.tensorboard",
-    "train.hang_timeout_seconds", "train.max_idle_restarts", "train.save_every_steps", "train.save_in_background",
+    "rank.num_shards", "rank.shard_index", "rank.claim_timeout_s", "rank.stall_timeout_s", "train.log_every_steps",
+    "train.tensorboard", "train.hang_timeout_seconds", "train.max_idle_restarts", "train.save_every_steps", "train.save_in_background",
     "train.keep_last", "train.keep_every", "train.accept_changes", "train.peak_tflops", "train.rehash_weights",
     "evaluation.batch_size", "evaluation.num_shards", "evaluation.shard_index",
 )  # fmt: skip
@@ -40,15 +41,22 @@ def plan_rounds(config: Config) -> list[Stage]:
     rounds = config.rounds
     check(bool(rounds.each), "rounds.each is empty; list at least one round, such as `rounds: {each: [{}, {}]}`")
     check(bool(config.model.path), "model.path is empty; name the model of the first round")
+    listed = [_read_round(tree, number) for number, tree in enumerate(rounds.each, 1)]
+    check(not listed[0].replay, f"rounds.each[0].replay is {listed[0].replay:g}, but there is no earlier round")
     stages = []
     annotations = config.data.annotations
     if rounds.image_command:
         images = _images_stage(config)
         annotations = str(images.result)
         stages.append(images)
-    for number, one in enumerate(rounds.each, 1):
-        stages += _Round(config, number, one, annotations).stages()
+    for number in range(1, len(listed) + 1):
+        stages += _Round(config, number, listed, annotations).stages()
     return stages
+
+
+def _read_round(tree: Mapping[str, Any], number: int) -> RoundConfig:
+    place = f"rounds.each[{number - 1}]"
+    return read_entry(RoundConfig, tree, "a round", lambda key: f"{place}.{key}" if key else place)
 
 
 def _images_stage(config: Config) -> Stage:
@@ -71,8 +79,8 @@ def _base_tree(config: Config) -> dict[str, Any]:
 class _Round:
     """Makes the stages of one round."""
 
-    def __init__(self, config: Config, number: int, own: RoundConfig, annotations: str):
-        self.config, self.number, self.own = config, number, own
+    def __init__(self, config: Config, number: int, listed: Sequence[RoundConfig], annotations: str):
+        self.config, self.number, self.own, self.earlier = config, number, listed[number - 1], listed[: number - 1]
         self.where = f"rounds.each[{number - 1}]"
         self.folder = round_folder(config, number)
         self.policy = config.model.path if number == 1 else str(round_folder(config, number - 1) / "policy")
@@ -81,8 +89,8 @@ class _Round:
             self.tree[section]["seed"] = (self.tree[section]["seed"] + number - 1) % NUM_SEEDS
         self._take_options()
         self.tree["model"]["path"] = self.policy
-        self.tree["data"] |= {"annotations": annotations, "part": own.part or config.data.part}
-        self.tree["data"]["groups"] = own.groups or str(self.folder / "groups.jsonl")
+        self.tree["data"] |= {"annotations": annotations, "part": self.own.part or config.data.part}
+        self.tree["data"]["groups"] = self.own.groups or str(self.folder / "groups.jsonl")
 
     def _take_options(self) -> None:
         where = f"{self.where}.options"
@@ -128,8 +136,8 @@ class _Round:
         """Earlier rounds' groups, an equal share of each."""
         if not self.own.replay:
             return []
-        earlier = self.config.rounds.each[: self.number - 1]
-        files = [one.groups or str(round_folder(self.config, n) / "groups.jsonl") for n, one in enumerate(earlier, 1)]
+        own = (str(round_folder(self.config, number) / "groups.jsonl") for number in range(1, self.number))
+        files = [one.groups or path for one, path in zip(self.earlier, own, strict=True)]
         return [{"groups": file, "share": self.own.replay / len(files)} for file in files]
 
     def _check_server(self) -> None:

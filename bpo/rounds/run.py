@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from bpo.config.io import load_config
 from bpo.config.training import Config
 from bpo.job.durable import write_durably
 from bpo.job.exits import EXIT_INTERRUPTED, Interrupted, JobError
@@ -48,7 +49,17 @@ def prepare(config: Config) -> list[Stage]:
     for stage in todo:
         stage.folder.mkdir(parents=True, exist_ok=True)
         write_stage_config(stage)
+    for stage in {stage.round: stage for stage in todo}.values():
+        _check_options(stage)
     return todo
+
+
+def _check_options(stage: Stage) -> None:
+    """Raises ValueError now, and not when the round begins, for a value of its options that is out of range."""
+    try:
+        load_config(["--config", str(stage.config_file)], prog="bpo rounds")
+    except ValueError as error:
+        raise ValueError(f"rounds.each[{stage.round - 1}].options: {error}") from error
 
 
 def write_stage_config(stage: Stage) -> None:
