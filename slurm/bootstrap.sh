@@ -45,9 +45,11 @@ source "$root/slurm/job.sh"
 if ! inside_job; then
     load_site
     split_arguments "$@"
-    array=$(submit bootstrap.sh "${options[@]}" -- "${arguments[@]}")
-    merge=$(submit command.sh "--dependency=afterok:$array" --kill-on-invalid-dep=yes -- merge "${arguments[@]}")
-    echo "bootstrap $array, merge $merge"
+    start_chain
+    chain bootstrap.sh "${options[@]}" -- "${arguments[@]}"
+    chain command.sh -- merge "${arguments[@]}"
+    end_chain
+    echo "bootstrap ${submitted[0]}, merge ${submitted[1]}"
     exit
 fi
 enter_job

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs one bpo command that needs no GPU as a job: merge, export, refs.
+# Runs one bpo command that needs no GPU as a job: merge, select, export, refs.
 #
 #   slurm/command.sh [--mem=200G --] COMMAND [...]     submits itself, with BPO_COMMAND_SBATCH_ARGS of slurm/site.env
 #   sbatch slurm/command.sh COMMAND [...]              from any folder

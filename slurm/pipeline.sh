@@ -33,32 +33,11 @@ fi
 arguments_of_all=("${arguments[@]}" --data.groups "$folder/groups.jsonl" --train.output_dir "$folder/run"
     --export.checkpoint "$folder/run" --export.output "$folder/model" --evaluation.output "$folder/results.json")
 
-submitted=()
-complete=false
-# Cancels the submitted jobs if a later submission fails.
-cancel_submitted() {
-    if ! $complete; then
-        ((${#submitted[@]} == 0)) || scancel "${submitted[@]}"
-        echo "error: not all jobs could be submitted; the submitted ones have been cancelled" >&2
-    fi
-}
-trap cancel_submitted EXIT
-
-# stage SCRIPT ARGUMENT...: submits SCRIPT to run after the previous stage; sets `id`.
-stage() {
-    local script="$1" after=()
-    shift
-    if ((${#submitted[@]})); then
-        after=("--dependency=afterok:${submitted[-1]}" --kill-on-invalid-dep=yes)
-    fi
-    id=$(submit "$script" "${after[@]}" "${options_of_all[@]}" -- "$@")
-    submitted+=("$id")
-}
-
-stage bootstrap.sh "${arguments_of_all[@]}"
-stage command.sh merge "${arguments_of_all[@]}"
-stage train.sh "${arguments_of_all[@]}" --train.resume true
-stage command.sh export "${arguments_of_all[@]}"
-stage evaluate.sh "${arguments_of_all[@]}" "${evaluation[@]}" --model.path "$folder/model"
-complete=true
+start_chain
+chain bootstrap.sh "${options_of_all[@]}" -- "${arguments_of_all[@]}"
+chain command.sh "${options_of_all[@]}" -- merge "${arguments_of_all[@]}"
+chain train.sh "${options_of_all[@]}" -- "${arguments_of_all[@]}" --train.resume true
+chain command.sh "${options_of_all[@]}" -- export "${arguments_of_all[@]}"
+chain evaluate.sh "${options_of_all[@]}" -- "${arguments_of_all[@]}" "${evaluation[@]}" --model.path "$folder/model"
+end_chain
 echo "bootstrap, merge, train, export, evaluate: ${submitted[*]}; results: $folder/results.json"

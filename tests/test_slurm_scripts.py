@@ -35,6 +35,23 @@ echo "$((10 + $(wc -l <sbatch.args)));this-cluster"
 SCANCEL = """#!/usr/bin/env bash
 echo "$*" >>cancelled
 """
+# One line per job in the queue: its id, folder and command.
+SQUEUE = """#!/usr/bin/env bash
+[[ ! -f queue ]] || cat queue
+"""
+# `bpo rounds --jobs`: prints the file `jobs`, or exits with BPO_EXIT.
+PYTHON = """#!/usr/bin/env bash
+printf '%s\\n' "$@" >python.args
+cat jobs
+exit "${BPO_EXIT:-0}"
+"""
+ROUND = [
+    "r1-generate bootstrap.sh --config my_out/round-1/generate.yaml",
+    "r1-generate-merge command.sh merge --config my_out/round-1/generate.yaml",
+    "r1-judge rank.sh --config my_out/round-1/judge.yaml",
+    "r1-select command.sh select --config my_out/round-1/select.yaml",
+    "r1-train train.sh --config my_out/round-1/train.yaml",
+]
 
 
 @pytest.fixture
@@ -43,9 +60,11 @@ def clone(tmp_path: Path) -> Path:
     root = tmp_path / "my clone"
     shutil.copytree(ROOT / "slurm", root / "slurm")
     (root / "bin").mkdir()
-    for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("sbatch", SBATCH), ("scancel", SCANCEL)):
-        (root / "bin" / name).write_text(text)
-        (root / "bin" / name).chmod(0o755)
+    (root / ".venv" / "bin").mkdir(parents=True)
+    programs = {"srun": SRUN, "scontrol": SCONTROL, "sbatch": SBATCH, "scancel": SCANCEL, "squeue": SQUEUE}
+    for name, text in {**{f"bin/{name}": text for name, text in programs.items()}, ".venv/bin/python": PYTHON}.items():
+        (root / name).write_text(text)
+        (root / name).chmod(0o755)
     (root / "gpu1").touch()
     return root
 
@@ -200,7 +219,9 @@ def test_a_cluster_that_does_not_requeue_says_how_to_go_on(clone: Path) -> None:
     assert result.returncode == 75 and "submit it again (training: with --train.resume true)" in result.stderr
 
 
-@pytest.mark.parametrize(("command", "section"), [("bootstrap", "bootstrap"), ("evaluate", "evaluation")])
+@pytest.mark.parametrize(
+    ("command", "section"), [("bootstrap", "bootstrap"), ("rank", "rank"), ("evaluate", "evaluation")]
+)
 def test_a_task_of_an_array_is_a_shard_and_is_requeued_alone(clone: Path, command: str, section: str) -> None:
     result = in_job(clone, f"{command}.sh", "--config", "a.yaml", SRUN_EXIT="75", **array_task(5, first=4, last=7))
     assert result.returncode == 75
@@ -216,7 +237,7 @@ def test_an_array_with_gaps_is_refused(clone: Path) -> None:
     assert result.returncode == 2 and "a range such as 0-7" in result.stderr
 
 
-@pytest.mark.parametrize("script", ["train.sh", "bootstrap.sh", "evaluate.sh", "command.sh"])
+@pytest.mark.parametrize("script", ["train.sh", "bootstrap.sh", "rank.sh", "evaluate.sh", "command.sh"])
 def test_only_files_of_the_submitted_script_s_clone_are_run(clone: Path, script: str) -> None:
     """The folder from which it is submitted, or an inherited BPO_ROOT, may look like a clone."""
     other = clone.parent / "other"
@@ -279,3 +300,78 @@ def test_a_refused_stage_takes_the_chain_back(clone: Path) -> None:
     assert result.returncode != 0 and "have been cancelled" in result.stderr
     assert (clone / "cancelled").read_text() == "11 12\n"
     assert run(clone / "slurm" / "pipeline.sh", clone, clone, "--config", "a.yaml").returncode == 2
+
+
+def plan(clone: Path, jobs: list[str]) -> None:
+    """What `bpo rounds --jobs` will print; `_` becomes a space."""
+    (clone / "jobs").write_text("".join(job.replace(" ", "\t").replace("_", " ") + "\n" for job in jobs))
+
+
+def rounds(clone: Path, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return run(clone / "slurm" / "rounds.sh", clone, clone, *options, "--config", "my a.yaml", **environment)
+
+
+def test_rounds_submits_the_jobs_that_bpo_lists_each_after_the_one_before(clone: Path) -> None:
+    site = "BPO_SBATCH_ARGS=(--account=x)\nBPO_RANK_SBATCH_ARGS=(--array=0-3)\nBPO_TRAIN_SBATCH_ARGS=(--nodes=2)\n"
+    (clone / "slurm" / "site.env").write_text(site)
+    plan(clone, ROUND)
+    result = rounds(clone, "--qos=y", "--time=9", "--")
+    assert result.returncode == 0, result.stderr
+    asked = (clone / "python.args").read_text().splitlines()
+    assert asked == ["-m", "bpo.cli", "rounds", "--config", "my a.yaml", "--jobs"]
+    own = {"rank.sh": ["--array=0-3"], "train.sh": ["--nodes=2"]}
+    expected = []
+    for number, line in enumerate(ROUND):
+        name, script, *arguments = (field.replace("_", " ") for field in line.split(" "))
+        after = [f"--dependency=afterok:{10 + number}", "--kill-on-invalid-dep=yes"] if number else []
+        options = ["--account=x", *own.get(script, []), *after, f"--job-name={name}", "--qos=y", "--time=9"]
+        expected.append(["--parsable", *options, str(clone / "slurm" / script), *arguments, str(clone)])
+    assert submissions(clone) == expected
+    assert result.stdout.splitlines()[-1] == "r1-train: 15" and not (clone / "cancelled").exists()
+
+
+def test_rounds_takes_the_chain_back_if_a_job_is_refused(clone: Path) -> None:
+    plan(clone, ROUND)
+    result = rounds(clone, REFUSE="rank.sh")
+    assert result.returncode != 0 and "have been cancelled" in result.stderr
+    assert (clone / "cancelled").read_text() == "11 12\n"
+
+
+def test_rounds_submits_nothing_if_all_is_finished_or_bpo_reports_an_error(clone: Path) -> None:
+    plan(clone, [])
+    result = rounds(clone)
+    assert result.returncode == 0 and "all rounds are finished" in result.stdout
+    plan(clone, ROUND)
+    assert rounds(clone, BPO_EXIT="3").returncode == 3
+    (clone / "jobs").write_text("usage: bpo rounds\n")
+    result = rounds(clone)
+    assert result.returncode == 2 and "instead of a job: usage: bpo rounds" in result.stderr
+    assert not (clone / "sbatch.args").exists() and not (clone / "cancelled").exists()
+
+
+def test_rounds_that_are_in_the_queue_are_not_submitted_again(clone: Path) -> None:
+    plan(clone, ROUND)
+    command = "slurm/train.sh --config my out/round-1/train.yaml"
+    (clone / "queue").write_text(f"3 /elsewhere {command}\n4_[0-3] {clone} {command}\n")
+    result = rounds(clone)
+    assert result.returncode == 1 and "job 4_[0-3] of these rounds is in the queue" in result.stderr
+    assert not (clone / "sbatch.args").exists()
+    (clone / "queue").write_text(f"3 /elsewhere {command}\n4 {clone} {command.replace('my', 'own')}\n")
+    assert rounds(clone).returncode == 0
+
+
+def test_rounds_asks_bpo_in_the_site_s_container(clone: Path) -> None:
+    """As jobs run it: pyxis needs a job for that, apptainer does not."""
+    plan(clone, ROUND)
+    site = clone / "slurm" / "site.env"
+    site.write_text("BPO_CONTAINER=pyxis\nBPO_CONTAINER_IMAGE=/my.sqsh\nBPO_COMMAND_SBATCH_ARGS=(--partition=cpu)\n")
+    assert rounds(clone).returncode == 0
+    arguments = srun_arguments(clone)
+    assert {"--partition=cpu", "--ntasks=1", "--output=all", "--container-image=/my.sqsh"} <= set(arguments)
+    program = ["python", "-m", "bpo.cli", "rounds", "--config", "my a.yaml", "--jobs"]
+    assert arguments[-7:] == program
+    (clone / "bin" / "apptainer").write_text(PYTHON)
+    (clone / "bin" / "apptainer").chmod(0o755)
+    site.write_text("BPO_CONTAINER=apptainer\nBPO_CONTAINER_IMAGE=/my.sif\n")
+    assert rounds(clone).returncode == 0
+    assert (clone / "python.args").read_text().splitlines()[-8:] == ["/my.sif", *program]
