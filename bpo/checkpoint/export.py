@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from bpo.checkpoint.adapter import check_vllm_format, write_adapter
+from bpo.checkpoint.adapter import write_adapter
 from bpo.checkpoint.compatible import WEIGHTS, base_digest, base_files
 from bpo.checkpoint.fidelity import (
     Change,
@@ -39,9 +39,11 @@ from bpo.checkpoint.hub import push
 from bpo.checkpoint.merge import merge_into
 from bpo.checkpoint.model_card import CARD, model_card, read_metrics
 from bpo.checkpoint.shards import ShardSet
+from bpo.config.adapter import split_adapter
 from bpo.config.training import Config, DataConfig, LoraConfig, ModelConfig, TrainableConfig
 from bpo.data.families import family_of
 from bpo.job.durable import file_digest, new_directory, write_durably
+from bpo.model.adapter import check_vllm_format
 from bpo.model.load import load_model
 from bpo.model.reference.fingerprint import model_fingerprint
 from bpo.model.trainable import prepare_trainable
@@ -104,6 +106,7 @@ class Trained:
 def run_export(config: Config) -> Path:
     """Writes `export.output` from `export.checkpoint` and the base model `model.path`, and compares it with them.
 
+    If `model.path` is an adapter, whose training was continued, the export is of its base and the trained adapter.
     Which model is loaded, and whether its code may run, is decided by the caller's `model.*`, never by the checkpoint,
     which may be of unknown origin. The output appears only when it is complete. If it is there already, a model card
     with new `export.metrics` is written, and `export.push` uploads it.
@@ -183,10 +186,11 @@ def read_trained(config: Config, checkpoint: Path, manifest: dict[str, Any]) -> 
 def _write(output: Path, trained: Trained) -> dict[str, Any]:
     """Writes weights and processor; returns the figures of the comparison for the record."""
     config, state = trained.config, trained.state
+    base, _ = split_adapter(config.model)
     record: dict[str, Any] = {}
     if config.export.form == "adapter":
-        write_adapter(output, _empty_model(config.model), state, config.model, config.trainable, config.lora)
-        copy_processor(Path(config.model.path), output, skip={"config.json", "generation_config.json"})
+        write_adapter(output, _empty_model(base), state, base, config.trainable, config.lora)
+        copy_processor(Path(base.path), output, skip={"config.json", "generation_config.json"})
         weights: dict[str, Any] = {}
         accepted, detail = check_vllm_format(output)
         logger.log(
@@ -196,7 +200,7 @@ def _write(output: Path, trained: Trained) -> dict[str, Any]:
             detail,
         )
         record["vllm"] = {"accepted": accepted, "detail": detail}
-        written = config.model
+        written = base
         exported = adapter_change(output)
     else:
         weights, dtype = _write_merged(output, trained)
@@ -302,7 +306,7 @@ def check_trained(state: dict[str, torch.Tensor], config: Config) -> None:
     Raises:
         ValueError: they differ.
     """
-    model = _empty_model(config.model)
+    model = _empty_model(split_adapter(config.model)[0])
     prepare_trainable(model, family_of(model.config), config)
     trained = {name: p.shape for name, p in model.named_parameters() if p.requires_grad}  # tied names once
     unexpected = [name for name in state if name not in trained or state[name].shape != trained[name]]
@@ -345,17 +349,18 @@ def check_tensors(tensors: Iterable[tuple[str, torch.Tensor]], where: str) -> in
 def _write_merged(output: Path, trained: Trained) -> tuple[dict[str, Any], str]:
     """Returns what rounding did to the training's change of the weights, and the dtype of the export."""
     config, lora = trained.config, trained.config.lora
-    model = load_model(config.model)
+    base, _ = split_adapter(config.model)
+    model = load_model(base)
     dtype = getattr(torch, config.export.dtype) if config.export.dtype else model.dtype
     rounding, scale = config.export.rounding, lora.alpha / lora.r
     weights = merge_into(model, trained.state, scale=scale, dtype=dtype, rounding=rounding)
     model.save_pretrained(output)
     # Read back, which also covers what merging did: a sum of finite weights may overflow in half precision.
-    written = check_tensors(_stored_tensors(output), config.model.path)
+    written = check_tensors(_stored_tensors(output), base.path)
     expected = sum(parameter.numel() for parameter in model.parameters())  # tied ones once, as in the files
     if written < expected:
         raise ValueError(f"{output}: {written:,} of {expected:,} weights were written; is the disk full?")
-    copy_processor(Path(config.model.path), output)
+    copy_processor(Path(base.path), output)
     return weights.to_json(), str(dtype).removeprefix("torch.")
 
 

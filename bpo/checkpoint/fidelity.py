@@ -1,6 +1,7 @@
 """Compares an exported model with the model that was trained, on a sample of the preference groups.
 
-Base, trained model (base and adapter, never merged) and export as read back from disk are loaded one after the other.
+The model before training (the base, or the base with the adapter that training continued), the trained model (base and
+adapter, never merged) and the export as read back from disk are loaded one after the other.
 Their log-probs of all completion tokens are computed by the forward pass of training, and both answer the prompts
 greedily. What counts is not the gap alone but the gap relative to what training changed: a short run changes little.
 
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 
+from bpo.config.adapter import split_adapter
 from bpo.config.training import Config, ExportConfig, ModelConfig
 from bpo.data.encode import Dropped, EncodedGroup, Encoder, EncodingError, load_encoder
 from bpo.data.families import family_of
@@ -49,9 +51,9 @@ class Fidelity:
     """Figures of a comparison; log-probs in nats per token.
 
     num_groups, num_tokens: Size of the sample: groups, completion tokens.
-    mean_change: Mean |trained - base|, what training did.
+    mean_change: Mean |trained - before|, what training did.
     mean_gap, max_gap: Mean and largest |exported - trained|.
-    survived: Projection of (exported - base) on (trained - base), over tokens; None if training changed nothing.
+    survived: Projection of (exported - before) on (trained - before), over tokens; None if training changed nothing.
     answers, answers_differ: Greedy answers of up to `ANSWER_TOKENS` tokens, and how many differ from the trained
         model's.
     dtype: Of the arithmetic.
@@ -115,15 +117,16 @@ def compare(config: Config, trained: Change, exported: Change, export: ModelConf
     """Compares base, trained and exported model on `sample_groups`.
 
     Args:
-        config: `model` is the base in the dtype in which it was trained; `data` as in training.
-        trained: Makes the trained model of the base.
+        config: `model` is that before training, in the dtype in which it was trained; `data` as in training.
+        trained: Makes the trained model of the base, without an adapter.
         exported: Makes the exported model of what is loaded from `export`.
         export: Model to load before `exported`: the exported directory of a merged model, the base of an adapter.
 
     Raises:
         NoSampleError: see `sample_groups`.
     """
-    base, export = (replace(model, attention="auto", gradient_checkpointing="none") for model in (config.model, export))
+    before, export = (replace(m, attention="auto", gradient_checkpointing="none") for m in (config.model, export))
+    base, _ = split_adapter(before)
     encoder = load_encoder(config)
     groups = sample_groups(config, encoder)
     dtype = getattr(torch, config.export.check_dtype)
@@ -134,17 +137,17 @@ def compare(config: Config, trained: Change, exported: Change, export: ModelConf
     def logp(options: ModelConfig, change: Change) -> torch.Tensor:
         return _logp(options, change, encoder, groups, dtype)
 
-    base_N = logp(base, unchanged)
+    before_N = logp(before, unchanged)
     trained_N = logp(base, trained)
     exported_N = logp(export, exported)
-    change_N, gap_N = (trained_N - base_N).double(), (exported_N - trained_N).double()
+    change_N, gap_N = (trained_N - before_N).double(), (exported_N - trained_N).double()
     squares = float((change_N**2).sum())
     texts = [
         _answers(options, change, encoder, groups, dtype) for options, change in ((base, trained), (export, exported))
     ]
     return Fidelity(
         num_groups=len(groups),
-        num_tokens=len(base_N),
+        num_tokens=len(before_N),
         mean_change=float(change_N.abs().mean()),
         mean_gap=float(gap_N.abs().mean()),
         max_gap=float(gap_N.abs().max()),

@@ -10,6 +10,7 @@ import torch
 
 from bpo.checkpoint.export import find_checkpoint, read_trained
 from bpo.checkpoint.fidelity import trained_change
+from bpo.config.adapter import split_adapter
 from bpo.config.training import Config, ModelConfig
 from bpo.model.load import load_model
 
@@ -27,6 +28,6 @@ def load_checkpoint(options: ModelConfig, checkpoint: Path, device: torch.device
         ValueError: There is no valid checkpoint, or it is of another base model.
     """
     trained = read_trained(Config(model=options), *find_checkpoint(checkpoint))
-    model = load_model(trained.config.model, device)
+    model = load_model(split_adapter(trained.config.model)[0], device)
     logger.info("loaded %s", trained.name)
     return trained_change(trained.config, trained.state)(model).to(model.device).eval()

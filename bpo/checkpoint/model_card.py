@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from bpo.config.adapter import split_adapter
 from bpo.config.io import flat_tree, to_tree
 from bpo.config.training import Config
 
@@ -75,9 +76,10 @@ def model_card(
         commit: Of the sources that trained; empty if unknown.
     """
     trained = manifest["config"]
-    base = hub_id(config.model.path) or Path(config.model.path).name
+    options, adapter = split_adapter(config.model)
+    base = hub_id(options.path) or Path(options.path).name
     front = {
-        **({"base_model": hub_id(config.model.path)} if hub_id(config.model.path) else {}),
+        **({"base_model": hub_id(options.path)} if hub_id(options.path) else {}),
         "library_name": "peft" if record["form"] == "adapter" else "transformers",
         "pipeline_tag": "image-text-to-text",
         "tags": ["bpo", "preference-optimization", *_losses(trained["loss"])],
@@ -88,7 +90,7 @@ def model_card(
         f"{'LoRA adapter for' if record['form'] == 'adapter' else 'Model trained from'} `{base}` by preference "
         f"optimization with [bpo](https://arxiv.org/abs/2403.08730), written by `bpo export`.\n",
         "## Training\n",
-        "\n".join(_facts(manifest, base, commit)) + "\n",
+        "\n".join(_facts(manifest, base, commit, Path(adapter).name)) + "\n",
         "Options that differ from the defaults:\n",
         "```bash\n" + _command("train", trained, _OF_TRAINING) + "\n```\n",
         "## Export\n",
@@ -105,10 +107,11 @@ def _losses(loss: Mapping[str, Any]) -> list[str]:
     return sorted({name for name in (terms or [str(loss.get("type", ""))]) if name})
 
 
-def _facts(manifest: Mapping[str, Any], base: str, commit: str) -> Iterator[str]:
+def _facts(manifest: Mapping[str, Any], base: str, commit: str, adapter: str) -> Iterator[str]:
     trained, cursor = manifest["config"], manifest.get("cursor", {})
     rows = {
         "base model": f"`{base}`",
+        "adapter that training continued": f"`{adapter}`" if adapter else "",
         "loss": ", ".join(f"`{name}`" for name in _losses(trained["loss"])),
         "optimizer steps": f"{manifest['step']:,} of {cursor.get('steps_planned', manifest['step']):,}",
         "groups seen, with repetitions": f"{cursor['groups_done']:,}" if "groups_done" in cursor else "",

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from bpo.config.adapter import base_of, is_adapter
 from bpo.config.bootstrap import BootstrapConfig
 from bpo.config.evaluation import EvaluationConfig
 from bpo.config.export import ExportConfig
@@ -26,7 +27,8 @@ class ModelConfig(Section):
     """Model loading and execution.
 
     Attributes:
-        path: Model directory or Hub id, as for `AutoModelForImageTextToText.from_pretrained`.
+        path: Model directory or Hub id, as for `AutoModelForImageTextToText.from_pretrained`, or a LoRA adapter
+            directory, which names its base; training continues the adapter.
         dtype: Data type of weights and activations: float32, bfloat16 or float16; `config` uses the model config's.
         attention: Attention backend for packed groups: `flash` (flash-attn 3 or 2; CUDA, half precision), `varlen`
             (PyTorch's copy of flash-attn 2; CUDA, half precision), `flex` (FlexAttention; CUDA) or `sdpa`; `auto`
@@ -311,6 +313,9 @@ class Config:
 def missing_model(path: str) -> str:
     """What a model directory lacks before it can be opened; empty if nothing, or if `path` may be a Hub id."""
     folder = Path(path)
+    if is_adapter(path):
+        base = base_of(path)
+        return (fault := missing_model(base)) and f"the adapter's base {base!r}: {fault}"
     if folder.is_dir():
         return "" if (folder / "config.json").is_file() else "the directory has no config.json, so it is not a model"
     if folder.exists():

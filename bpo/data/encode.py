@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 from PIL import Image
 
+from bpo.config.adapter import split_adapter
 from bpo.config.training import Config
 from bpo.data.chat import ChatTokenizer, control_tokens_of, end_of_answer
 from bpo.data.families import Family, ImagePlace, family_of
@@ -74,6 +75,7 @@ class EncodedGroup:
     weights, betas: one per completion, or empty for 1.
     token_weights: per completion, the weight of each token; empty for 1.
     described: per completion, the view that it describes (`Completion.view`), or empty for the group's images.
+    paired, explored: per completion, its flags, or empty if all are the default (`Completion`).
     views: further views of the group.
     """
 
@@ -85,6 +87,8 @@ class EncodedGroup:
     token_weights: tuple[tuple[float, ...], ...] = ()
     described: tuple[str, ...] = ()
     views: tuple[EncodedView, ...] = ()
+    paired: tuple[bool, ...] = ()
+    explored: tuple[bool, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -289,6 +293,8 @@ class Encoder:
             _unless_all([completion.beta for completion in kept], 1.0),
             self._token_weights(group.id, best),
             _unless_all([completion.view for completion in kept], ""),
+            paired=_unless_all([completion.paired for completion in kept], True),
+            explored=_unless_all([completion.explored for completion in kept], False),
         )
 
     def _token_weights(
@@ -369,19 +375,17 @@ def _check_ids(tokenizer: Any, model_config: Any, image_token_id: int) -> None:
 
 
 def load_encoder(config: Config, model_config: Any = None) -> Encoder:
-    """Loads the processor from `model.path`, and the model's config if not given."""
+    """Loads the processor from `model.path` (of an adapter: from its base), and the model's config if not given."""
     from transformers import AutoConfig
 
     if not config.model.path:
         raise ValueError("model.path is empty; set it to the directory (or Hub id) of the model")
-    trust = config.model.trust_remote_code
-    processor = load_processor(config.model.path, trust_remote_code=trust)
-    if model_config is None:
-        model_config = AutoConfig.from_pretrained(config.model.path, trust_remote_code=trust)
-    if config.data.min_pixels or config.data.max_pixels:
-        limits = config.data.min_pixels, config.data.max_pixels
-        family_of(model_config).limit_pixels(processor.image_processor, *limits)
-    data = config.data
+    options, data = split_adapter(config.model)[0], config.data
+    trust = options.trust_remote_code
+    processor = load_processor(options.path, trust_remote_code=trust)
+    model_config = model_config or AutoConfig.from_pretrained(options.path, trust_remote_code=trust)
+    if data.min_pixels or data.max_pixels:
+        family_of(model_config).limit_pixels(processor.image_processor, data.min_pixels, data.max_pixels)
     encoder = Encoder(
         processor,
         model_config,

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bpo.config.adapter import split_adapter
 from bpo.config.evaluation import EvaluationConfig
 from bpo.config.training import Config
 from bpo.evaluation.answer_journal import AnswerJournal
@@ -94,7 +95,7 @@ def _generate(
     from bpo.data.encode import load_encoder
     from bpo.job.launch import pick_device
     from bpo.model.decoding.cost import DecodingCost
-    from bpo.model.inference import load_for_inference, split_adapter
+    from bpo.model.inference import load_for_inference
 
     options = config.evaluation
     bad = BadRecords.from_config(config.data)
@@ -183,8 +184,6 @@ def _identity(config: Config, suite: Suite) -> str:
 
     Model files and images count by name, size and time: hashing them could take longer than the evaluation.
     """
-    from bpo.model.inference import split_adapter
-
     options, data = config.evaluation, config.data
     base, adapter = split_adapter(config.model)
     files = [file for folder in (base.path, adapter) if Path(folder).is_dir() for file in loaded_files(Path(folder))]

@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 
+from bpo.config.adapter import split_adapter
 from bpo.config.training import ModelConfig, missing_model
 from bpo.data.families import family_of
+from bpo.model.adapter import with_adapter
 from bpo.model.attention import shared_prefix
 from bpo.model.attention.choice import Choice, Needs, choose_backend
 from bpo.model.recompute import checkpoint_layers
@@ -24,12 +26,13 @@ from bpo.model.reference.fingerprint import weight_files
 class ResolvedModel:
     """The options of a model, resolved against its stored config once per start.
 
-    options: `model.*`.
+    options: `model.*`; `path` is that of the base, if `model.path` is an adapter.
     config: The model's own config, as read by transformers.
     device: Device of the computation.
     dtype: Of weights and activations.
     for_training: Whether the model trains on packed groups; otherwise it generates.
     attention: Backend for packed groups; None for training on separate sequences and for generation.
+    adapter: Directory of the adapter, if `model.path` is one; else empty.
     """
 
     options: ModelConfig
@@ -38,23 +41,26 @@ class ResolvedModel:
     dtype: torch.dtype
     for_training: bool
     attention: Choice | None
+    adapter: str = ""
 
 
 def resolve_model(
     options: ModelConfig, device: torch.device | None = None, *, for_training: bool = False
 ) -> ResolvedModel:
-    """Reads the model's config and resolves dtype and attention; loads no weights.
+    """Reads the model's config (an adapter's is that of its base), resolves dtype and attention; loads no weights.
 
     Args:
         device: Device of the computation; defaults to the CPU.
 
     Raises:
-        ValueError: `model.path` is empty, the model type is not supported, or `model.attention` cannot run on `device`.
+        ValueError: `model.path` is empty, the model type is not supported, or `model.attention` cannot run on `device`;
+            see also `split_adapter`.
     """
     from transformers import AutoConfig
 
     if not options.path:
         raise ValueError("model.path is empty; set it to the directory (or hub id) of the model")
+    options, adapter = split_adapter(options)
     with named_model_errors(options.path):
         config = AutoConfig.from_pretrained(options.path, trust_remote_code=options.trust_remote_code)
     shares_prefix = family_of(config, options.share_prefix).separate_reason is None
@@ -63,7 +69,7 @@ def resolve_model(
     attention = None
     if for_training and shares_prefix:
         attention = choose_backend(options.attention, Needs.of_model(config.get_text_config(), device, dtype))
-    return ResolvedModel(options, config, device, dtype, for_training, attention)
+    return ResolvedModel(options, config, device, dtype, for_training, attention, adapter)
 
 
 @contextlib.contextmanager
@@ -113,7 +119,13 @@ def load_model(options: ModelConfig, device: torch.device | None = None, *, for_
 
 
 def load_resolved(model: ResolvedModel) -> Any:
-    """Loads the weights.
+    """Loads the weights, with those of the adapter, if there is one; see `load_base`."""
+    loaded = load_base(model)
+    return with_adapter(loaded, model.adapter) if model.adapter else loaded
+
+
+def load_base(model: ResolvedModel) -> Any:
+    """Loads the weights, without those of an adapter, which training continues: see `prepare_trainable`.
 
     For training, the text model uses the shared-prefix attention, unless it cannot share prefixes or
     `model.share_prefix` is never, and the KV cache is disabled; the weights stay where `from_pretrained` loads them

@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 
+from bpo.config.adapter import split_adapter
 from bpo.config.training import Config, LoraConfig, TrainableConfig
 from bpo.data.families import Family
+from bpo.model.adapter import check_continued, load_continued
 
 logger = logging.getLogger(__name__)
 
@@ -50,9 +52,16 @@ def lora_config(model: torch.nn.Module, family: Family, config: LoraConfig, path
 def prepare_trainable(model: torch.nn.Module, family: Family, config: Config) -> None:
     """Freezes and adapts `model` in place, per `trainable.*` and `lora.*`.
 
-    LoRA's B is initialized to zero, so the policy before its first step equals the reference.
+    LoRA's B is initialized to zero, so the policy before its first step equals the reference. If `model.path` is an
+    adapter, `model` is its base, and the adapter's weights, which training continues, are put in.
+
+    Raises:
+        ValueError: Nothing is trainable, or the adapter cannot be continued with these options.
     """
     chosen: TrainableConfig = config.trainable
+    base, adapter = split_adapter(config.model)
+    if adapter:
+        check_continued(config, adapter)
     model.requires_grad_(False)
     if chosen.vision == "full":
         model.get_submodule(family.vision_module).requires_grad_(True)
@@ -66,7 +75,9 @@ def prepare_trainable(model: torch.nn.Module, family: Family, config: Config) ->
         model.get_submodule(family.language_module).get_input_embeddings().requires_grad_(learn_head)  # type: ignore[operator]
         model.lm_head.requires_grad_(learn_head)  # type: ignore[union-attr, operator]
     if chosen.language == "lora":
-        _inject_lora(model, family, config)
+        _inject_lora(model, family, config, base.path)
+    if adapter:
+        load_continued(model, adapter)
     trainable = sum(_numel(p) for p in model.parameters() if p.requires_grad)
     total = sum(_numel(p) for p in model.parameters())
     logger.info("trainable parameters: %s of %s (%.2f %%)", f"{trainable:,}", f"{total:,}", 100 * trainable / total)
@@ -74,12 +85,12 @@ def prepare_trainable(model: torch.nn.Module, family: Family, config: Config) ->
         raise ValueError("nothing is trainable; see trainable.* in the configuration")
 
 
-def _inject_lora(model: torch.nn.Module, family: Family, config: Config) -> None:
+def _inject_lora(model: torch.nn.Module, family: Family, config: Config, path: str) -> None:
     import peft
 
     wants_grad = {name for name, p in model.named_parameters() if p.requires_grad}
     torch.manual_seed(config.train.seed)  # the same adapter on every rank and in every run
-    peft.inject_adapter_in_model(lora_config(model, family, config.lora, config.model.path), model)
+    peft.inject_adapter_in_model(lora_config(model, family, config.lora, path), model)
     for name, parameter in model.named_parameters():
         # PEFT freezes everything except the adapter; restore what was trainable. PEFT creates adapters in fp32, but
         # ZeRO partitions parameters of one dtype.

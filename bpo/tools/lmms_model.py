@@ -20,13 +20,14 @@ from PIL import Image
 from tqdm import tqdm
 
 from bpo.checkpoint.inference import load_checkpoint
+from bpo.config.adapter import split_adapter
 from bpo.config.training import Config, DataConfig, ModelConfig
 from bpo.data.encode import EncodedPrompt, load_encoder
 from bpo.formats.images import decode_image
 from bpo.job.launch import pick_device
 from bpo.job.seeds import derive_seed
 from bpo.model.generate import generate_answers
-from bpo.model.inference import load_for_inference, split_adapter
+from bpo.model.inference import load_for_inference
 from bpo.records import ContentPart, Turn
 
 MODEL_ID = "bpo"

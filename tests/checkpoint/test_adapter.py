@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from bpo.checkpoint.adapter import CONFIG_FILE, WEIGHTS_FILE, check_vllm_format, write_adapter
+from bpo.checkpoint.adapter import write_adapter
+from bpo.config.adapter import CONFIG_FILE, WEIGHTS_FILE
 from bpo.config.training import Config, LoraConfig, ModelConfig, TrainableConfig
+from bpo.model.adapter import check_vllm_format
 from tests.trained_checkpoint import LORA, perturbed
 
 

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from bpo.config.adapter import split_adapter
 from bpo.config.training import ModelConfig
-from bpo.model.inference import load_for_inference, split_adapter
+from bpo.model.inference import load_for_inference
 from tests.checkpoint.test_export import TOLERANCE, Trained
 from tests.sample_groups import encoder_of
 

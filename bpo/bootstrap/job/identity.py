@@ -13,21 +13,21 @@ from typing import Any, Literal
 from bpo.bootstrap.completion_types import source_of
 from bpo.bootstrap.inject import Mode, prompt_text
 from bpo.bootstrap.job.outcomes import OutcomeReader
+from bpo.config.bootstrap import CANDIDATE_SOURCES, SOURCES
 from bpo.config.training import Config
 from bpo.formats.importers.registry import open_source
 from bpo.job.durable import write_durably
-from bpo.model.reference.fingerprint import loaded_files
+from bpo.job.plugins import load_plugin_file
+from bpo.model.weights import weights_digest
 
 logger = logging.getLogger(__name__)
 
-_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf", ".pt")
-_SAMPLES_PER_FILE = 64
-_SAMPLE_BYTES = 4096
 # Options that affect speed or location, not results: they may change between starts (prompt_dir: its content counts).
 _DECIDED_AT_MERGE = ("refuse_duplicates", "only_missing")
-_NOT_DECIDING = ("prompt_dir", "server")
+_NOT_DECIDING = ("prompt_dir", "server", "count")
 # They decide which annotations are used at all.
 _COMMON = ("data.annotations (content)", "data.max_completion_words")
+_PLUGIN = "bootstrap.plugin (content)"
 # Options outside of a source's own section that concern only some sources.
 _NOISE = ("weaken", "regenerate")
 _ONLY_FOR = {
@@ -38,15 +38,27 @@ _ONLY_FOR = {
     "bootstrap.weaken.crop_share": ("crop",),
     "bootstrap.weaken.mask_share": ("mask",),
     "bootstrap.validate.max_changed_share": ("inject",),
+    "bootstrap.sample.temperature": ("sample",),
+    "bootstrap.sample.top_p": ("sample",),
     "bootstrap.limit": ("edit",),  # words and images are those of the annotations in use
+    "data.part": ("edit",),
 }
-_OWN_SECTION = ("inject", "regenerate", "edit")
+_OWN_SECTION = {
+    "inject": ("inject",),
+    "regenerate": ("regenerate",),
+    "edit": ("edit",),
+    "sample": CANDIDATE_SOURCES,
+    "segment": ("segment",),
+}
+# Of all rules, those that candidates of a judge must keep.
+_RULES_OF_CANDIDATES = ("max_repeats", "min_distinct_share")
 # Values with which outcomes are as in versions that did not have the option: stored as None.
 _WITHOUT = {
     "data.min_pixels": 0,
     "data.max_pixels": 0,
     "data.image_aspect": "processor",
     "data.system_prompt": "",
+    "data.part": "",
     "bootstrap.validate.same_form": False,
 }
 
@@ -64,7 +76,13 @@ def _concerns(name: str, source: str, own_llm: bool) -> bool:
         return source in _ONLY_FOR[name]
     section, _, option = name.removeprefix("bootstrap.").partition(".")
     if section in _OWN_SECTION:
-        return source == section
+        return source in _OWN_SECTION[section]
+    if name == _PLUGIN:
+        return source not in SOURCES
+    if section == "weaken" and source in (*CANDIDATE_SOURCES, "segment"):
+        return False
+    if section == "validate" and source in CANDIDATE_SOURCES:
+        return option in _RULES_OF_CANDIDATES
     if source == "inject" and section not in ("seed", "validate"):
         # The multimodal model and its prompts, if it rewrites the annotations too; no images.
         return own_llm and section != "weaken" and option not in ("min_pixels", "max_pixels", "image_aspect")
@@ -99,6 +117,13 @@ def job_options(config: Config) -> dict[str, Any]:
         identity["bootstrap.vision.server.model"] = options.vision.server.model
     if "regenerate" in options.sources:
         identity |= {f"bootstrap.regenerate.{name}": value for name, value in asdict(options.regenerate).items()}
+    if set(CANDIDATE_SOURCES) & set(options.sources):
+        sample = {name: value for name, value in asdict(options.sample).items() if name not in _NOT_DECIDING}
+        identity |= {f"bootstrap.sample.{name}": value for name, value in sample.items()}
+    if "segment" in options.sources:
+        identity |= {f"bootstrap.segment.{name}": value for name, value in asdict(options.segment).items()}
+    if set(options.sources) - set(SOURCES):
+        identity[_PLUGIN] = load_plugin_file(options.plugin, "bootstrap.plugin")
     if "inject" in options.sources:
         inject = {name: value for name, value in asdict(options.inject).items() if name not in _NOT_DECIDING}
         identity |= {f"bootstrap.inject.{name}": value for name, value in inject.items()}
@@ -110,7 +135,7 @@ def job_options(config: Config) -> dict[str, Any]:
     if "edit" in options.queued_sources:
         edit = {name: value for name, value in asdict(options.edit).items() if name not in _DECIDED_AT_MERGE}
         identity |= {f"bootstrap.edit.{name}": value for name, value in edit.items()}
-        identity["bootstrap.limit"] = options.limit
+        identity |= {"bootstrap.limit": options.limit, "data.part": config.data.part}
     return {name: None if value == _WITHOUT.get(name) else value for name, value in identity.items()}
 
 
@@ -228,33 +253,6 @@ def _listed(changes: Sequence[tuple[str, Any, Any]]) -> str:
 
 def _options_digest(options: Mapping[str, Any]) -> str:
     return _digest(json.dumps(options, sort_keys=True).encode("utf-8"))[:12]
-
-
-def weights_digest(path: str) -> str | None:
-    """SHA-256 over samples of every weight file and all of every other file that transformers loads; None for a hub id.
-
-    64 samples of 4 KiB per file distinguish trained from untrained weights without reading tens of gigabytes.
-    """
-    folder = Path(path)
-    if not path or not folder.is_dir():
-        return None
-    digest, loaded = hashlib.sha256(), set(loaded_files(folder))
-    for file in sorted(folder.iterdir()):
-        if file.suffix in _WEIGHT_SUFFIXES:
-            digest.update(f"{file.name} {file.stat().st_size}".encode())
-            _add_samples(digest, file)
-        elif file in loaded and file.suffix in (".json", ".jinja", ".model", ".txt"):
-            digest.update(file.name.encode() + file.read_bytes())
-    return digest.hexdigest()
-
-
-def _add_samples(digest: Any, file: Path) -> None:
-    size_bytes = file.stat().st_size
-    stride_bytes = max(_SAMPLE_BYTES, size_bytes // _SAMPLES_PER_FILE)
-    with file.open("rb") as stream:
-        for offset in range(0, size_bytes, stride_bytes):
-            stream.seek(offset)
-            digest.update(stream.read(_SAMPLE_BYTES))
 
 
 def _prompts_digest(configured: Literal["description", "qa", "auto"], prompt_dir: str) -> str:

@@ -24,7 +24,6 @@ from typing import Any
 from tqdm import tqdm
 
 from bpo.bootstrap.changes import load_lexicon
-from bpo.bootstrap.job.identity import weights_digest
 from bpo.bootstrap.measure.donors import GroupSample, PreprocessedImages, donors, draw_sample, image_digests
 from bpo.bootstrap.measure.margins import figures_by_type, log_mean_probability, pair_margins, warnings_of
 from bpo.bootstrap.measure.model_journal import ModelJournal, folder_of
@@ -42,6 +41,7 @@ from bpo.job.signals import StopRequest
 from bpo.model.group_scores import GroupScorer, completion_places
 from bpo.model.load import ResolvedModel, resolve_model
 from bpo.model.reference.store import ReferenceStore, matching_store
+from bpo.model.weights import weights_digest
 from bpo.records import PreferenceGroup
 
 logger = logging.getLogger(__name__)

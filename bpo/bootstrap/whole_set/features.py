@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from bpo.bootstrap.job.identity import weights_digest
 from bpo.bootstrap.whole_set.takers import Annotations
 from bpo.config.training import Config
 from bpo.data.encode import EncodedImages, Encoder, load_encoder
@@ -28,6 +27,7 @@ from bpo.formats.images import ImageError
 from bpo.job.journal import JournalReader, JournalWriter, to_line
 from bpo.job.launch import Ranks, pick_device
 from bpo.model.load import load_model
+from bpo.model.weights import weights_digest
 from bpo.records import Annotation
 
 logger = logging.getLogger(__name__)

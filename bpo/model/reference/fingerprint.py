@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from bpo.config.adapter import CONFIG_FILE, WEIGHTS_FILE, base_of, is_adapter
 from bpo.config.training import missing_model
 from bpo.job.durable import file_digest
 from bpo.model.reference.format import replace_file
@@ -112,6 +113,11 @@ def loaded_files(directory: Path) -> list[Path]:
     return sorted(files)
 
 
+def adapter_files(directory: Path) -> list[Path]:
+    """The files of an adapter directory that are loaded; its processor is that of the base."""
+    return [file for name in (CONFIG_FILE, WEIGHTS_FILE, "adapter_model.bin") if (file := directory / name).is_file()]
+
+
 def _json(file: Path) -> dict[str, Any]:
     """The object in a JSON file; empty if there is none, which loading reports."""
     try:
@@ -126,8 +132,10 @@ def model_fingerprint(
 ) -> dict[str, str]:
     """Digests of the model's files, `settings` and the code path, by field. Files of a hub id: its local cache.
 
+    The files of an adapter are fields of their own, beside those of its base.
+
     Args:
-        path: Directory or hub id of the model.
+        path: Directory or hub id of the model, or directory of an adapter.
         kept_digests: JSON cache of digests of unchanged files; see `DigestCache` for the risk.
         rehash: Hash every file, ignoring cached digests.
         settings: Other settings that log-probs depend on, such as the dtype.
@@ -137,11 +145,12 @@ def model_fingerprint(
     """
     if fault := missing_model(path):
         raise ValueError(f"model.path is {path!r}: {fault}")
-    directory = Path(path)
+    adapted = {f"adapter/{file.name}": file for file in adapter_files(Path(path))} if is_adapter(path) else {}
+    directory = Path(base_of(path) if adapted else path)
     if not directory.is_dir():
         from transformers.utils import cached_file
 
-        directory = Path(str(cached_file(path, "config.json"))).parent
-    files = loaded_files(directory)
-    digests = DigestCache(kept_digests, rehash).digests(files)
-    return {**{f"file:{f.name}": digests[f] for f in files}, **settings, "code_path": CODE_PATH}
+        directory = Path(str(cached_file(str(directory), "config.json"))).parent
+    files = {file.name: file for file in loaded_files(directory)} | adapted
+    digests = DigestCache(kept_digests, rehash).digests(list(files.values()))
+    return {**{f"file:{name}": digests[f] for name, f in files.items()}, **settings, "code_path": CODE_PATH}
