@@ -278,6 +278,31 @@ class TrainingEngine:
             heartbeat.remove()
             self.deepspeed.train()
 
+    @property
+    def master_weights(self) -> list[torch.Tensor]:
+        """This rank's part of the trained parameters as flat fp32 tensors, which the optimizer changes in place.
+
+        Raises:
+            ValueError: DeepSpeed's optimizer is not that of ZeRO 1, 2 or 3.
+        """
+        for name in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups"):  # of ZeRO-3; of ZeRO 1 and 2
+            if hasattr(self.optimizer, name):
+                return list(getattr(self.optimizer, name))
+        raise ValueError(f"DeepSpeed's {type(self.optimizer).__name__} has no master weights; use ZeRO 1, 2 or 3")
+
+    @torch.no_grad()
+    def publish_master_weights(self) -> None:
+        """Sets the model's weights to the master weights, as a step does. Call on all ranks."""
+        zero = self.optimizer
+        if not hasattr(zero, "fp32_partitioned_groups_flat"):
+            zero.update_lp_params()
+            return
+        zero.checkpoint_event_prologue()
+        for number, flat in enumerate(zero.fp32_partitioned_groups_flat):
+            if flat.numel():
+                zero._reassign_or_swap_out_partitioned_parameters(number)
+        zero.checkpoint_event_epilogue()
+
     def backward(self, loss: torch.Tensor, *, is_last: bool, after_forward: bool = True) -> None:
         """Accumulates the gradient of `loss`, this rank's share of a sum over all ranks.
 

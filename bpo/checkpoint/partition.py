@@ -160,21 +160,14 @@ class Partition:
     """This rank's flat fp32 tensors under ZeRO 1, 2 or 3, and the parameter elements in each."""
 
     def __init__(self, engine: TrainingEngine):
+        self.engine = engine
         self.zero = engine.optimizer
         self.adam: torch.optim.Optimizer = self.zero.optimizer
         named = {n: p for n, p in engine.policy.model.named_parameters() if p.requires_grad}
         self.shapes = {n: tuple(getattr(p, "ds_shape", p.shape)) for n, p in named.items()}
-        self.is_stage_3 = hasattr(self.zero, "fp32_partitioned_groups_flat")
-        if self.is_stage_3:
-            self.flats: list[torch.Tensor] = self.zero.fp32_partitioned_groups_flat
-            self.fragments = self._of_stage_3(named, engine.ranks.rank)
-        elif hasattr(self.zero, "single_partition_of_fp32_groups"):
-            self.flats = self.zero.single_partition_of_fp32_groups
-            self.fragments = self._of_stages_1_and_2(named)
-        else:
-            raise CheckpointError(
-                f"DeepSpeed's {type(self.zero).__name__} has no table of partitions; use ZeRO 1, 2 or 3"
-            )
+        self.flats = engine.master_weights
+        is_stage_3 = engine.is_partitioned
+        self.fragments = self._of_stage_3(named, engine.ranks.rank) if is_stage_3 else self._of_stages_1_and_2(named)
 
     def _of_stages_1_and_2(self, named: dict[str, torch.nn.Parameter]) -> list[Fragment]:
         """A group's parameters are concatenated and cut into equal parts, which may split a parameter."""
@@ -235,14 +228,7 @@ class Partition:
             tensors |= {f"{MASTER}.{number}": flat.data, **{f"{kind}.{number}": state[kind] for kind in state}}
             self.adam.state[flat] = {"step": self._step_value(shards.optimizer_step, flat), **state}
         shards.fill(self.fragments, tensors)
-        if not self.is_stage_3:
-            self.zero.update_lp_params()
-            return
-        self.zero.checkpoint_event_prologue()
-        for number, flat in enumerate(self.flats):
-            if flat.numel():
-                self.zero._reassign_or_swap_out_partitioned_parameters(number)
-        self.zero.checkpoint_event_epilogue()
+        self.engine.publish_master_weights()
 
     def _step_value(self, step: int, flat: torch.Tensor) -> Any:
         """The step in the optimizer's type: a tensor in torch (on the device if fused), an int in DeepSpeedCPUAdam."""
