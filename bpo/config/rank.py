@@ -23,6 +23,7 @@ class RankConfig(Section):
         num_shards: Number of jobs that share the groups, such as array tasks.
         shard_index: Index of this job, starting from 0.
         claim_timeout_s: Seconds without a heartbeat after which the work of a process is reassigned.
+        stall_timeout_s: Seconds without a batch finished by any process after which others stop waiting for its work.
     """
 
     where = "rank"
@@ -36,6 +37,7 @@ class RankConfig(Section):
     num_shards: int = number(1, at_least=1)
     shard_index: int = number(0, at_least=0)
     claim_timeout_s: float = seconds(120.0, at_least=1)
+    stall_timeout_s: float = seconds(3600.0, at_least=0.1)
 
     def __post_init__(self) -> None:
         super().__post_init__()

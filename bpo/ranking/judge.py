@@ -37,7 +37,7 @@ class Failed:
 
 
 class Judge(Protocol):
-    """Scores completions. Made once per process from the configuration; raises ValueError for options that it refuses.
+    """Scores completions; judges are subclasses. Made once per process; raises ValueError for options that it refuses.
 
     Attributes:
         passes: Names of the passes, in order.
@@ -53,6 +53,8 @@ class Judge(Protocol):
 
     def combine(self, results: Mapping[str, Scored]) -> Scored:
         """The scores of a group from the results of all passes; for one pass, its result."""
+        (result,) = results.values()
+        return result
 
 
 JudgeFactory = Callable[[Config, Ranks], Judge]

@@ -37,10 +37,12 @@ class Judgements:
 
     Attributes:
         identity: Content of identity.json: `judge`, and whatever the judge's scores depend on.
+        failed: Id -> reason of groups that could not be judged.
     """
 
     def __init__(self, folder: Path, identity: dict[str, Any]):
         self.folder, self.identity = folder, identity
+        self.failed: dict[str, str] = {}
         self._judge = {"name": identity["judge"], "identity": identity_digest(identity)}
         self._readers: list[JournalReader] = []
         self._places: dict[tuple[bytes, str], tuple[bytes, int, int]] = {}
@@ -51,8 +53,10 @@ class Judgements:
         known = {reader.path for reader in self._readers}
         self._readers += [JournalReader(path) for path in sorted(self.folder.glob("rank-*.jsonl")) if path not in known]
         for number, reader in enumerate(self._readers):
-            for start, (group_id, digest, name) in reader.poll(_key_of):
+            for start, (group_id, digest, name, reason) in reader.poll(_index_entry):
                 self._places.setdefault((_short(group_id), name), (bytes.fromhex(digest), number, start))
+                if reason:
+                    self.failed.setdefault(group_id, reason)
         return len(self._places)
 
     def has(self, group_id: str, digest: str, name: str = RESULT) -> bool:
@@ -169,9 +173,10 @@ def identity_digest(identity: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _key_of(entry: Any) -> tuple[str, str, str]:
-    """(id, digest, pass); a group that failed in any pass has that as its final result."""
-    return str(entry["id"]), entry["digest"], RESULT if "failed" in entry else entry["pass"]
+def _index_entry(entry: Any) -> tuple[str, str, str, str]:
+    """(id, digest, pass, reason of failure or ""); a group that failed in any pass has that as its final result."""
+    reason = str(entry.get("failed", ""))
+    return entry["id"], entry["digest"], RESULT if reason else entry["pass"], reason
 
 
 def _short(group_id: str) -> bytes:

@@ -26,9 +26,9 @@ _NOT_DECIDING = (
     "bootstrap.cache", "bootstrap.num_shards", "bootstrap.shard_index", "bootstrap.accept_changes",
     "bootstrap.max_idle_restarts", "bootstrap.stall_timeout_s", "bootstrap.claim_timeout_s", "rank.batch_size",
     "rank.num_shards", "rank.shard_index", "rank.claim_timeout_s", "rank.stall_timeout_s", "train.log_every_steps",
-    "train.tensorboard", "train.hang_timeout_seconds", "train.max_idle_restarts", "train.save_every_steps", "train.save_in_background",
-    "train.keep_last", "train.keep_every", "train.accept_changes", "train.peak_tflops", "train.rehash_weights",
-    "evaluation.batch_size", "evaluation.num_shards", "evaluation.shard_index",
+    "train.tensorboard", "train.hang_timeout_seconds", "train.max_idle_restarts", "train.save_every_steps",
+    "train.save_in_background", "train.keep_last", "train.keep_every", "train.accept_changes", "train.peak_tflops",
+    "train.rehash_weights", "evaluation.batch_size", "evaluation.num_shards", "evaluation.shard_index",
 )  # fmt: skip
 
 
