@@ -1,4 +1,7 @@
-"""Names of each source of completions in the groups file: `Completion.type` and `Provenance.source`."""
+"""Names of each source of completions in the groups file: `Completion.type` and `Provenance.source`.
+
+A plug-in's sources are added by `bpo.bootstrap.plugin.register_source`.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,9 @@ COMPLETION_TYPES = {
     "regenerate": "mllm-cont",
     "text-only": "mllm-blind",
     "unweakened": "mllm-self",
+    "sample": "mllm-sample",
+    "greedy": "mllm-greedy",
+    "segment": "mllm-segment",
     "swap": "swap",
     "edit": "edit",
 }
@@ -22,6 +28,9 @@ PROVENANCE_SOURCES = {
     "regenerate": "regenerated-end",
     "text-only": "no-image",
     "unweakened": "unweakened-image",
+    "sample": "sampled-answer",
+    "greedy": "greedy-answer",
+    "segment": "regenerated-segment",
     "swap": "other-annotation",
     "edit": "balanced-edit",
 }

@@ -32,10 +32,12 @@ from bpo.bootstrap.job.queue import SourceQueue, build_queues, is_finished, lack
 from bpo.bootstrap.job.spool import AnnotationSpool
 from bpo.bootstrap.job.worker import Results, Worker
 from bpo.bootstrap.measure.hardness import ObjectTruth
+from bpo.bootstrap.plugin import REGISTERED, load_sources
 from bpo.bootstrap.sources import ImageAnswers, InjectedErrors, NegativeSource
 from bpo.bootstrap.whole_set.blind import BlindScores
 from bpo.config.bootstrap import Source
 from bpo.config.training import Config
+from bpo.data.parts import in_part
 from bpo.formats.bad_records import BadRecords
 from bpo.formats.files import iterate_annotations
 from bpo.job.compile_locks import named_compile_locks
@@ -96,6 +98,7 @@ def run_bootstrap(
     ranks = ranks_from_environment()
     share = Share(config.bootstrap.shard_index, config.bootstrap.num_shards, ranks)
     _check_paths(config)
+    load_sources(config.bootstrap)
     skipped: dict[str, list[str]] = {}
     bad = BadRecords.from_config(config.data)
     annotations = _spooled(config, bad, skipped)
@@ -142,6 +145,7 @@ def run_merge(config: Config, partial: bool = False, truth: ObjectTruth | None =
             negative.
     """
     _check_paths(config)
+    load_sources(config.bootstrap)
     folder = sibling_path(Path(config.data.groups), "parts")
     if not folder.is_dir():
         raise ValueError(f"{folder} does not exist: nothing to merge; run `bpo bootstrap` first")
@@ -177,10 +181,10 @@ def _read(folder: Path, identities: SourceIdentities) -> OutcomeReader:
 
 
 def _spooled(config: Config, bad: BadRecords, skipped: dict[str, list[str]]) -> AnnotationSpool:
+    part, mode = config.data.part, config.bootstrap.inject.mode
     annotations = iterate_annotations(Path(config.data.annotations), bad, skipped)
-    mode = config.bootstrap.inject.mode
     return AnnotationSpool(
-        annotations,
+        (annotation for annotation in annotations if in_part(annotation.id, part)),
         config.bootstrap.limit,
         config.data.max_completion_words,
         kind_of=lambda annotation: int(choose_mode(mode, annotation) == "qa"),
@@ -212,25 +216,28 @@ def _sources(
     generators = Generators(config, ranks, annotations.most_images)
 
     def image_answers(source: Source, candidate: int) -> Callable[[], NegativeSource]:
-        return lambda: ImageAnswers(source, config, generators.vision(), candidate)
+        make = REGISTERED.get(source, partial(ImageAnswers, source))
+        return lambda: make(config, generators.vision(), candidate)
 
     def injected_errors(candidate: int) -> NegativeSource:
         checks_images = set(config.bootstrap.generated_sources) == {"inject"}
         return InjectedErrors(config, generators.text(), generators.encoder, checks_images, candidate)
 
     options = config.bootstrap
-    candidates = range(options.select.candidates)
     images: list[Source] = [source for source in options.generated_sources if source != "inject"]
     sources: dict[str, Callable[[], NegativeSource]] = {
         candidate_key(source, candidate): image_answers(source, candidate)
         for source in images
-        for candidate in candidates
+        for candidate in range(options.num_candidates(source))
     }
     if "inject" in options.sources:
         if options.inject.llm and options.vision.engine != "server":
             yield sources
             sources = {}
-        sources |= {candidate_key("inject", candidate): partial(injected_errors, candidate) for candidate in candidates}
+        sources |= {
+            candidate_key("inject", candidate): partial(injected_errors, candidate)
+            for candidate in range(options.num_candidates("inject"))
+        }
     yield sources
     if "edit" in options.queued_sources:  # the same weights with the attention of training
         yield {"edit": lambda: BlindScores(config, annotations, generators.scorer())}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from os.path import commonprefix
 
 from bpo.config.bootstrap import SegmentConfig
 from bpo.job.seeds import derive_seed
@@ -31,6 +32,16 @@ class Segment:
     def join(self, generated: Sequence[int], ended: bool) -> tuple[int, ...]:
         """The answer y[:t] + generated + y[t + S:]; without y[t + S:] if the model ended its answer in the segment."""
         return (*self.prefix, *generated, *(() if ended else self.suffix))
+
+    def texts(self, ids: Sequence[int], decode: Callable[[Sequence[int]], str]) -> tuple[str, str]:
+        """The texts before and after the segment of an answer `ids`.
+
+        A character in which the segment begins or ends is generated, or kept, as a whole.
+        """
+        whole = decode(ids)
+        before = commonprefix([decode(self.prefix), whole])
+        through = commonprefix([decode(ids[: self.start + self.length]), whole])
+        return before, whole[len(through) :]
 
 
 def cut_segment(ids: Sequence[int], seed: int, options: SegmentConfig) -> Segment:

@@ -7,25 +7,28 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from bpo.bootstrap.clean import clean_rewriting
 from bpo.bootstrap.completion_types import PROVENANCE_SOURCES, candidate_key
 from bpo.bootstrap.engines.text import TextGenerator
-from bpo.bootstrap.engines.vision import VisionGenerator, VisionRequest, special_tokens_of
+from bpo.bootstrap.engines.vision import Sampling, VisionGenerator, VisionRequest, special_tokens_of
 from bpo.bootstrap.inject import InjectionRequest, Mode, build_request, choose_mode, question_of
 from bpo.bootstrap.job.outcomes import Outcome, Status
+from bpo.bootstrap.segments import cut_segment
 from bpo.bootstrap.validate import Refusal, refusal
 from bpo.bootstrap.weaken import choose_weakening
-from bpo.config.bootstrap import RegenerateConfig, Source
+from bpo.config.bootstrap import CANDIDATE_SOURCES, BootstrapConfig, RegenerateConfig, Source
 from bpo.config.training import Config
 from bpo.data.encode import Encoder
 from bpo.formats.images import ImageError, load_image
 from bpo.job.chat_server import Reply
 from bpo.job.seeds import derive_seed
 from bpo.records import Annotation, Provenance
+
+_BROKEN = "\ufffd"  # decoded from a part of a character
 
 
 class NegativeSource(Protocol):
@@ -59,7 +62,10 @@ class PreparedRequest:
 
 
 class ImageAnswers:
-    """The model's answers to images weakened per source (`choose_weakening`), or its continuations of annotations."""
+    """The model's answers to images weakened per source (`choose_weakening`), or its versions of parts of annotations.
+
+    A source of a plug-in may be a subclass with requests of its own: by default, they ask about the clean images.
+    """
 
     def __init__(self, source: Source, config: Config, generator: VisionGenerator, candidate: int = 0):
         self.source, self.config, self.generator, self.candidate = source, config, generator, candidate
@@ -88,39 +94,69 @@ class ImageAnswers:
         """The model's request for one record; depends only on seed, record and options."""
         options = self.config.bootstrap
         seed = derive_seed(options.seed, annotation.id, self.key)
-        if self.source != "regenerate":
-            weakening = choose_weakening(self.source, options.weaken, seed)
-            return VisionRequest(annotation.id, annotation.images, annotation.prompt, weakening)
-        weakening = choose_weakening("weaken" if options.regenerate.weakened else "unweakened", options.weaken, seed)
-        beginning = cut_annotation(annotation.response, options.regenerate, derive_seed(seed, "cut"))
-        return VisionRequest(annotation.id, annotation.images, annotation.prompt, weakening, beginning)
+        is_weakened = self.source == "regenerate" and options.regenerate.weakened
+        weakening = choose_weakening("weaken" if is_weakened else self.source, options.weaken, seed)
+        sampling = sampling_of(self.source, options)
+        request = VisionRequest(annotation.id, annotation.images, annotation.prompt, weakening, sampling=sampling)
+        if self.source == "regenerate":
+            beginning = cut_annotation(annotation.response, options.regenerate, derive_seed(seed, "cut"))
+            return replace(request, beginning=beginning)
+        return self._segment(request, annotation.response) if self.source == "segment" else request
+
+    def _segment(self, request: VisionRequest, response: str) -> VisionRequest:
+        """The request for a segment of the annotation."""
+        encoder = self.generator.encoder
+        assert encoder is not None and request.sampling is not None, "required_paths() requires model.path in this case"
+        ids = encoder.encode_completion(response)[:-1]
+        segment = cut_segment(ids, request.weakening.seed, self.config.bootstrap.segment)
+        beginning, ending = segment.texts(ids, encoder.decode)
+        sampling = replace(request.sampling, max_new_tokens=segment.length)
+        return replace(request, beginning=beginning, ending=ending, segment=segment, sampling=sampling)
 
     def _judge(self, annotation: Annotation, request: VisionRequest, reply: Reply) -> Outcome:
         if reply.error:
             status: Status = "broken" if reply.is_broken else "failed"
             return Outcome(annotation.id, self.key, status, reason=reply.error)
-        options = self.config.bootstrap.weaken
+        sampling = request.sampling or sampling_of(self.source, self.config.bootstrap)
         provenance = Provenance(
             source=PROVENANCE_SOURCES[self.source],
             model=self.generator.name,
             noise_step=request.weakening.noise_step,
             seed=request.weakening.seed,
-            temperature=options.temperature,
-            top_p=options.top_p,
-            max_new_tokens=options.max_new_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            max_new_tokens=sampling.max_new_tokens,
             space=request.weakening.space,
             kept_words=len(request.beginning.split()) if request.beginning else None,
             candidate=self.candidate or None,
         )
+        is_candidate = self.source in CANDIDATE_SOURCES
         refused = refusal(
             reply.text,
             annotation.response,
             max_words=self.config.data.max_completion_words,
             special_tokens=self.generator.special_tokens,
+            # A candidate may become the preferred answer, whose end is learned.
+            finished=reply.finished or not is_candidate,
             options=self.config.bootstrap.validate,
             question=question_of(annotation),
+            compared=not is_candidate,
         )
+        if refused is None and request.segment and _BROKEN in reply.text and _BROKEN not in annotation.response:
+            refused = Refusal("characters", "the segment begins or ends within a character")
         return judged(annotation.id, self.key, reply.text, refused, provenance)
+
+
+def sampling_of(source: str, options: BootstrapConfig) -> Sampling:
+    """The sampling options of a source that the multimodal model answers."""
+    own, segment = options.sample, options.segment
+    if source == "sample":
+        return Sampling(own.temperature, own.top_p, own.max_new_tokens)
+    if source == "greedy":
+        return Sampling(0.0, 1.0, own.max_new_tokens)
+    if source == "segment":
+        return Sampling(segment.temperature, segment.top_p, segment.max_tokens, segment.top_k)
+    return Sampling(options.weaken.temperature, options.weaken.top_p, options.weaken.max_new_tokens)
 
 
 def cut_annotation(response: str, options: RegenerateConfig, seed: int) -> str:

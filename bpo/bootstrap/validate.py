@@ -126,6 +126,7 @@ def refusal(
     options: ValidateConfig | None = None,
     question: str = "",
     rewriting: Mode | None = None,
+    compared: bool = True,
 ) -> Refusal | None:
     """The reason to refuse a negative, the first of `REASONS` that applies, or None.
 
@@ -140,6 +141,8 @@ def refusal(
         rewriting: For a rewriting of the annotation, what it is a rewriting of. It must differ by an error rather than
             by an omission. `max_changed_share` applies to descriptions, and to other answers if more than 8 words
             change. The error of an answer by yes or no is the opposite, in any words.
+        compared: False for candidates of a judge, which may be as good as the annotation, or equal to it: only texts
+            that are of no use to anything are refused.
     """
     text, options = response.strip(), options or ValidateConfig()
     if not text:
@@ -155,6 +158,8 @@ def refusal(
     # An annotation may itself be a table or a line of digits; then the negative may be one too.
     if (broken := why_degenerate(text, options)) and not why_degenerate(annotation, options):
         return Refusal("degenerate", broken)
+    if not compared:
+        return None
     if options.same_form and is_refusal(text) and not is_refusal(annotation):
         return Refusal("refusal", REASONS["refusal"])
     if text == annotation.strip():

@@ -49,13 +49,13 @@ class Weakening:
 
 
 def choose_weakening(source: str, options: WeakenConfig, seed: int) -> Weakening:
-    """The weakening that a source of `bootstrap.sources` applies to the record with seed `seed`."""
-    if source == "unweakened":
-        return Weakening("none", seed)
+    """The weakening that a source of `bootstrap.sources` applies to the record with seed `seed`; none for most."""
     if source == "text-only":
         return Weakening("no-image", seed)
     if source in ("crop", "mask"):
         return Weakening("crop" if source == "crop" else "mask", seed)
+    if source != "weaken":
+        return Weakening("none", seed)
     steps = options.noise_steps or [options.noise_step]
     step = steps[derive_seed(seed, "noise step") % len(steps)]
     return Weakening("none", seed) if step == NO_NOISE else Weakening("noise", seed, step, options.space)

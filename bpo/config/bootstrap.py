@@ -16,6 +16,8 @@ SOURCES = (
     "weaken", "inject", "crop", "mask", "regenerate", "text-only", "unweakened", "swap", "edit",
     "sample", "greedy", "segment",
 )  # fmt: skip
+# Answers that are not negatives before a judge has scored them: all that are usable stay in the group.
+CANDIDATE_SOURCES = ("sample", "greedy")
 Source = str
 CacheKind = Literal["reserved", "dynamic", "static"]
 
@@ -323,6 +325,12 @@ class BootstrapConfig(Section):
     def generated_sources(self) -> list[Source]:
         """The sources that answer record by record; the others are made at the merge."""
         return [source for source in self.sources if source not in WHOLE_SET_SOURCES]
+
+    def num_candidates(self, source: Source) -> int:
+        """Number of answers of a source per record."""
+        if source == "sample":
+            return self.sample.count
+        return 1 if source in ("greedy", "edit") else self.select.candidates
 
     @property
     def queued_sources(self) -> list[Source]:

@@ -28,6 +28,7 @@ from bpo.model.kv_cache import CachedPrefix, reserved_cache
 if TYPE_CHECKING:
     from bpo.data.encode import EncodedPrompt, Encoder
 
+Join = Callable[[Sequence[int], bool], Sequence[int]]
 
 # Rounds lengths up, so that batches share few shapes and transformers reuses its compilations for a static cache.
 _STATIC_MULTIPLE_TOKENS = 128
@@ -279,7 +280,7 @@ def generate_prompts(
     temperature: float,
     top_p: float,
     seeds: Sequence[int],
-    beginnings: Sequence[Sequence[int]] | None = None,
+    joins: Sequence[Join] | None = None,
     prefix: CachedPrefix | None = None,
     cache: CacheKind = "reserved",
     top_k: int = 0,
@@ -288,7 +289,8 @@ def generate_prompts(
     """`generate_answers` with a budget per record; also returns whether each answer ended with EOS.
 
     Args:
-        beginnings: Tokens of each answer that are already the end of its prompt; the answer includes them.
+        joins: For each record, makes its answer of the new tokens and of whether they ended with EOS, such as one that
+            begins with the last tokens of the prompt; by default the new tokens are the answer.
         prefix, cache, top_k, num_beams: See `generate_ids`.
     """
     if not prompts:
@@ -313,8 +315,9 @@ def generate_prompts(
         num_beams=num_beams,
         beam_inputs=encoder.family.batch_image_inputs(of_beams),
     )
-    begun = beginnings or [()] * len(prompts)
-    return [(encoder.decode([*first, *ids]), ended) for first, (ids, ended) in zip(begun, answers, strict=True)]
+    if joins is None:
+        return [(encoder.decode(ids), ended) for ids, ended in answers]
+    return [(encoder.decode(join(ids, ended)), ended) for join, (ids, ended) in zip(joins, answers, strict=True)]
 
 
 def generate_answers(

@@ -118,7 +118,8 @@ def required_paths(config: Config) -> dict[str, str]:
     in_process = options.vision.engine != "server"
     own_lm = "inject" in options.sources and not (options.inject.llm or options.inject.server.url)
     own_features = "swap" in options.sources and options.swap.nearest == "image"
-    if own_features or (in_process and (own_lm or set(options.queued_sources) - {"inject"})):
+    own_tokens = "segment" in options.sources
+    if own_features or own_tokens or (in_process and (own_lm or set(options.queued_sources) - {"inject"})):
         needed["model.path"] = config.model.path
     return needed
 

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from PIL import Image
 
 from bpo.bootstrap.engines.text import ChatEngine
+from bpo.bootstrap.segments import Segment
 from bpo.bootstrap.weaken import Weakening, picture_weakener, weaken_images
 from bpo.config.training import Config, DataConfig
 from bpo.data.encode import EncodedImages, EncodedPrompt, Encoder, EncodingError
@@ -18,9 +19,19 @@ from bpo.data.padding import pad_to_square
 from bpo.data.processor import with_system_turn
 from bpo.formats.images import data_url, load_image
 from bpo.job.chat_server import Reply
-from bpo.model.generate import generate_prompts
+from bpo.model.generate import Join, generate_prompts
 from bpo.model.kv_cache import CachedPrefix, Prefixes, common_beginning
 from bpo.records import ContentPart, Turn
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How an answer is drawn: temperature 0 is greedy; `top_p` 1 and `top_k` 0 keep all tokens."""
+
+    temperature: float
+    top_p: float
+    max_new_tokens: int
+    top_k: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +41,9 @@ class VisionRequest:
     Attributes:
         weakening: Its seed is also the sampling seed.
         beginning: Text that the model continues; the reply includes it.
+        sampling: None for that of `bootstrap.weaken`.
+        ending: Text that follows, unless the model ends its answer; the reply includes it.
+        segment: The tokens of beginning and ending, for engines that take tokens.
     """
 
     record_id: str
@@ -37,14 +51,22 @@ class VisionRequest:
     prompt: tuple[Turn, ...]
     weakening: Weakening
     beginning: str = ""
+    sampling: Sampling | None = None
+    ending: str = ""
+    segment: Segment | None = None
 
 
 class VisionGenerator(Protocol):
-    """A multimodal model. Images of a request are prepared first, possibly while the model answers other requests."""
+    """A multimodal model. Images of a request are prepared first, possibly while the model answers other requests.
+
+    Attributes:
+        encoder: Of `model.path`; None if the path is not set.
+    """
 
     name: str
     whole_batches: bool
     special_tokens: tuple[str, ...]
+    encoder: Encoder | None
 
     def prepare(self, request: VisionRequest) -> Any:
         """Reads and weakens the images of a request, for `replies`. Does not use the model; thread-safe.
@@ -83,28 +105,32 @@ class TransformersVisionGenerator:
     def replies(
         self, requests: Sequence[VisionRequest], prepared: Sequence[EncodedImages]
     ) -> Iterator[tuple[int, Reply]]:
-        options = self.config.bootstrap.weaken
-        prompts: dict[int, EncodedPrompt] = {}
-        beginnings: dict[int, tuple[int, ...]] = {}
+        prompts: dict[int, tuple[EncodedPrompt, Join]] = {}
+        batches: dict[tuple[float, float, int], list[int]] = {}
         for index, (request, images) in enumerate(zip(requests, prepared, strict=True)):
+            sampling = _sampling_of(request, self.config)
             try:
-                prompts[index], beginnings[index] = self._encode(request, images)
+                prompts[index] = self._encode(request, images)
             except EncodingError as error:
                 yield index, Reply("", error=str(error), is_broken=True)
-        answers = generate_prompts(
-            self.model,
-            self.encoder,
-            list(prompts.values()),
-            max_new_tokens=[options.max_new_tokens] * len(prompts),
-            temperature=options.temperature,
-            top_p=options.top_p,
-            seeds=[requests[index].weakening.seed for index in prompts],
-            beginnings=list(beginnings.values()),
-            prefix=self._prefix(list(prompts.values())),
-            cache=self._cache,
-        )
-        for index, (text, ended) in zip(prompts, answers, strict=True):
-            yield index, Reply(text, ended)
+            else:
+                batches.setdefault((sampling.temperature, sampling.top_p, sampling.top_k), []).append(index)
+        for (temperature, top_p, top_k), indices in batches.items():
+            of_batch = [prompts[index][0] for index in indices]
+            answers = generate_prompts(
+                self.model,
+                self.encoder,
+                of_batch,
+                max_new_tokens=[_sampling_of(requests[index], self.config).max_new_tokens for index in indices],
+                temperature=temperature,
+                top_p=top_p,
+                top_k=top_k,
+                seeds=[requests[index].weakening.seed for index in indices],
+                joins=[prompts[index][1] for index in indices],
+                prefix=self._prefix(of_batch),
+                cache=self._cache,
+            )
+            yield from ((index, Reply(text, ended)) for index, (text, ended) in zip(indices, answers, strict=True))
 
     def _prefix(self, prompts: Sequence[EncodedPrompt]) -> CachedPrefix | None:
         """The common prefix of this batch up to the first image, such as a system prompt."""
@@ -112,13 +138,16 @@ class TransformersVisionGenerator:
             return None
         return self._prefixes.of(common_beginning([p.prefix_ids for p in prompts], self.encoder.image_token_id))
 
-    def _encode(self, request: VisionRequest, images: EncodedImages) -> tuple[EncodedPrompt, tuple[int, ...]]:
+    def _encode(self, request: VisionRequest, images: EncodedImages) -> tuple[EncodedPrompt, Join]:
         prompt = self.encoder.encode_prompt(request.record_id, images, _inputs_of(request)[1])
-        beginning = self.encoder.encode_completion(request.beginning)[:-1] if request.beginning else ()
-        prompt = replace(prompt, prefix_ids=(*prompt.prefix_ids, *beginning))
+        segment = request.segment
+        if segment is None:
+            beginning = self.encoder.encode_completion(request.beginning)[:-1] if request.beginning else ()
+            segment = Segment(len(beginning), 0, beginning, ())
+        prompt = replace(prompt, prefix_ids=(*prompt.prefix_ids, *segment.prefix))
         if len(prompt.prefix_ids) >= self.encoder.max_length_tokens:
             raise EncodingError(f"record {request.record_id!r}: {self.encoder.too_long(prompt)}")
-        return prompt, beginning
+        return prompt, segment.join
 
 
 class ChatVisionGenerator:
@@ -136,7 +165,7 @@ class ChatVisionGenerator:
     whole_batches = False
 
     def __init__(self, engine: ChatEngine, config: Config, name: str, encoder: Encoder | None):
-        self.engine, self.config, self.name = engine, config, name
+        self.engine, self.config, self.name, self.encoder = engine, config, name, encoder
         self.special_tokens = special_tokens_of(encoder) if encoder else ()
         self._image_processor = encoder.processor.image_processor if encoder else None
         self._padding = encoder.padding if encoder else None
@@ -151,11 +180,14 @@ class ChatVisionGenerator:
     ) -> Iterator[tuple[int, Reply]]:
         bodies = [(request.record_id, body) for request, body in zip(requests, prepared, strict=True)]
         for index, reply in self.engine.replies(bodies):
-            yield index, reply if reply.error else replace(reply, text=requests[index].beginning + reply.text)
+            if not reply.error:
+                ending = "" if reply.finished else requests[index].ending
+                reply = replace(reply, text=requests[index].beginning + reply.text + ending)
+            yield index, reply
 
     def prepare(self, request: VisionRequest) -> dict[str, Any]:
         """The request in chat completions format, with pictures as data URLs."""
-        options = self.config.bootstrap.weaken
+        options, sampling = self.config.bootstrap.weaken, _sampling_of(request, self.config)
         images, turns = _inputs_of(request)
         weaken = picture_weakener(request.weakening, options, self._image_processor, self._padding)
         root = Path(self.config.data.image_root or ".")
@@ -172,16 +204,23 @@ class ChatVisionGenerator:
             messages.append({"role": turn.role, "content": content})
         body: dict[str, Any] = {
             "messages": messages,
-            "temperature": options.temperature,
-            "top_p": options.top_p,
-            "max_tokens": options.max_new_tokens,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "max_tokens": sampling.max_new_tokens,
             "seed": request.weakening.seed,
         }
+        if sampling.top_k:
+            body["top_k"] = sampling.top_k
         if request.beginning:
             # vLLM and SGLang continue the last message with these options.
             messages.append({"role": "assistant", "content": request.beginning})
             body |= {"add_generation_prompt": False, "continue_final_message": True}
         return body
+
+
+def _sampling_of(request: VisionRequest, config: Config) -> Sampling:
+    options = config.bootstrap.weaken
+    return request.sampling or Sampling(options.temperature, options.top_p, options.max_new_tokens)
 
 
 def _inputs_of(request: VisionRequest) -> tuple[tuple[str, ...], tuple[Turn, ...]]:

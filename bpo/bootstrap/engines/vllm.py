@@ -57,7 +57,7 @@ class VllmEngine:
 
 
 def _sampling(body: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: body[name] for name in ("temperature", "top_p", "max_tokens", "seed")}
+    return {name: body[name] for name in ("temperature", "top_p", "top_k", "max_tokens", "seed") if name in body}
 
 
 def keep_to_own_gpu(environ: MutableMapping[str, str], local_rank: int) -> None:

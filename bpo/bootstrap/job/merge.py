@@ -22,6 +22,7 @@ from bpo.bootstrap.select.choice import ChosenOutcomes, choose
 from bpo.bootstrap.validate import REASONS, annotation_refusal, content_key
 from bpo.bootstrap.whole_set.outcomes import WholeSetOutcomes, plan_whole_set
 from bpo.bootstrap.whole_set.takers import Annotations
+from bpo.config.bootstrap import CANDIDATE_SOURCES
 from bpo.config.training import Config
 from bpo.formats.bad_records import BadRecords
 from bpo.formats.files import group_to_json
@@ -158,10 +159,11 @@ class _Made:
         self.first_error = self.first_error or f"; first error: {entry['error']}"
 
     def count(self, annotation: Annotation, outcomes: Sequence[Outcome], group: PreferenceGroup | None) -> None:
-        self.measures.add_annotation(annotation.id, annotation.response, group)
-        if group is None:
+        negatives = _without_candidates(group) if group else None
+        self.measures.add_annotation(annotation.id, annotation.response, negatives)
+        if group is None or negatives is None:
             return
-        self.measures.add_group(group)
+        self.measures.add_group(negatives)
         self.num_groups += 1
         for outcome in outcomes:
             if outcome.status == "kept":
@@ -217,6 +219,12 @@ def build_group(annotation: Annotation, outcomes: Sequence[Outcome], max_words: 
     return PreferenceGroup(annotation.id, annotation.images, annotation.prompt, (gt, *negatives), annotation.extra)
 
 
+def _without_candidates(group: PreferenceGroup) -> PreferenceGroup:
+    """Without candidates of a judge: until it has scored them, they are in no pair to be measured."""
+    types = {COMPLETION_TYPES[source] for source in CANDIDATE_SOURCES}
+    return replace(group, completions=tuple(c for c in group.completions if c.type not in types))
+
+
 def _judged(
     config: Config, annotations: Annotations, outcomes: ChosenOutcomes, truth: ObjectTruth | None
 ) -> Iterator[tuple[Annotation, list[Outcome]]]:
@@ -264,11 +272,14 @@ def _of_record(
 
 
 def without_duplicates(outcomes: Sequence[Outcome]) -> list[Outcome]:
-    """The outcomes of one record; of kept completions with the same content, only the first stays kept."""
+    """The outcomes of one record; of kept negatives with the same content, only the first stays kept.
+
+    A candidate of a judge stays even if a negative says the same: `greedy` is wanted for itself.
+    """
     first: dict[tuple[str, ...], str] = {}
     judged = []
     for outcome in outcomes:
-        if outcome.status == "kept":
+        if outcome.status == "kept" and outcome.source not in CANDIDATE_SOURCES:
             # Candidates of one source that are kept differ already.
             source = first.setdefault(content_key(outcome.text), outcome.source)
             if source != outcome.source:

@@ -122,7 +122,7 @@ def build_queues(annotations: AnnotationSpool, config: Config, reader: OutcomeRe
             by_kind=is_text,  # requests with different worked examples cannot share a batch
             pads=engine_of(config, source) == "transformers",
         )
-        for key in candidate_keys(source, 1 if source == "edit" else config.bootstrap.select.candidates):
+        for key in candidate_keys(source, config.bootstrap.num_candidates(source)):
             queues[key] = SourceQueue(key, batches, reader)
     return queues
 

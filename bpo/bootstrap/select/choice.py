@@ -13,6 +13,7 @@ from bpo.bootstrap.completion_types import candidate_keys
 from bpo.bootstrap.job.outcomes import Outcome, Outcomes, record_digest
 from bpo.bootstrap.select.balancer import WEIGHT_DIGITS, Balancer
 from bpo.bootstrap.validate import REASONS, annotation_refusal, content_key
+from bpo.config.bootstrap import CANDIDATE_SOURCES
 from bpo.config.training import Config
 from bpo.records import Annotation
 
@@ -45,17 +46,26 @@ class ChosenOutcomes:
     def _of_generated(self, annotation: Annotation) -> list[Outcome]:
         options = self.config.bootstrap
         if options.select.candidates == 1 and not self._weights:
-            found = (self.outcomes.get((source, annotation.id)) for source in options.generated_sources)
-            return [outcome for outcome in found if outcome is not None]
+            return [o for source in options.generated_sources for o in self._without_choice(annotation.id, source)]
         judged: list[Outcome] = []
         taken: dict[Content, str] = {}
         place = int(np.searchsorted(self._digests, _digest(annotation.id)))
         known = place < len(self._digests) and self._digests[place] == _digest(annotation.id)
         for source in options.generated_sources:
+            if source in CANDIDATE_SOURCES:
+                judged += self._without_choice(annotation.id, source)
+                continue
             candidates = self._candidates(annotation.id, source, taken)
             weights = self._weights[source][place] if known else np.arange(options.select.candidates) == 0
             judged += _weighted(candidates, weights, taken)
         return judged
+
+    def _without_choice(self, record_id: str, source: str) -> list[Outcome]:
+        """The outcome of a source's first candidate, or all candidates of a judge that differ."""
+        if source in CANDIDATE_SOURCES:
+            return self._candidates(record_id, source, {})
+        outcome = self.outcomes.get((source, record_id))
+        return [outcome] if outcome else []
 
     def decide(self, annotations: Iterable[Annotation]) -> None:
         """Reads all candidates once, in blocks, and decides their weights; 8 + 4 K bytes per record are kept."""
@@ -63,6 +73,7 @@ class ChosenOutcomes:
         balancers = {
             source: Balancer(options.select, options.seed, source, self.config.measure)
             for source in options.generated_sources
+            if source not in CANDIDATE_SOURCES
         }
         digests: list[np.ndarray] = []
         weights: dict[str, list[np.ndarray]] = {source: [] for source in balancers}
@@ -108,7 +119,7 @@ class ChosenOutcomes:
         options = self.config.bootstrap
         first: dict[Content, int] = {}
         judged = []
-        for number, key in enumerate(candidate_keys(source, options.select.candidates)):
+        for number, key in enumerate(candidate_keys(source, options.num_candidates(source))):
             outcome = self.outcomes.get((key, record_id))
             if outcome is None:
                 continue
