@@ -36,14 +36,15 @@ from bpo.job.launch import Ranks, own_arguments, pick_device, ranks_from_environ
 from bpo.job.run_record import write_run_record
 from bpo.job.signals import StopRequest
 from bpo.losses.program import LossProgram, check_loss
-from bpo.model.load import ResolvedModel, load_resolved, resolve_model
+from bpo.model.adapter import check_continued
+from bpo.model.load import ResolvedModel, load_base, resolve_model
 from bpo.model.policy import PolicyModel
 from bpo.model.prompt_embedding import check_prompt_embedding
-from bpo.model.reference.store import ReferenceStore
+from bpo.model.reference.store import ReferenceStore, other_reference
 from bpo.model.trainable import prepare_trainable
 from bpo.training.agreement import check_agreement, facts_of_plan, facts_of_questions, facts_of_start
 from bpo.training.batches import training_batches
-from bpo.training.checks import check_finite, check_first_step, check_weights
+from bpo.training.checks import check_finite, check_first_step, check_reference, check_weights
 from bpo.training.embeddings import PromptEmbeddings, fill_embedding_store
 from bpo.training.evaluation import Evaluations
 from bpo.training.evaluation_plan import plan_evaluation
@@ -76,19 +77,24 @@ class Prepared:
 
 def prepare(
     config: Config, resolved: ResolvedModel, ranks: Ranks, guard: RunGuard, stop: StopRequest | None
-) -> Prepared:
-    """Finds the checkpoint, measures and plans the groups, loads the model, fills the reference store, restores."""
+) -> Prepared | None:
+    """Finds the checkpoint, measures and plans the groups, loads the model, fills the reference store, restores.
+
+    None if that is all (`train.reference_only`): no step is taken, and no checkpoint read.
+    """
     job = collectives.JobRanks(ranks)
     program = LossProgram(config.loss, config.train.seed)
+    check_reference(config, program)
     encoder = load_encoder(config, resolved.config)
     if ranks.world_size > 1:
         check_agreement(facts_of_start(config, resolved, encoder), job)
     found = partition.find_resumable(config, job)
-    guard.count_restart(found[1]["step"] if found else 0)
+    step = found[1]["step"] if found else 0
+    guard.count_restart(step)
     if ranks.is_main:
         write_run_record(config, Path(config.train.output_dir))
     # Before the hours of measuring and the reference pass: a tracker may lack its library, its key or its server.
-    trackers = open_trackers(config, enabled=ranks.is_main, start_step=found[1]["step"] if found else 0)
+    trackers = open_trackers(config, enabled=ranks.is_main and not config.train.reference_only, start_step=step)
     with guard.phase("reading the benchmarks"):
         plan = plan_evaluation(config, program)
         check_agreement(facts_of_questions(plan.benchmarks if plan else ()), job)
@@ -100,7 +106,7 @@ def prepare(
     check_agreement(facts_of_plan(steps), job)
     settings = engine.deepspeed_config(config.train, resolved.dtype, max(len(s.micro_batches[0]) for s in steps))
     with guard.phase("loading the model"), engine.partitioned_loading(settings):
-        model = load_resolved(resolved)
+        model = load_base(resolved)
     prepare_trainable(model, encoder.family, config)
     flops = model_flops(model, encoder.family)
     with guard.phase("starting DeepSpeed"):
@@ -111,10 +117,13 @@ def prepare(
     with guard.progress_if_interrupted():
         prepared = (config, resolved, trainer, usable, stop)
         store = fill_reference_store(*prepared) if program.needs_reference else None
+        if config.train.reference_only:
+            return None
         embeddings = fill_embedding_store(*prepared) if program.needs_similarity else None
     guard.after_reference()
-    fingerprint = store.fingerprint if store is not None else model_description(config, resolved)
-    description = partition.RunDescription(config, data, steps, fingerprint, ranks.world_size, program)
+    reference = model_description(config, resolved) if store is None else store.fingerprint
+    base = model_description(config, resolved) if other_reference(config) else reference
+    description = partition.RunDescription(config, data, steps, base, reference, ranks.world_size, program)
     with guard.phase("loading the checkpoint") if found else contextlib.nullcontext():
         done = partition.resume(trainer, description, found)
     saver = partition.build_saver(trainer, config.train, description, guard)
@@ -133,8 +142,11 @@ def train(config: Config, ranks: Ranks, stop: StopRequest | None = None) -> bool
     # Validate before the hours of measuring, loading and the reference pass.
     resolved = resolve_model(config.model, pick_device(ranks), for_training=True)
     partition.check_settings(engine.deepspeed_config(config.train, resolved.dtype, 1))
+    if resolved.adapter:
+        check_continued(config, resolved.adapter)
     with RunGuard(config.train, ranks, clean_leftovers) as guard:
-        return run_steps(config, prepare(config, resolved, ranks, guard, stop), guard, stop)
+        prepared = prepare(config, resolved, ranks, guard, stop)
+        return prepared is None or run_steps(config, prepared, guard, stop)
 
 
 def run_steps(config: Config, run: Prepared, guard: RunGuard, stop: StopRequest | None) -> bool:
@@ -165,7 +177,7 @@ def run_steps(config: Config, run: Prepared, guard: RunGuard, stop: StopRequest 
             lost = collectives.gather_from_ranks([dataclasses.asdict(group) for group in sums.lost])
             run.data.lost.report(lost, is_main=trainer.ranks.is_main)
         if step.index == 0:
-            check_first_step(config.train, totals, sums, trainer)
+            check_first_step(config, totals, sums, trainer)
         lr_factor = engine.learning_rate_factor(step.index, total, config.train)
         grad_norm = trainer.step(lr_factor)
         check_finite(sums, step, [grad_norm], trainer)

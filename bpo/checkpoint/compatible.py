@@ -50,6 +50,8 @@ FREE = (
     "train.keep_best",
     "train.tensorboard",
     "train.reference_dir",
+    "train.reference_model",
+    "train.reference_only",
     "train.reference_micro_batch_tokens",
     "train.rehash_weights",
     "train.first_loss_tolerance",
@@ -65,7 +67,7 @@ ROUNDING = (
     "train.max_micro_batch_tokens",
 )
 # Named in train.accept_changes like options; compared by content.
-DATA, WEIGHTS, PLAN, PLUGIN = "data", "weights", "plan", "plugin"
+DATA, WEIGHTS, PLAN, PLUGIN, REFERENCE = "data", "weights", "plan", "plugin", "reference"
 
 
 def base_files(fingerprint: Mapping[str, str]) -> dict[str, str]:
@@ -154,6 +156,7 @@ def refuse(changes: Sequence[tuple[str, Any, Any]], step: int, accepted: Sequenc
         DATA: "the groups, their tokens, images or pairs differ: the finished steps would not be this run's",
         WEIGHTS: "the base model's files differ: the trained weights belong to other frozen weights",
         PLUGIN: "the source of loss.plugin differs: its losses may be others",
+        REFERENCE: "the log-probs of the reference are of another model or setting",
         PLAN: "the order of the groups in the finished steps differs: another version of the plan",
     }
     lines = [

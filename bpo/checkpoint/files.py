@@ -220,6 +220,19 @@ def latest_valid(output_dir: Path) -> tuple[Path, dict[str, Any]]:
     raise CheckpointError("\n".join(problems) or f"{checkpoints_root(output_dir)} contains no checkpoint")
 
 
+def finished_step(output_dir: Path) -> tuple[int, int] | None:
+    """(steps done, steps planned) of the latest checkpoint whose manifest and file sizes are right, or None.
+
+    For a quick look: no weights are read, and nothing is changed.
+    """
+    for directory in checkpoint_dirs(output_dir):
+        with contextlib.suppress(CheckpointError, OSError):
+            manifest = read_manifest(directory)
+            if all((directory / name).stat().st_size == entry["bytes"] for name, entry in manifest["files"].items()):
+                return manifest["cursor"]["steps_done"], manifest["cursor"]["steps_planned"]
+    return None
+
+
 def _try_manifest(directory: Path) -> tuple[dict[str, Any], str]:
     try:
         return read_manifest(directory), ""

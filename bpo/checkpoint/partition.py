@@ -19,6 +19,7 @@ from bpo.checkpoint.compatible import (
     DATA,
     PLAN,
     PLUGIN,
+    REFERENCE,
     WEIGHTS,
     base_digest,
     base_files,
@@ -45,6 +46,7 @@ from bpo.job.guard import RunGuard
 from bpo.job.run_record import versions
 from bpo.losses.plugin import load_plugin
 from bpo.losses.program import LossProgram
+from bpo.model.reference.store import other_reference
 from bpo.training.measure import TrainingData
 
 logger = logging.getLogger(__name__)
@@ -94,23 +96,28 @@ def find_resumable(config: Config, job: JobRanks) -> Found | None:
 
 
 class RunDescription:
-    """Writes the manifests of a run; checks that a checkpoint is of the same data, plan and base model."""
+    """Writes the manifests of a run; checks that a checkpoint is of the same data, plan, base model and reference.
+
+    Args:
+        base, reference: Fingerprints (`run_fingerprint`) of `model.path` and of the reference.
+    """
 
     def __init__(
         self,
         config: Config,
         data: TrainingData,
         steps: Sequence[PlannedStep],
+        base: dict[str, str],
         reference: dict[str, str],
         ranks: int,
         program: LossProgram,
     ):
         self.config, self.steps, self.ranks, self.program = config, steps, ranks, program
-        self.base = base_files(reference)
+        self.base = base_files(base)
         self.fingerprints = {
             DATA: content_digest(data.content()),
             WEIGHTS: base_digest(self.base),
-            "reference": content_digest(f"{name} {value}" for name, value in sorted(reference.items())),
+            REFERENCE: content_digest(f"{name} {value}" for name, value in sorted(reference.items())),
             PLUGIN: load_plugin(config.loss.plugin),
         }
         self._loss_states: dict[str, Any] = {}
@@ -149,6 +156,8 @@ class RunDescription:
         check_content(manifest, WEIGHTS, self.fingerprints[WEIGHTS], accepted, warn=warn)
         check_content(manifest, PLAN, self.plan_digest(manifest["step"]), accepted, warn=warn)
         check_content(manifest, PLUGIN, self.fingerprints[PLUGIN], accepted, warn=warn)
+        if other_reference(self.config) or manifest["config"]["train"].get("reference_model"):
+            check_content(manifest, REFERENCE, self.fingerprints[REFERENCE], accepted, warn=warn)
         changed = [f"{k} {v} -> {versions().get(k)}" for k, v in manifest["versions"].items() if versions().get(k) != v]
         if changed and warn:
             logger.warning(

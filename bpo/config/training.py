@@ -190,8 +190,8 @@ class TrainConfig(Section):
         save_in_background: Write checkpoints from a copy in host memory while training continues.
         hang_timeout_seconds: Seconds without progress of a rank after which the job is aborted; 0 disables the check.
         max_idle_restarts: Maximum restarts without a new checkpoint before the run fails; 0 means no limit.
-        accept_changes: Options (or `data`, `weights`, `plan`, `plugin`) that may differ from a checkpoint in a resumed
-            run.
+        accept_changes: Options (or `data`, `weights`, `reference`, `plan`, `plugin`) that may differ from a checkpoint
+            in a resumed run.
         log_every_steps: Steps between logged metrics.
         evaluate_every_steps: Steps between evaluations on the held-out groups and on the benchmarks of `evaluation.*`,
             which also take place before the first step and after the last; 0 disables them.

@@ -8,11 +8,13 @@ import math
 
 import torch
 
-from bpo.config.training import TrainConfig
+from bpo.config.training import Config
 from bpo.data.schedule import PlannedStep
 from bpo.engine import TrainingEngine
 from bpo.job.collectives import gather_from_ranks
 from bpo.job.exits import JobError
+from bpo.losses.program import LossProgram
+from bpo.model.reference.store import other_reference
 from bpo.training.metrics import StepSums, step_metrics
 
 logger = logging.getLogger(__name__)
@@ -24,6 +26,18 @@ class NonFiniteError(JobError):
 
 class FirstStepError(JobError):
     """Policy and reference differ before the first step."""
+
+
+def check_reference(config: Config, program: LossProgram) -> None:
+    """Raises ValueError if `train.reference_model` or `train.reference_only` does not fit the run."""
+    chosen = [name for name in ("reference_model", "reference_only") if getattr(config.train, name)]
+    if chosen and not program.needs_reference:
+        raise ValueError(f"train.{chosen[0]} is set, but the loss has no reference; remove it")
+    if config.train.reference_only and (other := other_reference(config)):
+        raise ValueError(
+            f"train.reference_only fills the store for model.path {config.model.path}, but train.reference_model is "
+            f"{other}; set model.path to it"
+        )
 
 
 def seed_micro_batch(seed: int, step: int, micro_batch: int, rank: int) -> None:
@@ -80,16 +94,16 @@ def check_finite(sums: StepSums, step: PlannedStep, reduced: list[float], engine
     )
 
 
-def check_first_step(config: TrainConfig, flat: list[float], sums: StepSums, engine: TrainingEngine) -> None:
+def check_first_step(config: Config, flat: list[float], sums: StepSums, engine: TrainingEngine) -> None:
     """Checks that the first step's loss is its value for policy = reference (log 2 for DPO), computed from its terms.
 
-    A loss without a reference has nothing to compare.
+    A loss without a reference has nothing to compare. With `train.reference_model`, both values are only logged.
 
     Raises:
         FirstStepError: the gap exceeds the tolerance: the reference is not the model being trained.
     """
     half_precision = engine.dtype != torch.float32
-    tolerance = config.first_loss_tolerance or (2e-2 if half_precision else 1e-4)
+    tolerance = config.train.first_loss_tolerance or (2e-2 if half_precision else 1e-4)
     metrics = step_metrics(flat, engine.program)
     if not metrics or not engine.program.needs_reference:  # no metrics: the step has lost all its groups
         return
@@ -99,13 +113,13 @@ def check_first_step(config: TrainConfig, flat: list[float], sums: StepSums, eng
     gap = abs(loss - expected)
     token_gap = max(gather_from_ranks(sums.reference_gap))
     logger.info(
-        "first step: loss %.8f, expected %.8f (policy = reference), gap %.2e; largest token log-prob gap %.2e",
+        "first step: loss %.8f, %.8f for policy = reference, gap %.2e; largest token log-prob gap %.2e",
         loss,
         expected,
         gap,
         token_gap,
     )
-    if not gap <= tolerance:
+    if not gap <= tolerance and not other_reference(config):
         raise FirstStepError(
             f"the first step's loss is {loss:.6f} but must be {expected:.6f} within {tolerance:g}: policy and "
             f"reference differ by up to {token_gap:.3g} nats per token. Check for dropout outside the adapter "

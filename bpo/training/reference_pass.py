@@ -23,7 +23,13 @@ from bpo.losses.program import HeadOutput
 from bpo.model.load import ResolvedModel
 from bpo.model.reference.cells import put_reference
 from bpo.model.reference.format import ReferenceStoreError
-from bpo.model.reference.store import ReferenceStore, open_or_create, run_fingerprint, store_directory
+from bpo.model.reference.store import (
+    ReferenceStore,
+    open_or_create,
+    other_reference,
+    run_fingerprint,
+    store_directory,
+)
 from bpo.records import GroupBatch, LostGroup
 from bpo.training.batches import micro_batches
 from bpo.training.measure import TrainingData
@@ -36,10 +42,12 @@ def fill_reference_store(
 ) -> ReferenceStore:
     """Computes the missing entries with the training engine, before its first step; each rank computes its share.
 
-    Must run before a checkpoint is loaded: only the untrained policy is the reference.
+    Must run before a checkpoint is loaded: only the untrained policy is the reference. With another reference
+    (`train.reference_model`), nothing is computed: a run with `train.reference_only` on that model fills its store.
 
     Raises:
-        ReferenceStoreError: the store does not match the run, cannot be written, or lacks entries after the pass.
+        ReferenceStoreError: the store does not match the run, cannot be written, or lacks entries after the pass, or
+            of another reference.
         Interrupted: on all ranks, if any of them was asked to stop; computed entries are stored.
     """
     directory = store_directory(config)
@@ -48,6 +56,12 @@ def fill_reference_store(
     # Decided by one rank: another job may be adding to the store, and all ranks must agree on the missing groups.
     missing = from_rank_0(lambda: _missing_groups(store, data))
     barrier()  # a slower rank must not read entries that others already write
+    if missing and (other := other_reference(config)):
+        raise ReferenceStoreError(
+            f"the reference store {directory} lacks {len(missing)} of {len(data.measured)} groups of "
+            f"train.reference_model {other}; compute them first: the same command with --model.path {other} "
+            f"--train.reference_only true --train.reference_dir {directory}"
+        )
     if not missing:
         logger.info("reference store %s: complete, %d entries", directory, len(store))
         return store
@@ -66,13 +80,13 @@ def fill_reference_store(
 
 
 def model_description(config: Config, model: ResolvedModel) -> dict[str, str]:
-    """The fingerprint of a run whose loss has no reference, and therefore no store. Call on all ranks."""
+    """The fingerprint of `model.path`, for a run with a store of another model or with none. Call on all ranks."""
     directory = Path(config.train.output_dir)
     return from_rank_0(lambda: run_fingerprint(config, model, directory))
 
 
 def _open_store(config: Config, model: ResolvedModel, directory: Path) -> dict[str, str]:
-    fingerprint = run_fingerprint(config, model, directory)
+    fingerprint = run_fingerprint(config, model, directory, other_reference(config))
     open_or_create(directory, fingerprint)
     return fingerprint
 

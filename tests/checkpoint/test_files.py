@@ -229,7 +229,7 @@ def test_a_manifest_that_is_written_later_has_the_states_of_its_own_step() -> No
     program = LossProgram(LossConfig(type="spa"))
     data: Any = SimpleNamespace(content=list)
     step = PlannedStep(0, 0, (0,), (((0,),),), ((False,),))
-    run = RunDescription(Config(), data, [step, step], {}, 1, program)
+    run = RunDescription(Config(), data, [step, step], {}, {}, 1, program)
     program.states["spa"].update([[0.5]])
     run.take_loss_states()
     program.states["spa"].update([[0.75]])

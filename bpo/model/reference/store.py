@@ -1,4 +1,4 @@
-"""The reference store: per-token log-probs (fp32) of the policy before its first step.
+"""The reference store: per-token log-probs (fp32) of the reference, by default the policy before its first step.
 
 Entries are keyed by content (image bytes and token ids), so a changed record has no entry and is computed again. What
 all entries depend on (weights, processor, dtype, code path) is the store's fingerprint and must match. See `format` for
@@ -8,6 +8,7 @@ its files. Shape letter: N response tokens.
 from __future__ import annotations
 
 import logging
+import os
 import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -36,6 +37,7 @@ __all__ = [
     "matching_store",
     "model_fingerprint",
     "open_or_create",
+    "other_reference",
     "run_fingerprint",
     "store_directory",
 ]
@@ -51,11 +53,18 @@ def store_directory(config: Config) -> Path:
     return Path(config.train.reference_dir or Path(config.train.output_dir) / "reference")
 
 
-def run_fingerprint(config: Config, model: ResolvedModel, directory: Path) -> dict[str, str]:
+def other_reference(config: Config) -> str:
+    """`train.reference_model`; empty if the reference is `model.path`, the policy before its first step."""
+    other = config.train.reference_model
+    return "" if not other or os.path.realpath(other) == os.path.realpath(config.model.path) else other
+
+
+def run_fingerprint(config: Config, model: ResolvedModel, directory: Path, reference: str = "") -> dict[str, str]:
     """Everything that a run's reference log-probs depend on, other than the records.
 
     Args:
         directory: The store, which caches digests of the model's files.
+        reference: The reference, if it is not `model.path`.
     """
     # Another summation order rounds differently, and the first step compares policy and reference up to rounding.
     choice = model.attention
@@ -65,7 +74,7 @@ def run_fingerprint(config: Config, model: ResolvedModel, directory: Path) -> di
     if config.data.image_aspect != "processor":  # the system prompt is in the keys: they cover all tokens
         settings["image_aspect"] = config.data.image_aspect
     return model_fingerprint(
-        config.model.path,
+        reference or config.model.path,
         kept_digests=directory / DIGESTS,
         rehash=config.train.rehash_weights,
         dtype=str(model.dtype).removeprefix("torch."),

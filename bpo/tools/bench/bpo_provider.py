@@ -14,7 +14,7 @@ from bpo.data.encode import load_encoder
 from bpo.engine import TrainingEngine
 from bpo.job import collectives
 from bpo.job.launch import Ranks, pick_device
-from bpo.model.load import load_resolved, resolve_model
+from bpo.model.load import load_base, resolve_model
 from bpo.model.policy import PolicyModel
 from bpo.model.trainable import prepare_trainable
 from bpo.records import GroupBatch
@@ -58,7 +58,7 @@ def serve(case: StepCase, session: Session, provider: str) -> None:
     data = measure_groups(config, encoder, ranks, collectives.gather_from_ranks)
     (step,) = plan_training(config.train, data, ranks)
     settings = engine.deepspeed_config(config.train, resolved.dtype, len(step.micro_batches[0]))
-    model = load_resolved(resolved)
+    model = load_base(resolved)
     prepare_trainable(model, encoder.family, config)
     adapter = set_adapter(model, resolved.dtype)
     trainer = TrainingEngine(PolicyModel(model), encoder.family, config, settings, ranks)
