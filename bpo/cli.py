@@ -135,6 +135,40 @@ def _measure(argv: list[str]) -> int:
     return 0
 
 
+def _rank(argv: list[str]) -> int:
+    from bpo.job.signals import StopRequest
+
+    with StopRequest() as stop:
+        from bpo.config.io import load_config
+        from bpo.job.launch import ranks_from_environment, setup_logging
+
+        setup_logging(ranks_from_environment())
+        about = "Score the completions of rank.candidates with a judge; with --images, the images of annotations."
+        config = load_config([flag for flag in argv if flag != "--images"], prog="bpo rank", description=about)
+        if "--images" in argv:
+            from bpo.ranking.images import run_image_choice
+
+            run_image_choice(config, stop)
+        else:
+            from bpo.ranking.run import run_rank
+
+            run_rank(config, stop)
+    return 0
+
+
+def _select(argv: list[str]) -> int:
+    from bpo.config.io import load_config
+    from bpo.job.launch import Ranks, setup_logging
+
+    setup_logging(Ranks())
+    config = load_config(argv, prog="bpo select", description="Select preference pairs among scored candidates.")
+    from bpo.ranking.select.run import run_select
+
+    summary = run_select(config)
+    print(f"{summary.num_groups} groups with {summary.num_pairs} pairs: {config.data.groups}")
+    return 0
+
+
 def _train(argv: list[str]) -> int:
     from bpo.job.signals import StopRequest
 
@@ -286,6 +320,8 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "bootstrap": _bootstrap,
     "merge": _merge,
     "measure": _measure,
+    "rank": _rank,
+    "select": _select,
     "train": _train,
     "rounds": _rounds,
     "evaluate": _evaluate,
