@@ -128,8 +128,8 @@ class PreferenceGroup:
     """One prompt about one or more images and K >= 2 completions.
 
     The preference pairs are all (i, j) with `score_i > score_j` (arXiv 2403.08730, released schema), of completions
-    that describe `images`. `extra`, here and in a completion, holds the file's fields that bpo does not read; they are
-    passed through.
+    that describe `images` and are `paired`. `extra`, here and in a completion, holds the file's fields that bpo does
+    not read; they are passed through.
 
     Attributes:
         prompt: Ends with a user turn, or with the start of the assistant's answer, which the completions continue. The
@@ -148,8 +148,8 @@ class PreferenceGroup:
 
     @property
     def own_completions(self) -> tuple[Completion, ...]:
-        """The completions that describe `images`, between which there are preference pairs."""
-        return tuple(completion for completion in self.completions if not completion.view)
+        """The completions that describe `images` and are paired, between which there are preference pairs."""
+        return tuple(completion for completion in self.completions if completion.paired and not completion.view)
 
 
 @dataclass(frozen=True, slots=True)

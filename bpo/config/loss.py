@@ -44,8 +44,8 @@ class TermConfig(Section):
         weight: Factor of the term.
         beta: Inverse temperature; 0 uses loss.beta.
         label_smoothing: Assumed fraction of pairs with swapped labels.
-        pairs: Rule that selects the pairs: `text`, `image`, `chosen`, `rejected`, `auxiliary`, `symmetric`, `argmax`,
-            or a plug-in's; empty uses the loss's own.
+        pairs: Rule that selects the pairs: `text`, `image`, `chosen`, `rejected`, `other`, `auxiliary`, `explored`,
+            `symmetric`, `argmax`, or a plug-in's; empty uses the loss's own.
         on: Answers that a likelihood term is on: `chosen` or `auxiliary`; short for its `pairs`.
         view: Name in loss.views of the image of both sides; empty is the clean image.
         against: Name in loss.views of the image of the dispreferred side, for `image` and `argmax` pairs.

@@ -14,6 +14,7 @@ from bpo.data.encode import EncodedGroup, EncodedPrompt
 
 CLEAN = ""
 AUXILIARY = "auxiliary"
+EXPLORED = "explored"
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,14 +94,17 @@ def preference_pairs(scores: Sequence[float]) -> list[tuple[int, int]]:
 
 
 def group_pairs(group: EncodedGroup) -> list[CellPair]:
-    """The preference pairs of a group on its clean images; completions that describe another view take no part."""
+    """The preference pairs of a group on its clean images.
+
+    Completions that describe another view, or are not `paired`, take no part.
+    """
     count = len(group.completion_ids)
     weights, betas = group.weights or (1.0,) * count, group.betas or (1.0,) * count
-    described = group.described or (CLEAN,) * count
+    described, paired = group.described or (CLEAN,) * count, group.paired or (True,) * count
     return [
         CellPair(Cell(CLEAN, i), Cell(CLEAN, j), weights[i] * weights[j], betas[i] * betas[j])
         for i, j in preference_pairs(group.scores)
-        if described[i] == described[j] == CLEAN
+        if described[i] == described[j] == CLEAN and paired[i] and paired[j]
     ]
 
 
@@ -180,6 +184,18 @@ def auxiliary_anchors(group: EncodedGroup, term: TermSpec) -> list[CellPair]:
     return [CellPair(Cell(f"{AUXILIARY}{k}", 0), None, total / len(answers)) for k in range(len(answers))]
 
 
+@register_pairs("explored")
+def explored_anchors(group: EncodedGroup, term: TermSpec) -> list[CellPair]:
+    """The explored answers against 0. Together they count as the group's pairs; a group without any has none.
+
+    SELM's term is on the answer of the reference itself, in pairs or not: arXiv 2405.19332.
+    """
+    answers = [k for k, is_explored in enumerate(group.explored) if is_explored]
+    total = sum(pair.weight for pair in group_pairs(group))
+    betas = group.betas or (1.0,) * len(group.completion_ids)
+    return [CellPair(Cell(term.view, k), None, total / len(answers), betas[k]) for k in answers]
+
+
 def _under(cell: Cell | None, view: str) -> Cell:
     assert cell is not None
     return Cell(view, cell.completion)
@@ -250,6 +266,10 @@ class CellPlan:
     @property
     def uses_auxiliary(self) -> bool:
         return any(term.pairs == AUXILIARY for term in self.terms)
+
+    @property
+    def uses_explored(self) -> bool:
+        return any(term.pairs == EXPLORED for term in self.terms)
 
     def cells(self, group: EncodedGroup) -> GroupCells:
         """Selects the cells of an encoded group; those that no term needs are not computed."""

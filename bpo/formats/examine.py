@@ -165,7 +165,7 @@ def _of_record(outcome: Outcome, max_words: int) -> Iterator[tuple[str, str]]:
     else:
         answers = [completion.response for completion in record.completions]
         extras = [record.extra, *(completion.extra for completion in record.completions)]
-        if len({c.score for c in record.completions if not c.view}) < 2 and not is_row:
+        if len({c.score for c in record.own_completions}) < 2 and not is_row:
             yield "no-preference", "all completions have the same score"
         elif len({(c.view, c.response, c.score) for c in record.completions}) > len(
             {(c.view, c.response) for c in record.completions}

@@ -118,8 +118,8 @@ def trl_rows(group: PreferenceGroup) -> Iterator[dict[str, Any]]:
 
     `prompt`, `chosen` and `rejected` are TRL messages. The columns `bpo_group`, `bpo_chosen` and `bpo_rejected` hold
     as JSON what TRL has no columns for: the group's id, other fields, auxiliary prompts and completions of its other
-    images; each completion's index, score, type, provenance, weight, beta and weights of characters. The importer uses
-    them to reassemble the group.
+    images or of no pair; each completion's index, score, type, provenance, weight, beta, weights of characters and
+    flags. The importer uses them to reassemble the group.
 
     Raises:
         RecordError: All completions have the same score, so there is no pair.
@@ -131,7 +131,9 @@ def trl_rows(group: PreferenceGroup) -> Iterator[dict[str, Any]]:
     meta: dict[str, Any] = {"id": group.id, "completions": len(group.completions), "extra": dict(group.extra)}
     if group.auxiliary:
         meta["auxiliary"] = auxiliary_to_json(group.auxiliary)
-    if others := [[index, completion_to_json(c)] for index, c in enumerate(group.completions) if c.view]:
+    if others := [
+        [index, completion_to_json(c)] for index, c in enumerate(group.completions) if c.view or not c.paired
+    ]:
         meta["others"] = others
     for i, j in trl_pairs(group):
         yield {
@@ -145,12 +147,12 @@ def trl_rows(group: PreferenceGroup) -> Iterator[dict[str, Any]]:
 
 
 def trl_pairs(group: PreferenceGroup) -> list[tuple[int, int]]:
-    """Returns all (i, j) with score_i > score_j of the completions that describe the group's images.
+    """Returns all (i, j) with score_i > score_j of the completions that take part in pairs about the group's images.
 
     Raises:
         RecordError: There is no pair.
     """
-    own = [(index, completion.score) for index, completion in enumerate(group.completions) if not completion.view]
+    own = [(index, c.score) for index, c in enumerate(group.completions) if c.paired and not c.view]
     pairs = [(i, j) for i, score in own for j, other in own if score > other]
     if not pairs:
         raise RecordError("no-preference", f"group {group.id!r}: all completions have the same score; TRL needs pairs")

@@ -56,6 +56,7 @@ _KINDS: tuple[tuple[str, Level, str, str], ...] = (
         "the weights of an answer's characters are malformed",
         "write ascending [start, end, weight] within the answer",
     ),
+    ("invalid-flag", "bad", "paired or explored is not true or false, or of other images", "write true or false"),
     ("invalid-view", "bad", "an answer describes a view that the group lacks", 'write "other", and other_images'),
     ("other-images", "bad", "the numbers of images and of other_images differ", "make them equal"),
     ("wrong-file", "bad", "groups instead of annotations, or vice versa", "set it as data.groups or data.annotations"),

@@ -27,7 +27,8 @@ from bpo.formats.problems import RecordError
 from bpo.records import Annotation, Auxiliary, Completion, PreferenceGroup, Provenance
 
 GROUP_KEYS = frozenset(("id", "images", "image", "prompt", "completions", "other_images", "auxiliary"))
-COMPLETION_KEYS = frozenset(("response", "score", "type", "provenance", "weight", "beta", "weights", "view"))
+FLAGS = {"paired": True, "explored": False}  # of a completion, with their defaults
+COMPLETION_KEYS = frozenset(("response", "score", "type", "provenance", "weight", "beta", "weights", "view", *FLAGS))
 ANNOTATION_KEYS = frozenset(("id", "images", "image", "prompt", "response"))
 PROVENANCE_KEYS = tuple(entry.name for entry in fields(Provenance))
 
@@ -55,7 +56,7 @@ def completion_to_json(completion: Completion) -> dict[str, Any]:
 
 
 def factors_to_json(completion: Completion) -> dict[str, Any]:
-    """Returns `weight`, `beta` and `weights`, each only if it is not the default; see `factors_from_json`."""
+    """Returns `weight`, `beta`, `weights` and flags, each only if it is not the default; see `factors_from_json`."""
     entry: dict[str, Any] = {}
     if completion.weight != 1:
         entry["weight"] = completion.weight
@@ -63,7 +64,8 @@ def factors_to_json(completion: Completion) -> dict[str, Any]:
         entry["beta"] = completion.beta
     if completion.token_weights:
         entry["weights"] = [list(span) for span in completion.token_weights]
-    return entry
+    flags = {name: getattr(completion, name) for name in FLAGS}
+    return entry | {name: value for name, value in flags.items() if value != FLAGS[name]}
 
 
 def auxiliary_to_json(auxiliary: Sequence[Auxiliary]) -> list[dict[str, Any]]:
@@ -203,6 +205,10 @@ def completion_from_json(entry: Any, name: str, where: str, *, describes_others:
             "invalid-view", f"{where}: {name} has the view 'other', but the group has no other_images; name them"
         )
     factors = factors_from_json(entry, response, name, where)
+    if view is not None and factors.get("explored"):
+        raise RecordError(
+            "invalid-flag", f"{where}: {name} is explored, but describes other_images; remove one of both"
+        )
     return Completion(response, score, kind, provenance, extra, view=view or "", **factors)
 
 
@@ -212,10 +218,10 @@ def completion_extra(extra: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def factors_from_json(entry: Mapping[str, Any], response: str, name: str, where: str) -> dict[str, Any]:
-    """Parses `weight`, `beta` and `weights` of a completion; returns the fields of `Completion` that are given.
+    """Parses `weight`, `beta`, `weights` and the flags of a completion; returns the fields of `Completion` it has.
 
     Raises:
-        RecordError: See `weight_of`, `beta_of` and `spans_of`.
+        RecordError: A flag is not true or false; see also `weight_of`, `beta_of` and `spans_of`.
     """
     found: dict[str, Any] = {}
     if entry.get("weight") is not None:
@@ -224,6 +230,11 @@ def factors_from_json(entry: Mapping[str, Any], response: str, name: str, where:
         found["beta"] = beta_of(entry["beta"], f"{name}.beta", where)
     if entry.get("weights") is not None:
         found["token_weights"] = spans_of(entry["weights"], response, f"{name}.weights", where)
+    for flag in FLAGS:
+        if entry.get(flag) is not None:
+            if not isinstance(entry[flag], bool):
+                raise RecordError("invalid-flag", f"{where}: {name}.{flag} is {entry[flag]!r:.80}; write true or false")
+            found[flag] = entry[flag]
     return found
 
 

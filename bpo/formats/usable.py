@@ -16,13 +16,16 @@ NO_PAIR = ("no-pair", "no two completions differ in both tokens and score")
 def keep_types(group: PreferenceGroup, types: Sequence[str]) -> PreferenceGroup:
     """Keeps the completions with a weight that are of the given types, or top-scored among those of the same images.
 
-    Empty `types` keeps all types.
+    Empty `types` keeps all types. Explored completions of other types are kept without pairs.
     """
     weighted = tuple(completion for completion in group.completions if completion.weight)
     if not types:
         return group if len(weighted) == len(group.completions) else replace(group, completions=weighted)
-    top = {view: max(c.score for c in weighted if c.view == view) for view in {c.view for c in weighted}}
-    return replace(group, completions=tuple(c for c in weighted if c.score == top[c.view] or c.type in types))
+    paired = [completion for completion in weighted if completion.paired]
+    top = {view: max(c.score for c in paired if c.view == view) for view in {c.view for c in paired}}
+    kept = [completion for completion in paired if completion.score == top[completion.view] or completion.type in types]
+    others = [completion for completion in weighted if completion.explored and completion not in kept]
+    return replace(group, completions=(*kept, *(replace(completion, paired=False) for completion in others)))
 
 
 def refusal(group: PreferenceGroup, *, max_words: int, keep_text_only: bool) -> tuple[str, str] | None:
@@ -45,16 +48,19 @@ def distinct_answers(
 ) -> list[tuple[Answer, Completion]] | None:
     """Merges completions with equal answers (texts or token ids): the one with the higher score, then weight, is kept.
 
-    Those of the group's images and of its other images are not merged with each other.
+    Paired ones precede those without pairs; what is kept is explored if any of them is. Those of the group's images and
+    of its other images are not merged with each other.
 
     Returns:
-        The distinct answers with their completions, in order of their first occurrence, or None if no two answers that
-        describe the group's images differ in score (`NO_PAIR`).
+        The distinct answers with their completions, in order of their first occurrence, or None if no two paired ones
+        that describe the group's images differ in score (`NO_PAIR`).
     """
     best: dict[tuple[str, Answer], Completion] = {}
     for completion in completions:
         key = completion.view, answer_of(completion)
-        best[key] = max(best.get(key, completion), completion, key=lambda c: (c.score, c.weight))
-    if len({completion.score for completion in best.values() if not completion.view}) < 2:
+        other = best.get(key, completion)
+        kept = max(other, completion, key=lambda c: (c.paired, c.score, c.weight))
+        best[key] = replace(kept, explored=True) if other.explored or completion.explored else kept
+    if len({completion.score for completion in best.values() if completion.paired and not completion.view}) < 2:
         return None
     return [(answer, completion) for (_, answer), completion in best.items()]

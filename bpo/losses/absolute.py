@@ -61,7 +61,7 @@ def sft(values: PairValues) -> Tensor:
 def log_ratio(values: PairValues) -> Tensor:
     """r(y_w), to be minimised: SELM's optimism term, arXiv 2405.19332; the term's weight is its alpha.
 
-    With `sigmoid`, L = L_DPO + alpha beta h(y). SELM samples y from the model; here it is the preferred side of the
-    term's pairs. Without a lower bound.
+    With `sigmoid`, L = L_DPO + alpha beta h(y). SELM's y is the answer of the reference itself: `pairs: explored`. By
+    default it is the preferred answer. Without a lower bound.
     """
     return rewards(values, "log_ratio")[0]

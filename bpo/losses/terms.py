@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bpo.config.loss import LossConfig, TermConfig
-from bpo.data.cells import AUXILIARY, PAIR_RULES, CellPlan, TermSpec
+from bpo.data.cells import AUXILIARY, EXPLORED, PAIR_RULES, CellPlan, TermSpec
 from bpo.data.token_weights import TOKEN_RULES
 from bpo.data.views import check_views
 from bpo.losses import absolute, across, preference, reference_free, stateful  # noqa: F401 they register losses
@@ -16,7 +16,7 @@ from bpo.losses.plugin import load_plugin, plugin_digest
 from bpo.losses.registry import LOSSES, WEIGHINGS, LossDefinition
 
 # Rules whose pairs have an anchor on one side.
-ANCHORED = frozenset(("chosen", "rejected", "other", "auxiliary"))
+ANCHORED = frozenset(("chosen", "rejected", "other", AUXILIARY, EXPLORED))
 _NEEDS_AGAINST = frozenset(("image", "symmetric", "other", "argmax"))
 # Rules whose pairs have one answer, on one side or on both: nothing to compare its tokens with.
 _ONE_ANSWER = ANCHORED | {"image", "argmax"}
@@ -89,6 +89,10 @@ def resolve_terms(config: LossConfig) -> tuple[Term, ...]:
         terms.append(Term(name, options, definition, spec, values, where))
     if len({term.spec.shared_tokens for term in terms if term.spec.pairs == "argmax"}) > 1:
         raise ValueError("loss.terms: all terms with pairs: argmax must agree on shared_tokens")
+    if all(term.spec.pairs == EXPLORED for term in terms):
+        raise ValueError(
+            "loss.terms: all are on explored answers, which some groups lack; add one that compares answers"
+        )
     return tuple(terms)
 
 

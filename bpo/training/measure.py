@@ -17,6 +17,7 @@ from bpo.data.lengths import MeasuredLengths, encoder_fingerprint, lengths_direc
 from bpo.formats.bad_records import BadRecords
 from bpo.formats.files import read_groups
 from bpo.formats.problems import PROBLEMS, Problem
+from bpo.formats.schema import FLAGS
 from bpo.job.exits import Interrupted
 from bpo.job.launch import Ranks
 from bpo.job.signals import StopRequest
@@ -92,6 +93,9 @@ class TrainingData:
             parts = [f"{measured.reference_key} {measured.num_pairs}"]
             for values in ([c.weight for c in completions], [c.beta for c in completions]):
                 parts += [str(values)] if any(value != 1 for value in values) else []
+            for name, default in FLAGS.items():
+                flags = [getattr(completion, name) for completion in completions]
+                parts += [f"{name} {flags}"] if any(flag != default for flag in flags) else []
             parts += [str(c.token_weights) for c in completions if c.token_weights]
             yield " ".join(parts)
 
@@ -132,6 +136,7 @@ def measure_groups(
         keep_text_only=config.data.text_only == "keep",
         plan=LossProgram(config.loss, config.train.seed).plan,
     )
+    _check_explored(dataset, config.data.groups)
     mine = range(ranks.rank, len(dataset), ranks.world_size)
     results = tqdm(
         _measured(config, encoder, dataset, mine, ranks.rank),
@@ -159,6 +164,15 @@ def measure_groups(
     if ranks.is_main and not continuing:
         lost.write_planned(*planned, by_index)
     return TrainingData(dataset, tuple(i for i, _ in usable), tuple(group for _, group in usable), losses)
+
+
+def _check_explored(dataset: GroupDataset, file: str) -> None:
+    """Before the hours of measuring; a group without an explored completion only lacks the term."""
+    if dataset.plan.uses_explored and not any(c.explored for group in dataset.groups for c in group.completions):
+        raise ValueError(
+            f"{file}: the loss has a term with pairs: explored, but no completion is explored; mark the model's own "
+            'answers with "explored": true (select.explored in `bpo select`), or set pairs: chosen'
+        )
 
 
 def _list_dropped(output_dir: Path, dropped: Sequence[Dropped], num_groups: int) -> None:

@@ -69,6 +69,18 @@ def test_image_pairs_and_anchors_count_once_per_preference_pair() -> None:
     assert pairs_of(TermSpec(pairs="text", view="crop"))[0] == (Cell("crop", 0), Cell("crop", 1), 1.0)
 
 
+def test_explored_answers_count_as_the_groups_pairs_in_pairs_or_not() -> None:
+    flags = {"paired": (True, True, False), "explored": (False, True, True), "betas": (1.0, 0.5, 2.0)}
+    group = replace(GROUP, scores=(1.0, 0.0, 2.0), **flags)
+    assert pairs_of(TermSpec(), group) == [(Cell("", 0), Cell("", 1), 1.0)]  # the best answer is in no pair
+    explored = plan_of(TermSpec(pairs="explored", view="crop")).cells(group).pairs[0]
+    assert explored == (CellPair(Cell("crop", 1), None, 0.5, 0.5), CellPair(Cell("crop", 2), None, 0.5, 2.0))
+    assert cells_of(TermSpec(), group=group) == [("", (0, 1))]
+    assert cells_of(TermSpec(), TermSpec(pairs="explored"), group=group) == [("", (0, 1, 2))]
+    none = TermSpec(pairs="explored")
+    assert pairs_of(none) == [] and cells_of(TermSpec(), none) == [("", (0, 1, 2))]
+
+
 def test_two_images_with_an_answer_each() -> None:
     """The answer to the other image is in no preference pair of the group's own image."""
     assert pairs_of(TermSpec(), TWO_IMAGES) == [(Cell("", 0), Cell("", 1), 1.0)]

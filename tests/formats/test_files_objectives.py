@@ -1,4 +1,4 @@
-"""Fields of groups for objectives: betas, weights of characters, views, other images, auxiliary prompts, starts."""
+"""Fields of groups for objectives: betas, weights of characters, flags, views, other images, auxiliary prompts."""
 
 from __future__ import annotations
 
@@ -44,7 +44,8 @@ def everything(record_id: str = "a") -> dict[str, Any]:
             {"response": "bus.", "score": 1.0, "type": "gt", "beta": 1.5, "weights": [[0, 3, 2.0], [3, 4, 0.0]]},
             {"response": "tram.", "score": 0.0, "type": "mllm-hal", "weight": 0.5, "note": "x"},
             {"response": "ship.", "score": 1.0, "type": "gt", "beta": 0.25, "weights": [[1, 2, 3.0]], "view": "other"},
-            {"response": "car.", "score": -1.0, "type": "llm-hal", "weights": [[0, 4, 1.0]]},
+            {"response": "car.", "score": -1.0, "type": "llm-hal", "weights": [[0, 4, 1.0]], "explored": True},
+            {"response": "van.", "score": 0.5, "type": "mllm-greedy", "paired": False, "explored": True},
         ],
         "auxiliary": [{"prompt": [QUESTION], "response": "A vehicle."}],
         "split": "train",
@@ -58,8 +59,9 @@ def test_every_field_is_read() -> None:
     assert group.prompt == (question, Turn("assistant", (text("It is a "),)))
     assert group.auxiliary == (Auxiliary((question,), "A vehicle."),)
     assert group.completions[0].token_weights == ((0, 3, 2.0), (3, 4, 0.0))
-    assert [c.beta for c in group.completions] == [1.5, 1.0, 0.25, 1.0]
-    assert [c.view for c in group.completions] == ["", "", "other", ""]
+    assert [c.beta for c in group.completions] == [1.5, 1.0, 0.25, 1.0, 1.0]
+    assert [c.view for c in group.completions] == ["", "", "other", "", ""]
+    assert [(c.paired, c.explored) for c in group.completions] == [(True, False)] * 3 + [(True, True), (False, True)]
     assert group.completions[1].extra == {"note": "x"}
 
 
@@ -164,6 +166,13 @@ def test_a_missing_other_image_is_a_problem_of_its_record(folder: Path) -> None:
         ("invalid-view", answered(view="other"), r"completions\[1\] has the view 'other', but .* no other_images"),
         ("invalid-view", answered(view="noise") | {"other_images": ["y.png"]}, "view is 'noise'; write \"other\""),
         ("invalid-view", answered(view=["other"]), r"view is \['other'\]"),
+        ("invalid-flag", answered(paired=0), r"completions\[1\].paired is 0; write true or false"),
+        ("invalid-flag", answered(explored="yes"), "explored is 'yes'"),
+        (
+            "invalid-flag",
+            answered(view="other", explored=True) | {"other_images": ["y.png"]},
+            r"completions\[1\] is explored, but describes other_images",
+        ),
         ("other-images", group_json(other_images=["y.png", "z.png"]), "has 2 images, but 'images' has 1"),
         ("wrong-type", group_json(other_images=7), "'other_images' is 7; write image paths"),
         ("image-no-path", group_json(other_images=[""]), "'other_images' is"),
@@ -282,3 +291,42 @@ def test_answers_about_other_images_make_no_pair_but_are_kept(tmp_path: Path) ->
     write_jsonl([alone], tmp_path / "g.jsonl")
     result = check_data(tmp_path / "g.jsonl", opens_images=False)
     assert result.counts["no-preference"] == 1 and result.unused == {"no-pair": 1}
+
+
+def flagged(*answers: tuple[str, float, bool, bool]) -> PreferenceGroup:
+    completions = (Completion(text, score, "x", paired=paired, explored=own) for text, score, paired, own in answers)
+    return replace(described(("", 0.0, "x", "")), completions=tuple(completions))
+
+
+def test_an_explored_answer_of_another_type_is_kept_without_pairs() -> None:
+    group = flagged(
+        ("bus", 1.0, True, False), ("tram", 0.0, True, True), ("van", 2.0, False, True), ("x", 0, False, False)
+    )
+    kept = keep_types(group, ["none of them"]).completions
+    assert [(c.response, c.paired, c.explored) for c in kept] == [
+        ("bus", True, False),  # the best of those in pairs
+        ("tram", False, True),
+        ("van", False, True),
+    ]
+    assert keep_types(group, []) == group
+    assert keep_types(group, ["x"]).own_completions == group.own_completions
+
+
+def test_equal_answers_are_paired_and_explored_if_any_of_them_is() -> None:
+    group = flagged(("bus", 1.0, True, False), ("tram", 0.0, True, False), ("tram", 2.0, False, True))
+    merged = distinct_answers(group.completions, lambda c: c.response)
+    assert merged is not None and [(text, c.score, c.paired, c.explored) for text, c in merged] == [
+        ("bus", 1.0, True, False),
+        ("tram", 0.0, True, True),  # the score of its pairs
+    ]
+    alone = flagged(("bus", 1.0, True, False), ("tram", 0.0, False, True))
+    assert distinct_answers(alone.completions, lambda c: c.response) is None
+
+
+def test_a_file_whose_answers_are_in_no_pair_is_checked_and_exported_as_such(tmp_path: Path) -> None:
+    group = flagged(("bus", 1.0, True, False), ("tram", 0.0, False, True))
+    write_jsonl([group], tmp_path / "g.jsonl")
+    result = check_data(tmp_path / "g.jsonl", opens_images=False)
+    assert result.counts["no-preference"] == 1 and result.unused == {"no-pair": 1}
+    with pytest.raises(RecordError, match="TRL needs pairs"):
+        list(trl_rows(group))

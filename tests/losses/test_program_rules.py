@@ -128,6 +128,39 @@ def with_equal_answers(seed: int = 0, **term: Any) -> Batch:
     return batch
 
 
+def test_selms_gradient_is_dpos_and_alpha_beta_by_the_log_prob_of_the_references_own_answer() -> None:
+    """By the mean over pairs: the explored answers of a group count as its pairs."""
+    alpha, beta = 0.01, 0.3
+    scores = {"scores": (1.0, 0.0, 0.5), "paired": (True, True, False)}
+    answers = ((10, 11), (20,), (30, 31, 32))
+    groups = (
+        EncodedGroup(PROMPT, answers, explored=(False, False, True), **scores),  # y_r in no pair
+        EncodedGroup(PROMPT, answers[:2], (1.0, 0.0), explored=(False, True)),  # y_r is y_l
+        EncodedGroup(PROMPT, answers[:2], (1.0, 0.0)),
+    )
+
+    def gradient(weight: float) -> tuple[Batch, list[float]]:
+        optimism = TermConfig(type="log_ratio", name="optimism", pairs="explored", weight=weight)
+        batch = Batch(LossConfig(beta=beta, terms=[TermConfig(), optimism]), groups)
+        logp_N = batch.head(batch.hidden_NH, batch.target_N).detach().requires_grad_()
+        output = batch.program.apply(HeadOutput(None, logp_N), batch.inputs)
+        expected = beta * (batch.ratio(0, Cell("", 2)) + batch.ratio(1, Cell("", 1)))
+        assert output.term_sums_T[1].item() == pytest.approx(expected.item(), rel=1e-6)
+        deltas = [beta * (batch.ratio(g, CHOSEN) - batch.ratio(g, REJECTED)) for g in range(len(groups))]
+        dpo = sum(softplus(-delta) for delta in deltas)
+        assert output.total.item() == pytest.approx((dpo + weight * expected).item(), rel=1e-6)
+        (by_token_N,) = torch.autograd.grad(output.total / len(groups), logp_N)
+        return batch, by_token_N.tolist()
+
+    batch, selm = gradient(alpha)
+    difference = [a - b for a, b in zip(selm, gradient(0.0)[1], strict=True)]
+    explored = [
+        number in (2, 4) for number in range(len(batch.cells)) for _ in range(*batch.starts[number : number + 2])
+    ]
+    expected = [alpha * beta / len(groups) if of_answer else 0.0 for of_answer in explored]
+    assert difference == pytest.approx(expected, rel=1e-6, abs=1e-15) and sum(explored) == 4
+
+
 @pytest.mark.parametrize("length", ["sum", "mean"])
 def test_equal_answers_have_the_loss_log_2(length: str) -> None:
     batch = with_equal_answers(length=length)

@@ -29,7 +29,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     # unknown names
     ({"type": "sigmod"}, ".type is 'sigmod'; did you mean 'sigmoid'?; available: aot, aot_unpaired, apo_down"),
     ({"type": "zzz"}, ".type is 'zzz'; available: aot, "),
-    ({"pairs": "txt"}, ".pairs is 'txt'; did you mean 'text'?; available: argmax, auxiliary, chosen, image, other, "),
+    (
+        {"pairs": "txt"},
+        ".pairs is 'txt'; did you mean 'text'?; available: argmax, auxiliary, chosen, explored, image, ",
+    ),
     ({"token_weights": "change"}, ".token_weights is 'change'; did you mean 'changed'?; available: changed, data"),
     ({"weighting": "wpi"}, ".weighting is 'wpi'; did you mean 'wpo'?; available: wpo"),
     ({"view": "blur"}, ".view is 'blur', not in loss.views (crop, noise); add it there"),
@@ -98,6 +101,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     (
         {"type": "orpo", "pairs": "auxiliary"},
         ": orpo compares two answers without a reference; pairs: auxiliary have one",
+    ),
+    (
+        {"type": "orpo", "pairs": "explored"},
+        ": orpo compares two answers without a reference; pairs: explored have one",
     ),
     ({"type": "simpo", "pairs": "chosen"}, ": simpo compares two answers without a reference; pairs: chosen have one"),
     ({"pairs": "chosen", "ld_alpha": 0.5}, ": ld_alpha compares the lengths of two answers; pairs: chosen have one"),
@@ -180,6 +187,13 @@ def test_terms_of_second_targets_agree_on_whose_tokens_they_are() -> None:
     assert len(resolve_terms(config_of(shared, shared))) == 2
     with pytest.raises(ValueError, match="all terms with pairs: argmax must agree on shared_tokens"):
         resolve_terms(config_of(own, shared))
+
+
+def test_a_loss_on_explored_answers_alone_is_refused_since_groups_may_lack_them() -> None:
+    explored = TermConfig(type="log_ratio", pairs="explored")
+    assert len(resolve_terms(config_of({}, explored))) == 2
+    with pytest.raises(ValueError, match="^loss.terms: all are on explored answers, .* add one that compares answers"):
+        resolve_terms(config_of(explored))
 
 
 @pytest.mark.parametrize("returned", [torch.zeros(()), torch.zeros(2, 1), 1.0, None])

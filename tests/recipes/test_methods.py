@@ -97,6 +97,10 @@ def test_terms_are_logged_before_their_weights(trained: Path, name: str) -> None
         assert first[f"loss/{term}"] == pytest.approx(value, rel=1e-5, abs=1e-6)
 
 
+def test_selms_term_is_on_the_demos_own_answers_which_move_away_from_the_reference(trained: Path) -> None:
+    assert metrics(trained, "selm")[1]["loss/optimism"] != 0
+
+
 @pytest.mark.parametrize("name", SAME_DATA)
 def test_another_image_costs_tokens_unless_its_tokens_are_shared(trained: Path, name: str) -> None:
     more, same = tokens(trained, name), tokens(trained, SAME_DATA[name])

@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 
+from bpo.config.loss import TermConfig
 from bpo.config.training import Config
 from bpo.data import encode
 from bpo.data.groups import MeasuredGroup
+from bpo.data.reference_keys import KEY_HEX
 from bpo.job.exits import Interrupted
 from bpo.job.launch import Ranks
 from bpo.job.signals import StopRequest
@@ -58,3 +60,20 @@ def test_the_content_of_a_run_changes_with_a_weight_and_not_without(run: Config)
     path.write_text(unweighted.replace('"no 3", "score": 0,', '"no 3", "score": 0, "weight": 0.5,'))
     changed = content()
     assert [index for index in range(NUM_GROUPS) if changed[index] != before[index]] == [3]
+    path.write_text(unweighted.replace('"no 3", "score": 0,', '"no 3", "score": 0, "explored": true,'))
+    assert [index for index in range(NUM_GROUPS) if content()[index] != before[index]] == [3]
+
+
+def test_a_term_on_explored_answers_needs_one_in_the_file(run: Config) -> None:
+    own = {"response": "maybe", "score": 0.5, "type": "mllm-greedy", "paired": False, "explored": True}
+    run.loss.terms = [TermConfig(), TermConfig(type="log_ratio", pairs="explored")]
+    with pytest.raises(ValueError, match=r"groups\.jsonl: .* no completion is explored; mark the model's own answers"):
+        measure_groups(run, encode.load_encoder(run), Ranks(), lambda mine: [mine])
+    path = Path(run.data.groups)
+    first, *others = [json.loads(line) for line in path.read_text().splitlines()]
+    first["completions"].append(own)
+    path.write_text("".join(json.dumps(record) + "\n" for record in (first, *others)))
+    data = measure_groups(run, encode.load_encoder(run), Ranks(), lambda mine: [mine])
+    assert [group.num_pairs for group in data.measured] == [1] * NUM_GROUPS
+    assert [len(group.cell_keys) // KEY_HEX for group in data.measured] == [3] + [2] * (NUM_GROUPS - 1)
+    assert data.measured[0].num_tokens == data.measured[3].num_tokens + len("maybe") + 1

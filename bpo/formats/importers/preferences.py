@@ -299,7 +299,7 @@ def _pair_row(
 
 
 def _others(meta: Mapping[str, Any], describes_others: bool, where: str) -> tuple[list[int], list[Completion]]:
-    """Returns the completions of the other images, which are in every row of a group, after their indices."""
+    """Returns the completions of other images or of no pair, which are in every row of a group, after their indices."""
     entries = meta.get("others", [])
     if not isinstance(entries, list) or not all(isinstance(entry, list) and len(entry) == 2 for entry in entries):
         raise RecordError("wrong-type", f"{where}: {GROUP_META}.others must be a list of [index, completion]")

@@ -145,21 +145,24 @@ def partners_of(scenes: Sequence[Scene], seed: int) -> list[int]:
 def _with_shared_fields(
     group: PreferenceGroup, scene: Scene, other: PreferenceGroup, other_scene: Scene, seed: int
 ) -> PreferenceGroup:
-    """The group with the scene and annotation of another group, a question, and weights of wrong objects."""
+    """The group with the scene and annotation of another group, a question, and weights of wrong objects.
+
+    The model's own answer, to the clean image, is what SELM's term is on.
+    """
     described = Completion(other_scene.caption, 1.0, "other", view="other")
     return replace(
         group,
-        completions=(*(_weighed(c, scene) for c in group.completions), described),
+        completions=(*(_with_marks(c, scene) for c in group.completions), described),
         other_images=other.images,
         auxiliary=(question_of(scene, np.random.default_rng(derive_seed(seed, "auxiliary", group.id))),),
     )
 
 
-def _weighed(completion: Completion, scene: Scene) -> Completion:
-    """Weights the objects that the scene lacks `WRONG_WEIGHT` times, "a NAME" each."""
+def _with_marks(completion: Completion, scene: Scene) -> Completion:
+    """Weights the objects that the scene lacks `WRONG_WEIGHT` times, "a NAME" each; marks the model's own answer."""
     named = objects_in(completion.response)
     wrong = tuple((start, end, WRONG_WEIGHT) for thing, start, end in named if thing not in scene.objects)
-    return replace(completion, token_weights=wrong)
+    return replace(completion, token_weights=wrong, explored=completion.type == OWN_TYPES[0])
 
 
 def question_of(scene: Scene, rng: np.random.Generator) -> Auxiliary:

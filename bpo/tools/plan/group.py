@@ -212,20 +212,24 @@ def typical_group(
     """A group about one image with one preferred answer.
 
     An auxiliary prompt is taken to be as long as the prompt. Where a term compares answers about another image, the
-    group has one such answer in addition. All answers have `response_tokens` tokens.
+    group has one such answer in addition; where a term is on explored answers, one that is in no pair. All answers have
+    `response_tokens` tokens.
     """
     answer = (_TEXT,) * response_tokens
     others = [term.against for term in plan.terms if term.pairs in ("symmetric", "other")][:1]
+    explored = int(plan.uses_explored)
     prompt = _prompt(image, 1, prompt_tokens)
     views = _views(plan, image, 1, 1, prompt_tokens)
     if plan.uses_auxiliary:
         views = (*views, EncodedView(f"{AUXILIARY}0", prompt, (answer,)))
     return EncodedGroup(
         prompt,
-        (answer,) * (completions + len(others)),
-        (1.0, *[0.0] * (completions - 1), *[1.0] * len(others)),
-        described=(*[CLEAN] * completions, *others),
+        (answer,) * (completions + len(others) + explored),
+        (1.0, *[0.0] * (completions - 1), *[1.0] * (len(others) + explored)),
+        described=(*[CLEAN] * completions, *others, *[CLEAN] * explored),
         views=views,
+        paired=(*[True] * (completions + len(others)), *[False] * explored),
+        explored=(*[False] * (completions + len(others)), *[True] * explored),
     )
 
 
@@ -263,6 +267,8 @@ def groups_of_records(
             tuple(completion.score for _, completion in answers),
             described=tuple(completion.view for _, completion in answers),
             views=(*views, *_auxiliary(group, config, plan, image)),
+            paired=tuple(completion.paired for _, completion in answers),
+            explored=tuple(completion.explored for _, completion in answers),
         )
 
 

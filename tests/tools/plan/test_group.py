@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +174,18 @@ def test_records_with_two_images_to_compare_and_with_other_prompts() -> None:
     described = record((10, 1.0, ""), (10, 0.0, ""), auxiliary=auxiliary)
     shape, _ = of_file(plan_of(TermConfig(), TermConfig(type="nll", pairs="auxiliary")), described)
     assert (shape.step.views[1].prefix_tokens, shape.step.views[1].response_tokens) == (576 + 7 + 16, 8)
+
+
+def test_an_explored_answer_is_one_more_where_a_term_is_on_it() -> None:
+    selm = plan_of(TermConfig(), TermConfig(type="log_ratio", pairs="explored"))
+    shape = sized(selm)
+    assert (views_of(shape)[""], shape.pairs, sized(plan_of(TermConfig())).step.tokens) == ((640, 1, 3), 1, 940)
+    assert shape.step.tokens == shape.reference.tokens == 1090  # type: ignore[union-attr]
+    paired = record((10, 1.0, ""), (20, 0.0, ""), (30, 0.0, ""))
+    own = replace(paired.completions[2], paired=False, explored=True)
+    paired = replace(paired, completions=(*paired.completions[:2], own))
+    assert (of_file(selm, paired)[0].pairs, of_file(selm, paired)[0].step.views[0].completions) == (1, 3)
+    assert of_file(plan_of(TermConfig()), paired)[0].step.views[0].completions == 2
 
 
 def test_what_training_drops_is_not_counted() -> None:
