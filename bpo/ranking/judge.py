@@ -36,6 +36,11 @@ class Failed:
     reason: str
 
 
+def question_of(group: PreferenceGroup) -> str:
+    """The text of the prompt, for judges that take one question; several turns are on lines of their own."""
+    return "\n".join(turn.text for turn in group.prompt)
+
+
 class Judge(Protocol):
     """Scores completions; judges are subclasses. Made once per process; raises ValueError for options that it refuses.
 

@@ -26,7 +26,7 @@ RESULT = "result"
 
 
 def group_digest(group: PreferenceGroup) -> str:
-    """A digest of all that a judge sees of a group: everything but the scores and the training options."""
+    """24 hexadecimal digits of all that a judge sees of a group: everything but scores and training options."""
     answers = [[completion.response, completion.type, completion.view] for completion in group.completions]
     seen = [prompt_to_json(group.prompt), group.images, group.other_images, answers, dict(group.extra)]
     return hashlib.sha256(json.dumps(seen, sort_keys=True, default=str).encode()).hexdigest()[:24]
@@ -43,9 +43,10 @@ class Judgements:
     def __init__(self, folder: Path, identity: dict[str, Any]):
         self.folder, self.identity = folder, identity
         self.failed: dict[str, str] = {}
-        self._judge = {"name": identity["judge"], "identity": identity_digest(identity)}
+        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+        self._judge = {"name": identity["judge"], "identity": digest}
         self._readers: list[JournalReader] = []
-        self._places: dict[tuple[bytes, str], tuple[bytes, int, int]] = {}
+        self._places: dict[tuple[str, str], tuple[str, int, int]] = {}
         self._file: tuple[int, BinaryIO] | None = None  # the journal read last
 
     def poll(self) -> int:
@@ -54,17 +55,13 @@ class Judgements:
         self._readers += [JournalReader(path) for path in sorted(self.folder.glob("rank-*.jsonl")) if path not in known]
         for number, reader in enumerate(self._readers):
             for start, (group_id, digest, name, reason) in reader.poll(_index_entry):
-                self._places.setdefault((_short(group_id), name), (bytes.fromhex(digest), number, start))
-                if reason:
+                self._places.setdefault((group_id, name), (digest, number, start))
+                if reason is not None:
                     self.failed.setdefault(group_id, reason)
         return len(self._places)
 
     def has(self, group_id: str, digest: str, name: str = RESULT) -> bool:
-        """Whether the group has a result of the pass, or has failed in any.
-
-        Raises:
-            ValueError: The judged group of this id had another digest.
-        """
+        """Whether the group has a result of the pass, or has failed in any; raises as `of`."""
         return self._place(group_id, digest, name) is not None
 
     def of(self, group: PreferenceGroup) -> Judgement | Failed | None:
@@ -90,10 +87,9 @@ class Judgements:
         entry = from_line(self._file[1].readline())
         return Failed(entry["failed"]) if "failed" in entry else Scored(tuple(entry["scores"]), tuple(entry["details"]))
 
-    def _place(self, group_id: str, digest: str, name: str) -> tuple[bytes, int, int] | None:
-        key = _short(group_id)
-        place = self._places.get((key, RESULT)) or self._places.get((key, name))
-        if place is not None and place[0] != bytes.fromhex(digest):
+    def _place(self, group_id: str, digest: str, name: str) -> tuple[str, int, int] | None:
+        place = self._places.get((group_id, RESULT)) or self._places.get((group_id, name))
+        if place is not None and place[0] != digest:
             raise ValueError(
                 f"{self.folder}: group {group_id!r} has a judgement of another prompt, image or answer; the candidates "
                 "have changed. Remove the folder to judge them, or set another rank.output"
@@ -119,7 +115,7 @@ class JudgementWriter:
             if isinstance(result, Failed):
                 entry["failed"] = result.reason
             else:
-                entry |= {"scores": list(result.scores), "details": list(result.details)}
+                entry |= {"scores": result.scores, "details": result.details}
             lines.append(to_line(entry))
         self._journal.append(b"".join(lines))
 
@@ -131,17 +127,12 @@ class JudgementWriter:
 
 
 def read_judgements(folder: Path) -> Judgements:
-    """All judgements that a folder has, finished or not.
-
-    Raises:
-        ValueError: The folder has no identity.json.
-    """
+    """All judgements that a folder has, finished or not; raises ValueError if it has no identity.json."""
     path = folder / "identity.json"
     try:
-        identity = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read ({error}); give a folder that `bpo rank` has written") from error
-    judgements = Judgements(folder, identity)
+        judgements = Judgements(folder, json.loads(path.read_bytes()))
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"{path} cannot be read ({error!r}); give a folder that `bpo rank` has written") from error
     judgements.poll()
     return judgements
 
@@ -158,9 +149,10 @@ def open_judgements(folder: Path, judge: str, identity: dict[str, Any]) -> Judge
         folder.mkdir(parents=True, exist_ok=True)
         write_durably(path, text + "\n")  # racing processes write the same bytes
     found, now = read_judgements(folder), json.loads(text)
-    changes = [name for name in {**found.identity, **now} if found.identity.get(name) != now.get(name)]
-    if changes:
-        listed = "; ".join(f"{name} was {found.identity.get(name)!r}, is {now.get(name)!r}" for name in changes)
+    before = found.identity
+    if before != now:
+        changes = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+        listed = "; ".join(f"{name} was {before.get(name)!r}, is {now.get(name)!r}" for name in changes)
         raise ValueError(
             f"{folder} has judgements of another judge or with other options: {listed}. Undo the change, remove the "
             "folder, or set another rank.output"
@@ -168,16 +160,7 @@ def open_judgements(folder: Path, judge: str, identity: dict[str, Any]) -> Judge
     return found
 
 
-def identity_digest(identity: dict[str, Any]) -> str:
-    """12 hexadecimal digits of SHA-256 of the identity."""
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def _index_entry(entry: Any) -> tuple[str, str, str, str]:
-    """(id, digest, pass, reason of failure or ""); a group that failed in any pass has that as its final result."""
-    reason = str(entry.get("failed", ""))
-    return entry["id"], entry["digest"], RESULT if reason else entry["pass"], reason
-
-
-def _short(group_id: str) -> bytes:
-    return hashlib.blake2b(group_id.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+def _index_entry(entry: Any) -> tuple[str, str, str, str | None]:
+    """(id, digest, pass, reason); a group that failed in any pass has that as its final result."""
+    reason = entry.get("failed")
+    return entry["id"], entry["digest"], entry["pass"] if reason is None else RESULT, reason

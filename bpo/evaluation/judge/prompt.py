@@ -18,12 +18,15 @@ class JudgePrompt:
     template: str
 
     @classmethod
-    def read(cls, path: Path, known: Sequence[str], needed: Sequence[str] = ("answer",)) -> JudgePrompt:
+    def read(
+        cls, path: Path, known: Sequence[str], needed: Sequence[str] = ("answer",), option: str = "judge.prompt"
+    ) -> JudgePrompt:
         """Reads a UTF-8 file.
 
         Args:
             known: Placeholders that may occur.
             needed: Of these at least one must occur.
+            option: Option that names the file, for messages.
 
         Raises:
             ValueError: The file cannot be read, or a placeholder is unknown, unnamed or missing.
@@ -31,18 +34,18 @@ class JudgePrompt:
         try:
             template = path.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"judge.prompt {path} cannot be read ({error}); give a text file in UTF-8") from error
+            raise ValueError(f"{option} {path} cannot be read ({error}); give a text file in UTF-8") from error
         names = [match.group(2) for match in _FIELD.finditer(template) if match.group(1) is None]
         listed = ", ".join(f"{{{name}}}" for name in known)
         for name in names:
             if name not in known:
                 raise ValueError(
-                    f"judge.prompt {path}: unknown placeholder {{{name}}}; this benchmark has {listed}. "
+                    f"{option} {path}: unknown placeholder {{{name}}}; known are {listed}. "
                     "Write {{name}} for a literal {name}"
                 )
         if not {*needed} & {*names}:
             missing = " or ".join(f"{{{name}}}" for name in needed)
-            raise ValueError(f"judge.prompt {path}: {missing} is missing, so the judge would see no answer; add it")
+            raise ValueError(f"{option} {path}: {missing} is missing, so the judge would see no answer; add it")
         return cls(template)
 
     def fill(self, fields: Mapping[str, str]) -> str:

@@ -35,7 +35,7 @@ def test_json_in_the_prompt_stays_as_it_is(tmp_path: Path) -> None:
     [
         (
             "{answer} {image}",
-            r"unknown placeholder \{image\}; this benchmark has \{question\}, \{answer\}, \{reference\}",
+            r"unknown placeholder \{image\}; known are \{question\}, \{answer\}, \{reference\}",
         ),
         ("{answer} {}", r"unknown placeholder \{\}"),
         ("{question}", r"\{answer\} is missing"),
