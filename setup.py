@@ -129,6 +129,7 @@ setup(
             "recipes/rounds/*.yaml",
             "bootstrap/prompts/*",
             "bootstrap/lexicon/*",
+            "ranking/prompts/*",
             "tools/demo/assets/**",
             "tools/demo/prompts/*",
             "tools/view/assets/*",

@@ -43,6 +43,7 @@ class Reply:
         error: Why this request has no answer, or None.
         is_broken: Whether the error is in the record itself (such as an unreadable image), not in this request.
         model: Name of the model as the server reports it; empty if it does not.
+        first_tokens: (text, log-prob) of the most likely first tokens; empty if the server does not report them.
     """
 
     text: str
@@ -50,6 +51,7 @@ class Reply:
     error: str | None = None
     is_broken: bool = False
     model: str = ""
+    first_tokens: tuple[tuple[str, float], ...] = ()
 
 
 class ServerError(JobError):
@@ -231,7 +233,16 @@ def _read_reply(raw: bytes) -> Reply:
             raise TypeError("content is not text")
     except (ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
         raise _TryAgain(f"response is not a chat completion: {raw[:200]!r}") from error
-    return Reply(text or "", finished=choice.get("finish_reason") != "length", model=str(completion.get("model") or ""))
+    finished, model = choice.get("finish_reason") != "length", str(completion.get("model") or "")
+    return Reply(text or "", finished, model=model, first_tokens=_first_tokens(choice))
+
+
+def _first_tokens(choice: dict[str, Any]) -> tuple[tuple[str, float], ...]:
+    try:
+        listed = choice["logprobs"]["content"][0]["top_logprobs"]
+        return tuple((str(entry["token"]), float(entry["logprob"])) for entry in listed)
+    except (KeyError, IndexError, TypeError, ValueError):  # not asked for, or in another form
+        return ()
 
 
 def _classify(error: urllib.error.HTTPError) -> Exception:
