@@ -71,6 +71,7 @@ COVERS = {
     "kernels/test_logprob_rows.py": "online_softmax",
     "kernels/test_preference_loss.py": "preference_kernels",
     "kernels/test_provenance.py": "/bpo/job/run_record",
+    "losses/test_plugin.py": "/bpo/job/plugins",
     "model/attention/test_shared_prefix.py": "sdpa",
     "model/attention/test_varlen.py": "flash rows",
     "model/decoding/test_answer.py": "cost",

@@ -36,7 +36,10 @@ class Segment:
     def texts(self, ids: Sequence[int], decode: Callable[[Sequence[int]], str]) -> tuple[str, str]:
         """The texts before and after the segment of an answer `ids`.
 
-        A character in which the segment begins or ends is generated, or kept, as a whole.
+        A character in which the segment begins is generated as a whole; one in which it ends is kept.
+
+        Args:
+            decode: Gives the text of tokens, with white space at its ends.
         """
         whole = decode(ids)
         before = commonprefix([decode(self.prefix), whole])

@@ -19,6 +19,7 @@ class SamplingParams:
     top_p: float
     max_tokens: int
     seed: int
+    top_k: int = 0
 
 
 class LLM:
@@ -41,7 +42,7 @@ class LLM:
         assert add_generation_prompt != continue_final_message
         outputs = []
         for conversation, sampling in zip(messages, sampling_params, strict=True):
-            text = f"{conversation[-1]['content']} {sampling.seed} {continue_final_message}"
+            text = f"{conversation[-1]['content']} {sampling.seed} {continue_final_message} {sampling.top_k}"
             reason = "length" if sampling.max_tokens < 5 else "stop"
             outputs.append(SimpleNamespace(outputs=[SimpleNamespace(text=text, finish_reason=reason)]))
         return outputs
@@ -64,11 +65,15 @@ def body(text: str, seed: int, max_tokens: int = 9, **more: Any) -> tuple[str, d
 def test_a_batch_goes_to_vllm_with_each_records_own_sampling(vllm: None) -> None:
     engine = VllmEngine("DIR", "bfloat16", local_rank=1, max_images=2)
     assert LLM.made == {"model": "DIR", "dtype": "bfloat16", "limit_mm_per_prompt": {"image": 2}}
-    bodies = [body("a", 1), body("b", 2, continue_final_message=True, add_generation_prompt=False), body("c", 3, 4)]
+    bodies = [
+        body("a", 1),
+        body("b", 2, top_k=50, continue_final_message=True, add_generation_prompt=False),
+        body("c", 3, 4),
+    ]
     assert dict(engine.replies(bodies)) == {
-        0: Reply("a 1 False"),
-        1: Reply("b 2 True"),
-        2: Reply("c 3 False", finished=False),
+        0: Reply("a 1 False 0"),
+        1: Reply("b 2 True 50"),
+        2: Reply("c 3 False 0", finished=False),
     }
 
 

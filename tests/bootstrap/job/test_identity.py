@@ -15,7 +15,16 @@ import pytest
 from bpo.bootstrap.engines import models as engines_module
 from bpo.bootstrap.job.identity import check_identity, job_options
 from bpo.bootstrap.run import run_bootstrap, run_merge
-from bpo.config.bootstrap import BootstrapConfig, InjectConfig, ServerConfig, ValidateConfig, WeakenConfig
+from bpo.config.bootstrap import (
+    BootstrapConfig,
+    InjectConfig,
+    SampleConfig,
+    SegmentConfig,
+    ServerConfig,
+    ValidateConfig,
+    WeakenConfig,
+)
+from bpo.config.negatives import EditConfig
 from bpo.config.training import Config, DataConfig, ModelConfig
 from bpo.job.exits import Interrupted
 from bpo.job.signals import StopRequest
@@ -73,13 +82,14 @@ def test_a_damaged_identity_is_named(photos: Path, tmp_path: Path, content: str)
 def changed_sources(photos: Path, folder: Path, before: dict[str, Any], after: dict[str, Any]) -> set[str]:
     """The sources that a change of `bootstrap` options concerns."""
     data = DataConfig(annotations=str(photos / "annotations.json"), image_root=str(photos))
-    sources = ["weaken", "crop", "mask", "regenerate", "unweakened", "inject"]
+    sources = ["weaken", "crop", "mask", "regenerate", "unweakened", "inject", "sample", "greedy", "segment"]
     first = check_identity(Config(data=data, bootstrap=BootstrapConfig(sources=sources, **before)), folder)
     accepting = BootstrapConfig(sources=sources, accept_changes=sources, **after)
     second = check_identity(Config(data=data, bootstrap=accepting), folder)
     return {source for source in sources if first.current[source] != second.current[source]}
 
 
+EVERY_SOURCE = {"weaken", "crop", "mask", "regenerate", "unweakened", "inject", "sample", "greedy", "segment"}
 SEPARATE = {"inject": InjectConfig(llm="another-model")}
 
 
@@ -97,12 +107,43 @@ SEPARATE = {"inject": InjectConfig(llm="another-model")}
             {"weaken": WeakenConfig(temperature=0.5), **SEPARATE},
             {"weaken", "crop", "mask", "regenerate", "unweakened"},
         ),
+        ({}, {"sample": SampleConfig(count=9)}, set()),
+        ({}, {"sample": SampleConfig(temperature=0.5, top_p=0.5)}, {"sample"}),
+        ({}, {"sample": SampleConfig(max_new_tokens=5)}, {"sample", "greedy"}),
+        ({}, {"segment": SegmentConfig(top_k=1)}, {"segment"}),
+        ({}, {"validate": ValidateConfig(same_language=False)}, EVERY_SOURCE - {"sample", "greedy"}),
+        ({}, {"validate": ValidateConfig(max_repeats=9)}, EVERY_SOURCE),
     ],
 )
 def test_an_option_concerns_its_own_sources(
     photos: Path, tmp_path: Path, before: dict[str, Any], after: dict[str, Any], concerned: set[str]
 ) -> None:
     assert changed_sources(photos, tmp_path / "job", before, after) == concerned
+
+
+# Of the defaults at commit 584bba9, before there were sources for judges, segments and parts.
+EARLIER = {
+    "weaken": "c7b42d2f061c",
+    "inject": "715b5282ea1f",
+    "crop": "091ea9df7c03",
+    "mask": "c8d72db2bc03",
+    "regenerate": "3d2baca10b59",
+    "text-only": "b7497b23acc8",
+    "unweakened": "b7497b23acc8",
+    "edit": "ab715b102c56",
+}
+
+
+def test_outcomes_of_earlier_versions_are_still_used_and_a_part_concerns_only_edits(
+    photos: Path, tmp_path: Path
+) -> None:
+    data = DataConfig(annotations=str(photos / "annotations.json"), image_root=str(photos))
+    options = BootstrapConfig(sources=[*EARLIER, "sample", "segment"], edit=EditConfig(by="blind"))
+    config = Config(data=data, bootstrap=options)
+    current = check_identity(config, tmp_path).current
+    assert {source: current[source] for source in EARLIER} == EARLIER
+    with pytest.raises(ValueError, match=r"with other options: data.part was None, is '1/3' \(edit\)\. "):
+        check_identity(replace(config, data=replace(data, part="1/3")), tmp_path)
 
 
 @pytest.mark.parametrize(("llm", "sources"), [("", {"weaken", "inject"}), ("another-model", {"weaken"})])

@@ -15,7 +15,8 @@ from bpo.bootstrap.job.balance import thresholds
 from bpo.bootstrap.job.merge import merge
 from bpo.bootstrap.job.outcomes import Outcome
 from bpo.bootstrap.job.statistics import SourceStatistics, percentile
-from bpo.config.bootstrap import BootstrapConfig, ValidateConfig
+from bpo.config.bootstrap import BootstrapConfig, SampleConfig, ValidateConfig
+from bpo.config.select import SelectConfig
 from bpo.config.training import Config, DataConfig
 from bpo.formats.bad_records import BadRecords
 from bpo.formats.files import read_groups
@@ -48,6 +49,24 @@ def test_of_negatives_that_say_the_same_the_first_source_keeps_its_own(tmp_path:
     assert "`weaken`" in refused[0]["detail"]
     both, _ = merged(tmp_path, 2, outcomes, validate=ValidateConfig(refuse_duplicates=False))
     assert both.kept == {"weaken": 1, "inject": 2}
+
+
+def test_candidates_of_a_judge_stay_whatever_they_say_and_only_equal_samples_are_left_out(tmp_path: Path) -> None:
+    texts = {"sample": "A dog and 0 cats.", "sample#1": "A ZEBRA.", "sample#2": "a zebra", "greedy": "A zebra."}
+    outcomes = [outcome(0, source, text) for source, text in texts.items()] + [outcome(0, "weaken", "A zebra.")]
+    outcomes.append(outcome(1, "sample", "A dog and 1 cats."))  # as the annotation: a group nevertheless
+    options = {"sources": ["weaken", "sample", "greedy"], "sample": SampleConfig(count=3)}
+    for number, select in enumerate([SelectConfig(), SelectConfig(candidates=2, balance="selection")]):
+        (folder := tmp_path / str(number)).mkdir()
+        summary, refused = merged(folder, 2, outcomes, select=select, **options)
+        assert summary.kept == {"weaken": 1, "sample": 3, "greedy": 1}
+        assert [(r["source"], r["detail"]) for r in refused] == [("sample", "same content as candidate 1 of `sample`")]
+        first, second = read_groups(folder / "groups.jsonl")
+        types = ["gt", "mllm-hal", "mllm-sample", "mllm-sample", "mllm-greedy"]
+        assert [completion.type for completion in first.completions] == types
+        assert [completion.response for completion in second.completions] == ["A dog and 1 cats."] * 2
+        assert summary.measures["mllm-hal"]["num_pairs"] == 1
+        assert summary.measures["mllm-sample"]["num_pairs"] == 0  # nothing is rejected before it is judged
 
 
 def test_target_shares_leave_out_what_the_plentiful_source_has_too_many_of(tmp_path: Path) -> None:
