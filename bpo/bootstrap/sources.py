@@ -109,7 +109,7 @@ class ImageAnswers:
         assert encoder is not None and request.sampling is not None, "required_paths() requires model.path in this case"
         ids = encoder.encode_completion(response)[:-1]
         segment = cut_segment(ids, request.weakening.seed, self.config.bootstrap.segment)
-        beginning, ending = segment.texts(ids, encoder.decode)
+        beginning, ending = segment.texts(ids, lambda some: encoder.tokenizer.decode(list(some)))
         sampling = replace(request.sampling, max_new_tokens=segment.length)
         return replace(request, beginning=beginning, ending=ending, segment=segment, sampling=sampling)
 
@@ -121,6 +121,7 @@ class ImageAnswers:
         provenance = Provenance(
             source=PROVENANCE_SOURCES[self.source],
             model=self.generator.name,
+            policy=self.generator.policy,
             noise_step=request.weakening.noise_step,
             seed=request.weakening.seed,
             temperature=sampling.temperature,
@@ -243,6 +244,7 @@ class InjectedErrors:
         provenance = Provenance(
             source=PROVENANCE_SOURCES[self.source],
             model=self.generator.name,
+            policy=self.generator.policy,
             mode=mode,
             seed=request.seed,
             temperature=options.temperature,

@@ -94,7 +94,8 @@ class ChatServer:
 
     def __init__(self, options: ServerConfig, clock: Clock = time):
         self.options = options
-        self.url = options.url.rstrip("/") + "/chat/completions"
+        self._base = options.url.rstrip("/")
+        self.url = f"{self._base}/chat/completions"
         self._headers = {"Content-Type": "application/json", **_authorization()}
         self._opener = urllib.request.build_opener(_NoRedirects)
         self._clock = clock
@@ -152,7 +153,7 @@ class ChatServer:
                 answers_seen = self._num_answers
                 if own_failures >= MAX_TRIES:
                     return Reply("", error=f"{self.url}: {error} ({own_failures} failures while others were answered)")
-                self._check_patience(record_id, started_s, wait_s, error)
+                self._check_patience(f"{self.url}, record {record_id!r}", started_s, wait_s, error)
                 logger.warning("%s, record %r: %s; retrying in %.0f s", self.url, record_id, error, wait_s)
                 self._clock.sleep(wait_s)
                 pause_s *= 2
@@ -164,11 +165,11 @@ class ChatServer:
                     self._num_answers += 1
                 return reply
 
-    def _check_patience(self, record_id: str, started_s: float, wait_s: float, error: _TryAgain) -> None:
+    def _check_patience(self, where: str, started_s: float, wait_s: float, error: _TryAgain) -> None:
         away_s = self._clock.monotonic() - max(started_s, self._last_answer_s)
         if away_s + wait_s > self.options.patience_s:
             raise ServerError(
-                f"{self.url}, record {record_id!r}: {error}; no answer for {away_s:.0f} s (server.patience_s="
+                f"{where}: {error}; no answer for {away_s:.0f} s (server.patience_s="
                 f"{self.options.patience_s:g}); check that the server is up, then restart: finished records are kept"
             ) from error
 
@@ -185,12 +186,68 @@ class ChatServer:
         if turn_s > now_s:
             self._clock.sleep(turn_s - now_s)
 
+    def load_adapter(self, path: str) -> None:
+        """Makes a vLLM server load a LoRA adapter under the name `server.model`; one that it has already is kept.
+
+        Uses vLLM's endpoint `load_lora_adapter` as documented; not run with vLLM.
+
+        Args:
+            path: Directory of the adapter, as the server sees it.
+
+        Raises:
+            ServerError: the server does not answer, or refuses; names the flags that it needs.
+        """
+        try:
+            self._ask("/load_lora_adapter", {"lora_name": self.options.model, "lora_path": path})
+        except _RefusedRequest as error:
+            if "already" not in str(error):
+                raise ServerError(
+                    f"{self._base}/load_lora_adapter does not load {path}: {error}. Start vLLM with the base model, "
+                    "--enable-lora, a sufficient --max-lora-rank and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, on a "
+                    "machine that can read the folder; or serve the merged model"
+                ) from error
+
+    def check_served(self) -> None:
+        """Checks that the server lists `server.model`; one that ignores the name would answer with another model.
+
+        Raises:
+            ServerError: the server does not answer, lists no models, or not this one; names those that it lists.
+        """
+        try:
+            names = [str(entry["id"]) for entry in json.loads(self._ask("/models"))["data"]]
+        except (_RefusedRequest, ValueError, KeyError, TypeError) as error:
+            raise ServerError(f"{self._base}/models does not list the served models: {error!r}") from error
+        if self.options.model not in names:
+            raise ServerError(
+                f"{self._base} serves {', '.join(names) or 'no model'}, not {self.options.model}; serve it under that "
+                "name (vLLM: --served-model-name), or correct server.model and model.path"
+            )
+
+    def _ask(self, path: str, body: dict[str, Any] | None = None) -> bytes:
+        """The response to a request other than for an answer; waits for the server as long as for an answer."""
+        url, data = self._base + path, None if body is None else json.dumps(body).encode("utf-8")
+        started_s, pause_s = self._clock.monotonic(), FIRST_PAUSE_S
+        while True:
+            try:
+                return self._send(url, data)
+            except _TryAgain as error:
+                self._check_patience(url, started_s, pause_s, error)
+                logger.warning("%s: %s; retrying in %.0f s", url, error, pause_s)
+                self._clock.sleep(pause_s)
+                pause_s = min(MAX_PAUSE_S, 2 * pause_s)
+            except ServerError as error:
+                raise _RefusedRequest(str(error)) from error
+
     def _post(self, data: bytes) -> Reply:
-        http_request = urllib.request.Request(self.url, data=data, headers=self._headers, method="POST")
+        return _read_reply(self._send(self.url, data))
+
+    def _send(self, url: str, data: bytes | None) -> bytes:
+        method = "GET" if data is None else "POST"
+        http_request = urllib.request.Request(url, data=data, headers=self._headers, method=method)
         try:
             deadline_s = time.monotonic() + self.options.timeout_s
             with self._opener.open(http_request, timeout=self.options.timeout_s) as response:
-                return _read_reply(_read_whole(response, deadline_s))
+                return _read_whole(response, deadline_s)
         except urllib.error.HTTPError as error:
             raise _classify(error) from error
         except (OSError, http.client.HTTPException) as error:

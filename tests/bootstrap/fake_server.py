@@ -24,9 +24,16 @@ def completion(text: str, finish_reason: str = "stop") -> Answer:
 
 @contextmanager
 def fake_server(
-    answer: Callable[[dict[str, Any], int], Answer], headers: Mapping[str, str] = MappingProxyType({})
+    answer: Callable[[dict[str, Any], int], Answer],
+    headers: Mapping[str, str] = MappingProxyType({}),
+    models: list[str] | None = None,
 ) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """Serves `answer(body, number of this request)`; yields the base URL and the bodies received so far."""
+    """Serves `answer(body, number of this request)`; yields the base URL and the bodies received so far.
+
+    Args:
+        models: Names that GET /models lists, which is not counted as a request. As vLLM, POST /load_lora_adapter adds
+            to them and refuses a name that is there.
+    """
     received: list[dict[str, Any]] = []
     lock = threading.Lock()
 
@@ -36,7 +43,7 @@ def fake_server(
             with lock:
                 received.append({**body, "path": self.path, "key": self.headers.get("Authorization")})
                 number = len(received)
-            status, reply = answer(body, number)
+            status, reply = self.load_adapter(body) if "lora" in self.path else answer(body, number)
             content = reply if isinstance(reply, bytes) else json.dumps(reply).encode()
             self.send_response(200 if status in (CUT, DRIP) else status)
             self.send_header("Content-Length", str(len(content)))
@@ -51,11 +58,23 @@ def fake_server(
                     return
                 self.wfile.write(content[: len(content) // 2] if status == CUT else content)
 
-        def do_GET(self) -> None:  # what a client sends that follows a redirect
+        def load_adapter(self, body: dict[str, Any]) -> Answer:
+            if models is None:
+                return 404, {"detail": "Not Found"}
+            if body["lora_name"] in models:
+                return 400, {"message": f"The lora adapter '{body['lora_name']}' has already been loaded."}
+            models.append(body["lora_name"])
+            return 200, b"Success"
+
+        def do_GET(self) -> None:  # also what a client sends that follows a redirect
+            listed = models is not None and self.path.endswith("/models")
+            content = json.dumps({"data": [{"id": name} for name in models or ()]}).encode() if listed else b""
             with lock:
-                received.append({"path": self.path, "key": self.headers.get("Authorization")})
+                received.extend([] if listed else [{"path": self.path, "key": self.headers.get("Authorization")}])
             self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
             self.end_headers()
+            self.wfile.write(content)
 
         def log_message(self, *args: object) -> None:
             pass

@@ -66,7 +66,7 @@ def accept_random_text(monkeypatch: pytest.MonkeyPatch) -> None:
 class InstantRewriter:
     """Replaces a text-only LLM: adds a zebra to every description."""
 
-    name, whole_batches, special_tokens = "instant", True, ()
+    name, whole_batches, special_tokens, policy = "instant", True, (), None
 
     def replies(self, requests: Sequence[InjectionRequest]) -> Iterator[tuple[int, Reply]]:
         for index, request in enumerate(requests):

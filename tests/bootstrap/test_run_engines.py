@@ -67,7 +67,7 @@ def test_a_server_injects_the_errors(make: MakeConfig) -> None:
 @pytest.mark.parametrize(("temperature", "attempts"), [(0.8, 3), (0.0, 1)])
 def test_a_refused_rewriting_is_asked_for_again_where_that_can_help(temperature: float, attempts: int) -> None:
     class Assistant:
-        name, whole_batches, special_tokens = "assistant", False, ()
+        name, whole_batches, special_tokens, policy = "assistant", False, (), None
         seeds: list[int] = []
 
         def replies(self, requests: Sequence[InjectionRequest]) -> Iterator[tuple[int, Reply]]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -16,13 +18,16 @@ from bpo.bootstrap.engines.text import (
     load_causal_lm,
 )
 from bpo.bootstrap.engines.vision import ChatVisionGenerator, TransformersVisionGenerator, VisionGenerator
-from bpo.bootstrap.engines.vllm import VllmEngine
+from bpo.bootstrap.engines.vllm import VllmEngine, check_servable
+from bpo.config.adapter import split_adapter
+from bpo.config.server import ServerConfig
 from bpo.config.training import Config
 from bpo.data.encode import Encoder, load_encoder
 from bpo.job.chat_server import ChatServer
 from bpo.job.launch import Ranks, pick_device
 from bpo.model.group_scores import GroupScorer
 from bpo.model.load import load_model, resolve_model
+from bpo.model.weights import policy_fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -32,11 +37,14 @@ class Generators:
 
     Attributes:
         encoder: Of `model.path`; None if the path is not set.
+        policy: Fingerprint of `model.path`, for a server the local copy of what it serves; None if it is not set.
     """
 
     def __init__(self, config: Config, ranks: Ranks, max_images: int):
         self.config, self._ranks, self._max_images = config, ranks, max_images
         self.encoder: Encoder | None = load_encoder(config) if config.model.path else None
+        self.policy = policy_fingerprint(config.model.path) if config.model.path else None
+        self._base, self._adapter = split_adapter(config.model)
         self._loaded: Any = None
         self._vision: VisionGenerator | None = None
         self._text: TextGenerator | None = None
@@ -62,8 +70,10 @@ class Generators:
     def _build_vision(self) -> VisionGenerator:
         engine = self.config.bootstrap.vision.engine
         if engine == "transformers":
-            return TransformersVisionGenerator(self._multimodal_model(), self._required_encoder(), self.config)
-        return ChatVisionGenerator(self._chat_engine(), self.config, self._vision_model_name(), self.encoder)
+            model, encoder = self._multimodal_model(), self._required_encoder()
+            return TransformersVisionGenerator(model, encoder, self.config, self.policy)
+        name = self._vision_model_name()
+        return ChatVisionGenerator(self._chat_engine(), self.config, name, self.encoder, self.policy)
 
     def _build_text(self) -> TextGenerator:
         options, cache = self.config.bootstrap.inject, self.config.bootstrap.cache
@@ -78,13 +88,19 @@ class Generators:
             return load_causal_lm(options, pick_device(self._ranks), cache)
         if self.config.bootstrap.vision.engine == "transformers":
             encoder, name = self._required_encoder(), self.config.model.path
-            return MultimodalTextGenerator(self._multimodal_model(), encoder, options, name, cache)
+            return MultimodalTextGenerator(self._multimodal_model(), encoder, options, name, cache, self.policy)
         system_prompt = self.config.data.system_prompt
-        return ChatTextGenerator(self._chat_engine(), options, self._vision_model_name(), system_prompt)
+        name = self._vision_model_name()
+        return ChatTextGenerator(self._chat_engine(), options, name, system_prompt, self.policy)
 
     def _vision_model_name(self) -> str:
-        vision = self.config.bootstrap.vision
-        return vision.server.model if vision.engine == "server" else self.config.model.path
+        is_served = self.config.bootstrap.vision.engine == "server"
+        return self._server_options().model if is_served else self.config.model.path
+
+    def _server_options(self) -> ServerConfig:
+        """An adapter is served under the name of its fingerprint, so that no other one answers."""
+        server = self.config.bootstrap.vision.server
+        return replace(server, model=f"bpo-{self.policy}") if self._adapter else server
 
     def _multimodal_model(self) -> Any:
         if self._loaded is None:
@@ -92,13 +108,24 @@ class Generators:
         return self._loaded
 
     def _chat_engine(self) -> ChatEngine:
-        vision = self.config.bootstrap.vision
-        if vision.engine == "server":
-            return ChatServer(vision.server)
-        if self._loaded is None:
+        if self._loaded is None and self.config.bootstrap.vision.engine == "server":
+            self._loaded = self._connected()
+        elif self._loaded is None:
             dtype = "auto" if self.config.model.dtype == "config" else self.config.model.dtype
-            self._loaded = VllmEngine(self.config.model.path, dtype, self._ranks.local_rank, self._max_images)
+            rank, path = self._ranks.local_rank, self._base.path
+            self._loaded = VllmEngine(path, dtype, rank, self._max_images, self._adapter)
         return self._loaded
+
+    def _connected(self) -> ChatServer:
+        """The server, which has loaded the adapter and names the policy among its models if `model.path` is set."""
+        if self._adapter:
+            check_servable(self._adapter)
+        server = ChatServer(self._server_options())
+        if self._adapter:
+            server.load_adapter(os.path.abspath(self._adapter))
+        if self.policy is not None:
+            server.check_served()
+        return server
 
     def _release(self) -> None:
         self._loaded = self._vision = self._text = None

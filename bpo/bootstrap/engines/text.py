@@ -41,6 +41,10 @@ class TextGenerator(Protocol):
     whole_batches: bool
     special_tokens: tuple[str, ...]
 
+    @property
+    def policy(self) -> str | None:
+        """Fingerprint of the weights, if they are the multimodal model's."""
+
     def replies(self, requests: Sequence[InjectionRequest]) -> Iterable[tuple[int, Reply]]:
         """(index of the request, reply) of every request, in any order; a reply depends only on its request.
 
@@ -96,6 +100,7 @@ class TransformersTextGenerator:
     """
 
     whole_batches = True
+    policy = None  # of another model
 
     def __init__(self, model: Any, tokenizer: Any, options: InjectConfig, name: str, cache: CacheKind = "reserved"):
         self.model, self.tokenizer, self.options, self.name, self.cache = model, tokenizer, options, name, cache
@@ -150,8 +155,17 @@ class MultimodalTextGenerator:
 
     whole_batches = True
 
-    def __init__(self, model: Any, encoder: Encoder, options: InjectConfig, name: str, cache: CacheKind = "reserved"):
+    def __init__(
+        self,
+        model: Any,
+        encoder: Encoder,
+        options: InjectConfig,
+        name: str,
+        cache: CacheKind = "reserved",
+        policy: str | None = None,
+    ):
         self.model, self.encoder, self.options, self.name, self.cache = model, encoder, options, name, cache
+        self.policy = policy
         self.special_tokens = tuple(encoder.tokenizer.all_special_tokens)
         prefixes = Prefixes(model, encoder.family.generation_inputs, enabled=cache != "static")
         self._examples = ExamplePrefixes(prefixes, lambda request: self._encode(request).prefix_ids)
@@ -184,13 +198,16 @@ class ChatTextGenerator:
 
     Args:
         system_prompt: System turn of every request; empty adds none.
+        policy: Fingerprint of the weights, if they are the multimodal model's.
     """
 
     whole_batches = False
     special_tokens: tuple[str, ...] = ()
 
-    def __init__(self, engine: ChatEngine, options: InjectConfig, name: str, system_prompt: str = ""):
-        self.engine, self.options, self.name = engine, options, name
+    def __init__(
+        self, engine: ChatEngine, options: InjectConfig, name: str, system_prompt: str = "", policy: str | None = None
+    ):
+        self.engine, self.options, self.name, self.policy = engine, options, name, policy
         self._system = [{"role": "system", "content": system_prompt}] if system_prompt else []
 
     def replies(self, requests: Sequence[InjectionRequest]) -> Iterable[tuple[int, Reply]]:

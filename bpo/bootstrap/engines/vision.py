@@ -57,16 +57,19 @@ class VisionRequest:
 
 
 class VisionGenerator(Protocol):
-    """A multimodal model. Images of a request are prepared first, possibly while the model answers other requests.
-
-    Attributes:
-        encoder: Of `model.path`; None if the path is not set.
-    """
+    """A multimodal model. Images of a request are prepared first, possibly while the model answers other requests."""
 
     name: str
     whole_batches: bool
     special_tokens: tuple[str, ...]
-    encoder: Encoder | None
+
+    @property
+    def encoder(self) -> Encoder | None:
+        """Of `model.path`; None if the path is not set."""
+
+    @property
+    def policy(self) -> str | None:
+        """Fingerprint of the weights, for the provenance; None if unknown."""
 
     def prepare(self, request: VisionRequest) -> Any:
         """Reads and weakens the images of a request, for `replies`. Does not use the model; thread-safe.
@@ -84,8 +87,8 @@ class TransformersVisionGenerator:
 
     whole_batches = True
 
-    def __init__(self, model: Any, encoder: Encoder, config: Config):
-        self.model, self.encoder, self.config = model, encoder, config
+    def __init__(self, model: Any, encoder: Encoder, config: Config, policy: str | None = None):
+        self.model, self.encoder, self.config, self.policy = model, encoder, config, policy
         self.name = config.model.path
         self.special_tokens = special_tokens_of(encoder)
         self._cache = config.bootstrap.cache
@@ -156,6 +159,7 @@ class ChatVisionGenerator:
     Args:
         engine: A server, or vLLM in this process.
         name: Recorded in the provenance.
+        policy: Fingerprint of the weights, for the provenance.
         encoder: Given if `model.path` is set; provides normalisation, padding and control tokens.
 
     Raises:
@@ -164,8 +168,10 @@ class ChatVisionGenerator:
 
     whole_batches = False
 
-    def __init__(self, engine: ChatEngine, config: Config, name: str, encoder: Encoder | None):
-        self.engine, self.config, self.name, self.encoder = engine, config, name, encoder
+    def __init__(
+        self, engine: ChatEngine, config: Config, name: str, encoder: Encoder | None, policy: str | None = None
+    ):
+        self.engine, self.config, self.name, self.encoder, self.policy = engine, config, name, encoder, policy
         self.special_tokens = special_tokens_of(encoder) if encoder else ()
         self._image_processor = encoder.processor.image_processor if encoder else None
         self._padding = encoder.padding if encoder else None
