@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from bpo.config.io import check_inputs
+from bpo.config.options import check
 from bpo.config.training import Config
 from bpo.formats.bad_records import BadRecords
 from bpo.formats.files import iterate_annotations
@@ -32,10 +34,9 @@ def run_image_choice(config: Config, stop: StopRequest | None = None, progress: 
     Raises:
         ValueError: As `run_rank`; or an option is missing.
     """
+    check_inputs(config, ("data.annotations",))
+    check(bool(config.rank.output), "rank.output is empty; name the file for the annotations")
     source, output = Path(config.data.annotations), Path(config.rank.output)
-    for name, value in {"data.annotations": config.data.annotations, "rank.output": config.rank.output}.items():
-        if not value:
-            raise ValueError(f"{name} is empty; `bpo rank --images` needs it")
     bad = BadRecords.from_config(config.data)
     folder = output.with_name(f"{output.name}.judgements")
     groups = GroupSpool(

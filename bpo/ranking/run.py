@@ -22,10 +22,12 @@ from pathlib import Path
 from tqdm import tqdm
 
 from bpo.bootstrap.job.leases import Leases
+from bpo.config.io import check_inputs
 from bpo.config.training import Config
 from bpo.formats.bad_records import BadRecords
 from bpo.formats.files import iterate_groups
 from bpo.job.durable import write_durably
+from bpo.job.exits import JobError
 from bpo.job.journal import to_line
 from bpo.job.launch import ranks_from_environment
 from bpo.job.signals import StopRequest
@@ -92,12 +94,10 @@ def run_rank(config: Config, stop: StopRequest | None = None, progress: bool = T
         TimeoutError: Other processes hold batches and have finished none for `rank.stall_timeout_s`.
         Interrupted: `stop` was received; every finished batch is kept.
     """
-    options, bad = config.rank, BadRecords.from_config(config.data)
-    for name, value in (("candidates", options.candidates), ("judge", options.judge)):
-        if not value:
-            raise ValueError(f"rank.{name} is empty; set it (bpo rank --help)")
-    groups = GroupSpool(iterate_groups(Path(options.candidates), bad))
-    return judge_groups(config, groups, bad, Path(options.folder), stop, progress)
+    check_inputs(config, ("rank.candidates",))
+    bad = BadRecords.from_config(config.data)
+    groups = GroupSpool(iterate_groups(Path(config.rank.candidates), bad))
+    return judge_groups(config, groups, bad, Path(config.rank.folder), stop, progress)
 
 
 def judge_groups(
@@ -155,7 +155,7 @@ class _Worker:
     def _finish(self, name: str, places: range, bar: tqdm) -> bool:
         """Judges what a batch lacks; False if another process does."""
         if self._missing(name, places):
-            claim = f"{name}-{self.config.rank.batch_size}-{places.start:08}"  # another size splits the work otherwise
+            claim = f"{name}-{self.config.rank.batch_size}-{places.start:08}"  # other sizes split the work otherwise
             if not self.leases.take(claim):
                 return False
             self.known.poll()  # its previous owner may have finished it
@@ -185,6 +185,9 @@ class _Worker:
                         "data.on_bad=quarantine"
                     )
                 results[index] = result
+        except JobError:  # a program that the judge runs may have got the same signal as this process
+            self._check_stop()
+            raise
         finally:
             self.writer.append(RESULT if is_last else name, ((groups[n], results[n]) for n in sorted(results)))
             self.known.poll()
@@ -221,7 +224,8 @@ def _summary(
     if summary.is_finished:
         path = folder / "quarantine.jsonl"
         lines = [to_line(problem.to_json()) for problem in bad.problems]
-        lines += [to_line({"id": group_id, "reason": reason}) for group_id, reason in failed.items()]
+        where = {"where": str(folder), "code": "not-judged"}
+        lines += [to_line({**where, "record": group_id, "error": reason}) for group_id, reason in failed.items()]
         write_durably(path, b"".join(lines))
         advice = f"{path} lists them; of the judge: {reasons}"
         bad.check_share(num_groups + num_bad, str(folder), num_bad + len(failed), advice)

@@ -66,7 +66,8 @@ class CommandJudge(Judge):
                 lines[group.id] = index, self._line(group)
             except ImageError as error:
                 yield index, Failed(f"unusable image: {error}")
-        for line in self._run(b"".join(line for _, line in lines.values())).splitlines() if lines else ():
+        written = self._run(b"".join(line for _, line in lines.values())) if lines else b""
+        for line in filter(bytes.strip, written.splitlines()):
             try:
                 entry = from_line(line)
                 index, _ = lines.pop(entry["id"])
