@@ -13,7 +13,7 @@ class MixtureConfig(Section):
     """Groups of another file to train on together with the selected ones.
 
     Attributes:
-        groups: Groups file.
+        groups: Groups file; those that were mixed into it are not used.
         share: Number of its groups relative to that of the selected ones; drawn at random, at most all.
     """
 
@@ -32,16 +32,17 @@ class SelectionConfig(Section):
     Attributes:
         candidates: Groups file with the candidates.
         judgements: Folder written by `bpo rank`; empty uses the scores in the file.
-        policy: Fingerprint of the policy that must have generated the candidates; empty does not check.
+        policy: Policy that must have generated the candidates: its fingerprint, directory or Hub id; empty does not
+            check.
         rule: `best-worst` pairs the best with the worst candidate, `all` every two with different scores, `top-bottom`
             each of the `k` best with each of the `k` worst.
         k: Number of candidates on each side of `top-bottom`.
         min_margin: Smallest difference of the scores of a pair.
         max_pairs: Largest number of pairs per prompt, drawn at random; 0 keeps all.
         annotation: `rank` lets the annotation take part with the judge's score, `drop` leaves it out, `prefer` pairs it
-            with every candidate that the judge does not score higher.
-        length: `balance` drops pairs with the largest relative excess of the rejected answer's length until chosen and
-            rejected answers have the same mean length (RLAIF-V); `none` keeps all.
+            with every candidate that the judge does not score higher, and the others by `rule`.
+        length: `balance` drops the pairs whose answer of the longer side is longest relative to the other (RLAIF-V),
+            until preferred and rejected answers have the same mean length in characters; `none` keeps all.
         clean_chosen: Keep only pairs whose preferred answer has no hallucinated sentence and whose rejected one has at
             least one, by a judge that labels sentences.
         sentence_weight: Weight of the tokens of hallucinated sentences in rejected answers, for
