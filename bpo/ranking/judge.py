@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Protocol
 
 from bpo.config.training import Config
 from bpo.job.launch import Ranks
-from bpo.records import PreferenceGroup
+from bpo.records import PreferenceGroup, Turn
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +36,11 @@ class Failed:
     reason: str
 
 
-def question_of(group: PreferenceGroup) -> str:
-    """The text of the prompt, for judges that take one question; several turns are on lines of their own."""
-    return "\n".join(turn.text for turn in group.prompt)
+def dialogue_of(group: PreferenceGroup) -> tuple[tuple[Turn, ...], list[str]]:
+    """The turns that ask, and the complete answers: with the start of the answer, if the prompt ends with one."""
+    *turns, last = group.prompt
+    start = last.text if last.role == "assistant" else ""
+    return tuple(turns) if start else group.prompt, [start + completion.response for completion in group.completions]
 
 
 class Judge(Protocol):

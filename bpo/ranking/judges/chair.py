@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -49,26 +49,24 @@ class ChairJudge(Judge):
 
     def __init__(self, config: Config, ranks: Ranks):
         self.options = options = judge_options(ChairJudgeOptions, config)
-        evaluation = config.evaluation
-        files = [options.synonyms or evaluation.synonyms, options.detections]
+        files = {"synonyms": options.synonyms or config.evaluation.synonyms, "detections": options.detections}
         if not options.detections:
-            files[1:] = [options.instances or evaluation.chair_instances, options.captions or evaluation.chair_captions]
-        if not files[1]:
-            raise ValueError(
-                "the judge chair needs the objects of each image: set rank.options.instances or detections"
-            )
-        self._files = [file for file in files if file]
-        synonyms, truth, captions = (Path(file) if file else None for file in (*files, "")[:3])
-        assert truth is not None
+            files["instances"] = options.instances or config.evaluation.chair_instances
+            files["captions"] = options.captions or config.evaluation.chair_captions
+        self._files = {name: Path(file) for name, file in files.items() if file}
+        synonyms, captions = self._files.get("synonyms"), self._files.get("captions")
         if options.detections:
-            self._present, self._lexicon = _read_detections(truth, synonyms)
-        else:
-            coco = read_coco(truth, captions, synonyms)
+            self._present, self._lexicon = _read_detections(self._files["detections"], synonyms)
+        elif "instances" in self._files:
+            coco = read_coco(self._files["instances"], captions, synonyms)
             self._present = {name: coco.present_of_image[image_id] for image_id, name in coco.file_of_image.items()}
             self._lexicon = coco.lexicon
+        else:
+            raise ValueError("the judge chair needs the objects of images: set rank.options.instances or detections")
 
     def identity(self) -> dict[str, Any]:
-        return asdict(self.options) | {"files (SHA-256)": {file: file_digest(Path(file)) for file in self._files}}
+        digests = {f"{name} (SHA-256)": file_digest(file) for name, file in self._files.items()}
+        return {"score": self.options.score, "recall": self.options.recall, **digests}
 
     def judge(self, name: str, groups: Sequence[PreferenceGroup]) -> Iterator[tuple[int, Scored | Failed]]:
         for index, group in enumerate(groups):
@@ -82,9 +80,8 @@ class ChairJudge(Judge):
 
     def _score(self, found: Description) -> float:
         counts = found.counts()
-        of = counts["mentions"] if self.options.score == "rate" else 1.0
-        recall = counts["named"] / max(counts["present"], 1.0)
-        return self.options.recall * recall - counts["hallucinated"] / max(of, 1.0)
+        of = max(counts["mentions"], 1.0) if self.options.score == "rate" else 1.0
+        return self.options.recall * counts["named"] / max(counts["present"], 1.0) - counts["hallucinated"] / of
 
 
 def _details(found: Description) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from bpo.job.durable import file_digest
 from bpo.job.exits import JobError
 from bpo.job.journal import from_line, to_line
 from bpo.job.launch import Ranks
-from bpo.ranking.judge import Failed, Judge, Scored, question_of, register_judge
+from bpo.ranking.judge import Failed, Judge, Scored, dialogue_of, register_judge
 from bpo.ranking.options import judge_options
 from bpo.records import PreferenceGroup
 
@@ -60,7 +60,7 @@ class CommandJudge(Judge):
 
     def judge(self, name: str, groups: Sequence[PreferenceGroup]) -> Iterator[tuple[int, Scored | Failed]]:
         """Raises JobError if the program cannot be started or fails."""
-        lines = {}
+        lines, other = {}, ""
         for index, group in enumerate(groups):
             try:
                 lines[group.id] = index, self._line(group)
@@ -71,24 +71,25 @@ class CommandJudge(Judge):
             try:
                 entry = from_line(line)
                 index, _ = lines.pop(entry["id"])
-            except (ValueError, LookupError, TypeError) as error:
-                raise JobError(
-                    f"{self._named}: not a line about one of its groups: {line[:200]!r} ({error!r})"
-                ) from error
+            except (ValueError, LookupError, TypeError):
+                other = other or f": it wrote {line[:200]!r}"
+                continue
             try:
                 yield index, Scored(tuple(map(float, entry["scores"])), tuple(map(dict, entry.get("details", ()))))
             except (ValueError, LookupError, TypeError) as error:
                 yield index, Failed(f"invalid line of the program: {error!r} in {line[:200]!r}")
+        yield from ((index, Failed(f"no line of the program{other}")) for index, _ in lines.values())
 
     def _line(self, group: PreferenceGroup) -> bytes:
-        return to_line(
-            {
-                "id": group.id,
-                "images": [str(resolve_image_path(self._image_root, image)) for image in group.images],
-                "prompt": question_of(group),
-                "completions": [{"response": c.response, "type": c.type} for c in group.completions],
-            }
-        )
+        turns, answers = dialogue_of(group)
+        types = [completion.type for completion in group.completions]
+        request = {
+            "id": group.id,
+            "images": [str(resolve_image_path(self._image_root, image)) for image in group.images],
+            "prompt": "\n".join(turn.text for turn in turns),
+            "completions": [{"response": answer, "type": kind} for answer, kind in zip(answers, types, strict=True)],
+        }
+        return to_line(request)
 
     def _run(self, requests: bytes) -> bytes:
         try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ from bpo.data.processor import render_template
 from bpo.formats.images import ImageError, load_image
 from bpo.job.launch import Ranks, pick_device
 from bpo.model.weights import policy_fingerprint
-from bpo.ranking.judge import Failed, Judge, Scored, register_judge
+from bpo.ranking.judge import Failed, Judge, Scored, dialogue_of, register_judge
 from bpo.ranking.options import judge_options
 from bpo.records import PreferenceGroup
 
@@ -59,7 +59,9 @@ class RewardJudge(Judge):
         self._loaded: Any = None
 
     def identity(self) -> dict[str, Any]:
-        return asdict(self.options) | {"model (weights)": policy_fingerprint(self.options.model)}
+        names = ("kind", "label", "dtype")
+        options = {name: getattr(self.options, name) for name in names}
+        return {"model (weights)": policy_fingerprint(self.options.model), **options}
 
     @torch.inference_mode()
     def judge(self, name: str, groups: Sequence[PreferenceGroup]) -> Iterator[tuple[int, Scored | Failed]]:
@@ -92,7 +94,10 @@ class RewardJudge(Judge):
         except (OSError, ValueError) as error:
             fault = missing_model(path) or " ".join(str(error).split())
             raise ValueError(f"rank.options.model {path} cannot be loaded as kind `{options.kind}`: {fault}") from error
-        if missing := sorted(info["missing_keys"]):
+        missing = sorted(info["missing_keys"]) or (
+            ["logit_scale"] if is_clip and not hasattr(model, "logit_scale") else []
+        )
+        if missing:
             raise ValueError(f"rank.options.model {path} lacks weights, such as {missing[0]}; it is no reward model")
         labels = getattr(model.config, "num_labels", 1)
         if not is_clip and not (labels == 1 if options.label is None else options.label < labels):
@@ -103,15 +108,11 @@ class RewardJudge(Judge):
         model, tokenizer, _ = self._loaded
         template = tokenizer.chat_template
         limit = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None) or 1 << 60)
-        *turns, last = group.prompt
-        for completion in group.completions:
-            answer = completion.response
-            if last.role == "assistant":  # the prompt has the beginning of the answer
-                answer = last.text + answer
-            asked = turns if last.role == "assistant" else group.prompt
-            text = "\n".join([*(turn.text for turn in asked), answer])
+        turns, answers = dialogue_of(group)
+        for answer in answers:
+            text = "\n".join([*(turn.text for turn in turns), answer])
             if template:
-                messages = [{"role": turn.role, "content": turn.text} for turn in asked]
+                messages = [{"role": turn.role, "content": turn.text} for turn in turns]
                 messages.append({"role": "assistant", "content": answer})
                 text = render_template(tokenizer, None, messages, self.options.model, add_generation_prompt=False)
             tokens = tokenizer(text, add_special_tokens=not template, return_tensors="pt").to(self._device)
@@ -123,13 +124,13 @@ class RewardJudge(Judge):
         """Cosines [K] of each answer with the image, their mean over several images; long answers are cut."""
         model, tokenizer, image_processor = self._loaded
         images = [load_image(self._image_root, image) for image in group.images]
-        pixels = image_processor(images=images, return_tensors="pt")["pixel_values"].to(self._device, model.dtype)
+        pixels = image_processor(images=images, return_tensors="pt").to(self._device, model.dtype)
         # Full length: SigLIP was trained with it, and for CLIP the padding then does not depend on other answers.
         length = model.config.text_config.max_position_embeddings
-        texts = [completion.response for completion in group.completions]
+        _, texts = dialogue_of(group)
         tokens = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
         if model.config.model_type.startswith("siglip"):
             tokens.pop("attention_mask", None)  # trained without
-        output = model(pixel_values=pixels, **tokens.to(self._device))
+        output = model(**pixels, **tokens.to(self._device))
         text_KD, image_ID = (normalize(x.float(), dim=-1) for x in (output.text_embeds, output.image_embeds))
         return [float(cosine) for cosine in (text_KD @ image_ID.T).mean(1)]

@@ -6,7 +6,7 @@ import hashlib
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,11 @@ from bpo.evaluation.judge.prompt import JudgePrompt
 from bpo.formats.images import ImageError, data_url, load_image
 from bpo.job.chat_server import ChatServer, Reply
 from bpo.job.launch import Ranks
-from bpo.ranking.judge import Failed, Judge, Scored, question_of, register_judge
+from bpo.ranking.judge import Failed, Judge, Scored, dialogue_of, register_judge
 from bpo.ranking.options import judge_options
 from bpo.records import PreferenceGroup
 
-_NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
+_NUMBER = r"-?\d+(?:\.\d+)?"
 
 
 @dataclass(kw_only=True)
@@ -75,8 +75,7 @@ class ServerJudge(Judge):
         self._image_root = Path(config.data.image_root or ".")
 
     def identity(self) -> dict[str, Any]:
-        names = ("reference", "image", "pattern", "min", "max", "temperature", "max_tokens")
-        options = {name: getattr(self.options, name) for name in names}
+        options = {name: value for name, value in asdict(self.options).items() if name not in ("server", "prompt")}
         prompt = hashlib.sha256(self._prompt.template.encode()).hexdigest()
         return {"model": self.options.server.model, "prompt (SHA-256)": prompt, **options}
 
@@ -87,8 +86,11 @@ class ServerJudge(Judge):
         for index, group in enumerate(groups):
             try:
                 bodies += [(group.id, body) for body in self._bodies(group)]
-            except (ImageError, LookupError) as error:
-                yield index, Failed(f"no request: {error}")
+            except ImageError as error:
+                yield index, Failed(f"unusable image: {error}")
+                continue
+            except KeyError:
+                yield index, Failed(f"no completion of type {self.options.reference} for the prompt's {{reference}}")
                 continue
             places += [(index, place) for place in range(len(group.completions))]
         for number_, reply in self._server.replies(bodies):
@@ -104,31 +106,28 @@ class ServerJudge(Judge):
 
         Raises:
             ImageError: An image cannot be read.
-            LookupError: The prompt has {reference}, and the group has no completion of that type.
+            KeyError: The prompt has {reference}, and the group has no completion of that type.
         """
         urls = [data_url(load_image(self._image_root, image)) for image in group.images if self.options.image]
         pictures = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
-        fields = {"question": question_of(group)}
-        if references := [answer.response for answer in group.completions if answer.type == self.options.reference]:
-            fields["reference"] = references[0]
-        bodies = []
-        for completion in group.completions:
-            text = self._prompt.fill({**fields, "answer": completion.response})
-            content = [*pictures, {"type": "text", "text": text}] if pictures else text
-            sampling = {"temperature": self.options.temperature, "max_tokens": self.options.max_tokens}
-            bodies.append({"messages": [{"role": "user", "content": content}], **sampling})
-        return bodies
+        turns, answers = dialogue_of(group)
+        fields = {"question": "\n".join(turn.text for turn in turns)}
+        kinds = [completion.type for completion in group.completions]
+        if self.options.reference in kinds:
+            fields["reference"] = answers[kinds.index(self.options.reference)]
+        sampling = {"temperature": self.options.temperature, "max_tokens": self.options.max_tokens}
+        texts = [self._prompt.fill({**fields, "answer": answer}) for answer in answers]
+        # Servers of text-only models may take no list.
+        contents = [[*pictures, {"type": "text", "text": text}] if pictures else text for text in texts]
+        return [{"messages": [{"role": "user", "content": content}], **sampling} for content in contents]
 
     def _rated(self, reply: Reply) -> tuple[float, dict[str, Any]] | Failed:
         if reply.error:
             return Failed(f"no reply: {reply.error}")
-        if self.options.pattern:
-            match = re.search(self.options.pattern, reply.text)
-            found = [match.group(match.re.groups and 1)] if match else []
-        else:
-            found = _NUMBER.findall(reply.text)
+        matches = list(re.finditer(self.options.pattern or _NUMBER, reply.text))
         try:
-            score = float(found[-1])
+            match = matches[0 if self.options.pattern else -1]
+            score = float(match.group(1 if match.re.groups else 0))
         except (LookupError, ValueError, TypeError):
             return Failed(f"no score: {reply.text[-200:]!r}")
         if not self.options.min <= score <= self.options.max:

@@ -58,7 +58,10 @@ def test_captions_and_synonyms_of_the_evaluation_are_used(tmp_path: Path) -> Non
     )
     subject = judge(tmp_path, evaluation)
     assert scores(subject) == (0, 0, 0, 0)
-    assert len(subject.identity()["files (SHA-256)"]) == 3
+    before = subject.identity()
+    (tmp_path / "synonyms.txt").write_text("dog\ncat\nbus, coach, tram\n")
+    after = judge(tmp_path, evaluation).identity()
+    assert [name for name in after if after[name] != before[name]] == ["synonyms (SHA-256)"]
 
 
 def test_the_objects_of_several_images_are_together(tmp_path: Path) -> None:

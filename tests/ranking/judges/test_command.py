@@ -65,6 +65,8 @@ def test_groups_without_a_valid_line_have_failed(make: Make) -> None:
         + """
 print(json.dumps({"id": "a", "scores": ["high", "low"]}))
 print(json.dumps({"id": "b"}))
+print("ready")
+print(json.dumps({"id": "other", "scores": [1, 2]}))
 print(json.dumps({"id": "c", "scores": [1, 2]}))
 """
     )
@@ -73,7 +75,8 @@ print(json.dumps({"id": "c", "scores": [1, 2]}))
     results = dict(make(program).judge("scores", records))
     assert results[0].reason.startswith("invalid line of the program: ValueError(") and "high" in results[0].reason
     assert results[1].reason.startswith("invalid line of the program: KeyError('scores')")
-    assert results[2] == Scored((1.0, 2.0)) and 3 not in results
+    assert results[2] == Scored((1.0, 2.0))
+    assert results[3] == Failed("no line of the program: it wrote b'ready'")
     assert isinstance(results[4], Failed) and "gone.png" in results[4].reason
 
 
@@ -81,8 +84,7 @@ print(json.dumps({"id": "c", "scores": [1, 2]}))
     ("program", "message"),
     [
         ("import sys\nsys.exit('no GPU is free')\n", r"judge.py'` ended with 1: no GPU is free"),
-        (HEAD + "print('ready')\n", r"not a line about one of its groups: b'ready'"),
-        (HEAD + "print(json.dumps({'id': 'other', 'scores': [1, 2]}))\n", r"not a line about .*other.*KeyError"),
+        ("import os\nos.kill(os.getpid(), 9)\n", "judge.py'` ended with -9: it wrote nothing to stderr"),
     ],
 )
 def test_a_program_that_fails_ends_the_job(make: Make, program: str, message: str) -> None:

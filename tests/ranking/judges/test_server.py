@@ -90,7 +90,7 @@ def test_groups_fail_alone_and_images_can_be_left_out(photo_root: Path, tmp_path
         refused, gone, no_reference, fine = judged(judge, *records)
     assert isinstance(refused, Failed) and "HTTP 400" in refused.reason
     assert isinstance(gone, Failed) and "gone.png" in gone.reason
-    assert no_reference == Failed("no request: 'reference'")
+    assert no_reference == Failed("no completion of type gt for the prompt's {reference}")
     assert isinstance(fine, Scored) and fine.scores == (6.0, 6.0)
     with judge_of(photo_root, tmp_path, lambda text: "6", image=False) as (judge, received):
         assert all(isinstance(result, Scored) for result in judged(judge, records[1], records[3]))
