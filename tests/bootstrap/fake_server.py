@@ -22,6 +22,15 @@ def completion(text: str, finish_reason: str = "stop") -> Answer:
     return 200, {"choices": [{"message": {"role": "assistant", "content": text}, "finish_reason": finish_reason}]}
 
 
+def _load_adapter(body: dict[str, Any], models: list[str] | None) -> Answer:
+    if models is None:
+        return 404, {"detail": "Not Found"}
+    if body["lora_name"] in models:
+        return 400, {"message": f"The lora adapter '{body['lora_name']}' has already been loaded."}
+    models.append(body["lora_name"])
+    return 200, b"Success"
+
+
 @contextmanager
 def fake_server(
     answer: Callable[[dict[str, Any], int], Answer],
@@ -43,7 +52,7 @@ def fake_server(
             with lock:
                 received.append({**body, "path": self.path, "key": self.headers.get("Authorization")})
                 number = len(received)
-            status, reply = self.load_adapter(body) if "lora" in self.path else answer(body, number)
+            status, reply = _load_adapter(body, models) if "lora" in self.path else answer(body, number)
             content = reply if isinstance(reply, bytes) else json.dumps(reply).encode()
             self.send_response(200 if status in (CUT, DRIP) else status)
             self.send_header("Content-Length", str(len(content)))
@@ -57,14 +66,6 @@ def fake_server(
                         time.sleep(0.1)
                     return
                 self.wfile.write(content[: len(content) // 2] if status == CUT else content)
-
-        def load_adapter(self, body: dict[str, Any]) -> Answer:
-            if models is None:
-                return 404, {"detail": "Not Found"}
-            if body["lora_name"] in models:
-                return 400, {"message": f"The lora adapter '{body['lora_name']}' has already been loaded."}
-            models.append(body["lora_name"])
-            return 200, b"Success"
 
         def do_GET(self) -> None:  # also what a client sends that follows a redirect
             listed = models is not None and self.path.endswith("/models")

@@ -24,8 +24,10 @@ from bpo.config.bootstrap import (
 from bpo.config.training import Config
 from bpo.formats.files import read_groups
 from bpo.job.chat_server import Reply, ServerError
-from bpo.records import Annotation, ContentPart, Turn
+from bpo.model.weights import policy_fingerprint
+from bpo.records import Annotation, Completion, ContentPart, Turn
 from tests.bootstrap.fake_server import completion, fake_server
+from tests.checkpoint.test_adapter import adapter
 
 MakeConfig = Callable[..., Config]
 SERVER = ServerConfig(url="http://127.0.0.1:8000/v1", model="m")
@@ -136,6 +138,38 @@ def test_a_server_answers_weakened_pictures_and_a_killed_job_asks_only_for_the_r
     assert summary.kept == {"weaken": 9}
     provenance = read_groups(Path(job(url).data.groups))[0].completions[1].provenance
     assert (provenance.space, provenance.noise_step, provenance.model) == ("pixel", 900, "big")
+
+
+def test_an_adapter_answers_here_or_on_a_server_and_is_named_in_the_provenance(
+    make: MakeConfig, tiny_llava_dir: Path, tmp_path: Path
+) -> None:
+    path = str(adapter(tmp_path / "adapter", tiny_llava_dir))
+    policy = policy_fingerprint(path)
+
+    def negatives(folder: str, model: str, **options: Any) -> list[Completion]:
+        config = make(folder, sources=["weaken", "inject"], inject={"max_new_tokens": 4}, limit=3, **options)
+        config.model.path = model
+        run_bootstrap(config, progress=False)
+        return [c for group in read_groups(Path(config.data.groups)) for c in group.completions[1:]]
+
+    here, by_base = negatives("a", path), negatives("b", str(tiny_llava_dir))
+    assert {c.provenance.policy for c in here} == {policy} and {c.type for c in here} == {"mllm-hal", "llm-hal"}
+    assert {c.provenance.policy for c in by_base} == {policy_fingerprint(str(tiny_llava_dir))}
+    assert {c.response for c in here}.isdisjoint(c.response for c in by_base)
+
+    served = ["base"]
+    with fake_server(lambda body, number: completion(f"A zebra {number}."), models=served) as (url, received):
+        server = VisionConfig(engine="server", server=ServerConfig(url=url, model="base"))
+        weaken = WeakenConfig(space="pixel")
+        there = negatives("c", path, vision=server, weaken=weaken)
+        assert {(c.provenance.policy, c.provenance.model) for c in there} == {(policy, f"bpo-{policy}")}
+        assert (received[0]["lora_name"], received[0]["lora_path"]) == (f"bpo-{policy}", path)
+        assert {body["model"] for body in received[1:]} == {f"bpo-{policy}"} and served == ["base", f"bpo-{policy}"]
+        negatives("d", str(tiny_llava_dir), vision=server, weaken=weaken)
+        assert {body["model"] for body in received[-6:]} == {"base"}
+        server.server.model = "other"
+        with pytest.raises(ServerError, match=rf"serves base, bpo-{policy}, not other"):
+            negatives("e", str(tiny_llava_dir), vision=server, weaken=weaken)
 
 
 @pytest.mark.parametrize(

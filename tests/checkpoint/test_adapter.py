@@ -13,6 +13,7 @@ from bpo.checkpoint.adapter import write_adapter
 from bpo.config.adapter import CONFIG_FILE, WEIGHTS_FILE
 from bpo.config.training import Config, LoraConfig, ModelConfig, TrainableConfig
 from bpo.model.adapter import check_vllm_format
+from bpo.model.load import load_model
 from tests.trained_checkpoint import LORA, perturbed
 
 
@@ -22,7 +23,7 @@ def adapter(folder: Path, base: Path, lora: LoraConfig = LORA, projector: str = 
     model = perturbed(config)
     state = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     folder.mkdir()
-    write_adapter(folder, model, state, config.model, trainable, lora)
+    write_adapter(folder, load_model(config.model), state, config.model, trainable, lora)
     return folder
 
 

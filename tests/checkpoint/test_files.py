@@ -26,6 +26,8 @@ from bpo.checkpoint.files import (
     checkpoint_dirs,
     checkpoints_root,
     clean_leftovers,
+    commit,
+    finished_step,
     follow_pointer,
     mark_best,
     newest_valid_checkpoint,
@@ -128,6 +130,22 @@ def test_a_step_of_nine_digits_is_newer_than_one_of_eight(tmp_path: Path) -> Non
     for step in (99_999_999, 100_000_000):
         write_checkpoint(tmp_path, step)
     assert checkpoint_dirs(tmp_path)[0].name == "step-100000000"
+
+
+def test_the_steps_done_are_those_of_the_latest_intact_manifest(tmp_path: Path) -> None:
+    assert finished_step(tmp_path) is None
+    for step in (10, 20, 30):
+        final = step_dir(tmp_path, step)
+        temporary = final.with_suffix(".tmp")
+        temporary.mkdir(parents=True)
+        (temporary / "a").write_bytes(b"ab")
+        cursor = {"steps_done": step, "steps_planned": 40}
+        commit(temporary, final, {"cursor": cursor, "files": {"a": seal_file(temporary / "a")}})
+    assert finished_step(tmp_path) == (30, 40)
+    cut(step_dir(tmp_path, 30) / "a")
+    assert finished_step(tmp_path) == (20, 40)
+    cut(step_dir(tmp_path, 20) / "manifest.json")
+    assert finished_step(tmp_path) == (10, 40)
 
 
 def test_a_damaged_one_is_skipped_with_an_error_and_set_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

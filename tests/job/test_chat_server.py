@@ -239,3 +239,28 @@ def test_text_cut_by_the_budget_is_not_finished() -> None:
 def test_a_url_without_a_scheme_is_an_error() -> None:
     with pytest.raises(ValueError, match="localhost:8000.*http://HOST:PORT/v1"):
         ServerConfig(url="localhost:8000", model="m")
+
+
+def test_a_server_loads_an_adapter_and_must_list_the_model_that_is_asked_for() -> None:
+    served = ["base"]
+    with fake_server(lambda body, number: completion("ok"), models=served) as (url, received):
+        server = ChatServer(ServerConfig(url=url + "/", model="bpo-1"), FakeClock())
+        with pytest.raises(ServerError, match=rf"{url} serves base, not bpo-1; serve it under that name"):
+            server.check_served()
+        for _ in range(2):  # another rank has loaded it before
+            server.load_adapter("/adapters/1")
+            server.check_served()
+    assert served == ["base", "bpo-1"]
+    asked = [(body["path"], body["lora_name"], body["lora_path"]) for body in received]
+    assert asked == [("/v1/load_lora_adapter", "bpo-1", "/adapters/1")] * 2
+
+
+def test_a_server_that_loads_no_adapters_or_lists_no_models_is_refused() -> None:
+    with fake_server(lambda body, number: completion("ok")) as (url, _):
+        server = ChatServer(ServerConfig(url=url, model="m", patience_s=10), FakeClock())
+        with pytest.raises(ServerError, match="/load_lora_adapter does not load /a: HTTP 404.*VLLM_ALLOW_RUNTIME_LORA"):
+            server.load_adapter("/a")
+        with pytest.raises(ServerError, match="/models does not list the served models"):
+            server.check_served()
+    with pytest.raises(ServerError, match="/models: no answer.*patience_s=10.*check that the server is up"):
+        server.check_served()

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from bpo.config.adapter import base_of, is_adapter
 from bpo.config.io import load_config
 from bpo.config.training import Config
 from bpo.formats.files import read_groups
@@ -120,6 +121,8 @@ def main(argv: list[str]) -> int:
     model = options.model or config.model.path
     if not model:
         raise ValueError("--model is missing (or a --config with model.path)")
+    if is_adapter(model):
+        model = base_of(model)
     gpu = accelerator(options.gpu)
     gpu_memory = parse_bytes(options.gpu_memory) if options.gpu_memory else gpu.memory_gb * GB
     machine = Machine(

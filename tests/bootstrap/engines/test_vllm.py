@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -11,6 +12,8 @@ import pytest
 
 from bpo.bootstrap.engines.vllm import VllmEngine, keep_to_own_gpu
 from bpo.job.chat_server import Reply
+from tests.checkpoint.test_adapter import adapter
+from tests.trained_checkpoint import LORA
 
 
 @dataclass
@@ -26,6 +29,7 @@ class LLM:
     """As documented for vLLM 0.11: `chat` takes conversations with one sampling each, and gives one output each."""
 
     made: dict[str, Any]
+    lora_request: Any = None
 
     def __init__(self, **options: Any):
         type(self).made = options
@@ -38,8 +42,10 @@ class LLM:
         use_tqdm: bool,
         add_generation_prompt: bool,
         continue_final_message: bool,
+        lora_request: Any = None,
     ) -> list[Any]:
         assert add_generation_prompt != continue_final_message
+        type(self).lora_request = lora_request
         outputs = []
         for conversation, sampling in zip(messages, sampling_params, strict=True):
             text = f"{conversation[-1]['content']} {sampling.seed} {continue_final_message} {sampling.top_k}"
@@ -53,6 +59,9 @@ def vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     module = ModuleType("vllm")
     module.LLM, module.SamplingParams = LLM, SamplingParams  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "vllm", module)
+    lora = ModuleType("vllm.lora.request")
+    lora.LoRARequest = lambda name, number, path: (name, number, path)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "vllm.lora.request", lora)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
     monkeypatch.setenv("RANK", "3")
 
@@ -75,6 +84,17 @@ def test_a_batch_goes_to_vllm_with_each_records_own_sampling(vllm: None) -> None
         1: Reply("b 2 True 50"),
         2: Reply("c 3 False 0", finished=False),
     }
+
+
+def test_an_adapter_answers_on_its_base(vllm: None, tiny_llava_dir: Path, tmp_path: Path) -> None:
+    path = str(adapter(tmp_path / "a", tiny_llava_dir, replace(LORA, r=24)))
+    engine = VllmEngine("DIR", "auto", local_rank=0, max_images=1, adapter=path)
+    assert LLM.made["model"] == "DIR" and (LLM.made["enable_lora"], LLM.made["max_lora_rank"]) == (True, 32)
+    assert dict(engine.replies([body("a", 1)])) == {0: Reply("a 1 False 0")}
+    assert LLM.lora_request == ("policy", 1, path)
+    projector = str(adapter(tmp_path / "b", tiny_llava_dir, projector="full"))
+    with pytest.raises(ValueError, match=r"that vLLM refuses: .*trained projector.*--export.form merged"):
+        VllmEngine("DIR", "auto", local_rank=0, max_images=1, adapter=projector)
 
 
 def test_a_rank_keeps_to_its_own_gpu_and_out_of_the_jobs_group() -> None:
