@@ -78,6 +78,7 @@ COVERS = {
     "model/decoding/test_answer.py": "cost",
     "model/decoding/test_contrast.py": "biased branch",
     "model/reference/test_store.py": "format",
+    "model/test_inference.py": "/bpo/config/adapter",
     "ranking/judges/test_claims.py": "models",
     "ranking/test_run.py": "judge options judges/registry",
     "test_layout.py": "__init__",
