@@ -200,6 +200,8 @@ class TrainingEngine:
         self.device = pick_device(ranks)
         self.dtype: torch.dtype = policy.model.dtype
         self.on_forward: Callable[[], None] = lambda: None  # heartbeat hook, called once per micro-batch
+        # Other weights that checkpoints contain, by name; each list is like `master_weights`.
+        self.copies: dict[str, list[torch.Tensor]] = {}
         self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
             model=policy,
             optimizer=self._optimizer(groups, config.train),
@@ -221,35 +223,46 @@ class TrainingEngine:
     def policy(self) -> PolicyModel:
         return self.deepspeed.module
 
-    def forward(self, batch: GroupBatch) -> HeadOutput:
+    def forward(self, batch: GroupBatch, reference_ND: torch.Tensor | None = None) -> HeadOutput:
         """The head's results for a batch on this device: log-probs, and losses of the terms that the kernels compute.
 
         Call it, and backward, inside `packed_layout(batch.layout)`.
-        """
-        inputs = batch.loss_inputs
-        return HeadOutput(*self._call(batch, loss_inputs=inputs, request=self.program.request(inputs)))
 
-    def _call(self, batch: GroupBatch, **loss: Any) -> Any:
+        Args:
+            reference_ND: `hidden_states` of the reference, for a loss that extrapolates from it.
+        """
+        request = self.program.request(batch.loss_inputs)
+        head = self._call(batch, loss_inputs=batch.loss_inputs, request=request, reference_ND=reference_ND)
+        return HeadOutput(*head)
+
+    def _call(self, batch: GroupBatch, **options: Any) -> Any:
         self.on_forward()
-        return self.deepspeed(**model_inputs(batch), **loss)
+        return self.deepspeed(**model_inputs(batch), **options)
 
     def reference_logp(self, batch: GroupBatch) -> HeadOutput:
         """fp32 log-probs and second targets, without dropout or gradient. Before the first step the policy *is* the
         reference.
         """
-        return self._evaluate(batch, HeadRequest())
+        return HeadOutput(*self._evaluate(batch, loss_inputs=batch.loss_inputs, request=HeadRequest()))
 
-    def evaluate(self, batch: GroupBatch) -> HeadOutput:
+    def evaluate(self, batch: GroupBatch, reference_ND: torch.Tensor | None = None) -> HeadOutput:
         """`forward` without dropout or gradient; needs no `packed_layout`."""
-        return self._evaluate(batch, self.program.request(batch.loss_inputs))
+        request = self.program.request(batch.loss_inputs)
+        head = self._evaluate(batch, loss_inputs=batch.loss_inputs, request=request, reference_ND=reference_ND)
+        return HeadOutput(*head)
+
+    def hidden_states(self, batch: GroupBatch) -> torch.Tensor:
+        """Hidden states [N, D] of the rows that reach the LM head, without dropout or gradient."""
+        hidden_ND: torch.Tensor = self._evaluate(batch, hidden_only=True)
+        return hidden_ND
 
     @torch.no_grad()
-    def _evaluate(self, batch: GroupBatch, request: HeadRequest) -> HeadOutput:
+    def _evaluate(self, batch: GroupBatch, **options: Any) -> Any:
         self.deepspeed.eval()
         with packed_layout(batch.layout):
-            head = HeadOutput(*self._call(batch, loss_inputs=batch.loss_inputs, request=request))
+            result = self._call(batch, **options)
         self.deepspeed.train()
-        return head
+        return result
 
     @property
     def is_partitioned(self) -> bool:

@@ -273,12 +273,14 @@ class HeadRequest:
     pairs: half-open ranges of the pairs of these terms.
     mean: whether sequences of these terms count as the mean of their tokens.
     collision: whether log sum_v p_v^2 of each row is needed.
+    extrapolation: lambda of log-probs of logits extrapolated beyond the policy; 0 for none.
     """
 
     kernel: tuple[str, float] | None = None
     pairs: tuple[tuple[int, int], ...] = ()
     mean: bool = False
     collision: bool = False
+    extrapolation: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

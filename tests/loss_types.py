@@ -151,7 +151,7 @@ class Observer:
         self.truths = [Truth(LOSSES[each], num_rejected) for each in names]
         self.steps: list[dict[str, Any]] = []
 
-    def __call__(self, trainer, batches, config, num_pairs, step, embeddings):  # type: ignore[no-untyped-def]
+    def __call__(self, trainer, batches, config, num_pairs, step, embeddings, *more):  # type: ignore[no-untyped-def]
         batches = list(batches)
         groups: dict[str, Cells] = {}
         general = 0.0
@@ -178,7 +178,7 @@ class Observer:
         fused, coupled = bool(trainer.program.in_kernel), trainer.program.couples_groups
         observed = {"terms": [float(loss) for loss in losses], "grad_norm": norm, "margin": margin}
         self.steps.append({**observed, "in_kernel": fused, "general": None if coupled else general})
-        return training.run_step(trainer, batches, config, num_pairs, step, embeddings)
+        return training.run_step(trainer, batches, config, num_pairs, step, embeddings, *more)
 
 
 def run_losses(root: Path, ranks: Ranks) -> None:

@@ -45,7 +45,7 @@ LOSSES = {
         terms=[TermConfig(weight=0.8), TermConfig(type="bco_pair", weight=0.2), TermConfig(type="nll")],
     ),
     # Six pairs per step: the window holds the latest margins of one step and some of the one before it.
-    "spa": LossConfig(type="spa", options={"window": 8, "alpha": 0.4, "quantile": 0.4}),
+    "spa": LossConfig(type="spa", options={"window": 8, "alpha": 0.4, "quantile": 0.4, "extrapolation": 0.5}),
     "rpo": LossConfig(
         terms=[
             TermConfig(type="rpo_diagonal"),

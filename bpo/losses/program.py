@@ -26,12 +26,13 @@ Made = TypeVar("Made")
 
 @dataclass(frozen=True, slots=True)
 class HeadOutput:
-    """Results of the LM head for one micro-batch; see `LogProbHead`."""
+    """Results of the LM head for one micro-batch; see `LogProbHead` and `PolicyModel`."""
 
     losses_F: torch.Tensor | None
     logp_N: torch.Tensor
     collision_N: torch.Tensor | None = None
     second_M: torch.Tensor | None = None
+    extrapolated_N: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +125,17 @@ class LossProgram:
         return any(term.definition.needs_similarity for term in self.terms)
 
     @property
+    def extrapolation(self) -> float:
+        """lambda of the extrapolated log-probs that some term reads; all such terms agree. 0 if there is none."""
+        return max(term.extrapolation for term in self.terms)
+
+    def plan_steps(self, total_steps: int) -> None:
+        """Tells states that ask for it the number of steps of the run."""
+        for state in self.states.values():
+            if hasattr(state, "total_steps"):
+                state.total_steps = total_steps
+
+    @property
     def shares_second_tokens(self) -> bool:
         """Whether second targets are the reference's tokens; all terms with such targets agree."""
         return any(term.spec.shared_tokens for term in self.terms)
@@ -158,10 +170,12 @@ class LossProgram:
     def request(self, inputs: LossInputs) -> HeadRequest:
         """What the head computes for a batch."""
         if not self.in_kernel:
-            return HeadRequest(collision=any(term.options.weighting for term in self.terms))
+            collision = any(term.options.weighting for term in self.terms)
+            return HeadRequest(collision=collision, extrapolation=self.extrapolation)
         first, ranges = self.terms[self.in_kernel[0]], _ranges(inputs.pairs_of_term)
         kernel = (first.definition.name, first.options.label_smoothing)
-        return HeadRequest(kernel, tuple(ranges[k] for k in self.in_kernel), first.length == "mean")
+        pairs, mean = tuple(ranges[k] for k in self.in_kernel), first.length == "mean"
+        return HeadRequest(kernel, pairs, mean, extrapolation=self.extrapolation)
 
     def apply(self, head: HeadOutput, inputs: LossInputs) -> LossOutput:
         """The loss of a micro-batch from the head's results."""
@@ -174,6 +188,9 @@ class LossProgram:
         fused = _split(head.losses_F, inputs.pairs_of_term, self.in_kernel)
         for k, (term, (start, end)) in enumerate(zip(self.terms, _ranges(inputs.pairs_of_term), strict=True)):
             values = self._values(term, sums, inputs, start, end) if k not in fused or k == self.main else None
+            if term.extrapolation and values is not None and head.extrapolated_N is not None:
+                beyond = self._values(term, CellSums(head.extrapolated_N, inputs), inputs, start, end)
+                values = replace(values, extrapolated_P=beyond.delta_P)
             if k == self.main:
                 assert values is not None
                 rewards = _rewards(values, start, end, one_sided=term.spec.pairs in ANCHORED)

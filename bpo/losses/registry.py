@@ -17,7 +17,8 @@ class LossState(Protocol):
     """What a stateful loss keeps between steps; part of every checkpoint, the same on all ranks.
 
     `collect` gives the numbers [P, C] that a micro-batch contributes; after the step, `update` receives those of all
-    ranks in an order that does not depend on how the step was divided.
+    ranks in an order that does not depend on how the step was divided. If it has an attribute `total_steps`, that is
+    set to the number of steps of the run before the first.
     """
 
     def collect(self, values: PairValues) -> torch.Tensor: ...
@@ -44,6 +45,7 @@ class LossDefinition:
     options: Mapping[str, Any] = field(default_factory=dict)
     state: Callable[[Mapping[str, Any]], LossState] | None = None
     kernel: bool = False
+    extrapolates: bool = False
 
 
 LOSSES: dict[str, LossDefinition] = {}
@@ -61,6 +63,7 @@ def register_loss(
     options: Mapping[str, Any] | None = None,
     state: Callable[[Mapping[str, Any]], LossState] | None = None,
     kernel: bool = False,
+    extrapolates: bool = False,
 ) -> Callable[[PairLoss], PairLoss]:
     """Registers a function from `PairValues` to a loss per pair [P] under its `loss.type` name.
 
@@ -74,6 +77,7 @@ def register_loss(
         options: Its own options with their defaults.
         state: Of a stateful loss: makes its state from the options.
         kernel: `bpo_kernels` computes it under the same name together with the LM head.
+        extrapolates: It reads `PairValues.extrapolated_P`, of its option `extrapolation`.
 
     Raises:
         ValueError: the name is taken.
@@ -94,6 +98,7 @@ def register_loss(
             dict(options or {}),
             state,
             kernel,
+            extrapolates,
         )
         return function
 

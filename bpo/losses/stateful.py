@@ -65,8 +65,14 @@ def bco_pair(values: PairValues) -> Tensor:
     return -logsigmoid(chosen_P - shift) - logsigmoid(shift - rejected_P)
 
 
+def judged_margins(values: PairValues) -> Tensor:
+    """SPA's m [P]: the margins Delta, of extrapolated log-probs if its option asks for them; without gradient."""
+    margin_P = values.delta_P if values.extrapolated_P is None else values.extrapolated_P
+    return margin_P.detach()
+
+
 class MarginWindow:
-    """The last `window` margins Delta of earlier steps, and the number of these steps.
+    """The last `window` margins m of earlier steps, and the number of these steps.
 
     Margins that are not finite, of a step that failed, are left out.
 
@@ -78,19 +84,28 @@ class MarginWindow:
         self.alpha = number_option(options, "alpha", at_least=0, at_most=0.5)
         self.quantile = number_option(options, "quantile", above=0, below=1)
         self.warmup_steps = integer_option(options, "warmup_steps", at_least=0)
+        self.warmup_share = number_option(options, "warmup_share", at_least=0, below=1)
+        number_option(options, "extrapolation", at_least=0)
+        self.total_steps: int | None = None
         self.margins: deque[float] = deque(maxlen=integer_option(options, "window", at_least=1))
         self.num_steps = 0
 
     @property
     def threshold(self) -> float | None:
         """Quantile of the margins, interpolated linearly as by `torch.quantile`; None while no label is refined."""
-        if not self.margins or self.num_steps < self.warmup_steps:
+        if not self.margins or self.num_steps < self.warmup_steps or self.num_steps < self._share_of_steps():
             return None
         return torch.quantile(torch.tensor(self.margins, dtype=torch.float64), self.quantile).item()
 
+    def _share_of_steps(self) -> float:
+        if not self.warmup_share:
+            return 0.0
+        assert self.total_steps is not None
+        return self.warmup_share * self.total_steps
+
     def collect(self, values: PairValues) -> Tensor:
         """Margins, [P, C = 1]."""
-        return values.delta_P.detach()[:, None]
+        return judged_margins(values)[:, None]
 
     def update(self, rows: list[list[float]]) -> None:
         self.num_steps += 1
@@ -106,24 +121,31 @@ class MarginWindow:
         self.num_steps = int(state["num_steps"])
 
 
-SPA_OPTIONS = {"alpha": 0.1, "window": 50, "quantile": 0.1, "warmup_steps": 0}
+SPA_OPTIONS = {
+    "alpha": 0.1,
+    "window": 50,
+    "quantile": 0.1,
+    "warmup_steps": 0,
+    "warmup_share": 0.0,
+    "extrapolation": 0.0,
+}
 
 
-@register_loss("spa", options=SPA_OPTIONS, state=MarginWindow)
+@register_loss("spa", options=SPA_OPTIONS, state=MarginWindow, extrapolates=True)
 def spa(values: PairValues) -> Tensor:
-    """-(1 - a + a s) ls(Delta) - (a - a s) ls(-Delta), s = 1[Delta > gap]: refined labels of SPA, arXiv 2406.04412.
+    """-(1 - a + a s) ls(Delta) - (a - a s) ls(-Delta), s = 1[m > gap]: refined labels of SPA, arXiv 2406.04412.
 
-    A pair whose margin is among the smallest of recent steps counts as possibly mislabelled: its label is smoothed by
-    a. gap is the `quantile` of the last `window` margins of earlier steps, and s carries no gradient. a = 0, which is
-    DPO, during `warmup_steps` steps and before the first margin; else `alpha`.
+    A pair whose margin m is among the smallest of recent steps counts as possibly mislabelled: its label is smoothed by
+    a. gap is the `quantile` of the last `window` margins m of earlier steps, and s carries no gradient. a = 0, which is
+    DPO, during `warmup_steps` steps, the first `warmup_share` of the run's and before the first margin; else `alpha`.
 
-    Left out: SPA judges s by logits extrapolated beyond the policy, (1 + lambda) policy - lambda reference, which
-    needs the reference's logits of the whole vocabulary at every step; here s is judged by the policy itself.
+    m = beta [lp(y_w) - lp(y_l) - (log pi_ref(y_w) - log pi_ref(y_l))], where lp is of the logits
+    (1 + lambda) policy - lambda reference, lambda = `extrapolation`; with 0, m = Delta.
     """
     assert isinstance(values.state, MarginWindow)
     delta_P = values.delta_P
     gap = values.state.threshold
     if gap is None:
         return smoothed_logistic(delta_P, 0.0)
-    doubtful_P = (delta_P.detach() <= gap).to(delta_P)
+    doubtful_P = (judged_margins(values) <= gap).to(delta_P)
     return smoothed_logistic(delta_P, values.state.alpha * doubtful_P)

@@ -52,6 +52,11 @@ class Term:
         return self.definition.name, self.options.label_smoothing, self.length
 
     @property
+    def extrapolation(self) -> float:
+        """lambda of the extrapolated log-probs that its loss reads, or 0."""
+        return self.values["extrapolation"] if self.definition.extrapolates else 0.0
+
+    @property
     def is_likelihood(self) -> bool:
         """Whether it only regularises: a likelihood of answers rather than a preference."""
         return self.definition.name == "nll"
@@ -89,6 +94,8 @@ def resolve_terms(config: LossConfig) -> tuple[Term, ...]:
         terms.append(Term(name, options, definition, spec, values, where))
     if len({term.spec.shared_tokens for term in terms if term.spec.pairs == "argmax"}) > 1:
         raise ValueError("loss.terms: all terms with pairs: argmax must agree on shared_tokens")
+    if len({term.extrapolation for term in terms if term.extrapolation}) > 1:
+        raise ValueError("loss.terms: all terms with an extrapolation must agree on it")
     if all(term.spec.pairs == EXPLORED for term in terms):
         raise ValueError(
             "loss.terms: all are on explored answers, which some groups lack; add one that compares answers"
@@ -172,6 +179,8 @@ def _faults(options: TermConfig, definition: LossDefinition, pairs: str) -> Iter
         yield "guidance_view without guidance has no effect; set guidance above 1 or remove it"
     if options.guidance != 1 and (pairs in ("argmax", AUXILIARY) or options.ld_alpha != 1 or options.token_weights):
         yield "guidance is for plain log-probs; remove token_weights, ld_alpha and pairs: argmax or auxiliary"
+    if definition.extrapolates and options.options.get("extrapolation") and pairs == "argmax":
+        yield "extrapolated log-probs are of the answers' own tokens, which pairs: argmax are not; set extrapolation: 0"
     if options.shared_tokens and pairs != "argmax":
         yield "shared_tokens is for pairs: argmax"
     if options.shared_tokens and not definition.reference:

@@ -29,6 +29,8 @@ class PairValues:
     options: the loss's own options, with defaults.
     state: of a stateful loss: what earlier steps have left, to be read only.
     similarity_PP: for losses across groups: cosine of the prompts' embeddings.
+    extrapolated_P: `delta_P` of log-probs extrapolated beyond the policy, without gradient, for a loss that
+        `extrapolates`; None if its option `extrapolation` is 0.
     """
 
     chosen_logp_P: torch.Tensor
@@ -45,6 +47,7 @@ class PairValues:
     options: Mapping[str, Any] = field(default_factory=dict)
     state: Any = None
     similarity_PP: torch.Tensor | None = None
+    extrapolated_P: torch.Tensor | None = None
 
     @property
     def chosen_ratio_P(self) -> torch.Tensor:

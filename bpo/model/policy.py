@@ -47,8 +47,13 @@ class PolicyModel(torch.nn.Module):
         request: HeadRequest | None = None,
         sequence_inputs: dict[str, torch.Tensor] | None = None,
         feature_rows_F: torch.Tensor | None = None,
+        reference_ND: torch.Tensor | None = None,
+        hidden_only: bool = False,
     ) -> Any:
         """Returns fp32 log-probs [N] of `target_N`, or what `LogProbHead` returns for `loss_inputs` and `request`.
+
+        With `request.extrapolation` = lambda, the log-probs [N] of (1 + lambda) logits - lambda logits of the reference
+        follow, without gradient; `reference_ND` are the reference's hidden states, which `hidden_only` returns.
 
         Call it, and its backward, inside `packed_layout`. With `sequence_inputs`, T is B concatenated rows of
         [prefix | completion | padding], and the model's own attention is used.
@@ -64,7 +69,17 @@ class PolicyModel(torch.nn.Module):
             **image_inputs,
         ).last_hidden_state.flatten(0, 1)
         # Only rows that predict a response token reach the LM head; prompt and image rows never do.
-        return self.model.lm_head(hidden_TD[predictor_rows_N], target_N, loss_inputs, request)
+        hidden_ND = hidden_TD[predictor_rows_N]
+        if hidden_only:
+            return hidden_ND
+        if request is None or not request.extrapolation:
+            return self.model.lm_head(hidden_ND, target_N, loss_inputs, request)
+        assert reference_ND is not None
+        # Before the pass with gradient: ZeRO-3 counts the backward passes of a module anew at each call.
+        with torch.no_grad():
+            beyond_ND = torch.lerp(reference_ND.float(), hidden_ND.float(), 1 + request.extrapolation)
+            extrapolated_N = self.model.lm_head(beyond_ND.to(hidden_ND.dtype), target_N)
+        return *self.model.lm_head(hidden_ND, target_N, loss_inputs, request), extrapolated_N
 
 
 def model_inputs(batch: GroupBatch) -> dict[str, Any]:

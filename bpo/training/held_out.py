@@ -18,6 +18,7 @@ from bpo.records import GroupBatch
 from bpo.training.across_groups import StepPairs, couple
 from bpo.training.batches import training_batches
 from bpo.training.embeddings import PromptEmbeddings
+from bpo.training.extrapolation import InitialPolicy, with_reference_states
 from bpo.training.measure import TrainingData
 from bpo.training.metrics import StepSums, num_lost, step_metrics
 
@@ -77,8 +78,10 @@ class HeldOutLoss:
         trainer: TrainingEngine,
         store: ReferenceStore | None,
         embeddings: PromptEmbeddings | None,
+        initial: InitialPolicy | None = None,
     ):
         self.config, self.data, self.trainer, self.store, self.embeddings = config, data, trainer, store, embeddings
+        self.initial = initial
         self.steps = plan_steps(
             data.num_tokens,
             groups_per_step=config.train.groups_per_step,
@@ -100,8 +103,8 @@ class HeldOutLoss:
         sums = StepSums.zero(trainer.program)
         for batches in training_batches(self.config.data, self.data, self.steps, self.store, trainer):
             outputs = []
-            for batch in batches:
-                output = trainer.program.apply(trainer.evaluate(batch), batch.loss_inputs)
+            for batch, reference_ND in with_reference_states(batches, self.initial):
+                output = trainer.program.apply(trainer.evaluate(batch, reference_ND), batch.loss_inputs)
                 sums.add(output, batch)
                 outputs.append((output, batch))
             self._add_coupled(outputs, sums)

@@ -13,6 +13,7 @@ from bpo.training.across_groups import StepPairs, couple
 from bpo.training.batches import StepBatches
 from bpo.training.checks import seed_micro_batch
 from bpo.training.embeddings import PromptEmbeddings
+from bpo.training.extrapolation import InitialPolicy, with_reference_states
 from bpo.training.loss_state import Observations
 from bpo.training.metrics import StepSums
 
@@ -24,6 +25,7 @@ def run_step(
     num_pairs: int,
     step: int,
     embeddings: PromptEmbeddings | None = None,
+    initial: InitialPolicy | None = None,
 ) -> StepSums:
     """Accumulates this rank's share of the gradient; loss = sum of weight * loss over the global batch / its pairs.
 
@@ -38,13 +40,14 @@ def run_step(
         num_pairs: Preference pairs of the step over all ranks.
         step: Index of the step, from 0.
         embeddings: Of the prompts, for terms that compare them.
+        initial: The reference, for terms that extrapolate from it.
     """
     sums, observations = StepSums.zero(trainer.program), Observations(trainer.program)
     count, waiting = len(batches), []
-    for k, batch in enumerate(batches):
+    for k, (batch, reference_ND) in enumerate(with_reference_states(batches, initial)):
         seed_micro_batch(config.train.seed, step, k, trainer.ranks.rank)
         with packed_layout(batch.layout):
-            output = _forward(trainer, batch, sums, first=step == 0)
+            output = _forward(trainer, batch, reference_ND, sums, first=step == 0)
             observations.add(output, batch)
             if trainer.program.couples_groups:
                 waiting.append((output, batch))
@@ -57,8 +60,10 @@ def run_step(
     return sums
 
 
-def _forward(trainer: TrainingEngine, batch: GroupBatch, sums: StepSums, *, first: bool) -> LossOutput:
-    head = trainer.forward(batch)
+def _forward(
+    trainer: TrainingEngine, batch: GroupBatch, reference_ND: torch.Tensor | None, sums: StepSums, *, first: bool
+) -> LossOutput:
+    head = trainer.forward(batch, reference_ND)
     inputs = batch.loss_inputs
     if first and inputs.reference is not None and not batch.is_filler:
         with torch.no_grad():

@@ -23,6 +23,8 @@ REFUSED = [
     ("spa", {"quantile": 0.0}, "loss.options.quantile is 0.0"),
     ("spa", {"window": 0}, "loss.options.window is 0: use an integer of at least 1"),
     ("spa", {"warmup_steps": -1}, "loss.options.warmup_steps is -1: use an integer of at least 0"),
+    ("spa", {"warmup_share": 1.0}, "loss.options.warmup_share is 1.0: use a number that is at least 0 and below 1"),
+    ("spa", {"extrapolation": -0.5}, "loss.options.extrapolation is -0.5: use a number that is at least 0"),
     ("spa", {"alpha": 0.6}, "loss.options.alpha is 0.6: use a number that is at least 0 and at most 0.5"),
 ]
 

@@ -257,6 +257,30 @@ def test_the_margins_that_spa_collects() -> None:
     assert output.observed[0].tolist() == [[pytest.approx(margin)] for margin in margins]
 
 
+def test_the_margins_that_spa_collects_of_log_probs_extrapolated_beyond_the_policy() -> None:
+    """(1 + lambda) logits - lambda logits of the reference at the same rows, against the reference's log-probs."""
+    beyond = TermConfig(type="spa", name="beyond", options={"extrapolation": 0.25})
+    batch = Batch(loss_of(beyond, TermConfig(type="spa", name="plain"), beta=0.5))
+    batch.program.plan_steps(10)
+    assert batch.program.extrapolation == batch.program.request(batch.inputs).extrapolation == 0.25
+    logits_NV = batch.hidden_NH.detach() @ batch.head.weight.detach().T
+    mixed_NV = 1.25 * logits_NV - 0.25 * torch.randn(logits_NV.shape, generator=torch.Generator().manual_seed(7))
+    logp_N = mixed_NV.log_softmax(1).gather(1, batch.target_N[:, None])[:, 0]
+    head = replace(batch.head_output(), extrapolated_N=logp_N)
+    output = batch.program.apply(head, batch.inputs)
+
+    def ratio(group: int, completion: int) -> float:
+        cell = clean(completion)
+        return (logp_N[batch.tokens(group, cell)].sum() - batch.reference(group, cell).sum()).item()
+
+    margins = [[0.5 * f * (ratio(g, i) - ratio(g, j))] for g, i, j, _, f in PAIRS]
+    assert output.observed[0].tolist() == [[pytest.approx(margin)] for (margin,) in margins]
+    plain = [0.5 * f * (batch.ratio(g, clean(i)) - batch.ratio(g, clean(j))).item() for g, i, j, _, f in PAIRS]
+    assert output.observed[1].tolist() == [[pytest.approx(margin)] for margin in plain]
+    assert output.term_sums_T[0] == output.term_sums_T[1]  # DPO before the first margin, both
+    assert [state.total_steps for state in batch.program.states.values()] == [10, 10]  # type: ignore[attr-defined]
+
+
 def test_a_term_across_groups_hands_over_its_values_and_counts_nothing_yet() -> None:
     batch = Batch(loss_of(TermConfig(type="rpo_diagonal", weight=0.7), TermConfig(weight=0.3), beta=0.5))
     output = batch.output()

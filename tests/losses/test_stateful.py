@@ -85,6 +85,34 @@ def test_spas_margins_are_those_of_the_loss_without_gradient() -> None:
     assert rows.tolist() == [[2.5], [1.0]] and not rows.requires_grad
 
 
+def test_spa_judges_by_extrapolated_margins_what_it_trains_on_plain_ones() -> None:
+    """Confident pairs are DPO, the others (1 - a) DPO(Delta) + a DPO(-Delta), whatever their own Delta."""
+    state = window([0.0, 1.0, 2.0, 3.0, 4.0], quantile=0.375, alpha=0.25)
+    delta, judged = [1.0, 1.0, -2.0, -2.0], [1.6, 1.4, 9.0, -9.0]
+    extrapolated_P = torch.tensor(judged, dtype=torch.float64, requires_grad=True)
+    values = pair_values(delta, [0.0] * 4, beta=1.0, state=state, extrapolated_P=extrapolated_P)
+    dpo = [minus_log_sigmoid(x) for x in delta]
+    expected = [dpo[0], 0.75 * dpo[1] + 0.25 * (dpo[1] + 1.0), dpo[2], 0.75 * dpo[3] + 0.25 * (dpo[3] - 2.0)]
+    assert loss_of("spa", values).tolist() == pytest.approx(expected, rel=1e-12)
+    loss_of("spa", values).sum().backward()
+    assert extrapolated_P.grad is None
+    rows = state.collect(values)
+    assert rows.tolist() == [[m] for m in judged] and not rows.requires_grad
+    state.update(rows.tolist())
+    everything = torch.tensor([0.0, 1.0, 2.0, 3.0, 4.0, *judged], dtype=torch.float64)
+    assert state.threshold == pytest.approx(torch.quantile(everything, 0.375).item())
+
+
+def test_a_share_of_the_steps_warms_up() -> None:
+    state = window([1.0], warmup_share=0.2)
+    state.total_steps = 11
+    refined = []
+    for _ in range(5):  # the first step is over
+        refined.append(state.threshold is not None)
+        state.update([[2.0]])
+    assert refined == [False, False, True, True, True]  # 2.2 steps of 11
+
+
 def test_the_window_forgets_the_oldest_margins() -> None:
     state = window([1.0, 2.0, 3.0], window=4)
     state.update([[4.0], [5.0]])

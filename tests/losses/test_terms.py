@@ -144,6 +144,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         {"type": "cpo", "pairs": "argmax", "against": "crop", "shared_tokens": True},
         ": shared_tokens takes the reference's tokens, but this loss has no reference",
     ),
+    (
+        {"type": "spa", "pairs": "argmax", "against": "crop", "options": {"extrapolation": 0.5}},
+        ": extrapolated log-probs are of the answers' own tokens, which pairs: argmax are not; set extrapolation: 0",
+    ),
     # names
     ({"name": "first"}, ".name: two terms are named 'first'; names must differ"),
 ]
@@ -187,6 +191,16 @@ def test_terms_of_second_targets_agree_on_whose_tokens_they_are() -> None:
     assert len(resolve_terms(config_of(shared, shared))) == 2
     with pytest.raises(ValueError, match="all terms with pairs: argmax must agree on shared_tokens"):
         resolve_terms(config_of(own, shared))
+
+
+def test_terms_agree_on_the_extrapolation_that_takes_one_pass() -> None:
+    def terms(*values: float) -> list[TermConfig]:
+        return [TermConfig(type="spa", options={"extrapolation": value}) for value in values]
+
+    assert LossProgram(config_of(*terms(0.5, 0.0, 0.5), TermConfig())).extrapolation == 0.5
+    assert LossProgram(config_of(TermConfig())).extrapolation == 0
+    with pytest.raises(ValueError, match="^loss.terms: all terms with an extrapolation must agree on it"):
+        resolve_terms(config_of(*terms(0.5, 0.25)))
 
 
 def test_a_loss_on_explored_answers_alone_is_refused_since_groups_may_lack_them() -> None:
