@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 
+from bpo.config.training import Config, LoraConfig, ModelConfig
 from bpo.training import checks
-from bpo.training.checks import NonFiniteError, check_weights
+from bpo.training.checks import FirstStepError, NonFiniteError, check_first_step, check_weights
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -33,3 +38,25 @@ def test_under_zero_3_each_rank_checks_its_own_part_without_its_padding(monkeypa
     check_weights(model, "m", 2)  # a rank without a part of a small weight
     with pytest.raises(NonFiniteError, match="not finite: weight;"):
         check_weights(model, "m", 0)
+
+
+def test_dropout_of_a_continued_adapter_does_not_fail_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A new adapter's B is zero, so that its dropout has no effect; a continued one differs from its reference."""
+    monkeypatch.setattr(checks, "step_metrics", lambda flat, program: {"loss": 0.70})
+    monkeypatch.setattr(checks, "gather_from_ranks", lambda item: [item])
+    program = SimpleNamespace(needs_reference=True)
+    engine: Any = SimpleNamespace(dtype=torch.float32, program=program, sum_over_ranks=lambda values: values)
+    sums: Any = SimpleNamespace(expected_first_loss=0.69, num_pairs=1, reference_gap=0.1)
+
+    def check(dropout: float) -> None:
+        config = Config(model=ModelConfig(path=str(tmp_path)), lora=LoraConfig(dropout=dropout))
+        check_first_step(config, [], sums, engine)
+
+    with pytest.raises(FirstStepError, match="0.700000 but must be 0.690000"):
+        check(dropout=0.1)
+    (tmp_path / "adapter_config.json").touch()
+    check(dropout=0.1)
+    with pytest.raises(FirstStepError):
+        check(dropout=0.0)
