@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bpo.evaluation.benchmarks.verifier import OTHER
+from bpo.ranking.judge import dialogue_of
 from bpo.records import PreferenceGroup
 
 NO_ERROR = "no error"
@@ -66,5 +67,5 @@ def verdict_record(group: PreferenceGroup, index: int, details: Mapping[str, Any
 
 
 def question_of(group: PreferenceGroup) -> str:
-    """The text of the prompt, all turns."""
-    return "\n".join(turn.text.strip() for turn in group.prompt)
+    """The text of the turns that ask."""
+    return "\n".join(turn.text for turn in dialogue_of(group)[0])

@@ -20,7 +20,7 @@ from bpo.formats.problems import RecordError
 from bpo.job.chat_server import Reply
 from bpo.job.durable import file_digest
 from bpo.job.launch import Ranks
-from bpo.ranking.judge import Failed, Judge, Scored, register_judge
+from bpo.ranking.judge import Failed, Judge, Scored, dialogue_of, register_judge
 from bpo.ranking.judges.models import LanguageModel, LanguageOptions, QuestionModel, QuestionServer, ReplyError, text_of
 from bpo.ranking.options import judge_options
 from bpo.ranking.sentences import question_of
@@ -106,9 +106,8 @@ class ClaimsJudge(Judge):
     def judge(self, name: str, groups: Sequence[PreferenceGroup]) -> Iterator[tuple[int, Scored | Failed]]:
         replies: Iterator[Reply] = iter(())
         if self._splitter is not None:
-            answers = [(group, completion.response) for group in groups for completion in group.completions]
-            fields = [(group.id, {"answer": text, "question": question_of(group)}) for group, text in answers]
-            replies = iter(self._splitter.ask(fields))
+            asked = [(group.id, question_of(group), answer) for group in groups for answer in dialogue_of(group)[1]]
+            replies = iter(self._splitter.ask([(id, {"question": q, "answer": answer}) for id, q, answer in asked]))
         for index, group in enumerate(groups):
             own = list(islice(replies, len(group.completions)))
             try:
@@ -123,7 +122,7 @@ class ClaimsJudge(Judge):
             raise EncodingError(f"record {group.id!r}: there is no image to ask about")
         if self._splitter is not None:
             return [read_claims(text_of(reply)) for reply in replies]
-        texts = [completion.response for completion in group.completions]
+        _, texts = dialogue_of(group)
         if self._lexicon is not None:
             return [split_by_objects(text, self._lexicon) for text in texts]
         return [split_by_rules(text) for text in texts]
@@ -136,7 +135,7 @@ class ClaimsJudge(Judge):
         scores, details = [], []
         for of_answer in claims:
             rejected = sum(not verdict[claim]["accepted"] for claim in of_answer)
-            scores.append(-float(rejected + max(0, self.options.min_claims - len(of_answer))))
+            scores.append(float(-rejected - max(0, self.options.min_claims - len(of_answer))))
             details.append({"rejected": rejected, "claims": [verdict[claim] for claim in of_answer]})
         return Scored(tuple(scores), tuple(details))
 

@@ -77,7 +77,7 @@ class VerifierJudge(Judge):
 
     def identity(self) -> dict[str, Any]:
         known = {name: getattr(self.options, name) for name in ("by", "evidence", "score")}
-        known |= {"files (SHA-256)": {str(file): file_digest(file) for file in self._files}}
+        known |= {"objects (SHA-256)": [file_digest(file) for file in self._files]}
         return known | (self._model.identity() if self._model else {})
 
     def judge(self, name: str, groups: Sequence[PreferenceGroup]) -> Iterator[tuple[int, Scored | Failed]]:
@@ -127,7 +127,7 @@ class VerifierJudge(Judge):
         scores, details = [], []
         for verdicts in answers:
             count = sum(verdict.hallucinated for verdict in verdicts)
-            scores.append(-count / max(len(verdicts), 1) if self.options.score == "rate" else -float(count))
+            scores.append(-count / (max(len(verdicts), 1) if self.options.score == "rate" else 1))
             listed = [{"sentence": v.sentence, "label": v.hallucinated, "category": v.category} for v in verdicts]
             details.append({"sentences": listed})
         return Scored(tuple(scores), tuple(details))

@@ -70,8 +70,9 @@ def test_lists_of_a_language_model() -> None:
 
 def yes_no(body: dict[str, Any], number: int) -> Any:
     """Yes to all but leaves; log-probs of them alone; of a broken thing it is not sure."""
-    picture, question = body["messages"][0]["content"]
-    assert picture["image_url"]["url"].startswith("data:image/png;base64,") and body["logprobs"] is True
+    *pictures, question = body["messages"][0]["content"]
+    if [part["image_url"]["url"][:22] for part in pictures] != ["data:image/png;base64,"] or not body["logprobs"]:
+        return 400, {}
     if "broken" in question["text"]:
         return completion("Perhaps.")
     if "leaf" not in question["text"] and "Dog" not in question["text"]:
@@ -110,7 +111,8 @@ def test_a_language_model_on_a_server_splits(photo_root: Path) -> None:
         content = body["messages"][0]["content"]
         if not isinstance(content, str):
             return yes_no(body, number)
-        assert "Question: What?" in content and body["temperature"] == 0
+        if "Question: What?" not in content or body["temperature"] != 0:
+            return 400, {}
         answer = content.rsplit("Answer: ", 1)[1].strip()
         if answer == "long":
             return completion("- a", finish_reason="length")
