@@ -42,7 +42,10 @@ def test_the_example_makes_negatives_of_its_own_type_and_starts_again_when_it_ch
         vision = VisionConfig(engine="server", server=ServerConfig(url=url, model="big"))
         return make("a", sources=["leading"], plugin=str(plugin), vision=vision, limit=3, **options)
 
-    with fake_server(lambda body, number: completion(f"A zebra, number {body['seed']}.")) as (url, received):
+    with fake_server(lambda body, number: completion(f"A zebra, number {body['seed']}."), models=["big"]) as (
+        url,
+        received,
+    ):
         summary = run_bootstrap(job(url), progress=False)
         assert summary.kept == {"leading": 3} == {"leading": len(received)}
         for body in received:
