@@ -173,10 +173,10 @@ def _train(argv: list[str]) -> int:
     from bpo.job.signals import StopRequest
 
     with StopRequest() as stop:
-        from bpo.config.io import TRAIN_INPUTS, load_config
+        from bpo.config.io import load_config, train_inputs
         from bpo.job.launch import own_arguments
 
-        load_config(own_arguments(argv), "bpo train", "Preference training in one process.", TRAIN_INPUTS)
+        load_config(own_arguments(argv), "bpo train", "Preference training in one process.", train_inputs)
         from bpo.train import main
 
         main(argv, stop)

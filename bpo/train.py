@@ -24,10 +24,9 @@ from bpo import engine
 from bpo.checkpoint import partition
 from bpo.checkpoint.files import clean_leftovers
 from bpo.checkpoint.save import CheckpointSaver
-from bpo.config.io import TRAIN_INPUTS, load_config
+from bpo.config.io import load_config, train_inputs
 from bpo.config.training import Config
 from bpo.data.encode import load_encoder
-from bpo.data.schedule import PlannedStep
 from bpo.job import collectives
 from bpo.job.compile_locks import named_compile_locks
 from bpo.job.exits import Interrupted, process_end
@@ -48,11 +47,13 @@ from bpo.training.checks import check_finite, check_first_step, check_reference,
 from bpo.training.embeddings import PromptEmbeddings, fill_embedding_store
 from bpo.training.evaluation import Evaluations
 from bpo.training.evaluation_plan import plan_evaluation
+from bpo.training.extrapolation import InitialPolicy, check_extrapolation
 from bpo.training.flops import ModelFlops, model_flops
-from bpo.training.held_out import HeldOutLoss, split_held_out
-from bpo.training.measure import TrainingData, measure_groups
+from bpo.training.held_out import HeldOutLoss
 from bpo.training.metrics import num_lost
-from bpo.training.plan import plan_training
+from bpo.training.online.prompts import check_online
+from bpo.training.online.steps import OnlineGroups
+from bpo.training.plan import RunGroups, plan_groups
 from bpo.training.reference_pass import fill_reference_store, model_description
 from bpo.training.report import StepReport
 from bpo.training.step import run_step
@@ -63,11 +64,12 @@ from bpo.training.trackers import Trackers, open_trackers
 class Prepared:
     """Inputs of the training loop, after all one-time set-up."""
 
-    data: TrainingData
-    steps: list[PlannedStep]
+    groups: RunGroups
     trainer: engine.TrainingEngine
     store: ReferenceStore | None
     embeddings: PromptEmbeddings | None
+    initial: InitialPolicy | None
+    online: OnlineGroups | None
     saver: CheckpointSaver
     done: int
     flops: ModelFlops
@@ -85,6 +87,7 @@ def prepare(
     job = collectives.JobRanks(ranks)
     program = LossProgram(config.loss, config.train.seed)
     check_reference(config, program)
+    check_extrapolation(config, program, resolved.config)
     encoder = load_encoder(config, resolved.config)
     if ranks.world_size > 1:
         check_agreement(facts_of_start(config, resolved, encoder), job)
@@ -99,12 +102,11 @@ def prepare(
         plan = plan_evaluation(config, program)
         check_agreement(facts_of_questions(plan.benchmarks if plan else ()), job)
     with guard.phase("measuring the groups"):
-        gather = collectives.gather_from_ranks
-        usable = measure_groups(config, encoder, ranks, gather, stop, continuing=found is not None)
-    data, held_out = split_held_out(usable, config.train.held_out_groups)
-    steps = plan_training(config.train, data, ranks)
-    check_agreement(facts_of_plan(steps), job)
-    settings = engine.deepspeed_config(config.train, resolved.dtype, max(len(s.micro_batches[0]) for s in steps))
+        groups = plan_groups(config, encoder, ranks, stop, continuing=found is not None)
+    program.plan_steps(len(groups.steps))
+    check_agreement(facts_of_plan(groups.steps), job)
+    most = max(len(step.micro_batches[0]) for step in groups.steps)
+    settings = engine.deepspeed_config(config.train, resolved.dtype, most)
     with guard.phase("loading the model"), engine.partitioned_loading(settings):
         model = load_base(resolved)
     prepare_trainable(model, encoder.family, config)
@@ -115,21 +117,25 @@ def prepare(
     trainer.on_forward = guard.in_forward
     guard.watchdog.beat("the reference pass")
     with guard.progress_if_interrupted():
-        prepared = (config, resolved, trainer, usable, stop)
+        prepared = (config, resolved, trainer, groups.measured, stop)
         store = fill_reference_store(*prepared) if program.needs_reference else None
         if config.train.reference_only:
             return None
         embeddings = fill_embedding_store(*prepared) if program.needs_similarity else None
     guard.after_reference()
+    initial = InitialPolicy(trainer) if program.extrapolation else None  # before a checkpoint is loaded
     reference = model_description(config, resolved) if store is None else store.fingerprint
     base = model_description(config, resolved) if other_reference(config) else reference
-    description = partition.RunDescription(config, data, steps, base, reference, ranks.world_size, program)
+    description = partition.RunDescription(config, groups, groups.steps, base, reference, ranks.world_size, program)
+    online = None
+    if groups.prompts is not None:
+        online = OnlineGroups(config, trainer, encoder, groups.prompts, groups.steps, base, guard, stop)
     with guard.phase("loading the checkpoint") if found else contextlib.nullcontext():
-        done = partition.resume(trainer, description, found)
-    saver = partition.build_saver(trainer, config.train, description, guard)
-    loss = HeldOutLoss(config, held_out, trainer, store, embeddings) if held_out is not None else None
-    evaluations = Evaluations(config, plan, trainer, encoder, loss, guard, stop, done=done, total=len(steps))
-    return Prepared(data, steps, trainer, store, embeddings, saver, done, flops, trackers, evaluations)
+        done = partition.resume(trainer, description, found, online)
+    saver = partition.build_saver(trainer, config.train, description, guard, online=online)
+    loss = HeldOutLoss(config, groups.held_out, trainer, store, embeddings, initial) if groups.held_out else None
+    evaluations = Evaluations(config, plan, trainer, encoder, loss, guard, stop, done=done, total=len(groups.steps))
+    return Prepared(groups, trainer, store, embeddings, initial, online, saver, done, flops, trackers, evaluations)
 
 
 @named_compile_locks()
@@ -151,8 +157,8 @@ def train(config: Config, ranks: Ranks, stop: StopRequest | None = None) -> bool
 
 def run_steps(config: Config, run: Prepared, guard: RunGuard, stop: StopRequest | None) -> bool:
     """Runs the remaining steps; returns False if `stop` cut the run short."""
-    trainer, todo, total, number = run.trainer, run.steps[run.done :], len(run.steps), run.done
-    progress = {"done": run.done, "total": total, "groups_per_epoch": len(run.data.usable)}
+    trainer, todo, total, number = run.trainer, run.groups.steps[run.done :], len(run.groups.steps), run.done
+    progress = {"done": run.done, "total": total, "groups_per_epoch": run.groups.num_per_epoch}
     report = StepReport(
         config.train,
         trainer.ranks,
@@ -165,24 +171,34 @@ def run_steps(config: Config, run: Prepared, guard: RunGuard, stop: StopRequest 
     evaluations, saver = run.evaluations, run.saver
     if evaluations.at(number, report, saver.best):
         saver.mark_best(number)
-    batches = training_batches(config.data, run.data, todo, run.store, trainer)
+    given = training_batches(config.data, run.groups.data, todo, run.store, trainer)
+    batches = given if run.online is None else run.online.batches(todo)
     for step in todo if not evaluations.stopped else ():
         guard.at_step(number)
+        try:
+            own = next(batches)
+        except Interrupted:  # while the groups of the next steps were being made
+            if number == 0:
+                raise
+            saver.boundary(number, due=True, stop=True)
+            break
         started = time.perf_counter()
-        num_pairs = run.data.num_pairs(step.groups)
-        sums = run_step(trainer, next(batches), config, num_pairs, step.index, run.embeddings)
+        sums = run_step(trainer, own, config, own.num_pairs, step.index, run.embeddings, run.initial)
         totals = trainer.sum_over_ranks(sums.flat())
         check_finite(sums, step, totals, trainer)
         if num_lost(totals):
             lost = collectives.gather_from_ranks([dataclasses.asdict(group) for group in sums.lost])
-            run.data.lost.report(lost, is_main=trainer.ranks.is_main)
+            own.lost.report(lost, is_main=trainer.ranks.is_main)
         if step.index == 0:
             check_first_step(config, totals, sums, trainer)
         lr_factor = engine.learning_rate_factor(step.index, total, config.train)
         grad_norm = trainer.step(lr_factor)
         check_finite(sums, step, [grad_norm], trainer)
-        number = step.index + 1
-        report.step(number, totals, time.perf_counter() - started, config.train.lr * lr_factor, grad_norm)
+        seconds, number = time.perf_counter() - started, step.index + 1
+        if run.online is not None:
+            run.online.after_step(number)
+        more = dict if run.online is None else run.online.metrics
+        report.step(number, totals, seconds, config.train.lr * lr_factor, grad_norm, more)
         best = evaluations.at(number, report, saver.best)
         due = number == total or number % (config.train.save_every_steps or total) == 0
         if saver.boundary(number, due=due, stop=stop is not None and stop.received, best=best):
@@ -197,7 +213,8 @@ def main(argv: list[str] | None, stop: StopRequest) -> None:
     try:
         ranks = ranks_from_environment()
         setup_logging(ranks)
-        config = load_config(own, "bpo/train.py", __doc__ or "", TRAIN_INPUTS)
+        config = load_config(own, "bpo/train.py", __doc__ or "", train_inputs)
+        check_online(config)
         check_loss(config.loss)  # before DeepSpeed compiles anything
         check_prompt_embedding(config)
     except ValueError as error:

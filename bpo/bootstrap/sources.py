@@ -88,7 +88,7 @@ class ImageAnswers:
                 yield Outcome(annotation.id, self.key, "broken", reason=ready.error)
         requests = [prepared[index].request for index in asked]
         for position, reply in self.generator.replies(requests, [prepared[index].prepared for index in asked]):
-            yield self._judge(batch[asked[position]], requests[position], reply)
+            yield self.judge(batch[asked[position]], requests[position], reply)
 
     def request(self, annotation: Annotation) -> VisionRequest:
         """The model's request for one record; depends only on seed, record and options."""
@@ -113,7 +113,8 @@ class ImageAnswers:
         sampling = replace(request.sampling, max_new_tokens=segment.length)
         return replace(request, beginning=beginning, ending=ending, segment=segment, sampling=sampling)
 
-    def _judge(self, annotation: Annotation, request: VisionRequest, reply: Reply) -> Outcome:
+    def judge(self, annotation: Annotation, request: VisionRequest, reply: Reply) -> Outcome:
+        """The outcome of a reply."""
         if reply.error:
             status: Status = "broken" if reply.is_broken else "failed"
             return Outcome(annotation.id, self.key, status, reason=reply.error)

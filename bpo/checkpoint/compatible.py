@@ -23,6 +23,9 @@ FREE = (
     "evaluation.*",
     "export.*",
     "measure.*",
+    "rank.*",
+    "rounds.*",
+    "select.*",
     "tracking.*",
     "loss.plugin",
     "model.path",
@@ -30,6 +33,7 @@ FREE = (
     "data.annotations",
     "data.groups",
     "data.image_root",
+    "data.part",
     "data.keep_lengths",
     "data.on_bad",
     "data.max_bad_share",
@@ -65,7 +69,10 @@ ROUNDING = (
     "model.vision_attention",
     "train.ds_config",
     "train.max_micro_batch_tokens",
+    "online.batch_size",
 )
+# Not free if negatives are made during training.
+ONLINE = ("bootstrap.segment.*", "bootstrap.validate.*")
 # Named in train.accept_changes like options; compared by content.
 DATA, WEIGHTS, PLAN, PLUGIN, REFERENCE = "data", "weights", "plan", "plugin", "reference"
 
@@ -100,7 +107,8 @@ def check_options(
         CheckpointError: an option that affects the result of a step has changed and is not in `accepted`.
     """
     old, new = _flat_options(manifest["config"]), _flat_options(now)
-    differing = [k for k in sorted(old.keys() & new.keys()) if old[k] != new[k] and not _matches(k, FREE)]
+    free = [k for k in new if _matches(k, FREE) and not (new.get("online.source") and _matches(k, ONLINE))]
+    differing = [k for k in sorted(old.keys() & new.keys() - set(free)) if old[k] != new[k]]
     rounding = [f"{key} {old[key]!r} -> {new[key]!r}" for key in differing if key in ROUNDING]
     if manifest["world_size"] != world_size:
         rounding.insert(0, f"{manifest['world_size']} -> {world_size} ranks")

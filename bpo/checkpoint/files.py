@@ -57,10 +57,10 @@ def step_dir(output_dir: Path, step: int) -> Path:
 def checkpoint_dirs(output_dir: Path) -> list[Path]:
     """Finished checkpoints, latest first, verified or not."""
     found = checkpoints_root(output_dir).glob("step-*")
-    return sorted((d for d in found if d.is_dir() and re.fullmatch(r"step-\d{8,}", d.name)), key=_step_of, reverse=True)
+    return sorted((d for d in found if d.is_dir() and re.fullmatch(r"step-\d{8,}", d.name)), key=step_of, reverse=True)
 
 
-def _step_of(directory: Path) -> int:
+def step_of(directory: Path) -> int:
     return int(directory.name.removeprefix("step-").split(".")[0])
 
 
@@ -286,7 +286,7 @@ def follow_pointer(path: Path) -> Path:
 def best_step(output_dir: Path) -> int | None:
     """The step that `checkpoints/best` names; None if there is no such file or checkpoint."""
     best = follow_pointer(checkpoints_root(output_dir) / BEST)
-    return _step_of(best) if best in checkpoint_dirs(output_dir) else None
+    return step_of(best) if best in checkpoint_dirs(output_dir) else None
 
 
 def mark_best(output_dir: Path, step: int) -> None:
@@ -304,7 +304,7 @@ def superseded(steps: Sequence[int], keep_last: int, keep_every: int) -> list[in
 
 def apply_retention(output_dir: Path, keep_last: int, keep_every: int) -> None:
     """Removes superseded checkpoints, oldest first, but not the best; logs those that cannot be removed."""
-    by_step = {_step_of(directory): directory for directory in checkpoint_dirs(output_dir)}
+    by_step = {step_of(directory): directory for directory in checkpoint_dirs(output_dir)}
     best = best_step(output_dir)
     for step in superseded(list(by_step), keep_last, keep_every):
         if step == best:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from bpo.checkpoint.files import (
     checkpoints_root,
     newest_valid_checkpoint,
     no_hook,
+    step_of,
 )
 from bpo.checkpoint.save import CheckpointSaver
 from bpo.checkpoint.shards import KINDS, MASTER, Fragment, Shard, ShardSet
@@ -47,7 +49,8 @@ from bpo.job.run_record import versions
 from bpo.losses.plugin import load_plugin
 from bpo.losses.program import LossProgram
 from bpo.model.reference.store import other_reference
-from bpo.training.measure import TrainingData
+from bpo.training.online.steps import OnlineGroups
+from bpo.training.plan import RunGroups
 
 logger = logging.getLogger(__name__)
 Found = tuple[Path, dict[str, Any]]
@@ -105,7 +108,7 @@ class RunDescription:
     def __init__(
         self,
         config: Config,
-        data: TrainingData,
+        data: RunGroups,
         steps: Sequence[PlannedStep],
         base: dict[str, str],
         reference: dict[str, str],
@@ -175,8 +178,9 @@ class Partition:
         named = {n: p for n, p in engine.policy.model.named_parameters() if p.requires_grad}
         self.shapes = {n: tuple(getattr(p, "ds_shape", p.shape)) for n, p in named.items()}
         self.flats = engine.master_weights
-        is_stage_3 = engine.is_partitioned
-        self.fragments = self._of_stage_3(named, engine.ranks.rank) if is_stage_3 else self._of_stages_1_and_2(named)
+        self.copies = {f"{name}.{n}": flat for name, flats in engine.copies.items() for n, flat in enumerate(flats)}
+        is_whole = not engine.is_partitioned
+        self.fragments = self._of_stages_1_and_2(named) if is_whole else self._of_stage_3(named, engine.ranks.rank)
 
     def _of_stages_1_and_2(self, named: dict[str, torch.nn.Parameter]) -> list[Fragment]:
         """A group's parameters are concatenated and cut into equal parts, which may split a parameter."""
@@ -214,7 +218,7 @@ class Partition:
             tensors |= {f"{MASTER}.{number}": flat.data, **{f"{k}.{number}": state[k] for k in KINDS if k != MASTER}}
         if len(steps) != 1:
             raise CheckpointError(f"the optimizer's groups have taken different numbers of steps: {sorted(steps)}")
-        return Shard(self.fragments, steps.pop(), tensors)
+        return Shard(self.fragments, steps.pop(), tensors | self.copies)
 
     @torch.no_grad()
     def restore(self, shards: ShardSet) -> None:
@@ -236,7 +240,7 @@ class Partition:
             state: dict[str, Any] = {kind: torch.zeros_like(flat.data) for kind in KINDS if kind != MASTER}
             tensors |= {f"{MASTER}.{number}": flat.data, **{f"{kind}.{number}": state[kind] for kind in state}}
             self.adam.state[flat] = {"step": self._step_value(shards.optimizer_step, flat), **state}
-        shards.fill(self.fragments, tensors)
+        shards.fill(self.fragments, tensors | self.copies)
         self.engine.publish_master_weights()
 
     def _step_value(self, step: int, flat: torch.Tensor) -> Any:
@@ -247,18 +251,30 @@ class Partition:
         return torch.tensor(float(step), device=flat.device if fused else "cpu")
 
 
-def resume(engine: TrainingEngine, description: RunDescription, found: Found | None) -> int:
+def resume(
+    engine: TrainingEngine, description: RunDescription, found: Found | None, online: OnlineGroups | None = None
+) -> int:
     """Loads weights and optimizer of a verified checkpoint, written by any number of ranks; returns the steps done.
 
+    Args:
+        online: Of an online run, which continues from the checkpoint or starts.
+
     Raises:
-        CheckpointError: data, plan, base weights or trained parameters differ from the checkpoint's.
+        CheckpointError: data, plan, base weights or trained parameters differ from the checkpoint's, or it is not of an
+            online run.
     """
     if found is None:
+        if online is not None:
+            online.start("")
         return 0
     directory, manifest = found
     description.check(manifest, warn=engine.ranks.is_main)
     shards = ShardSet(directory, [name for name in manifest["files"] if name.endswith(".safetensors")])
+    if online is not None and not shards.state:
+        raise CheckpointError(f"{directory} is not of a run with online.source; set another train.output_dir")
     Partition(engine).restore(shards)
+    if online is not None:
+        online.start(shards.state)
     for name, state in manifest.get("loss_states", {}).items():
         if name in description.program.states:  # another loss may have been accepted
             description.program.states[name].load_state_dict(state)
@@ -269,17 +285,26 @@ def resume(engine: TrainingEngine, description: RunDescription, found: Found | N
 
 
 def build_saver(
-    engine: TrainingEngine, options: TrainConfig, description: RunDescription, guard: RunGuard, at_stage: Hook = no_hook
+    engine: TrainingEngine,
+    options: TrainConfig,
+    description: RunDescription,
+    guard: RunGuard,
+    at_stage: Hook = no_hook,
+    online: OnlineGroups | None = None,
 ) -> CheckpointSaver:
     """Saves the engine's state as set in `train.*`; publishes nothing after another job took over the directory."""
 
     def take() -> Shard:
         description.take_loss_states()
-        return Partition(engine).shard()
+        state = online.state() if online is not None and engine.ranks.is_main else ""
+        return replace(Partition(engine).shard(), state=state)
 
     def describe(step: int) -> dict[str, Any]:
         if problem := guard.lost():
             raise CheckpointError(problem)
+        if online is not None and (reference := online.reference):
+            oldest = min(map(step_of, checkpoint_dirs(Path(options.output_dir))), default=0)
+            reference.remove_stores(lambda moved_at: moved_at + reference.every <= oldest)
         return description.manifest(step)
 
     return CheckpointSaver(

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +47,15 @@ class Shard:
     """One rank's part of the training state.
 
     Attributes:
-        tensors: `KIND.NUMBER` -> flat fp32 tensor, for the kinds of `KINDS`.
+        tensors: `KIND.NUMBER` -> flat fp32 tensor, for the kinds of `KINDS` and of copies of the master weights.
         optimizer_step: Number of Adam steps, for its bias correction.
+        state: Further state of the run as text, in the file of one rank.
     """
 
     fragments: list[Fragment]
     optimizer_step: int
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    state: str = ""
 
     @property
     def num_bytes(self) -> int:
@@ -78,12 +80,14 @@ class Shard:
             buffers[name].copy_(tensor.detach(), non_blocking=True)
         if any(tensor.is_cuda for tensor in self.tensors.values()):
             torch.cuda.synchronize()
-        return Shard(self.fragments, self.optimizer_step, {name: buffers[name] for name in self.tensors})
+        return replace(self, tensors={name: buffers[name] for name in self.tensors})
 
     def write(self, path: Path) -> None:
         """Raises OSError or safetensors.SafetensorError if the disk is full or cannot be written."""
         table = [asdict(fragment) for fragment in self.fragments]
         metadata = {"format": "pt", "optimizer_step": str(self.optimizer_step), "fragments": json.dumps(table)}
+        if self.state:
+            metadata["state"] = self.state
         save_file(self.tensors, path, metadata=metadata)
 
 
@@ -94,12 +98,15 @@ def shard_name(rank: int) -> str:
 class ShardSet:
     """All shards of a checkpoint: any range of any parameter. Headers are read at once, values on demand.
 
+    Attributes:
+        state: Further state of the run; empty if there is none.
+
     Raises:
         CheckpointError: a file has no table of fragments.
     """
 
     def __init__(self, directory: Path, files: Sequence[str]):
-        self.directory = directory
+        self.directory, self.state = directory, ""
         self._holders: dict[str, list[tuple[Fragment, Any]]] = {}
         steps = set()
         for name in sorted(files):
@@ -108,6 +115,7 @@ class ShardSet:
             if "fragments" not in metadata:
                 raise CheckpointError(f"{directory / name}: no table of fragments; it is not a shard of a checkpoint")
             steps.add(int(metadata["optimizer_step"]))
+            self.state = metadata.get("state") or self.state
             for row in json.loads(metadata["fragments"]):
                 fragment = Fragment(**{**row, "shape": tuple(row["shape"])})
                 self._holders.setdefault(fragment.name, []).append((fragment, handle))
@@ -140,8 +148,9 @@ class ShardSet:
 
     def fill(self, fragments: Sequence[Fragment], flats: dict[str, torch.Tensor]) -> None:
         """Copies the fragments into this process's flat tensors (`KIND.NUMBER`); other elements are unchanged."""
+        kinds = dict.fromkeys(name.rpartition(".")[0] for name in flats)
         for fragment in fragments:
-            for kind in KINDS:
+            for kind in kinds:
                 target = flats[f"{kind}.{fragment.flat}"].narrow(0, fragment.flat_start, fragment.numel)
                 target.copy_(self.read(kind, fragment.name, fragment.start, fragment.numel))
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ from typing import Any
 from bpo.config.foreign import translation
 from bpo.config.training import Config, missing_model
 
-TRAIN_INPUTS = ("model.path", "data.groups")
 ALIASES = {
     "--on-bad": "--data.on_bad",
     "--max-bad-share": "--data.max_bad_share",
@@ -125,11 +124,21 @@ def _with_on(value: Any) -> Any:
     return [_with_on(item) for item in value] if isinstance(value, list) else value
 
 
-def load_config(argv: list[str], prog: str = "bpo", description: str = "", reads: Sequence[str] = ()) -> Config:
+def train_inputs(config: Config) -> tuple[str, str]:
+    """The options of `bpo train` that must name something that exists."""
+    return "model.path", "data.annotations" if config.online.source else "data.groups"
+
+
+def load_config(
+    argv: list[str],
+    prog: str = "bpo",
+    description: str = "",
+    reads: Sequence[str] | Callable[[Config], Sequence[str]] = (),
+) -> Config:
     """Parses `--config FILE` (YAML; several files are merged in order) and dotted overrides into a `Config`.
 
     Args:
-        reads: Options that must name something that exists, such as `data.groups`.
+        reads: Options that must name something that exists, such as `data.groups`; or which these are, by the others.
 
     Raises:
         ValueError: A key is unknown, or a value of the wrong type or out of range; names the key and the closest match.
@@ -159,7 +168,7 @@ def load_config(argv: list[str], prog: str = "bpo", description: str = "", reads
         raise ValueError(f"{' '.join(str(error).split())}; `{prog} --help` lists every option") from error
     built = parser.instantiate(namespace)
     config = Config(**{entry.name: built[entry.name] for entry in fields(Config)})
-    check_inputs(config, reads)
+    check_inputs(config, reads(config) if callable(reads) else reads)
     return config
 
 

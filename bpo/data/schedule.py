@@ -191,14 +191,22 @@ def plan_steps(
             if max_steps and len(steps) == max_steps:
                 return steps
             groups = order[start : start + groups_per_step]
-            bins = split_into_micro_batches(groups, num_tokens, world_size, max_tokens, row_tokens=row_tokens)
-            steps.append(_build_step(len(steps), epoch, groups, num_tokens, bins))
+            step = plan_step(len(steps), epoch, groups, num_tokens, world_size, max_tokens, row_tokens)
+            steps.append(step)
     return steps
 
 
-def _build_step(
-    index: int, epoch: int, groups: list[int], num_tokens: Sequence[int], bins: list[list[list[int]]]
+def plan_step(
+    index: int,
+    epoch: int,
+    groups: list[int],
+    num_tokens: Sequence[int],
+    world_size: int,
+    max_tokens: int,
+    row_tokens: Sequence[int] | None = None,
 ) -> PlannedStep:
+    """Schedules the groups of one step; see `split_into_micro_batches`."""
+    bins = split_into_micro_batches(groups, num_tokens, world_size, max_tokens, row_tokens=row_tokens)
     shortest = min(groups, key=lambda g: (num_tokens[g], g))
     filler = tuple(tuple(not batch for batch in rank) for rank in bins)
     micro = tuple(tuple(tuple(batch) if batch else (shortest,) for batch in rank) for rank in bins)

@@ -89,7 +89,10 @@ def facts_of_start(config: Config, resolved: ResolvedModel, encoder: Encoder) ->
         "code of bpo": _digest_of_sources(bpo.__file__),
         "code of the kernels": _digest_of_sources(dispatch.__file__),
         "content of train.ds_config": _short(deepspeed_config(config.train, resolved.dtype, 1)),
-        "content of data.groups": _digest_of_data(Path(config.data.groups)),
+        **{
+            f"content of data.{name}": _digest_of_data(Path(getattr(config.data, name)))
+            for name in (["annotations"] if config.online.source else []) + (["groups"] if config.data.groups else [])
+        },
         "content of loss.plugin": load_plugin(config.loss.plugin),
         "model's dtype": str(resolved.dtype),
         "attention backend": resolved.attention.backend if resolved.attention else "transformers' own",

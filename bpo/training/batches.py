@@ -16,6 +16,7 @@ from bpo.engine import TrainingEngine
 from bpo.model.reference.cells import with_reference
 from bpo.model.reference.store import ReferenceStore
 from bpo.records import GroupBatch
+from bpo.training.lost import LostGroups
 from bpo.training.measure import TrainingData
 
 logger = logging.getLogger(__name__)
@@ -47,10 +48,16 @@ class StepBatches:
     """This rank's micro-batches of one step, loaded on demand; to be iterated once, in the order of steps.
 
     A list would delay the first until the last is loaded, and leave the worker processes idle during the step.
+
+    Attributes:
+        num_pairs: Preference pairs of the step over all ranks, without those of lost groups.
+        lost: To which groups that the step loses are reported.
     """
 
     count: int
     source: Iterator[GroupBatch]
+    num_pairs: int
+    lost: LostGroups
 
     def __len__(self) -> int:
         return self.count
@@ -79,4 +86,4 @@ def training_batches(
         batches = (with_reference(batch, store, shared_tokens=shared_tokens) for batch in batches)
     source = on_device(batches, engine.device, engine.dtype)
     for step in steps:
-        yield StepBatches(len(step.micro_batches[rank]), source)
+        yield StepBatches(len(step.micro_batches[rank]), source, data.num_pairs(step.groups), data.lost)

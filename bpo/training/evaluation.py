@@ -96,7 +96,7 @@ class Evaluations:
         self.guard.watchdog.beat(f"the evaluation after step {step}")
         started = time.perf_counter()
         try:
-            with _kept_random_state(self.trainer.device):
+            with kept_random_state(self.trainer.device):
                 metrics = self._measure()
         except Interrupted:
             if step == 0:
@@ -152,7 +152,7 @@ def finished_evaluations(path: Path, done: int) -> list[tuple[int, dict[str, flo
 
 
 @contextmanager
-def _kept_random_state(device: torch.device) -> Iterator[None]:
+def kept_random_state(device: torch.device) -> Iterator[None]:
     """Training draws what it would have drawn without the body, and finds its memory free."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         yield

@@ -3,16 +3,75 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
 
-from bpo.config.training import TrainConfig
+from bpo.config.training import Config, TrainConfig
+from bpo.data.encode import Encoder
+from bpo.data.groups import GroupDataset
 from bpo.data.schedule import PlannedStep, plan_balance, plan_steps
+from bpo.job.collectives import gather_from_ranks
 from bpo.job.launch import Ranks
-from bpo.training.measure import TrainingData
+from bpo.job.signals import StopRequest
+from bpo.training.held_out import split_held_out
+from bpo.training.measure import TrainingData, measure_groups
+from bpo.training.online.prompts import Prompts, read_prompts
 
 logger = logging.getLogger(__name__)
 
 # The plan warns if the busiest rank's tokens exceed the mean by more than this share.
 MAX_IMBALANCE = 0.02
+
+
+@dataclass(frozen=True)
+class RunGroups:
+    """What a run trains and evaluates on.
+
+    Attributes:
+        measured: The groups whose reference is computed before the first step.
+        data: Those to train on; none for an online run, which makes them from its prompts.
+        steps: The plan, of the groups or of the prompts.
+    """
+
+    measured: TrainingData
+    data: TrainingData
+    held_out: TrainingData | None
+    steps: list[PlannedStep]
+    prompts: Prompts | None = None
+
+    @property
+    def num_per_epoch(self) -> int:
+        return len(self.data.usable if self.prompts is None else self.prompts.usable)
+
+    def content(self) -> Iterator[str]:
+        """What the run trains on, as lines that a checkpoint compares."""
+        return self.data.content() if self.prompts is None else self.prompts.content()
+
+
+def plan_groups(
+    config: Config, encoder: Encoder, ranks: Ranks, stop: StopRequest | None, *, continuing: bool
+) -> RunGroups:
+    """Measures the groups and plans the steps; for an online run, reads the annotations. Raises as these do."""
+    measured = TrainingData(GroupDataset((), encoder, max_words=0, types=()), (), ())
+    data, held_out = measured, None
+    if not config.online.source or config.train.held_out_groups:
+        measured = measure_groups(config, encoder, ranks, gather_from_ranks, stop, continuing=continuing)
+        data, held_out = split_held_out(measured, config.train.held_out_groups)
+    if not config.online.source:
+        return RunGroups(measured, data, held_out, plan_training(config.train, data, ranks))
+    ids = {held_out.dataset.groups[index].id for index in held_out.usable} if held_out else set()
+    prompts, train = read_prompts(config, ids), config.train
+    # Each prompt is a micro-batch of its own, so that no step has more micro-batches than its plan.
+    steps = plan_steps(
+        [1] * len(prompts.usable),
+        groups_per_step=train.groups_per_step,
+        epochs=train.epochs,
+        seed=train.seed,
+        world_size=1,
+        max_tokens=1,
+        max_steps=train.max_steps,
+    )
+    return RunGroups(held_out or measured, data, held_out, steps, prompts)
 
 
 def plan_training(config: TrainConfig, data: TrainingData, ranks: Ranks) -> list[PlannedStep]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -46,13 +47,38 @@ def fill_reference_store(
     (`train.reference_model`), nothing is computed: a run with `train.reference_only` on that model fills its store.
 
     Raises:
-        ReferenceStoreError: the store does not match the run, cannot be written, or lacks entries after the pass, or
-            of another reference.
+        ReferenceStoreError: the store does not match the run; see also `complete_store`.
         Interrupted: on all ranks, if any of them was asked to stop; computed entries are stored.
     """
     directory = store_directory(config)
     fingerprint = from_rank_0(lambda: _open_store(config, model, directory))
     store = ReferenceStore(directory, fingerprint, engine.ranks.rank)
+    complete_store(store, config, engine, data, stop)
+    store.close()
+    return store
+
+
+def complete_store(
+    store: ReferenceStore,
+    config: Config,
+    engine: TrainingEngine,
+    data: TrainingData,
+    stop: StopRequest | None,
+    weights: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> int:
+    """Computes the entries that the store lacks; each rank computes its share. The store stays open for more.
+
+    Args:
+        weights: Context in which the model has the weights of the reference.
+
+    Returns:
+        Number of tokens computed, over all ranks.
+
+    Raises:
+        ReferenceStoreError: it cannot be written, or lacks entries after the pass, or of another reference.
+        Interrupted: on all ranks, if any of them was asked to stop; computed entries are stored.
+    """
+    directory = store.directory
     # Decided by one rank: another job may be adding to the store, and all ranks must agree on the missing groups.
     missing = from_rank_0(lambda: _missing_groups(store, data))
     barrier()  # a slower rank must not read entries that others already write
@@ -64,8 +90,9 @@ def fill_reference_store(
         )
     if not missing:
         logger.info("reference store %s: complete, %d entries", directory, len(store))
-        return store
-    name, lost, stopped = _reference_pass(config, engine, data, store, missing, stop)
+        return 0
+    with weights():
+        name, lost, stopped = _reference_pass(config, engine, data, store, missing, stop)
     store.reload(gather_from_ranks(name))
     data.lost.report(gather_from_ranks([asdict(group) for group in lost]), is_main=engine.ranks.is_main)
     lacking = len(_missing_groups(store, data))
@@ -76,7 +103,7 @@ def fill_reference_store(
             f"{directory}: entries of {lacking} groups are missing after the pass; do all nodes share it?"
         )
     logger.info("reference store %s: %d entries, %d groups computed now", directory, len(store), len(missing))
-    return store
+    return sum(data.num_tokens[g] for g in missing)
 
 
 def model_description(config: Config, model: ResolvedModel) -> dict[str, str]:
@@ -145,7 +172,7 @@ def _reference_pass(
             if stop is not None and engine.sum_over_ranks([float(stop.received)])[0]:
                 stopped = True
                 break
-    name = store.close()
+    name = store.commit()
     seconds = time.perf_counter() - started
     logger.info("reference pass: %.1f s, %s tokens per second per rank", seconds, f"{done_tokens / seconds:,.0f}")
     return name, lost, stopped

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -54,12 +55,21 @@ class StepReport:
         )
         self._progress = tqdm(total=total, initial=done, desc="training", disable=not ranks.is_main)
 
-    def step(self, number: int, totals: list[float], seconds: float, lr: float, grad_norm: float) -> None:
+    def step(
+        self,
+        number: int,
+        totals: list[float],
+        seconds: float,
+        lr: float,
+        grad_norm: float,
+        more: Callable[[], Mapping[str, float]] = dict,
+    ) -> None:
         """Reports step `number`, counted from 1.
 
         Args:
             totals: Sums of `StepSums.flat` over all ranks.
             seconds: From the first forward pass to the end of the optimizer's step.
+            more: Gives further metrics, since the last step that was logged.
         """
         metrics = step_metrics(totals, self.program) | step_rates(totals, seconds, self.flops, self.peak)
         metrics |= {"lr": lr, "grad_norm": grad_norm}
@@ -70,6 +80,7 @@ class StepReport:
                 shown["acc"] = f"{metrics['rewards/accuracies']:.2f}"
             self._progress.set_postfix(shown)
         if number % self.config.log_every_steps == 0 or number == self.total:
+            metrics |= more()
             metrics["epoch"] = round(number * self.config.groups_per_step / self.groups_per_epoch, 4)
             self._writer.write(number, metrics)
 

@@ -33,7 +33,8 @@ class ShadowWeights:
     @torch.no_grad()
     def copy(self, source: ShadowWeights | None = None) -> None:
         """Takes the values of other weights; None means the policy's."""
-        for own, other in zip(self.flats, self._trainer.master_weights if source is None else source.flats, strict=True):
+        others = self._trainer.master_weights if source is None else source.flats
+        for own, other in zip(self.flats, others, strict=True):
             own.copy_(other)
 
     @torch.no_grad()

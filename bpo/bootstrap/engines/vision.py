@@ -83,16 +83,22 @@ class VisionGenerator(Protocol):
 
 
 class TransformersVisionGenerator:
-    """A transformers model in memory: one left-padded batch, sampled with a seed per record."""
+    """A transformers model in memory: one left-padded batch, sampled with a seed per record.
+
+    Args:
+        keep_prefixes: Compute a prefix that a batch has in common once, in a forward pass of its own.
+    """
 
     whole_batches = True
 
-    def __init__(self, model: Any, encoder: Encoder, config: Config, policy: str | None = None):
+    def __init__(
+        self, model: Any, encoder: Encoder, config: Config, policy: str | None = None, *, keep_prefixes: bool = True
+    ):
         self.model, self.encoder, self.config, self.policy = model, encoder, config, policy
         self.name = config.model.path
         self.special_tokens = special_tokens_of(encoder)
         self._cache = config.bootstrap.cache
-        enabled = encoder.family.begins_from_cache and self._cache != "static"
+        enabled = encoder.family.begins_from_cache and self._cache != "static" and keep_prefixes
         self._prefixes = Prefixes(model, encoder.family.generation_inputs, enabled)
 
     def prepare(self, request: VisionRequest) -> EncodedImages:

@@ -47,7 +47,7 @@ def with_reference(batch: GroupBatch, store: ReferenceStore, *, shared_tokens: b
 def put_reference(
     store: ReferenceStore, batch: GroupBatch, logp_N: torch.Tensor, second_M: torch.Tensor | None
 ) -> None:
-    """Stores the cells of a batch that have a key.
+    """Stores the cells of a batch that have a key and no entry yet.
 
     Args:
         logp_N: Log-probs of all cells, on the CPU.
@@ -56,7 +56,7 @@ def put_reference(
     starts = batch.loss_inputs.completion_starts_K1.tolist()
     num_packed = batch.target_N.numel()
     for number, key, size, width in _entries(batch, batch.reference_keys):
-        if not key:
+        if not key or key in store:
             continue
         first = starts[number]
         values = logp_N[first : first + size]

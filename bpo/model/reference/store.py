@@ -199,6 +199,12 @@ class ReferenceStore:
         self._writer.add(_key_bytes(key), logp_N.detach().to("cpu", torch.float32).numpy())
         self._written = self._writer.index.name
 
+    def commit(self) -> str | None:
+        """Makes the entries of this process durable, and readable after `reload`; returns the name of its shard."""
+        if self._writer is not None:
+            self._writer.commit()
+        return self._written
+
     def close(self) -> str | None:
         """Closes this process's shard; returns its name, or None if nothing was written since the last `close`."""
         name, self._written = self._written, None
