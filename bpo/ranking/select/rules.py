@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Iterable, Sequence
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from bpo.bootstrap.changes import words_of
 from bpo.bootstrap.measure.pairs import sample_rank
@@ -47,7 +48,7 @@ def _apart(pairs: Iterable[Pair], scores: Sequence[float], min_margin: float) ->
     return [(i, j) for i, j in pairs if scores[i] > scores[j] and scores[i] - scores[j] >= min_margin]
 
 
-def balance_lengths(chosen: Sequence[int], rejected: Sequence[int], ranks: Sequence[int]) -> np.ndarray:
+def balance_lengths(chosen: ArrayLike, rejected: ArrayLike, ranks: ArrayLike) -> np.ndarray:
     """Which pairs to keep, [P] bool, so that preferred and rejected answers have the same mean length.
 
     RLAIF-V (arXiv 2405.17220) drops pairs with (len_l - len_w) / len_l > r, with r such that the means are equal. If

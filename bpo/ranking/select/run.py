@@ -76,7 +76,8 @@ def run_select(config: Config) -> SelectSummary:
     selection, ids = _Selection(config), SeenIds()
     with replacing(path) as file:
         for group in itertools.chain(selection.selected(), selection.mixed()):
-            file.write(to_line(group_to_json(replace(group, id=ids.unused(group.id))), ensure_ascii=False))
+            line = json.dumps(group_to_json(replace(group, id=ids.unused(group.id))), ensure_ascii=False)
+            file.write(line.encode("utf-8", "replace") + b"\n")  # a judge's details may have half surrogate pairs
         summary = selection.write_reports(path)
         found = f"{summary.num_pairs} pairs in {summary.num_groups} groups, {sum(summary.mixed)} groups mixed in"
         found += f"; {summary.num_records} records, without a pair: {dict(summary.dropped) or 'none'}"
@@ -132,7 +133,7 @@ class _Selection:
             drawn = set(ranks[: round(mixture.share * self.summary.num_groups)])
             self.summary.mixed.append(len(drawn))
             for group in iterate_groups(path, self.bad):
-                if not group.id.startswith(MIXED) and sample_rank(seed, group.id) in drawn:
+                if sample_rank(seed, group.id) in drawn:
                     yield replace(group, id=f"{MIXED}{group.id}")
 
     def write_reports(self, groups: Path) -> SelectSummary:
