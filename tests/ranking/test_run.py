@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from bpo.bootstrap.job.leases import Leases
 from bpo.config.training import Config
 from bpo.formats.bad_records import TooManyBadRecords
 from bpo.job.exits import Interrupted, JobError
@@ -74,21 +75,40 @@ def test_two_jobs_share_the_groups_and_judge_none_twice(
         if threading.get_ident() not in seen:  # each has claimed a batch before one goes on
             seen.add(threading.get_ident())
             both_work.wait()
-        time.sleep(0.002)
+        time.sleep(0.02 if threading.current_thread().name == "slow" else 0.001)
         return by_length(record)
 
     judge = make(answer)
     config = config_of(write_groups(tmp_path / "c.jsonl", groups(24)), "counting", batch_size=3)
-    jobs = [threading.Thread(target=rank, args=(shard(config, index),)) for index in range(2)]
+    names = enumerate(("slow", "fast"))
+    jobs = [threading.Thread(target=rank, args=(shard(config, index),), name=name) for index, name in names]
     for job in jobs:
         job.start()
     for job in jobs:
         job.join()
     assert Counter(judge.asked) == Counter((name, f"g{n}") for name in judge.passes for n in range(24))
+    passes = [name for name, _ in judge.asked]
+    assert passes == sorted(passes)  # the fast one waits before the second pass
     folder = tmp_path / "c.jsonl.judgements"
     own = [len(path.read_text().splitlines()) for path in sorted(folder.glob("rank-*.jsonl"))]
     assert len(own) == 2 and sum(own) == 48 and min(own) >= 3
     assert json.loads((folder / "summary.json").read_text())["num_judged"] == 24
+
+
+def test_a_batch_that_another_job_finished_in_the_meantime_is_not_judged_again(
+    tmp_path: Path, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judge, take, others = make(), Leases.take, []
+    config = config_of(write_groups(tmp_path / "c.jsonl", groups(4)), "counting", batch_size=2)
+
+    def take_late(self: Leases, piece: str) -> bool:
+        if not others:  # the whole work of another job, after this one has found the batch unfinished
+            others.append(piece)
+            rank(shard(config, 1))
+        return take(self, piece)
+
+    monkeypatch.setattr(Leases, "take", take_late)
+    assert rank(config).is_finished and len(judge.asked) == 8
 
 
 def test_a_killed_job_goes_on_where_it_was(tmp_path: Path, make: Make) -> None:

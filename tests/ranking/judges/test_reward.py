@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     CLIPConfig,
     CLIPImageProcessor,
@@ -16,6 +17,8 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
+    SiglipConfig,
+    SiglipModel,
 )
 
 from bpo.job.launch import Ranks
@@ -32,6 +35,8 @@ RECORD = group("a", "a cat", "a dog on a mat", "no")
 def tokenizer_of(template: str | None = None) -> Any:
     tokenizer = byte_tokenizer(["<s>", "</s>", "<pad>"], bos_token="<s>", eos_token="</s>", pad_token="<pad>")
     tokenizer.chat_template = template
+    ends = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<s>", "</s>")]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A </s>", special_tokens=ends)
     return tokenizer
 
 
@@ -52,8 +57,8 @@ def judge(root: Path, model: Path, **options: Any) -> RewardJudge:
 
 
 @torch.inference_mode()
-def logits(model: Any, text: str) -> torch.Tensor:
-    tokens = tokenizer_of()(text, return_tensors="pt", add_special_tokens=False)
+def logits(model: Any, text: str, special: bool = False) -> torch.Tensor:
+    tokens = tokenizer_of()(text, return_tensors="pt", add_special_tokens=special)
     return model(**tokens).logits[0]
 
 
@@ -61,7 +66,7 @@ def test_the_logit_of_question_and_answer_is_the_score(tmp_path: Path) -> None:
     model = text_model(tmp_path / "m", num_labels=1)
     (result,) = judged(judge(tmp_path, tmp_path / "m"), RECORD)
     assert isinstance(result, Scored)
-    wanted = [logits(model, f"What?\n{answer.response}").item() for answer in RECORD.completions]
+    wanted = [logits(model, f"What?\n{answer.response}", special=True).item() for answer in RECORD.completions]
     assert result.scores == pytest.approx(wanted, abs=1e-6) and len(set(wanted)) == 3
     # Scores of a group do not depend on the groups that it is judged with.
     assert judged(judge(tmp_path, tmp_path / "m"), group("b", "x", "y" * 20), RECORD)[1] == result
@@ -81,7 +86,7 @@ def test_the_chat_template_and_the_label_of_the_model_are_used(tmp_path: Path) -
 def test_a_text_that_is_too_long_fails_its_group_alone(tmp_path: Path) -> None:
     text_model(tmp_path / "m", num_labels=1)
     first, second = judged(judge(tmp_path, tmp_path / "m"), group("long", "x" * 90, "y"), RECORD)
-    assert first == Failed("unusable input: 96 tokens of question and answer; the model takes 64")
+    assert first == Failed("unusable input: 98 tokens of question and answer; the model takes 64")
     assert isinstance(second, Scored)
 
 
@@ -100,14 +105,17 @@ def test_the_weights_are_part_of_the_identity(tmp_path: Path) -> None:
     assert judge(tmp_path, tmp_path / "m").identity()["model (weights)"] != before["model (weights)"]
 
 
-def test_clip_gives_the_cosine_of_image_and_answer(tmp_path: Path, photo_root: Path) -> None:
+@pytest.mark.parametrize(("config_class", "model_class"), [(CLIPConfig, CLIPModel), (SiglipConfig, SiglipModel)])
+def test_clip_gives_the_cosine_of_image_and_answer(
+    tmp_path: Path, photo_root: Path, config_class: Any, model_class: Any
+) -> None:
     torch.manual_seed(0)
     tokenizer = tokenizer_of()
     sides = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
     text = dict(vocab_size=len(tokenizer), max_position_embeddings=24, eos_token_id=tokenizer.eos_token_id, **sides)
     vision = dict(image_size=28, patch_size=14, **sides)
-    config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)
-    model = CLIPModel(config).eval()
+    own = {"projection_dim": 8} if model_class is CLIPModel else {}
+    model = model_class(config_class(text_config=text, vision_config=vision, **own)).eval()
     sharpen(model)
     processor = CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
     save(tmp_path / "m", model, tokenizer, processor)
@@ -117,13 +125,14 @@ def test_clip_gives_the_cosine_of_image_and_answer(tmp_path: Path, photo_root: P
     wanted = []
     for name in two.images:
         pixels = processor(Image.open(photo_root / name).convert("RGB"), return_tensors="pt")
-        texts = tokenizer(
-            [a.response for a in RECORD.completions], padding="max_length", max_length=24, return_tensors="pt"
-        )
+        answers = [answer.response for answer in RECORD.completions]
+        texts = tokenizer(answers, padding="max_length", max_length=24, return_tensors="pt")
+        if model_class is SiglipModel:
+            del texts["attention_mask"]
         with torch.inference_mode():
             output = model(**pixels, **texts)
         wanted.append((output.text_embeds @ output.image_embeds.T)[:, 0])
-    assert isinstance(one, Scored) and isinstance(both, Scored)
+    assert isinstance(one, Scored) and isinstance(both, Scored) and len(set(one.scores)) == 3
     assert one.scores == pytest.approx(wanted[0].tolist(), abs=1e-6)
     assert both.scores == pytest.approx(((wanted[0] + wanted[1]) / 2).tolist(), abs=1e-6)
     assert isinstance(failed, Failed) and "gone.png" in failed.reason
