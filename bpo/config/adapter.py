@@ -15,7 +15,7 @@ CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
 def is_adapter(path: str) -> bool:
     """Whether a directory has a PEFT adapter and no model."""
-    return (Path(path) / CONFIG_FILE).is_file() and not (Path(path) / "config.json").exists()
+    return bool(path) and (Path(path) / CONFIG_FILE).is_file() and not (Path(path) / "config.json").exists()
 
 
 def base_of(adapter: str) -> str:

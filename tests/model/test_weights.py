@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from bpo.config.adapter import is_adapter
 from bpo.config.training import missing_model
 from bpo.model.reference.fingerprint import model_fingerprint
 from bpo.model.weights import policy_fingerprint, weights_digest
@@ -50,6 +51,11 @@ def test_every_change_of_an_adapter_or_its_base_changes_the_fingerprints(tmp_pat
     (tmp_path / "a" / "tokenizer.json").write_text("{}")  # the base's is used
     assert both(path) == seen[-1]
     assert policy_fingerprint(adapter(tmp_path / "h", "org/b")) != policy_fingerprint(adapter(tmp_path / "i", "org/c"))
+
+
+def test_no_path_is_not_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(adapter(tmp_path / "a", "org/b"))
+    assert not is_adapter("") and is_adapter(".")
 
 
 def test_a_base_that_is_gone_or_an_adapter_itself_is_named(tmp_path: Path) -> None:
