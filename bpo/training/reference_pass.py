@@ -65,11 +65,14 @@ def complete_store(
     data: TrainingData,
     stop: StopRequest | None,
     weights: Callable[[], AbstractContextManager[None]] = nullcontext,
+    *,
+    quiet: bool = False,
 ) -> int:
     """Computes the entries that the store lacks; each rank computes its share. The store stays open for more.
 
     Args:
         weights: Context in which the model has the weights of the reference.
+        quiet: Log only for debugging, for a pass that is repeated between steps.
 
     Returns:
         Number of tokens computed, over all ranks.
@@ -78,7 +81,7 @@ def complete_store(
         ReferenceStoreError: it cannot be written, or lacks entries after the pass, or of another reference.
         Interrupted: on all ranks, if any of them was asked to stop; computed entries are stored.
     """
-    directory = store.directory
+    directory, log = store.directory, logger.debug if quiet else logger.info
     # Decided by one rank: another job may be adding to the store, and all ranks must agree on the missing groups.
     missing = from_rank_0(lambda: _missing_groups(store, data))
     barrier()  # a slower rank must not read entries that others already write
@@ -89,10 +92,10 @@ def complete_store(
             f"--train.reference_only true --train.reference_dir {directory}"
         )
     if not missing:
-        logger.info("reference store %s: complete, %d entries", directory, len(store))
+        log("reference store %s: complete, %d entries", directory, len(store))
         return 0
     with weights():
-        name, lost, stopped = _reference_pass(config, engine, data, store, missing, stop)
+        name, lost, stopped = _reference_pass(config, engine, data, store, missing, stop, quiet=quiet)
     store.reload(gather_from_ranks(name))
     data.lost.report(gather_from_ranks([asdict(group) for group in lost]), is_main=engine.ranks.is_main)
     lacking = len(_missing_groups(store, data))
@@ -102,7 +105,7 @@ def complete_store(
         raise ReferenceStoreError(
             f"{directory}: entries of {lacking} groups are missing after the pass; do all nodes share it?"
         )
-    logger.info("reference store %s: %d entries, %d groups computed now", directory, len(store), len(missing))
+    log("reference store %s: %d entries, %d groups computed now", directory, len(store), len(missing))
     return sum(data.num_tokens[g] for g in missing)
 
 
@@ -139,6 +142,8 @@ def _reference_pass(
     store: ReferenceStore,
     missing: list[int],
     stop: StopRequest | None,
+    *,
+    quiet: bool,
 ) -> tuple[str | None, list[LostGroup], bool]:
     """Computes this rank's share into its own shard.
 
@@ -155,10 +160,11 @@ def _reference_pass(
     )
     mine = [(groups or missing[:1], not groups) for groups in plan[engine.ranks.rank]]
     total = sum(tokens[g] for g in missing)
-    logger.info("reference pass: %d groups, %s tokens, %d batches per rank", len(missing), f"{total:,}", len(mine))
+    log = logger.debug if quiet else logger.info
+    log("reference pass: %d groups, %s tokens, %d batches per rank", len(missing), f"{total:,}", len(mine))
     started = time.perf_counter()
     share = sum(tokens[g] for groups, _ in mine for g in groups)
-    hidden = not engine.ranks.is_main
+    hidden = quiet or not engine.ranks.is_main
     lost: list[LostGroup] = []
     done_tokens, stopped = 0, False
     batches = micro_batches(config.data, data, mine, engine, for_reference=True)
@@ -174,7 +180,7 @@ def _reference_pass(
                 break
     name = store.commit()
     seconds = time.perf_counter() - started
-    logger.info("reference pass: %.1f s, %s tokens per second per rank", seconds, f"{done_tokens / seconds:,.0f}")
+    log("reference pass: %.1f s, %s tokens per second per rank", seconds, f"{done_tokens / seconds:,.0f}")
     return name, lost, stopped
 
 

@@ -64,7 +64,8 @@ class MovingReference:
                 fingerprint = {**fingerprint, "online": f"weights after step {self.moved_at}"}
             from_rank_0(lambda: open_or_create(directory, fingerprint))
             self._store = ReferenceStore(directory, fingerprint, self._trainer.ranks.rank)
-        return self._store, complete_store(self._store, self._config, self._trainer, data, stop, self.weights.using)
+        arguments = self._store, self._config, self._trainer, data, stop, self.weights.using
+        return self._store, complete_store(*arguments, quiet=True)
 
     def remove_stores(self, is_unneeded: Callable[[int], bool]) -> None:
         """Removes stores, chosen by the step after which their weights were copied. To be called on one rank."""
