@@ -21,6 +21,7 @@ NUM_STEPS = EPOCHS * NUM_IMAGES // GROUPS_PER_STEP
 SITE = """\
 BPO_SBATCH_ARGS=(--ntasks-per-node=1 --gpus-per-node=1 --cpus-per-task=1)
 BPO_BOOTSTRAP_SBATCH_ARGS=(--array=0-1)
+BPO_RANK_SBATCH_ARGS=(--array=0-1)
 BPO_TRAIN_SBATCH_ARGS=(--nodes=2)
 BPO_EVALUATE_SBATCH_ARGS=(--nodes=2)
 BPO_COMMAND_SBATCH_ARGS=(--gpus-per-node=0)
