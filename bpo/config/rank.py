@@ -14,7 +14,7 @@ class RankConfig(Section):
 
     Attributes:
         candidates: Groups file whose completions are scored; their own scores are ignored.
-        output: Folder of the judgements; empty uses CANDIDATES.judgements.
+        output: Folder of the judgements; empty uses CANDIDATES.judgements. With `--images`, the file of annotations.
         judge: Name of the judge: `implicit`, `chair`, `claims`, `verifier`, `reward`, `server`, `command`, or a
             plug-in's.
         options: Options of the judge.
