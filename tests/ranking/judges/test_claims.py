@@ -76,7 +76,7 @@ def yes_no(body: dict[str, Any], number: int) -> Any:
     if "broken" in question["text"]:
         return completion("Perhaps.")
     if "leaf" not in question["text"] and "Dog" not in question["text"]:
-        return completion("Yes, it does.")
+        return 200, {"choices": [{"message": {"content": "Yes, it does."}, "logprobs": None}]}
     status, reply = completion("Yes")
     assert isinstance(reply, dict)
     chances = {"Yes": 0.2, " no": 0.3, "No": 0.1, "Maybe": 0.4}

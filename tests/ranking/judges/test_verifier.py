@@ -99,7 +99,15 @@ def test_a_model_in_this_process_is_asked(truth: EvaluationConfig, tiny_llm_dir:
 
 
 @pytest.mark.parametrize(
-    "reply", ["1: entity", "1: entity\n2: cat", "2: entity\n1: entity", "1: entity\n2: entity\n3: other", ""]
+    "reply",
+    [
+        "1: entity",
+        "1: entity\n2: cat",
+        "2: entity\n1: entity",
+        "1: entity\n2: entity\n3: other",
+        "Here:\n1: entity\n2: entity",
+        "",
+    ],
 )
 def test_replies_that_do_not_label_each_sentence(reply: str) -> None:
     with pytest.raises(ReplyError, match="not one category per sentence"):
