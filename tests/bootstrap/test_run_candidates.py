@@ -11,16 +11,18 @@ from typing import Any
 
 import pytest
 
+from bpo.bootstrap import sources as sources_module
 from bpo.bootstrap.engines import vision as vision_module
 from bpo.bootstrap.engines.vision import ChatVisionGenerator, TransformersVisionGenerator
 from bpo.bootstrap.run import run_bootstrap
 from bpo.bootstrap.segments import Segment, cut_segment
 from bpo.bootstrap.sources import ImageAnswers
+from bpo.bootstrap.validate import refusal
 from bpo.config.bootstrap import SampleConfig, SegmentConfig, ServerConfig, VisionConfig, WeakenConfig
 from bpo.config.training import Config
 from bpo.data.encode import Encoder, load_encoder
 from bpo.formats.files import read_annotations, read_groups
-from bpo.job.chat_server import ChatServer
+from bpo.job.chat_server import ChatServer, Reply
 from bpo.job.seeds import derive_seed
 from bpo.records import Annotation
 from tests.bootstrap.fake_server import completion, fake_server
@@ -129,9 +131,21 @@ def test_the_texts_round_a_segment_have_whole_characters() -> None:
     assert segment.texts(ids, lambda some: bytes(some).decode("utf-8", "replace")) == ("Ein Caf", "ön.")
 
 
-def test_parts_of_the_annotations_have_all_of_them_once(make: MakeConfig) -> None:
+@pytest.mark.parametrize(("source", "reason"), [("sample", "unfinished"), ("greedy", "unfinished"), ("weaken", "")])
+def test_a_candidate_that_its_budget_cuts_off_is_refused_as_it_may_become_the_preferred_answer(
+    make: MakeConfig, photos: Path, monkeypatch: pytest.MonkeyPatch, source: str, reason: str
+) -> None:
+    monkeypatch.setattr(sources_module, "refusal", refusal)
+    model: Any = SimpleNamespace(name="m", whole_batches=True, special_tokens=(), encoder=None, policy=None)
+    answers = ImageAnswers(source, make("a"), model)
+    annotation = read_annotations(photos / "annotations.json").annotations[0]
+    outcome = answers.judge(annotation, answers.request(annotation), Reply("A zebra stands on", finished=False))
+    assert outcome.reason == reason
+
+
+def test_parts_of_the_annotations_have_all_of_them_once_and_candidates_may_equal_them(make: MakeConfig) -> None:
     found: list[str] = []
-    with fake_server(lambda body, number: completion("A zebra."), models=["big"]) as (url, _):
+    with fake_server(lambda body, number: completion("There are 4 things."), models=["big"]) as (url, _):
         vision = VisionConfig(engine="server", server=ServerConfig(url=url, model="big"))
         for part in ("1/2", "2/2"):
             config = make(part[0], sources=["greedy"], vision=vision)
