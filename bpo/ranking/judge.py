@@ -73,17 +73,13 @@ class JudgeDefinition:
 
     name: str
     make: JudgeFactory
-    needs_model: bool = False
 
 
 JUDGES: dict[str, JudgeDefinition] = {}
 
 
-def register_judge(name: str, *, needs_model: bool = False) -> Callable[[JudgeFactory], JudgeFactory]:
+def register_judge(name: str) -> Callable[[JudgeFactory], JudgeFactory]:
     """Registers a class or function that makes a judge under its `rank.judge` name.
-
-    Args:
-        needs_model: Whether it loads a model into this process, and therefore wants a GPU.
 
     Raises:
         ValueError: The name is taken.
@@ -92,7 +88,7 @@ def register_judge(name: str, *, needs_model: bool = False) -> Callable[[JudgeFa
     def add(make: JudgeFactory) -> JudgeFactory:
         if name in JUDGES:
             raise ValueError(f"a judge named {name!r} is already registered")
-        JUDGES[name] = JudgeDefinition(name, make, needs_model)
+        JUDGES[name] = JudgeDefinition(name, make)
         return make
 
     return add

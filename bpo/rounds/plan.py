@@ -187,7 +187,9 @@ class _Round:
         export = {"checkpoint": str(self.folder / "run"), "output": str(self.folder / "policy")}
         form = "adapter" if self.hands_adapter(self.number) else "merged"
         adapter = {"dtype": "", "rounding": "nearest"} if form == "adapter" else {}
-        return self._stage("export", export={**export, "form": form, **adapter})
+        # Online training has no groups file; the export is then compared on the last groups that it drew.
+        groups = {"groups": ""} if self.tree["online"]["source"] else {}
+        return self._stage("export", export={**export, "form": form, **adapter}, data=groups)
 
     def _evaluate(self) -> Stage:
         output = str(self.folder / "results.json")

@@ -73,7 +73,7 @@ class ClaimsOptions(LanguageOptions):
         check(self.ask == "model" or bool(self.ask_server.url), "rank.options.ask_server.url is empty; set the server")
 
 
-@register_judge("claims", needs_model=True)
+@register_judge("claims")
 class ClaimsJudge(Judge):
     """score(y) = -(number of claims with p_yes <= p_no); equal claims of a group are asked once.
 

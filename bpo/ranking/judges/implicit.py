@@ -53,7 +53,7 @@ def preference_probability(first: float, second: float) -> float:
     return 0.5 * (1 + math.tanh((first - second) / 2))
 
 
-@register_judge("implicit", needs_model=True)
+@register_judge("implicit")
 class ImplicitJudge(Judge):
     """score(y) = beta (log pi(y) - log pi_ref(y)); the two models are loaded in turn.
 

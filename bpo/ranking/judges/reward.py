@@ -49,7 +49,7 @@ class RewardOptions(Section):
         check(bool(self.model), "rank.options.model is empty; set the directory of the reward model")
 
 
-@register_judge("reward", needs_model=True)
+@register_judge("reward")
 class RewardJudge(Judge):
     """Each group, and each text, has a forward pass of its own: no score depends on others. The model loads on use."""
 

@@ -44,7 +44,7 @@ class VerifierJudgeOptions(LanguageOptions):
     score: Literal["count", "rate"] = "count"
 
 
-@register_judge("verifier", needs_model=True)
+@register_judge("verifier")
 class VerifierJudge(Judge):
     """Details of a completion: `sentences`, a list of {"sentence", "label" (true: hallucinated), "category"}.
 

@@ -88,8 +88,10 @@ def test_the_annotation() -> None:
     rec, judged = record("a", "b", "c", "A."), judgement([1.0, 1.0, 2.0, 0.0])
     assert pairs_in(selected(rec, judged, rule="all")) == [("c", "a"), ("c", "b")]
     assert pairs_in(selected(rec, judged, rule="all", annotation="drop")) == [("b", "A."), ("c", "A."), ("c", "b")]
+    rec, judged = record("a", "b", "c", "A.", "d"), judgement([1.0, 1.0, 2.0, 0.0, -1.0])
     preferred = selected(rec, judged, rule="all", min_margin=2, annotation="prefer")
-    assert pairs_in(preferred) == [("a", "b"), ("c", "A.")]  # a ties with b, loses to c, and has the words of `A.`
+    # a ties with b and loses to c; `A.` has its words.
+    assert pairs_in(preferred) == [("a", "b"), ("a", "d"), ("b", "d"), ("c", "d")]
 
 
 @pytest.mark.parametrize(
