@@ -45,7 +45,8 @@ def choose(group: PreferenceGroup, result: Judgement | Failed | None, options: S
     texts = [completion.response for completion in group.completions]
     members = [k for k, c in enumerate(group.completions) if not c.view and (result or c.paired)]
     annotations = [k for k in members if group.completions[k].type == ANNOTATION and options.annotation != "rank"]
-    members = [k for k in members if k not in annotations]
+    taken = {tuple(words_of(texts[k])) for k in annotations} if options.annotation == "prefer" else set()
+    members = [k for k in members if k not in annotations and not (taken and tuple(words_of(texts[k])) in taken)]
     own, own_texts = [scores[k] for k in members], [texts[k] for k in members]
     if options.rule == "all":
         found = all_pairs(own, own_texts, options.min_margin)
@@ -53,8 +54,7 @@ def choose(group: PreferenceGroup, result: Judgement | Failed | None, options: S
         found = top_bottom(own, own_texts, options.k if options.rule == "top-bottom" else 1, options.min_margin)
     pairs = [(members[i], members[j]) for i, j in found]
     if options.annotation == "prefer":
-        beaten = [(a, members[k]) for a in annotations for k in distinct(own, own_texts) if scores[a] >= own[k]]
-        pairs += [(a, k) for a, k in beaten if words_of(texts[a]) != words_of(texts[k])]
+        pairs += [(a, members[k]) for a in annotations for k in distinct(own, own_texts) if scores[a] >= own[k]]
     reason = ""
     if not pairs:
         reason = "equal texts" if len(distinct(own, own_texts)) < 2 else "tie" if len(set(own)) == 1 else "margin"
@@ -112,8 +112,7 @@ def groups_of(choice: Choice, pairs: Sequence[Pair], options: SelectionConfig) -
         completions = []
         for k, completion in enumerate(group.completions):
             if k in scores or k in explored:
-                score = scores.get(k, least)
-                completion = replace(completion, score=score, paired=k in scores, explored=k in explored)
+                completion = replace(completion, score=scores.get(k, least), paired=k in scores, explored=k in explored)
                 weight = options.sentence_weight if scores.get(k) == least else 1
                 completions.append(_judged(completion, choice.judgement, k, weight) if choice.judgement else completion)
             elif k not in own:

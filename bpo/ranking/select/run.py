@@ -44,7 +44,6 @@ class SelectSummary:
     both sides of pairs, before and after lengths are balanced.
     """
 
-    groups_path: str
     judge: dict[str, Any] = field(default_factory=dict)
     num_records: int = 0
     num_groups: int = 0
@@ -95,7 +94,7 @@ class _Selection:
         self.policy = policy if re.fullmatch("([0-9a-f]{16}|hub:.*)?", policy) else policy_fingerprint(policy)
         self.bad, self.unusable = BadRecords.from_config(config.data), list[dict[str, Any]]()
         self.judgements = read_judgements(Path(config.select.judgements)) if config.select.judgements else None
-        self.summary = SelectSummary(config.data.groups, self.judgements.identity if self.judgements else {})
+        self.summary = SelectSummary(self.judgements.identity if self.judgements else {})
 
     def selected(self) -> Iterator[PreferenceGroup]:
         """The groups of the selected pairs."""
