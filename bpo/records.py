@@ -83,6 +83,7 @@ class Provenance:
     candidate: int | None = None
     donor: str | None = None
     policy: str | None = None
+    top_k: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}

@@ -127,6 +127,7 @@ class ImageAnswers:
             seed=request.weakening.seed,
             temperature=sampling.temperature,
             top_p=sampling.top_p,
+            top_k=sampling.top_k or None,
             max_new_tokens=sampling.max_new_tokens,
             space=request.weakening.space,
             kept_words=len(request.beginning.split()) if request.beginning else None,

@@ -97,6 +97,7 @@ def test_the_model_writes_the_segments_tokens_and_start_and_end_of_the_annotatio
         assert outcome.text.startswith(encoder.decode(segment.prefix) + "z") or segment.start == 0
         assert outcome.text.endswith(kept or "zebra.")
         assert len(outcome.text) == len(record.response.strip()) or ended  # the tokenizer's tokens are bytes
+        assert (outcome.provenance.top_k, outcome.provenance.max_new_tokens) == (50, 6)
         assert outcome.provenance.kept_words == (len(encoder.decode(segment.prefix).split()) or None)
 
 
