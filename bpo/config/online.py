@@ -24,7 +24,7 @@ class OnlineConfig(Section):
             the method; more costs fewer pauses.
         batch_size: Number of negatives generated per batch.
         buffer_size: Number of latest groups in the replay buffer, from which each step draws with replacement, with
-            odds 1 / (1 + times drawn).
+            odds 1 / (1 + times drawn). Every checkpoint contains it.
     """
 
     where = "online"
@@ -35,4 +35,4 @@ class OnlineConfig(Section):
     reference_every_steps: int = number(108, at_least=1)
     generate_every_steps: int = number(1, at_least=1)
     batch_size: int = number(16, at_least=1)
-    buffer_size: int = number(2000, at_least=1)
+    buffer_size: int = number(2000, at_least=1, at_most=20_000)

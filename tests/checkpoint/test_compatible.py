@@ -41,6 +41,16 @@ def test_paths_and_operation_change_freely(caplog: pytest.LogCaptureFixture) -> 
     assert caplog.text == ""
 
 
+def test_options_of_negatives_change_freely_unless_training_makes_them() -> None:
+    now = changed()
+    now["bootstrap"]["segment"]["max_tokens"] = 9
+    check_options(manifest(), now, 2, [])
+    online = copy.deepcopy(manifest())
+    online["config"]["online"]["source"] = now["online"]["source"] = "segment"
+    with pytest.raises(CheckpointError, match="bootstrap.segment.max_tokens: 256 -> 9"):
+        check_options(online, now, 2, [])
+
+
 def test_ranks_and_packing_change_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     check_options(manifest(), changed(train__max_micro_batch_tokens=99), 4, [])
     assert "2 -> 4 ranks, train.max_micro_batch_tokens 8192 -> 99" in caplog.text and "not bit for bit" in caplog.text

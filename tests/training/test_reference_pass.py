@@ -16,6 +16,7 @@ from bpo.job.signals import StopRequest
 from bpo.model.load import ResolvedModel, resolve_model
 from bpo.model.reference import format as reference_format
 from bpo.model.reference.format import ReferenceStoreError
+from bpo.tools.refs import inspect_store
 from bpo.training import reference_pass
 from bpo.training.batches import training_batches
 from bpo.training.measure import measure_groups
@@ -53,6 +54,7 @@ def test_an_interrupted_reference_pass_is_completed(run: Config, monkeypatch: py
     groups = Path(run.data.groups)
     groups.write_text(groups.read_text().replace("yes 7", "certainly 7"))
     assert passed() == ["g7"]
+    assert inspect_store(Path(run.train.output_dir) / "reference").num_duplicates == 0  # its other answer has an entry
 
 
 def test_a_store_of_other_pixel_limits_is_refused(run: Config, monkeypatch: pytest.MonkeyPatch) -> None:

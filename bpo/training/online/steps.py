@@ -19,9 +19,10 @@ import logging
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from bpo.config.training import Config
 from bpo.data.encode import Dropped, Encoder
@@ -51,6 +52,24 @@ logger = logging.getLogger(__name__)
 _COSTS = ("generate_seconds", "reference_seconds", "reference_tokens", "negatives", "refused")
 
 
+@dataclass
+class LostDraws(LostGroups):
+    """Lost groups of some steps, which are reported once for each annotation of the run.
+
+    Attributes:
+        records: Of each group the index of its annotation.
+        of_run: The lost annotations.
+    """
+
+    records: Sequence[int] = ()
+    of_run: LostGroups = field(default_factory=LostGroups)
+
+    def report(self, everyone: Iterable[Sequence[Mapping[str, Any]]], *, is_main: bool) -> None:
+        entries = [entry for of_rank in everyone for entry in of_rank]
+        self.of_run.report([[{**entry, "index": self.records[entry["index"]]} for entry in entries]], is_main=is_main)
+        self.indices |= {entry["index"] for entry in entries}
+
+
 class OnlineGroups:
     """Makes the groups of each step. All ranks make the same calls.
 
@@ -71,7 +90,7 @@ class OnlineGroups:
         stop: StopRequest | None,
     ):
         self.config, self.options, self.trainer, self.steps = config, config.online, trainer, steps
-        self._prompts, self._guard, self._stop = prompts, guard, stop
+        self._guard, self._stop = guard, stop
         self._folder = Path(config.train.output_dir) / "online"
         self._maker = NegativeMaker(config, encoder, trainer, prompts)
         self.average = ShadowWeights(trainer)
@@ -83,14 +102,10 @@ class OnlineGroups:
         logger.info("online: %d copies of the trained weights, %.1f MB per rank each", len(trainer.copies), size_mb)
         self.buffer = ReplayBuffer(self.options.buffer_size)
         self._drawn: dict[int, list[Negative]] = {}  # step index -> its groups
-        self._trained: tuple[list[Negative], LostGroups] = ([], self._lost_groups())
-        self._lost = self._lost_groups()
+        # By annotation, of which several groups may be lost.
+        self._lost = LostGroups(self._folder / FILE, config.data.annotations, prompts.bad, prompts.num_records)
         self._costs = dict.fromkeys(_COSTS, 0.0)
         self._done = 0
-
-    def _lost_groups(self) -> LostGroups:
-        prompts = self._prompts
-        return LostGroups(self._folder / FILE, self.config.data.annotations, prompts.bad, prompts.num_records)
 
     def start(self, state: str) -> None:
         """Continues from the `state` in a checkpoint, after its weights were restored; empty for a new run."""
@@ -184,9 +199,9 @@ class OnlineGroups:
         """The batches of steps of one window that have the same reference."""
         drawn = [negative for step in span for negative in self._drawn[step.index]]
         dataset = self._maker.dataset([self._maker.group(n.record, n.step, n.response) for n in drawn])
-        places, lost = iter(range(len(drawn))), self._lost_groups()
+        places, store = iter(range(len(drawn))), None
+        lost = LostDraws(records=[negative.record for negative in drawn], of_run=self._lost)
         data = TrainingData(dataset, tuple(range(len(drawn))), tuple(negative.measured for negative in drawn), lost)
-        self._trained, store = (drawn, lost), None
         if self.reference is not None:
             started = time.perf_counter()
             store, num_tokens = self.reference.fill(data, self._stop)
@@ -202,10 +217,7 @@ class OnlineGroups:
         self.average.update(self.options.ema_decay)
         if self.reference is not None:
             self.reference.after_step(number, self.average)
-        drawn, lost = self._trained
-        gone = {drawn[index].record for index in lost.indices}
-        self.buffer.remove(gone)
-        self._lost.indices |= gone
+        self.buffer.remove(self._lost.indices)
         self._done = number
 
     def metrics(self) -> dict[str, float]:

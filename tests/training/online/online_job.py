@@ -122,6 +122,7 @@ def after_step_3(root: Path, name: str) -> None:
     """NAME-killed: as a kill after step 5 leaves a run, with the checkpoint of step 3 and files of later steps."""
     shutil.copytree(root / name, root / f"{name}-killed")
     shutil.rmtree(root / f"{name}-killed" / "checkpoints" / "step-00000006")
+    (root / f"{name}-killed" / "online" / "reference-00000006").mkdir()
 
 
 def one_rank(root: Path, ranks: Ranks) -> None:
@@ -141,7 +142,7 @@ def one_rank(root: Path, ranks: Ranks) -> None:
 def lose_an_image(root: Path, ranks: Ranks) -> None:
     """An image is deleted after the first step."""
     shutil.copytree(root / "images", root / "changing")
-    config = config_of(root, "lost", every=2)
+    config = config_of(root, "lost", every=2, save_every_steps=1, keep_last=1)
     config.data = replace(config.data, image_root=str(root / "changing"), max_bad_share=0.9)
     after_step = OnlineGroups.after_step
 

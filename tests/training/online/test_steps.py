@@ -128,8 +128,10 @@ def test_each_step_draws_from_what_the_average_made_of_its_prompts(runs: Path) -
 
 
 def test_log_probs_of_each_reference_have_a_store_of_their_own(runs: Path) -> None:
+    for name, kept in (("every1", [2, 4]), ("every1-killed", [2, 4]), ("lost", [4])):  # `lost` has one checkpoint
+        stores = sorted(path.name for path in (runs / name / "online").glob("reference-*"))
+        assert stores == [f"reference-{step:08d}" for step in kept]
     online = runs / "every1" / "online"
-    assert sorted(path.name for path in online.glob("reference-*")) == ["reference-00000002", "reference-00000004"]
     initial = read_fingerprint(runs / "every1" / "reference")
     moved = read_fingerprint(online / "reference-00000004")
     assert "online" not in initial and moved == {**initial, "online": "weights after step 4"}
@@ -152,7 +154,10 @@ def test_a_lost_image_costs_its_annotations_and_not_the_run(runs: Path) -> None:
     lost = [json.loads(line) for line in (runs / "lost" / "online" / "lost.jsonl").read_text().splitlines()]
     assert {line["group_id"].split("@")[0] for line in lost} <= {"r0", "r3", "r6"} and lost  # of wide.png
     assert all("wide.png" in line["detail"] for line in lost)
-    assert len(metrics(runs, "lost")) == 6
+    assert len(metrics(runs, "lost")) == 6 and len(lost) == len({line["group_id"].split("@")[0] for line in lost})
+    stored = state(runs, "lost")["state"]["buffer"]
+    gone = {int(line["group_id"][1]) for line in lost}
+    assert stored and not gone & {negative["record"] for negative, _ in stored}
     later = [
         group for number in (3, 5) for group in read_groups(runs / "lost" / "online" / f"window-{number:08d}.jsonl")
     ]
