@@ -62,7 +62,7 @@ class SelectSummary:
 def run_select(config: Config) -> SelectSummary:
     """Writes the groups of the selected pairs to data.groups, last of all, with quarantine and summary next to it.
 
-    The candidates are read twice if lengths are balanced; memory then grows by 16 bytes per pair. Raises ValueError if
+    The candidates are read twice if lengths are balanced; memory then grows by 64 bytes per pair. Raises ValueError if
     an input cannot be used, a record has no judgement or another policy's answer, or there is no pair (quarantine and
     summary are then written).
     """
