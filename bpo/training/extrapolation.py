@@ -34,8 +34,6 @@ def check_extrapolation(config: Config, program: LossProgram, model_config: Any)
         fault = "the model caps its logits (final_logit_softcapping), so that they are not linear"
     elif other_reference(config):
         fault = "the reference is train.reference_model, not the policy before its first step; remove it"
-    elif config.online.source and config.online.reference != "initial":
-        fault = f"the reference moves (online.reference is {config.online.reference}); set it to initial"
     for term in program.terms:
         if term.extrapolation and fault:
             raise ValueError(f"{term.where}.options.extrapolation is {term.extrapolation:g}: {fault}, or set 0")

@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from bpo.config.loss import LossConfig, TermConfig
-from bpo.config.online import OnlineConfig
 from bpo.config.training import Config, ModelConfig, TrainableConfig, TrainConfig
 from bpo.losses.program import LossProgram
 from bpo.model.attention.shared_prefix import packed_layout
@@ -104,7 +103,6 @@ REFUSED = [
     (Config(loss=SPA, trainable=FULL), None, "the LM head is trained, .* set trainable.lm_head: frozen, or set 0"),
     (Config(loss=SPA), 30.0, "the model caps its logits"),
     (Config(loss=SPA, train=TrainConfig(reference_model="other")), None, "the reference is train.reference_model"),
-    (Config(loss=SPA, online=OnlineConfig(source="segment")), None, "the reference moves .online.reference is ema"),
 ]
 
 

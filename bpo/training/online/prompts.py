@@ -45,10 +45,10 @@ def check_online(config: Config) -> None:
         if getattr(config.train, name):
             raise ValueError(f"train.{name} does not apply to online.source; remove it, or choose online.reference")
     program = LossProgram(config.loss, config.train.seed)
-    if program.needs_similarity or program.extrapolation:
+    if program.needs_similarity or program.extrapolation or program.plan.uses_explored:
         raise ValueError(
-            "the loss needs embeddings of all prompts, or hidden states of a fixed reference, which online.source does "
-            "not have; use another loss, or train on data.groups"
+            "the loss needs embeddings of all prompts, hidden states of a fixed reference, or explored answers, which "
+            "online.source does not have; use another loss, or train on data.groups"
         )
 
 

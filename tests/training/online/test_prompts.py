@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from bpo.config.io import load_config, train_inputs
-from bpo.config.loss import LossConfig
+from bpo.config.loss import LossConfig, TermConfig
 from bpo.config.online import OnlineConfig
 from bpo.config.training import Config, DataConfig, TrainConfig
 from bpo.data.parts import in_part
@@ -62,6 +62,8 @@ def test_the_content_of_a_run_is_that_of_its_annotations(tmp_path: Path) -> None
         ({"train": TrainConfig(reference_model="other")}, "train.reference_model does not apply"),
         ({"train": TrainConfig(reference_only=True)}, "train.reference_only does not apply"),
         ({"loss": LossConfig(type="rpo")}, "embeddings of all prompts"),
+        ({"loss": LossConfig(type="spa", options={"extrapolation": 0.5})}, "hidden states of a fixed reference"),
+        ({"loss": LossConfig(terms=[TermConfig(), TermConfig(type="nll", pairs="explored")])}, "explored answers"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(options: dict, message: str) -> None:
