@@ -183,12 +183,14 @@ def _read(folder: Path, identities: SourceIdentities) -> OutcomeReader:
 def _spooled(config: Config, bad: BadRecords, skipped: dict[str, list[str]]) -> AnnotationSpool:
     part, mode = config.data.part, config.bootstrap.inject.mode
     annotations = iterate_annotations(Path(config.data.annotations), bad, skipped)
-    return AnnotationSpool(
+    spool = AnnotationSpool(
         (annotation for annotation in annotations if in_part(annotation.id, part)),
         config.bootstrap.limit,
         config.data.max_completion_words,
         kind_of=lambda annotation: int(choose_mode(mode, annotation) == "qa"),
     )
+    bad.problems = [problem for problem in bad.problems if in_part(problem.record_id or problem.where, part)]
+    return spool
 
 
 def _count_restart(
