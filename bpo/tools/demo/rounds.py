@@ -65,7 +65,7 @@ METHODS: dict[str, Method] = {
         options={
             "rank": {"judge": "implicit", "options": {"beta": 0.5}},
             "trainable": {"lm_head": "frozen"},
-            "loss": {"options": {"alpha": 0.1, "warmup_steps": 9, "extrapolation": 0.5}},
+            "loss": {"options": {"alpha": 0.1, "warmup_share": 0.2, "extrapolation": 0.5}},
         },
         each=({"part": "1/2", "options": _SEED}, {"part": "2/2"}),
     ),
