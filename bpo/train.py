@@ -126,13 +126,13 @@ def prepare(
     initial = InitialPolicy(trainer) if program.extrapolation else None  # before a checkpoint is loaded
     reference = model_description(config, resolved) if store is None else store.fingerprint
     base = model_description(config, resolved) if other_reference(config) else reference
-    description = partition.RunDescription(config, groups, groups.steps, base, reference, ranks.world_size, program)
     online = None
     if groups.prompts is not None:
         online = OnlineGroups(config, trainer, encoder, groups.prompts, groups.steps, base, guard, stop)
+    description = partition.RunDescription(config, groups, base, reference, ranks.world_size, program, online)
     with guard.phase("loading the checkpoint") if found else contextlib.nullcontext():
-        done = partition.resume(trainer, description, found, online)
-    saver = partition.build_saver(trainer, config.train, description, guard, online=online)
+        done = partition.resume(trainer, description, found)
+    saver = partition.build_saver(trainer, config.train, description, guard)
     loss = HeldOutLoss(config, groups.held_out, trainer, store, embeddings, initial) if groups.held_out else None
     evaluations = Evaluations(config, plan, trainer, encoder, loss, guard, stop, done=done, total=len(groups.steps))
     return Prepared(groups, trainer, store, embeddings, initial, online, saver, done, flops, trackers, evaluations)
@@ -166,6 +166,7 @@ def run_steps(config: Config, run: Prepared, guard: RunGuard, stop: StopRequest 
         flops=run.flops,
         program=trainer.program,
         trackers=run.trackers,
+        more=dict if run.online is None else run.online.metrics,
         **progress,
     )
     evaluations, saver = run.evaluations, run.saver
@@ -197,8 +198,7 @@ def run_steps(config: Config, run: Prepared, guard: RunGuard, stop: StopRequest 
         seconds, number = time.perf_counter() - started, step.index + 1
         if run.online is not None:
             run.online.after_step(number)
-        more = dict if run.online is None else run.online.metrics
-        report.step(number, totals, seconds, config.train.lr * lr_factor, grad_norm, more)
+        report.step(number, totals, seconds, config.train.lr * lr_factor, grad_norm)
         best = evaluations.at(number, report, saver.best)
         due = number == total or number % (config.train.save_every_steps or total) == 0
         if saver.boundary(number, due=due, stop=stop is not None and stop.received, best=best):

@@ -18,7 +18,7 @@ from bpo.config.training import Config
 
 CARD = "README.md"
 # Sections of the configuration on which a training depends.
-_OF_TRAINING = ("model", "data", "lora", "trainable", "loss", "train")
+_OF_TRAINING = ("model", "data", "lora", "trainable", "loss", "train", "online")
 _HUB_CACHE = re.compile(r"models--([\w.-]+?)--([\w.-]+)")
 
 
@@ -76,6 +76,7 @@ def model_card(
         commit: Of the sources that trained; empty if unknown.
     """
     trained = manifest["config"]
+    is_online = bool(trained.get("online", {}).get("source"))
     options, adapter = split_adapter(config.model)
     base = hub_id(options.path) or Path(options.path).name
     front = {
@@ -92,7 +93,7 @@ def model_card(
         "## Training\n",
         "\n".join(_facts(manifest, base, commit, Path(adapter).name)) + "\n",
         "Options that differ from the defaults:\n",
-        "```bash\n" + _command("train", trained, _OF_TRAINING) + "\n```\n",
+        "```bash\n" + _command("train", trained, (*_OF_TRAINING, *["bootstrap"] * is_online)) + "\n```\n",
         "## Export\n",
         "```bash\n" + _command("export", to_tree(config), ("model", "export")) + "\n```\n",
         "\n".join(fidelity) + "\n",
@@ -109,13 +110,14 @@ def _losses(loss: Mapping[str, Any]) -> list[str]:
 
 def _facts(manifest: Mapping[str, Any], base: str, commit: str, adapter: str) -> Iterator[str]:
     trained, cursor = manifest["config"], manifest.get("cursor", {})
+    data = trained["data"].get("groups") or trained["data"].get("annotations", "")
     rows = {
         "base model": f"`{base}`",
         "adapter that training continued": f"`{adapter}`" if adapter else "",
         "loss": ", ".join(f"`{name}`" for name in _losses(trained["loss"])),
         "optimizer steps": f"{manifest['step']:,} of {cursor.get('steps_planned', manifest['step']):,}",
         "groups seen, with repetitions": f"{cursor['groups_done']:,}" if "groups_done" in cursor else "",
-        "data": f"`{Path(trained['data']['groups']).name}`" if trained["data"].get("groups") else "",
+        "data": f"`{Path(data).name}`" if data else "",
         "SHA-256 of the data": manifest.get("fingerprints", {}).get("data", ""),
         "SHA-256 of the base model's files": manifest.get("fingerprints", {}).get("weights", ""),
         "ranks": str(manifest.get("world_size", "")),

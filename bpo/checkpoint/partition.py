@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,7 +40,6 @@ from bpo.checkpoint.save import CheckpointSaver
 from bpo.checkpoint.shards import KINDS, MASTER, Fragment, Shard, ShardSet
 from bpo.config.io import to_tree
 from bpo.config.training import Config, TrainConfig
-from bpo.data.schedule import PlannedStep
 from bpo.engine import TrainingEngine
 from bpo.job.collectives import JobRanks
 from bpo.job.guard import RunGuard
@@ -108,17 +106,17 @@ class RunDescription:
     def __init__(
         self,
         config: Config,
-        data: RunGroups,
-        steps: Sequence[PlannedStep],
+        groups: RunGroups,
         base: dict[str, str],
         reference: dict[str, str],
         ranks: int,
         program: LossProgram,
+        online: OnlineGroups | None = None,
     ):
-        self.config, self.steps, self.ranks, self.program = config, steps, ranks, program
+        self.config, self.steps, self.ranks, self.program, self.online = config, groups.steps, ranks, program, online
         self.base = base_files(base)
         self.fingerprints = {
-            DATA: content_digest(data.content()),
+            DATA: content_digest(groups.content()),
             WEIGHTS: base_digest(self.base),
             REFERENCE: content_digest(f"{name} {value}" for name, value in sorted(reference.items())),
             PLUGIN: load_plugin(config.loss.plugin),
@@ -251,18 +249,14 @@ class Partition:
         return torch.tensor(float(step), device=flat.device if fused else "cpu")
 
 
-def resume(
-    engine: TrainingEngine, description: RunDescription, found: Found | None, online: OnlineGroups | None = None
-) -> int:
+def resume(engine: TrainingEngine, description: RunDescription, found: Found | None) -> int:
     """Loads weights and optimizer of a verified checkpoint, written by any number of ranks; returns the steps done.
-
-    Args:
-        online: Of an online run, which continues from the checkpoint or starts.
 
     Raises:
         CheckpointError: data, plan, base weights or trained parameters differ from the checkpoint's, or it is not of an
             online run.
     """
+    online = description.online
     if found is None:
         if online is not None:
             online.start("")
@@ -285,14 +279,10 @@ def resume(
 
 
 def build_saver(
-    engine: TrainingEngine,
-    options: TrainConfig,
-    description: RunDescription,
-    guard: RunGuard,
-    at_stage: Hook = no_hook,
-    online: OnlineGroups | None = None,
+    engine: TrainingEngine, options: TrainConfig, description: RunDescription, guard: RunGuard, at_stage: Hook = no_hook
 ) -> CheckpointSaver:
     """Saves the engine's state as set in `train.*`; publishes nothing after another job took over the directory."""
+    online = description.online
 
     def take() -> Shard:
         description.take_loss_states()

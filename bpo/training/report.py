@@ -30,6 +30,7 @@ class StepReport:
         flops: Useful FLOPs of the model, for model_tflops_per_second and mfu.
         program: The loss.
         trackers: Also get the metrics.
+        more: Gives further metrics, of the steps since its last call.
     """
 
     def __init__(
@@ -44,8 +45,9 @@ class StepReport:
         flops: ModelFlops,
         program: LossProgram,
         trackers: Trackers | None = None,
+        more: Callable[[], Mapping[str, float]] = dict,
     ):
-        self.program = program
+        self.program, self.more = program, more
         self.config, self.total, self.groups_per_epoch, self.flops = config, total, groups_per_epoch, flops
         self.peak = peak_of_all(device, config.peak_tflops, ranks)
         # A new run keeps no evaluation of step 0 that an earlier one has left in the directory.
@@ -55,21 +57,12 @@ class StepReport:
         )
         self._progress = tqdm(total=total, initial=done, desc="training", disable=not ranks.is_main)
 
-    def step(
-        self,
-        number: int,
-        totals: list[float],
-        seconds: float,
-        lr: float,
-        grad_norm: float,
-        more: Callable[[], Mapping[str, float]] = dict,
-    ) -> None:
+    def step(self, number: int, totals: list[float], seconds: float, lr: float, grad_norm: float) -> None:
         """Reports step `number`, counted from 1.
 
         Args:
             totals: Sums of `StepSums.flat` over all ranks.
             seconds: From the first forward pass to the end of the optimizer's step.
-            more: Gives further metrics, since the last step that was logged.
         """
         metrics = step_metrics(totals, self.program) | step_rates(totals, seconds, self.flops, self.peak)
         metrics |= {"lr": lr, "grad_norm": grad_norm}
@@ -80,7 +73,7 @@ class StepReport:
                 shown["acc"] = f"{metrics['rewards/accuracies']:.2f}"
             self._progress.set_postfix(shown)
         if number % self.config.log_every_steps == 0 or number == self.total:
-            metrics |= more()
+            metrics |= self.more()
             metrics["epoch"] = round(number * self.config.groups_per_step / self.groups_per_epoch, 4)
             self._writer.write(number, metrics)
 

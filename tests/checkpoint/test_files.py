@@ -245,9 +245,9 @@ def test_what_cannot_be_removed_is_named_and_stays(
 def test_a_manifest_that_is_written_later_has_the_states_of_its_own_step() -> None:
     """Saves in the background are committed when further steps may have run."""
     program = LossProgram(LossConfig(type="spa"))
-    data: Any = SimpleNamespace(content=list)
     step = PlannedStep(0, 0, (0,), (((0,),),), ((False,),))
-    run = RunDescription(Config(), data, [step, step], {}, {}, 1, program)
+    groups: Any = SimpleNamespace(content=list, steps=[step, step])
+    run = RunDescription(Config(), groups, {}, {}, 1, program)
     program.states["spa"].update([[0.5]])
     run.take_loss_states()
     program.states["spa"].update([[0.75]])

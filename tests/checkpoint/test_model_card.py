@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ import pytest
 
 from bpo.checkpoint.export import run_export
 from bpo.checkpoint.model_card import hub_id, model_card, read_metrics
+from bpo.config.bootstrap import BootstrapConfig, SegmentConfig
 from bpo.config.io import to_tree
 from bpo.config.loss import TermConfig
+from bpo.config.online import OnlineConfig
 from bpo.config.training import Config, DataConfig, ExportConfig, LossConfig, ModelConfig, TrainConfig
 from tests.trained_checkpoint import LORA, perturbed, write_checkpoint
 
@@ -21,13 +24,20 @@ RESULTS = [
 ]
 
 
-def card(record: dict[str, Any] | None = None, base: str = BASE, metrics: Any = (), **loss: Any) -> str:
+def card(
+    record: dict[str, Any] | None = None,
+    base: str = BASE,
+    metrics: Any = (),
+    sections: dict[str, Any] | None = None,
+    **loss: Any,
+) -> str:
     trained = Config(
         model=ModelConfig(path=BASE),
         data=DataConfig(groups="/home/someone/data/groups.jsonl", image_root="~/images"),
         loss=LossConfig(**loss),
         train=TrainConfig(output_dir="/home/someone/runs/first", lr=5e-7, completion_types=["gt", "mllm-hal"]),
     )
+    trained = replace(trained, **(sections or {}))
     manifest = {
         "step": 1200,
         "world_size": 8,
@@ -39,6 +49,15 @@ def card(record: dict[str, Any] | None = None, base: str = BASE, metrics: Any = 
     export = ExportConfig(checkpoint="/home/someone/runs/first", output="/home/someone/model", metrics="/home/x/r.json")
     config = Config(model=ModelConfig(path=base), export=export)
     return model_card("model", config, manifest, record or {"form": "merged"}, ["| a | b |"], list(metrics), "abc123")
+
+
+def test_it_names_the_annotations_and_the_options_of_negatives_of_an_online_run() -> None:
+    segment = BootstrapConfig(segment=SegmentConfig(max_tokens=64))
+    assert "bootstrap" not in card(sections={"bootstrap": segment})
+    online = {"data": DataConfig(annotations="/a/llava.json"), "online": OnlineConfig(source="segment")}
+    text = card(sections={"bootstrap": segment, **online})
+    assert "| data | `llava.json` |" in text
+    assert "--online.source=segment --bootstrap.segment.max_tokens=64" in text
 
 
 def test_the_hub_accepts_it() -> None:

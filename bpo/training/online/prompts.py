@@ -65,7 +65,6 @@ def read_prompts(config: Config, held_out: Collection[str]) -> Prompts:
     data, bad = config.data, BadRecords.from_config(config.data)
     read = read_annotations(Path(data.annotations), bad)
     num_records = len(read.annotations) + len(bad.problems) + sum(map(len, read.skipped.values()))
-    bad.check_share(num_records, data.annotations)
     usable = tuple(
         annotation
         for annotation in read.annotations
