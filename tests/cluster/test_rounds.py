@@ -15,7 +15,10 @@ from tests.cluster.test_cluster import log, script, steps, wait_until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(1200)]
 
-STAGES = ("generate", "generate-merge", "judge", "select", "train", "export")
+JOBS = [
+    *("r1-generate", "r1-generate-merge", "r1-judge", "r1-select", "r1-train", "r1-export"),
+    *("r2-generate", "r2-generate-merge", "r2-select", "r2-train", "r2-export"),
+]
 FOLDERS = ("my rounds", "again")
 ENDS = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT"}
 
@@ -80,7 +83,7 @@ select: {rule: all}
 lora: {r: 4, alpha: 8, dropout: 0.1}
 loss: {type: slow_sigmoid, plugin: rounds_plugin.py}
 train: {epochs: 3, groups_per_step: 4, lr: 1.0e-2, tensorboard: false}
-rounds: {each: [{}, {}]}
+rounds: {each: [{}, {options: {rank: {judge: ""}}}]}
 """
 
 
@@ -129,7 +132,7 @@ def test_rounds_with_requeued_jobs_end_with_the_results_of_the_undisturbed_ones(
     (home / "rounds_plugin.py").write_text(PLUGIN)
     (home / "rounds.yaml").write_text(CONFIG)
     undisturbed, disturbed = (submit(home, cluster, folder) for folder in FOLDERS)
-    assert list(disturbed) == [f"r{number}-{stage}" for number in (1, 2) for stage in STAGES]
+    assert list(disturbed) == JOBS
 
     again = home / "again"
     wait_until(lambda: len(steps(again / "round-1" / "run")) >= 2, 400, "two steps of round 1")
