@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bpo.checkpoint.files import CheckpointError, checkpoint_dirs, read_manifest
+from bpo.checkpoint.files import finished_step
+from bpo.job.exits import read_status
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,14 +89,8 @@ class Stage:
 
 
 def trained_steps(run: Path) -> tuple[int, int]:
-    """(steps done, steps planned) of a run's latest checkpoint that can be read; (0, 0) without one."""
-    for directory in checkpoint_dirs(run):
-        try:
-            cursor = read_manifest(directory)["cursor"]
-        except CheckpointError:
-            continue
-        return int(cursor["steps_done"]), int(cursor["steps_planned"])
-    return 0, 0
+    """(steps done, steps planned) of a run's latest checkpoint; (0, 0) without one."""
+    return finished_step(run) or (0, 0)
 
 
 def _is_trained(run: Path) -> bool:
@@ -115,7 +110,7 @@ _RESULTS = {
 }
 _FINISHED: dict[str, Callable[[Path], bool]] = {
     "judge": lambda folder: (folder / "summary.json").exists(),
-    "reference": lambda folder: (folder / "complete.json").exists(),
+    "reference": lambda folder: read_status(folder).get("exit_code") == 0,
     "train": _is_trained,
     "export": lambda folder: (folder / "bpo_export.json").exists(),
 }

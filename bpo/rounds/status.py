@@ -64,7 +64,6 @@ def _detail(stage: Stage) -> str:
         "generate": stage.folder / "candidates.jsonl.summary.json",
         "judge": stage.result / "summary.json",
         "select": stage.folder / "groups.jsonl.summary.json",
-        "reference": stage.result / "complete.json",
     }.get(stage.name)
     if summary is None or not stage.is_finished():
         return ""
@@ -79,7 +78,6 @@ _NUMBERS = (
     ("num_judged", "judged"),
     ("num_failed", "failed"),
     ("num_quarantined", "quarantined"),
-    ("entries", "log-probs"),
 )
 
 
