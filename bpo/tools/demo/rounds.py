@@ -115,7 +115,7 @@ def overlay(method: str, base: Path, world: World, output: Path, sizes: DemoRoun
             "batch_size": recipe.batch_size,
             "weaken": {"noise_step": recipe.noise_step, "max_new_tokens": tokens},
             "inject": {"mode": "description", "prompt_dir": prompt_dir(), "max_new_tokens": tokens},
-            "sample": {"count": 4, "temperature": 1.0, "max_new_tokens": tokens},
+            "sample": {"count": 8, "temperature": 1.0, "max_new_tokens": tokens},
             "segment": {"max_tokens": 8, "temperature": 1.0},
         },
         "rank": {"batch_size": 64},
