@@ -28,6 +28,7 @@ from bpo.job.signals import StopRequest
 from bpo.model.load import load_model
 from bpo.train import train
 from bpo.training import reference_pass
+from bpo.training.online.generate import NegativeMaker
 from bpo.training.online.steps import OnlineGroups
 from tests.ranks import fork_ranks
 from tests.sample_groups import PHOTOS, write_photos
@@ -92,7 +93,7 @@ def run(config: Config, ranks: Ranks, stop_at: int = 0) -> None:
     """Trains; with `stop_at`, a signal comes while the negatives of that step are being made."""
     calls: list[tuple[str, torch.Tensor]] = []
     generate, score, after_step = vision.generate_prompts, reference_pass._reference_pass, OnlineGroups.after_step
-    stop = StopRequest()
+    stop, answer = StopRequest(), NegativeMaker.answer
 
     def recorded_generate(model: Any, *arguments: Any, **options: Any) -> Any:
         assert not any(module.training for module in model.modules())  # no dropout
@@ -105,14 +106,18 @@ def run(config: Config, ranks: Ranks, stop_at: int = 0) -> None:
 
     def recorded_step(self: OnlineGroups, number: int) -> None:
         calls.append(("policy", trained(self.trainer.policy.model)))
-        stop.received = number == stop_at - 1
         after_step(self, number)
+
+    def interrupted_answer(self: NegativeMaker, wanted: list[tuple[int, int]], given: StopRequest | None) -> Any:
+        stop.received = wanted[0][1] == stop_at
+        return answer(self, wanted, given)
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch("bpo.train.load_encoder", letters_only))
         stack.enter_context(mock.patch.object(vision, "generate_prompts", recorded_generate))
         stack.enter_context(mock.patch.object(reference_pass, "_reference_pass", recorded_score))
         stack.enter_context(mock.patch.object(OnlineGroups, "after_step", recorded_step))
+        stack.enter_context(mock.patch.object(NegativeMaker, "answer", interrupted_answer))
         finished = train(config, ranks, stop if stop_at else None)
     assert finished == (not stop_at)
     torch.save(calls, Path(config.train.output_dir) / "calls.pt")

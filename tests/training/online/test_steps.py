@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
@@ -118,10 +119,14 @@ def test_each_step_draws_from_what_the_average_made_of_its_prompts(runs: Path) -
         made = [tuple(group.id.split("@")) for group in groups]
         assert [int(step) for _, step in made] == [step for step in range(1, 7) for _ in range(2)]
         assert {record for record, _ in made[:NUM_RECORDS]} == {f"r{k}" for k in range(NUM_RECORDS)}  # an epoch
+        starts: dict[str, list[int]] = {}
         for group in groups:
             preferred, negative = group.completions
             assert (preferred.type, negative.type) == ("gt", "mllm-segment")
             assert len(negative.response) <= len(preferred.response) and negative.response != preferred.response
+            start = len(commonprefix([preferred.response, negative.response]))
+            starts.setdefault(group.id.split("@")[0], []).append(start)
+        assert sum(len(set(of_record)) == 2 for of_record in starts.values()) >= 2  # another segment in another step
         last = metrics(runs, name)[-1]
         assert last["online/buffer"] == len(groups) == 12
         assert [line["online/negatives"] for line in metrics(runs, name)] == ([2] * 6 if every == 1 else [4, 0] * 3)
