@@ -48,7 +48,7 @@ COVERS = {
     "config/test_io.py": "bootstrap decoding evaluation foreign judge loss measure negatives online options rank "
     "rounds select selection server tracking training",
     "recipes/test_rounds.py": "/bpo/tools/demo/rounds",
-    "rounds/test_run.py": "command stages",
+    "rounds/test_run.py": "stages",
     "data/families/test_families.py": "base gemma idefics internvl llava qwen",
     "data/test_cells.py": "pairs token_weights",
     "evaluation/benchmarks/test_amber_generative.py": "amber_files",
