@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,15 @@ from bpo.config.bootstrap import InjectConfig
 from bpo.config.options import Section, number
 from bpo.config.server import ServerConfig
 from bpo.config.training import Config, missing_model
-from bpo.data.encode import Encoder, load_encoder
+from bpo.data.encode import EncodedGroup, EncodedPrompt, EncodingError, load_encoder
 from bpo.evaluation.benchmarks.pope import first_word
 from bpo.evaluation.judge.prompt import JudgePrompt
 from bpo.formats.images import data_url, load_image
 from bpo.job.chat_server import ChatServer, Reply
 from bpo.job.launch import Ranks, pick_device
-from bpo.model.decoding.calibration import label_probabilities, label_tokens
-from bpo.model.decoding.cost import IMAGE, DecodingCost
-from bpo.model.inference import load_for_inference
+from bpo.model.decoding.calibration import label_tokens
+from bpo.model.group_scores import GroupScorer
+from bpo.model.load import resolve_model
 from bpo.model.weights import policy_fingerprint
 from bpo.records import ContentPart, PreferenceGroup, Turn
 
@@ -118,6 +119,9 @@ def text_of(reply: Reply) -> str:
 class QuestionModel:
     """Answers yes/no questions about images by the probabilities of the first token, with a model in this process.
 
+    Questions about one image share its tokens: of n questions the image and what precedes it are computed once per
+    forward pass, as for the completions of a group in training.
+
     Args:
         path: Model or adapter directory, or Hub id; other options are those of `model`.
         answers: The texts of yes and no.
@@ -139,24 +143,42 @@ class QuestionModel:
         Raises:
             ImageError, EncodingError: An image cannot be read, or the chat template drops it.
         """
-        model, encoder = self._loaded
+        scorer, labels = self._loaded
+        encoder = scorer.encoder
         images, parts = encoder.encode_images(group.images), (ContentPart("image"),) * len(group.images)
         turns = [(Turn("user", (*parts, ContentPart("text", question))),) for question in questions]
         prompts = [encoder.encode_prompt(group.id, images, turn) for turn in turns]
+        starts = range(0, len(prompts), self._batch_size)
+        batches = [prompts[start : start + self._batch_size] for start in starts]
+        packed = (((), self._packed(batch, labels, encoder.image_token_id)) for batch in batches)
         found = []
-        for start in range(0, len(prompts), self._batch_size):
-            batch = prompts[start : start + self._batch_size]
-            found += label_probabilities(model, encoder, IMAGE, batch, [self._answers] * len(batch), DecodingCost())
-        return [p_yes for p_yes, _ in found]
+        for _, _, logp in scorer.score(packed, max_tokens=1):  # each batch is a forward pass of its own
+            last = [float(values_N[-1]) for values_N in logp]
+            found += [0.5 * (1 + math.tanh((yes - no) / 2)) for yes, no in zip(last[::2], last[1::2], strict=True)]
+        return found
+
+    def _packed(self, prompts: Sequence[EncodedPrompt], labels: Sequence[int], image_token_id: int) -> EncodedGroup:
+        """What the prompts share as the prefix; for each its own end followed by either answer as completions."""
+        shared = len(commonprefix([prompt.prefix_ids for prompt in prompts]))
+        ends = [prompt.prefix_ids[shared:] for prompt in prompts]
+        if any(image_token_id in end for end in ends):
+            raise EncodingError(
+                f"group {prompts[0].record_id!r}: the chat template puts images behind the question; set "
+                "rank.options.ask to server"
+            )
+        prefix = replace(prompts[0], prefix_ids=prompts[0].prefix_ids[:shared])
+        completions = tuple((*end, label) for end in ends for label in labels)
+        return EncodedGroup(prefix, completions, (0.0,) * len(completions))
 
     @cached_property
-    def _loaded(self) -> tuple[Any, Encoder]:
+    def _loaded(self) -> tuple[GroupScorer, list[int]]:
         encoder = load_encoder(self._config)
         try:
-            label_tokens(encoder, self._answers)
+            labels = label_tokens(encoder, self._answers)
         except ValueError as error:
             raise ValueError(f"rank.options.answers: {self._answers} begin with the same token; set others") from error
-        return load_for_inference(self._config.model, device=pick_device(self._ranks)), encoder
+        model = resolve_model(self._config.model, pick_device(self._ranks), for_training=True)
+        return GroupScorer(model, encoder), labels
 
 
 class QuestionServer:
