@@ -209,8 +209,7 @@ def _evaluate(argv: list[str]) -> int:
             "`--compare A.json B.json [--compare-decoding] [--json FILE]` gives the differences of two results."
         )
         config = load_config(argv, prog="bpo evaluate", description=about)
-        is_adapter = (Path(config.model.path) / "adapter_config.json").is_file()
-        if not config.evaluation.answers and not is_adapter:
+        if not config.evaluation.answers:
             check_inputs(config, ("model.path",))
         from bpo.evaluation.run import run_evaluation
 

@@ -1,4 +1,4 @@
-"""Segments of annotations that the model generates anew, between their own start and end (SAPO, arXiv 2405.20830)."""
+"""Segments of annotations that the model generates again, between their own start and end (SAPO, arXiv 2405.20830)."""
 
 from __future__ import annotations
 

@@ -98,7 +98,7 @@ class SampleConfig(Section):
 
 @dataclass(kw_only=True)
 class SegmentConfig(Section):
-    """Negatives with a segment of the annotation generated anew, its start and end kept (SAPO; type `mllm-segment`).
+    """Negatives with a segment of the annotation generated again, its start and end kept (SAPO; type `mllm-segment`).
 
     The segment has S = min(max_tokens, length) tokens and starts at t ~ U{0 .. length - 3 - S}, or at 0 if the
     annotation is not longer than S + 3. If the model ends its answer within the segment, the end of the annotation is
@@ -238,7 +238,7 @@ class BootstrapConfig(Section):
         inject: Error injection.
         regenerate: Truncation of annotations before their continuation.
         sample: Candidates for a judge.
-        segment: Segments of annotations generated anew.
+        segment: Segments of annotations generated again.
         plugin: Python file that registers sources.
         swap: Exchange of annotations between records.
         edit: Exchange of words between annotations.

@@ -9,10 +9,10 @@ from typing import Any, TypeVar
 
 from bpo.config.options import Section
 
-SectionT = TypeVar("SectionT", bound=Section)
+SectionType = TypeVar("SectionType", bound=Section)
 
 
-def read_entry(kind: type[SectionT], tree: Mapping[str, Any], name: str, where: Callable[[str], str]) -> SectionT:
+def read_entry(kind: type[SectionType], tree: Mapping[str, Any], name: str, where: Callable[[str], str]) -> SectionType:
     """The options as their dataclass, with types and ranges checked.
 
     Args:

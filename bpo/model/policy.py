@@ -75,7 +75,7 @@ class PolicyModel(torch.nn.Module):
         if request is None or not request.extrapolation:
             return self.model.lm_head(hidden_ND, target_N, loss_inputs, request)
         assert reference_ND is not None
-        # Before the pass with gradient: ZeRO-3 counts the backward passes of a module anew at each call.
+        # Before the pass with gradient: ZeRO-3 counts the backward passes of a module again at each call.
         with torch.no_grad():
             beyond_ND = torch.lerp(reference_ND.float(), hidden_ND.float(), 1 + request.extrapolation)
             extrapolated_N = self.model.lm_head(beyond_ND.to(hidden_ND.dtype), target_N)

@@ -8,10 +8,10 @@ from bpo.config.entry import read_entry
 from bpo.config.options import Section
 from bpo.config.training import Config
 
-SectionT = TypeVar("SectionT", bound=Section)
+SectionType = TypeVar("SectionType", bound=Section)
 
 
-def judge_options(kind: type[SectionT], config: Config) -> SectionT:
+def judge_options(kind: type[SectionType], config: Config) -> SectionType:
     """The options of a judge as its dataclass: a `Section` with `where = "rank.options"`.
 
     Raises:

@@ -85,7 +85,7 @@ class _Round:
         self.folder = round_folder(config, number)
         self.policy = config.model.path if number == 1 else str(round_folder(config, number - 1) / "policy")
         self.tree = _base_tree(config)
-        for section in ("bootstrap", "train", "select"):  # each round draws anew
+        for section in ("bootstrap", "train", "select"):  # each round draws again
             self.tree[section]["seed"] = (self.tree[section]["seed"] + number - 1) % NUM_SEEDS
         self._take_options()
         self.tree["model"]["path"] = self.policy

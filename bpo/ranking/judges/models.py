@@ -217,6 +217,6 @@ class QuestionServer:
 
 
 def seen_by_model(config: Config) -> dict[str, Any]:
-    """Options, besides weights, on which a multimodal model's view of a group depends."""
+    """Options, in addition to weights, on which a multimodal model's view of a group depends."""
     names = ("max_length_tokens", "min_pixels", "max_pixels", "image_aspect", "system_prompt")
     return {"model.dtype": config.model.dtype} | {f"data.{name}": getattr(config.data, name) for name in names}
