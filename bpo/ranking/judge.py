@@ -53,7 +53,7 @@ class Judge(Protocol):
     passes: ClassVar[tuple[str, ...]] = ("scores",)
 
     def identity(self) -> dict[str, Any]:
-        """Everything that scores depend on in addition to the group: options, prompts, fingerprints of models and files."""
+        """What scores depend on in addition to the group: options, prompts, fingerprints of models and files."""
 
     def judge(self, name: str, groups: Sequence[PreferenceGroup]) -> Iterator[tuple[int, Scored | Failed]]:
         """(index, result) of each group by the pass `name`, in any order. Results before an error remain valid."""

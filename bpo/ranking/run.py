@@ -1,7 +1,8 @@
 """`bpo rank`: a judge scores the completions of a groups file; any number of processes share the groups, resumable.
 
 Processes claim batches of groups in file order and append the results of each to their own journal. A pass begins when
-every group has a result of the one before. The process that finds every group judged writes quarantine.jsonl, then summary.json.
+every group has a result of the one before. The process that finds every group judged writes quarantine.jsonl, then
+summary.json.
 """
 
 from __future__ import annotations
