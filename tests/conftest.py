@@ -27,7 +27,8 @@ hypothesis.settings.load_profile("fuzz" if FUZZ > 1 else "everyday")
 ROOT = Path(__file__).resolve().parent.parent
 # Files of 20 s or more, the slowest first: none should start when the other workers are about to finish.
 SLOW_FILES = """
-    test_train.py cluster/test_cluster.py cluster/test_rounds.py test_end_to_end.py kernels/test_triton_interpreter.py
+    recipes/test_rounds.py test_train.py cluster/test_cluster.py cluster/test_rounds.py test_end_to_end.py
+    kernels/test_triton_interpreter.py
     kernels/bench/test_aot.py job/test_watchdog_rank_loss.py tools/demo/test_run.py test_engine_gradients.py
     tools/bench/test_step.py bootstrap/test_run.py model/attention/test_flex.py tools/plan/test_memory.py
     tools/plan/test_command.py benchmarks/test_gpu_set.py tools/plan/test_activations.py
@@ -35,7 +36,7 @@ SLOW_FILES = """
     bootstrap/job/test_spool.py model/test_trainable.py job/test_compile_locks.py cluster/test_srun.py
     formats/test_reading_fuzz.py test_view_cost.py recipes/test_methods.py benchmarks/test_methods.py test_loss_types.py
     test_term_gradients.py training/test_embeddings.py training/test_evaluation.py
-    training/online/test_steps.py
+    training/online/test_steps.py rounds/test_run_kill.py training/test_extrapolation.py
 """.split()
 
 

@@ -12,8 +12,9 @@ from bpo import __version__
 from bpo.cli import COMMANDS, main
 
 COMMAND_NAMES = (
-    "demo check convert bootstrap merge measure train evaluate judge export refs score view plan bench doctor".split()
-)
+    "demo check convert bootstrap merge measure rank select train rounds evaluate judge export refs score view plan "
+    "bench doctor"
+).split()
 OPTIONS = {
     "demo": ["--output", "--seeds"],
     "check": ["DATA", "--no-images", "--image-root", "--quarantine", "--max-bad-share"],
@@ -21,6 +22,9 @@ OPTIONS = {
     "bootstrap": ["--config", "--bootstrap.weaken.noise_step", "--bootstrap.inject.server.url", "--data.annotations"],
     "merge": ["--config", "--data.annotations", "--data.groups"],
     "measure": ["GROUPS", "--config", "--measure.pairs", "--evaluation.chair_instances"],
+    "rank": ["--rank.judge", "--rank.candidates", "--images"],
+    "select": ["--select.rule", "--select.judgements", "--data.groups"],
+    "rounds": ["--status", "--jobs", "--rounds.each", "--rounds.handover"],
     "train": ["--config", "--train.lr", "--train.ds_config", "--loss.beta", "--lora.r", "--trainable.vision"],
     "evaluate": ["--config", "--suite", "--compare", "--evaluation.chair_instances", "--evaluation.pope_questions"],
     "judge": ["--judge.base", "--judge.prompt", "--judge.server.url", "--questions"],

@@ -31,7 +31,10 @@ def main(argv: list[str], stop: StopRequest | None = None) -> int:
         return 0
     setup_logging(Ranks())
     only_jobs = "--jobs" in argv
-    about = "Rounds of generation, judging, selection and training."
+    about = (
+        "Rounds of generation, judging, selection and training: runs every stage that is not finished. --jobs prints "
+        "the jobs of these stages instead, for slurm/rounds.sh. `bpo rounds --status DIR` prints a table."
+    )
     config = load_config([flag for flag in argv if flag != "--jobs"], "bpo rounds", about, ("model.path",))
     from bpo.rounds.run import prepare, run_rounds
 

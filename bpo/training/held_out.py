@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 from dataclasses import asdict, replace
 
 from bpo.config.training import Config
@@ -26,8 +27,12 @@ logger = logging.getLogger(__name__)
 
 
 def _place(group_id: str) -> float:
-    """A number in [0, 1) that depends on the id alone."""
-    digest = hashlib.sha256(f"held out of training:{group_id}".encode("utf-8", "surrogatepass")).digest()
+    """A number in [0, 1) that depends on the id of the record alone.
+
+    `bpo select` may give several groups of a record, `ID#1` and `replay:ID`: they must not be on both sides.
+    """
+    record = re.sub(r"(#\d+)+$", "", group_id.removeprefix("replay:")) or group_id
+    digest = hashlib.sha256(f"held out of training:{record}".encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
 
 

@@ -57,6 +57,12 @@ def test_a_share_stays_the_same_when_groups_are_added() -> None:
     assert before == after & set(MANY[:200])
 
 
+def test_groups_of_one_record_stay_on_one_side() -> None:
+    ids = [form for name in MANY for form in (name, f"{name}#1", f"{name}#2", f"replay:{name}")]
+    assert {name.removeprefix("replay:").split("#")[0] for name in held_ids(ids, 0.3)} == set(held_ids(MANY, 0.3))
+    assert len(held_ids(ids, 0.3)) == 4 * len(held_ids(MANY, 0.3))
+
+
 def test_a_number_is_exact_and_zero_holds_out_none() -> None:
     assert len(held_ids(MANY, 40)) == 40
     data = data_of(MANY)
