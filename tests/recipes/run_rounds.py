@@ -44,6 +44,7 @@ BASE = BaseConfig(
     steps=150, tower_steps=4, batch=8, tower_batch=8, tower_width=16, text_width=32, text_layers=1, learning_rate=3e-3
 )
 STEPS = 3
+EVALUATED = ("iterated-bpo", "sapo")
 PICKER = "pick_last.py"
 
 
@@ -93,6 +94,7 @@ def write_candidate_images(root: Path) -> None:
 
 def config_of(method: str, root: Path, sizes: DemoRounds, world: Any) -> Config:
     tree = overlay(method, root / "base", world, root / "runs" / method, sizes)
+    tree["rounds"]["evaluate"] = method in EVALUATED
     if method == "pds-dpo":
         tree = copy.deepcopy(tree)
         tree["rank"]["options"] = {"kind": "text", "model": str(root / "reward")}
@@ -115,7 +117,9 @@ def main() -> None:
     write_candidate_images(root)
     setup_logging(Ranks())
     engine.init_distributed(Ranks())
-    sizes = DemoRounds(recipe=Recipe(groups_per_step=4, batch_size=16), steps=STEPS)
+    sizes = DemoRounds(
+        recipe=Recipe(groups_per_step=4, batch_size=16), steps=STEPS, extra={"export": {"check_groups": 1}}
+    )
     for method in sys.argv[2:] or [name for name in METHODS if name != ONE_ROUND]:
         run_rounds(config_of(method, root, sizes, world), run=run_here)
     collectives.shut_down()

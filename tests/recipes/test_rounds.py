@@ -16,6 +16,7 @@ from bpo.model.weights import policy_fingerprint
 from bpo.ranking.judgements import read_judgements
 from bpo.records import PreferenceGroup
 from bpo.rounds.status import status_table
+from tests.recipes.run_rounds import EVALUATED
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted(path.stem for path in (ROOT / "bpo" / "recipes" / "rounds").glob("*.yaml"))
@@ -54,14 +55,20 @@ def judged(root: Path, method: str, number: int) -> list[tuple[PreferenceGroup, 
 
 
 @pytest.mark.parametrize("method", RECIPES)
-def test_two_rounds_train_and_evaluate_two_policies(root: Path, method: str) -> None:
+def test_two_rounds_train_two_policies(root: Path, method: str) -> None:
     assert [len(metrics_of(root, method, number)) for number in (1, 2)] == [3, 3]
     policies = [root / "base", *(folder_of(root, method, number) / "policy" for number in (1, 2))]
     assert len({policy_fingerprint(str(policy)) for policy in policies}) == 3
+    assert "waiting" not in status_table(root / "runs" / method)
+
+
+@pytest.mark.parametrize("method", EVALUATED)
+def test_each_rounds_policy_is_evaluated(root: Path, method: str) -> None:
+    table = status_table(root / "runs" / method).splitlines()
     for number in (1, 2):
         results = json.loads((folder_of(root, method, number) / "results.json").read_text())
         assert {"chair/chair_i", "chair/recall"} <= results["metrics"].keys()
-    assert "waiting" not in status_table(root / "runs" / method)
+    assert [line.split()[0] for line in table[-3:]] == ["round", "1", "2"]
 
 
 @pytest.mark.parametrize("method", [name for name in RECIPES if name != "sapo"])
