@@ -97,7 +97,7 @@ COVERS = {
     "tools/view/test_measures.py": "/bpo/tools/measure_plots /bpo/tools/measures",
     "tools/view/test_page.py": "build entries pictures plots summary",
     "tools/view/test_serve.py": "run",
-    "training/online/test_steps.py": "generate reference",
+    "training/online/test_steps.py": "generate reference /bpo/tools/refs_follow",
     "training/test_flops.py": "/bpo/data/useful_work",
     "training/test_metrics.py": "hardware",
     "formats/test_files.py": "/bpo/records",

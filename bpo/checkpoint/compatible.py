@@ -70,6 +70,7 @@ ROUNDING = (
     "train.ds_config",
     "train.max_micro_batch_tokens",
     "online.batch_size",
+    "online.publish_reference",
 )
 # Not free if negatives are made during training.
 ONLINE = ("bootstrap.segment.*", "bootstrap.validate.*")

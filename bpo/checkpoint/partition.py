@@ -8,7 +8,9 @@ pickles (loading them executes code), are named `latest` before they are complet
 from __future__ import annotations
 
 import copy
+import functools
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -249,6 +251,12 @@ class Partition:
         return torch.tensor(float(step), device=flat.device if fused else "cpu")
 
 
+def write_reference(engine: TrainingEngine, path: Path, step: int, flats: Sequence[torch.Tensor]) -> None:
+    """Writes this rank's part of other trained weights (`ShadowWeights.flats`) as a shard that `ShardSet` reads."""
+    tensors = {f"{MASTER}.{number}": flat for number, flat in enumerate(flats)}
+    Shard(Partition(engine).fragments, step, tensors).write(path)
+
+
 def resume(engine: TrainingEngine, description: RunDescription, found: Found | None) -> int:
     """Loads weights and optimizer of a verified checkpoint, written by any number of ranks; returns the steps done.
 
@@ -257,6 +265,8 @@ def resume(engine: TrainingEngine, description: RunDescription, found: Found | N
             online run.
     """
     online = description.online
+    if online is not None and online.reference is not None:
+        online.reference.write = functools.partial(write_reference, engine)
     if found is None:
         if online is not None:
             online.start("")

@@ -25,6 +25,8 @@ class OnlineConfig(Section):
         batch_size: Number of negatives generated per batch.
         buffer_size: Number of latest groups in the replay buffer, from which each step draws with replacement, with
             odds 1 / (1 + times drawn). Every checkpoint contains it.
+        publish_reference: Write the weights of the reference at each start and each move, for `bpo refs follow`, and
+            read the log-probs that it has stored.
     """
 
     where = "online"
@@ -36,3 +38,4 @@ class OnlineConfig(Section):
     generate_every_steps: int = number(1, at_least=1)
     batch_size: int = number(16, at_least=1)
     buffer_size: int = number(2000, at_least=1, at_most=20_000)
+    publish_reference: bool = False

@@ -1,4 +1,4 @@
-"""Maintenance of a reference store: `bpo refs inspect | verify | compact DIR`. Needs numpy, not torch."""
+"""Maintenance of a reference store: `bpo refs inspect | verify | compact DIR`. Only `follow` needs torch."""
 
 from __future__ import annotations
 
@@ -203,9 +203,26 @@ def _compact(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _follow(arguments: argparse.Namespace) -> int:
+    from bpo.job.signals import StopRequest
+
+    with StopRequest() as stop:  # before the imports, which take seconds
+        import torch
+
+        from bpo.job.launch import Ranks, pick_device, setup_logging
+        from bpo.tools.refs_follow import follow
+
+        setup_logging(Ranks())
+        device = torch.device(arguments.device) if arguments.device else pick_device()
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        follow(arguments.run_dir, device, stop)
+    return 0
+
+
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="bpo refs", description="Maintain a store of reference log-probs.")
-    commands = parser.add_subparsers(required=True, metavar="{inspect,verify,compact}")
+    commands = parser.add_subparsers(required=True, metavar="{inspect,verify,compact,follow}")
     inspect = commands.add_parser("inspect", help="show the fingerprint and contents of the store")
     inspect.add_argument("--json", action="store_true", help="print JSON")
     inspect.set_defaults(run=_inspect)
@@ -218,5 +235,9 @@ def main(argv: list[str]) -> int:
         command.add_argument("dir", type=Path, help="store: train.reference_dir, or OUTPUT_DIR/reference")
     for command, older in ((verify, _OLDER_WITHOUT_LOCKS), (compact, _OLDER)):
         command.add_argument("--older-than-minutes", type=float, default=60.0, metavar="N", help=older)
+    follow = commands.add_parser("follow", help="fill the store of an online run's current reference while it trains")
+    follow.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="train.output_dir of the run")
+    follow.add_argument("--device", default="", help="such as cuda:1, free of the run (default: the first)")
+    follow.set_defaults(run=_follow)
     arguments = parser.parse_args(argv)
     return arguments.run(arguments)

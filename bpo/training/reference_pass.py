@@ -95,7 +95,7 @@ def complete_store(
         log("reference store %s: complete, %d entries", directory, len(store))
         return 0
     with weights():
-        name, lost, stopped = _reference_pass(config, engine, data, store, missing, stop, quiet=quiet)
+        name, lost, stopped = score_groups(config, engine, data, store, missing, stop, quiet=quiet)
     store.reload(gather_from_ranks(name))
     data.lost.report(gather_from_ranks([asdict(group) for group in lost]), is_main=engine.ranks.is_main)
     lacking = len(_missing_groups(store, data))
@@ -135,7 +135,7 @@ def _missing_groups(store: ReferenceStore, data: TrainingData) -> list[int]:
     return groups_without_entries(store, data, lambda group: split_keys(group.cell_keys))
 
 
-def _reference_pass(
+def score_groups(
     config: Config,
     engine: TrainingEngine,
     data: TrainingData,

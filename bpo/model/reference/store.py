@@ -141,26 +141,28 @@ class ReferenceStore:
     mapped when the index is read, so they remain readable after a later `bpo refs compact`.
     """
 
-    def __init__(self, directory: Path, fingerprint: dict[str, str], rank: int = 0):
+    def __init__(self, directory: Path, fingerprint: dict[str, str], rank: int = 0, label: str = ""):
         open_or_create(directory, fingerprint)
         self.directory = directory
         self.fingerprint = fingerprint
-        self.rank = rank
+        self.label = label or f"rank{rank:05d}"  # of its shard
         self._writer: ShardWriter | None = None
         self._written: str | None = None
         self.reload()
 
-    def reload(self, also: Iterable[str | None] = ()) -> None:
-        """Reads the index of every shard, ignoring unfinished entries of killed runs.
+    def reload(self, also: Iterable[str | None] = (), *, only: bool = False) -> list[str]:
+        """Reads the index of every shard, ignoring unfinished entries of killed runs; returns the shards' names.
 
         Args:
             also: Names of shards that must exist, returned by other ranks' `close`: the directory listing of a network
                 file system may be outdated.
+            only: Read none but `also`.
 
         Raises:
             ReferenceStoreError: a shard belongs to another store, or one of `also` does not exist.
         """
-        paths = sorted({*index_files(self.directory), *(self.directory / name for name in also if name)})
+        listed = () if only else index_files(self.directory)
+        paths = sorted({*listed, *(self.directory / name for name in also if name)})
         try:
             shards = [read_shard(path, self.fingerprint) for path in paths]
         except FileNotFoundError as error:
@@ -177,6 +179,7 @@ class ReferenceStore:
         self._index = EntryIndex(shards)
         self._shards = shards
         self._values = [shard.map_values() for shard in shards]
+        return [path.name for path in paths]
 
     def __contains__(self, key: str) -> bool:
         return bool(self.has([key])[0])
@@ -195,7 +198,7 @@ class ReferenceStore:
             ReferenceStoreError: the disk is full or cannot be written; stored entries remain valid.
         """
         if self._writer is None:
-            self._writer = ShardWriter(self.directory, self.fingerprint, f"rank{self.rank:05d}")
+            self._writer = ShardWriter(self.directory, self.fingerprint, self.label)
         self._writer.add(_key_bytes(key), logp_N.detach().to("cpu", torch.float32).numpy())
         self._written = self._writer.index.name
 

@@ -118,6 +118,8 @@ class OnlineGroups:
             if self.reference is not None:
                 self.reference.moved_at = stored["reference_moved_at"]
         from_rank_0(self._clean)
+        if self.reference is not None:
+            self.reference.publish()
 
     def _clean(self) -> None:
         """Removes what an earlier start has left for steps that are still to come."""
@@ -216,7 +218,8 @@ class OnlineGroups:
         """Moves the average and, if that is due, the reference, after step `number`, from 1."""
         self.average.update(self.options.ema_decay)
         if self.reference is not None:
-            self.reference.after_step(number, self.average)
+            with self._guard.phase("publishing the reference"):
+                self.reference.after_step(number, self.average)
         self.buffer.remove(self._lost.indices)
         self._done = number
 

@@ -26,9 +26,12 @@ from bpo.data.encode import Encoder, load_encoder
 from bpo.job.launch import Ranks
 from bpo.job.signals import StopRequest
 from bpo.model.load import load_model
+from bpo.tools.refs_follow import Follower
 from bpo.train import train
 from bpo.training import reference_pass
+from bpo.training.evaluation import kept_random_state
 from bpo.training.online.generate import NegativeMaker
+from bpo.training.online.reference import published_reference
 from bpo.training.online.steps import OnlineGroups
 from tests.ranks import fork_ranks
 from tests.sample_groups import PHOTOS, write_photos
@@ -92,7 +95,7 @@ def trained(model: torch.nn.Module) -> torch.Tensor:
 def run(config: Config, ranks: Ranks, stop_at: int = 0) -> None:
     """Trains; with `stop_at`, a signal comes while the negatives of that step are being made."""
     calls: list[tuple[str, torch.Tensor]] = []
-    generate, score, after_step = vision.generate_prompts, reference_pass._reference_pass, OnlineGroups.after_step
+    generate, score, after_step = vision.generate_prompts, reference_pass.score_groups, OnlineGroups.after_step
     stop, answer = StopRequest(), NegativeMaker.answer
 
     def recorded_generate(model: Any, *arguments: Any, **options: Any) -> Any:
@@ -115,7 +118,7 @@ def run(config: Config, ranks: Ranks, stop_at: int = 0) -> None:
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch("bpo.train.load_encoder", letters_only))
         stack.enter_context(mock.patch.object(vision, "generate_prompts", recorded_generate))
-        stack.enter_context(mock.patch.object(reference_pass, "_reference_pass", recorded_score))
+        stack.enter_context(mock.patch.object(reference_pass, "score_groups", recorded_score))
         stack.enter_context(mock.patch.object(OnlineGroups, "after_step", recorded_step))
         stack.enter_context(mock.patch.object(NegativeMaker, "answer", interrupted_answer))
         finished = train(config, ranks, stop if stop_at else None)
@@ -142,6 +145,7 @@ def one_rank(root: Path, ranks: Ranks) -> None:
     held_out = config_of(root, "held_out", max_steps=2, held_out_groups=NUM_HELD_OUT, evaluate_every_steps=2)
     run(replace(held_out, data=replace(held_out.data, groups=str(root / "groups.jsonl"))), ranks)
     lose_an_image(root, ranks)
+    followed(root, ranks)
 
 
 def lose_an_image(root: Path, ranks: Ranks) -> None:
@@ -156,6 +160,25 @@ def lose_an_image(root: Path, ranks: Ranks) -> None:
         after_step(self, number)
 
     with mock.patch.object(OnlineGroups, "after_step", delete):
+        run(config, ranks)
+
+
+def followed(root: Path, ranks: Ranks) -> None:
+    """A follower is up to date after all steps but the fourth."""
+    config, followers = config_of(root, "followed"), []
+    config.online = replace(config.online, publish_reference=True)
+    after_step = OnlineGroups.after_step
+
+    def filling(self: OnlineGroups, number: int) -> None:
+        after_step(self, number)
+        published = published_reference(root / "followed")
+        assert published is not None and published["step"] == number // 2 * 2
+        with kept_random_state(self.trainer.device):  # in a process of its own it has another one
+            followers[:] = followers or [Follower(root / "followed", self.trainer.device)]
+            while number != 4 and followers[0].fill(published):
+                pass
+
+    with mock.patch.object(OnlineGroups, "after_step", filling):
         run(config, ranks)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import operator
+import shutil
 import sys
 from os.path import commonprefix
 from pathlib import Path
@@ -14,8 +16,11 @@ from safetensors import safe_open
 
 from bpo.checkpoint.files import verify_checkpoint
 from bpo.checkpoint.shards import ShardSet
+from bpo.cli import main
 from bpo.formats.files import read_groups
+from bpo.job.exits import write_status
 from bpo.model.reference.format import read_fingerprint
+from bpo.tools.refs import read_store
 from tests.test_train import launch
 from tests.training.online.online_job import NUM_HELD_OUT, NUM_RECORDS, write_inputs
 
@@ -167,3 +172,63 @@ def test_a_lost_image_costs_its_annotations_and_not_the_run(runs: Path) -> None:
         group for number in (3, 5) for group in read_groups(runs / "lost" / "online" / f"window-{number:08d}.jsonl")
     ]
     assert later and not any(group.images == ("wide.png",) for group in later)
+
+
+def tokens(root: Path, name: str) -> list[int]:
+    lines = [json.loads(line) for line in (root / name / "metrics.jsonl").read_text().splitlines()]
+    return [line["online/reference_tokens"] for line in lines if "loss" in line]
+
+
+def test_a_run_computes_only_what_its_follower_has_not(runs: Path) -> None:
+    """The follower is up to date before all steps but the first and the fifth; only the last negatives are new then."""
+    alone, followed = tokens(runs, "every1"), tokens(runs, "followed")
+    assert (followed[0], followed[4]) == (alone[0], alone[4]) and all(map(operator.le, followed, alone))
+    assert sum(followed[1:4]) < sum(alone[1:4])
+    assert losses(runs, "followed") == pytest.approx(losses(runs, "every1"), abs=1e-5)
+    weights = [path.parent.name for path in (runs / "followed" / "online").glob("*/weights")]
+    assert weights == ["reference-00000006"]  # those of earlier references take no space
+
+
+def entries(store: Path, label: str) -> dict[bytes, torch.Tensor]:
+    found = {}
+    for shard in read_store(store)[1]:
+        values = torch.from_numpy(shard.map_values().copy())
+        for record in shard.records_E if shard.index.name.startswith(label) else ():
+            found[record["key"].tobytes()] = values[int(record["offset"]) :][: int(record["count"])]
+    return found
+
+
+def test_a_follower_computes_what_the_run_does(runs: Path) -> None:
+    gaps, names = [], ("reference", "online/reference-00000002", "online/reference-00000004")
+    followers = [entries(runs / "followed" / name, "refs-follow") for name in names]
+    for name, of_follower in zip(names, followers, strict=True):
+        of_run = entries(runs / "every1" / name, "rank")
+        gaps += [float((of_follower[k] - of_run[k]).abs().max()) for k in of_follower.keys() & of_run.keys()]
+    assert len(gaps) >= 4 and max(gaps) <= 1e-5
+    both = followers[1].keys() & followers[2].keys()
+    assert both and all((followers[1][k] - followers[2][k]).abs().max() > 1e-3 for k in both)  # another reference
+    last = runs / "followed" / "online" / "reference-00000006"
+    assert len(entries(last, "refs-follow")) > 12  # the answers of the whole buffer
+
+
+def test_follow_waits_ends_with_the_run_and_refuses_a_store_of_another_setting(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, monkeypatch: Any
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(runs / "followed", run)
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(config.replace("dtype: float32", "dtype: bfloat16"))
+    assert main(["refs", "follow", str(run), "--device", "cpu"]) == 1
+    assert "dtype: float32 in the store, bfloat16 in this run" in capsys.readouterr().err
+    (run / "online" / "reference.json").unlink()
+    naps: list[float] = []
+
+    def nap(seconds: float) -> None:
+        naps.append(seconds)
+        if len(naps) == 2:
+            write_status(run, 0, "finished")
+
+    monkeypatch.setattr("bpo.tools.refs_follow.time.sleep", nap)
+    caplog.set_level("INFO")
+    assert main(["refs", "follow", str(run), "--device", "cpu"]) == 0
+    assert len(naps) == 2 and caplog.text.count("waiting for a reference") == 1
