@@ -19,6 +19,7 @@ _POLL_S = 0.2
 # After one process has failed, the others may write what they have, as after a lost rank.
 _GRACE_S = 120.0
 _PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None)  # loaded here: a forked child must not wait for a lock that another thread held
 
 
 def run_stage(stage: Stage, processes: int, stop: StopRequest | None) -> int:
@@ -97,4 +98,4 @@ def _end_with_parent() -> None:
     In a session of its own, so that Ctrl-C reaches it once, from this process.
     """
     os.setsid()
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
