@@ -43,6 +43,7 @@ from bpo.tools.plan.live_bytes import LiveBytes  # noqa: E402
 from bpo.tools.plan.memory import Load, Zero, rank_memory  # noqa: E402
 from bpo.tools.plan.shape import shape_of  # noqa: E402
 from bpo.training.batches import StepBatches  # noqa: E402
+from bpo.training.lost import LostGroups  # noqa: E402
 from bpo.training.step import run_step  # noqa: E402
 from bpo_kernels.provenance import source_commit  # noqa: E402
 
@@ -218,8 +219,9 @@ def measure(case: Case, config: Config, dtype: torch.dtype, ranks: Ranks) -> tup
         for step in range(2):
             gc.collect()
             meter.reset()
-            batches = StepBatches(1, on_device([batch], trainer.device, trainer.dtype))
-            run_step(trainer, batches, config, int(batch.loss_inputs.pair_weight_P.sum()), step)
+            num_pairs = int(batch.loss_inputs.pair_weight_P.sum())
+            batches = StepBatches(1, on_device([batch], trainer.device, trainer.dtype), num_pairs, LostGroups())
+            run_step(trainer, batches, config, num_pairs, step)
             meter.reset()
             trainer.step(1.0)
             peaks["step"] = meter.peak()

@@ -34,7 +34,7 @@ commands:
   export      export a checkpoint as a merged model directory or a PEFT adapter
   view        create an HTML page to inspect groups: images, diffs, provenance, token log-ratios
   score       per-token log-probs of a trained model and its reference, for `bpo view --scores`
-  refs        `bpo refs inspect|verify|compact DIR`: maintain a store of reference log-probs
+  refs        `bpo refs inspect|verify|compact DIR`, `bpo refs follow RUN_DIR`: stores of reference log-probs
   plan        estimate memory and step time of a model on 1 to 1,024 GPUs
   bench       `bpo bench kernels|step|bootstrap`: kernels, a training step against TRL, batched bootstrapping
   doctor      check the environment and explain what each finding means for a run

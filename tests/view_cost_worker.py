@@ -72,7 +72,7 @@ class Passes:
         self.calls: Counter[str] = Counter()
         self.steps: list[dict[str, int]] = []
         self.before_steps = 0
-        self._load, self._run_step = training.load_resolved, training.run_step
+        self._load, self._run_step = training.load_base, training.run_step
 
     def load(self, *args: Any) -> Any:
         model = self._load(*args)
@@ -100,11 +100,11 @@ class Passes:
 def main() -> None:
     root, ranks = Path(sys.argv[1]), Ranks()
     engine.init_distributed(ranks)
-    load, run_step, results = training.load_resolved, training.run_step, {}
+    load, run_step, results = training.load_base, training.run_step, {}
     for name in RUNS:
-        training.load_resolved, training.run_step = load, run_step
+        training.load_base, training.run_step = load, run_step
         passes = Passes()
-        training.load_resolved, training.run_step = passes.load, passes.run_step
+        training.load_base, training.run_step = passes.load, passes.run_step
         torch.manual_seed(0)
         training.train(config_of(root, name), ranks)
         results[name] = {"before_steps": passes.before_steps, "steps": passes.steps}
