@@ -23,7 +23,7 @@ from typing import Any
 
 import yaml
 
-from benchmarks.rounds.report import summary, table
+from benchmarks.rounds.report import METRICS, summary, table
 from benchmarks.synthetic import machine_of_run
 from bpo.tools.demo.base import BaseConfig, build_base_model
 from bpo.tools.demo.environment import quiet_libraries, use_one_thread
@@ -123,7 +123,7 @@ def results_of(folder: Path, methods: Iterable[str]) -> list[dict[str, Any]]:
 
 def _metrics(results: Path) -> dict[str, float]:
     metrics: dict[str, float] = json.loads(results.read_text(encoding="utf-8"))["metrics"]
-    return metrics
+    return {name: metrics[name] for name in METRICS.values()}
 
 
 def main(argv: list[str] | None = None) -> int:
