@@ -8,6 +8,7 @@ import logging
 import sys
 from importlib.metadata import entry_points
 from pathlib import Path
+from types import ModuleType
 
 logger = logging.getLogger(__name__)
 
@@ -32,8 +33,9 @@ def load_plugin_file(plugin: str, option: str, group: str = "") -> str:
     key = plugin_key(plugin)
     if key not in _loaded:
         path, module = _source(plugin, option, group)
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        _run(path, module, digest, f"{option} {plugin}")
+        content = path.read_bytes()
+        digest = hashlib.sha256(content).hexdigest()
+        _run(path, module, content, f"{option} {plugin}", f"bpo_plugin_{digest[:16]}")
         _loaded[key] = digest
         logger.info("%s %s: %s, SHA-256 %s", option, plugin, path, digest[:12])
     return _loaded[key]
@@ -68,23 +70,23 @@ def _source(plugin: str, option: str, group: str) -> tuple[Path, str]:
     return Path(spec.origin), module
 
 
-def _run(path: Path, module: str, digest: str, what: str) -> None:
+def _run(path: Path, module: str, content: bytes, what: str, name: str) -> None:
     try:
         if module:
             importlib.import_module(module)
         else:
-            _run_file(path, f"bpo_plugin_{digest[:16]}")
+            _run_file(path, content, name)
     except Exception as error:
         raise ValueError(f"{what}: {_line_of(error, path)}: {type(error).__name__}: {error}") from error
 
 
-def _run_file(path: Path, name: str) -> None:
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+def _run_file(path: Path, content: bytes, name: str) -> None:
+    """Runs what was read, and no bytecode from a cache: that of a file of the same size and second would be used."""
+    module = ModuleType(name)
+    module.__file__ = str(path)
     sys.modules[name] = module
     try:
-        spec.loader.exec_module(module)
+        exec(compile(content, str(path), "exec"), module.__dict__)
     except BaseException:
         del sys.modules[name]
         raise
