@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -34,8 +35,9 @@ def forgotten() -> Iterator[None]:
 
 
 def test_the_example_makes_negatives_of_its_own_type_and_starts_again_when_it_changes(
-    make: Callable[..., Config], tmp_path: Path
+    make: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
     plugin = tmp_path / "source.py"
     plugin.write_text(EXAMPLE.read_text())
 
