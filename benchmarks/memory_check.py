@@ -206,7 +206,8 @@ def measure(case: Case, config: Config, dtype: torch.dtype, ranks: Ranks) -> tup
         meter.live.follow(getattr(p, "ds_tensor", p) for p in model.parameters())
         if dtype == torch.float32:
             meter.live.follow(batch.tensors())  # in half precision only the step's copy counts, not the host's
-        batch = batch.with_reference(trainer.reference_logp(batch.to(trainer.device, trainer.dtype)).logp_N)
+        logp_N = trainer.reference_logp(batch.to(trainer.device, trainer.dtype)).logp_N
+        batch = batch.with_reference(logp_N.cpu())  # in host memory, as from the store
         backward = trainer.backward
 
         def timed_backward(loss: torch.Tensor, *, is_last: bool, **options: bool) -> None:

@@ -108,7 +108,7 @@ def test_times_are_the_devices_and_not_the_hosts():
 
     step()
     cycles = sleep_cycles(step, device)
-    assert sample_ms(step, device, 1) > 2.5
+    assert sample_ms(step, device, 1) > 1.5  # the first kernel begins some tenths of a ms after its event
     assert min(sample_ms(step, device, cycles) for _ in range(5)) < 0.5
 
 

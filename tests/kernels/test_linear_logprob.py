@@ -290,7 +290,8 @@ def test_entropy_argmax_and_collision(device, dtype, mode, size):
     expected_N = logits_NV.softmax(1).square().sum(1).log()
     torch.testing.assert_close(collision_N.double(), expected_N, atol=1e-5 if size == 1 else 1e-3, rtol=1e-5)
     plain_N = dispatch.linear_logprob(hidden_NH, weight_VH, target_N, mode=mode)
-    assert torch.equal(logp_N, plain_N)
+    # Another kernel on CUDA, whose sums the compiler may fuse otherwise: a unit in the last place.
+    torch.testing.assert_close(logp_N, plain_N, atol=0, rtol=3e-7 if device.type == "cuda" else 0)
     assert logp_N.requires_grad and not entropy_N.requires_grad and not collision_N.requires_grad
 
 
