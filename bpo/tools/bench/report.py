@@ -10,8 +10,8 @@ from typing import Any
 
 # Tolerances between two providers by dtype: summed log-probs of an answer in nats per token, mean loss in nats, and
 # relative gradient norm. In bf16, every activation has 8 bits on both sides; TRL keeps its adapter in fp32 (autocast).
-# On an H100, LLaVA-1.5-7B with random weights (log-probs of -11.6 per token) was up to 0.023 and 0.056 from TRL, and TRL
-# with Liger's layers 0.021 from TRL itself; in fp32 the step must agree to the first row.
+# On an H100, LLaVA-1.5-7B with random weights (log-probs of -11.6 per token) was up to 0.023 and 0.056 from TRL, and
+# TRL with Liger's layers 0.021 from TRL itself; in fp32 the step must agree to the first row.
 TOLERANCES = {"float32": (1e-4, 1e-4, 1e-3), "bfloat16": (4e-2, 8e-2, 1e-1)}
 OURS, THEIRS = "bpo", "trl"
 # TRL's variants in order of preference for the comparison: on GPU, its users enable Liger's layer kernels.
