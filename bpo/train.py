@@ -36,6 +36,7 @@ from bpo.job.run_record import write_run_record
 from bpo.job.signals import StopRequest
 from bpo.losses.program import LossProgram, check_loss
 from bpo.model.adapter import check_continued
+from bpo.model.levers.install import choose_levers, install_levers
 from bpo.model.load import ResolvedModel, load_base, resolve_model
 from bpo.model.policy import PolicyModel
 from bpo.model.prompt_embedding import check_prompt_embedding
@@ -88,6 +89,7 @@ def prepare(
     program = LossProgram(config.loss, config.train.seed)
     check_reference(config, program)
     check_extrapolation(config, program, resolved.config)
+    levers = choose_levers(config, resolved)
     encoder = load_encoder(config, resolved.config)
     if ranks.world_size > 1:
         check_agreement(facts_of_start(config, resolved, encoder), job)
@@ -110,6 +112,7 @@ def prepare(
     with guard.phase("loading the model"), engine.partitioned_loading(settings):
         model = load_base(resolved)
     prepare_trainable(model, encoder.family, config)
+    install_levers(model, encoder.family, config, levers)
     flops = model_flops(model, encoder.family)
     with guard.phase("starting DeepSpeed"):
         trainer = engine.TrainingEngine(PolicyModel(model), encoder.family, config, settings, ranks, program)

@@ -27,6 +27,8 @@ FREE = (
     "rounds.*",
     "select.*",
     "tracking.*",
+    "vision.cache_dir",
+    "vision.cache_gb",
     "loss.plugin",
     "model.path",
     "model.trust_remote_code",
@@ -63,12 +65,20 @@ FREE = (
 )
 # The same sums in another order, and other dropout masks: losses agree to rounding, not bit for bit.
 ROUNDING = (
+    "lora.kernel",
     "model.attention",
+    "model.compile",
+    "model.compile_buckets",
     "model.gradient_checkpointing",
+    "model.layer_kernels",
+    "model.patch_embedding",
     "model.share_prefix",
     "model.vision_attention",
     "train.ds_config",
     "train.max_micro_batch_tokens",
+    "vision.encode",
+    "vision.batch_tokens",
+    "vision.cache",
     "online.batch_size",
     "online.publish_reference",
 )

@@ -20,6 +20,7 @@ from bpo.config.rank import RankConfig
 from bpo.config.rounds import RoundsConfig
 from bpo.config.selection import SelectionConfig
 from bpo.config.tracking import TrackingConfig
+from bpo.config.vision import VisionConfig
 
 
 @dataclass(kw_only=True)
@@ -35,7 +36,17 @@ class ModelConfig(Section):
             selects the first available in this order, and `sdpa` on CPU.
         vision_attention: Attention implementation of the vision tower, by its name in transformers.
         gradient_checkpointing: What to recompute in the backward pass: `none`; `full` recomputes layers from their
-            inputs; `selective` recomputes all but matrix products and attention. true means `full`, false `none`.
+            inputs; `offload` does so with the inputs in host memory; `selective` recomputes all but matrix products and
+            attention. true means `full`, false `none`.
+        layer_kernels: Norms, rotary embeddings and gated activations of the language model: `liger` (Liger's Triton
+            kernels; pip install 'bpo[fast]'), or `none` for transformers' own; `auto` selects by device.
+        patch_embedding: Patch embedding of the vision tower: `gemm` computes its convolution, whose patches do not
+            overlap, as one matrix product; `conv` leaves it; `auto` selects by the layer.
+        compile: `layers` compiles each decoder layer with torch.compile and pads rows to compile_buckets lengths;
+            `none` does not; `auto` selects by device.
+        compile_buckets: Number of different row lengths, and so the maximum number of compilations of a layer.
+        quantization: Weights of the frozen language model: `nf4` or `int8` (bitsandbytes; pip install 'bpo[qlora]'),
+            `fp8` (experimental: products of frozen layers in FP8), or `none` for model.dtype.
         share_prefix: `auto` computes image and prompt once per group if the model's attention supports it; `never` uses
             a separate padded sequence per completion, with the same results and more compute.
         trust_remote_code: Run code shipped with the model. Enable only for models you trust.
@@ -47,7 +58,12 @@ class ModelConfig(Section):
     dtype: Literal["float32", "bfloat16", "float16", "config"] = "bfloat16"
     attention: Literal["auto", "flash", "varlen", "flex", "sdpa"] = "auto"
     vision_attention: str = needed("sdpa")
-    gradient_checkpointing: Literal["none", "full", "selective"] | bool = "none"
+    gradient_checkpointing: Literal["none", "full", "offload", "selective"] | bool = "none"
+    layer_kernels: Literal["auto", "liger", "none"] = "auto"
+    patch_embedding: Literal["auto", "gemm", "conv"] = "auto"
+    compile: Literal["auto", "layers", "none"] = "auto"
+    compile_buckets: int = number(4, at_least=1, at_most=64)
+    quantization: Literal["none", "nf4", "int8", "fp8"] = "none"
     share_prefix: Literal["auto", "never"] = "auto"
     trust_remote_code: bool = False
 
@@ -126,6 +142,9 @@ class LoraConfig(Section):
         alpha: Scale of the adapter; its output is multiplied by alpha / r.
         dropout: Dropout probability of the adapter's input.
         target: Names of the linear layers to adapt; empty adapts all of the language model except the LM head.
+        variant: `lora`; `rslora`, which multiplies by alpha / sqrt(r); or `dora`, which also trains column norms.
+        kernel: Computation of adapted layers: `fused` (one Triton product of base and adapter), `addmm` (the
+            adapter's product accumulated into the base's output) or `peft`; `auto` selects by device and variant.
     """
 
     where = "lora"
@@ -134,6 +153,8 @@ class LoraConfig(Section):
     alpha: float = number(256.0, above=0)
     dropout: float = number(0.05, at_least=0, below=1)
     target: list[str] = field(default_factory=list)
+    variant: Literal["lora", "rslora", "dora"] = "lora"
+    kernel: Literal["auto", "fused", "addmm", "peft"] = "auto"
 
 
 @dataclass(kw_only=True)
@@ -275,6 +296,7 @@ class Config:
 
     Attributes:
         model: Model loading and execution.
+        vision: Work of a frozen vision tower.
         data: Data files, length limits and handling of bad records.
         bootstrap: Generation of negatives from annotations.
         measure: Measures of preference groups before training.
@@ -293,6 +315,7 @@ class Config:
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
+    vision: VisionConfig = field(default_factory=VisionConfig)
     data: DataConfig = field(default_factory=DataConfig)
     bootstrap: BootstrapConfig = field(default_factory=BootstrapConfig)
     measure: MeasureConfig = field(default_factory=MeasureConfig)

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from bpo.config.training import Config
+from bpo.model.levers.install import choose_levers, rounding_facts
 from bpo.model.load import ResolvedModel
 from bpo.model.reference.fingerprint import DIGESTS, model_fingerprint
 from bpo.model.reference.format import (
@@ -73,6 +74,7 @@ def run_fingerprint(config: Config, model: ResolvedModel, directory: Path, refer
         settings["pixels"] = f"{config.data.min_pixels} to {config.data.max_pixels}"
     if config.data.image_aspect != "processor":  # the system prompt is in the keys: they cover all tokens
         settings["image_aspect"] = config.data.image_aspect
+    settings |= rounding_facts(choose_levers(config, model))
     return model_fingerprint(
         reference or config.model.path,
         kept_digests=directory / DIGESTS,

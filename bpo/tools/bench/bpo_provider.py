@@ -14,6 +14,7 @@ from bpo.data.encode import load_encoder
 from bpo.engine import TrainingEngine
 from bpo.job import collectives
 from bpo.job.launch import Ranks, pick_device
+from bpo.model.levers.install import choose_levers, install_levers
 from bpo.model.load import load_base, resolve_model
 from bpo.model.policy import PolicyModel
 from bpo.model.trainable import prepare_trainable
@@ -60,6 +61,7 @@ def serve(case: StepCase, session: Session, provider: str) -> None:
     settings = engine.deepspeed_config(config.train, resolved.dtype, len(step.micro_batches[0]))
     model = load_base(resolved)
     prepare_trainable(model, encoder.family, config)
+    install_levers(model, encoder.family, config, choose_levers(config, resolved))
     adapter = set_adapter(model, resolved.dtype)
     trainer = TrainingEngine(PolicyModel(model), encoder.family, config, settings, ranks)
     meter = Meter(model, encoder.family.language_module, encoder.family.vision_module, trainer.device)
