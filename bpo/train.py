@@ -89,7 +89,6 @@ def prepare(
     program = LossProgram(config.loss, config.train.seed)
     check_reference(config, program)
     check_extrapolation(config, program, resolved.config)
-    levers = choose_levers(config, resolved)
     encoder = load_encoder(config, resolved.config)
     if ranks.world_size > 1:
         check_agreement(facts_of_start(config, resolved, encoder), job)
@@ -112,7 +111,7 @@ def prepare(
     with guard.phase("loading the model"), engine.partitioned_loading(settings):
         model = load_base(resolved)
     prepare_trainable(model, encoder.family, config)
-    install_levers(model, encoder.family, config, levers)
+    install_levers(model, encoder.family, config, choose_levers(config, resolved))
     flops = model_flops(model, encoder.family)
     with guard.phase("starting DeepSpeed"):
         trainer = engine.TrainingEngine(PolicyModel(model), encoder.family, config, settings, ranks, program)
@@ -151,6 +150,7 @@ def train(config: Config, ranks: Ranks, stop: StopRequest | None = None) -> bool
     # Validate before the hours of measuring, loading and the reference pass.
     resolved = resolve_model(config.model, pick_device(ranks), for_training=True)
     partition.check_settings(engine.deepspeed_config(config.train, resolved.dtype, 1))
+    choose_levers(config, resolved)
     if resolved.adapter:
         check_continued(config, resolved.adapter)
     with RunGuard(config.train, ranks, clean_leftovers) as guard:
