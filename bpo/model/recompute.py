@@ -1,8 +1,8 @@
 """Gradient checkpointing of decoder layers.
 
-`full` stores only a layer's input. `selective` also stores the results of large matrix products and of attention, so
-that only cheap operations are recomputed: norms, rotary embeddings, activation functions, gates, dropout, sums, and
-the adapter's products over its small rank.
+`full` stores only a layer's input; `offload` stores it in host memory. `selective` also stores the results of large
+matrix products and of attention, so that only cheap operations are recomputed: norms, rotary embeddings, activation
+functions, gates, dropout, sums, and the adapter's products over its small rank.
 """
 
 from __future__ import annotations
@@ -18,13 +18,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import checkpoint
 
+from bpo.model.offload import HostInputs
+
 # The argument whose last dimension a product sums over. Batched products (`bmm`) are excluded: inside a layer they
 # occur only in attention's math fallback, and their results are quadratic in the length.
 _PRODUCTS = {"aten::mm": 0, "aten::addmm": 1, "aten::linear": 0, "aten::_scaled_mm": 0}
 # A product over this few elements takes no longer than writing and rereading its result: 2 * 128 operations per element
 # against 4 bytes, where a GPU of 2024 performs 200 to 300 operations per byte of bandwidth.
 CHEAP_INNER = 128
-_ATTENTION = (
+_WHOLE = (
     "flex_attention",
     "aten::_scaled_dot_product_",
     "aten::_flash_attention_forward",
@@ -32,6 +34,7 @@ _ATTENTION = (
     "flash_attn::",
     "flash_attn_3::",
     "torch_attn::",
+    "bpo::lora_forward",  # adapted layers: products with the base's weights
 )
 
 
@@ -43,12 +46,12 @@ def is_costly(op: Any, args: Sequence[Any]) -> bool:
 
 @functools.cache
 def _matrix_argument(op: Any) -> int | None:
-    """Index of the argument whose last dimension a product sums over; -1 for attention, None for other operators."""
+    """Index of the argument whose last dimension a product sums over; -1 if always costly, None if never."""
     schema = getattr(op, "_schema", None)  # higher-order operators have none
     if schema is not None and schema.is_mutable:
         return None  # it writes into an argument, which replaying a recorded result would not do
     name = op.name()
-    return -1 if name.startswith(_ATTENTION) else _PRODUCTS.get(name.split(".")[0])
+    return -1 if name.startswith(_WHOLE) else _PRODUCTS.get(name.split(".")[0])
 
 
 class _LayerMode(TorchDispatchMode):
@@ -129,14 +132,11 @@ def selective_contexts() -> tuple[contextlib.AbstractContextManager, contextlib.
     return _Keep(results), _Replay(results)
 
 
-def _run_layer(
-    layer: torch.nn.Module, context_fn: Callable[[], Any] | None, function: Callable[..., Any], *args: Any
-) -> Any:
+def _run_layer(layer: torch.nn.Module, run: Callable[..., Any], function: Callable[..., Any], *args: Any) -> Any:
     learns = any(p.requires_grad for p in layer.parameters())
     if not learns and not any(isinstance(a, torch.Tensor) and a.requires_grad for a in args):
         return function(*args)  # a frozen tower has no graph
-    options: dict[str, Any] = {} if context_fn is None else {"context_fn": context_fn}
-    return checkpoint(function, *args, use_reentrant=False, **options)
+    return run(function, *args)
 
 
 def checkpoint_layers(model: Any, mode: str) -> None:
@@ -147,7 +147,7 @@ def checkpoint_layers(model: Any, mode: str) -> None:
 
     Args:
         model: A transformers model.
-        mode: `none`, `full` or `selective`.
+        mode: `none`, `full`, `offload` or `selective`.
 
     Raises:
         ValueError: no layer of the model can be checkpointed; or `selective` with attention dropout, whose random
@@ -169,7 +169,11 @@ def checkpoint_layers(model: Any, mode: str) -> None:
                 f"the model's attention_dropout is {dropout}: model.gradient_checkpointing=selective stores attention "
                 "results and cannot replay the dropout; use full, or set attention_dropout to 0 in the model's config"
             )
-    context_fn = selective_contexts if mode == "selective" else None
-    for layer in layers:
+    run: Callable[..., Any] = functools.partial(checkpoint, use_reentrant=False)
+    if mode == "selective":
+        run = functools.partial(run, context_fn=selective_contexts)
+    host = HostInputs()
+    for number, layer in enumerate(layers):
+        own = functools.partial(host.run, number) if mode == "offload" else run
         layer.gradient_checkpointing = True
-        layer._gradient_checkpointing_func = functools.partial(_run_layer, layer, context_fn)
+        layer._gradient_checkpointing_func = functools.partial(_run_layer, layer, own)
