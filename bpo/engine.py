@@ -22,6 +22,7 @@ from bpo.job.launch import Ranks, export_torch_environment, pick_device
 from bpo.job.signals import StopRequest
 from bpo.losses.program import HeadOutput, LossProgram
 from bpo.model.attention.shared_prefix import packed_layout
+from bpo.model.levers.lora import borrowed_parameters
 from bpo.model.policy import PolicyModel, model_inputs
 from bpo.model.trainable import parameter_groups
 from bpo.records import GroupBatch, HeadRequest
@@ -208,6 +209,9 @@ class TrainingEngine:
             config=self.settings,
             dist_init_required=False,
         )
+        if self.is_partitioned:
+            for module, parameter in borrowed_parameters(policy):
+                deepspeed.zero.register_external_parameter(module, parameter)
 
     def _optimizer(self, groups: list[dict[str, Any]], config: TrainConfig) -> torch.optim.Optimizer:
         betas = (config.adam_beta1, config.adam_beta2)

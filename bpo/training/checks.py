@@ -41,10 +41,16 @@ def check_reference(config: Config, program: LossProgram) -> None:
         )
 
 
-def seed_micro_batch(seed: int, step: int, micro_batch: int, rank: int) -> None:
-    """Seeds dropout by position in the run, so that a resumed run draws the same masks as an uninterrupted one."""
+def seed_micro_batch(seed: int, step: int, micro_batch: int, rank: int) -> int:
+    """Seeds dropout by position in the run, so that a resumed run draws the same masks as an uninterrupted one.
+
+    Returns:
+        The seed of PyTorch's generator, for `adapter_dropout`.
+    """
     digest = hashlib.sha256(f"{seed}:{step}:{micro_batch}:{rank}".encode()).digest()
-    torch.manual_seed(int.from_bytes(digest[:7], "little"))
+    derived = int.from_bytes(digest[:7], "little")
+    torch.manual_seed(derived)
+    return derived
 
 
 def check_weights(model: torch.nn.Module, path: str, rank: int) -> None:

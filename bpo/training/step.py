@@ -8,6 +8,7 @@ from bpo.config.training import Config
 from bpo.engine import TrainingEngine
 from bpo.losses.program import LossOutput
 from bpo.model.attention.shared_prefix import packed_layout
+from bpo.model.levers.lora import adapter_dropout
 from bpo.records import GroupBatch
 from bpo.training.across_groups import StepPairs, couple
 from bpo.training.batches import StepBatches
@@ -43,10 +44,10 @@ def run_step(
         initial: The reference, for terms that extrapolate from it.
     """
     sums, observations = StepSums.zero(trainer.program), Observations(trainer.program)
-    count, waiting = len(batches), []
+    count, waiting, seeds = len(batches), [], []
     for k, (batch, reference_ND) in enumerate(with_reference_states(batches, initial)):
-        seed_micro_batch(config.train.seed, step, k, trainer.ranks.rank)
-        with packed_layout(batch.layout):
+        seeds.append(seed_micro_batch(config.train.seed, step, k, trainer.ranks.rank))
+        with packed_layout(batch.layout), adapter_dropout(seeds[-1], trainer.device):
             output = _forward(trainer, batch, reference_ND, sums, first=step == 0)
             observations.add(output, batch)
             if trainer.program.couples_groups:
@@ -55,7 +56,7 @@ def run_step(
                 trainer.backward(output.total / max(1, num_pairs), is_last=k == count - 1)
         sums.add(output, batch)
     if waiting:
-        _backward_coupled(trainer, waiting, sums, num_pairs, embeddings, first=step == 0)
+        _backward_coupled(trainer, waiting, seeds, sums, num_pairs, embeddings, first=step == 0)
     observations.update_states()
     return sums
 
@@ -74,6 +75,7 @@ def _forward(
 def _backward_coupled(
     trainer: TrainingEngine,
     waiting: list[tuple[LossOutput, GroupBatch]],
+    seeds: list[int],
     sums: StepSums,
     num_pairs: int,
     embeddings: PromptEmbeddings | None,
@@ -89,6 +91,6 @@ def _backward_coupled(
         sums.terms[index] += coupled.loss
         sums.expected_first_loss += weight * coupled.expected
         totals = [total + weight * share for total, share in zip(totals, coupled.shares, strict=True)]
-    for k, ((_, batch), total) in enumerate(zip(waiting, totals, strict=True)):
-        with packed_layout(batch.layout):
+    for k, ((_, batch), total, seed) in enumerate(zip(waiting, totals, seeds, strict=True)):
+        with packed_layout(batch.layout), adapter_dropout(seed, trainer.device):
             trainer.backward(total / max(1, num_pairs), is_last=k == len(waiting) - 1, after_forward=k == 0)
