@@ -111,5 +111,6 @@ def test_an_input_is_kept_on_the_device_only_while_its_layer_runs(copies_on_a_cp
 def test_on_a_cpu_nothing_is_copied() -> None:
     layers, x = layers_of(2, 8), torch.randn(5, 8)
     host = HostInputs()
-    output_of(host, layers, x).sum().backward()
+    y = output_of(host, layers, x)
     assert host._latest is None
+    y.sum().backward()
