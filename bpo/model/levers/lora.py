@@ -97,8 +97,9 @@ def dropout_seed() -> torch.Tensor:
 
 def borrowed_parameters(model: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, torch.nn.Parameter]]:
     """Modules with each parameter of other modules that their forward pass reads, which ZeRO-3 must gather for them."""
-    for module in model.modules():
+    modules: Iterator[Any] = model.modules()
+    for module in modules:
         if hasattr(module, "borrowed_parameters"):
             yield from ((module, parameter) for parameter in module.borrowed_parameters())
         for dora in getattr(module, "lora_magnitude_vector", {}).values():  # reads the base's weight
-            yield from ((dora, parameter) for parameter in module.base_layer.parameters())  # type: ignore[union-attr]
+            yield from ((dora, parameter) for parameter in module.base_layer.parameters())

@@ -8,7 +8,7 @@ Modules, parameters and their names remain PEFT's.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from peft.tuners.lora.layer import Linear, LoraLayer
@@ -29,7 +29,7 @@ class LayerGroup:
         mode: `fused` or `addmm`, see `lora_linear`.
     """
 
-    def __init__(self, layers: list[GroupedLinear], stream: int, mode: Literal["fused", "addmm"]):
+    def __init__(self, layers: list[GroupedLinear], stream: int, mode: str):
         self.layers, self.stream, self.mode = layers, stream, mode
         self.waiting: dict[int, torch.Tensor] = {}
         self._input: torch.Tensor | None = None
@@ -125,7 +125,7 @@ class GroupedLinear(Linear):
             yield from layer.parameters()
 
 
-def group_layers(language: torch.nn.Module, mode: Literal["fused", "addmm"]) -> str:
+def group_layers(language: torch.nn.Module, mode: str) -> str:
     """Makes the adapted layers of a language model `GroupedLinear`, in place; returns how many, for the log."""
     groups, left = 0, set()
     for parent in language.modules():
