@@ -14,7 +14,7 @@ from bpo.model.attention.flash import flash_attn_2, flash_attn_3, torch_varlen_a
 
 # `flash3` is selected for `model.attention: flash` if flash-attn 3 can run. Its results differ in rounding from those
 # of flash-attn 2, so the reference store's fingerprint distinguishes the two.
-BackendName = Literal["flash3", "flash", "varlen", "flex", "sdpa"]
+BackendName = Literal["flash3", "flash", "split", "varlen", "flex", "sdpa"]
 
 FLASH_VERSION = (2, 8)
 FLASH_MAX_HEAD_SIZE = 256
@@ -60,7 +60,7 @@ class Needs:
 def choose_backend(requested: str, needs: Needs) -> Choice:
     """The backend for `model.attention`.
 
-    `auto` selects, on CUDA, the first of flash (flash-attn 3, then 2), varlen, flex and sdpa that can run, else sdpa.
+    `auto` selects, on CUDA, the first of flash (flash-attn 3, then 2), varlen and flex that can run, else sdpa.
 
     Raises:
         ValueError: the requested backend cannot run; gives the reason and the fix.
@@ -71,6 +71,7 @@ def choose_backend(requested: str, needs: Needs) -> Choice:
         if needs.device.type != "cuda":
             return Choice("sdpa", f"on {needs.device.type}")
         candidates = [name for name in _OBSTACLES if name != "flash3" or _is_installed("flash_attn_interface")]
+        candidates.remove("split")
     elif requested == "flash" and _is_installed("flash_attn_interface"):
         candidates = ["flash3", "flash"]
     else:
@@ -97,6 +98,7 @@ def _about(name: BackendName, requested: str, needs: Needs) -> str:
     libraries = {
         "flash3": f"flash-attn 3 ({_version('flash_attn_3') or 'of unknown version'})",
         "flash": f"flash-attn {_version('flash-attn')}",
+        "split": f"flash attention of PyTorch {torch.__version__}, in two calls",
         "varlen": f"varlen_attn of PyTorch {torch.__version__}",
     }
     what = libraries.get(name, name)
@@ -209,6 +211,7 @@ def _why_not_flex(needs: Needs) -> str | None:
 _OBSTACLES: dict[BackendName, Callable[[Needs], str | None]] = {
     "flash3": _why_not_flash_3,
     "flash": _why_not_flash,
+    "split": _why_not_varlen,
     "varlen": _why_not_varlen,
     "flex": _why_not_flex,
 }

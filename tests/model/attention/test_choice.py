@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import AutoConfig, LlamaConfig
 
 from bpo.config.io import load_config
 from bpo.config.training import Config, ModelConfig
@@ -182,7 +182,7 @@ def test_separate_sequences_have_no_backend(tiny_llava_dir: Path) -> None:
 
 
 def test_an_unknown_backend_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"model\.attention.*'flash', 'varlen', 'flex', 'sdpa'.*xformers"):
+    with pytest.raises(ValueError, match=r"model\.attention.*'flash', 'split', 'varlen', 'flex', 'sdpa'.*xformers"):
         load_config(["--model.attention", "xformers"], "test", "")
 
 
@@ -190,10 +190,11 @@ def test_an_unknown_backend_is_refused() -> None:
     ("choice", "said"), [(Choice("flash", "tested"), {"attention": "flash"}), (None, {"sequences": "separate"})]
 )
 def test_the_reference_store_remembers_the_backend(
-    choice: Choice | None, said: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    choice: Choice | None, said: dict[str, str], tiny_llava_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(store, "model_fingerprint", lambda path, **fields: fields)
     monkeypatch.setattr(reference_pass, "open_or_create", lambda directory, fingerprint: None)
-    resolved = ResolvedModel(ModelConfig(), None, CPU, torch.bfloat16, True, choice)
+    model_config = AutoConfig.from_pretrained(tiny_llava_dir)
+    resolved = ResolvedModel(ModelConfig(), model_config, CPU, torch.bfloat16, True, choice)
     fingerprint = reference_pass._open_store(Config(), resolved, tmp_path)
     assert {name: fingerprint.get(name) for name in ("attention", "sequences") if name in fingerprint} == said
