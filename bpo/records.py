@@ -319,6 +319,8 @@ class GroupBatch:
     sequence_inputs: further model inputs of B padded rows; empty for one packed row.
     feature_rows_F: for each image (or tile) in the rows, the entry of `pixel_values` with its features, if an image
         that occurs in several rows is encoded once; None if each occurrence has its own entry.
+    image_keys: for each entry of the vision tower (`Family.entries`) the digest of its content; empty without digests.
+    features: for each entry the inputs of the projector, stacked; empty if the tower is to run in the forward pass.
     lost: groups of the plan that the batch lacks.
     """
 
@@ -338,6 +340,8 @@ class GroupBatch:
     useful_work: UsefulWork = field(default_factory=UsefulWork)
     sequence_inputs: dict[str, torch.Tensor] = field(default_factory=dict)
     feature_rows_F: torch.Tensor | None = None
+    image_keys: tuple[str, ...] = ()
+    features: tuple[torch.Tensor, ...] = ()
     lost: tuple[LostGroup, ...] = ()
 
     def pin_memory(self) -> GroupBatch:

@@ -62,7 +62,9 @@ class GroupDataset(Dataset):
         types: Sequence[str],
         keep_text_only: bool = False,
         plan: CellPlan | None = None,
+        image_keys: bool = False,
     ):
+        self.image_keys = image_keys  # whether batches have digests of their images
         self.groups = [keep_types(group, types) for group in groups]
         self.encoder = encoder
         self.plan = plan or CellPlan()
@@ -214,7 +216,11 @@ class GroupDataset(Dataset):
         stand_in = self.stand_in if not any(member.prompt.image_inputs for member in members) else None
         family = self.encoder.family
         batch = collate_groups(groups, family, plan, keys, is_filler=is_filler, stand_in=stand_in)
-        return dataclasses.replace(batch, group_keys=tuple(of_group.reference_key for of_group in measured))
+        return dataclasses.replace(
+            batch,
+            group_keys=tuple(of_group.reference_key for of_group in measured),
+            image_keys=family.entry_keys(batch.image_inputs) if self.image_keys else (),
+        )
 
     def measure_all(self, indices: Sequence[int], num_workers: int) -> Iterator[MeasuredGroup | Dropped]:
         """Measures groups in worker processes, in the order of `indices`."""

@@ -6,12 +6,14 @@ F images (or tiles) in these rows.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from bpo.data.families import family_of
 from bpo.model.head import install_logprob_head
+from bpo.model.vision.tower import FrozenTower
 from bpo.records import GroupBatch, HeadRequest, LossInputs
 
 
@@ -24,6 +26,7 @@ class PolicyModel(torch.nn.Module):
         self.model = model
         self._feature_rows_F: torch.Tensor | None = None
         family = family_of(model.config)
+        self.tower = FrozenTower(model, family)
         if family.repeats_features:
             for name in family.projector_modules:
                 model.get_submodule(name).register_forward_hook(self._repeat_features)
@@ -47,6 +50,7 @@ class PolicyModel(torch.nn.Module):
         request: HeadRequest | None = None,
         sequence_inputs: dict[str, torch.Tensor] | None = None,
         feature_rows_F: torch.Tensor | None = None,
+        features: Sequence[torch.Tensor] = (),
         reference_ND: torch.Tensor | None = None,
         hidden_only: bool = False,
     ) -> Any:
@@ -55,19 +59,22 @@ class PolicyModel(torch.nn.Module):
         With `request.extrapolation` = lambda, the log-probs [N] of (1 + lambda) logits - lambda logits of the reference
         follow, without gradient; `reference_ND` are the reference's hidden states, which `hidden_only` returns.
 
+        With `features` of the images (`FrozenTower.encode`), the vision tower does not run.
+
         Call it, and its backward, inside `packed_layout`. With `sequence_inputs`, T is B concatenated rows of
         [prefix | completion | padding], and the model's own attention is used.
         """
         rows = sequence_inputs["attention_mask"].shape[0] if sequence_inputs else 1
         position_ids_XBT = position_ids_XT.unflatten(1, (rows, -1))
         self._feature_rows_F = feature_rows_F
-        hidden_TD = self.model.model(
-            input_ids=input_ids_T.unflatten(0, (rows, -1)),
-            position_ids=position_ids_XBT[0] if len(position_ids_XBT) == 1 else position_ids_XBT,
-            use_cache=False,
-            **(sequence_inputs or {}),
-            **image_inputs,
-        ).last_hidden_state.flatten(0, 1)
+        with self.tower.given(features):
+            hidden_TD = self.model.model(
+                input_ids=input_ids_T.unflatten(0, (rows, -1)),
+                position_ids=position_ids_XBT[0] if len(position_ids_XBT) == 1 else position_ids_XBT,
+                use_cache=False,
+                **(sequence_inputs or {}),
+                **image_inputs,
+            ).last_hidden_state.flatten(0, 1)
         # Only rows that predict a response token reach the LM head; prompt and image rows never do.
         hidden_ND = hidden_TD[predictor_rows_N]
         if hidden_only:
@@ -84,5 +91,5 @@ class PolicyModel(torch.nn.Module):
 
 def model_inputs(batch: GroupBatch) -> dict[str, Any]:
     """Keyword arguments of `PolicyModel.forward`, for a batch on the model's device (`GroupBatch.to`)."""
-    tensors = ("input_ids_T", "position_ids_XT", "predictor_rows_N", "target_N", "feature_rows_F")
+    tensors = ("input_ids_T", "position_ids_XT", "predictor_rows_N", "target_N", "feature_rows_F", "features")
     return {name: getattr(batch, name) for name in (*tensors, "image_inputs", "sequence_inputs")}

@@ -6,6 +6,7 @@ Shape letters: B sequences, T tokens, X position channels (1, or 3 for multimoda
 from __future__ import annotations
 
 import abc
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -50,6 +51,8 @@ class Family(abc.ABC):
             is scattered to the image tokens, so that features computed once can be repeated.
         begins_from_cache: Whether prompts with images may follow cached keys and values of the text before the image.
         separate_reason: Why completions cannot share the keys and values of their prefix; None if they can.
+        tower_modules: Dotted names of the modules that need not run if the projector is given its inputs: the vision
+            tower, or its parts if the projector is inside it.
     """
 
     vision_module: str
@@ -69,6 +72,10 @@ class Family(abc.ABC):
         self.separate_reason = why_separate(
             config.get_text_config(), share_prefix, looks_ahead_in_images=self.looks_ahead_in_images
         )
+
+    @property
+    def tower_modules(self) -> tuple[str, ...]:
+        return (self.vision_module,)
 
     @abc.abstractmethod
     def num_image_tokens(self, outputs: dict[str, Any]) -> list[int]:
@@ -145,6 +152,23 @@ class Family(abc.ABC):
         keys = image_inputs[0] if image_inputs else {}
         return {key: torch.cat([inputs[key] for inputs in image_inputs]) for key in keys}
 
+    def entries(self, image_inputs: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+        """Returns the vision tower's inputs of each image or tile that it encodes on its own, in order.
+
+        `batch_image_inputs` joins them for one call of `run_tower`. The projector's inputs have as many rows per entry
+        as its `pixel_values`.
+        """
+        others = {key: value[:0] for key, value in image_inputs.items() if key != "pixel_values"}
+        return [{"pixel_values": tile, **others} for tile in image_inputs["pixel_values"].split(1)]
+
+    def entry_keys(self, image_inputs: dict[str, torch.Tensor]) -> tuple[str, ...]:
+        """Returns a digest of the content of each entry."""
+        return tuple(map(_digest, self.entries(image_inputs))) if image_inputs else ()
+
+    def run_tower(self, model: Any, image_inputs: dict[str, torch.Tensor]) -> None:
+        """Runs the vision tower and then the projector modules, which may end it by an exception."""
+        model.model.get_image_features(**image_inputs)
+
     def sequence_inputs(self, input_ids_BT: torch.Tensor) -> dict[str, torch.Tensor]:
         """Returns additional inputs of a forward pass over ordinary sequences with images."""
         return {}
@@ -156,6 +180,14 @@ class Family(abc.ABC):
     def noise_like(self, pixel_values: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Returns standard normal noise (fp32) for the normalised pixels of one record."""
         return torch.randn(pixel_values.shape, generator=generator, dtype=torch.float32)
+
+
+def _digest(entry: dict[str, torch.Tensor]) -> str:
+    digest = hashlib.blake2b(digest_size=32)
+    for name, value in entry.items():
+        digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+        digest.update(value.contiguous().numpy())
+    return digest.hexdigest()
 
 
 class PlainPositions(Family):

@@ -66,6 +66,10 @@ class Idefics3(PlainPositions):
             )
         return inputs
 
+    def entries(self, image_inputs: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+        tiles = range(image_inputs["pixel_values"].shape[1])
+        return [{key: value[:, i : i + 1] for key, value in image_inputs.items()} for i in tiles]
+
     def batch_image_inputs(self, image_inputs: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         """Concatenates all tiles as if they were in one prompt, which keeps their order and avoids padding."""
         keys = self.image_keys if image_inputs else ()

@@ -24,6 +24,21 @@ class Qwen2VL(Family):
     # transformers 5.17 assigns positions from 0 to an image after cached tokens (5.23 does not).
     begins_from_cache = False
 
+    @property
+    def tower_modules(self) -> tuple[str, ...]:
+        return (f"{self.vision_module}.patch_embed", f"{self.vision_module}.blocks")
+
+    def entries(self, image_inputs: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+        grids = image_inputs["image_grid_thw"]
+        images = image_inputs["pixel_values"].split(grids.prod(-1).tolist())
+        return [
+            {"pixel_values": rows, "image_grid_thw": grid} for rows, grid in zip(images, grids.split(1), strict=True)
+        ]
+
+    def run_tower(self, model: Any, image_inputs: dict[str, torch.Tensor]) -> None:
+        # Not by calling the module: ZeRO-3's hooks would miss its end if the merger, inside it, ends it.
+        model.model.visual.forward(image_inputs["pixel_values"], grid_thw=image_inputs["image_grid_thw"])
+
     def num_image_tokens(self, outputs: dict[str, Any]) -> list[int]:
         merge = self.config.vision_config.spatial_merge_size
         return (outputs["image_grid_thw"].prod(-1) // merge**2).tolist()
