@@ -65,8 +65,14 @@ class StepCase:
     def num_pairs(self) -> int:
         return len(self.rows)
 
-    def config(self) -> Config:
-        """The training configuration: all groups in one step and one micro-batch; only LoRA is trained."""
+    def config(self, micro_batches: int = 1, dropout: float = 0.0) -> Config:
+        """The training configuration: all groups in one step; only LoRA is trained.
+
+        Args:
+            micro_batches: Their number, if all groups have the same length.
+            dropout: Of the adapter.
+        """
+        groups = math.ceil(self.num_groups / micro_batches)
         return Config(
             model=ModelConfig(
                 path=self.model,
@@ -80,15 +86,15 @@ class StepCase:
                 keep_lengths=False,
                 num_workers=0,
             ),
-            # alpha / r as in the paper; no dropout, which would draw differently on either side.
-            lora=LoraConfig(r=self.lora_rank, alpha=8.0 * self.lora_rank, dropout=0.0),
+            # alpha / r as in the paper; providers run without dropout, which would draw differently on either side.
+            lora=LoraConfig(r=self.lora_rank, alpha=8.0 * self.lora_rank, dropout=dropout),
             trainable=TrainableConfig(language="lora", projector="frozen", vision="frozen"),
             loss=LossConfig(type="sigmoid", beta=self.beta),
             train=TrainConfig(
                 output_dir=str(Path(self.workdir) / "bpo"),
                 epochs=1,
                 groups_per_step=self.num_groups,
-                max_micro_batch_tokens=self.num_tokens,
+                max_micro_batch_tokens=math.ceil(self.num_tokens * groups / self.num_groups),
                 lr=self.lr,
                 lr_schedule="constant",
                 warmup_ratio=0.0,

@@ -3,6 +3,7 @@
     bpo bench step                                      # CPU: LLaVA-1.5-7B scaled down by 8
     bpo bench step --model llava-1.5-7b                 # GPU: full shape, random weights, bf16
     bpo bench step --model DIR --groups groups.jsonl --image-root IMAGES
+    bpo bench step --levers                             # each optional computation against the plain one: levers.py
 
 Compares losses, summed log-probs and gradient norms of the first step; if they differ, nothing is reported and the exit
 status is 1. Then measures per pair: FLOPs, positions through the language model, images through the vision tower,
@@ -17,6 +18,7 @@ import argparse
 import datetime
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import shlex
@@ -42,7 +44,7 @@ from bpo.tools.bench.report import (
     table,
     verdict_table,
 )
-from bpo.tools.bench.synthetic import SHAPES, Lengths, write_groups, write_model
+from bpo.tools.bench.synthetic import SHAPES, Lengths, Shape, write_groups, write_model
 from bpo.tools.bench.workers import PROVIDERS, ProviderError, Worker, started
 from bpo_kernels.provenance import source_commit
 
@@ -79,12 +81,27 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     add("--repetitions", type=int, default=5, help="timed steps per provider, in turns (default 5)")
     add("--threads", type=int, default=1, help="CPU threads per provider (default 1)")
     add("--json", type=Path, metavar="FILE", help="write the report to FILE")
+    levers = parser.add_argument_group(
+        "table of options, each alone and all together, instead of providers"
+    ).add_argument
+    levers("--levers", action="store_true", help="their table, instead of providers; for the first of --completions")
+    levers("--rows", nargs="+", metavar="ROW", help="only these rows, such as lora.kernel=fused, all or auto")
+    levers("--micro-batches", type=int, default=2, help="micro-batches of the step (default 2)")
+    levers("--shared-images", type=int, help="groups with the image of another (default: a quarter of the groups)")
+    levers("--lora-dropout", type=float, default=0.05, help="while timed (default 0.05); values are compared without")
+    levers("--seconds", type=float, default=math.inf, help="begin no row after this time (default: no limit)")
     options = parser.parse_args(argv)
-    for name in ("num_groups", "epochs", "repetitions", "threads"):
+    for name in ("num_groups", "epochs", "repetitions", "threads", "micro_batches"):
         if getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(options, name)}: give at least 1")
     if OURS not in options.providers:
         parser.error(f"--providers must include {OURS}, the baseline of the comparison")
+    if not 0 <= options.lora_dropout < 1:
+        parser.error(f"--lora-dropout {options.lora_dropout:g}: give at least 0 and less than 1")
+    if options.shared_images is None:
+        options.shared_images = options.num_groups // 4 if options.levers else 0
+    if not 0 <= options.shared_images < options.num_groups:
+        parser.error(f"--shared-images {options.shared_images}: give at least 0 and less than --num-groups")
     if options.groups is not None and options.model in SHAPES:
         parser.error("--groups needs a model directory as --model: the built-in shapes have a fixed image size")
     return options
@@ -222,8 +239,9 @@ def prepare_case(options: argparse.Namespace, completions: int, workdir: Path) -
     about["completions"] = completions
     if options.groups is None:
         lengths = Lengths(options.image_tokens, options.prompt_tokens, options.answer_tokens, completions)
-        about |= asdict(lengths)
-        groups, image_root = write_groups(workdir / "data", lengths, options.num_groups), workdir / "data"
+        about |= asdict(lengths) | {"num_images": options.num_groups - options.shared_images}
+        sizes = (options.num_groups, about["num_images"], SHAPES.get(options.model, Shape()).pixels_per_token)
+        groups, image_root = write_groups(workdir / "data", lengths, *sizes), workdir / "data"
     else:
         about |= {"groups": str(options.groups), "completions": None}
         groups, image_root = options.groups, options.image_root
@@ -239,7 +257,7 @@ def prepare_case(options: argparse.Namespace, completions: int, workdir: Path) -
         options.num_groups,
         workdir,
         dtype=options.dtype,
-        lora_rank=options.lora_rank or max(1, 32 // SHAPES.get(options.model, 1)),
+        lora_rank=options.lora_rank or max(1, 32 // SHAPES.get(options.model, Shape()).divisor),
         beta=0.1,
         lr=1e-6,
         gradient_checkpointing=options.gradient_checkpointing,
@@ -282,7 +300,8 @@ def main(argv: list[str] | None = None) -> int:
         ValueError: Invalid options or data, or a missing package.
     """
     options = parse_options(argv)
-    check_installed(options.providers)
+    if not options.levers:
+        check_installed(options.providers)
     # Read by PyTorch and OpenMP when a provider's process starts.
     os.environ["OMP_NUM_THREADS"] = str(options.threads)
     command = f"bpo bench step {shlex.join(sys.argv[1:] if argv is None else argv)}"
@@ -292,6 +311,10 @@ def main(argv: list[str] | None = None) -> int:
         "machine": machine(),
         "cases": [],
     }
+    if options.levers:
+        from bpo.tools.bench import levers
+
+        return levers.run(options, report)
     verdicts: list[Verdict] = []
     with tempfile.TemporaryDirectory(prefix="bpo-bench-") as folder:
         for completions in options.completions if options.groups is None else [0]:

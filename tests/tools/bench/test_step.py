@@ -22,7 +22,7 @@ from bpo.tools.bench.case import StepCase, build_case, set_adapter
 from bpo.tools.bench.meter import Meter
 from bpo.tools.bench.report import Figures, anchor_of, disagreements, judge, preference_loss, ratios, table
 from bpo.tools.bench.step import DisagreementError, check_installed, compare_first_steps, main, why_uncounted
-from bpo.tools.bench.synthetic import SHAPES, Lengths, byte_tokenizer, llava_config, write_groups, write_model
+from bpo.tools.bench.synthetic import Lengths, byte_tokenizer, llava_config, write_groups, write_model
 from bpo.tools.bench.workers import ProviderError, started
 from tests.sample_groups import group
 
@@ -326,7 +326,6 @@ def test_options_that_make_no_sense_are_refused(capsys: pytest.CaptureFixture[st
         assert message in capsys.readouterr().err
     with pytest.raises(ValueError, match="neither a directory nor a shape; the shapes are llava-1.5-7b, "):
         write_model(tmp_path, "llava-9b", 4, torch.float32, CPU)
-    assert list(SHAPES) == ["llava-1.5-7b", "llava-1.5-7b-8th", "llava-1.5-7b-32nd"]
 
 
 def test_a_missing_library_is_named_with_the_way_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
