@@ -7,18 +7,25 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from bpo.config.ds_file import check_results, complete_zero
 from bpo.config.training import Config, TrainConfig
 from bpo.data.families import Family
 from bpo.job import one_process, rendezvous
 from bpo.job.collectives import JobRanks
 from bpo.job.compile_locks import named_compile_locks
-from bpo.job.launch import Ranks, export_torch_environment, pick_device
+from bpo.job.launch import (
+    Ranks,
+    export_torch_environment,
+    pick_device,
+    ranks_from_environment,
+    ranks_per_node,
+)
 from bpo.job.signals import StopRequest
 from bpo.losses.program import HeadOutput, LossProgram
 from bpo.model.attention.shared_prefix import packed_layout
@@ -38,7 +45,9 @@ _CONFIG_OWNED = {
     "optimizer": "train.lr, train.weight_decay and train.adam_*",
     "scheduler": "train.lr_schedule",
     "bf16": "model.dtype",
+    "bfloat16": "model.dtype",
     "fp16": "model.dtype",
+    "torch_autocast": "model.dtype",
     "data_types": "model.dtype",
     "steps_per_print": "train.log_every_steps",
 }
@@ -64,7 +73,8 @@ def deepspeed_config(config: TrainConfig, dtype: torch.dtype, accumulation_steps
     """Reads the file's ZeRO and offload settings and completes them from the configuration.
 
     Raises:
-        ValueError: the file sets a key that the configuration owns, or is not JSON; the dtype is float16.
+        ValueError: the file sets a key that the configuration owns, or is not JSON; it would change the results or does
+            not fit the nodes (`config.ds_file`); the dtype is float16.
     """
     if dtype == torch.float16:
         raise ValueError("model.dtype float16 is unsupported in training: log-ratios overflow; use bfloat16 or float32")
@@ -73,6 +83,7 @@ def deepspeed_config(config: TrainConfig, dtype: torch.dtype, accumulation_steps
         settings = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: not valid JSON: {error}") from error
+    check_results(settings, path, config.lr, config.adam_beta2)
     for key in settings.keys() & _CONFIG_OWNED.keys():
         raise ValueError(f"{path}: `{key}` is set here and by {_CONFIG_OWNED[key]}; remove it here")
     return {
@@ -83,7 +94,7 @@ def deepspeed_config(config: TrainConfig, dtype: torch.dtype, accumulation_steps
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
-        **settings,
+        **complete_zero(settings, path, ranks_from_environment().world_size, ranks_per_node()),
     }
 
 
@@ -201,6 +212,8 @@ class TrainingEngine:
         self.device = pick_device(ranks)
         self.dtype: torch.dtype = policy.model.dtype
         self.on_forward: Callable[[], None] = lambda: None  # heartbeat hook, called once per micro-batch
+        # Gives micro-batches the features of their images; see `bpo.training.features`.
+        self.prepare_images: Callable[[Iterable[GroupBatch]], Iterator[GroupBatch]] = iter
         # Other weights that checkpoints contain, by name; each list is like `master_weights`.
         self.copies: dict[str, list[torch.Tensor]] = {}
         self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
@@ -240,8 +253,16 @@ class TrainingEngine:
         return HeadOutput(*head)
 
     def _call(self, batch: GroupBatch, **options: Any) -> Any:
+        if batch.image_keys and not batch.features:
+            (batch,) = self.prepare_images([batch])
         self.on_forward()
         return self.deepspeed(**model_inputs(batch), **options)
+
+    def encode_images(self, entries: Sequence[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
+        """Features of images from the frozen vision tower; see `FrozenTower.encode`. On all ranks under ZeRO-3."""
+        self._forget_order_of_layers()
+        self.on_forward()
+        return self.policy.tower.encode(entries)
 
     def reference_logp(self, batch: GroupBatch) -> HeadOutput:
         """fp32 log-probs and second targets, without dropout or gradient. Before the first step the policy *is* the
@@ -280,11 +301,7 @@ class TrainingEngine:
         Under ZeRO-3 the weights of each layer are gathered for each token, and transformers keeps ranks that have
         finished their batch running until all have.
         """
-        if self.is_partitioned:
-            # DeepSpeed may be recording the layers of a pass, to prefetch by their order; those of all tokens are none.
-            layers = self.optimizer.parameter_offload.get_param_coordinator()
-            if not layers.is_invalid_trace():
-                layers._invalidate_trace()
+        self._forget_order_of_layers()
         self.policy.forget_batch()
         heartbeat = self.policy.model.register_forward_pre_hook(lambda *_: self.on_forward())
         self.deepspeed.eval()
@@ -294,6 +311,13 @@ class TrainingEngine:
         finally:
             heartbeat.remove()
             self.deepspeed.train()
+
+    def _forget_order_of_layers(self) -> None:
+        """Under ZeRO-3, before layers run outside of a whole pass, whose order DeepSpeed records for prefetching."""
+        if self.is_partitioned:
+            layers = self.optimizer.parameter_offload.get_param_coordinator()
+            if not layers.is_invalid_trace():
+                layers._invalidate_trace()
 
     @property
     def master_weights(self) -> list[torch.Tensor]:

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from bpo.config.ds_file import complete_zero
+
 # name -> (ZeRO stage, what is offloaded)
 EXPECTED = {
     "zero1": (1, set()),
@@ -16,6 +18,7 @@ EXPECTED = {
     "zero3": (3, set()),
     "zero2_offload": (2, {"optimizer"}),
     "zero3_offload": (3, {"optimizer", "param"}),
+    "zero3_hpz": (3, set()),
 }
 
 
@@ -38,7 +41,9 @@ def test_file_holds_only_zero_and_deepspeed_takes_it_as_meant(name: str) -> None
 
     config = load(name)
     assert set(config) == {"zero_optimization"}, "batch, learning rate, clipping and precision belong to the run"
-    parsed = DeepSpeedZeroConfig(**config["zero_optimization"])
+    completed = complete_zero(config, Path(name), world_size=16, ranks_per_node=8)["zero_optimization"]
+    parsed = DeepSpeedZeroConfig(**completed)
+    assert parsed.zero_hpz_partition_size == (8 if name == "zero3_hpz" else 1)
     stage, offloaded = EXPECTED[name]
     assert parsed.stage == stage
     devices = {"optimizer": parsed.offload_optimizer, "param": parsed.offload_param}

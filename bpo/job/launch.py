@@ -58,6 +58,19 @@ def ranks_from_environment(environ: dict[str, str] | None = None) -> Ranks:
     return ranks
 
 
+def ranks_per_node(environ: dict[str, str] | None = None) -> int | None:
+    """Ranks on this node, from the launcher's variables; 1 for a single process, None if no launcher says.
+
+    In this order: LOCAL_WORLD_SIZE (torchrun), LOCAL_SIZE (deepspeed), Open MPI's, that of srun, such as `8(x2)`.
+    """
+    env = dict(os.environ) if environ is None else environ
+    if ranks_from_environment(env).world_size == 1:
+        return 1
+    names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "SLURM_STEP_TASKS_PER_NODE")
+    found = (re.match(r"\d+", env.get(name, "")) for name in names)
+    return next((int(match.group()) for match in found if match), None)
+
+
 def restart_count(environ: dict[str, str] | None = None) -> int:
     """How often SLURM has restarted this job (SLURM_RESTART_COUNT); 0 for a first start or outside SLURM."""
     env = os.environ if environ is None else environ

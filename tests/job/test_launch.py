@@ -14,6 +14,7 @@ from bpo.job.launch import (
     first_host,
     pick_device,
     ranks_from_environment,
+    ranks_per_node,
     restart_count,
     setup_logging,
 )
@@ -120,6 +121,20 @@ def test_a_step_on_a_part_of_the_nodes_meets_at_the_first_of_that_part(clean_env
     clean_environment.setenv("SLURM_STEP_NODELIST", "gpu[05-06]")
     export_torch_environment(Ranks(1, 2, 0))
     assert os.environ["MASTER_ADDR"] == "gpu05"
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, 1),
+        ({"RANK": "0", "WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8"}, 8),
+        ({"RANK": "0", "WORLD_SIZE": "16", "LOCAL_SIZE": "4"}, 4),
+        ({"SLURM_PROCID": "9", "SLURM_STEP_NUM_TASKS": "16", "SLURM_STEP_TASKS_PER_NODE": "8(x2)"}, 8),
+        ({"RANK": "0", "WORLD_SIZE": "16"}, None),
+    ],
+)
+def test_ranks_of_a_node(variables: dict[str, str], expected: int | None) -> None:
+    assert ranks_per_node(variables) == expected
 
 
 def test_restarts_are_those_that_slurm_counts() -> None:
