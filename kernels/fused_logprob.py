@@ -217,7 +217,8 @@ def join_tiles_kernel(
         tl.store(collision_ptr + row, tl.where(ignored, 0.0, collision), mask=row < N)
 
 
-def _arch(device: torch.device) -> int | str:
+def architecture(device: torch.device) -> int | str:
+    """Compute capability such as 90, or AMD's name."""
     if device.type != "cuda":
         return 90  # the interpreter runs the H100 configuration
     if torch.version.hip is not None:
@@ -232,7 +233,7 @@ def uses_descriptors(hidden_NH: Tensor, weight_VH: Tensor) -> bool:
     return row_bytes % 16 == 0 and hidden_NH.data_ptr() % 16 == 0 and weight_VH.data_ptr() % 16 == 0
 
 
-def _resident_programs(device: torch.device) -> int:
+def resident_programs(device: torch.device) -> int:
     """One program per multiprocessor; also sets Triton's allocator, for descriptors created on the device."""
     if device.type != "cuda":
         return _INTERPRETER_PROGRAMS
@@ -251,7 +252,7 @@ def fused_rows(
     num_rows, vocab, device = hidden_NH.shape[0], weight_VH.shape[0], hidden_NH.device
     hidden_NH, weight_VH, target_N = hidden_NH.contiguous(), weight_VH.contiguous(), align(target_N)
     descriptors, capped = uses_descriptors(hidden_NH, weight_VH), head.bias_V is not None or head.softcap is not None
-    config = gemm_config(hidden_NH.dtype, num_rows, _arch(device), descriptors=descriptors, capped=capped)
+    config = gemm_config(hidden_NH.dtype, num_rows, architecture(device), descriptors=descriptors, capped=capped)
     num_tiles = triton.cdiv(vocab, config.BLOCK_V)
     float32: dict[str, Any] = {"dtype": torch.float32, "device": device}
     logp_N, target_logit_N = torch.empty(2, num_rows, **float32)
@@ -265,7 +266,7 @@ def fused_rows(
     outputs = RowOutputs(logp_N, entropy_N, highest_N, collision_N)
     if num_rows == 0:
         return outputs
-    num_programs = min(_resident_programs(device), triton.cdiv(num_rows, config.BLOCK_N) * num_tiles)
+    num_programs = min(resident_programs(device), triton.cdiv(num_rows, config.BLOCK_N) * num_tiles)
     partials = (max_TN, sum_TN, moment_TN, square_TN, argmax_TN, target_logit_N)
     with torch.cuda.device_of(hidden_NH):
         fused_logprob_kernel[(num_programs,)](

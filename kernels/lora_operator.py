@@ -62,12 +62,13 @@ class Member:
 
 @dataclass(frozen=True)
 class Group:
-    """Linear layers with the same input, and the dropout of that input."""
+    """Linear layers with the same input, the dropout of that input, and the number that all slots are multiples of."""
 
     members: tuple[Member, ...]
     dropout: float
     seed: Tensor | None
     stream: int
+    width: int
 
     @property
     def num_slots(self) -> int:
@@ -90,9 +91,9 @@ class Group:
 
 
 def _group(parameters: Parameters, dropout: float, seed: Tensor | None, stream: int, triton: bool) -> Group:
-    slots = rank_slots([a_rD.shape[0] for a_rD in parameters[2]], triton)
-    members = tuple(Member(*fields) for fields in zip(*parameters, slots, strict=True))
-    return Group(members, dropout, seed, stream)
+    ranks = [a_rD.shape[0] for a_rD in parameters[2]]
+    members = tuple(Member(*fields) for fields in zip(*parameters, rank_slots(ranks, triton), strict=True))
+    return Group(members, dropout, seed, stream, slot_width(ranks, triton))
 
 
 def apply_lora(
