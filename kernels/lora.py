@@ -65,8 +65,8 @@ def down_config(dtype: torch.dtype, num_rows: int, num_slots: int) -> MaskedConf
     """All slots of up to 128 in one tile, and so few rows that there are enough tiles for all multiprocessors."""
     if dtype not in HALVES:
         return MaskedConfig(32, 16, 32, 4, 2)
-    rows = 16 if num_rows <= 2048 else 32 if num_rows <= 4096 else 64
-    return MaskedConfig(rows, 64, min(128, triton.next_power_of_2(num_slots)), 4, 2)
+    rows, warps = (16, 4) if num_rows <= 4096 else (64, 8)
+    return MaskedConfig(rows, 32, min(128, triton.next_power_of_2(num_slots)), warps, 2)
 
 
 def grad_x_config(dtype: torch.dtype, slots: int) -> MaskedConfig:
@@ -77,7 +77,7 @@ def grad_x_config(dtype: torch.dtype, slots: int) -> MaskedConfig:
 def grad_a_config(dtype: torch.dtype, num_slots: int) -> MaskedConfig:
     """All slots of up to 128 in one tile."""
     if dtype not in HALVES:
-        return MaskedConfig(32, 16, 32, 4, 2)
+        return MaskedConfig(16, 16, 32, 4, 2)
     return MaskedConfig(64, 32, min(128, triton.next_power_of_2(num_slots)), 8, 2)
 
 

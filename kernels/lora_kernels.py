@@ -1,6 +1,6 @@
 """Triton kernels of `lora.py`.
 
-Legend: T rows, D features of the input, Q a quarter of them, rounded up, O of an output, R slots of all adapters' ranks.
+Legend: T rows, D features of the input, Q a quarter of them, rounded up, O of an output, R slots of all ranks.
 
 A tile with dropout covers the features q, q + Q, q + 2 Q and q + 3 Q, which share one evaluation of Philox (as in
 `philox.py`). Reductions are in a fixed order and without atomic additions, so results are deterministic.
@@ -97,7 +97,7 @@ def lora_tiles(
     end_slot,
     T,
     D,
-    O,
+    size,
     UPCAST: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_O: tl.constexpr,
@@ -120,9 +120,9 @@ def lora_tiles(
             y = tl.dot(left, right.T, y, input_precision="ieee")
         row, column = start_t + tl.arange(0, BLOCK_T), start_o + tl.arange(0, BLOCK_O)
         if bias_ptr is not None:
-            y += tl.load(bias_ptr + column, mask=column < O, other=0.0).to(tl.float32)[None, :]
-        inside = (row < T)[:, None] & (column < O)[None, :]
-        tl.store(y_ptr + row.to(tl.int64)[:, None] * O + column[None, :], y.to(y_ptr.dtype.element_ty), mask=inside)
+            y += tl.load(bias_ptr + column, mask=column < size, other=0.0).to(tl.float32)[None, :]
+        inside = (row < T)[:, None] & (column < size)[None, :]
+        tl.store(y_ptr + row.to(tl.int64)[:, None] * size + column[None, :], y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=_RUNTIME)

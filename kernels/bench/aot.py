@@ -23,7 +23,7 @@ from bpo_kernels.bench.aot_cases import ARCHITECTURES, Case, all_cases
 # Maximum shared memory per block, in bytes (CUDA programming guide, compute capabilities; CDNA 3 ISA guide).
 SHARED_LIMIT_BYTES: dict[int | str, int] = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, "gfx942": 64 * 1024}
 # Row sizes and strides: declared as multiples of 16 in the aligned cases.
-_SIZES = ("V", "H", "stride_n", "grad_stride_n")
+_SIZES = ("V", "H", "stride_n", "grad_stride_n", "D", "Q", "R", "O_0", "O_1", "O_2", "end_0", "end_1")
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,12 @@ as for a vocabulary of 31.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
-from .. import attention_rows, fused_logprob, logprob_gather, logprob_rows, preference_loss, second_target
+from .. import attention_rows, fused_logprob, logprob_gather, logprob_rows, lora, preference_loss, second_target
 from ..checks import IGNORED_TARGET
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -204,6 +204,43 @@ def _second_target_cases() -> list[Case]:
     return cases
 
 
+def _lora_cases() -> list[Case]:
+    """A group of three with biases, as q, k and v have them, single layers, and the kernels with a mask."""
+    cases = []
+    for arch in ARCHITECTURES:
+        for dtype, members, width in (("bf16", 3, 32), ("bf16", 1, 64), ("fp32", 3, 32)):
+            tiles = lora.fused_config(DTYPES[dtype], arch)
+            sizes = ("T", "D", "R", "O_0", "O_1", "O_2", "r_0", "r_1", "r_2", "end_0", "end_1")
+            signature = dict.fromkeys(sizes, "i32") | dict.fromkeys(("x_ptr", "h_ptr"), f"*{dtype}")
+            constants = {"MEMBERS": members, "UPCAST": False, "GROUP_T": lora.GROUP_T, "BLOCK_R": width}
+            names = [(name, position) for name in ("weight", "b", "y", "bias") for position in range(3)]
+            present = {f"{n}_{i}_ptr": i < members and (n != "bias" or members > 1) for n, i in names}
+            _add_optional(signature, constants, {n: f"*{dtype}" if given else None for n, given in present.items()})
+            label = f"lora_fused {dtype} {members} members, rank {width}"
+            cases.append(_lora_case(label, lora.lora_fused_kernel, signature, constants, tiles, (arch,)))
+    for dtype, slots, rows in (("bf16", 96, 8192), ("bf16", 96, 2048), ("fp32", 96, 2048)):
+        masked = {"seed_ptr": "*i64"} | dict.fromkeys(("T", "D", "Q", "R", "stream", "threshold"), "i32")
+        down = masked | dict.fromkeys(("x_ptr", "a_ptr", "h_ptr"), f"*{dtype}") | {"end_0": "i32", "end_1": "i32"}
+        down |= dict.fromkeys(("scale_0", "scale_1", "scale_2"), "fp32")
+        config = lora.down_config(DTYPES[dtype], rows, slots)
+        cases.append(_lora_case(f"lora_down {dtype} T={rows}", lora.lora_down_kernel, down, {}, config, None))
+        if rows == 2048:
+            grad_x = masked | dict.fromkeys(("grad_x_ptr", "grad_h_ptr", "a_ptr"), f"*{dtype}")
+            config = lora.grad_x_config(DTYPES[dtype], 32)
+            cases.append(_lora_case(f"lora_grad_x {dtype}", lora.lora_grad_x_kernel, grad_x, {}, config, None))
+            grad_a = masked | {"x_ptr": f"*{dtype}", "grad_h_ptr": f"*{dtype}", "partial_ptr": "*fp32"}
+            grad_a["rows_per_part"] = "i32"
+            config = lora.grad_a_config(DTYPES[dtype], slots)
+            cases.append(_lora_case(f"lora_grad_a {dtype}", lora.lora_grad_a_kernel, grad_a, {}, config, NVIDIA))
+    return cases
+
+
+def _lora_case(name: str, kernel: Any, signature: Any, constants: Any, config: Any, archs: Any) -> Case:
+    blocks = {key: value for key, value in asdict(config).items() if key.startswith("BLOCK")}
+    constants = {"UPCAST": False} | constants | blocks
+    return Case(name, kernel, signature, constants, config.num_warps, True, config.num_stages, archs, 255)
+
+
 def _attention_rows_cases() -> list[Case]:
     cases = []
     for dtype, size in (("bf16", 128), ("fp16", 80), ("fp32", 128)):
@@ -284,4 +321,4 @@ def _add_optional(signature: dict[str, Any], constants: dict[str, Any], types: d
 def all_cases() -> list[Case]:
     """All kernels in all configurations that the host wrappers launch."""
     heads = _logprob_gather_cases() + _logprob_rows_cases() + _fused_logprob_cases() + _second_target_cases()
-    return heads + _preference_loss_cases() + _attention_rows_cases()
+    return heads + _preference_loss_cases() + _attention_rows_cases() + _lora_cases()
