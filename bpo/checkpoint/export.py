@@ -169,9 +169,15 @@ def read_trained(config: Config, checkpoint: Path, manifest: dict[str, Any]) -> 
     if config.data.groups and config.export.check_groups and not Path(config.data.groups).is_file():
         raise ValueError(f"data.groups {config.data.groups}: no such file to compare the export on; correct the path")
     check_base(config, manifest)
+    if trained_from.quantization != "none":
+        logger.warning(
+            "the adapter was trained on %s weights and is exported, and compared, with the unquantised ones, which "
+            "answer slightly differently; to run it as trained, load the adapter with --model.quantization %s",
+            *(trained_from.quantization, trained_from.quantization),
+        )
     config = dataclasses.replace(
         config,
-        model=dataclasses.replace(config.model, dtype=trained_from.dtype),
+        model=dataclasses.replace(config.model, dtype=trained_from.dtype, quantization="none"),
         trainable=_section(TrainableConfig, manifest, "trainable"),
         lora=_section(LoraConfig, manifest, "lora"),
     )
@@ -352,7 +358,7 @@ def _write_merged(output: Path, trained: Trained) -> tuple[dict[str, Any], str]:
     base, _ = split_adapter(config.model)
     model = load_model(base)
     dtype = getattr(torch, config.export.dtype) if config.export.dtype else model.dtype
-    rounding, scale = config.export.rounding, lora.alpha / lora.r
+    rounding, scale = config.export.rounding, lora.scale
     weights = merge_into(model, trained.state, scale=scale, dtype=dtype, rounding=rounding)
     model.save_pretrained(output)
     # Read back, which also covers what merging did: a sum of finite weights may overflow in half precision.

@@ -18,6 +18,7 @@ from bpo.data.families import family_of
 from bpo.model.adapter import with_adapter
 from bpo.model.attention import shared_prefix
 from bpo.model.attention.choice import Choice, Needs, choose_backend
+from bpo.model.levers.quantized import quantize
 from bpo.model.recompute import checkpoint_layers
 from bpo.model.reference.fingerprint import weight_files
 
@@ -124,12 +125,16 @@ def load_resolved(model: ResolvedModel) -> Any:
     return with_adapter(loaded, model.adapter) if model.adapter else loaded
 
 
-def load_base(model: ResolvedModel) -> Any:
+def load_base(model: ResolvedModel, *, keep_original: bool = False) -> Any:
     """Loads the weights, without those of an adapter, which training continues: see `prepare_trainable`.
 
     For training, the text model uses the shared-prefix attention, unless it cannot share prefixes or
     `model.share_prefix` is never, and the KV cache is disabled; the weights stay where `from_pretrained` loads them
-    (under ZeRO-3 they are partitioned during loading). For generation, the model is moved to its device.
+    (under ZeRO-3 they are partitioned during loading), except for quantised ones, which are made on the model's device.
+    For generation, the model is moved to its device.
+
+    Args:
+        keep_original: Whether the weights before quantisation stay in host memory, see `report_quantization_gap`.
     """
     from transformers import AutoModelForImageTextToText
 
@@ -149,6 +154,8 @@ def load_base(model: ResolvedModel) -> Any:
             attn_implementation=attentions,
             trust_remote_code=options.trust_remote_code,
         )
+    if options.quantization != "none":
+        quantize(loaded, model, keep_original=keep_original)
     if model.for_training:
         loaded.config.use_cache = False
         checkpoint_layers(loaded, str(options.gradient_checkpointing))

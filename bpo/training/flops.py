@@ -176,7 +176,7 @@ def weight_matrices(model: torch.nn.Module) -> Iterator[tuple[str, tuple[int, ..
         if isinstance(module, torch.nn.Embedding):
             continue
         for name, parameter in module.named_parameters(prefix, recurse=False):
-            shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+            shape = tuple(getattr(parameter, "unpacked_shape", getattr(parameter, "ds_shape", parameter.shape)))
             if len(shape) in (2, 4, 5) or (len(shape) == 3 and ".experts." in name):
                 yield name, shape, parameter.requires_grad
 
