@@ -13,7 +13,7 @@ from bpo.checkpoint.model_card import hub_id
 from bpo.config.adapter import WEIGHTS_FILE
 from bpo.config.training import LoraConfig, ModelConfig, TrainableConfig
 from bpo.data.families import Family, family_of
-from bpo.model.adapter import PREFIX
+from bpo.model.adapter import PREFIX, stored_name
 from bpo.model.trainable import lora_config
 
 
@@ -52,7 +52,7 @@ def write_adapter(
             )
         settings.modules_to_save = list(_saved_modules(model, family))
     settings.save_pretrained(str(output))
-    renamed = {PREFIX + name.replace(".default.", "."): value for name, value in state.items()}
+    renamed = {PREFIX + stored_name(name): value for name, value in state.items()}
     save_file(renamed, output / WEIGHTS_FILE, metadata={"format": "pt"})
 
 

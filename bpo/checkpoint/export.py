@@ -131,7 +131,7 @@ def run_export(config: Config) -> Path:
         if metrics and config.model.path:
             _write_card(output, config, checkpoint, manifest, found, metrics)
     else:
-        trained = read_trained(config, checkpoint, manifest)
+        trained = read_trained(_unquantized(config, manifest), checkpoint, manifest)
         with new_directory(output) as unfinished:
             record = {**key, **_write(unfinished, trained)}
             (unfinished / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
@@ -140,6 +140,18 @@ def run_export(config: Config) -> Path:
     if config.export.push:
         push(output, config.export.push, private=config.export.private, message=f"bpo export, step {key['step']}")
     return output
+
+
+def _unquantized(config: Config, manifest: dict[str, Any]) -> Config:
+    """An export is of the base as stored, which is what an adapter is served with."""
+    if (value := _section(ModelConfig, manifest, "model").quantization) != "none":
+        logger.warning(
+            "the adapter was trained on %s weights; it is exported with, and compared on, the unquantised ones, which "
+            "answer slightly differently. To run it as trained, export the adapter and load it with "
+            "--model.quantization %s",
+            *(value, value),
+        )
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, quantization="none"))
 
 
 def _key(config: Config, checkpoint: Path, manifest: dict[str, Any]) -> dict[str, Any]:
@@ -169,15 +181,9 @@ def read_trained(config: Config, checkpoint: Path, manifest: dict[str, Any]) -> 
     if config.data.groups and config.export.check_groups and not Path(config.data.groups).is_file():
         raise ValueError(f"data.groups {config.data.groups}: no such file to compare the export on; correct the path")
     check_base(config, manifest)
-    if trained_from.quantization != "none":
-        logger.warning(
-            "the adapter was trained on %s weights and is exported, and compared, with the unquantised ones, which "
-            "answer slightly differently; to run it as trained, load the adapter with --model.quantization %s",
-            *(trained_from.quantization, trained_from.quantization),
-        )
     config = dataclasses.replace(
         config,
-        model=dataclasses.replace(config.model, dtype=trained_from.dtype, quantization="none"),
+        model=dataclasses.replace(config.model, dtype=trained_from.dtype),
         trainable=_section(TrainableConfig, manifest, "trainable"),
         lora=_section(LoraConfig, manifest, "lora"),
     )

@@ -19,7 +19,7 @@ from bpo.job.seeds import derive_seed
 
 # Bits of the significand with the leading one, and the exponent of the smallest normal number, as `frexp` counts it.
 _FORMATS = {torch.bfloat16: (8, -125), torch.float16: (11, -13), torch.float32: (24, -125)}
-_A, _B = ".lora_A.default.weight", ".lora_B.default.weight"
+_A, _B, _M = ".lora_A.default.weight", ".lora_B.default.weight", ".lora_magnitude_vector.default.weight"
 
 
 @dataclass
@@ -95,12 +95,14 @@ Rounding = Callable[[torch.Tensor, torch.dtype, str], torch.Tensor]
 ROUNDINGS: dict[str, Rounding] = {"nearest": round_nearest, "stochastic": round_stochastic}
 
 
-def adapted_layers(state: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
-    """Yields the name of each adapted weight with its A [R, I] and B [O, R], from a checkpoint's parameters."""
+def adapted_layers(
+    state: dict[str, torch.Tensor],
+) -> Iterator[tuple[str, torch.Tensor, torch.Tensor, torch.Tensor | None]]:
+    """Yields the name of each adapted weight with its A [R, I], B [O, R] and DoRA's norms [O], from a checkpoint."""
     for name, a_RI in state.items():
         if name.endswith(_A):
             layer = name.removesuffix(_A)
-            yield f"{layer}.weight", a_RI, state[layer + _B]
+            yield f"{layer}.weight", a_RI, state[layer + _B], state.get(layer + _M)
 
 
 @torch.no_grad()
@@ -109,25 +111,28 @@ def merge_into(
 ) -> WeightChange:
     """Puts the trained parameters into the base `model` and casts its weights to `dtype`, in place.
 
-    Adapted weights become round(W + scale * B A), the sum in fp32; fully trained parameters are cast. Parameters that
-    transformers keeps in another data type than the model's are left there.
+    Adapted weights become round(W + scale * B A), the sum in fp32, with the rows scaled to the trained norms if it is
+    DoRA (arXiv 2402.09353, eq. 5); fully trained parameters are cast. Parameters that transformers keeps in another
+    data type than the model's are left there.
 
     Args:
         state: Trained parameters by name, as in a checkpoint.
-        scale: alpha / r of the adapter.
+        scale: `LoraConfig.scale` of the adapter.
         rounding: A key of `ROUNDINGS`.
 
     Returns:
         The fate of the change of the adapted weights; without an adapter, of all trained parameters.
     """
-    adapted = {name: (a_RI, b_OR) for name, a_RI, b_OR in adapted_layers(state)}
+    adapted = {name: (a_RI, b_OR, norm_O) for name, a_RI, b_OR, norm_O in adapted_layers(state)}
     fate = WeightChange()
     loaded_as = model.dtype
     for name, parameter in model.named_parameters():
         target = dtype if parameter.dtype == loaded_as else parameter.dtype
         if name in adapted:
-            a_RI, b_OR = adapted[name]
+            a_RI, b_OR, norm_O = adapted[name]
             exact = parameter.float() + scale * (b_OR.float() @ a_RI.float())
+            if norm_O is not None:
+                exact *= (norm_O.float() / exact.norm(dim=1))[:, None]
             written = ROUNDINGS[rounding](exact, target, name)
             fate.add(name, parameter, exact, written)
         elif name in state:

@@ -140,7 +140,7 @@ class LoraConfig(Section):
 
     Attributes:
         r: Rank of the adapter.
-        alpha: Scale of the adapter; its output is multiplied by alpha / r.
+        alpha: Scale of the adapter; its output is multiplied by alpha / r (see variant).
         dropout: Dropout probability of the adapter's input.
         target: Names of the linear layers to adapt; empty adapts all of the language model except the LM head.
         variant: `lora`; `rslora`, which multiplies by alpha / sqrt(r); or `dora`, which also trains column norms.
@@ -156,6 +156,11 @@ class LoraConfig(Section):
     target: list[str] = field(default_factory=list)
     variant: Literal["lora", "rslora", "dora"] = "lora"
     kernel: Literal["auto", "fused", "addmm", "peft"] = "auto"
+
+    @property
+    def scale(self) -> float:
+        """Factor of the adapter's product B A."""
+        return self.alpha / (self.r**0.5 if self.variant == "rslora" else self.r)
 
 
 @dataclass(kw_only=True)

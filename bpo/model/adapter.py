@@ -66,6 +66,7 @@ def check_continued(config: Config, adapter: str) -> None:
         "trainable.projector": (projector, config.trainable.projector),
         "lora.r": (stored.get("r"), lora.r),
         "lora.alpha": (stored.get("lora_alpha"), lora.alpha),
+        "lora.variant": (_variant(stored), lora.variant),
     }
     for name, (theirs, ours) in options.items():
         if theirs != ours:
@@ -73,9 +74,20 @@ def check_continued(config: Config, adapter: str) -> None:
                 f"model.path {adapter} is an adapter with {name}={theirs}, but {name} is {ours}; training continues "
                 f"the adapter, so set {name} to {theirs}, or start from a merged model"
             )
-    plain = {"use_dora": False, "use_rslora": False, "bias": "none", "rank_pattern": {}, "alpha_pattern": {}}
+    plain = {"bias": "none", "rank_pattern": {}, "alpha_pattern": {}, "lora_bias": False}
     if unusual := [f"{name}={stored[name]}" for name in plain if stored.get(name, plain[name]) != plain[name]]:
         raise ValueError(f"the adapter {adapter} has {', '.join(unusual)}, which training cannot continue; merge it")
+
+
+def _variant(settings: dict[str, Any]) -> str:
+    names = [name for name in ("rslora", "dora") if settings.get(f"use_{name}")]
+    return " and ".join(names) or "lora"
+
+
+def stored_name(parameter: str) -> str:
+    """PEFT's name of a parameter in an adapter's file, without `PREFIX`."""
+    name = parameter.replace(".default.", ".")
+    return name.removesuffix(".weight") if ".lora_magnitude_vector." in name else name
 
 
 @torch.no_grad()
@@ -92,7 +104,7 @@ def load_continued(model: torch.nn.Module, adapter: str) -> None:
         stored = {name.removeprefix(PREFIX): value for name, value in load_file(file).items()}
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{file} cannot be read ({error}); export the adapter again") from error
-    named = {name.replace(".default.", "."): parameter for name, parameter in model.named_parameters()}
+    named = {stored_name(name): parameter for name, parameter in model.named_parameters()}
     wanted = {n: tuple(getattr(p, "ds_shape", p.shape)) for n, p in named.items() if ".lora_" in n or n in stored}
     found = {name: tuple(value.shape) for name, value in stored.items()}
     if differing := [name for name in {**wanted, **found} if wanted.get(name) != found.get(name)]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import math
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -42,6 +45,8 @@ def lora_config(model: torch.nn.Module, family: Family, config: LoraConfig, path
         r=config.r,
         lora_alpha=config.alpha,  # type: ignore[arg-type]
         lora_dropout=config.dropout,
+        use_rslora=config.variant == "rslora",
+        use_dora=config.variant == "dora",
         bias="none",
         task_type="CAUSAL_LM",
         target_modules=rf".*{re.escape(family.language_module)}\..*\.({names})",
@@ -90,7 +95,8 @@ def _inject_lora(model: torch.nn.Module, family: Family, config: Config, path: s
 
     wants_grad = {name for name, p in model.named_parameters() if p.requires_grad}
     torch.manual_seed(config.train.seed)  # the same adapter on every rank and in every run
-    peft.inject_adapter_in_model(lora_config(model, family, config.lora, path), model)
+    with _partitions_known_to_peft(model):
+        peft.inject_adapter_in_model(lora_config(model, family, config.lora, path), model)
     for name, parameter in model.named_parameters():
         # PEFT freezes everything except the adapter; restore what was trainable. PEFT creates adapters in fp32, but
         # ZeRO partitions parameters of one dtype.
@@ -100,11 +106,29 @@ def _inject_lora(model: torch.nn.Module, family: Family, config: Config, path: s
             parameter.requires_grad_(True)
 
 
+@contextlib.contextmanager
+def _partitions_known_to_peft(model: torch.nn.Module) -> Iterator[None]:
+    """Under ZeRO-3, lets PEFT gather each weight whose norms it needs for DoRA, as it does if transformers says so."""
+    if not any(hasattr(parameter, "ds_tensor") for parameter in model.parameters()):
+        yield
+        return
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
+
+    handle = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}})
+    try:
+        yield
+    finally:
+        unset_hf_deepspeed_config()
+        del handle
+
+
 def _language_dtype(model: Any) -> torch.dtype:
     return model.lm_head.weight.dtype
 
 
 def _numel(parameter: torch.nn.Parameter) -> int:
+    if hasattr(parameter, "unpacked_shape"):  # quantised
+        return math.prod(parameter.unpacked_shape)
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 

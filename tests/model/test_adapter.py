@@ -159,7 +159,8 @@ def changed(runs: Path, folder: Path, **settings: Any) -> Path:
         ("lora", "target", ["q_proj"], {}, "adapts .*q_proj, .*, lora.target adapts q_proj; .* in the adapter, absent"),
         ("trainable", "projector", "frozen", {}, "trainable.projector=full, but trainable.projector is frozen"),
         ("trainable", "language", "full", {}, "trainable.language=lora, but trainable.language is full"),
-        ("lora", "r", 4, {"use_dora": True}, "has use_dora=True, which training cannot continue"),
+        ("lora", "r", 4, {"use_dora": True}, "adapter with lora.variant=dora, but lora.variant is lora"),
+        ("lora", "r", 4, {"bias": "all"}, "has bias=all, which training cannot continue"),
     ],
 )
 def test_an_adapter_that_does_not_fit_the_options_is_refused(

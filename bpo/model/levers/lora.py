@@ -101,5 +101,5 @@ def borrowed_parameters(model: torch.nn.Module) -> Iterator[tuple[torch.nn.Modul
     for module in modules:
         if hasattr(module, "borrowed_parameters"):
             yield from ((module, parameter) for parameter in module.borrowed_parameters())
-        for dora in getattr(module, "lora_magnitude_vector", {}).values():  # reads the base's weight
-            yield from ((dora, parameter) for parameter in module.base_layer.parameters())
+        for dora in getattr(module, "lora_magnitude_vector", {}).values():  # reads the weights of the whole layer
+            yield from ((dora, parameter) for parameter in module.parameters() if parameter is not dora.weight)
