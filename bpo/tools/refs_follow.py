@@ -25,6 +25,7 @@ from bpo.job.launch import Ranks
 from bpo.job.signals import StopRequest
 from bpo.losses.program import HeadOutput, LossProgram
 from bpo.model.attention.shared_prefix import packed_layout
+from bpo.model.levers.install import choose_levers, install_levers
 from bpo.model.load import load_base, resolve_model
 from bpo.model.policy import PolicyModel, model_inputs
 from bpo.model.reference.format import ReferenceStoreError, read_fingerprint
@@ -45,7 +46,7 @@ LABEL = "refs-follow"  # sorted behind the run's own shards: of equal entries th
 class Follower:
     """The model and the negatives of an online run, `run` being its `train.output_dir`."""
 
-    ranks = Ranks()  # with device, dtype and reference_logp: what `score_groups` uses of an engine
+    ranks = Ranks()  # with policy, device, dtype and reference_logp: what `score_groups` uses of an engine
 
     def __init__(self, run: Path, device: torch.device):
         config = load_config(["--config", str(run / "config.yaml")], "bpo refs follow")
@@ -57,7 +58,8 @@ class Follower:
         self._initial = run_fingerprint(self.config, model, store_directory(self.config))
         loaded = load_base(model)
         prepare_trainable(loaded, self._encoder.family, config)
-        self._policy = PolicyModel(loaded).to(device).eval()
+        install_levers(loaded, self._encoder.family, config, choose_levers(config, model))
+        self.policy = PolicyModel(loaded).to(device).eval()
         self._published: dict[str, Any] | None = None
         self._measured: dict[PreferenceGroup, MeasuredGroup | None] = {}  # None: it cannot be used
 
@@ -65,9 +67,7 @@ class Follower:
     def reference_logp(self, batch: GroupBatch) -> HeadOutput:
         """As `TrainingEngine.reference_logp`."""
         with packed_layout(batch.layout):
-            return HeadOutput(
-                *self._policy(**model_inputs(batch), loss_inputs=batch.loss_inputs, request=HeadRequest())
-            )
+            return HeadOutput(*self.policy(**model_inputs(batch), loss_inputs=batch.loss_inputs, request=HeadRequest()))
 
     def fill(self, published: dict[str, Any]) -> bool:
         """Computes up to `AT_ONCE` groups that the store of the published weights lacks; False if it lacks none.
@@ -101,7 +101,7 @@ class Follower:
         read_fingerprint(directory)  # raises if there is none: only the run makes stores
         self._store = ReferenceStore(directory, fingerprint, label=LABEL)
         state = dict(ShardSet(weights_folder(self.run, step), published["files"]).parameters())
-        model = self._policy.model
+        model = self.policy.model
         if state.keys() != {name for name, parameter in model.named_parameters() if parameter.requires_grad}:
             raise ValueError(f"{self.run}: published weights are not those that config.yaml trains; start again")
         model.load_state_dict(state, strict=False)

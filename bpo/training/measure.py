@@ -83,6 +83,12 @@ class TrainingData:
         needs_none = self.separate_reason is not None or all(self._has_image())
         return 0 if needs_none else len(self.dataset.stand_in.prefix_ids)
 
+    def tokens_of_row(self, groups: Sequence[int]) -> int:
+        """Tokens of the packed row of planned groups, with those of the stand-in image if none of them has an image."""
+        has_image = any(self.dataset.groups[self.usable[g]].images for g in groups)
+        stand_in = 0 if has_image else len(self.dataset.stand_in.prefix_ids)
+        return sum(self.measured[g].num_tokens for g in groups) + stand_in
+
     def _has_image(self) -> list[bool]:
         return [bool(self.dataset.groups[index].images) for index in self.usable]
 
@@ -135,6 +141,7 @@ def measure_groups(
         types=config.train.completion_types,
         keep_text_only=config.data.text_only == "keep",
         plan=LossProgram(config.loss, config.train.seed).plan,
+        image_keys=config.may_keep_features,
     )
     _check_explored(dataset, config.data.groups)
     mine = range(ranks.rank, len(dataset), ranks.world_size)

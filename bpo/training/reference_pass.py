@@ -32,7 +32,7 @@ from bpo.model.reference.store import (
     store_directory,
 )
 from bpo.records import GroupBatch, LostGroup
-from bpo.training.batches import micro_batches
+from bpo.training.batches import micro_batches, row_lengths
 from bpo.training.measure import TrainingData
 
 logger = logging.getLogger(__name__)
@@ -167,7 +167,10 @@ def score_groups(
     hidden = quiet or not engine.ranks.is_main
     lost: list[LostGroup] = []
     done_tokens, stopped = 0, False
-    batches = micro_batches(config.data, data, mine, engine, for_reference=True)
+    # An online run has many passes, whose rows are not known in advance.
+    rows = None if config.online.source else (data.tokens_of_row(row) for of_rank in plan for row in of_rank if row)
+    lengths = row_lengths(engine, rows, limit)
+    batches = micro_batches(config.data, data, mine, engine, for_reference=True, lengths=lengths)
     with tqdm(total=share, unit="tok", unit_scale=True, desc="reference log-probs", disable=hidden) as progress:
         for batch in on_device(batches, engine.device, engine.dtype):
             _store_batch(store, batch, engine.reference_logp(batch))

@@ -209,10 +209,11 @@ class OnlineGroups:
             store, num_tokens = self.reference.fill(data, self._stop)
             self._costs["reference_seconds"] += time.perf_counter() - started
             self._costs["reference_tokens"] += num_tokens
-        max_tokens = max(1, self.config.train.max_micro_batch_tokens - data.stand_in_tokens)
+        limit = self.config.train.max_micro_batch_tokens
+        max_tokens = max(1, limit - data.stand_in_tokens)
         sizes = data.num_tokens, self.trainer.ranks.world_size, max_tokens, data.row_tokens
         planned = [plan_step(s.index, s.epoch, [next(places) for _ in s.groups], *sizes) for s in span]
-        yield from training_batches(self.config.data, data, planned, store, self.trainer)
+        yield from training_batches(self.config.data, data, planned, store, self.trainer, max_tokens=limit)
 
     def after_step(self, number: int) -> None:
         """Moves the average and, if that is due, the reference, after step `number`, from 1."""
