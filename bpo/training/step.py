@@ -45,7 +45,7 @@ def run_step(
     """
     sums, observations = StepSums.zero(trainer.program), Observations(trainer.program)
     count, waiting, seeds = len(batches), [], []
-    for k, (batch, reference_ND) in enumerate(with_reference_states(batches, initial)):
+    for k, (batch, reference_ND) in enumerate(with_reference_states(trainer.prepare_images(batches), initial)):
         seeds.append(seed_micro_batch(config.train.seed, step, k, trainer.ranks.rank))
         with packed_layout(batch.layout), adapter_dropout(seeds[-1], trainer.device):
             output = _forward(trainer, batch, reference_ND, sums, first=step == 0)

@@ -186,7 +186,7 @@ def _digest(entry: dict[str, torch.Tensor]) -> str:
     digest = hashlib.blake2b(digest_size=32)
     for name, value in entry.items():
         digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
-        digest.update(value.contiguous().numpy())
+        digest.update(value.contiguous().numpy().data)
     return digest.hexdigest()
 
 

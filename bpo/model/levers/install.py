@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from bpo.config.training import Config
 from bpo.data.families import Family
-from bpo.model.levers import compiled, layer_kernels, lora, patch_embedding, quantized
+from bpo.model.levers import compiled, layer_kernels, lora, patch_embedding, quantized, vision
 from bpo.model.levers.choice import Lever
 
 if TYPE_CHECKING:
@@ -22,9 +22,10 @@ _MODULES: dict[str, Any] = {
     "model.layer_kernels": layer_kernels,
     "lora.kernel": lora,
     "model.compile": compiled,
+    "vision.encode": vision,
 }
 # Values that leave the computation to transformers, PEFT and PyTorch.
-_PLAIN = ("none", "conv", "peft")
+_PLAIN = ("none", "conv", "peft", "micro_batch", "step")
 
 
 def choose_levers(config: Config, resolved: ResolvedModel) -> dict[str, Lever]:

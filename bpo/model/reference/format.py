@@ -182,9 +182,13 @@ class ShardWriter:
     """Appends entries to a new shard; they are durable after `commit`, which `add` calls every 30 s.
 
     No file is created before the first commit. After an error the writer is closed; committed entries remain valid.
+
+    Args:
+        option: The option that sets `directory`, for messages.
     """
 
-    def __init__(self, directory: Path, fingerprint: dict[str, str], label: str):
+    def __init__(self, directory: Path, fingerprint: dict[str, str], label: str, option: str = "train.reference_dir"):
+        self._option = option
         host = os.uname().nodename.split(".")[0]
         self.index = directory / f"{label}-{host}-{os.getpid()}-{os.urandom(3).hex()}.index"
         self._header = header(fingerprint)
@@ -226,7 +230,7 @@ class ShardWriter:
         except OSError as error:
             self._release()
             needed = self._pending_bytes + len(self._records) * RECORD.itemsize
-            raise _cannot_write(self.index, needed, error) from error
+            raise _cannot_write(self.index, needed, error, self._option) from error
         self._values, self._records, self._pending_bytes = [], [], 0
         self._last_commit = time.monotonic()
 
@@ -254,12 +258,14 @@ class ShardWriter:
         self._descriptors = None
 
 
-def _cannot_write(path: Path, needed_bytes: int, error: OSError) -> ReferenceStoreError:
+def _cannot_write(
+    path: Path, needed_bytes: int, error: OSError, option: str = "train.reference_dir"
+) -> ReferenceStoreError:
     full = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
     if error.errno not in full:
         return ReferenceStoreError(
             f"{path}: cannot be written ({error.strerror}); make the directory writable, or copy the store to a "
-            "writable one and set train.reference_dir to it"
+            f"writable one and set {option} to it"
         )
     free = shutil.disk_usage(path.parent).free
     return ReferenceStoreError(

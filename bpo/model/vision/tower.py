@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -88,9 +88,9 @@ class FrozenTower:
 
 
 @contextlib.contextmanager
-def _exchanged(model: torch.nn.Module, modules: dict[str, torch.nn.Module]) -> Iterator[None]:
+def _exchanged(model: torch.nn.Module, modules: Mapping[str, torch.nn.Module]) -> Iterator[None]:
     """Puts modules in the places of others, past `Module.__setattr__` and ZeRO-3, which know nothing of them."""
-    places = []
+    places: list[tuple[Any, str, torch.nn.Module | None]] = []
     for name, module in modules.items():
         parent, _, own = name.rpartition(".")
         children = model.get_submodule(parent)._modules
@@ -99,8 +99,8 @@ def _exchanged(model: torch.nn.Module, modules: dict[str, torch.nn.Module]) -> I
     try:
         yield
     finally:
-        for children, own, module in places:
-            children[own] = module
+        for children, own, original in places:
+            children[own] = original
 
 
 class _ProjectorReached(Exception):
