@@ -388,13 +388,9 @@ class GroupBatch:
         def changed(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             return {name: change(tensor) for name, tensor in tensors.items()}
 
-        return replace(
-            self,
-            image_inputs=changed(self.image_inputs),
-            sequence_inputs=changed(self.sequence_inputs),
-            loss_inputs=self._changed_loss_inputs(changed),
-            **changed(_tensor_fields(self)),  # type: ignore[arg-type]
-        )
+        inputs: Any = {name: changed(getattr(self, name)) for name in ("image_inputs", "sequence_inputs")}
+        loss_inputs = self._changed_loss_inputs(changed)
+        return replace(self, **inputs, loss_inputs=loss_inputs, **changed(_tensor_fields(self)))  # type: ignore[arg-type]
 
 
 def _tensor_fields(record: LossInputs | WeighedTokens | SecondTargets | GroupBatch) -> dict[str, torch.Tensor]:

@@ -10,6 +10,7 @@ import dataclasses
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 if __name__ == "__main__":
     if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
@@ -27,6 +28,7 @@ from bpo.checkpoint.save import CheckpointSaver
 from bpo.config.io import load_config, train_inputs
 from bpo.config.training import Config
 from bpo.data.encode import load_encoder
+from bpo.data.families import Family
 from bpo.job import collectives
 from bpo.job.compile_locks import named_compile_locks
 from bpo.job.exits import Interrupted, process_end
@@ -37,6 +39,7 @@ from bpo.job.signals import StopRequest
 from bpo.losses.program import LossProgram, check_loss
 from bpo.model.adapter import check_continued
 from bpo.model.levers.install import choose_levers, install_levers
+from bpo.model.levers.quantized import check_stage
 from bpo.model.load import ResolvedModel, load_base, resolve_model
 from bpo.model.policy import PolicyModel
 from bpo.model.prompt_embedding import check_prompt_embedding
@@ -49,12 +52,14 @@ from bpo.training.embeddings import PromptEmbeddings, fill_embedding_store
 from bpo.training.evaluation import Evaluations
 from bpo.training.evaluation_plan import plan_evaluation
 from bpo.training.extrapolation import InitialPolicy, check_extrapolation
+from bpo.training.features import use_step_features
 from bpo.training.flops import ModelFlops, model_flops
 from bpo.training.held_out import HeldOutLoss
 from bpo.training.metrics import num_lost
 from bpo.training.online.prompts import check_online
 from bpo.training.online.steps import OnlineGroups
 from bpo.training.plan import RunGroups, plan_groups
+from bpo.training.quantization_gap import report_quantization_gap
 from bpo.training.reference_pass import fill_reference_store, model_description
 from bpo.training.report import StepReport
 from bpo.training.step import run_step
@@ -76,6 +81,17 @@ class Prepared:
     flops: ModelFlops
     trackers: Trackers
     evaluations: Evaluations
+
+
+def load_policy(
+    config: Config, resolved: ResolvedModel, family: Family, settings: dict[str, Any], guard: RunGuard, *, is_new: bool
+) -> Any:
+    """The model to train, frozen and adapted, with its levers; a new run compares quantised with original weights."""
+    with guard.phase("loading the model"), engine.partitioned_loading(settings):
+        model = load_base(resolved, keep_original=is_new)
+    prepare_trainable(model, family, config)
+    install_levers(model, family, config, choose_levers(config, resolved))
+    return model
 
 
 def prepare(
@@ -108,15 +124,14 @@ def prepare(
     check_agreement(facts_of_plan(groups.steps), job)
     most = max(len(step.micro_batches[0]) for step in groups.steps)
     settings = engine.deepspeed_config(config.train, resolved.dtype, most)
-    with guard.phase("loading the model"), engine.partitioned_loading(settings):
-        model = load_base(resolved)
-    prepare_trainable(model, encoder.family, config)
-    install_levers(model, encoder.family, config, choose_levers(config, resolved))
+    model = load_policy(config, resolved, encoder.family, settings, guard, is_new=found is None)
     flops = model_flops(model, encoder.family)
     with guard.phase("starting DeepSpeed"):
         trainer = engine.TrainingEngine(PolicyModel(model), encoder.family, config, settings, ranks, program)
     check_weights(trainer.policy.model, config.model.path, ranks.rank)
     trainer.on_forward = guard.in_forward
+    use_step_features(config, resolved, trainer, encoder.family, guard.closing)
+    report_quantization_gap(config, trainer, groups)
     guard.watchdog.beat("the reference pass")
     with guard.progress_if_interrupted():
         prepared = (config, resolved, trainer, groups.measured, stop)
@@ -149,11 +164,13 @@ def train(config: Config, ranks: Ranks, stop: StopRequest | None = None) -> bool
     """
     # Validate before the hours of measuring, loading and the reference pass.
     resolved = resolve_model(config.model, pick_device(ranks), for_training=True)
-    partition.check_settings(engine.deepspeed_config(config.train, resolved.dtype, 1))
+    settings = engine.deepspeed_config(config.train, resolved.dtype, 1)
+    partition.check_settings(settings)
+    check_stage(config, settings)
     choose_levers(config, resolved)
     if resolved.adapter:
         check_continued(config, resolved.adapter)
-    with RunGuard(config.train, ranks, clean_leftovers) as guard:
+    with RunGuard(config.train, ranks, clean_leftovers) as guard, guard.closing:
         prepared = prepare(config, resolved, ranks, guard, stop)
         return prepared is None or run_steps(config, prepared, guard, stop)
 
@@ -175,7 +192,7 @@ def run_steps(config: Config, run: Prepared, guard: RunGuard, stop: StopRequest 
     evaluations, saver = run.evaluations, run.saver
     if evaluations.at(number, report, saver.best):
         saver.mark_best(number)
-    given = training_batches(config.data, run.groups.data, todo, run.store, trainer)
+    given = training_batches(config.data, run.groups.data, todo, run.store, trainer, plan=run.groups.steps)
     batches = given if run.online is None else run.online.batches(todo)
     for step in todo if not evaluations.stopped else ():
         guard.at_step(number)

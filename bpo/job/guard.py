@@ -41,6 +41,7 @@ class RunGuard:
         self.output_dir = Path(config.output_dir)
         self._lock: RunLock | None = None
         self._counted: RestartCount | None = None  # until the first step begins
+        self.closing = contextlib.ExitStack()  # of what is closed at the end of the job; to be entered
 
     def __enter__(self) -> RunGuard:
         run = from_rank_0(self._own_directory)

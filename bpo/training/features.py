@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
@@ -101,9 +102,16 @@ class StepFeatures:
 
 
 def use_step_features(
-    config: Config, resolved: ResolvedModel, engine: TrainingEngine, family: Family
+    config: Config,
+    resolved: ResolvedModel,
+    engine: TrainingEngine,
+    family: Family,
+    closing: contextlib.ExitStack,
 ) -> StepFeatures | None:
     """Makes the engine encode images as `vision.*` says; None if the tower runs in each micro-batch. Call on all ranks.
+
+    Args:
+        closing: Closes the cache at the end of the run.
 
     Raises:
         ValueError: `vision.*` cannot be used with this model, or the cache cannot be written.
@@ -116,6 +124,7 @@ def use_step_features(
         return None
     features = StepFeatures(engine, family, options.batch_tokens, _cache(config, resolved, engine))
     engine.prepare_images = features
+    closing.callback(features.close)
     return features
 
 

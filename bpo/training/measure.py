@@ -145,12 +145,8 @@ def measure_groups(
     )
     _check_explored(dataset, config.data.groups)
     mine = range(ranks.rank, len(dataset), ranks.world_size)
-    results = tqdm(
-        _measured(config, encoder, dataset, mine, ranks.rank),
-        total=len(mine),
-        desc="measuring groups",
-        disable=not ranks.is_main,
-    )
+    measured = _measured(config, encoder, dataset, mine, ranks.rank)
+    results = tqdm(measured, total=len(mine), desc="measuring groups", disable=not ranks.is_main)
     everyone = _gather_measured(results, gather, stop)
     by_index = [everyone[i % ranks.world_size][i // ranks.world_size] for i in range(len(dataset))]
     output_dir = Path(config.train.output_dir)

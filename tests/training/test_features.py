@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from collections.abc import Callable
@@ -154,7 +155,7 @@ def test_what_is_used(tiny_llava_dir: Path, tmp_path: Path, step: tuple[Engine, 
         config.train.output_dir = str(tmp_path)
         resolved = resolve_model(config.model, torch.device("cpu"), for_training=True)
         engine.is_partitioned = partitioned
-        return use_step_features(config, resolved, engine, family)  # type: ignore[arg-type]
+        return use_step_features(config, resolved, engine, family, contextlib.ExitStack())  # type: ignore[arg-type]
 
     assert used() is None and used(encode="micro_batch") is None  # on a CPU
     made = used(encode="step")

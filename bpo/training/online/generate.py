@@ -98,8 +98,14 @@ class NegativeMaker:
 
     def dataset(self, groups: Sequence[PreferenceGroup]) -> GroupDataset:
         """Groups to be encoded as those of a file."""
-        max_words, types = self.config.data.max_completion_words, self.config.train.completion_types
-        return GroupDataset(groups, self.encoder, max_words=max_words, types=types, plan=self.trainer.program.plan)
+        return GroupDataset(
+            groups,
+            self.encoder,
+            max_words=self.config.data.max_completion_words,
+            types=self.config.train.completion_types,
+            plan=self.trainer.program.plan,
+            image_keys=self.config.may_keep_features,
+        )
 
     def group_id(self, record: int, step: int) -> str:
         return f"{self.prompts.usable[record].id}@{step}"
