@@ -53,7 +53,7 @@ class MaskedConfig:
 def fused_config(dtype: torch.dtype, arch: int | str) -> FusedConfig:
     """Returns the largest tiles without register spills for a compute capability, or an AMD name such as gfx942."""
     if dtype not in HALVES:
-        return FusedConfig(32, 64, 32, 4, 2)  # exact fp32 products do not use tensor cores
+        return FusedConfig(32, 32 if arch == 100 else 64, 32, 4, 2)  # exact fp32 products do not use tensor cores
     if arch == 90:
         return FusedConfig(128, 256, 64, 8, 3)
     if arch == 100:

@@ -24,6 +24,7 @@ FILES = (
     "test_logprob_gather.py",
     "test_linear_logprob.py",
     "test_logprob_rows.py",
+    "test_lora.py",
     "test_preference_loss.py",
     "test_preference_sizes.py",
     "test_linear_preference_loss.py",
