@@ -5,6 +5,7 @@ The content of a step does not depend on the number of ranks, only its division 
 
 from __future__ import annotations
 
+import bisect
 import heapq
 import math
 import random
@@ -126,12 +127,14 @@ def _level(bins: list[list[int]], num_tokens: Sequence[int], max_tokens: int) ->
     """
     filled = [sum(num_tokens[g] for g in batch) for batch in bins]
     enough = _LEVEL_ENOUGH * sum(filled) / len(filled)
+    # Emptiest first. Kept sorted: searching all bins for each swap would grow with the square of the ranks.
+    order = sorted((size, b) for b, size in enumerate(filled))
     for _ in range(4 * len(bins)):
-        fullest = max(range(len(bins)), key=lambda b: (filled[b], -b))
+        fullest = order[bisect.bisect_left(order, (order[-1][0], -1))][1]  # the first of several
         if filled[fullest] <= enough:
             break
         best: tuple[int, int, int, int | None] | None = None
-        for other in heapq.nsmallest(_SWAP_PARTNERS, range(len(bins)), key=lambda b: (filled[b], b)):
+        for _, other in order[:_SWAP_PARTNERS]:
             gap = filled[fullest] - filled[other]
             if gap < 2:
                 continue
@@ -152,8 +155,10 @@ def _level(bins: list[list[int]], num_tokens: Sequence[int], max_tokens: int) ->
             bins[other].remove(back)
             bins[fullest].append(back)
         moved = num_tokens[out] - (0 if back is None else num_tokens[back])
-        filled[fullest] -= moved
-        filled[other] += moved
+        for b, change in ((fullest, -moved), (other, moved)):
+            del order[bisect.bisect_left(order, (filled[b], b))]
+            filled[b] += change
+            bisect.insort(order, (filled[b], b))
     return bins
 
 
