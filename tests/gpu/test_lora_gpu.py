@@ -47,7 +47,8 @@ def _run(operation, dtype: torch.dtype, layers, grads: list[Tensor]) -> list[Ten
     trained = [one.detach().requires_grad_() for one in (cast(x), *lora_a, *lora_b)]
     size = len(weights)
     outputs = operation(trained[0], weights, biases, trained[1 : 1 + size], trained[1 + size :])
-    return [*outputs, *torch.autograd.grad(outputs, trained, [grad.to(dtype) for grad in grads])]
+    results = torch.autograd.grad(outputs, trained, [grad.to(dtype) for grad in grads])
+    return [*(y.detach() for y in outputs), *results]
 
 
 @pytest.mark.parametrize("group", GROUPS)
