@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from bpo.engine import TrainingEngine
 from bpo.job.durable import write_durably
 from bpo.model.levers.quantized_layers import drop_originals, layers_of, original_weights
 from bpo.training.batches import micro_batches
+from bpo.training.measure import TrainingData
 from bpo.training.plan import RunGroups
 
 logger = logging.getLogger(__name__)
@@ -38,29 +40,24 @@ def report_quantization_gap(config: Config, engine: TrainingEngine, groups: RunG
     model = engine.policy.model
     if not any(layer.original_OI is not None for layer in layers_of(model)):
         return
-    if engine.ranks.is_main:
-        data = groups.measured
-        if not data.usable:
-            logger.warning("quantisation was not compared with unquantised weights: no groups before the first step")
-        else:
-            gap = _measure(config, engine, data)
-            logger.info(
-                "%s against unquantised weights: log-probs of %d tokens differ by %.2e on average and by up to %.2e; "
-                "KL divergence %.2e nats per token",
-                *(config.model.quantization, gap["tokens"], gap["mean_abs"], gap["max_abs"], gap["kl"]),
-            )
-            text = json.dumps({"quantization": config.model.quantization, **gap}, indent=1)
-            write_durably(Path(config.train.output_dir) / FILE, text + "\n", sync=False)
+    if engine.ranks.is_main and not groups.measured.usable:
+        logger.warning("quantisation was not compared with unquantised weights: no groups before the first step")
+    elif engine.ranks.is_main:
+        gap = {"quantization": config.model.quantization, **_measure(config, engine, groups.measured)}
+        logger.info(
+            "%s against unquantised weights: log-probs of %d tokens differ by %.2e on average and by up to %.2e; "
+            "KL divergence %.2e nats per token",
+            *(gap[name] for name in ("quantization", "tokens", "mean_abs", "max_abs", "kl")),
+        )
+        text = json.dumps(gap, indent=1) + "\n"
+        write_durably(Path(config.train.output_dir) / FILE, text, sync=False)
     drop_originals(model)
 
 
-def _measure(config: Config, engine: TrainingEngine, data: Any) -> dict[str, Any]:
-    chosen: list[int] = []
-    for group in range(min(_MAX_GROUPS, len(data.usable))):
-        if chosen and sum(data.num_tokens[g] for g in [*chosen, group]) > config.train.max_micro_batch_tokens:
-            break
-        chosen.append(group)
-    batches = micro_batches(config.data, data, [(chosen, False)], engine, for_reference=True)
+def _measure(config: Config, engine: TrainingEngine, data: TrainingData) -> dict[str, Any]:
+    sizes_tokens = enumerate(accumulate(data.num_tokens[:_MAX_GROUPS]))
+    chosen = [group for group, total in sizes_tokens if total <= config.train.max_micro_batch_tokens]
+    batches = micro_batches(config.data, data, [(chosen or [0], False)], engine, for_reference=True)
     batch = next(iter(on_device(batches, engine.device, engine.dtype)))
     quantized_ND = engine.hidden_states(batch)
     with original_weights(engine.policy.model):

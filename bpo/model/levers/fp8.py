@@ -29,25 +29,23 @@ def quantize_rows(values_RC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (values_RC * scale_R1.reciprocal().to(values_RC.dtype)).to(FORMAT), scale_R1
 
 
-def scaled_product(
-    left_TI: torch.Tensor,
-    right_IO: torch.Tensor,
-    left_scale_T1: torch.Tensor,
-    right_scale_1O: torch.Tensor,
-    dtype: torch.dtype,
-    *,
-    fast: bool,
+def _scaled_product(
+    values: torch.Tensor, right_IO: torch.Tensor, right_scale_1O: torch.Tensor, *, fast: bool
 ) -> torch.Tensor:
-    """`(left * left_scale) @ (right * right_scale)` of FP8 codes; `right_IO` is the transpose of a contiguous tensor.
+    """`values [..., I] @ (right * right_scale)`, with values rounded to FP8.
 
     Args:
+        right_IO: FP8 codes, the transpose of a contiguous tensor.
         fast: Whether tensor cores may sum with fewer bits between additions to fp32.
     """
-    if left_TI.device.type != "cuda":  # the same values, for tests
-        return ((left_TI.float() * left_scale_T1) @ (right_IO.float() * right_scale_1O)).to(dtype)
-    return torch._scaled_mm(
-        left_TI, right_IO, scale_a=left_scale_T1, scale_b=right_scale_1O, out_dtype=dtype, use_fast_accum=fast
-    )
+    codes_TI, scale_T1 = quantize_rows(values.flatten(0, -2))
+    if values.device.type == "cuda":
+        output_TO = torch._scaled_mm(
+            codes_TI, right_IO, scale_a=scale_T1, scale_b=right_scale_1O, out_dtype=values.dtype, use_fast_accum=fast
+        )
+    else:  # the same values, for tests
+        output_TO = ((codes_TI.float() * scale_T1) @ (right_IO.float() * right_scale_1O)).to(values.dtype)
+    return output_TO.unflatten(0, values.shape[:-1])
 
 
 class Fp8Linear(QuantizedLinear):
@@ -69,16 +67,11 @@ class _Fp8Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, input: torch.Tensor, weight_OI: torch.Tensor, scale_O: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(weight_OI, scale_O)
-        codes_TI, scale_T1 = quantize_rows(input.flatten(0, -2))
-        right_IO = weight_OI.view(FORMAT).t()
-        output_TO = scaled_product(codes_TI, right_IO, scale_T1, scale_O.float()[None], input.dtype, fast=True)
-        return output_TO.unflatten(0, input.shape[:-1])
+        return _scaled_product(input, weight_OI.view(FORMAT).t(), scale_O.float()[None], fast=True)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         weight_OI, scale_O = ctx.saved_tensors
-        codes_TO, scale_T1 = quantize_rows((grad * scale_O).flatten(0, -2))
         right_OI = weight_OI.t().contiguous().view(FORMAT).t()
         ones_1I = torch.ones(1, weight_OI.shape[1], device=grad.device)
-        input_grad_TI = scaled_product(codes_TO, right_OI, scale_T1, ones_1I, grad.dtype, fast=False)
-        return input_grad_TI.unflatten(0, grad.shape[:-1]), None, None
+        return _scaled_product(grad * scale_O, right_OI, ones_1I, fast=False), None, None

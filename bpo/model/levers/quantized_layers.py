@@ -12,7 +12,6 @@ Shape letters: T rows (tokens), O output features, I input features.
 from __future__ import annotations
 
 import contextlib
-import importlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -104,24 +103,23 @@ class Nf4Linear(QuantizedLinear):
     state: Any
 
     def quantize(self, weight_OI: torch.Tensor) -> torch.Tensor:
-        codes, self.state = _bitsandbytes().quantize_4bit(
+        from bitsandbytes.functional import quantize_4bit
+
+        codes, self.state = quantize_4bit(
             weight_OI.contiguous(), blocksize=NF4_BLOCK, compress_statistics=True, quant_type="nf4"
         )
         return codes
 
     def dequantized(self) -> torch.Tensor:
-        weight_OI: torch.Tensor = _bitsandbytes().dequantize_4bit(self.weight, self.state)
-        return weight_OI
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(self.weight, self.state)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
         # The state is no buffer, which `to(bfloat16)` would round.
         super()._apply(fn, recurse)
         self.state.to(self.weight.device)
         return self
-
-
-def _bitsandbytes() -> Any:
-    return importlib.import_module("bitsandbytes.functional")
 
 
 def layers_of(model: torch.nn.Module) -> list[QuantizedLinear]:
