@@ -120,9 +120,9 @@ def use_stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def use_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lets Triton's interpreter run Liger: it passes floats as they are, and knows no tanh."""
+    """Lets Triton's interpreter run Liger: it passes floats as they are, and knows no functions of libdevice."""
     import triton.language as tl
-    from liger_kernel.ops import geglu
+    from liger_kernel.ops import fused_add_rms_norm, geglu, rms_norm
     from triton.runtime import interpreter
 
     convert = interpreter._implicit_cvt
@@ -133,4 +133,6 @@ def use_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
         return convert(argument)
 
     monkeypatch.setattr(interpreter, "_implicit_cvt", convert_float)
+    for module in (rms_norm, fused_add_rms_norm):  # a lambda, as the interpreter replaces `tl.rsqrt` in its calls
+        monkeypatch.setattr(module, "rsqrt", lambda x: tl.rsqrt(x))
     monkeypatch.setattr(geglu, "tanh", lambda x: 1 - 2 / (tl.exp(2 * x) + 1))

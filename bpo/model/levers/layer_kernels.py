@@ -111,9 +111,9 @@ def _rotation(ops: Any) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
         query_BHTE: torch.Tensor, key_BKTE: torch.Tensor, cos_BTE: torch.Tensor, sin_BTE: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         for projected in (query_BHTE, key_BKTE):
-            # Liger writes into its input's memory without PyTorch's knowledge. An empty write before it tells selective
-            # recomputation, which may have recorded this result of a matrix product, and autograd.
-            projected.detach()[:0].zero_()
+            # Liger writes into its input's memory, unseen by PyTorch. Selective recomputation may have recorded this
+            # result of a matrix product: an empty write makes it copy the record first.
+            projected.data[:0].zero_()
         return ops.LigerRopeFunction.apply(query_BHTE, key_BKTE, cos_BTE, sin_BTE)  # type: ignore[no-any-return]
 
     return rotate

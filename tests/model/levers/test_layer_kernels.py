@@ -86,18 +86,19 @@ def test_the_language_model_computes_the_same(family_dir, family_name: str) -> N
 @pytest.mark.parametrize("family_name", ["gemma3", "llava", "qwen2_5_vl", "qwen3_vl"])
 @pytest.mark.parametrize("mode", ["none", "full", "selective"])
 def test_a_policy_learns_the_same(family_dir, photo_root, monkeypatch, family_name: str, mode: str) -> None:
-    """With an adapter and its dropout. In double precision, so that nothing but the function matters."""
+    """With an adapter and its dropout. In double precision, where possible: so only the function matters."""
+    dtype, tolerance = (torch.float32, 2e-3) if INTERPRETED else (torch.float64, 1e-5)
     monkeypatch.setattr(recompute, "CHEAP_INNER", 2)  # the tiny products count as large
     directory = family_dir(family_name)
     encoder = encoder_of(directory, photo_root)
     batch = packed_batch(encoder, [group("a", "a cat", "a dog")])
     config = options(directory, gradient_checkpointing=mode)
-    expected = trained(policy_of(options(directory), encoder.family, torch.nn.Module.double), batch)
+    expected = trained(policy_of(options(directory), encoder.family, lambda model: model.to(dtype)), batch)
 
     def install(model: Any) -> None:
-        layer_kernels.install(model.double(), encoder.family, config, REQUESTED)
+        layer_kernels.install(model.to(dtype), encoder.family, config, REQUESTED)
 
-    assert_equal_to_rounding(trained(policy_of(config, encoder.family, install), batch), expected, 1e-5)
+    assert_equal_to_rounding(trained(policy_of(config, encoder.family, install), batch), expected, tolerance)
 
 
 def test_the_same_answers_and_another_model_is_untouched(tiny_llava_dir: Path) -> None:
@@ -119,7 +120,7 @@ def test_a_second_backward_pass_over_a_graph_is_an_error(tiny_llava_dir: Path) -
     install()
     total = text(inputs_embeds=torch.ones(1, 3, 32)).last_hidden_state.sum()
     total.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+    with pytest.raises(RuntimeError, match="modified (by an )?inplace"):
         total.backward()
 
 
@@ -158,9 +159,7 @@ def test_every_family_is_known(family_dir, family_name: str) -> None:
 def test_a_request_that_cannot_be_met_names_the_fix(tiny_llava_dir: Path, monkeypatch) -> None:
     config = options(tiny_llava_dir, layer_kernels="liger")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(
-        ValueError, match="liger, but Liger needs a GPU, and the device is cpu; train on a GPU"
-    ):
+    with pytest.raises(ValueError, match="liger, but Liger needs a GPU, and the device is cpu; train on a GPU"):
         layer_kernels.choose(config, resolved(config, "cpu"))
     on_gpu = resolved(config, "cuda")
     on_gpu.config.text_config.model_type = "phi3"
