@@ -159,6 +159,23 @@ def _step(completions: int, *providers: str) -> Callable[[Setting, Place], list[
     return command
 
 
+def _levers(model: str, *words: str, checkpointing: str = "none") -> Callable[[Setting, Place], list[str]]:
+    """`bpo bench step --levers`: two micro-batches of 8,172 packed tokens, LoRA's dropout as in the paper."""
+
+    def command(setting: Setting, place: Place) -> list[str]:
+        if setting.quick:
+            small = "--model llava-1.5-7b-32nd --image-tokens 4 --prompt-tokens 24 --answer-tokens 8 --num-groups 4"
+            rows = "--repetitions 1 --rows model.patch_embedding=gemm lora.kernel=addmm vision.encode=step all auto"
+            options = [*small.split(), *rows.split()]
+        else:
+            options = ["--model", model, "--num-groups", "18", "--answer-tokens", "144", "--repetitions", "3", *words]
+            options += ["--gradient-checkpointing", checkpointing, "--seconds", _inner_seconds(place)]
+        options = ["--levers", "--completions", "2", *options, "--json", str(place.report)]
+        return [sys.executable, "-m", "bpo.cli", "bench", "step", *options]
+
+    return command
+
+
 def _bench(
     operation: str,
     *options: str,
@@ -247,7 +264,17 @@ def _other_parts() -> list[Part]:
     other_variants = f"--variants forward trained {peaked}"
     liger = f"--variants live-frozen {peaked}"
     head, loss, gather = "linear_logprob", "linear_preference_loss", "logprob_gather"
+    whole = ("--micro-batches", "1", "--num-groups", "9", "--rows", "auto", "all", "all, recomputing none")
     return [
+        Part("levers", "options of a step, LLaVA's widths", _levers("llava-1.5-7b-4l"), 100, 140),
+        Part("levers-qwen", "options of a step, Qwen2.5-VL's widths", _levers("qwen2.5-vl-7b-4l"), 100, 140),
+        Part(
+            "levers-7b",
+            "all options of a step together, LLaVA-1.5-7B",
+            _levers("llava-1.5-7b", *whole, checkpointing="full"),
+            120,
+            160,
+        ),
         Part("step-trl", "the step against TRL without Liger", _step(2, "trl"), 90, 140, packages=_TRL),
         _bench_part("head-variants", "LM head, forward and trained", head, 60, 90, other_variants, **few),
         _bench_part("head-llama", "LM head of Llama 3", head, 50, 90, frozen, **few | {"shapes": every[-1:]}),

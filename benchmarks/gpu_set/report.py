@@ -9,6 +9,7 @@ import statistics
 from typing import Any
 
 from benchmarks.gpu_set.targets import case_of, judge, kernel_results, targets_table, timed
+from bpo.tools.bench.lever_table import table as lever_table
 from bpo.tools.bench.report import table as step_table
 from bpo_kernels.bench.measure import Result
 
@@ -39,6 +40,7 @@ def render(report: dict[str, Any]) -> str:
         _kernels("Preference loss", results, "preference_loss", timing),
         _attention(report),
         _steps(report),
+        _levers(report),
         _memory(report),
         _tests(report),
         _smoke(report),
@@ -144,6 +146,15 @@ def _steps(report: dict[str, Any]) -> str:
                 lines.append(f"- {name}: {speed:,.2f} pairs/s ({pairs:g} pairs per group)")
             blocks.append("\n".join([*lines, *(f"- {note}" for note in case.get("notes", []))]))
     return "\n\n".join(["## A training step against TRL's", *blocks]) if blocks else ""
+
+
+def _levers(report: dict[str, Any]) -> str:
+    contents = [content_of(report, part) for part in ("levers", "levers-qwen", "levers-7b")]
+    blocks = [lever_table(content) for content in contents if content]
+    note = (
+        "Each row changes `plain`. MFU is of useful FLOPs; `-4l` has 4 of the model's 32 (LLaVA) or 28 (Qwen) layers."
+    )
+    return "\n\n".join(["## Options of a training step", note, *blocks]) if blocks else ""
 
 
 def _memory(report: dict[str, Any]) -> str:

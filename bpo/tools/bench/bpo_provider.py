@@ -26,6 +26,7 @@ from bpo.tools.bench.case import StepCase, pair_label, set_adapter
 from bpo.tools.bench.meter import Meter
 from bpo.tools.bench.workers import Session
 from bpo.training.batches import training_batches
+from bpo.training.features import use_step_features
 from bpo.training.flops import ModelFlops, model_flops
 from bpo.training.measure import measure_groups
 from bpo.training.metrics import step_metrics
@@ -57,6 +58,7 @@ class OpenStep:
     Attributes:
         logps: Receives each micro-batch's log-probs [N] in a forward pass.
         adapter: Digest of the adapter's weights.
+        closing: What to close after the last step.
     """
 
     config: Config
@@ -66,6 +68,7 @@ class OpenStep:
     flops: ModelFlops
     logps: list[torch.Tensor]
     adapter: str
+    closing: contextlib.ExitStack
 
     @property
     def model(self) -> Any:
@@ -99,13 +102,15 @@ def open_step(config: Config, resolved: ResolvedModel, ranks: Ranks) -> OpenStep
     flops = model_flops(model, encoder.family)
     trainer = TrainingEngine(PolicyModel(model), encoder.family, config, settings, ranks)
     meter = Meter(model, encoder.family.language_module, encoder.family.vision_module, trainer.device)
+    closing = contextlib.ExitStack()
+    use_step_features(config, resolved, trainer, encoder.family, closing)
     with without_adapter(model):
         store = fill_reference_store(config, resolved, trainer, data)
     batches = list(next(training_batches(config.data, data, [step], store, trainer)))
     logps: list[torch.Tensor] = []
     trainer.policy.register_forward_hook(lambda module, args, output: logps.append(output[1].detach()))
     meter.release()
-    return OpenStep(config, trainer, batches, meter, flops, logps, adapter)
+    return OpenStep(config, trainer, batches, meter, flops, logps, adapter, closing)
 
 
 def serve(case: StepCase, session: Session, provider: str) -> None:
@@ -134,6 +139,7 @@ def serve(case: StepCase, session: Session, provider: str) -> None:
         if not command.keep_cache:
             opened.meter.release()
         session.answer(result)
+    opened.closing.close()
     collectives.shut_down()
 
 

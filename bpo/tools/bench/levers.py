@@ -74,14 +74,18 @@ class Row:
     approximate: bool = False
 
 
-def all_rows(device: torch.device, checkpointing: str) -> list[Row]:
-    """All rows by priority, except `plain`; the options of `all` are filled in when it is reached."""
+def all_rows(device: torch.device, checkpointing: str, attention: str = "") -> list[Row]:
+    """All rows by priority, except `plain`; the options of `all` are filled in when it is reached.
+
+    Args:
+        checkpointing, attention: Those of `plain`, which get no row.
+    """
     single = [Row(f"{name}={value}", {name: value}) for name, value in EXACT]
     cache = Row("vision.cache=memory", {"vision.encode": "step", "vision.cache": "memory"})
     more = [(_RECOMPUTE, mode) for mode in ("none", "selective", "full", "offload")]
     if device.type == "cuda":
         backends = get_args(get_type_hints(ModelConfig)["attention"])
-        more += [("model.attention", name) for name in backends if name not in ("auto", "flash")]
+        more += [("model.attention", name) for name in backends if name not in ("auto", attention)]
     others = [Row(f"{name}={value}", {name: value}) for name, value in more if value != checkpointing]
     quantized = [
         Row(f"model.quantization={name}", {"model.quantization": name}, approximate=True)
@@ -192,6 +196,11 @@ class Bench:
         self.work = UsefulWork()
         self.flops: ModelFlops | None = None
 
+    def rows(self) -> list[Row]:
+        attention = resolve_model(self.config.model, self.device, for_training=True).attention
+        used = attention.backend if attention else ""
+        return all_rows(self.device, self.options.gradient_checkpointing, used)
+
     def measure(self, row: Row) -> dict[str, Any]:
         """The figures of a row, or why it has none; `status` is ok, WRONG, not here or failed."""
         result: dict[str, Any] = {"name": row.name, "changes": row.changes, "status": "ok", "reason": ""}
@@ -204,9 +213,13 @@ class Bench:
             text = " ".join(str(error).split())[:500]
             result |= {"status": "failed", "reason": f"{type(error).__name__}: {text}"}
             result["traceback"] = traceback.format_exc()
-        for step in opened:
-            if self.on_gpu or step is not self.plain:
-                close(step)
+        while opened:
+            if self.on_gpu or opened[-1] is not self.plain:
+                close(opened[-1])
+            opened.pop()
+        gc.collect()
+        if self.on_gpu:
+            torch.cuda.empty_cache()
         return result
 
     def _figures(self, row: Row, opened: list[OpenStep], result: dict[str, Any]) -> None:
@@ -220,7 +233,8 @@ class Bench:
         set_dropout(step.model, 0.0)
         first = step.results(*step.run(self.about["num_pairs"]))
         if not self.plain_first:
-            self.plain, self.plain_first, self.work, self.flops = step, first, step.useful_work(), step.flops
+            self.plain = None if self.on_gpu else step
+            self.plain_first, self.work, self.flops = first, step.useful_work(), step.flops
         result |= {"loss": first["loss"], "grad_norm": first["grad_norm"]}
         result["distances"] = apart = distances(self.plain_first, first, self.tokens)
         limits = dict(zip(("logp", "loss", "grad_norm"), TOLERANCES[self.about["dtype"]], strict=True))
@@ -240,10 +254,10 @@ class Bench:
         return float(figures["seconds"])
 
     def _times(self, step: OpenStep, result: dict[str, Any]) -> None:
-        assert self.plain is not None and self.flops is not None
+        assert self.flops is not None
         own, plain = [], self.plain_seconds if self.on_gpu else []
         for _ in range(self.options.repetitions):
-            if not self.on_gpu and step is not self.plain:
+            if self.plain is not None and step is not self.plain:
                 plain.append(self._seconds(self.plain))
             own.append(self._seconds(step))
         plain = self.plain_seconds = plain or own
@@ -285,14 +299,13 @@ class Bench:
 
 def close(step: OpenStep) -> None:
     """Frees the memory of a row; DeepSpeed's hooks keep its parameters alive."""
+    step.closing.close()
     step.trainer.deepspeed.destroy()
     for parameter in step.model.parameters():
         parameter.data = parameter.data.new_empty(0)
         parameter.grad = None
     step.batches.clear()
     torch.compiler.reset()
-    gc.collect()
-    step.meter.release()
 
 
 @contextlib.contextmanager
@@ -323,7 +336,7 @@ def measure_rows(bench: Bench, rows: list[Row], seconds: float, log: Path) -> It
     for row in [Row("plain", {}), *rows]:
         if row.name.startswith("all"):
             row = replace(row, changes=combined(bench.config, bench.device, results) | row.changes)
-        if time.perf_counter() - begin > seconds:
+        if results and time.perf_counter() - begin > seconds:
             result = {"name": row.name, "changes": row.changes, "status": "not run", "reason": "--seconds are over"}
         else:
             with output_to(log):
@@ -342,9 +355,9 @@ def run(options: argparse.Namespace, report: dict[str, Any]) -> int:
     """
     quiet_libraries()
     torch.set_num_threads(options.threads)
-    device = pick_device(Ranks())
-    rows = selected_rows(options.rows, all_rows(device, options.gradient_checkpointing))
+    selected_rows(options.rows, all_rows(pick_device(Ranks()), options.gradient_checkpointing))  # before the model
     with tempfile.TemporaryDirectory(prefix="bpo-bench-") as folder:
+        log = options.json.with_suffix(".log") if options.json else Path(folder) / "log"
         case, about = prepare_case(options, options.completions[0], Path(folder) / "case")
         about |= {"micro_batches": options.micro_batches, "lora_dropout": options.lora_dropout}
         config = case.config(options.micro_batches, options.lora_dropout)
@@ -352,8 +365,9 @@ def run(options: argparse.Namespace, report: dict[str, Any]) -> int:
         engine.init_distributed(Ranks())
         try:
             bench = Bench(options, about, config, answer_tokens(case))
+            rows = selected_rows(options.rows, bench.rows())
             print(lever_table.head(about), flush=True)
-            for result in measure_rows(bench, rows, options.seconds, Path(folder) / "log"):
+            for result in measure_rows(bench, rows, options.seconds, log):
                 report["rows"].append(result)
                 print(lever_table.line(result, about), flush=True)
                 if options.json:  # after every row, so that an interrupted run keeps the finished ones

@@ -239,7 +239,8 @@ def write_model(directory: Path, shape: str, image_tokens: int, dtype: torch.dty
     with device:  # 7 billion random numbers take minutes on CPU
         model = kind._from_config(config, dtype=dtype)
     directory.mkdir(parents=True, exist_ok=True)
-    for part in (model, *processor):
+    model.save_pretrained(directory, max_shard_size="2GB")  # shards are hashed in parallel
+    for part in processor:
         part.save_pretrained(directory)
     if device.type == "cuda":  # the providers' processes need the memory
         del model

@@ -18,7 +18,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-OP_COSTS: dict[str, Any] = {}
+from bpo_kernels.costs import OP_COSTS
 
 # They only reserve memory.
 _ALLOCATIONS = frozenset(
