@@ -15,9 +15,10 @@ from torch import Tensor
 
 from .lora_operator import rank_slots
 
-# Of an H100; with it the number of partial sums of A's gradient follows.
+# Multiprocessors of an H100, and a tile of A's gradient in half precision: the number of partial sums follows.
 _MULTIPROCESSORS = 132
 _GRAD_A_FEATURES = 4 * 32
+_GRAD_A_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def lora_backward_cost(
         elements += tokens * (features + slots)
         elements += sum(output * (tokens + r) + tokens * r for r, output in sizes) + sum(group.ranks) * features
         if dropout:
-            parts = -(-_MULTIPROCESSORS // columns)
+            parts = min(-(-_MULTIPROCESSORS // columns), -(-tokens // _GRAD_A_ROWS))
             extra_bytes = 4 * features * (slots * (2 * parts + 1) + sum(group.ranks))
         else:
             elements += slots * features + sum(group.ranks) * features
