@@ -136,6 +136,8 @@ def whole() -> dict[str, Any]:
     }
     outcome = {"case": {"name": "llava-lora"}, "measured": {"forward": 1e6, "backward": 2e6, "step": 3e6}}
     outcome |= {"predicted": {"forward": 1e6, "backward": 2.1e6, "step": 3e6}, "error": 0.05}
+    about = {"model": "llava-1.5-7b-4l", "device": "cuda", "num_tokens": 8192}
+    row = {"name": "all", "changes": {"lora.kernel": "fused"}, "status": "not here", "reason": "a reason"}
     tests = {"passed": 5, "failed": 1, "skipped": 2, "failures": [{"name": "a.py::test_b", "message": "no"}]}
     smoke = {"operation": "preference_loss", "name": "hinge", "status": "failed", "seconds": 1.5, "note": "too large"}
     report = made_up(
@@ -144,6 +146,7 @@ def whole() -> dict[str, Any]:
         operation_tests=record("failed", {"tests/kernels/a.py": tests | {"seconds": 1.0, "reasons": ["a reason"]}}),
         attention=record(report=attention),
         step=record(report=step_report()),
+        levers=record(report={"case": about, "rows": [row]}),
         memory=record(report={"outcomes": [outcome]}),
         gather=record("not run", reason="3 tests of logprob_gather fail"),
         quack=record("skipped", reason="quack is not installed"),
@@ -172,6 +175,8 @@ def test_the_page_says_where_the_figures_come_from_and_shows_each_section() -> N
         "peak MiB above the weights",
         "- trl-liger: 0.91 pairs/s (1 pairs per group)",
         "- a note",
+        "model llava-1.5-7b-4l, device cuda, num_tokens 8192",
+        "| all: lora.kernel=fused | not here: a reason |",
         "| llava-lora | 1.0 / 1.0 | 2.0 / 2.1 | 3.0 / 3.0 | +5.0% |",
         "| tests/kernels/a.py | 5 | 1 | 2 |",
         "- failed: a.py::test_b",

@@ -82,6 +82,9 @@ def test_the_parts_ask_for_every_operation_shape_and_provider_of_the_targets(tmp
         "gather": "logprob_gather 8192 bpo eager",
         "pair-loss": f"preference_loss {4 << 20} bpo eager",
         "step": "llava-1.5-7b bpo full",
+        "levers": "--levers llava-1.5-7b-4l 18 144 none",
+        "levers-qwen": "--levers qwen2.5-vl-7b-4l none",
+        "levers-7b": "--levers llava-1.5-7b full auto all",
         "quack": "linear_logprob bpo quack",
         "head-llama": "llama-3-8b",
     }.items():
