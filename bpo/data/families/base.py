@@ -183,7 +183,7 @@ class Family(abc.ABC):
 
 
 def _digest(entry: dict[str, torch.Tensor]) -> str:
-    digest = hashlib.blake2b(digest_size=32)
+    digest = hashlib.sha256()
     for name, value in entry.items():
         digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
         digest.update(value.contiguous().numpy().data)

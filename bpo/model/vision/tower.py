@@ -31,6 +31,11 @@ class FrozenTower:
             is_list = isinstance(module, torch.nn.ModuleList)
             self._names += [f"{name}.{i}" for i in range(len(module))] if is_list else [name]
 
+    @property
+    def num_inputs(self) -> int:
+        """K."""
+        return len(self._names)
+
     @torch.no_grad()
     def encode(self, entries: Sequence[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
         """Features [K, R, ..., D] of each entry, from one call of the tower.
