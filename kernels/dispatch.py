@@ -52,7 +52,7 @@ def chosen_implementation(tensor: Tensor) -> str:
 def _implementation(operation: str, tensor: Tensor) -> ModuleType:
     """The module that implements `operation` for `tensor`."""
     choice = chosen_implementation(tensor)
-    if choice not in _logged and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and choice not in _logged:  # in this order: else it is recompiled once logged
         _logged.add(choice)
         logger.info("kernels: %s on %s", choice, tensor.device.type)
     if choice == "plain":

@@ -16,6 +16,8 @@ from peft.tuners.lora.layer import Linear, LoraLayer
 from bpo.model.levers.lora import dropout_seed
 from bpo_kernels.dispatch import lora_linear
 
+# Between the dropout keys of groups, which differ in all bits: 2^64 / golden ratio.
+_KEY_STEP = 0x9E3779B97F4A7C15
 # Names of layers that a module calls with the same tensor, in order of the calls.
 _SHARE_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
@@ -25,17 +27,16 @@ class LayerGroup:
 
     Attributes:
         layers: In order of the calls.
-        stream: Number of the group in the model, from which its dropout draws.
         mode: `fused` or `addmm`, see `lora_linear`.
     """
 
-    def __init__(self, layers: list[GroupedLinear], stream: int, mode: str):
-        self.layers, self.stream, self.mode = layers, stream, mode
+    def __init__(self, layers: list[GroupedLinear], mode: str):
+        self.layers, self.mode = layers, mode
         self.waiting: dict[int, torch.Tensor] = {}
         self._input: torch.Tensor | None = None
         self._version, self._with_grad = 0, False
 
-    def forget(self, *_: Any) -> None:
+    def forget(self) -> None:
         """Drops outputs that were not asked for."""
         self.waiting, self._input = {}, None
 
@@ -55,8 +56,8 @@ class LayerGroup:
 
 
 def _version(x: torch.Tensor) -> int:
-    """Changes when `x` is written to; tensors of inference mode have no such count."""
-    return -1 if x.is_inference() else x._version
+    """Changes when `x` is written to; tensors of inference mode and of compiled code have no such count."""
+    return -1 if torch.compiler.is_compiling() or x.is_inference() else x._version
 
 
 class GroupedLinear(Linear):
@@ -68,6 +69,7 @@ class GroupedLinear(Linear):
 
     group: LayerGroup
     number: int  # in the group
+    dropout_key: torch.Tensor  # [1], is added to the seed; a number would make torch.compile compile each layer anew
 
     def __call__(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         # Here rather than in `forward`, as hooks in between replace the input: those of ZeRO-3 copy it for each layer.
@@ -97,8 +99,7 @@ class GroupedLinear(Linear):
             [layer.lora_B[name].weight for layer in layers],
             [layer.scaling[name] for layer in layers],
             dropout=dropout,
-            seed=dropout_seed() if dropout else None,
-            stream=group.stream,
+            seed=dropout_seed() + self.dropout_key if dropout else None,
             mode=group.mode,
         )
         if len(layers) > 1:
@@ -127,22 +128,38 @@ class GroupedLinear(Linear):
 
 def group_layers(language: torch.nn.Module, mode: str) -> str:
     """Makes the adapted layers of a language model `GroupedLinear`, in place; returns how many, for the log."""
-    groups, left = 0, set()
+    groups: list[LayerGroup] = []
+    left = set()
     for parent in language.modules():
         children: dict[str, Any] = {n: m for n, m in parent.named_children() if isinstance(m, LoraLayer)}
         left |= {type(m.base_layer).__name__ for m in children.values() if not _is_plain(m)}
         plain = {name: layer for name, layer in children.items() if _is_plain(layer)}
         for layers in _partition(plain):
-            group = LayerGroup(layers, groups, mode)
-            groups += 1
+            group, key = LayerGroup(layers, mode), _signed(len(groups) * _KEY_STEP)
+            groups.append(group)
             for number, layer in enumerate(layers):
                 layer.__class__ = GroupedLinear  # the parameter objects stay, and with them ZeRO-3's partitions
                 layer.group, layer.number = group, number
-            if len(layers) > 1:
-                parent.register_forward_hook(group.forget, always_call=True)
+                # A buffer moves with the model; it is not in the state.
+                device = layer.base_layer.weight.device
+                layer.register_buffer("dropout_key", torch.tensor([key], device=device), persistent=False)
+
+    def forget(*_: Any) -> None:
+        for group in groups:
+            group.forget()
+
+    # Outputs that were not asked for, in a forward pass or a recomputation. Not on each group's module: torch.compile
+    # would compile each layer anew.
+    language.register_forward_pre_hook(forget)
+    language.register_forward_hook(forget, always_call=True)
     adapted = sum(isinstance(module, GroupedLinear) for module in language.modules())
     others = f"; PEFT computes those of {', '.join(sorted(left))}" if left else ""
-    return f"{adapted} adapted layers in {groups} groups with one input{others}"
+    return f"{adapted} adapted layers in {len(groups)} groups with one input{others}"
+
+
+def _signed(number: int) -> int:
+    """The int64 with the lowest 64 bits of `number`."""
+    return (number + 2**63) % 2**64 - 2**63
 
 
 def _is_plain(layer: Any) -> bool:

@@ -102,13 +102,13 @@ def test_other_scales_and_some_of_the_layers(directory, batch, options: dict[str
 class MaskedDropout(torch.nn.Module):
     """Dropout by the documented mask, for PEFT's layers."""
 
-    def __init__(self, probability: float, stream: int):
+    def __init__(self, probability: float, key: torch.Tensor):
         super().__init__()
-        self.probability, self.stream = probability, stream
+        self.probability, self.key = probability, key
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        keep_TD = keep_mask(*rows.shape, self.probability, lora.dropout_seed(), self.stream)
+        keep_TD = keep_mask(*rows.shape, self.probability, lora.dropout_seed() + self.key, 0)
         return x * keep_TD.view(x.shape) / (1 - self.probability)
 
 
@@ -119,7 +119,7 @@ def test_dropout_is_autograd_with_masks_that_checkpointing_repeats(directory, ba
     plain = adapted(directory, "peft", dropout=0.4)
     for name, module in grouped.named_modules():
         if isinstance(module, GroupedLinear):
-            plain.get_submodule(name).lora_dropout["default"] = MaskedDropout(0.4, module.group.stream)
+            plain.get_submodule(name).lora_dropout["default"] = MaskedDropout(0.4, module.dropout_key)
     expected_N, expected = run(plain, batch)
     logp_N, gradients = run(grouped, batch)
     torch.testing.assert_close(logp_N, expected_N, atol=1e-5, rtol=1e-5)
@@ -134,8 +134,8 @@ def test_masks_differ_by_seed_and_layer_and_are_absent_in_eval_mode(directory, b
     model = adapted(directory, "addmm", dropout=0.4)
     first, again, other = (run(model, batch, seed)[0] for seed in (1, 1, 2))
     assert torch.equal(first, again) and not torch.allclose(first, other)
-    streams = {module.group.stream for module in model.modules() if isinstance(module, GroupedLinear)}
-    assert len(streams) == 4 * 2  # qkv, o, gate and up, down of two layers
+    keys = {int(module.dropout_key) for module in model.modules() if isinstance(module, GroupedLinear)}
+    assert len(keys) == 4 * 2  # qkv, o, gate and up, down of two layers
     expected_N, _ = run(adapted(directory, "addmm"), batch)
     torch.testing.assert_close(run(model.eval(), batch)[0], expected_N, atol=0, rtol=0)
 
@@ -153,14 +153,15 @@ def test_seeds_of_micro_batches_steps_and_ranks_differ() -> None:
     assert len(set(seeds)) == len(seeds) and seeds[0] == seed_micro_batch(*positions[0]) and max(seeds) < 2**63
 
 
+def is_adapted_attention(module: Any) -> bool:
+    return hasattr(getattr(module, "q_proj", None), "lora_A")
+
+
 def attention_of(model: Any) -> Any:
-    return next(module for module in model.modules() if hasattr(module, "q_proj") and hasattr(module.q_proj, "lora_A"))
+    return next(filter(is_adapted_attention, model.modules()))
 
 
-@pytest.mark.parametrize(
-    "calls",
-    ["q k v", "v k q", "k", "q q k k v v", "q k* v", "k q", "q k- v"],
-)
+@pytest.mark.parametrize("calls", ["q k v", "v k q", "k", "q q k k v v", "q k* v", "q k- v"])
 @pytest.mark.parametrize("grad", [True, False])
 def test_layers_may_be_called_in_any_order_and_with_other_tensors(tiny_llava_dir: Path, calls: str, grad: bool) -> None:
     """`*` is called with another tensor of the same values, `-` after the tensor was changed in place."""
@@ -210,6 +211,29 @@ def test_one_operation_computes_the_layers_of_one_input(directory, batch, monkey
         run(model, batch)
     assert counter.calls["bpo::lora_forward"] == forward
     assert counter.calls["bpo::lora_backward"] == 8
+
+
+def test_all_layers_of_one_kind_share_a_compilation(tiny_llava_dir: Path) -> None:
+    """A number or hook that differs between them would have each compiled anew."""
+    model = adapted(tiny_llava_dir, "addmm", dropout=0.4)
+    attentions = [module for module in model.modules() if is_adapted_attention(module)]
+    x_TD = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
+    graphs = []
+
+    def project(attention: Any, x_TD: torch.Tensor) -> list[torch.Tensor]:
+        return [layer(x_TD) for layer in (attention.q_proj, attention.k_proj, attention.v_proj)]
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    compiled = torch.compile(project, backend=backend, fullgraph=True, dynamic=False)
+    for seed in (1, 2):
+        for attention in attentions:
+            with adapter_dropout(seed, CPU):
+                torch.testing.assert_close(compiled(attention, x_TD), project(attention, x_TD), atol=0, rtol=0)
+    assert len(attentions) == 2 and len(graphs) == 1
 
 
 def test_nothing_of_a_micro_batch_is_kept(tiny_llava_dir: Path, monkeypatch) -> None:
