@@ -59,7 +59,7 @@ def test_differences_are_per_token_and_nan_is_one() -> None:
     tokens = {"0": (10, 20)}
     other = plain | {"pairs": {"0": pair | {"rejected": -110.5}}, "grad_norm": 2.2}
     assert distances(plain, other, tokens) == pytest.approx({"logp": 0.025, "loss": 0.0, "grad_norm": 0.1})
-    broken = plain | {"pairs": {"0": pair | {"chosen": math.nan}}}
+    broken = plain | {"pairs": {"0": pair | {"rejected": math.nan}}}
     assert math.isnan(distances(plain, broken, tokens)["logp"])
 
 
