@@ -79,6 +79,7 @@ COVERS = {
     "losses/test_plugin.py": "/bpo/job/plugins",
     "model/attention/test_shared_prefix.py": "sdpa split",
     "model/attention/test_varlen.py": "flash rows",
+    "model/levers/test_lora.py": "lora_layers",
     "model/levers/test_quantized.py": "fp8 quantized_layers",
     "model/decoding/test_answer.py": "cost",
     "model/decoding/test_contrast.py": "biased branch",
