@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from bpo.config.training import Config, LoraConfig, ModelConfig
+from bpo.config.training import Config, ModelConfig, TrainableConfig
 from bpo.data.families import family_of
 from bpo.model import recompute
 from bpo.model.levers import layer_kernels, patch_embedding
@@ -139,7 +139,7 @@ def test_liger_is_faster_and_holds_less() -> None:
 
 
 @pytest.mark.parametrize("mode", ["none", "full", "selective"])
-def test_a_policy_with_an_adapter_learns_the_same(tiny_llava_dir: Path, photo_root: Path, monkeypatch, mode) -> None:
+def test_a_policy_learns_the_same(tiny_llava_dir: Path, photo_root: Path, monkeypatch, mode: str) -> None:
     pytest.importorskip("liger_kernel")
     monkeypatch.setattr(recompute, "CHEAP_INNER", 2)  # the tiny products count as large
     encoder = encoder_of(tiny_llava_dir, photo_root)
@@ -147,7 +147,7 @@ def test_a_policy_with_an_adapter_learns_the_same(tiny_llava_dir: Path, photo_ro
     policies = []
     for checkpointing, lever in (("none", Lever("none", "")), (mode, LIGER)):
         options = ModelConfig(path=str(tiny_llava_dir), dtype="float32", gradient_checkpointing=checkpointing)
-        config = Config(model=options, lora=LoraConfig(r=2, alpha=2))
+        config = Config(model=options, trainable=TrainableConfig(language="full"))
 
         def install(model: Any, config: Config = config, lever: Lever = lever) -> None:
             layer_kernels.install(model, encoder.family, config, lever)
