@@ -175,7 +175,7 @@ def test_terms_are_logged_under_their_names(matrix: Path) -> None:
 
 
 CHANGES = [(case, f"{case}_by_{ranks}") for ranks, cases in FROM_TWO.items() for case in cases]
-CHANGES += [("alone", "alone_by_4"), ("zero2", "zero2_by_zero3")]
+CHANGES += [("alone", "alone_by_4"), ("zero2", "zero2_by_zero3"), ("full_zero3", "full_zero3_by_hpz")]
 
 
 @pytest.mark.parametrize(("case", "continued"), CHANGES)

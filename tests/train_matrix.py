@@ -205,6 +205,10 @@ def change_ranks(root: Path, ranks: Ranks) -> None:
         changed_plugin(root, ranks)
     else:
         train(after_step_4(root, "alone", alone, ranks, "alone_by_4"), ranks)
+        # Two nodes of two ranks, each with a copy of the weights, which a checkpoint replaces.
+        config = after_step_4(root, "full_zero3", named["full_zero3"], ranks, "full_zero3_by_hpz")
+        with mock.patch.dict(os.environ, LOCAL_SIZE="2"):
+            train(replace(config, train=replace(config.train, ds_config="ds_configs/zero3_hpz.json")), ranks)
         plugins_differ(root, ranks)
 
 

@@ -56,19 +56,33 @@ def _lossy_states(lr: float, adam_beta2: float) -> Iterator[tuple[str, str]]:
         yield f"{block}.{dtype}_master_weights_and_grads", weights
 
 
-def complete_zero(settings: dict[str, Any], where: Path, world_size: int, ranks_per_node: int | None) -> dict[str, Any]:
-    """Fills in what depends on the nodes: the size of hpZ's groups, and variables in the paths of NVMe directories.
+def with_group_size(
+    settings: dict[str, Any], where: Path, world_size: int, ranks_per_node: int | None
+) -> dict[str, Any]:
+    """Fills in the number of ranks in hpZ's groups, each of which has a whole copy of the weights.
 
     Args:
         ranks_per_node: None if the launcher does not say.
 
     Raises:
-        ValueError: hpZ's groups would cross nodes or their size is unknown, or an NVMe directory does not exist.
+        ValueError: groups would cross nodes, or the size of a node is unknown.
     """
-    zero = dict(settings.get("zero_optimization", {}))
+    zero = settings.get("zero_optimization", {})
     size = zero.get("zero_hpz_partition_size", 1)
-    if size != 1:
-        zero["zero_hpz_partition_size"] = _group_size(size, where, world_size, ranks_per_node)
+    if size == 1:
+        return settings
+    size = _group_size(size, where, world_size, ranks_per_node)
+    return {**settings, "zero_optimization": {**zero, "zero_hpz_partition_size": size}}
+
+
+def complete_zero(settings: dict[str, Any], where: Path, world_size: int, ranks_per_node: int | None) -> dict[str, Any]:
+    """`with_group_size`, and the values of variables in the paths of NVMe directories.
+
+    Raises:
+        ValueError: as `with_group_size`, or an NVMe directory does not exist.
+    """
+    settings = with_group_size(settings, where, world_size, ranks_per_node)
+    zero = dict(settings.get("zero_optimization", {}))
     for part in ("offload_param", "offload_optimizer"):
         if zero.get(part, {}).get("device") == "nvme":
             zero[part] = {**zero[part], "nvme_path": _nvme_directory(zero[part].get("nvme_path"), part, where)}

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -48,11 +49,28 @@ class StackCosts:
     kept: live after the forward pass.
     forward: peak of the forward pass.
     backward: peak of the backward pass, without weight gradients.
+    inputs_on_host: number of layers whose inputs are in host memory.
+    input_per_row: bytes per row of such an input.
     """
 
     kept: Affine
     forward: Affine
     backward: Affine
+    inputs_on_host: int = 0
+    input_per_row: float = 0.0
+
+    def offloaded(self, layers: int, input_per_row: float) -> StackCosts:
+        """With the layers' inputs in host memory; on the device are that of the current layer and the next one."""
+        saved = max(0, layers - 2) * input_per_row
+        kept, forward, backward = (
+            Affine(cost.constant, cost.per_row - saved) for cost in (self.kept, self.forward, self.backward)
+        )
+        return StackCosts(kept, forward, backward, layers, input_per_row)
+
+    def host_bytes(self, rows: float) -> float:
+        """Pinned host memory, whose blocks PyTorch rounds up to a power of 2."""
+        size = self.input_per_row * rows
+        return self.inputs_on_host * 2.0 ** math.ceil(math.log2(size)) if size else 0.0
 
 
 @dataclass(frozen=True)
@@ -142,7 +160,7 @@ def activation_costs(
 
     Args:
         shape: The model as it is trained.
-        checkpointing: `model.gradient_checkpointing`: none, full or selective.
+        checkpointing: `model.gradient_checkpointing`: none, full, offload or selective.
         gathers: Whether weights are partitioned (ZeRO-3).
         device: Device type of the training run.
     """
@@ -175,11 +193,11 @@ def activation_costs(
 
     layers = shape.text.num_hidden_layers
     with _operators_of(device, gathers):
-        return ActivationCosts(
-            language=_stack_costs(model, language, "layers", layers, text_pass),
-            vision=_vision_costs(model, tower, shape),
-            projector_kept_per_row=_projector_kept(model, family, shape),
-        )
+        of_language = _stack_costs(model, language, "layers", layers, text_pass)
+        of_vision = _vision_costs(model, tower, shape, offloads=checkpointing == "offload")
+    if checkpointing == "offload":
+        of_language = of_language.offloaded(layers, hidden * model.dtype.itemsize)
+    return ActivationCosts(of_language, of_vision, _projector_kept(model, family, shape))
 
 
 def _stack_costs(
@@ -243,7 +261,7 @@ def _dropped_gradients(model: torch.nn.Module) -> Iterator[None]:
             handle.remove()
 
 
-def _vision_costs(model: Any, tower: torch.nn.Module, shape: ModelShape) -> StackCosts:
+def _vision_costs(model: Any, tower: torch.nn.Module, shape: ModelShape, *, offloads: bool) -> StackCosts:
     """Costs of the tower's blocks; if the model selects a hidden state, the outputs of all blocks are kept."""
     name, blocks = max(
         ((n, m) for n, m in tower.named_modules() if isinstance(m, torch.nn.ModuleList)), key=lambda pair: len(pair[1])
@@ -278,7 +296,10 @@ def _vision_costs(model: Any, tower: torch.nn.Module, shape: ModelShape) -> Stac
 
         return x, run
 
-    return _stack_costs(model, tower.get_submodule(owner), attribute, len(blocks), vision_pass)
+    costs = _stack_costs(model, tower.get_submodule(owner), attribute, len(blocks), vision_pass)
+    # Outputs that are kept for a selection are the inputs of the blocks.
+    offloads = offloads and shape.flops.vision_trained and not keeps_outputs
+    return costs.offloaded(len(blocks), width * model.dtype.itemsize) if offloads else costs
 
 
 def _projector_kept(model: Any, family: Any, shape: ModelShape) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,8 +19,8 @@ from bpo.tools.plan.shape import ModelShape, shape_of
 from bpo.tools.plan.speed import Machine, StepTime, step_time
 
 # From the least communication to the most offloading.
-DS_CONFIGS = ("zero1", "zero2", "zero2_offload", "zero3", "zero3_offload")
-CHECKPOINTING = ("none", "selective", "full")
+DS_CONFIGS = ("zero1", "zero2", "zero2_offload", "zero3", "zero3_hpz", "zero3_offload", "zero3_nvme")
+CHECKPOINTING = ("none", "selective", "full", "offload")
 # Granularity and maximum of the tokens per micro-batch; larger micro-batches are not faster on GPUs.
 _TOKEN_STEP, _MOST_TOKENS = 256, 32768
 
@@ -76,8 +77,22 @@ class Sizing:
         return flops / device / self.machine.world_size
 
 
+@dataclass(frozen=True)
+class Traced:
+    """A model with its activation costs by kind of recomputation and by whether weights are gathered, traced once."""
+
+    shape: ModelShape
+    costs: Callable[[str, bool], ActivationCosts]
+
+
+def trace(model: str, config: Config) -> Traced:
+    """See `shape.shape_of`, which says what is raised."""
+    shape = shape_of(model, config)
+    return Traced(shape, functools.cache(lambda mode, gathers: activation_costs(shape, mode, gathers=gathers)))
+
+
 def size_candidates(
-    model: str,
+    model: Traced,
     config: Config,
     machine: Machine,
     gpu_memory: float,
@@ -90,28 +105,24 @@ def size_candidates(
     """Sizes every file in ds_configs/ for `model` on `machine`.
 
     Args:
-        model: See `shape.model_config_of`.
         config: Configuration of the run: trained parts, adapter, dtype, groups per step, data workers.
         gpu_memory: Bytes per GPU.
         host_memory: Bytes per node.
         group: The average group as the loss packs it.
         groups_per_step: 0 uses the configuration's value, raised to one group per rank.
         couples_groups: `LossProgram.couples_groups`.
-
-    Raises:
-        ValueError: The model is unknown.
     """
-    shape = shape_of(model, config)
+    shape, costs = model.shape, model.costs
     dtype = torch.float32 if config.model.dtype == "float32" else torch.bfloat16
     groups_per_step = groups_per_step or max(config.train.groups_per_step, machine.world_size)
-    costs = functools.cache(lambda mode, gathers: activation_costs(shape, mode, gathers=gathers))
     sizer = _Sizer(
         shape, machine, gpu_memory, host_memory, group, groups_per_step, dtype, config.data.num_workers, couples_groups
     )
     fastest = []
     for name in DS_CONFIGS:
         settings = json.loads(find_ds_config(f"ds_configs/{name}.json").read_text(encoding="utf-8"))
-        zero = Zero.from_settings(with_fitting_buckets(settings, shape.num_trained))
+        settings = with_fitting_buckets(settings, shape.num_trained)
+        zero = Zero.from_settings(settings, machine.nodes, machine.gpus_per_node)
         candidates = [sizer.candidate(name, zero, mode, costs(mode, zero.stage == 3)) for mode in CHECKPOINTING]
         fastest.append(min(candidates, key=_slowness))
     usable = [i for i, candidate in enumerate(fastest) if candidate.time is not None and candidate.fits_host]

@@ -14,7 +14,8 @@ from bpo.config.io import load_config
 from bpo.config.training import Config
 from bpo.formats.files import read_groups
 from bpo.losses.program import LossProgram
-from bpo.tools.plan.candidates import Candidate, Sizing, memory_gb, size_candidates
+from bpo.tools.plan import scale
+from bpo.tools.plan.candidates import Candidate, Sizing, memory_gb, size_candidates, trace
 from bpo.tools.plan.group import (
     GroupShape,
     ImageSize,
@@ -62,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--host-memory", default="1000GB", metavar="SIZE", help="per node (default 1000GB)")
     add("--node-bandwidth", type=float, default=50.0, metavar="GB/S", help="network bandwidth per GPU (default 50)")
     add("--host-bandwidth", type=float, default=200.0, metavar="GB/S", help="memory bandwidth per node (default 200)")
+    add("--nvme-bandwidth", type=float, default=12.0, metavar="GB/S", help="local disks per node (default 12)")
     add("--mfu", type=float, default=0.4, help="utilisation: share of peak FLOP/s in matrix products (default 0.4)")
     add("--language", choices=("lora", "full", "frozen"), help="overrides trainable.language")
     add("--groups-per-step", type=int, default=0, help="overrides train.groups_per_step raised to one per GPU")
@@ -73,6 +75,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--prompt-tokens", type=int, default=0, help="per group, without the image (default 64)")
     add("--response-tokens", type=int, default=0, help="per completion (default 150)")
     add("--completions", type=int, default=0, help="per group, one of them preferred (default 3)")
+    add("--scale", action="store_true", help="also 1 to 1,024 GPUs: which file wins where, store and checkpoints")
+    add("--disk-bandwidth", type=float, default=10.0, metavar="GB/S", help="shared file system, for --scale (10)")
     add("--json", type=Path, metavar="FILE", help="write all figures to FILE")
     return parser
 
@@ -83,7 +87,7 @@ def _check(options: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be at least 1")
     if not 0 < options.mfu <= 1:
         raise ValueError(f"--mfu is {options.mfu:g}; it is a share of the peak and must be in (0, 1]")
-    for name in ("node_bandwidth", "host_bandwidth"):
+    for name in ("node_bandwidth", "host_bandwidth", "nvme_bandwidth", "disk_bandwidth"):
         if getattr(options, name) <= 0:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(options, name):g}; it must be positive")
     for name in ("groups_per_step", "groups_count", "image_tokens", "prompt_tokens", "response_tokens", "completions"):
@@ -132,12 +136,14 @@ def main(argv: list[str]) -> int:
         options.node_bandwidth,
         options.host_bandwidth,
         options.mfu,
+        nvme_gb_s=options.nvme_bandwidth,
     )
     program = LossProgram(config.loss, config.train.seed)
     group, count = _group_shape(options, config, program, model_config_of(model))
     host_memory = parse_bytes(options.host_memory)
+    traced = trace(model, config)
     sizing = size_candidates(
-        model,
+        traced,
         config,
         machine,
         gpu_memory,
@@ -147,8 +153,19 @@ def main(argv: list[str]) -> int:
         couples_groups=program.couples_groups,
     )
     print(render(sizing, config, program, gpu_memory, host_memory, count))
+    tree = report(sizing, program, count)
+    if options.scale:
+        per_rank = max(1, sizing.groups_per_step // machine.world_size)
+        num_groups = count or scale.NUM_GROUPS
+        storage = scale.Storage(options.disk_bandwidth)
+        memory = gpu_memory, host_memory
+        rows = scale.scale(
+            traced, config, machine, memory, group, num_groups, per_rank, storage, program.couples_groups
+        )
+        print("\n".join(scale.render(rows, num_groups)))
+        tree["scale"] = [asdict(row) for row in rows]
     if options.json is not None:
-        options.json.write_text(json.dumps(report(sizing, program, count), indent=1) + "\n", encoding="utf-8")
+        options.json.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
     return 0 if sizing.best is not None else 1
 
 

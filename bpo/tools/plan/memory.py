@@ -9,10 +9,12 @@ Letters: P parameters, T trained parameters, N ranks, b bytes per weight (2 in b
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from bpo.config.ds_file import with_group_size
 from bpo.tools.plan.activations import ActivationCosts
 from bpo.tools.plan.shape import ModelShape
 from bpo_kernels.head import HALVES, plan_head
@@ -25,11 +27,16 @@ CUDA_CONTEXT_BYTES = 1.5 * GB
 FRAGMENTATION = 0.05
 HOST_PROCESS_BYTES = 4.0 * GB
 HOST_WORKER_BYTES = 1.0 * GB
+# Elements of the buffers between disk and device: `buffer_count` times `buffer_size` of ds_configs/zero3_nvme.json.
+NVME_BUFFERS = 5 * 100_000_000
 
 
 @dataclass(frozen=True)
 class Zero:
-    """Memory-related settings of a DeepSpeed file; sizes in elements, as in DeepSpeed."""
+    """Memory-related settings of a DeepSpeed file; sizes in elements, as in DeepSpeed.
+
+    group_ranks: ranks that share a second copy of the weights (hpZ); 1 without one.
+    """
 
     stage: int
     offload_optimizer: bool = False
@@ -40,10 +47,17 @@ class Zero:
     persistence_threshold: int = 100_000
     max_live: int = 1_000_000_000
     sub_group: int = 1_000_000_000
+    group_ranks: int = 1
+    param_on_nvme: bool = False
 
     @classmethod
-    def from_settings(cls, settings: dict[str, Any]) -> Zero:
-        """From a DeepSpeed configuration; missing settings have DeepSpeed's defaults."""
+    def from_settings(cls, settings: dict[str, Any], nodes: int = 1, ranks_per_node: int = 1) -> Zero:
+        """From a DeepSpeed configuration; missing settings have DeepSpeed's defaults.
+
+        Raises:
+            ValueError: hpZ's groups would cross nodes.
+        """
+        settings = with_group_size(settings, Path("train.ds_config"), nodes * ranks_per_node, ranks_per_node)
         zero = settings.get("zero_optimization", {})
         names = {
             "reduce_bucket": "reduce_bucket_size",
@@ -59,6 +73,8 @@ class Zero:
             offload_optimizer=zero.get("offload_optimizer", {}).get("device", "none") != "none",
             offload_param=zero.get("offload_param", {}).get("device", "none") != "none",
             overlap_comm=bool(zero.get("overlap_comm", stage == 3)),
+            group_ranks=zero.get("zero_hpz_partition_size", 1),
+            param_on_nvme=zero.get("offload_param", {}).get("device") == "nvme",
             **sizes,
         )
 
@@ -217,7 +233,9 @@ def rank_memory(
     largest = max(phases, key=lambda name: phases[name])
     overhead = CUDA_CONTEXT_BYTES + FRAGMENTATION * phases[largest] if device == "cuda" else 0.0
     parts = {**by_phase[largest], "overhead": overhead}
-    return RankMemory(phases, parts, _host_bytes(shape, zero, world_size, size), phases[largest] + overhead)
+    inputs = costs.language.host_bytes(load.tokens) + costs.vision.host_bytes(load.patches)
+    host = _host_bytes(shape, zero, world_size, size) + (1 + waiting) * inputs
+    return RankMemory(phases, parts, host, phases[largest] + overhead)
 
 
 def _parts_by_phase(
@@ -283,6 +301,8 @@ def _states(shape: ModelShape, zero: Zero, world_size: int, size: int) -> dict[s
     trained = shape.num_trained
     if zero.stage == 3:
         weights = 0.0 if zero.offload_param else shape.num_parameters / world_size * size
+        if zero.group_ranks > 1:
+            weights += shape.num_parameters / zero.group_ranks * size
     else:
         weights = float(shape.num_parameters * size)
     if zero.offload_optimizer:
@@ -329,14 +349,16 @@ def _step_bytes(zero: Zero, share: float, size: int, device: str) -> float:
 
 
 def _host_bytes(shape: ModelShape, zero: Zero, world_size: int, size: int) -> float:
-    """Host bytes of one rank: fp32 master, moments and gradients, transfer buffer; with parameter offload, weights."""
+    """Host bytes of one rank: fp32 master, moments and gradients, transfer buffer; with parameter offload, weights or,
+    if those are on a disk, the buffers.
+    """
     if not zero.offload_optimizer:
         return 0.0
     share = shape.num_trained / world_size
     largest = max((t.numel for t in shape.tensors if t.trained), default=0)
     host = (4 + 8 + 4 + 2 * size) * share + largest * size
     if zero.offload_param:
-        host += shape.num_parameters / world_size * size
+        host += NVME_BUFFERS * size if zero.param_on_nvme else shape.num_parameters / world_size * size
     return host
 
 

@@ -25,6 +25,7 @@ class Machine:
         nodes, gpus_per_node: Numbers of nodes and GPUs.
         node_gb_s: Network bandwidth per GPU; 50 is one 400 Gbit/s adapter per GPU.
         host_memory_gb_s: Memory bandwidth per node, shared by its ranks, for CPU Adam.
+        nvme_gb_s: Read bandwidth of the local disks per node, shared by its ranks, for weights on NVMe.
         utilisation: Share of `gpu.peak_tflops` reached by matrix products, including recomputation.
         overlap: Share of communication that overlaps with computation, limited by the computation time.
     """
@@ -36,6 +37,7 @@ class Machine:
     host_memory_gb_s: float = 200.0
     utilisation: float = 0.4
     overlap: float = 0.7
+    nvme_gb_s: float = 12.0
 
     @property
     def world_size(self) -> int:
@@ -70,7 +72,7 @@ def recomputed_flops(shape: ModelShape, work: UsefulWork, checkpointing: str) ->
 
     `selective` keeps the results of matrix products and attention, so it adds no counted FLOPs.
     """
-    if checkpointing != "full":
+    if checkpointing not in ("full", "offload"):
         return 0.0
     macs = shape.flops.forward_macs(work)
     return 2.0 * (macs["language"] + macs["attention"] + (macs["vision"] if shape.flops.vision_trained else 0))
@@ -82,17 +84,54 @@ def communicated_bytes(shape: ModelShape, zero: Zero, world_size: int, micro_bat
     ZeRO-0 all-reduces gradients, 2Tb. ZeRO-1 reduce-scatters gradients and all-gathers weights, 2Tb. ZeRO-2 does the
     same with one reduce-scatter per micro-batch. Per micro-batch, ZeRO-3 gathers all weights, including frozen ones, in
     the forward and in the backward pass, 2Pb, and reduce-scatters gradients, Tb.
+
+    hpZ (arXiv 2306.10209, section 3.2) gathers within groups of n ranks, (n - 1) / n of the same volume; over all ranks
+    it gathers only the weights that a step has changed, once per step, Tb, and reduce-scatters the gradients as before.
     """
-    if world_size == 1:
-        return 0.0
+    within, across = _volumes(shape, zero, micro_batches, size)
+    groups = zero.group_ranks
+    return within * (groups - 1) / groups + across * (world_size - 1) / world_size
+
+
+def _volumes(shape: ModelShape, zero: Zero, micro_batches: int, size: int) -> tuple[float, float]:
+    """Bytes of the collectives of one step within hpZ's groups, and over all ranks."""
     trained, whole = shape.num_trained * size, shape.num_parameters * size
+    if zero.group_ranks > 1:
+        return micro_batches * 2.0 * whole - trained, (micro_batches + 1.0) * trained
     volume = {
         0: 2.0 * trained,
         1: 2.0 * trained,
         2: (micro_batches + 1.0) * trained,
         3: micro_batches * (2.0 * whole + trained),
     }[zero.stage]
-    return volume * (world_size - 1) / world_size
+    return 0.0, volume
+
+
+def _communication_seconds(shape: ModelShape, zero: Zero, machine: Machine, micro_batches: int, size: int) -> float:
+    """A ring runs at the speed of its slowest link: the network if it spans several nodes."""
+    within, across = _volumes(shape, zero, micro_batches, size)
+    ranks, links = machine.world_size, machine.gpu.link_gb_s * 1e9
+    between = links if machine.nodes == 1 else min(links, machine.node_gb_s * 1e9)
+    return within * (1 - 1 / zero.group_ranks) / links + across * (1 - 1 / ranks) / between
+
+
+def _offload_seconds(
+    shape: ModelShape, zero: Zero, machine: Machine, micro_batches: int, size: int, inputs_bytes: float, compute: float
+) -> float:
+    """Transfers to and from the host that nothing hides, and the CPU's Adam."""
+    link, ranks = machine.gpu.host_gb_s * 1e9, machine.world_size
+    seconds = max(0.0, 2 * inputs_bytes / link - compute)  # copied while layers run
+    share = shape.num_trained / ranks
+    if zero.offload_optimizer:
+        adam = share * machine.gpus_per_node * _CPU_ADAM_BYTES / (machine.host_memory_gb_s * 1e9)
+        seconds += 2 * share * size / link + adam
+    if zero.offload_param:
+        # Each rank's partition of the weights is copied to the device before every gather.
+        read = micro_batches * 2 * shape.num_parameters / ranks * size
+        seconds += read / link
+        if zero.param_on_nvme:
+            seconds += (read + share * size) * machine.gpus_per_node / (machine.nvme_gb_s * 1e9)
+    return seconds
 
 
 def step_time(
@@ -115,17 +154,11 @@ def step_time(
     again = recomputed_flops(shape, work, checkpointing)
     compute = (useful + again) / (peak * machine.utilisation)
     sent = communicated_bytes(shape, zero, machine.world_size, micro_batches, size)
-    # A ring runs at the speed of its slowest link: the network if there are several nodes.
-    link = machine.gpu.link_gb_s if machine.nodes == 1 else min(machine.gpu.link_gb_s, machine.node_gb_s)
-    communication = sent / (link * 1e9)
-    share = shape.num_trained / machine.world_size
-    offload = 0.0
-    if zero.offload_optimizer:
-        adam = share * machine.gpus_per_node * _CPU_ADAM_BYTES / (machine.host_memory_gb_s * 1e9)
-        offload = 2 * share * size / (machine.gpu.host_gb_s * 1e9) + adam
-    if zero.offload_param:
-        # Each rank's partition of the weights is copied to the device before every gather.
-        offload += micro_batches * 2 * shape.num_parameters / machine.world_size * size / (machine.gpu.host_gb_s * 1e9)
+    communication = _communication_seconds(shape, zero, machine, micro_batches, size)
+    inputs = 0.0
+    if checkpointing == "offload":
+        inputs = float(shape.text.num_hidden_layers * shape.text.hidden_size * size * work.tokens)
+    offload = _offload_seconds(shape, zero, machine, micro_batches, size, inputs, compute)
     hidden = min(machine.overlap * communication, compute)
     total = compute + communication - hidden + offload
     return StepTime(compute, communication, offload, total, useful / peak, again / peak, sent)

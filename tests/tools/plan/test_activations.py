@@ -96,6 +96,15 @@ def test_a_frozen_tower_keeps_nothing_but_its_output() -> None:
     assert trained.kept.per_row > 10 * frozen.kept.per_row
 
 
+def test_offload_leaves_two_inputs_of_layers_on_the_device() -> None:
+    full, offload = (costs_of(5, mode, language="lora") for mode in ("full", "offload"))
+    for name in ("kept", "forward", "backward"):
+        before, after = getattr(full.language, name), getattr(offload.language, name)
+        assert before(1000) - after(1000) == pytest.approx(3 * 2 * 96 * 1000)
+    assert offload.language.host_bytes(1000) == 5 * 2**18  # 192,000 bytes each, in blocks of a power of 2
+    assert full.language.host_bytes(1000) == offload.vision.host_bytes(1000) == 0
+
+
 @pytest.mark.parametrize("rows", [700, 1500])
 def test_costs_are_affine_in_rows(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The two sizes that are traced predict others."""

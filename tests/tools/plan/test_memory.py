@@ -45,10 +45,10 @@ def sized(language: str, name: str = "qwen2-vl-2b") -> tuple[ModelShape, Activat
     return shape, activation_costs(shape, "full")
 
 
-def memory(language: str, ds_config: str, world_size: int, **options: Any) -> RankMemory:
+def memory(language: str, ds_config: str, world_size: int, nodes: int = 1, **options: Any) -> RankMemory:
     shape, costs = sized(language)
     settings = json.loads(find_ds_config(f"ds_configs/{ds_config}.json").read_text())
-    zero = Zero.from_settings(with_fitting_buckets(settings, shape.num_trained))
+    zero = Zero.from_settings(with_fitting_buckets(settings, shape.num_trained), nodes, world_size // nodes)
     return rank_memory(shape, costs, zero, LOAD, world_size, torch.bfloat16, **options)
 
 
@@ -114,6 +114,18 @@ def test_offload_moves_states_to_the_host() -> None:
     both = memory("full", "zero3_offload", 8)
     assert both.host - there.host == pytest.approx(2 * shape.num_parameters / 8)
     assert both.peak < memory("full", "zero3", 8).peak
+
+
+def test_a_second_copy_of_the_weights_is_divided_over_a_node() -> None:
+    whole = 2 * sized("lora")[0].num_parameters
+    one, two = (memory("lora", "zero3_hpz", 8 * nodes, nodes=nodes).parts["weights"] for nodes in (1, 2))
+    assert one == pytest.approx(whole / 8) and two == pytest.approx(whole / 16 + whole / 8)
+
+
+def test_weights_on_a_disk_leave_buffers_in_host_memory() -> None:
+    host, disk = (memory("lora", name, 1) for name in ("zero3_offload", "zero3_nvme"))
+    assert host.host - disk.host == pytest.approx(2 * sized("lora")[0].num_parameters - 2 * 5e8)
+    assert disk.peak == host.peak
 
 
 def test_whole_gradients_live_on_under_zero1_alone() -> None:

@@ -62,6 +62,39 @@ def test_offload_costs_transfers_and_the_cpus_adam() -> None:
     assert some.total - none.total == pytest.approx(some.offload)
 
 
+def test_copies_of_weights_per_node_leave_gradients_and_the_update_to_the_network() -> None:
+    """arXiv 2306.10209, section 3.2, for 3 micro-batches on 2 nodes of 8: both passes gather within a node."""
+    whole, trained = 2 * shape("lora").num_parameters, 2 * shape("lora").num_trained
+    hpz = Zero(3, group_ranks=8)
+    sent = communicated_bytes(shape("lora"), hpz, 16, 3, 2)
+    assert sent == pytest.approx((6 * whole - trained) * 7 / 8 + 4 * trained * 15 / 16, rel=1e-12)
+    gpu = accelerator("h100")
+    times = [step_time(shape("lora"), zero, Machine(gpu, nodes=2), WORK, 3, "none") for zero in (Zero(3), hpz)]
+    within, across = (6 * whole - trained) * 7 / 8, 4 * trained * 15 / 16
+    assert times[1].communication == pytest.approx(within / 450e9 + across / 50e9)
+    assert times[1].communication < times[0].communication / 5
+
+
+def test_inputs_in_host_memory_cost_what_computation_does_not_hide() -> None:
+    machine = Machine(accelerator("h100"), gpus_per_node=1)
+    full, offload = (step_time(shape(), Zero(2), machine, WORK, 1, mode) for mode in ("full", "offload"))
+    assert offload.compute == full.compute and offload.offload == 0
+    fast = Machine(accelerator("h100"), gpus_per_node=1, utilisation=1e3)
+    moved = 2 * 28 * 1536 * 2 * WORK.tokens / (fast.gpu.host_gb_s * 1e9)
+    again = step_time(shape(), Zero(2), fast, WORK, 1, "offload")
+    assert again.offload == pytest.approx(moved - again.compute)
+
+
+def test_weights_on_a_disk_are_read_once_per_pass_by_all_ranks_of_a_node() -> None:
+    machine = Machine(accelerator("h100"), nvme_gb_s=4.0)
+    host, disk = (
+        step_time(shape("lora"), Zero(3, True, True, param_on_nvme=on_disk), machine, WORK, 3, "none")
+        for on_disk in (False, True)
+    )
+    read = (6 * 2 * shape("lora").num_parameters + 2 * shape("lora").num_trained) / 4e9
+    assert disk.offload - host.offload == pytest.approx(read)
+
+
 def test_every_gpu_is_named_once_and_has_sane_figures() -> None:
     assert len({one.name for one in ACCELERATORS}) == len(ACCELERATORS)
     for one in ACCELERATORS:
