@@ -28,7 +28,9 @@ pytestmark = pytest.mark.gpu  # skipped by tests/conftest.py without CUDA
 
 CUDA = torch.device("cuda")
 KINDS = {"nf4": Nf4Linear, "int8": Int8Linear, "fp8": Fp8Linear}
-NF4 = pytest.param("nf4", marks=pytest.mark.skipif(not importlib.util.find_spec("bitsandbytes"), reason="bitsandbytes"))
+NF4 = pytest.param(
+    "nf4", marks=pytest.mark.skipif(not importlib.util.find_spec("bitsandbytes"), reason="no bitsandbytes")
+)
 FP8 = pytest.param(
     "fp8",
     marks=pytest.mark.skipif(

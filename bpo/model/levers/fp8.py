@@ -25,7 +25,7 @@ def quantize_rows(values_RC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns FP8 codes [R, C] and fp32 scales [R, 1], powers of two: values = codes * scales up to rounding."""
     largest_R1 = torch.linalg.vector_norm(values_RC, torch.inf, dim=1, keepdim=True).float().clamp_min_(_SMALLEST)
     exponent_R1 = torch.frexp(largest_R1 / torch.finfo(FORMAT).max).exponent
-    scale_R1 = torch.ldexp(torch.ones_like(largest_R1), exponent_R1)
+    scale_R1 = ((exponent_R1 + 127) << 23).view(torch.float32)  # 2^exponent, exactly
     return (values_RC * scale_R1.reciprocal().to(values_RC.dtype)).to(FORMAT), scale_R1
 
 

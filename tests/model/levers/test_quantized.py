@@ -35,7 +35,9 @@ from bpo.training.flops import model_flops
 from tests.sample_groups import encoder_of, packed_batch, three_groups
 
 CPU = torch.device("cpu")
-NF4 = pytest.param("nf4", marks=pytest.mark.skipif(not importlib.util.find_spec("bitsandbytes"), reason="bitsandbytes"))
+NF4 = pytest.param(
+    "nf4", marks=pytest.mark.skipif(not importlib.util.find_spec("bitsandbytes"), reason="no bitsandbytes")
+)
 KINDS = {"nf4": Nf4Linear, "int8": Int8Linear, "fp8": Fp8Linear}
 
 
