@@ -19,6 +19,7 @@ EXPECTED = {
     "zero2_offload": (2, {"optimizer"}),
     "zero3_offload": (3, {"optimizer", "param"}),
     "zero3_hpz": (3, set()),
+    "zero3_nvme": (3, {"optimizer", "param"}),
 }
 
 
@@ -36,11 +37,16 @@ def test_exactly_these_files_are_there_and_the_readme_names_each(repo_root: Path
 
 
 @pytest.mark.parametrize("name", EXPECTED)
-def test_file_holds_only_zero_and_deepspeed_takes_it_as_meant(name: str) -> None:
+def test_file_holds_only_zero_and_deepspeed_takes_it_as_meant(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
+    monkeypatch.setenv("BPO_NVME", str(tmp_path))
     config = load(name)
-    assert set(config) == {"zero_optimization"}, "batch, learning rate, clipping and precision belong to the run"
+    assert set(config) - {"aio"} == {"zero_optimization"}, (
+        "batch, learning rate, clipping and precision belong to the run"
+    )
     completed = complete_zero(config, Path(name), world_size=16, ranks_per_node=8)["zero_optimization"]
     parsed = DeepSpeedZeroConfig(**completed)
     assert parsed.zero_hpz_partition_size == (8 if name == "zero3_hpz" else 1)
@@ -48,7 +54,8 @@ def test_file_holds_only_zero_and_deepspeed_takes_it_as_meant(name: str) -> None
     assert parsed.stage == stage
     devices = {"optimizer": parsed.offload_optimizer, "param": parsed.offload_param}
     assert {part for part, setting in devices.items() if setting is not None} == offloaded
-    assert all(setting.device == "cpu" for setting in devices.values() if setting is not None)
+    expected = {"optimizer": "cpu", "param": "nvme" if name == "zero3_nvme" else "cpu"}
+    assert all(setting.device == expected[part] for part, setting in devices.items() if setting is not None)
     unknown = set(config["zero_optimization"]) - {
         alias for key, field in DeepSpeedZeroConfig.model_fields.items() for alias in (key, field.alias)
     }

@@ -60,7 +60,7 @@ def check_settings(settings: dict[str, Any]) -> None:
     """Rejects DeepSpeed settings whose state cannot be saved, before any long work starts.
 
     Raises:
-        ValueError: no ZeRO stage, states on NVMe, or MiCS; names the key.
+        ValueError: no ZeRO stage, optimizer states on NVMe, or MiCS; names the key.
     """
     zero = settings.get("zero_optimization", {})
     if zero.get("stage") not in (1, 2, 3):
@@ -68,9 +68,8 @@ def check_settings(settings: dict[str, Any]) -> None:
             f"train.ds_config: zero_optimization.stage is {zero.get('stage', 0)}; checkpoints are written for stages "
             "1, 2 and 3 (stage 1 costs no more than stage 0)"
         )
-    for part in ("offload_optimizer", "offload_param"):
-        if zero.get(part, {}).get("device") == "nvme":
-            raise ValueError(f"train.ds_config: {part}.device nvme cannot be saved; use cpu")
+    if zero.get("offload_optimizer", {}).get("device") == "nvme":
+        raise ValueError("train.ds_config: offload_optimizer.device nvme cannot be saved; use cpu")
     if zero.get("mics_shard_size", -1) > 0:
         raise ValueError("train.ds_config: mics_shard_size is not supported by checkpoints; remove it")
 

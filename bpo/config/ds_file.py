@@ -13,12 +13,13 @@ _BF16_HALF_STEP = 2.0**-9
 
 _SHARED = "its ranks compute one batch together, but bpo gives every rank groups of its own"
 _ROUNDED = "the layers would use weights rounded to 8 bits: log-probs of another model than the one that is saved"
-# Settings that would change the results, by their path in the file.
+# Settings that would change the results, or do nothing, by their path in the file.
 _REFUSED = {
     "zero_optimization.zero_quantized_weights": _ROUNDED,
     "zero_optimization.zero_quantized_nontrainable_weights": _ROUNDED,
     "zero_optimization.zero_quantized_gradients": "gradients would be rounded to 4 bits on their way to their rank",
     "zero_optimization.zenflow": "most weights would be updated later, with gradients of earlier steps",
+    "compile.deepcompile": "it acts only after engine.compile(), which bpo does not call; see model.compile",
     "tensor_parallel": _SHARED,
     "sequence_parallel_size": _SHARED,
     "gradient_allreduce_op": "bpo scales the loss for gradients that DeepSpeed averages over the ranks",

@@ -28,6 +28,7 @@ def zero(**settings: Any) -> dict[str, Any]:
         (zero(zero_quantized_nontrainable_weights=True), "rounded to 8 bits"),
         (zero(zero_quantized_gradients=True), "rounded to 4 bits"),
         (zero(zenflow={}), "gradients of earlier steps"),
+        ({"compile": {"deepcompile": True}}, "which bpo does not call"),
         ({"tensor_parallel": {"autotp_size": 2}}, "groups of its own"),
         ({"sequence_parallel_size": 2}, "groups of its own"),
         ({"gradient_allreduce_op": "sum"}, "averages over the ranks"),

@@ -114,7 +114,7 @@ def _arguments(case: StepCase, *, use_liger_kernel: bool) -> Any:
         max_grad_norm=1.0,
         bf16=case.dtype == "bfloat16",
         use_cpu=not torch.cuda.is_available(),  # required for bf16 on CPU
-        gradient_checkpointing=case.gradient_checkpointing == "full",
+        gradient_checkpointing=case.gradient_checkpointing in ("full", "offload"),
         use_liger_kernel=use_liger_kernel,
         train_sampling_strategy="sequential",
         logging_steps=1,
