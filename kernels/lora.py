@@ -145,7 +145,7 @@ def _masked(group: Group, x_TD: Tensor) -> dict[str, Any]:
     """Arguments that all kernels with a mask have."""
     features = x_TD.shape[1]
     sizes = {"T": x_TD.shape[0], "D": features, "Q": triton.cdiv(features, 4), "R": group.num_slots}
-    mask = {"seed_ptr": group.seed, "stream": group.stream, "threshold": drop_threshold(group.dropout)}
+    mask = {"seed_ptr": group.seed, "mask_stream": group.stream, "threshold": drop_threshold(group.dropout)}
     return sizes | mask | {"UPCAST": _upcast(x_TD)}
 
 

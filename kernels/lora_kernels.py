@@ -13,10 +13,10 @@ import triton.language as tl
 
 
 @triton.jit
-def keep_bits(seed, row, q, stream, threshold):
+def keep_bits(seed, row, q, mask_stream, threshold):
     """Bit i of [T, Q]: whether feature `q + i Q` of the row is kept."""
     zero = tl.zeros([row.shape[0], q.shape[0]], tl.int32)
-    w0, w1, w2, w3 = tl.philox(seed, zero + q[None, :], zero + row[:, None], zero + stream, zero)
+    w0, w1, w2, w3 = tl.philox(seed, zero + q[None, :], zero + row[:, None], zero + mask_stream, zero)
     bits = ((w0 >> 1).to(tl.int32) >= threshold).to(tl.int32)
     bits |= ((w1 >> 1).to(tl.int32) >= threshold).to(tl.int32) << 1
     bits |= ((w2 >> 1).to(tl.int32) >= threshold).to(tl.int32) << 2
@@ -36,8 +36,9 @@ def load_kept(x_ptr, row, q, bits, part: tl.constexpr, last, D, Q, UPCAST: tl.co
     return x.to(tl.float32) if UPCAST else x
 
 
-# Arguments that differ between layers and batches: a variant for 1 and one for multiples of 16 would be compiled.
-_RUNTIME = ["T", "stream", "threshold", "rows_per_part"]
+# Arguments that differ between layers and batches: a variant for 1 and one for multiples of 16 would be compiled. None is
+# called `stream`, which Triton's launcher takes for an option of its own.
+_RUNTIME = ["T", "mask_stream", "threshold", "rows_per_part"]
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
@@ -50,7 +51,7 @@ def lora_down_kernel(
     D,
     Q,
     R,
-    stream,
+    mask_stream,
     threshold,
     scale_0,
     scale_1,
@@ -69,7 +70,7 @@ def lora_down_kernel(
     h = tl.zeros([BLOCK_T, BLOCK_R], tl.float32)
     for start in range(0, Q, BLOCK_Q):
         q = start + tl.arange(0, BLOCK_Q)
-        bits = keep_bits(seed, row, q, stream, threshold)
+        bits = keep_bits(seed, row, q, mask_stream, threshold)
         for part in tl.static_range(4):
             x = load_kept(x_ptr, row, q, bits, part, T, D, Q, UPCAST)
             d = q + part * Q
@@ -212,7 +213,7 @@ def lora_grad_x_kernel(
     D,
     Q,
     R,
-    stream,
+    mask_stream,
     threshold,
     UPCAST: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -222,7 +223,7 @@ def lora_grad_x_kernel(
     """Adds `grad_h A` to the kept features of grad_x; R is a multiple of BLOCK_R."""
     row = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     q = tl.program_id(1) * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    bits = keep_bits(tl.load(seed_ptr), row, q, stream, threshold)
+    bits = keep_bits(tl.load(seed_ptr), row, q, mask_stream, threshold)
     for part in tl.static_range(4):
         d = q + part * Q
         exists = ((q < Q) & (d < D))[None, :]
@@ -259,7 +260,7 @@ def lora_grad_a_kernel(
     D,
     Q,
     R,
-    stream,
+    mask_stream,
     threshold,
     rows_per_part,
     UPCAST: tl.constexpr,
@@ -281,7 +282,7 @@ def lora_grad_a_kernel(
         grad_h = tl.load(grad_h_ptr + place, mask=(row < last)[:, None] & (slot < R)[None, :], other=0.0)
         if UPCAST:
             grad_h = grad_h.to(tl.float32)
-        bits = keep_bits(seed, row, q, stream, threshold)
+        bits = keep_bits(seed, row, q, mask_stream, threshold)
         x = load_kept(x_ptr, row, q, bits, 0, last, D, Q, UPCAST)
         grad_0 = tl.dot(grad_h.T, x, grad_0, input_precision="ieee")
         x = load_kept(x_ptr, row, q, bits, 1, last, D, Q, UPCAST)
