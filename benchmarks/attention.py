@@ -27,7 +27,6 @@ import torch.nn.functional as F
 from bpo.model.attention.choice import BackendName, Needs, choose_backend, obstacle
 from bpo.model.attention.flex import BLOCK, flex_plan
 from bpo.model.attention.shared_prefix import BACKENDS
-from bpo.model.attention.split import split_plan
 from bpo.model.attention.varlen import varlen_plan
 from bpo.records import PackedLayout
 from bpo_kernels.bench.measure import interleaved_ms, machine, peak_extra_bytes
@@ -111,17 +110,9 @@ def counted(layout: PackedLayout, shape: tuple[int, int, int], element_bytes: in
     gathered = 2 * (2 * len(plan.rows_R) + len(plan.rows_R) + tokens) * row
     # Output and gradients are concatenated from pieces; a mask is read for every head, forward and backward.
     joined = 4 * tokens * heads * size * element_bytes + 2 * heads * mask_elements * element_bytes
-    split = split_plan(layout, torch.device("cpu"))
-    of_split = sum(_tiles(length, length) for length in split.own.cu_seqlens_q_S1.diff().tolist())
-    if split.prefixes is not None:
-        lengths = (cu_seqlens_S1.diff().tolist() for cu_seqlens_S1 in split.prefixes[:2])
-        of_split += sum(-(-queries // BLOCK) * -(-keys // BLOCK) for queries, keys in zip(*lengths, strict=True))
-    # Rows of further completions: queries, output and gradients are copied, merged or added; those of prefixes: keys.
-    rows_moved = (len(split.rows_C) * 12 * heads + len(split.rows_P) * 14 * key_heads) * size * element_bytes
     blocks = {
         "separate": (sum(_tiles(length, length) for length in alone), 0),
         "sdpa": (two_calls, joined),
-        "split": (of_split, rows_moved),
         "varlen": (sum(_tiles(queries, keys) for queries, keys in varlen), gathered),
         "flex": (int(mask.kv_num_blocks.sum() + mask.full_kv_num_blocks.sum()), 0),
     }
@@ -240,7 +231,8 @@ def verdict(
     It applies to the backend that `auto` selects; `layout` is the row of at most `tokens`. The prediction is the ratio
     of visited blocks, assuming that every kernel processes them at the same rate.
     """
-    backend = choose_backend("auto", Needs(device, dtype, SHAPES[name][2])).backend
+    heads, key_heads, size = SHAPES[name]
+    backend = choose_backend("auto", Needs(device, dtype, size, copies_keys=key_heads == heads)).backend
     work = counted(layout, SHAPES[name])
     predicted = work["separate"]["blocks"] / work["varlen" if backend in ("flash3", "flash") else backend]["blocks"]
     entry = {

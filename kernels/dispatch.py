@@ -60,7 +60,6 @@ def _implementation(operation: str, tensor: Tensor) -> ModuleType:
     try:
         # Import statements: torch.compile cannot trace importlib.
         from . import (
-            attention_rows,
             linear_logprob,
             linear_preference_loss,
             logprob_gather,
@@ -74,12 +73,10 @@ def _implementation(operation: str, tensor: Tensor) -> ModuleType:
             f"or set {ENVIRONMENT_VARIABLE}=plain for plain PyTorch"
         ) from error
     modules = {
-        "add_rows": attention_rows,
         "linear_logprob": linear_logprob,
         "linear_preference_loss": linear_preference_loss,
         "logprob_gather": logprob_gather,
         "lora_linear": lora,
-        "merge_rows": attention_rows,
         "preference_loss": preference_loss,
         "second_target_logprob": second_target,
     }
@@ -104,6 +101,4 @@ linear_logprob = dispatched(plain.linear_logprob)
 preference_loss = dispatched(plain.preference_loss)
 linear_preference_loss = dispatched(plain.linear_preference_loss)
 second_target_logprob = dispatched(plain.second_target_logprob)
-merge_rows = dispatched(plain.merge_rows)
-add_rows = dispatched(plain.add_rows)
 lora_linear = dispatched(plain.lora_linear)

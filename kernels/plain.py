@@ -27,16 +27,13 @@ from .checks import (
 )
 from .plain_head import linear_logprob
 from .plain_lora import lora_linear
-from .plain_rows import add_rows, merge_rows
 from .plain_second import second_target_logprob
 
 __all__ = [
-    "add_rows",
     "linear_logprob",
     "linear_preference_loss",
     "logprob_gather",
     "lora_linear",
-    "merge_rows",
     "preference_loss",
     "second_target_logprob",
 ]

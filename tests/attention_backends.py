@@ -21,7 +21,7 @@ from bpo.records import PackedLayout
 from tests.varlen_reference import flash_attn_3_varlen_func, flash_attn_varlen_func, install_operators
 
 VARLEN: tuple[BackendName, ...] = ("flash3", "flash", "varlen")
-BACKENDS: tuple[BackendName, ...] = ("sdpa", *VARLEN, "split", "flex")
+BACKENDS: tuple[BackendName, ...] = ("sdpa", *VARLEN, "flex")
 
 
 def layout_of(*groups: tuple[int, Sequence[int]]) -> PackedLayout:

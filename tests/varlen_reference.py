@@ -39,17 +39,13 @@ def check_contract(
         raise ValueError("key heads must divide query heads, and values be as keys")
 
 
-def _scores(q_QHD: torch.Tensor, k_MHD: torch.Tensor, scale: float, causal: bool) -> torch.Tensor:
+def _probabilities(q_QHD: torch.Tensor, k_MHD: torch.Tensor, scale: float, causal: bool) -> torch.Tensor:
     """[H, Q, M]; with fewer queries than keys, query i attends to keys up to i + M - Q."""
     scores_HQM = torch.einsum("qhd,mhd->hqm", q_QHD, k_MHD) * scale
     if causal:
         late_QM = torch.ones_like(scores_HQM[0], dtype=torch.bool).triu(len(k_MHD) - len(q_QHD) + 1)
         scores_HQM = scores_HQM.masked_fill(late_QM, float("-inf"))
-    return scores_HQM
-
-
-def _probabilities(q_QHD: torch.Tensor, k_MHD: torch.Tensor, scale: float, causal: bool) -> torch.Tensor:
-    return _scores(q_QHD, k_MHD, scale, causal).softmax(-1)
+    return scores_HQM.softmax(-1)
 
 
 def _sequences(starts: tuple[torch.Tensor, torch.Tensor]) -> Iterator[tuple[slice, slice]]:
@@ -78,39 +74,20 @@ def gradients(
     starts: Any,
     scale: float | None,
     causal: bool,
-    saved: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of `attend`'s queries, keys and values.
-
-    Args:
-        saved: Output [Q, H, D] and log-sum-exps [H, Q], which the kernels take as given: they may be of attention to
-            further keys. None computes them.
-    """
+    """Gradients of `attend`'s queries, keys and values."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     repeat = q.shape[1] // k.shape[1]
     k_all, v_all = (x.repeat_interleave(repeat, 1) for x in (k, v))
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k_all), torch.zeros_like(v_all)
     for queries, keys in _sequences(starts):
         p_HQM = _probabilities(q[queries], k_all[keys], scale, causal)
-        if saved is not None:
-            p_HQM = (_scores(q[queries], k_all[keys], scale, causal) - saved[1][:, queries, None]).exp()
         dv[keys] = torch.einsum("hqm,qhd->mhd", p_HQM, dout[queries])
         dp_HQM = torch.einsum("qhd,mhd->hqm", dout[queries], v_all[keys])
-        mean_HQ1 = (dp_HQM * p_HQM).sum(-1, keepdim=True)
-        if saved is not None:
-            mean_HQ1 = (dout[queries] * saved[0][queries]).sum(-1).T[..., None]
-        ds_HQM = p_HQM * (dp_HQM - mean_HQ1) * scale
+        ds_HQM = p_HQM * (dp_HQM - (dp_HQM * p_HQM).sum(-1, keepdim=True)) * scale
         dq[queries] = torch.einsum("hqm,mhd->qhd", ds_HQM, k_all[keys])
         dk[keys] = torch.einsum("hqm,qhd->mhd", ds_HQM, q[queries])
     return dq, *(x.unflatten(1, (-1, repeat)).sum(2) for x in (dk, dv))
-
-
-def _log_sums(q: torch.Tensor, k: torch.Tensor, starts: Any, scale: float | None, causal: bool) -> torch.Tensor:
-    """Log-sum-exps [H, Q] of each query's scores, in the dtype of the queries."""
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
-    found = [_scores(q[rows], k[keys], scale, causal).logsumexp(-1) for rows, keys in _sequences(starts)]
-    return torch.cat(found, 1)
 
 
 def _no_log_sums(q: torch.Tensor) -> torch.Tensor:
@@ -241,10 +218,9 @@ def _aten_forward(
     """The kernel under `varlen_attn`, whose function fixes dropout at 0."""
     _check_window(is_causal, window_size_left, window_size_right)
     check_contract(query, key, value, (cum_seq_q, cum_seq_k), (max_q, max_k))
-    starts = (cum_seq_q, cum_seq_k)
-    output = attend(query, key, value, starts, scale, is_causal)
+    output = attend(query, key, value, (cum_seq_q, cum_seq_k), scale, is_causal)
     state, empty = torch.zeros(2, dtype=torch.uint64), torch.zeros(0)
-    return output, _log_sums(query, key, starts, scale, is_causal), state, empty, empty.clone()
+    return output, _no_log_sums(query), state, empty, empty.clone()
 
 
 def _aten_backward(
@@ -268,7 +244,7 @@ def _aten_backward(
     window_size_right: int | None = None,
 ) -> tuple[torch.Tensor, ...]:
     _check_window(is_causal, window_size_left, window_size_right)
-    return gradients(grad_out, query, key, value, (cum_seq_q, cum_seq_k), scale, is_causal, (out, logsumexp))
+    return gradients(grad_out, query, key, value, (cum_seq_q, cum_seq_k), scale, is_causal)
 
 
 class _Flash2(torch.autograd.Function):

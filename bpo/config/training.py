@@ -31,10 +31,10 @@ class ModelConfig(Section):
         path: Model directory or Hub id, as for `AutoModelForImageTextToText.from_pretrained`, or a LoRA adapter
             directory, which names its base; training continues the adapter.
         dtype: Data type of weights and activations: float32, bfloat16 or float16; `config` uses the model config's.
-        attention: Attention backend for packed groups: `flash` (flash-attn 3 or 2; CUDA, half precision), `split` or
-            `varlen` (PyTorch's copy of flash-attn 2, in two calls without copied keys, or in one; CUDA, half
-            precision), `flex` (FlexAttention; CUDA) or `sdpa`; `auto` selects the first available in this order, except
-            `split`, and `sdpa` on CPU.
+        attention: Attention backend for packed groups: `flash` (flash-attn 3 or 2; CUDA, half precision), `varlen`
+            (PyTorch's copy of flash-attn 2; CUDA, half precision), `flex` (FlexAttention; CUDA) or `sdpa`; `auto`
+            selects the first available in this order (`flex` before `varlen` for models without grouped key heads), and
+            `sdpa` on CPU.
         vision_attention: Attention implementation of the vision tower, by its name in transformers.
         gradient_checkpointing: What to recompute in the backward pass: `none`; `full` recomputes layers from their
             inputs; `offload` does so with the inputs in host memory; `selective` recomputes all but matrix products and
@@ -57,7 +57,7 @@ class ModelConfig(Section):
 
     path: str = ""
     dtype: Literal["float32", "bfloat16", "float16", "config"] = "bfloat16"
-    attention: Literal["auto", "flash", "split", "varlen", "flex", "sdpa"] = "auto"
+    attention: Literal["auto", "flash", "varlen", "flex", "sdpa"] = "auto"
     vision_attention: str = needed("sdpa")
     gradient_checkpointing: Literal["none", "full", "offload", "selective"] | bool = "none"
     layer_kernels: Literal["auto", "liger", "none"] = "auto"

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .. import attention_rows, fused_logprob, logprob_gather, logprob_rows, lora, preference_loss, second_target
+from .. import fused_logprob, logprob_gather, logprob_rows, lora, preference_loss, second_target
 from ..checks import IGNORED_TARGET
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -219,7 +219,7 @@ def _lora_cases() -> list[Case]:
             label = f"lora_fused {dtype} {members} members, rank {width}"
             cases.append(_lora_case(label, lora.lora_fused_kernel, signature, constants, tiles, (arch,)))
     for dtype, slots, rows in (("bf16", 96, 8192), ("bf16", 96, 2048), ("fp32", 96, 2048)):
-        masked = {"seed_ptr": "*i64"} | dict.fromkeys(("T", "D", "Q", "R", "stream", "threshold"), "i32")
+        masked = {"seed_ptr": "*i64"} | dict.fromkeys(("T", "D", "Q", "R", "mask_stream", "threshold"), "i32")
         down = masked | dict.fromkeys(("x_ptr", "a_ptr", "h_ptr"), f"*{dtype}") | {"end_0": "i32", "end_1": "i32"}
         down |= dict.fromkeys(("scale_0", "scale_1", "scale_2"), "fp32")
         config = lora.down_config(DTYPES[dtype], rows, slots)
@@ -239,22 +239,6 @@ def _lora_case(name: str, kernel: Any, signature: Any, constants: Any, config: A
     blocks = {key: value for key, value in asdict(config).items() if key.startswith("BLOCK")}
     constants = {"UPCAST": False} | constants | blocks
     return Case(name, kernel, signature, constants, config.num_warps, True, config.num_stages, archs, 255)
-
-
-def _attention_rows_cases() -> list[Case]:
-    cases = []
-    for dtype, size in (("bf16", 128), ("fp16", 80), ("fp32", 128)):
-        constants = {"BLOCK_H": attention_rows.BLOCK_H, "BLOCK_D": 128}
-        counts = {"H": "i32", "D": "i32"} | dict.fromkeys(("part_stride_c", "part_stride_h"), "i32")
-        rows = counts | {"rows_ptr": "*i32", "part_ptr": f"*{dtype}"}
-        merged = rows | {"out_ptr": f"*{dtype}", "lse_ptr": "*fp32", "part_lse_ptr": "*fp32"}
-        merged |= dict.fromkeys(("out_stride_t", "out_stride_h", "lse_stride_h", "part_lse_stride_h"), "i32")
-        added = rows | {"total_ptr": f"*{dtype}"} | dict.fromkeys(("total_stride_t", "total_stride_h"), "i32")
-        label = f"{dtype} D={size}"
-        launch = (constants, attention_rows.NUM_WARPS)
-        cases.append(Case(f"merge_rows {label}", attention_rows.merge_rows_kernel, merged, *launch))
-        cases.append(Case(f"add_rows {label}", attention_rows.add_rows_kernel, added, *launch))
-    return cases
 
 
 def _fused_logprob_cases() -> list[Case]:
@@ -321,4 +305,4 @@ def _add_optional(signature: dict[str, Any], constants: dict[str, Any], types: d
 def all_cases() -> list[Case]:
     """All kernels in all configurations that the host wrappers launch."""
     heads = _logprob_gather_cases() + _logprob_rows_cases() + _fused_logprob_cases() + _second_target_cases()
-    return heads + _preference_loss_cases() + _attention_rows_cases() + _lora_cases()
+    return heads + _preference_loss_cases() + _lora_cases()

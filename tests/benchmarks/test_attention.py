@@ -17,7 +17,7 @@ CUDA = torch.device("cuda")
 
 
 def lines(**times_ms: float) -> list[Line]:
-    return [Line("llava-1.5-7b", 8, 7430, name, "ok", median_ms=median) for name, median in times_ms.items()]
+    return [Line("qwen2.5-vl-7b", 8, 7430, name, "ok", median_ms=median) for name, median in times_ms.items()]
 
 
 @pytest.mark.parametrize(
@@ -37,11 +37,11 @@ def test_the_verdict_is_on_what_auto_takes(
     for name, why_not in (("flash3", "absent"), ("flash", "absent"), ("varlen", None)):
         monkeypatch.setitem(attention_choice._OBSTACLES, name, lambda needs, why_not=why_not: why_not)
     layout = row_of(tokens, GROUPS)
-    entry = verdict("llava-1.5-7b", tokens, layout, lines(**times_ms), torch.device(device), torch.bfloat16)
+    entry = verdict("qwen2.5-vl-7b", tokens, layout, lines(**times_ms), torch.device(device), torch.bfloat16)
     assert set(entry) == {"target", "predicted", "measured", "met"}
     backend = "varlen" if device == "cuda" else "sdpa"
     assert entry["target"] == (
-        f"packed attention: >= 1.4x separate sequences (llava-1.5-7b, {tokens:,} tokens, {backend})"
+        f"packed attention: >= 1.4x separate sequences (qwen2.5-vl-7b, {tokens:,} tokens, {backend})"
     )
     assert (entry["measured"], entry["met"]) == (measured, met)
     if (device, tokens) == ("cuda", 8192):

@@ -83,7 +83,7 @@ def test_grouped_heads_and_masks_aligned_bottom_right(backend: BackendName, head
         assert float((a.float() - b).abs().max()) <= 2e-2 * float(b.abs().max()), name
 
 
-@pytest.mark.parametrize("backend", [*VARLEN, "split", "flex"])
+@pytest.mark.parametrize("backend", [*VARLEN, "flex"])
 @pytest.mark.parametrize("key_heads", [4, 2])
 def test_flops_are_counted_by_formula(backend: BackendName, key_heads: int) -> None:
     layout = ROWS["groups of 2 and 3"]
@@ -96,7 +96,7 @@ def test_flops_are_counted_by_formula(backend: BackendName, key_heads: int) -> N
     assert counter.get_total_flops() == 7 * 2 * sequence_pairs(layout) * 4 * 64
 
 
-@pytest.mark.parametrize("backend", [*VARLEN, "split", "flex", "sdpa"])
+@pytest.mark.parametrize("backend", [*VARLEN, "flex", "sdpa"])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("layout", ROWS.values(), ids=ROWS)
 def test_values_and_gradients_equal_separate_sequences(
@@ -161,7 +161,7 @@ def test_plans_wait_for_nothing() -> None:
     """A synchronisation while making a plan would idle the GPU once per batch."""
     layout = ROWS["groups of 2 and 3"]
     qkv = random_qkv(num_tokens(layout), head_size=64, dtype=torch.bfloat16, device="cuda")
-    every: tuple[BackendName, ...] = (*VARLEN, "split", "flex", "sdpa")
+    every: tuple[BackendName, ...] = (*VARLEN, "flex", "sdpa")
     backends = [name for name in every if obstacle(name, Needs(CUDA, torch.bfloat16, 64)) is None]
     for backend in backends:
         shared_prefix_attention(*qkv, layout, backend=backend)  # compiles
@@ -185,7 +185,7 @@ def wide_heads(tiny_llava_dir: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "full", "selective"])
-@pytest.mark.parametrize("backend", [*VARLEN, "split", "flex"])
+@pytest.mark.parametrize("backend", [*VARLEN, "flex"])
 def test_a_whole_model_agrees_with_sdpa(
     backend: BackendName, checkpointing: str, wide_heads: Path, photo_root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,7 +20,6 @@ from packaging.version import Version
 
 HERE = Path(__file__).parent
 FILES = (
-    "test_attention_rows.py",
     "test_logprob_gather.py",
     "test_linear_logprob.py",
     "test_logprob_rows.py",

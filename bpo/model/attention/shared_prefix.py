@@ -21,7 +21,6 @@ from bpo.model.attention.flash import Kernel, attend_flash_2, attend_flash_3, at
 from bpo.model.attention.flex import flex_attend, flex_plan
 from bpo.model.attention.flops import register_flop_formulas
 from bpo.model.attention.sdpa import sdpa_attend, sdpa_plan
-from bpo.model.attention.split import split_attend, split_plan
 from bpo.model.attention.varlen import varlen_attend, varlen_plan
 from bpo.records import PackedLayout
 
@@ -53,9 +52,6 @@ def _varlen(registered_name: str, kernel: Kernel, library: str) -> Backend:
 BACKENDS: dict[BackendName, Backend] = {
     "flash3": _varlen("bpo_shared_prefix_varlen_3", attend_flash_3, "flash-attn 3"),
     "flash": _varlen("bpo_shared_prefix_varlen", attend_flash_2, "flash-attn 2"),
-    "split": Backend(
-        "bpo_shared_prefix_split", split_plan, split_attend, "PyTorch's flash attention, two calls per layer"
-    ),
     "varlen": _varlen("bpo_shared_prefix_torch_varlen", attend_torch_varlen, "PyTorch's varlen_attn"),
     "flex": Backend("bpo_shared_prefix_blocks", flex_plan, flex_attend, "FlexAttention, one compiled call per layer"),
     "sdpa": Backend("bpo_shared_prefix", sdpa_plan, sdpa_attend, "PyTorch SDPA, two calls per group"),
@@ -114,7 +110,7 @@ def shared_prefix_attention(
         [B, T, H, D] in the dtype of `query_BHTD`.
 
     Raises:
-        ValueError: dropout with `flash3`, `split`, `varlen` or `flex`, which do not support it.
+        ValueError: dropout with `flash3`, `varlen` or `flex`, which do not support it.
     """
     return _attend(query_BHTD, key_BKTD, value_BKTD, _PackedBatch(layout), backend, scaling, dropout)
 

@@ -162,7 +162,9 @@ def test_sdpa_runs_everywhere(machine) -> None:
 
 def test_a_models_needs_are_read_from_its_config() -> None:
     config = LlamaConfig(hidden_size=64, num_attention_heads=4, attention_dropout=0.1)
-    assert Needs.of_model(config, CPU, torch.float32) == Needs(CPU, torch.float32, 16, 0.1)
+    assert Needs.of_model(config, CPU, torch.float32) == Needs(CPU, torch.float32, 16, 0.1, copies_keys=True)
+    config.num_key_value_heads = 2
+    assert not Needs.of_model(config, CPU, torch.float32).copies_keys
     config = LlamaConfig(hidden_size=64, num_attention_heads=4, head_dim=32)
     assert Needs.of_model(config, CPU, torch.float32).head_size == 32
 
@@ -181,8 +183,17 @@ def test_separate_sequences_have_no_backend(tiny_llava_dir: Path) -> None:
     assert resolve_model(config, CPU, for_training=True).attention is None
 
 
+def test_without_grouped_heads_auto_takes_flex_before_varlen(machine) -> None:
+    """Where the copies of keys are as large as the queries, they cost more than flex's masks."""
+    copies = replace(BF16, copies_keys=True)
+    assert choose_backend("auto", copies).backend == "flash"
+    machine(flash=None)
+    assert choose_backend("auto", copies).backend == "flex"
+    assert choose_backend("auto", replace(copies, head_size=8)).backend == "varlen"  # too small for flex
+
+
 def test_an_unknown_backend_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"model\.attention.*'flash', 'split', 'varlen', 'flex', 'sdpa'.*xformers"):
+    with pytest.raises(ValueError, match=r"model\.attention.*'flash', 'varlen', 'flex', 'sdpa'.*xformers"):
         load_config(["--model.attention", "xformers"], "test", "")
 
 

@@ -27,7 +27,7 @@ from tests.pairwise import pairwise
 from tests.sample_groups import encoder_of, packed_batch, three_groups
 
 CPU = torch.device("cpu")
-COMPILED = (*VARLEN, "split", "flex")
+COMPILED = (*VARLEN, "flex")
 # A prefix with its first completion as a square, each further completion with its prefix's keys and its own.
 PAIRS = {"one completion": 7 * 7, "three unequal groups": 8**2 + 1 * 6 + 3 * 8 + 3**2 + 4 * 5 + 10**2 + 1 * 10}
 

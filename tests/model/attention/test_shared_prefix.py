@@ -101,7 +101,7 @@ def test_plans_are_made_once_a_batch_and_go_with_it(backend: BackendName, monkey
 
     def counted(layout: PackedLayout, device: torch.device) -> Any:
         plan = original.plan(layout, device)
-        tensors = {"sdpa": lambda: plan[0].sees_CPC, "flex": lambda: plan.mask.kv_indices, "split": lambda: plan.rows_C}
+        tensors = {"sdpa": lambda: plan[0].sees_CPC, "flex": lambda: plan.mask.kv_indices}
         made.append(weakref.ref(tensors.get(backend, lambda: plan.rows_R)()))
         return plan
 
@@ -122,7 +122,7 @@ def test_what_attention_would_leave_out_is_refused(option: dict[str, Any]) -> No
         _interface("sdpa", random_qkv(7), **option)
 
 
-@pytest.mark.parametrize("backend", ["flash3", "split", "varlen", "flex"])
+@pytest.mark.parametrize("backend", ["flash3", "varlen", "flex"])
 def test_backends_without_dropout_refuse_it(backend: BackendName) -> None:
     with pytest.raises(ValueError, match="no dropout"):
         shared_prefix_attention(*random_qkv(7), LAYOUTS["one completion"], dropout=0.1, backend=backend)
@@ -146,14 +146,7 @@ def test_a_choice_is_registered_and_logged_once(backend: BackendName, caplog: py
     ("backend", "checkpointing"),
     [
         *((backend, "selective") for backend in BACKENDS),
-        *(
-            ("sdpa", "none"),
-            ("sdpa", "full"),
-            ("flash", "none"),
-            ("varlen", "full"),
-            ("split", "full"),
-            ("flex", "full"),
-        ),
+        *(("sdpa", "none"), ("sdpa", "full"), ("flash", "none"), ("varlen", "full"), ("flex", "full")),
     ],
 )
 def test_a_whole_model_equals_separate_sequences(
