@@ -59,9 +59,10 @@ def _measure(config: Config, engine: TrainingEngine, data: TrainingData) -> dict
     chosen = [group for group, total in sizes_tokens if total <= config.train.max_micro_batch_tokens]
     batches = micro_batches(config.data, data, [(chosen or [0], False)], engine, for_reference=True)
     batch = next(iter(on_device(batches, engine.device, engine.dtype)))
-    quantized_ND = engine.hidden_states(batch)
-    with original_weights(engine.policy.model):
-        original_ND = engine.hidden_states(batch)
+    with torch.compiler.set_stance("force_eager"):  # two passes are not worth compiling layers for their row
+        quantized_ND = engine.hidden_states(batch)
+        with original_weights(engine.policy.model):
+            original_ND = engine.hidden_states(batch)
     return distance(engine.policy.model.lm_head, quantized_ND, original_ND, batch.target_N)
 
 
