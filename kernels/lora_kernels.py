@@ -36,8 +36,8 @@ def load_kept(x_ptr, row, q, bits, part: tl.constexpr, last, D, Q, UPCAST: tl.co
     return x.to(tl.float32) if UPCAST else x
 
 
-# Arguments that differ between layers and batches: a variant for 1 and one for multiples of 16 would be compiled. None is
-# called `stream`, which Triton's launcher takes for an option of its own.
+# Arguments that differ between layers and batches: a variant for 1 and one for multiples of 16 would be compiled. None
+# is called `stream`, which Triton's launcher takes for an option of its own.
 _RUNTIME = ["T", "mask_stream", "threshold", "rows_per_part"]
 
 

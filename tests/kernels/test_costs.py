@@ -44,6 +44,7 @@ def test_the_forward_of_a_small_group_by_hand():
     adapters = 10 * (16 + 8) + 32 * 16 + 16 * 8
     fused = stacked + down + products + 10 * 64 + adapters
     assert lora_forward_cost(group, 10, "fused", 0.1, True) == (fused, 4)  # zeros, A, h, the GEMM
+    assert lora_forward_cost(group, 10, "fused", 0.1, False) == (fused, 4)  # the kernel scales each slot
     addmm = fused + 10 * 64 + 2 * 10 * (32 + 16)
     assert lora_forward_cost(group, 10, "addmm", 0.1, True) == (addmm, 7)
     assert lora_forward_cost(group, 10, "fused", 0.0, False) == (fused + 10 * 64, 5)

@@ -86,7 +86,7 @@ def run(operation, layers: Layers, dtype: torch.dtype, tensors, needs_x: bool = 
     trained = [x] * needs_x + [one.requires_grad_() for one in (*lora_a, *lora_b)]
     outputs = operation(layers, x, weights, biases if layers.biased else [None] * len(weights), lora_a, lora_b)
     coefficients = torch.Generator(x.device).manual_seed(3)
-    grads = [torch.randn(y.shape, generator=coefficients, device=x.device).to(dtype) for y in outputs]
+    grads = [torch.randn(y.mT.shape, generator=coefficients, device=x.device).to(dtype).mT for y in outputs]
     return [*(y.detach() for y in outputs), *torch.autograd.grad(outputs, trained, grads)]
 
 

@@ -6,6 +6,7 @@ import importlib
 import os
 import pkgutil
 import re
+from dataclasses import fields
 
 import pytest
 
@@ -46,6 +47,15 @@ def test_every_kernel_of_the_package_has_a_case(cases):
         if isinstance(value, JITFunction) and name.endswith("_kernel")
     }
     assert kernels == {case.kernel.__name__ for case in cases.values()}
+
+
+def test_no_argument_has_a_name_that_the_launcher_takes_for_itself(cases):
+    """A kernel with an argument `stream` compiles, but cannot be launched with it by name."""
+    from triton.backends.nvidia.compiler import CUDAOptions
+
+    reserved = {"grid", "warmup", "stream", "device", "device_type", *(field.name for field in fields(CUDAOptions))}
+    taken = {case.kernel.__name__: reserved & set(case.kernel.arg_names) for case in cases.values()}
+    assert {kernel: names for kernel, names in taken.items() if names} == {}
 
 
 @pytest.mark.parametrize(
