@@ -69,27 +69,21 @@ class LigerFusedAddRMSNormFunction(torch.autograd.Function):
         return gradient_x, gradient_x, gradient_weight, None, None, None, None
 
 
-def _gated(act: Any) -> type:
-    class Gated(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, gate, up):
-            gate, up = gate.contiguous(), up.contiguous()
-            ctx.save_for_backward(gate, up)
-            return act(gate) * up
+def _gated(act: Any) -> tuple[Any, Any]:
+    def forward(gate, up):
+        return gate, up, act(gate) * up
 
-        @staticmethod
-        def backward(ctx, gradient):
-            saved = ctx.saved_tensors
-            with torch.enable_grad():
-                inputs = [tensor.detach().requires_grad_() for tensor in saved]
-                gradients = torch.autograd.grad(act(inputs[0]) * inputs[1], inputs, gradient)
-            return *map(_overwrite, saved, gradients), None, None
+    def backward(gate, up, gradient):
+        with torch.enable_grad():
+            inputs = [tensor.detach().requires_grad_() for tensor in (gate, up)]
+            gradients = torch.autograd.grad(act(inputs[0]) * inputs[1], inputs, gradient)
+        return tuple(map(_overwrite, (gate, up), gradients))
 
-    return Gated
+    return forward, backward
 
 
-LigerSiLUMulFunction = _gated(F.silu)
-LigerGELUMulFunction = _gated(lambda gate: F.gelu(gate, approximate="tanh"))
+swiglu_forward, swiglu_backward = _gated(F.silu)
+geglu_forward, geglu_backward = _gated(lambda gate: F.gelu(gate, approximate="tanh"))
 
 
 class LigerRopeFunction(torch.autograd.Function):

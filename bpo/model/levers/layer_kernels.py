@@ -119,17 +119,22 @@ def _rotation(ops: Any) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
     return rotate
 
 
-def _act_times(function: Any) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """act(gate) * up by one of Liger's functions, whose backward pass writes the gradients over the saved inputs."""
+def _act_times(
+    forward_op: Callable[..., Any], backward_op: Callable[..., Any]
+) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """act(gate) * up by two of Liger's functions, the second of which writes the gradients over gate and up."""
 
     class ActTimes(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-            return function.forward(ctx, gate, up)  # type: ignore[no-any-return]
+            gate, up, product = forward_op(gate.contiguous(), up.contiguous())
+            ctx.save_for_backward(gate, up)
+            return product
 
         @staticmethod
-        def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
-            gradients = function.backward(ctx, gradient)[:2]
+        @torch.autograd.function.once_differentiable
+        def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            gradients = backward_op(*ctx.saved_tensors, gradient.contiguous())
             # A second backward pass over the same graph is then an error of autograd, not a wrong result.
             torch.autograd.graph.increment_version(gradients)
             return gradients  # type: ignore[no-any-return]
@@ -165,12 +170,12 @@ def _replacement(module: torch.nn.Module, ops: Any) -> tuple[str, type] | None:
     if kind == "RMSNorm" and (is_llama or is_gemma):
         return "RMSNorm", _subclass(plain, _LlamaNorm if is_llama else _GemmaNorm, ops=ops)
     if kind == "MLP" and (is_llama or is_gemma):
-        for name, act, function in [
-            ("SwiGLU", "silu", ops.LigerSiLUMulFunction),
-            ("GeGLU", "gelu_pytorch_tanh", ops.LigerGELUMulFunction),
+        for name, act, *functions in [
+            ("SwiGLU", "silu", ops.swiglu_forward, ops.swiglu_backward),
+            ("GeGLU", "gelu_pytorch_tanh", ops.geglu_forward, ops.geglu_backward),
         ]:
             if type(module.act_fn) is type(ACT2FN[act]):
-                return name, _subclass(plain, _GatedMLP, act_times=_act_times(function))
+                return name, _subclass(plain, _GatedMLP, act_times=_act_times(*functions))
     if kind == "Attention" and (is_llama or is_gemma):
         forward = _rotary_forward(plain, _rotation(ops))
         return None if forward is None else ("rotary embedding", _subclass(plain, forward=forward))
