@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo
 
 from bpo.config.training import Config, ModelConfig, TrainableConfig
 from bpo.data.families import family_of
@@ -157,6 +158,25 @@ def test_a_policy_learns_the_same(tiny_llava_dir: Path, photo_root: Path, monkey
     torch.testing.assert_close(actual.logp_N, expected.logp_N, atol=1e-3, rtol=1e-3)
     for name, gradient in expected.gradients.items():
         assert relative_error(actual.gradients[name], gradient.double()) < 1e-2, name
+
+
+def test_compiled_layers_may_call_liger(monkeypatch) -> None:
+    """In one compilation for both layers, forward and backward."""
+    monkeypatch.setitem(SIZES, "intermediate_size", 256)
+    plain = text_model("llama").float()
+    liger = with_liger(copy.deepcopy(plain))
+    graphs: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend("inductor")(graph, inputs)
+
+    for layer in liger.layers:
+        layer.forward = torch.compile(layer.forward, backend=backend, dynamic=False)
+    expected, actual = run(plain, torch.float32), run(liger, torch.float32)
+    for name, values in expected.items():
+        assert relative_error(actual[name], values.double()) < 1e-5, name
+    assert len(graphs) == 1
 
 
 def test_the_same_answers_as_before(tiny_llava_dir: Path) -> None:
