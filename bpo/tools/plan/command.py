@@ -16,6 +16,7 @@ from bpo.formats.files import read_groups
 from bpo.losses.program import LossProgram
 from bpo.tools.plan import scale
 from bpo.tools.plan.candidates import Candidate, Sizing, memory_gb, size_candidates, trace
+from bpo.tools.plan.features import describe, feature_cost
 from bpo.tools.plan.group import (
     GroupShape,
     ImageSize,
@@ -229,6 +230,7 @@ def render(
         *(_line(sizing, candidate, k == sizing.best) for k, candidate in enumerate(sizing.candidates)),
         "",
         *_recommendation(sizing, config, count),
+        *describe(feature_cost(shape, machine, group.step)),
     ]
     return "\n".join(lines)
 

@@ -54,13 +54,10 @@ class FeatureCost:
         return self.num_bytes / left_s / 1e9 if left_s > 0 else None
 
 
-def feature_cost(
-    shape: ModelShape, machine: Machine, packed: PackedShape, disk_gb_s: float, size: int = 2
-) -> FeatureCost | None:
-    """The cost of the average image of a group; None without images, or with a trained tower.
+def feature_cost(shape: ModelShape, machine: Machine, packed: PackedShape, size: int = 2) -> FeatureCost | None:
+    """The cost of the average image of a group, on local disks; None without images, or with a trained tower.
 
     Args:
-        disk_gb_s: Speed of the disk per node, of which each GPU gets its share.
         size: Bytes per value.
     """
     images = sum(view.images for view in packed.views)
@@ -77,13 +74,15 @@ def feature_cost(
         flops=flops / images,
         encode_s=flops / images / (machine.gpu.peak_tflops * 1e12 * machine.utilisation),
         copy_s=num_bytes * (1 / HOST_GB_S + 1 / machine.gpu.host_gb_s) / 1e9,
-        disk_gb_s=disk_gb_s / machine.gpus_per_node,
+        disk_gb_s=machine.nvme_gb_s / machine.gpus_per_node,
         step_share=flops / shape.flops.step(work),
     )
 
 
-def describe(cost: FeatureCost) -> list[str]:
+def describe(cost: FeatureCost | None) -> list[str]:
     """Lines for `bpo plan`."""
+    if cost is None:
+        return []
     if cost.passes is not None:
         pays = f"pays after {cost.passes:.1f} passes over the data"
     elif cost.least_gb_s is not None:

@@ -89,8 +89,15 @@ def test_the_tower_does_not_run_where_features_are_given(
         key: torch.full_like(value, 0.5) if key == "pixel_values" else value
         for key, value in batch.image_inputs.items()
     }
+    calls: list[str] = []
+    for name in encoder.family.tower_modules:
+        module = policy.model.get_submodule(name)
+        module = module[0] if isinstance(module, torch.nn.ModuleList) else module
+        module.register_forward_hook(lambda *_, name=name: calls.append(name))
     expected_N, _ = results(policy, replace(batch, features=features))
     actual_N, _ = results(policy, replace(batch, features=features, image_inputs=blank))
     torch.testing.assert_close(actual_N, expected_N, atol=0, rtol=0)
+    assert calls == []
     other_N, _ = results(policy, replace(batch, image_inputs=blank))
+    assert set(calls) == set(encoder.family.tower_modules)
     assert (other_N - expected_N).abs().max() > 1e-3  # the model is itself again, and sees these pixels

@@ -19,11 +19,11 @@ from bpo.tools.plan.speed import Machine
 from bpo.training.hardware import accelerator
 
 
-def cost_of(model: str, disk_gb_s: float = 12.0, gpu: str = "h100", **trained: Any) -> FeatureCost | None:
+def cost_of(model: str, gpu: str = "h100", **trained: Any) -> FeatureCost | None:
     shape = shape_of(model, Config(trainable=TrainableConfig(**trained)))
     plan, image = LossProgram(LossConfig(), 0).plan, typical_image(shape.config)
     group, _ = average_group([typical_group(plan, image, 64, 150, 3)], plan, image)
-    return feature_cost(shape, Machine(accelerator(gpu)), group.step, disk_gb_s)
+    return feature_cost(shape, Machine(accelerator(gpu)), group.step)
 
 
 def test_llava() -> None:
@@ -47,6 +47,7 @@ def test_qwen(family_dir: Callable[[str], Path]) -> None:
 
 def test_a_trained_tower_has_no_features_to_keep() -> None:
     assert cost_of("llava-1.5-7b", vision="full") is None
+    assert describe(None) == []
 
 
 def test_when_it_pays() -> None:
