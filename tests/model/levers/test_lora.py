@@ -29,6 +29,7 @@ from bpo.model.policy import PolicyModel, model_inputs
 from bpo.model.trainable import prepare_trainable
 from bpo.records import GroupBatch
 from bpo.training.checks import seed_micro_batch
+from bpo.training.flops import model_flops
 from bpo_kernels.philox import keep_mask
 from tests.sample_groups import encoder_of, packed_batch, three_groups
 
@@ -164,7 +165,7 @@ def attention_of(model: Any) -> Any:
 @pytest.mark.parametrize("calls", ["q k v", "v k q", "k", "q q k k v v", "q k* v", "q k- v"])
 @pytest.mark.parametrize("grad", [True, False])
 def test_layers_may_be_called_in_any_order_and_with_other_tensors(tiny_llava_dir: Path, calls: str, grad: bool) -> None:
-    """`*` is called with another tensor of the same values, `-` after the tensor was changed in place."""
+    """`*` is called with another tensor, `-` after the tensor was changed in place."""
     x_TD = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
     results = []
     for kernel in ("peft", "addmm"):
@@ -174,7 +175,7 @@ def test_layers_may_be_called_in_any_order_and_with_other_tensors(tiny_llava_dir
             for call in calls.split():
                 if call.endswith("-"):
                     tensor.mul_(2)
-                outputs.append(getattr(attention, f"{call[0]}_proj")(tensor + 0 if "*" in call else tensor))
+                outputs.append(getattr(attention, f"{call[0]}_proj")(2 * tensor if "*" in call else tensor))
         assert all(output.requires_grad == grad for output in outputs)
         if grad and "-" not in calls:
             sum(output.square().sum() for output in outputs).backward()
@@ -265,6 +266,7 @@ def test_state_copies_and_parameter_names_are_those_of_peft(directory) -> None:
     assert list(states[0]) == list(states[1]) == list(states[2])
     assert all(torch.equal(state[name], states[0][name]) for state in states[1:] for name in state)
     assert [name for name, _ in plain.named_modules()] == [name for name, _ in grouped.named_modules()]
+    assert model_flops(plain, family_of(plain.config)) == model_flops(grouped, family_of(grouped.config))
 
 
 @pytest.mark.parametrize("case", ["disabled", "merged", "two", "bias", "dora", "mixed", "autocast"])
