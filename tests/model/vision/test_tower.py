@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -101,3 +102,24 @@ def test_the_tower_does_not_run_where_features_are_given(
     other_N, _ = results(policy, replace(batch, image_inputs=blank))
     assert set(calls) == set(encoder.family.tower_modules)
     assert (other_N - expected_N).abs().max() > 1e-3  # the model is itself again, and sees these pixels
+
+
+@pytest.mark.parametrize("mode", ["full", "selective"])
+def test_recomputation_needs_no_tower(family_dir: Callable[[str], Path], photo_root: Path, mode: Any) -> None:
+    """The backward pass computes layers again after the tower is back in its place."""
+    encoder = encoder_of(family_dir("qwen3_vl"), photo_root)
+    batch = collate_groups(encode_all(encoder, three_groups()), encoder.family)
+    found = []
+    for checkpointing in ("none", mode):
+        config = ModelConfig(path=str(family_dir("qwen3_vl")), dtype="float32", gradient_checkpointing=checkpointing)
+        policy = PolicyModel(load_model(config, for_training=True)).train()
+        policy.model.get_submodule("model.visual").requires_grad_(False)
+        policy.model.get_submodule("model.visual.merger").requires_grad_(True)
+        features = tuple(policy.tower.encode(encoder.family.entries(batch.image_inputs)))
+        found.append(results(policy, replace(batch, features=features)))
+    (expected_N, expected), (actual_N, actual) = found
+    torch.testing.assert_close(actual_N, expected_N, atol=TOLERANCE, rtol=TOLERANCE)
+    assert actual.keys() == expected.keys()
+    for name, gradient in expected.items():
+        bound = TOLERANCE * float(gradient.abs().max())
+        torch.testing.assert_close(actual[name], gradient, atol=bound, rtol=0, msg=name)
