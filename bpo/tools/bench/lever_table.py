@@ -17,7 +17,7 @@ def _columns(about: dict[str, Any]) -> list[str]:
     on_gpu = about["device"] == "cuda"
     columns = ["", "time / plain (range)", "ms", "GFLOP", "GB moved", "launches"]
     columns += ["peak MiB with weights" if on_gpu else "peak MiB / step", "warm-up s", "nats / token from plain"]
-    return columns + (["tokens / s", "useful TFLOP/s", "MFU"] if on_gpu else [])
+    return columns + (["ms in kernels", "tokens / s", "useful TFLOP/s", "MFU"] if on_gpu else [])
 
 
 def head(about: dict[str, Any]) -> str:
@@ -55,6 +55,7 @@ def line(result: dict[str, Any], about: dict[str, Any]) -> str:
     if about["device"] == "cuda":
         rate, peak = result["useful_flops"] / seconds / 1e12, result.get("peak_tflops")
         mfu = "" if peak is None else f"{rate / peak:.1%}"
+        cells += ["" if "kernel_seconds" not in result else f"{result['kernel_seconds'] * 1e3:,.1f}"]
         cells += [f"{about['num_tokens'] / seconds:,.0f}", f"{rate:,.1f}", mfu]
     return _row(cells)
 

@@ -207,6 +207,7 @@ class Bench:
         if reason := refusal(self.config, self.device, row):
             return result | {"status": "not here", "reason": reason}
         opened: list[OpenStep] = []
+        begin = time.perf_counter()
         try:
             self._figures(row, opened, result)
         except Exception as error:  # one row's fault must not end the table; the exit status tells of it
@@ -220,7 +221,7 @@ class Bench:
         gc.collect()
         if self.on_gpu:
             torch.cuda.empty_cache()
-        return result
+        return result | {"row_seconds": time.perf_counter() - begin}
 
     def _figures(self, row: Row, opened: list[OpenStep], result: dict[str, Any]) -> None:
         """Adds figures to `result`, and to `opened` what must be closed, even after an error."""
@@ -249,20 +250,28 @@ class Bench:
 
     def _seconds(self, step: OpenStep) -> float:
         figures: dict[str, Any] = {}
-        with step.meter.measure("time", figures):
-            step.run(self.about["num_pairs"])
+        gc.collect()
+        gc.disable()  # a collection takes as long as many kernels, and would be in some steps only
+        try:
+            with step.meter.measure("time", figures):
+                step.run(self.about["num_pairs"])
+        finally:
+            gc.enable()
         return float(figures["seconds"])
 
     def _times(self, step: OpenStep, result: dict[str, Any]) -> None:
         assert self.flops is not None
-        own, plain = [], self.plain_seconds if self.on_gpu else []
+        own: list[float] = []
+        plain: list[float] = []
         for _ in range(self.options.repetitions):
             if self.plain is not None and step is not self.plain:
                 plain.append(self._seconds(self.plain))
             own.append(self._seconds(step))
-        plain = self.plain_seconds = plain or own
-        ratios = [a / b for a, b in zip(own, plain, strict=True)]
-        result |= {"seconds": own, "plain_seconds": plain}
+        self.plain_seconds = self.plain_seconds or own
+        # Without turns, the repetitions of two rows do not belong together.
+        others = plain or ([statistics.median(self.plain_seconds)] * len(own) if self.on_gpu else own)
+        ratios = [a / b for a, b in zip(own, others, strict=True)]
+        result |= {"seconds": own, "plain_seconds": plain or self.plain_seconds}
         result["ratio"] = {"median": statistics.median(ratios), "least": min(ratios), "largest": max(ratios)}
         # Each different image goes through the tower once, and not at all if its features are cached.
         images = 0 if step.config.vision.cache != "none" else self.about.get("num_images", self.about["num_groups"])
@@ -283,7 +292,7 @@ class Bench:
             result["peak_bytes"] += step.meter.weight_bytes - before_bytes
             with kernels(self.device) as launched:
                 step.run(pairs)
-            result["launches"] = launched()
+            result["launches"], result["kernel_seconds"] = launched()
         if result["levers"].get("model.compile") == "layers":
             return  # under a mode, compiled layers would be compiled again or run uncompiled
         with step.meter.measure("flops", figures):
@@ -363,6 +372,8 @@ def run(options: argparse.Namespace, report: dict[str, Any]) -> int:
         config = case.config(options.micro_batches, options.lora_dropout)
         report |= {"case": about, "rows": []}
         engine.init_distributed(Ranks())
+        gc.collect()
+        gc.freeze()  # the libraries' objects: later collections, of which each row needs several, skip them
         try:
             bench = Bench(options, about, config, answer_tokens(case))
             rows = selected_rows(options.rows, bench.rows())
@@ -374,5 +385,6 @@ def run(options: argparse.Namespace, report: dict[str, Any]) -> int:
                     options.json.parent.mkdir(parents=True, exist_ok=True)
                     options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         finally:
+            gc.unfreeze()
             collectives.shut_down()
     return int(any(result["status"] in ("WRONG", "failed") for result in report["rows"]))

@@ -101,13 +101,19 @@ class Traffic(TorchDispatchMode):
 
 
 @contextlib.contextmanager
-def kernels(device: torch.device) -> Iterator[Callable[[], int]]:
-    """Yields a function that returns, after the block, the kernels that it has run on a CUDA device; no copies."""
+def kernels(device: torch.device) -> Iterator[Callable[[], tuple[int, float]]]:
+    """Yields a function that returns, after the block, the kernels that it has run on a CUDA device, without copies:
+    their number and the sum of their durations in seconds.
+    """
     activities = [torch.profiler.ProfilerActivity.CUDA]
     torch.cuda.synchronize(device)
     with torch.profiler.profile(activities=activities) as profile:
-        yield lambda: sum(map(_is_kernel, profile.profiler.kineto_results.events()))
+        yield lambda: _sums([event for event in profile.profiler.kineto_results.events() if _is_kernel(event)])
         torch.cuda.synchronize(device)
+
+
+def _sums(events: Sequence[Any]) -> tuple[int, float]:
+    return len(events), sum(event.duration_ns() for event in events) / 1e9
 
 
 def _is_kernel(event: Any) -> bool:

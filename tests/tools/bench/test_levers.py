@@ -138,7 +138,13 @@ def test_a_gpu_has_rates_and_the_share_of_its_peak() -> None:
     about = {"device": "cuda", "num_tokens": 8192}
     result = {"name": "auto", "changes": {}, "status": "ok", "seconds": [0.5], "useful_flops": 2e14}
     result |= {"ratio": {"median": 0.8, "least": 0.7, "largest": 0.9}, "peak_tflops": 1000.0, "peak_bytes": 2**20}
-    result |= {"distances": {"logp": 0.0, "loss": 0.0, "grad_norm": 0.0}, "warm_up_seconds": 3.0, "launches": 1200}
+    result |= {
+        "distances": {"logp": 0.0, "loss": 0.0, "grad_norm": 0.0},
+        "warm_up_seconds": 3.0,
+        "launches": 1200,
+        "kernel_seconds": 0.25,
+    }
     line = lever_table.line(result, about)
-    assert line.endswith("| 1,200 | 1.0 | 3.0 | 0 | 16,384 | 400.0 | 40.0% |") and line.count("not counted") == 2
+    assert line.endswith("| 1,200 | 1.0 | 3.0 | 0 | 250.0 | 16,384 | 400.0 | 40.0% |")
+    assert line.count("not counted") == 2
     assert line.count("|") == lever_table.head(about).splitlines()[-1].count("|")
