@@ -36,7 +36,7 @@ SLOW_FILES = """
     bootstrap/job/test_spool.py model/test_trainable.py job/test_compile_locks.py cluster/test_srun.py
     formats/test_reading_fuzz.py test_view_cost.py recipes/test_methods.py benchmarks/test_methods.py test_loss_types.py
     test_term_gradients.py training/test_embeddings.py training/test_evaluation.py
-    training/online/test_steps.py rounds/test_run_kill.py training/test_extrapolation.py
+    training/online/test_steps.py rounds/test_run_kill.py training/test_features.py training/test_extrapolation.py
 """.split()
 
 

@@ -14,12 +14,13 @@ class VisionConfig(Section):
 
     Attributes:
         encode: When a frozen tower runs: `step` encodes each image of a rank's step once, in as few batches as
-            batch_tokens allows, before its first micro-batch; `micro_batch` encodes in each micro-batch; `auto` selects
-            by device and model.
+            batch_tokens allows, before its first micro-batch, for which all of them are loaded; `micro_batch` encodes
+            in each micro-batch; `auto` selects by device and model.
         batch_tokens: Maximum number of patches per batch of the tower with `encode: step`.
         cache: Features of the frozen tower that later steps and runs read instead of encoding again: `memory` (of the
-            host), `disk` or `none`. The projector still runs, and may be trained.
-        cache_dir: Directory of `cache: disk`, which runs may share; empty uses train.output_dir/features.
+            host, by each rank), `disk` or `none`. The projector still runs, and may be trained.
+        cache_dir: Directory of `cache: disk`, which ranks and runs share, such as one in /dev/shm; empty uses
+            train.output_dir/features.
         cache_gb: Maximum size of the cache per rank (`memory`) or of the directory (`disk`), in GB; images beyond it
             are encoded again.
     """
