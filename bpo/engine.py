@@ -74,7 +74,7 @@ def deepspeed_config(config: TrainConfig, dtype: torch.dtype, accumulation_steps
 
     Raises:
         ValueError: the file sets a key that the configuration owns, or is not JSON; it would change the results or does
-            not fit the nodes (`config.ds_file`); the dtype is float16.
+            not fit the nodes (`config.ds_file`); NVMe without libaio; the dtype is float16.
     """
     if dtype == torch.float16:
         raise ValueError("model.dtype float16 is unsupported in training: log-ratios overflow; use bfloat16 or float32")
@@ -84,6 +84,8 @@ def deepspeed_config(config: TrainConfig, dtype: torch.dtype, accumulation_steps
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: not valid JSON: {error}") from error
     check_results(settings, path, config.lr, config.adam_beta2)
+    if settings.get("zero_optimization", {}).get("offload_param", {}).get("device") == "nvme":
+        _check_disk_reads(path)
     for key in settings.keys() & _CONFIG_OWNED.keys():
         raise ValueError(f"{path}: `{key}` is set here and by {_CONFIG_OWNED[key]}; remove it here")
     return {
@@ -96,6 +98,17 @@ def deepspeed_config(config: TrainConfig, dtype: torch.dtype, accumulation_steps
         "wall_clock_breakdown": False,
         **complete_zero(settings, path, ranks_from_environment().world_size, ranks_per_node()),
     }
+
+
+def _check_disk_reads(path: Path) -> None:
+    """DeepSpeed itself would only stop while it loads the model."""
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if not AsyncIOBuilder().is_compatible():
+        raise ValueError(
+            f"{path}: offload_param.device is nvme, which requires libaio; install it (apt-get install libaio-dev), or "
+            "name its folders in CFLAGS and LDFLAGS"
+        )
 
 
 def with_fitting_buckets(settings: dict[str, Any], num_gradients: int) -> dict[str, Any]:

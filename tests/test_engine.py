@@ -96,6 +96,20 @@ def test_a_file_that_is_no_json_is_named(tmp_path: Path) -> None:
         deepspeed_config(TrainConfig(ds_config=str(tmp_path / "ds.json")), torch.float32, 1)
 
 
+def test_weights_on_nvme_need_libaio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    found = False
+    monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self: found)
+    monkeypatch.setenv("BPO_NVME", str(tmp_path))
+    config = TrainConfig(ds_config="ds_configs/zero3_nvme.json")
+    with pytest.raises(ValueError, match="zero3_nvme.json: offload_param.device is nvme, which requires libaio"):
+        deepspeed_config(config, torch.bfloat16, 1)
+    found = True
+    zero = deepspeed_config(config, torch.bfloat16, 1)["zero_optimization"]
+    assert zero["offload_param"]["nvme_path"] == str(tmp_path)
+
+
 def test_float16_training_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="float16 is unsupported in training"):
         settings_of(tmp_path / "ds.json", {"zero_optimization": {"stage": 2}}, torch.float16)
