@@ -185,4 +185,4 @@ def test_liger_itself_computes_the_same(monkeypatch) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", chosen, __file__]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert result.returncode == 0 and " 3 passed" in result.stdout, result.stdout[-6000:] + result.stderr[-2000:]
+    assert result.returncode == 0 and "\n3 passed" in result.stdout, result.stdout[-6000:] + result.stderr[-2000:]
