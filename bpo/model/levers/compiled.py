@@ -7,6 +7,7 @@ passes without a gradient.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import logging
 import os
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 BACKEND = "inductor"
+# Half precision is rounded after each operation, as by PyTorch. Fused code would skip roundings, and others in training
+# than in the reference pass, so that the policy's first log-probs differed from the reference's.
+_ROUNDING = {"emulate_precision_casts": True}
 # Variants of a layer per row length: with and without gradient, training and evaluation, of an input that needs no
 # gradient (the first layer's); and again for the lengths of other passes than training.
 _VARIANTS = 8
@@ -87,7 +91,8 @@ class CompiledLayers:
         self.num_graphs, self.seconds = 0, 0.0
         self._lengths: set[int] = set()
         self._plain: Callable[..., Any] = layer_class.forward
-        self._backend = torch._dynamo.lookup_backend(BACKEND)
+        backend: Callable[..., Any] = torch._dynamo.lookup_backend(BACKEND)
+        self._backend = functools.partial(backend, config_patches=_ROUNDING) if BACKEND == "inductor" else backend
         self._compiled = torch.compile(self._plain, backend=self._compile, dynamic=False)
         # Beyond it, a layer would silently run uncompiled.
         self._limits: dict[str, Any] = {"recompile_limit": _VARIANTS * number, "fail_on_recompile_limit_hit": True}
