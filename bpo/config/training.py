@@ -40,13 +40,13 @@ class ModelConfig(Section):
             inputs; `offload` does so with the inputs in host memory; `selective` recomputes all but matrix products and
             attention. true means `full`, false `none`.
         layer_kernels: Norms, rotary embeddings and gated activations of the language model: `liger` (Liger's Triton
-            kernels; pip install 'bpo[fast]'), or `none` for transformers' own; `auto` selects by device.
+            kernels; pip install 'bpo[fast]'), or `none` for transformers' own; `auto` is `none`.
         patch_embedding: Patch embedding of the vision tower: `gemm` computes its convolution, whose patches do not
             overlap, as one matrix product; `conv` leaves it; `auto` selects by the layer.
         compile: `layers` compiles each decoder layer with torch.compile and pads rows to compile_buckets lengths;
-            `none` does not; `auto` selects by device.
+            `none` does not; `auto` is `none`.
         compile_buckets: Number of different row lengths, and so the maximum number of compilations of a layer.
-        quantization: Weights of the frozen language model: `nf4` or `int8` (bitsandbytes; pip install 'bpo[qlora]'),
+        quantization: Weights of the frozen language model: `nf4` (bitsandbytes; pip install 'bpo[qlora]'), `int8`,
             `fp8` (experimental: products of frozen layers in FP8), or `none` for model.dtype.
         share_prefix: `auto` computes image and prompt once per group if the model's attention supports it; `never` uses
             a separate padded sequence per completion, with the same results and more compute.
@@ -145,7 +145,7 @@ class LoraConfig(Section):
         target: Names of the linear layers to adapt; empty adapts all of the language model except the LM head.
         variant: `lora`; `rslora`, which multiplies by alpha / sqrt(r); or `dora`, which also trains column norms.
         kernel: Computation of adapted layers: `fused` (one Triton product of base and adapter), `addmm` (the
-            adapter's product accumulated into the base's output) or `peft`; `auto` selects by device and variant.
+            adapter's product accumulated into the base's output) or `peft`; `auto` is `peft`.
     """
 
     where = "lora"

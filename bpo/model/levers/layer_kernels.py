@@ -201,7 +201,9 @@ def _obstacle(resolved: ResolvedModel) -> tuple[str, str] | None:
 
 
 def choose(config: Config, resolved: ResolvedModel) -> Lever:
-    """The value of `model.layer_kernels` for this model and device: `auto` is `liger` on a GPU that can run it.
+    """The value of `model.layer_kernels` for this model and device.
+
+    `auto` is `none` until the tests of the bf16 path have passed on a GPU.
 
     Raises:
         ValueError: `liger` is requested and cannot run; gives the reason and the fix.
@@ -214,13 +216,9 @@ def choose(config: Config, resolved: ResolvedModel) -> Lever:
         if obstacle is not None:
             raise ValueError(f"model.layer_kernels is liger, but {obstacle[0]}; {obstacle[1]}, or set it to auto")
         return Lever("liger", "model.layer_kernels is liger")
-    if obstacle is not None:
-        return Lever("none", obstacle[0])
-    if resolved.device.type != "cuda":
-        return Lever("none", f"on {resolved.device.type}")
-    if config.model.compile == "layers":
-        return Lever("none", "compiled layers fuse these operations")
-    return Lever("liger", "on cuda")
+    return Lever(
+        "none", obstacle[0] if obstacle else "auto: only on request, as its tests have not passed on a GPU yet"
+    )
 
 
 def install(model: Any, family: Family, config: Config, lever: Lever) -> str:

@@ -16,8 +16,8 @@ from bpo_kernels.lora_operator import MAX_RANK
 if TYPE_CHECKING:
     from bpo.model.load import ResolvedModel
 
-# What `auto` selects on CUDA, where the operation computes what PEFT does.
-_AUTO_ON_CUDA = "addmm"
+# The operation computes what PEFT does, but its tests have not passed on a GPU yet; then `addmm` on CUDA.
+_UNTESTED = "auto: only on request, as its tests have not passed on a GPU yet"
 
 
 def choose(config: Config, resolved: ResolvedModel) -> Lever:
@@ -42,11 +42,7 @@ def choose(config: Config, resolved: ResolvedModel) -> Lever:
         if obstacle:
             raise ValueError(f"lora.kernel is {requested}, but {obstacle}, or lora.kernel to auto")
         return Lever(requested, "requested")
-    if obstacle:
-        return Lever("peft", obstacle.split(":")[0])
-    if resolved.device.type != "cuda":
-        return Lever("peft", f"the device is {resolved.device.type}")
-    return Lever(_AUTO_ON_CUDA, "the base's weights are plain, and the device is cuda")
+    return Lever("peft", obstacle.split(":")[0] or _UNTESTED)
 
 
 def install(model: Any, family: Family, config: Config, lever: Lever) -> str:

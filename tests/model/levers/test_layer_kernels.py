@@ -145,12 +145,12 @@ def resolved(config: Config, device: str) -> Any:
     return SimpleNamespace(config=resolve_model(config.model).config, device=torch.device(device))
 
 
-def test_auto_takes_it_on_a_gpu_only(tiny_llava_dir: Path, monkeypatch) -> None:
+def test_it_is_selected_on_request_only(tiny_llava_dir: Path, monkeypatch) -> None:
     config = options(tiny_llava_dir)
-    assert layer_kernels.choose(config, resolved(config, "cuda")) == ("liger", "on cuda")
-    assert layer_kernels.choose(config, resolved(config, "cpu")).value == "none"
-    compiled = options(tiny_llava_dir, compile="layers")
-    assert layer_kernels.choose(compiled, resolved(compiled, "cuda")).value == "none"
+    for device in ("cuda", "cpu"):
+        assert layer_kernels.choose(config, resolved(config, device)).value == "none"
+    requested = options(tiny_llava_dir, layer_kernels="liger")
+    assert layer_kernels.choose(requested, resolved(requested, "cuda")).value == "liger"
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert layer_kernels.choose(config, resolved(config, "cuda")) == ("none", "liger_kernel is not installed")
 

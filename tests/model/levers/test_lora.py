@@ -296,8 +296,8 @@ def test_what_the_operation_does_not_compute_is_left_to_peft(tiny_llava_dir: Pat
     ("options", "device", "expected"),
     [
         ({}, "cpu", "peft"),
-        ({}, "cuda", "addmm"),
-        ({"lora": LoraConfig(variant="rslora")}, "cuda", "addmm"),
+        ({}, "cuda", "peft"),
+        ({"lora": LoraConfig(kernel="addmm", variant="rslora")}, "cuda", "addmm"),
         ({"lora": LoraConfig(variant="dora")}, "cuda", "peft"),
         ({"lora": LoraConfig(r=512)}, "cuda", "peft"),
         ({"model": ModelConfig(quantization="nf4")}, "cuda", "peft"),
