@@ -2,8 +2,8 @@
 
     python -m benchmarks.collate [--tokens 8192] [--samples 200] [--json FILE]
 
-Groups of three completions with one image of 576 tokens each, tokenized beforehand; LLaVA-1.5 (positions in one channel)
-and Qwen2.5-VL (in three). The images' pixels are concatenated in any case; without them is what packing itself takes.
+Groups of three completions with one image of 576 tokens each, tokenized beforehand; LLaVA-1.5 (positions in one
+channel) and Qwen2.5-VL (in three). A run always concatenates the images' pixels; without them is what packing takes.
 """
 
 from __future__ import annotations
@@ -38,11 +38,12 @@ def families() -> dict[str, Family]:
 
 
 def image_inputs(family: Family, *, with_pixels: bool) -> dict[str, torch.Tensor]:
-    """Those of one image; without pixels, one value stands for all of them."""
+    """Those of one image; without pixels, those of one patch stand for all of them."""
     if "qwen" in family.config.model_type:
         patches = GRID[1] * GRID[2] if with_pixels else 1
         return {"pixel_values": torch.zeros(patches, 1176), "image_grid_thw": torch.tensor([GRID])}
-    return {"pixel_values": torch.zeros(1, 3, SIDE, SIDE).expand(-1, -1, -1, -1 if with_pixels else SIDE)}
+    side = SIDE if with_pixels else family.config.vision_config.patch_size
+    return {"pixel_values": torch.zeros(1, 3, side, side)}
 
 
 def group(family: Family, number: int, rng: random.Random, *, with_pixels: bool) -> EncodedGroup:

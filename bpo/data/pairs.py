@@ -9,6 +9,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
 
 from bpo.data.cells import Cell, CellPlan, GroupCells, completion_ids
@@ -34,9 +35,9 @@ class _Numbering:
     def of(self, group: int, cell: Cell | None) -> int:
         return ANCHOR if cell is None else self.index[group, cell]
 
-    def tokens(self, group: int, cell: Cell) -> range:
+    def tokens(self, group: int, cell: Cell) -> np.ndarray:
         number = self.index[group, cell]
-        return range(self.starts[number], self.starts[number + 1])
+        return np.arange(self.starts[number], self.starts[number + 1])
 
 
 def loss_inputs(
@@ -99,40 +100,44 @@ class _Weighed:
     """Collects the weighed tokens of the pairs' sides."""
 
     def __init__(self) -> None:
-        self.tokens: list[int] = []
-        self.sides: list[int] = []
-        self.weights: list[float] = []
+        self.tokens: list[np.ndarray] = []
+        self.sides: list[np.ndarray] = []
+        self.weights: list[np.ndarray] = []
+        self.count = 0
         self.ends: list[int] = [0]
 
     def end_term(self) -> None:
-        self.ends.append(len(self.tokens))
+        self.ends.append(self.count)
 
-    def add(self, tokens: range, side: int, weights: Sequence[float]) -> None:
-        self.tokens.extend(tokens)
-        self.sides.extend([side] * len(tokens))
-        self.weights.extend(weights)
+    def add(self, tokens: np.ndarray, side: int, weights: np.ndarray) -> None:
+        self.tokens.append(tokens)
+        self.sides.append(np.full(len(tokens), side))
+        self.weights.append(weights)
+        self.count += len(tokens)
 
     def tensors(self) -> WeighedTokens | None:
-        if not self.tokens:
+        if not self.count:
             return None
-        token_E, side_E = (torch.tensor(values, dtype=torch.long) for values in (self.tokens, self.sides))
+        token_E, side_E, weight_E = (
+            torch.from_numpy(np.concatenate(pieces)) for pieces in (self.tokens, self.sides, self.weights)
+        )
         counts = tuple(end - start for start, end in itertools.pairwise(self.ends))
-        return WeighedTokens(token_E, side_E, torch.tensor(self.weights, dtype=torch.float32), counts)
+        return WeighedTokens(token_E, side_E, weight_E.float(), counts)
 
 
 def _second_targets(numbering: _Numbering) -> SecondTargets | None:
     if not numbering.virtual:
         return None
-    base: list[int] = []
-    source: list[int] = []
+    base: list[np.ndarray] = []
+    source: list[np.ndarray] = []
     for g, cell in numbering.virtual:
         assert cell.argmax_of is not None
         own = replace(cell, argmax_of=None)
-        base.extend(numbering.tokens(g, own))
+        base.append(numbering.tokens(g, own))
         other = replace(own, view=cell.argmax_of)
         # Without rows of the other view the tokens come from the reference (`shared_tokens`).
-        source.extend(numbering.tokens(g, other if (g, other) in numbering.index else own))
-    return SecondTargets(torch.tensor(base, dtype=torch.long), torch.tensor(source, dtype=torch.long))
+        source.append(numbering.tokens(g, other if (g, other) in numbering.index else own))
+    return SecondTargets(*(torch.from_numpy(np.concatenate(pieces)) for pieces in (base, source)))
 
 
 def _by_token(of_cell: Sequence[bool], lengths: Sequence[int]) -> torch.Tensor:

@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from bpo.data.cells import AUXILIARY, CellPair, TermSpec, completion_ids
 from bpo.data.encode import EncodedGroup
 
@@ -83,25 +85,25 @@ def changed_weights(side: WeighedSide, options: Mapping[str, Any]) -> Sequence[f
     return weights
 
 
-def side_weights(group: EncodedGroup, pair: CellPair, term: TermSpec) -> tuple[list[float], list[float]]:
-    """The weights of the tokens of both sides of a pair; none for an anchor."""
+def side_weights(group: EncodedGroup, pair: CellPair, term: TermSpec) -> tuple[np.ndarray, np.ndarray]:
+    """The weights (fp64) of the tokens of both sides of a pair; none for an anchor."""
     ids = [None if cell is None else completion_ids(group, cell) for cell in (pair.chosen, pair.rejected)]
     shared = min(len(side) for side in ids if side is not None)
     both = []
     for k, (cell, own, other) in enumerate(zip((pair.chosen, pair.rejected), ids, reversed(ids), strict=True)):
-        weights: list[float] = []
+        weights = np.empty(0)
         if cell is not None and own is not None:
             of_group = group.token_weights and not cell.view.startswith(AUXILIARY)
             data = group.token_weights[cell.completion] if of_group else (1.0,) * len(own)
-            weights = [1.0] * len(own)
+            weights = np.ones(len(own))
             if term.token_weights:
                 rule = TOKEN_RULES[term.token_weights].function
-                weights = [float(w) for w in rule(WeighedSide(own, other, k == 0, data), term.options)]
+                weights = np.array(rule(WeighedSide(own, other, k == 0, data), term.options), dtype=np.float64)
                 if len(weights) != len(own):
                     raise ValueError(
                         f"the rule {term.token_weights!r} gave {len(weights)} weights for {len(own)} tokens"
                     )
             # LD-DPO, arXiv 2409.06411 eq. 7: tokens beyond the shorter side's length count less.
-            weights = [w if i < shared else term.ld_alpha * w for i, w in enumerate(weights)]
+            weights[shared:] *= term.ld_alpha
         both.append(weights)
     return both[0], both[1]

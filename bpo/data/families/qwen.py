@@ -5,8 +5,10 @@ Shape letters: B sequences, T tokens, X position channels (3).
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
+import numpy as np
 import torch
 
 from bpo.data.families.base import Family
@@ -65,23 +67,22 @@ class Qwen2VL(Family):
         """
         merge = self.config.vision_config.spatial_merge_size
         grids = iter(image_inputs["image_grid_thw"].tolist() if image_inputs else [])
-        is_image_T = (prefix_ids_T == self.image_token_id).tolist()
-        runs: list[torch.Tensor] = []
-        start = position = 0
-        while start < len(is_image_T):
-            if is_image_T[start]:
+        is_image_T = (prefix_ids_T == self.image_token_id).numpy()
+        changes = np.flatnonzero(is_image_T[1:] != is_image_T[:-1]) + 1
+        runs: list[np.ndarray] = []
+        position = 0
+        for start, end in itertools.pairwise([0, *changes.tolist(), len(is_image_T)]):
+            if not is_image_T[start]:
+                runs.append(np.arange(position, position + end - start)[None].repeat(3, axis=0))
+                position += end - start
+                continue
+            while start < end:  # images may follow each other without text between them
                 frames, rows, columns = next(grids)
                 rows, columns = rows // merge, columns // merge
-                t, h, w = torch.meshgrid(torch.arange(frames), torch.arange(rows), torch.arange(columns), indexing="ij")
-                runs.append(torch.stack([t.flatten(), h.flatten(), w.flatten()]) + position)
+                runs.append(np.indices((frames, rows, columns)).reshape(3, -1) + position)
                 start += frames * rows * columns
                 position += max(rows, columns)
-            else:
-                end = next((i for i in range(start, len(is_image_T)) if is_image_T[i]), len(is_image_T))
-                runs.append((torch.arange(end - start) + position).expand(3, -1))
-                position += end - start
-                start = end
-        return torch.cat(runs, dim=1)
+        return torch.from_numpy(np.concatenate(runs, axis=1))
 
     def generation_inputs(self, input_ids_BT: torch.Tensor) -> dict[str, torch.Tensor]:
         return {"mm_token_type_ids": (input_ids_BT == self.image_token_id).int()}
