@@ -45,6 +45,7 @@ COVERS = {
     "bootstrap/whole_set/test_swap.py": "content images items outcomes permute takers",
     "checkpoint/test_fidelity.py": "/bpo/config/export",
     "checkpoint/test_files.py": "partition shards",
+    "model/levers/test_install.py": "choice",
     "config/test_io.py": "bootstrap decoding evaluation foreign judge loss measure negatives online options rank "
     "rounds select selection server tracking training vision",
     "recipes/test_rounds.py": "/bpo/tools/demo/rounds",
