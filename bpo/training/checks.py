@@ -74,13 +74,18 @@ def check_weights(model: torch.nn.Module, path: str, rank: int) -> None:
 def _non_finite_weights(model: torch.nn.Module, rank: int) -> list[str]:
     broken = []
     for name, parameter in model.named_parameters():
-        part = parameter.detach()
+        part, disk = parameter.detach(), None
         if hasattr(parameter, "ds_tensor"):  # ZeRO-3; the last part is padded with uninitialised memory
+            if parameter.ds_tensor.dim() == 0:  # on NVMe
+                disk = parameter.nvme_swapper  # type: ignore[attr-defined]
+                disk.swap_in([parameter], async_op=False)
             size = parameter.ds_tensor.numel()
             part = parameter.ds_tensor[: max(0, parameter.ds_numel - rank * size)]  # type: ignore[attr-defined]
         # The extremes are NaN if any value is; unlike isfinite of all values, they need no memory.
         if part.numel() and not torch.stack(torch.aminmax(part)).isfinite().all():
             broken.append(name.replace(".base_layer", ""))
+        if disk is not None:
+            disk.remove_partition_and_release_buffers([parameter])
     return broken
 
 

@@ -60,3 +60,22 @@ def test_dropout_of_a_continued_adapter_does_not_fail_the_first_step(
     check(dropout=0.1)
     with pytest.raises(FirstStepError):
         check(dropout=0.0)
+
+
+def test_weights_on_a_disk_are_read_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed leaves a 0-dimensional tensor in the place of a part that is on NVMe."""
+    monkeypatch.setattr(checks, "gather_from_ranks", lambda item: [item])
+    model, in_memory = torch.nn.Linear(4, 3, bias=False), []
+
+    class Disk:
+        def swap_in(self, parameters: list, async_op: bool) -> None:
+            parameters[0].ds_tensor = torch.tensor([1.0, float("nan")])
+            in_memory.append(1)
+
+        def remove_partition_and_release_buffers(self, parameters: list) -> None:
+            in_memory.pop()
+
+    model.weight.ds_tensor, model.weight.ds_numel, model.weight.nvme_swapper = torch.tensor(1.0), 12, Disk()
+    with pytest.raises(NonFiniteError, match="not finite: weight"):
+        check_weights(model, "m", 0)
+    assert not in_memory
