@@ -341,7 +341,8 @@ class Config:
     @property
     def may_keep_features(self) -> bool:
         """Whether features of images may be used in more than one micro-batch (`vision.*`)."""
-        return self.vision.encode != "micro_batch" and self.trainable.vision == "frozen"
+        used_again = self.vision.encode == "step" or self.vision.cache != "none"
+        return used_again and self.trainable.vision == "frozen"
 
 
 def missing_model(path: str) -> str:

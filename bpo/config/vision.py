@@ -15,7 +15,7 @@ class VisionConfig(Section):
     Attributes:
         encode: When a frozen tower runs: `step` encodes each image of a rank's step once, in as few batches as
             batch_tokens allows, before its first micro-batch, for which all of them are loaded; `micro_batch` encodes
-            in each micro-batch; `auto` selects by device and model.
+            in each micro-batch; `auto` is `step` with a cache, otherwise `micro_batch`.
         batch_tokens: Maximum number of patches per batch of the tower with `encode: step`.
         cache: Features of the frozen tower that later steps and runs read instead of encoding again: `memory` (of the
             host, by each rank), `disk` or `none`. The projector still runs, and may be trained.

@@ -119,9 +119,6 @@ def use_step_features(
     options = config.vision
     if vision.choose(config, resolved).value != "step":
         return None
-    if engine.is_partitioned and options.encode == "auto" and options.cache == "none":
-        logger.info("vision.encode: micro_batch: ZeRO-3 prefetches weights in the order of one repeated pass")
-        return None
     features = StepFeatures(engine, family, options.batch_tokens, _cache(config, resolved, engine))
     engine.prepare_images = features
     closing.callback(features.close)

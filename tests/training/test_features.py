@@ -158,7 +158,7 @@ def test_what_is_used(tiny_llava_dir: Path, tmp_path: Path, step: tuple[Engine, 
         engine.is_partitioned = partitioned
         return use_step_features(config, resolved, engine, family, contextlib.ExitStack())  # type: ignore[arg-type]
 
-    assert used() is None and used(encode="micro_batch") is None  # on a CPU
+    assert used() is None and used(encode="micro_batch") is None
     made = used(encode="step")
     assert made is not None and engine.prepare_images is made  # type: ignore[attr-defined]
     assert used(encode="step", partitioned=True) is not None

@@ -33,11 +33,7 @@ def choose(config: Config, resolved: ResolvedModel) -> Lever:
         return Lever("step", f"vision.{option}")
     if vision.encode == "micro_batch":
         return Lever("micro_batch", "as configured")
-    if fault:
-        return Lever("micro_batch", fault)
-    if resolved.device.type != "cuda":
-        return Lever("micro_batch", "on a CPU the plain path")
-    return Lever("step", "the vision tower is frozen")
+    return Lever("micro_batch", fault or "auto: without a cache, features of an image are seldom used twice")
 
 
 def _why_not(config: Config, model_config: Any) -> str:

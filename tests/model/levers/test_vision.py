@@ -34,7 +34,8 @@ def chosen(
 
 def test_what_is_selected(tiny_llava_dir: Path) -> None:
     assert chosen(tiny_llava_dir) == "micro_batch"
-    assert chosen(tiny_llava_dir, "cuda") == "step"
+    assert chosen(tiny_llava_dir, "cuda") == "micro_batch"
+    assert chosen(tiny_llava_dir, "cuda", {"cache": "memory"}) == "step"
     assert chosen(tiny_llava_dir, "cuda", {"encode": "micro_batch"}) == "micro_batch"
     assert chosen(tiny_llava_dir, vision={"encode": "step"}) == "step"
     assert chosen(tiny_llava_dir, vision={"cache": "disk"}) == "step"
