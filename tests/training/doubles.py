@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import torch
 
 from bpo.config.loss import LossConfig
@@ -18,6 +20,7 @@ class EngineWithoutModel:
 
     device, dtype = torch.device("cpu"), torch.float32
     program = LossProgram(LossConfig())
+    policy = SimpleNamespace(model=None)  # no compiled layers, for which rows would be padded
 
     def __init__(self, ranks: Ranks = Ranks(0, 1, 0), killed_after: int = 10**9):  # noqa: B008
         self.ranks = ranks

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -48,3 +49,17 @@ def test_worker_processes_decode_and_give_the_same_batches(run: Config, decoded)
     assert [batch.group_ids for batch in by_workers] == [batch.group_ids for batch in in_line]
     for batch, other in zip(by_workers, in_line, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(batch.tensors(), other.tensors(), strict=True))
+
+
+def test_rows_for_compiled_layers_have_the_lengths_of_the_whole_plan(run: Config) -> None:
+    data = measure_groups(run, encode.load_encoder(run), Ranks(), lambda mine: [mine])
+    engine: Any = EngineWithoutModel()
+    steps = plan_training(run.train, data, engine.ranks)
+    plain = [batch for step in training_batches(run.data, data, steps, None, engine) for batch in step]
+    engine.policy = SimpleNamespace(model=SimpleNamespace(num_row_lengths=1))
+    padded = [batch for step in training_batches(run.data, data, steps, None, engine) for batch in step]
+    rows = [batch.input_ids_T.numel() for batch in padded]
+    longest = max(batch.input_ids_T.numel() for batch in plain)
+    assert set(rows) == {-(-longest // 64) * 64}
+    resumed = training_batches(run.data, data, steps[-1:], None, engine, plan=steps)
+    assert [batch.input_ids_T.numel() for step in resumed for batch in step] == rows[-len(steps[-1].micro_batches[0]) :]
