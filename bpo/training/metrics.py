@@ -46,7 +46,8 @@ class StepSums:
     """Sums over the pairs of one rank's part of a step; metrics once summed over ranks and divided by the pairs.
 
     `add` leaves its sums on the device, because reading one waits for all queued work. `flat` reads them together;
-    until then `terms`, `rewards`, `reference_gap` and `non_finite_groups` lack the latest additions.
+    until then `terms`, `rewards`, `reference_gap`, `expected_first_loss` and `non_finite_groups` lack the latest
+    additions.
 
     terms: sum over the pairs of each term of pair weight times loss.
     rewards: of the pairs that rewards are reported of; num_rewarded counts them.
@@ -64,6 +65,7 @@ class StepSums:
     non_finite_groups: list[str] = field(default_factory=list)
     lost: list[LostGroup] = field(default_factory=list)
     _unread: list[_Unread] = field(default_factory=list, repr=False, compare=False)
+    _expected: list[torch.Tensor] = field(default_factory=list, repr=False, compare=False)
 
     @classmethod
     def zero(cls, program: LossProgram) -> StepSums:
@@ -100,8 +102,15 @@ class StepSums:
         self.useful_work += batch.useful_work
         self.groups.extend(batch.group_ids)
 
+    def expect(self, loss: torch.Tensor) -> None:
+        """Adds the loss of a micro-batch for policy = reference, in the first step."""
+        self._expected.append(loss.detach().double())
+
     def _read(self) -> None:
         unread, self._unread = self._unread, []
+        expected, self._expected = self._expected, []
+        if expected:
+            self.expected_first_loss += torch.stack(expected).sum().item()
         if not unread:
             return
         count = len(self.terms)

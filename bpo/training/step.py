@@ -68,7 +68,7 @@ def _forward(
     inputs = batch.loss_inputs
     if first and inputs.reference is not None and not batch.is_filler:
         with torch.no_grad():
-            sums.expected_first_loss += float(trainer.program.at_reference(head, inputs).total)
+            sums.expect(trainer.program.at_reference(head, inputs).total)
     return trainer.program.apply(head, inputs)
 
 
