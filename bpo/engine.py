@@ -374,13 +374,23 @@ class TrainingEngine:
         self.deepspeed.set_gradient_accumulation_boundary(is_last)
         self.deepspeed.backward(loss * self.ranks.world_size, scale_wrt_gas=False)
 
-    def step(self, lr_factor: float) -> float:
-        """Optimizer step at `lr_factor` times the peak learning rates; returns the gradient norm before clipping."""
+    def step(self, lr_factor: float) -> torch.Tensor:
+        """Optimizer step at `lr_factor` times the peak learning rates; returns the gradient norm before clipping.
+
+        The norm is a scalar that may still be on the device; see `read_step`.
+        """
         for group, base_lr in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
             group["lr"] = base_lr * lr_factor
         self.deepspeed.step()
         norm = self.deepspeed.get_global_grad_norm()
-        return float("nan") if norm is None else float(norm)
+        return torch.as_tensor(float("nan") if norm is None else norm)
+
+    def read_step(self, own_S: torch.Tensor, norm: torch.Tensor) -> tuple[list[float], float]:
+        """Sums over all ranks of [S] numbers in fp64, and a step's gradient norm: read from the device together."""
+        total_S = own_S.to(self.device, non_blocking=True)
+        torch.distributed.all_reduce(total_S)
+        *totals, norm_value = torch.cat([total_S, norm.to(total_S, non_blocking=True).view(1)]).tolist()
+        return totals, norm_value
 
     def sum_over_ranks(self, values: list[float]) -> list[float]:
         """Sums numbers over all ranks, in fp64."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import sys
 import time
 from pathlib import Path
@@ -205,15 +206,17 @@ def run_steps(config: Config, run: Prepared, guard: RunGuard, stop: StopRequest 
             break
         started = time.perf_counter()
         sums = run_step(trainer, own, config, own.num_pairs, step.index, run.embeddings, run.initial)
-        totals = trainer.sum_over_ranks(sums.flat())
+        lr_factor = engine.learning_rate_factor(step.index, total, config.train)
+        # Nothing is read before the optimizer's step. A check that fails ends the run without another checkpoint.
+        totals, grad_norm = trainer.read_step(sums.on_device(), trainer.step(lr_factor))
+        if step.index == 0 or not math.isfinite(sum(totals)):
+            sums.flat()  # reads what the checks report
         check_finite(sums, step, totals, trainer)
         if num_lost(totals):
             lost = collectives.gather_from_ranks([dataclasses.asdict(group) for group in sums.lost])
             own.lost.report(lost, is_main=trainer.ranks.is_main)
         if step.index == 0:
             check_first_step(config, totals, sums, trainer)
-        lr_factor = engine.learning_rate_factor(step.index, total, config.train)
-        grad_norm = trainer.step(lr_factor)
         check_finite(sums, step, [grad_norm], trainer)
         seconds, number = time.perf_counter() - started, step.index + 1
         if run.online is not None:

@@ -5,16 +5,19 @@ Shape letters: P pairs, K completions, N response tokens.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from dataclasses import astuple, dataclass, field, fields
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from bpo.job.durable import write_durably
 from bpo.job.journal import JournalReader, to_line
 from bpo.losses.program import LossOutput, LossProgram
+from bpo.model.attention.rows import to_device
 from bpo.records import GroupBatch, LostGroup, UsefulWork
 from bpo.training.flops import ModelFlops
 from bpo.training.trackers import Trackers
@@ -125,6 +128,17 @@ class StepSums:
     def flat(self) -> list[float]:
         """This rank's sums and work as one list, to be summed over ranks."""
         self._read()
+        return self._on_host()
+
+    def on_device(self) -> torch.Tensor:
+        """`flat` as a tensor [S] in fp64, without reading the device."""
+        flat_S = torch.tensor(self._on_host(), dtype=torch.float64)
+        if not self._unread:
+            return flat_S
+        sums = functools.reduce(torch.add, [part.sums[:-1] for part in self._unread])
+        return to_device(flat_S, sums.device) + F.pad(sums, (0, len(flat_S) - len(sums)))
+
+    def _on_host(self) -> list[float]:
         work = map(float, astuple(self.useful_work))
         losses = [*self.terms, *self.rewards, self.num_rewarded]
         return [*losses, self.num_pairs, self.num_tokens, *work, float(len(self.lost))]

@@ -81,7 +81,7 @@ class OpenStep:
         """One step: forward, backward and optimizer; the sums of `StepSums.flat` and the gradient norm."""
         self.logps.clear()
         sums = run_step(self.trainer, self.batches, self.config, num_pairs, step=1)
-        return self.trainer.sum_over_ranks(sums.flat()), self.trainer.step(1.0)
+        return self.trainer.read_step(sums.on_device(), self.trainer.step(1.0))
 
     def results(self, flat: list[float], grad_norm: float) -> dict[str, Any]:
         """`loss`, `grad_norm` and summed log-probs by pair of the step that was last run."""
