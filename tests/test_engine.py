@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bpo.checkpoint.partition import check_settings
 from bpo.config.training import TrainConfig
 from bpo.engine import (
     _CONFIG_OWNED,
@@ -108,6 +109,10 @@ def test_weights_on_nvme_need_libaio(tmp_path: Path, monkeypatch: pytest.MonkeyP
     found = True
     zero = deepspeed_config(config, torch.bfloat16, 1)["zero_optimization"]
     assert zero["offload_param"]["nvme_path"] == str(tmp_path)
+    with pytest.raises(
+        ValueError, match="DeepSpeed 0.19.8 stops in the second step .*use ds_configs/zero3_offload.json"
+    ):
+        check_settings({"zero_optimization": zero})
 
 
 def test_float16_training_is_refused(tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def check_settings(settings: dict[str, Any]) -> None:
     """Rejects DeepSpeed settings whose state cannot be saved, before any long work starts.
 
     Raises:
-        ValueError: no ZeRO stage, optimizer states on NVMe, or MiCS; names the key.
+        ValueError: no ZeRO stage, weights or states on NVMe, or MiCS; names the key.
     """
     zero = settings.get("zero_optimization", {})
     if zero.get("stage") not in (1, 2, 3):
@@ -70,6 +70,11 @@ def check_settings(settings: dict[str, Any]) -> None:
         )
     if zero.get("offload_optimizer", {}).get("device") == "nvme":
         raise ValueError("train.ds_config: offload_optimizer.device nvme cannot be saved; use cpu")
+    if zero.get("offload_param", {}).get("device") == "nvme":
+        raise ValueError(
+            "train.ds_config: offload_param.device nvme: DeepSpeed 0.19.8 stops in the second step (`Not enough buffers "
+            "0 for swapping 1`); use ds_configs/zero3_offload.json"
+        )
     if zero.get("mics_shard_size", -1) > 0:
         raise ValueError("train.ds_config: mics_shard_size is not supported by checkpoints; remove it")
 

@@ -125,7 +125,8 @@ def size_candidates(
         zero = Zero.from_settings(settings, machine.nodes, machine.gpus_per_node)
         candidates = [sizer.candidate(name, zero, mode, costs(mode, zero.stage == 3)) for mode in CHECKPOINTING]
         fastest.append(min(candidates, key=_slowness))
-    usable = [i for i, candidate in enumerate(fastest) if candidate.time is not None and candidate.fits_host]
+    # Training refuses weights on NVMe, as DeepSpeed 0.19.8 does not run them: `checkpoint.partition.check_settings`.
+    usable = [i for i, c in enumerate(fastest) if c.time is not None and c.fits_host and not c.zero.param_on_nvme]
     best = min(usable, key=lambda i: _slowness(fastest[i]), default=None)
     reference_tokens = 0
     if best is not None and group.reference is not None:

@@ -282,6 +282,8 @@ def _line(sizing: Sizing, candidate: Candidate, is_best: bool) -> str:
     text += f"{3600 * sizing.groups_per_second(candidate) * sizing.group.pairs:9,.0f}"
     if not candidate.fits_host:
         return text + "  does not fit the host"
+    if candidate.zero.param_on_nvme:
+        return text + "  not recommended: see ds_configs/README.md"
     return text + ("  <-" if is_best else "")
 
 
