@@ -72,8 +72,8 @@ def check_settings(settings: dict[str, Any]) -> None:
         raise ValueError("train.ds_config: offload_optimizer.device nvme cannot be saved; use cpu")
     if zero.get("offload_param", {}).get("device") == "nvme":
         raise ValueError(
-            "train.ds_config: offload_param.device nvme: DeepSpeed 0.19.8 stops in the second step (`Not enough buffers "
-            "0 for swapping 1`); use ds_configs/zero3_offload.json"
+            "train.ds_config: offload_param.device nvme: DeepSpeed 0.19.8 stops in the second step (`Not enough "
+            "buffers 0 for swapping 1`); use ds_configs/zero3_offload.json"
         )
     if zero.get("mics_shard_size", -1) > 0:
         raise ValueError("train.ds_config: mics_shard_size is not supported by checkpoints; remove it")
