@@ -140,10 +140,22 @@ def install(model: Any, family: Family, config: Config, lever: Lever) -> str:
         layer.__class__ = classes[type(layer)]
         # ZeRO-3 then gathers a layer's weights at once, outside of compiled code, instead of each submodule's inside.
         layer._z3_leaf = True
+        layer.register_forward_pre_hook(_with_gradient)
     for compiled_class in classes.values():
         language.register_forward_pre_hook(compiled_class.compiled.log)
     setattr(model, _ROW_LENGTHS, number)
     return f"{len(layers)} layers, rows of up to {number} lengths"
+
+
+def _with_gradient(layer: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """Under ZeRO-3, lets a first layer's input have a gradient, whose hook frees the layer's weights.
+
+    Otherwise, with an adapter and a frozen projector, DeepSpeed frees them before the layer's backward pass.
+    """
+    partitioned = any(hasattr(parameter, "ds_id") for parameter in layer.parameters())
+    if not (partitioned and args and torch.is_grad_enabled()) or args[0].requires_grad:
+        return None
+    return args[0].detach().requires_grad_(), *args[1:]
 
 
 def _compiled_class(plain: type[torch.nn.Module], compiled: CompiledLayers) -> Any:

@@ -13,11 +13,11 @@ from tests.tiny import tiny_llava
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
-CASES = ("llava:2:300:none", "llava:3:300:full")
+CASES = ("llava:2:300:none", "llava:3:300:full", "lora:3:peft:none")
 
 
 def test_gradients_are_those_of_plain_layers(tmp_path: Path) -> None:
-    """All parameters are trained; under ZeRO-3 each is partitioned, however small."""
+    """All parameters, or an adapter behind a frozen projector; under ZeRO-3 each is partitioned, however small."""
     write_groups(tmp_path, 8)
     tiny_llava(tmp_path / "llava")
     job = "tests/model/levers/compiled_job.py"
