@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import traceback
 from collections.abc import Iterable
 from typing import Any
@@ -15,7 +16,9 @@ _READS = frozenset(
     "item tolist numpy cpu nonzero argwhere masked_select unique unique_consecutive equal allclose bincount is_nonzero "
     "__bool__ __float__ __int__ __index__ __format__ __contains__".split()
 )
-_OWN = ("tests/device_reads.py", "site-packages/torch/")
+_OURS = re.compile(r"/(bpo|kernels|bpo_kernels)/(?!.*site-packages)")
+_HOST_ONLY = re.compile(r"kernels/checks\.py:")
+_OWN = ("tests/device_reads.py", "test_synchronisation_gpu.py", "/torch/")
 
 
 class DeviceReads(TorchFunctionMode):
@@ -38,7 +41,7 @@ class DeviceReads(TorchFunctionMode):
         kwargs = kwargs or {}
         marked = [x for x in tree_leaves((args, kwargs)) if torch.is_tensor(x) and hasattr(x, "on_device")]
         if marked and _is_read(getattr(func, "__name__", ""), args, kwargs):
-            self.found.append([func.__name__, *_callers()])
+            self.found.append([func.__name__, *callers(traceback.extract_stack())])
         result = func(*args, **kwargs)
         if marked:
             self.mark(x for x in tree_leaves(result) if torch.is_tensor(x))
@@ -53,6 +56,12 @@ def _is_read(name: str, args: Any, kwargs: Any) -> bool:
     return name in _READS
 
 
-def _callers() -> list[str]:
-    frames = reversed(traceback.extract_stack()[:-2])
+def callers(stack: Iterable[traceback.FrameSummary]) -> list[str]:
+    """The functions of a stack, innermost first, as FILE:NAME, without those of torch and of tests that look on."""
+    frames = reversed(list(stack))
     return [f"{frame.filename}:{frame.name}" for frame in frames if not any(own in frame.filename for own in _OWN)]
+
+
+def in_own_code(found: Iterable[list[str]]) -> list[list[str]]:
+    """Those that a function of bpo/ or kernels/ itself makes, without checks that read only tensors on a CPU."""
+    return [read for read in found if _OURS.search(read[1]) and not _HOST_ONLY.search(read[1])]

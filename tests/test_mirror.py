@@ -88,7 +88,7 @@ COVERS = {
     "ranking/judges/test_claims.py": "models",
     "ranking/test_run.py": "judge options judges/registry",
     "test_layout.py": "__init__",
-    "test_train.py": "training/report training/step",
+    "test_train.py": "training/report",
     "test_term_gradients.py": "training/across_groups training/loss_state model/reference/cells",
     "tools/bench/test_levers.py": "lever_table",
     "tools/bench/test_step.py": "bpo_provider case meter report synthetic trl_provider workers",
