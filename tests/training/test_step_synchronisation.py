@@ -18,7 +18,7 @@ LOSSES = {
     "sigmoid": LossConfig(chosen_nll_weight=0.1),
     "stateful": LossConfig(terms=[TermConfig(type="bco_pair"), TermConfig(name="changed", token_weights="changed")]),
 }
-# Functions of transformers that read the device in each forward pass (docs/performance.md).
+# Functions of transformers that read the device in each forward pass.
 OF_THE_MODEL = {
     "llava": {"torch_compilable_check", "get_placeholder_mask", "find_packed_sequence_indices"},
     "qwen2_5_vl": {
