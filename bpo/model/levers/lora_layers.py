@@ -69,7 +69,7 @@ class GroupedLinear(Linear):
 
     group: LayerGroup
     number: int  # in the group
-    dropout_key: torch.Tensor  # [1], is added to the seed; a number would make torch.compile compile each layer anew
+    dropout_key: torch.Tensor  # [1], is added to the seed; a number would make torch.compile compile each layer again
 
     def __call__(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         # Here rather than in `forward`, as hooks in between replace the input: those of ZeRO-3 copy it for each layer.
@@ -149,7 +149,7 @@ def group_layers(language: torch.nn.Module, mode: str) -> str:
             group.forget()
 
     # Outputs that were not asked for, in a forward pass or a recomputation. Not on each group's module: torch.compile
-    # would compile each layer anew.
+    # would compile each layer again.
     language.register_forward_pre_hook(forget)
     language.register_forward_hook(forget, always_call=True)
     adapted = sum(isinstance(module, GroupedLinear) for module in language.modules())

@@ -215,7 +215,7 @@ def test_one_operation_computes_the_layers_of_one_input(directory, batch, monkey
 
 
 def test_all_layers_of_one_kind_share_a_compilation(tiny_llava_dir: Path) -> None:
-    """A number or hook that differs between them would have each compiled anew."""
+    """A number or hook that differs between them would have each compiled again."""
     model = adapted(tiny_llava_dir, "addmm", dropout=0.4)
     attentions = [module for module in model.modules() if is_adapted_attention(module)]
     x_TD = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
