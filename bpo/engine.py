@@ -19,13 +19,7 @@ from bpo.data.families import Family
 from bpo.job import one_process, rendezvous
 from bpo.job.collectives import JobRanks
 from bpo.job.compile_locks import named_compile_locks
-from bpo.job.launch import (
-    Ranks,
-    export_torch_environment,
-    pick_device,
-    ranks_from_environment,
-    ranks_per_node,
-)
+from bpo.job.launch import Ranks, export_torch_environment, pick_device, ranks_from_environment, ranks_per_node
 from bpo.job.signals import StopRequest
 from bpo.losses.program import HeadOutput, LossProgram
 from bpo.model.attention.shared_prefix import packed_layout
