@@ -9,6 +9,8 @@ DEMO_ARGS ?=
 PYTEST_ARGS ?=
 GPU_ARGS ?=
 TEST_WORKERS ?= 2
+# TESTS="not gpu" adds the tests of more than about 20 seconds, as .ci/run does.
+TESTS ?= not gpu and not slow
 FUZZ ?= 10
 SEED ?= $(shell date +%s)
 TEST_TIMEOUT_S ?= 600
@@ -25,13 +27,13 @@ RUN := env PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1
 help: ## list targets and variables
 	@grep -hE '^[a-z.]+:.*## ' Makefile | sed -E 's/^([a-z.]+):.*## /  make \1\t/' | expand -t 16
 	@echo 'Variables: PYTHON=python3.12  TORCH_INDEX=URL  DEMO_ARGS="--seeds 5"  PYTEST_ARGS="-k plan"' \
-		' TEST_WORKERS=2  TEST_TIMEOUT_S=600  FUZZ=10  SEED=7'
+		' TESTS="not gpu"  TEST_WORKERS=2  TEST_TIMEOUT_S=600  FUZZ=10  SEED=7'
 
 demo: .venv compiler ## bootstrap, train, evaluate and report on a small synthetic world
 	$(RUN) $(BIN)/bpo demo $(DEMO_ARGS)
 
-test: .venv compiler ## all tests that need no GPU
-	$(RUN) $(BIN)/python -m pytest -m "not gpu" -n $(TEST_WORKERS) --dist loadfile \
+test: .venv compiler ## the everyday tests: no GPU, none of more than about 20 seconds
+	$(RUN) $(BIN)/python -m pytest -m "$(TESTS)" -n $(TEST_WORKERS) --dist loadfile \
 		--timeout $(TEST_TIMEOUT_S) $(PYTEST_ARGS)
 
 fuzz: .venv ## random examples instead of the fixed ones, FUZZ times as many; prints the seed that repeats a failure

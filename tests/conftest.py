@@ -28,7 +28,9 @@ ROOT = Path(__file__).resolve().parent.parent
 # Files of 20 s or more, the slowest first: none should start when the other workers are about to finish.
 SLOW_FILES = """
     recipes/test_rounds.py test_train.py cluster/test_cluster.py cluster/test_rounds.py test_end_to_end.py
-    kernels/test_triton_interpreter.py
+    kernels/test_triton_interpreter.py model/levers/test_compiled.py model/levers/test_compiled_zero.py
+    training/test_quantization_gap.py model/levers/test_lora_zero.py model/levers/test_lora_runs.py
+    model/levers/test_layer_kernels_zero.py tools/bench/test_levers.py training/test_step_synchronisation.py
     kernels/bench/test_aot.py job/test_watchdog_rank_loss.py tools/demo/test_run.py test_engine_gradients.py
     tools/bench/test_step.py bootstrap/test_run.py model/attention/test_flex.py tools/plan/test_memory.py
     tools/plan/test_command.py benchmarks/test_gpu_set.py tools/plan/test_activations.py
