@@ -22,7 +22,7 @@ TARGET_ROWS = 2048
 GATHER_ROWS = 8192
 PAIR_LOSS_ROWS = 1 << 22
 OPERATION_TEST_WORKERS = 12
-GPU_TEST_WORKERS = 4
+GPU_TEST_WORKERS = 8
 # Benchmarks stop this long before their time limit, so that a case in progress can finish.
 GRACE_SECONDS = 15.0
 INSTALL = "pip install --constraint constraints.txt 'bpo[bench]'"
@@ -30,6 +30,8 @@ INSTALL = "pip install --constraint constraints.txt 'bpo[bench]'"
 _TRL = ("trl", "datasets", "pyarrow", "pandas")
 _PLAIN = ("bpo", "eager")
 _HEAD = ("bpo", "bpo-overlap", "bpo-fused", "eager", "liger", "cce", "trl-chunked")
+_FOUR_LAYERS = "llava-1.5-7b-4l"
+_FIRST_LEVERS = ("model.layer_kernels=liger", "lora.kernel=addmm", "lora.kernel=fused", "all")
 # Runs the operation tests, which are a separate part here.
 _REPEATED_TEST = "tests/gpu/test_kernels_gpu.py::test_operation_tests_pass_on_the_gpu"
 
@@ -218,7 +220,7 @@ def build_parts(setting: Setting) -> list[Part]:
     return [
         replace(_SMOKE, environment=_INTERPRETER if interpreted else ()),
         replace(tests, environment=environment),
-        Part("gpu-tests", "tests that need a GPU", _gpu_tests, 80, 120, writes="lines"),
+        Part("gpu-tests", "tests that need a GPU", _gpu_tests, 80, 150, writes="lines"),
         *_target_parts(),
         *_other_parts(),
     ]
@@ -250,8 +252,10 @@ def _target_parts() -> list[Part]:
             providers=_PLAIN,
         ),
         Part("attention", "attention over packed groups", _attention, 50, 80),
+        Part(
+            "levers", "options of a step, LLaVA's widths", _levers("llava-1.5-7b-4l", "--rows", *_FIRST_LEVERS), 55, 90
+        ),
         Part("step", "a training step against TRL's", _step(2, "trl-liger"), 100, 140, packages=_TRL),
-        Part("memory", "the memory model of bpo plan", _memory, 45, 70),
     ]
 
 
@@ -266,7 +270,8 @@ def _other_parts() -> list[Part]:
     head, loss, gather = "linear_logprob", "linear_preference_loss", "logprob_gather"
     whole = ("--micro-batches", "1", "--num-groups", "9", "--rows", "auto", "all", "all, recomputing none")
     return [
-        Part("levers", "options of a step, LLaVA's widths", _levers("llava-1.5-7b-4l"), 100, 140),
+        Part("memory", "the memory model of bpo plan", _memory, 45, 70),
+        Part("levers-more", "all options of a step, LLaVA's widths", _levers(_FOUR_LAYERS), 120, 180),
         Part("levers-qwen", "options of a step, Qwen2.5-VL's widths", _levers("qwen2.5-vl-7b-4l"), 100, 140),
         Part(
             "levers-7b",

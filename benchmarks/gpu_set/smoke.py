@@ -150,6 +150,26 @@ def head_loss_run(live: bool, sizes: tuple[int, int, int], device: torch.device)
     return lambda module: _gradients(module.linear_preference_loss(*arguments, **options)[0], [hidden_NH])
 
 
+def lora_run(mode: str, dropout: float, num_rows: int, hidden: int, device: torch.device) -> Run:
+    """Two layers of one input, the second narrower."""
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=device).to(torch.bfloat16)
+
+    x_TD, outputs = random(num_rows, hidden).requires_grad_(), (96, 48)
+    weights = [random(size, hidden) / hidden**0.5 for size in outputs]
+    lora_a = [(random(8, hidden) / hidden**0.5).requires_grad_() for _ in outputs]
+    lora_b = [random(size, 8).requires_grad_() for size in outputs]
+    seed = torch.tensor([3], device=device)
+    arguments = (x_TD, weights, [None, random(outputs[1])], lora_a, lora_b, [0.5, 0.5])
+
+    def run(module: Any) -> list[Tensor]:
+        results = module.lora_linear(*arguments, dropout=dropout, seed=seed, stream=2, mode=mode)
+        return _gradients(torch.cat([one.float() for one in results], dim=1) / 8, [x_TD, *lora_a, *lora_b])
+
+    return run
+
+
 def launches(device: torch.device) -> list[tuple[str, str, torch.dtype, Callable[[], Run]]]:
     """(operation, name, dtype, function that builds the inputs and returns the run)."""
     num_rows, hidden, vocabularies = SMALL if device.type == "cpu" else (NUM_ROWS, HIDDEN, VOCABULARIES)
@@ -177,6 +197,9 @@ def launches(device: torch.device) -> list[tuple[str, str, torch.dtype, Callable
     for live in (False, True):
         name = f"{'live' if live else 'stored'} reference, bf16"
         add("linear_preference_loss", name, half, head_loss_run, live, short, device)
+    for mode, dropout in (("fused", 0.25), ("addmm", 0.0)):
+        name = f"{mode}, dropout {dropout:g}, bf16"
+        add("lora_linear", name, half, lora_run, mode, dropout, num_rows, hidden, device)
     for mode in ("store", "recompute", "fused"):
         name = f"{mode}, trained, bf16"
         add("linear_logprob", name, half, head_run, mode, half, short, device, trained=True)
