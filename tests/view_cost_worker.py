@@ -74,8 +74,8 @@ class Passes:
         self.before_steps = 0
         self._load, self._run_step = training.load_base, training.run_step
 
-    def load(self, *args: Any) -> Any:
-        model = self._load(*args)
+    def load(self, *args: Any, **kwargs: Any) -> Any:
+        model = self._load(*args, **kwargs)
         family = family_of(model.config)
         model.get_submodule(family.language_module).register_forward_pre_hook(self._count_call)
         model.get_submodule(family.vision_module).register_forward_pre_hook(self._count_images, with_kwargs=True)
