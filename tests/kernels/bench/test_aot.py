@@ -23,7 +23,9 @@ def cases() -> dict[tuple[str, tuple | None], object]:
     return {(case.name, case.archs): case for case in aot.all_cases()}
 
 
-@pytest.mark.parametrize("arch", aot.ARCHITECTURES)
+@pytest.mark.parametrize(
+    "arch", [pytest.param(arch, marks=[] if arch == 90 else [pytest.mark.slow]) for arch in aot.ARCHITECTURES]
+)
 def test_no_kernel_spills_or_exceeds_shared_memory(cases, arch):
     for (name, only), case in cases.items():
         if (only is not None and arch not in only) or ("fp16" in name and arch != 90):  # fp16 has the tiles of bf16

@@ -47,7 +47,7 @@ def test_each_lever_logs_one_line_and_the_store_remembers_it(
     names = [name for name, _ in model.named_parameters()]
     with caplog.at_level(logging.INFO, logger="bpo.model.levers.install"):
         install_levers(model, family, config, levers)
-    lines = [record.getMessage() for record in caplog.records]
+    lines = [one.getMessage() for one in caplog.records if one.name == "bpo.model.levers.install"]
     assert [line.split(":")[0] for line in lines] == list(levers)
     assert [name for name, _ in model.named_parameters()] == names
 
