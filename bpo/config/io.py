@@ -160,7 +160,7 @@ def load_config(
             check_keys(read_yaml(path), str(path))
         elif name.startswith("--") and name not in ("--help", "--print_config") and name[2:] not in known:
             raise ValueError(f"unknown flag `{name}`{_nearest(name[2:], known)}")
-        elif example := _such_as(name[2:], known):
+        elif name.startswith("--") and (example := _such_as(name[2:], known)):
             raise ValueError(f"`{name}` is a section of options{example}")
     try:
         namespace = parser.parse_args(argv)

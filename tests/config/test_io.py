@@ -41,6 +41,12 @@ def write(path: Path, tree: dict[str, Any]) -> str:
     return str(path)
 
 
+def test_a_value_may_end_like_the_name_of_a_section() -> None:
+    """`rslora` without its first two letters is the section `lora`."""
+    assert load_config(["--lora.variant", "rslora"], "test", "").lora.variant == "rslora"
+
+
+
 @pytest.mark.parametrize(
     "section", [*sections(), TermConfig, ViewConfig, MixtureConfig, RoundConfig], ids=lambda section: section.__name__
 )
