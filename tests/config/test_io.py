@@ -46,7 +46,6 @@ def test_a_value_may_end_like_the_name_of_a_section() -> None:
     assert load_config(["--lora.variant", "rslora"], "test", "").lora.variant == "rslora"
 
 
-
 @pytest.mark.parametrize(
     "section", [*sections(), TermConfig, ViewConfig, MixtureConfig, RoundConfig], ids=lambda section: section.__name__
 )
